@@ -1,0 +1,152 @@
+"""Augmentation and normalisation of whole batches, on the device.
+
+Every random choice is a function of (seed, epoch, place of the sample in the epoch), so that an image is
+augmented the same way on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from disttrain import counter_rng
+from disttrain.config import AugmentConfig
+
+_ROWS, _COLUMNS, _FLIP, _CUT_ROWS, _CUT_COLUMNS, _MIX = range(2, 8)  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How one global batch is mixed with itself.
+
+    Attributes:
+        shift: the sample at place p is mixed with the one at (p + shift) modulo the size of the batch.
+        share: weight of the sample itself; its partner has the rest.
+        box: rows and columns (top, bottom, left, right) pasted from the partner, or None to blend.
+    """
+
+    shift: int
+    share: float
+    box: tuple[int, int, int, int] | None
+
+
+class Augment:
+    """Turns uint8 images into what the network reads.
+
+    Args:
+        config: the augmentation of training images.
+        seed: the seed of the run.
+        mean: per channel, of pixel values in 0..1.
+        std: per channel, of pixel values in 0..1.
+        device: where the images are.
+        channels_last: memory order of the result.
+    """
+
+    def __init__(
+        self,
+        config: AugmentConfig,
+        *,
+        seed: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        channels_last: bool,
+    ) -> None:
+        self._config = config
+        self._seed = seed
+        self._device = device
+        self._channels_last = channels_last
+        self._scale = (1 / (255 * torch.tensor(std))).to(device)
+        self._offset = -(torch.tensor(mean) / torch.tensor(std)).to(device)
+        self._draws: dict[int, Tensor] = {}
+
+    def start_epoch(self, epoch: int, samples: int, height: int, width: int) -> None:
+        """Draws the random choices of an epoch for every place in it."""
+        padding, size = self._config.crop_padding, self._config.cutout
+        ranges: dict[int, int] = {}
+        if padding:
+            ranges |= {_ROWS: 2 * padding + 1, _COLUMNS: 2 * padding + 1}
+        if self._config.flip:
+            ranges |= {_FLIP: 2}
+        if size:
+            ranges |= {_CUT_ROWS: height, _CUT_COLUMNS: width}
+        for stream, below in ranges.items():
+            draws = counter_rng.integers(counter_rng.derive(self._seed, stream, epoch), samples, below)
+            self._draws[stream] = torch.from_numpy(draws).to(self._device)
+
+    def train(self, images: Tensor, places: slice | Tensor) -> Tensor:
+        """Crops, flips, normalises and cuts.
+
+        Args:
+            images: uint8 [B, H, W, C].
+            places: the places of these images in the epoch: a slice, or int64 [B] on the device.
+
+        Returns:
+            float32 [B, C, H, W].
+        """
+        batch, height, width, _ = images.shape
+        if _ROWS in self._draws or _FLIP in self._draws:
+            images = self._crop_and_flip(images, places)
+        result = self.plain(images)
+        if _CUT_ROWS in self._draws:
+            half = self._config.cutout / 2
+            rows = torch.arange(height, device=self._device) - self._draws[_CUT_ROWS][places, None]
+            columns = torch.arange(width, device=self._device) - self._draws[_CUT_COLUMNS][places, None]
+            inside_rows = (rows >= -half) & (rows < half)
+            inside_columns = (columns >= -half) & (columns < half)
+            hole = inside_rows[:, :, None] & inside_columns[:, None, :]
+            result = result.masked_fill(hole.view(batch, 1, height, width), 0.0)
+        return result
+
+    def plain(self, images: Tensor) -> Tensor:
+        """Normalises: uint8 [B, H, W, C] to float32 [B, C, H, W]."""
+        result = torch.addcmul(self._offset, images.float(), self._scale).permute(0, 3, 1, 2)
+        return result if self._channels_last else result.contiguous()
+
+    def mix(self, epoch: int, step: int, batch: int, height: int, width: int) -> Mix | None:
+        """Returns how the global batch of a step of an epoch is mixed, or None.
+
+        Args:
+            epoch: the epoch.
+            step: the step within the epoch.
+            batch: samples in the global batch.
+            height: of the images in pixels.
+            width: of the images in pixels.
+        """
+        mixup, cutmix = self._config.mixup, self._config.cutmix
+        if not (mixup or cutmix) or batch < 2:
+            return None
+        random = np.random.Generator(np.random.Philox(counter_rng.derive(self._seed, _MIX, epoch, step)))
+        shift = int(random.integers(1, batch))
+        use_cutmix = bool(cutmix) and (not mixup or random.random() < 0.5)
+        alpha = cutmix if use_cutmix else mixup
+        share = float(random.beta(alpha, alpha))
+        if not use_cutmix:
+            return Mix(shift, share, None)
+        side = (1 - share) ** 0.5
+        row, column = random.integers(height), random.integers(width)
+        top, bottom = np.clip([row - side * height / 2, row + side * height / 2], 0, height).astype(int)
+        left, right = np.clip([column - side * width / 2, column + side * width / 2], 0, width).astype(int)
+        kept = 1 - (bottom - top) * (right - left) / (height * width)
+        return Mix(shift, float(kept), (int(top), int(bottom), int(left), int(right)))
+
+    def _crop_and_flip(self, images: Tensor, places: slice | Tensor) -> Tensor:
+        batch, height, width, _ = images.shape
+        rows = torch.arange(height, device=self._device).expand(batch, -1)
+        columns = torch.arange(width, device=self._device).expand(batch, -1)
+        if _ROWS in self._draws:
+            padding = self._config.crop_padding
+            rows = _reflect(rows + (self._draws[_ROWS][places, None] - padding), height)
+            columns = _reflect(columns + (self._draws[_COLUMNS][places, None] - padding), width)
+        if _FLIP in self._draws:
+            columns = torch.where(self._draws[_FLIP][places, None] == 1, columns.flip(1), columns)
+        first = torch.arange(batch, device=self._device)[:, None, None]
+        return images[first, rows[:, :, None], columns[:, None, :]]
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Maps indexes outside 0..size-1 back by reflection at the border pixels."""
+    return size - 1 - (size - 1 - index.abs()).abs()

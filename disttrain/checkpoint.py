@@ -1,0 +1,244 @@
+"""Checkpoints that are complete or absent, and that notice a flipped bit.
+
+A checkpoint is a folder: safetensors for tensors, JSON for everything else, and MANIFEST.json with the size
+and sha256 of every part. It is written under a temporary name, synced, verified and renamed; only then do
+the `latest` and `best` links move and older checkpoints go. There is no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from disttrain.errors import CheckpointError, StorageError
+
+FORMAT = 1
+_MANIFEST = "MANIFEST.json"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read from one checkpoint.
+
+    Attributes:
+        path: its folder.
+        parts: nested data of every part (model, optimizer, ema); tensors are on the CPU.
+        state: the JSON state: position, scores, scaler.
+    """
+
+    path: Path
+    parts: dict[str, Any]
+    state: dict[str, Any]
+
+
+def save(
+    folder: Path, step: int, parts: Mapping[str, Any], state: Mapping[str, Any], *, keep: int, best: bool
+) -> Path:
+    """Writes a checkpoint and makes it the latest. Rank 0 alone calls this.
+
+    Args:
+        folder: the checkpoints folder of the run.
+        step: optimizer steps taken; names the checkpoint.
+        parts: name -> nested dicts and lists of tensors and JSON values, such as a state_dict.
+        state: JSON values.
+        keep: number of checkpoints to keep, besides the best one.
+        best: also make it the best.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        StorageError: it cannot be written; the earlier checkpoints are as they were.
+    """
+    target = folder / f"step_{step:08d}"
+    partial = folder / f".{target.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        skeletons, files = {}, {}
+        for name, part in parts.items():
+            tensors: dict[str, Tensor] = {}
+            skeletons[name] = _strip(part, "", tensors)
+            files[f"{name}.safetensors"] = _write(partial / f"{name}.safetensors", save_tensors(tensors))
+        document = {"state": dict(state), "parts": skeletons}
+        files[_STATE] = _write(partial / _STATE, _json(document))
+        _write(partial / _MANIFEST, _json({"format": FORMAT, "step": step, "files": files}))
+        _sync_folder(partial)
+        verify(partial)
+        if target.exists():  # left by a run that was resumed from an earlier step
+            shutil.rmtree(target)
+        partial.rename(target)
+        _sync_folder(folder)
+        _link(folder / "latest", target.name)
+        if best:
+            _link(folder / "best", target.name)
+        _rotate(folder, keep)
+    except OSError as error:
+        raise StorageError(
+            f"{target}: the checkpoint cannot be written: {error.strerror or error}; "
+            "free some space or fix the folder, then resume the run"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads and verifies a checkpoint.
+
+    Args:
+        path: its folder, or a link to it.
+
+    Raises:
+        CheckpointError: it is missing, or a part is missing or damaged; names the file.
+    """
+    contents = verify(path)
+    document = json.loads(contents[_STATE])
+    parts = {}
+    for name, skeleton in document["parts"].items():
+        tensors = load_tensors(contents[f"{name}.safetensors"])
+        parts[name] = _fill(skeleton, tensors)
+    return Checkpoint(path.resolve(), parts, document["state"])
+
+
+def verify(path: Path) -> dict[str, bytes]:
+    """Checks every part of a checkpoint against its manifest and returns their bytes.
+
+    Raises:
+        CheckpointError: a part is missing or damaged; names the file and both hashes.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no checkpoint")
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        version, files = manifest["format"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path / _MANIFEST}: missing or damaged; use an earlier checkpoint") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: checkpoint format {version}; this version reads format {FORMAT}")
+    contents = {}
+    for name, expected in files.items():
+        try:
+            data = (path / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error.strerror}; use an earlier checkpoint") from None
+        found = hashlib.sha256(data).hexdigest()
+        if found != expected["sha256"]:
+            raise CheckpointError(
+                f"{path / name}: damaged: sha256 {found[:16]}..., the manifest says "
+                f"{expected['sha256'][:16]}...; use an earlier checkpoint"
+            )
+        contents[name] = data
+    return contents
+
+
+def size(parts: Mapping[str, Any]) -> int:
+    """Returns the bytes that the tensors of a checkpoint of these parts take."""
+    tensors: dict[str, Tensor] = {}
+    _strip(parts, "", tensors)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _strip(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """Returns `node` with its tensors moved to `tensors` and replaced by {"tensor": name}."""
+    if isinstance(node, Tensor):
+        # A copy of its own: safetensors refuses shared memory, and filters are NCHW on disk.
+        tensors[place] = node.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": place}
+    if isinstance(node, Mapping):
+        return {
+            "dict": [
+                [key, _strip(value, f"{place}.{key}" if place else str(key), tensors)]
+                for key, value in node.items()
+            ]
+        }
+    if isinstance(node, (list, tuple)):
+        return {"list": [_strip(value, f"{place}.{i}", tensors) for i, value in enumerate(node)]}
+    return {"value": node}
+
+
+def _fill(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = node.items()
+    match kind:
+        case "tensor":
+            return tensors[content]
+        case "dict":
+            return {key: _fill(value, tensors) for key, value in content}
+        case "list":
+            return [_fill(value, tensors) for value in content]
+        case _:
+            return content
+
+
+def _json(document: Any) -> bytes:
+    return json.dumps(document, indent=1, allow_nan=False).encode()
+
+
+def _write(path: Path, data: bytes) -> dict[str, Any]:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link(link: Path, target: str) -> None:
+    temporary = link.with_name(f".{link.name}.partial")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
+    _sync_folder(link.parent)
+
+
+def _rotate(folder: Path, keep: int) -> None:
+    linked = {(folder / link).resolve().name for link in ("latest", "best")}
+    steps = sorted(path for path in folder.glob("step_*") if path.is_dir())
+    for path in steps[:-keep]:
+        if path.name not in linked:
+            doomed = path.with_name(f".{path.name}.partial")  # a half-deleted checkpoint is never a step_*
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: nn.Module | None = None
+) -> None:
+    """Puts the parts of a checkpoint into a model, its optimizer and its moving average.
+
+    Raises:
+        CheckpointError: a part is missing, or names or shapes do not fit.
+    """
+    targets: dict[str, nn.Module | Optimizer] = {"model": model, "optimizer": optimizer}
+    if ema is not None:
+        targets["ema"] = ema
+    for name, target in targets.items():
+        if name not in checkpoint.parts:
+            raise CheckpointError(f"{checkpoint.path}: has no {name}; it was saved by a run without one")
+        try:
+            target.load_state_dict(checkpoint.parts[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} does not fit the config: {reason}; "
+                "resume with the config it was saved with"
+            ) from None

@@ -1,0 +1,290 @@
+"""The `disttrain` command. Bodies are thin and import what they need, so that --help is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from disttrain import __version__
+from disttrain.errors import DisttrainError
+
+if TYPE_CHECKING:
+    from disttrain.shards import Index
+
+
+class _Group(click.Group):
+    """Shows a user's mistake as one line with its exit code; suggests the nearest command."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DisttrainError as error:
+            for line in str(error).splitlines():
+                click.echo(f"disttrain: {line}", err=True)
+            sys.exit(error.exit_code)
+
+
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),
+    "max_content_width": 110,
+}
+_PATH = click.Path(path_type=Path)
+
+
+@click.group(cls=_Group, context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name="disttrain")
+def main() -> None:
+    """Train image classifiers on one GPU, many GPUs or many nodes from one YAML file."""
+
+
+@main.command()
+@click.argument("config_path", metavar="CONFIG", type=_PATH)
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--gpus", type=click.IntRange(1), help="GPUs on this node (default: all visible).")
+@click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (CPU, gloo).")
+@click.option("--nodes", type=click.IntRange(1), help="Number of nodes (default: from Slurm, else 1).")
+@click.option("--node-rank", type=click.IntRange(0), help="This node, 0 to nodes - 1.")
+@click.option("--master-addr", metavar="HOST", help="Address of node 0.")
+@click.option("--master-port", type=click.IntRange(1, 65535), help="A free port on node 0.")
+@click.option("--run-dir", type=_PATH, help="Run folder (default: runs/<name>/<UTC time>).")
+@click.option(
+    "--resume",
+    default="auto",
+    show_default=True,
+    metavar="auto|never|PATH",
+    help="auto: go on with an unfinished run in --run-dir; PATH: from a run folder or checkpoint.",
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Restarts from the last checkpoint after a crash.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
+@click.option("-q", "--quiet", is_flag=True, help="Show the outcome only.")
+@click.option("-v", "--verbose", is_flag=True, help="Show every log point.")
+def run(
+    config_path: Path,
+    overrides: tuple[str, ...],
+    gpus: int | None,
+    procs: int | None,
+    nodes: int | None,
+    node_rank: int | None,
+    master_addr: str | None,
+    master_port: int | None,
+    run_dir: Path | None,
+    resume: str,
+    max_restarts: int,
+    dry_run: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Train the experiment in CONFIG.
+
+    KEY=VALUE changes a setting, for example optim.lr=0.1. The number of GPUs never changes the experiment:
+    train.batch_size is the global batch.
+    """
+    from disttrain.config import load_config
+    from disttrain.errors import UsageError
+    from disttrain.launcher import LaunchPlan, launch, plan_nodes, plan_processes
+    from disttrain.models import check_model_name
+    from disttrain.preflight import check_device, open_index, resume_point, split_batch
+    from disttrain.runfolder import RunFolder, new_run_path
+    from disttrain.telemetry import visible_gpus
+
+    config = load_config(config_path, overrides)
+    check_model_name(config.model.name)
+    device, processes, chosen, threads = plan_processes(
+        gpus=gpus,
+        procs=procs,
+        visible=[] if procs else visible_gpus(),
+        cores=len(os.sched_getaffinity(0)),
+        environ=os.environ,
+    )
+    node = plan_nodes(
+        nodes=nodes, node_rank=node_rank, master_addr=master_addr, master_port=master_port, environ=os.environ
+    )
+    if node is not None and run_dir is None:
+        if "SLURM_JOB_ID" not in os.environ:
+            raise UsageError(f"--nodes {node.nodes} needs a --run-dir that all nodes share")
+        run_dir = Path("runs") / config.name / f"slurm-{os.environ['SLURM_JOB_ID']}"
+    plan = LaunchPlan(
+        config_path=config_path,
+        overrides=overrides,
+        run_dir=run_dir or Path("runs") / config.name / "<UTC time>",
+        resume=resume,
+        device=device,
+        processes=processes,
+        gpus=chosen,
+        threads=threads,
+        **(node._asdict() if node else {}),
+        verbosity=int(verbose) - int(quiet),
+    )
+    check_device(config, device)
+    split_batch(config, plan.world_size)
+    index = open_index(config, click.echo)
+    if run_dir is not None and plan.node_rank == 0:
+        _, finished = resume_point(RunFolder(run_dir), resume, config)
+        if finished:
+            click.echo(f"{run_dir}: this run has finished already; nothing to do")
+            return
+    if dry_run:
+        from disttrain.dryrun import describe
+
+        for label, text in describe(plan, config, index):
+            click.echo(f"{label:<11} {text}")
+        return
+    folder = RunFolder(run_dir or new_run_path(config.name))
+    if plan.node_rank == 0:
+        folder.create()
+    outcome = launch(replace(plan, run_dir=folder.path), folder, max_restarts=max_restarts, say=click.echo)
+    if outcome.detail:
+        click.echo(outcome.detail.rstrip(), err=True)
+    if outcome.message:
+        click.echo(f"disttrain: {outcome.message}", err=True)
+    sys.exit(outcome.exit_code)
+
+
+@main.group()
+def data() -> None:
+    """Make and look at data sets."""
+
+
+_ROOT = click.option("--root", help="Folder of the data sets (default: $DISTTRAIN_DATA or the user's cache).")
+_FORCE = click.option("--force", is_flag=True, help="Replace an existing data set.")
+
+
+@data.command()
+@click.argument("name", metavar="digits|mnist|cifar10")
+@click.option("--source", type=_PATH, help="Folder of the original files, instead of a download.")
+@_ROOT
+@_FORCE
+def prepare(name: str, source: Path | None, root: str | None, force: bool) -> None:
+    """Make a known data set, downloading it if no source is given."""
+    from disttrain import datasets
+
+    with _progress() as on_progress:
+        index = datasets.prepare(
+            name, source=source, root=root, force=force, say=click.echo, on_progress=on_progress
+        )
+    _show_index(index)
+
+
+@data.command()
+@click.argument("folder", metavar="DIR", type=_PATH)
+@click.option("--name", required=True, help="Name of the new data set.")
+@click.option("--size", type=click.IntRange(1), help="Resize and crop every image to SIZE x SIZE pixels.")
+@click.option(
+    "--val-fraction", type=float, help="Share of each class to validate on, if DIR has no val folder."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order and of the split.")
+@_ROOT
+@_FORCE
+def pack(
+    folder: Path,
+    name: str,
+    size: int | None,
+    val_fraction: float | None,
+    seed: int,
+    root: str | None,
+    force: bool,
+) -> None:
+    """Make a data set of your own images.
+
+    DIR holds train/<class>/<images> and val/<class>/<images> (or test/), or <class>/<images> with
+    --val-fraction.
+    """
+    from disttrain import datasets
+
+    with _progress() as on_progress:
+        index = datasets.pack_folder(
+            folder,
+            name=name,
+            root=root,
+            size=size,
+            val_fraction=val_fraction,
+            seed=seed,
+            force=force,
+            say=click.echo,
+            on_progress=on_progress,
+        )
+    _show_index(index)
+
+
+@data.command()
+@click.argument("name")
+@_ROOT
+def inspect(name: str, root: str | None) -> None:
+    """Show what a data set holds."""
+    from disttrain.shards import load_index
+
+    _show_index(load_index(name, root), classes=True)
+
+
+@main.group()
+def config() -> None:
+    """About the config file."""
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON Schema of the config, for editors."""
+    import json
+
+    from disttrain.config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.command()
+def models() -> None:
+    """List the models: name, parameters with their usual input, source."""
+    from disttrain.models import CATALOG, build_model, parameter_count
+
+    for name, entry in CATALOG.items():
+        channels, height, width = entry.input_shape
+        model = build_model(name, num_classes=10, in_channels=channels, image_size=(height, width), args={})
+        size = f"{channels}x{height}x{width}"
+        click.echo(f"{name:<18} {parameter_count(model):>12,}  {size:<9}  {entry.source}")
+    click.echo("torchvision:NAME and package.module:Class work too")
+
+
+def _show_index(index: Index, *, classes: bool = False) -> None:
+    click.echo(f"{index.name}: {index.folder}")
+    click.echo(f"images   {index.channels} x {index.height} x {index.width}, {len(index.classes)} classes")
+    for label, values in (("mean", index.mean), ("std", index.std)):
+        click.echo(f"{label:<8} {' '.join(f'{value:.4f}' for value in values)}")
+    for name, split in index.splits.items():
+        mib = sum(shard.bytes for shard in split.shards) / 2**20
+        click.echo(f"{name:<8} {split.samples:,} samples in {len(split.shards)} shards, {mib:,.1f} MiB")
+    if classes:
+        width = max(5, *(len(name) for name in index.classes))
+        click.echo(f"{'class':<{width}} " + " ".join(f"{name:>10}" for name in index.splits))
+        for number, name in enumerate(index.classes):
+            counts = (split.class_counts[number] for split in index.splits.values())
+            click.echo(f"{name:<{width}} " + " ".join(f"{count:>10,}" for count in counts))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int], None]]:
+    """Shows a count of images and their pace on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.completed:,} images"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda images: progress.update(task, completed=images)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,546 @@
+"""The experiment: a typed schema, read from YAML with `key=value` overrides.
+
+The YAML describes the experiment, never the machine. Everything is checked here, before anything
+starts: unknown keys, wrong types and impossible combinations each give one line that names the place
+and the remedy. This module imports neither torch nor anything else of the package but its errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from disttrain.errors import UsageError
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataConfig(_Section):
+    """Which data set, and how it is served."""
+
+    name: Name
+    """A packed data set: the name of a folder under the data root."""
+    root: str | None = None
+    """Folder of the packed data sets; null means $DISTTRAIN_DATA, else the user's cache folder."""
+    cache: Literal["auto", "device", "host", "none"] = "auto"
+    """Where the decoded images live: on the device, in host memory (shared by the ranks of a node), or
+    nowhere (streamed every epoch; not available in this version). auto: the device when they fit."""
+    remainder: Literal["keep", "drop"] = "keep"
+    """The samples that do not fill a last batch: keep (a smaller batch, averaged correctly) or drop."""
+    normalize: Literal["mean_std", "unit"] = "mean_std"
+    """mean_std: subtract the data set's mean and divide by its standard deviation per channel; unit:
+    scale to 0..1."""
+
+
+class AugmentConfig(_Section):
+    """Augmentation of training images, batched on the device; off by default."""
+
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    """Random crop of the original size after reflecting this many pixels at each border."""
+    flip: bool = False
+    """Random horizontal flip."""
+    cutout: Annotated[int, Field(ge=0)] = 0
+    """Side in pixels of a random square set to the mean (DeVries & Taylor 2017); 0 is off."""
+    mixup: NonNegative = 0.0
+    """Beta distribution parameter of mixup (Zhang et al. 2018); 0 is off."""
+    cutmix: NonNegative = 0.0
+    """Beta distribution parameter of cutmix (Yun et al. 2019); 0 is off. With mixup, one of both at random
+    for each batch."""
+
+
+class ModelConfig(_Section):
+    """The network."""
+
+    name: str
+    """A name from `disttrain models`, `torchvision:NAME` or `package.module:Class` of your own."""
+    num_classes: PositiveInt | None = None
+    """Outputs of the network; null means the classes of the data set."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments for the network, such as `activation` for convnet4."""
+
+
+class TrainConfig(_Section):
+    """The training loop."""
+
+    epochs: PositiveInt
+    """Passes over the training split."""
+    batch_size: PositiveInt
+    """The GLOBAL batch of one optimizer step, whatever the number of processes."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward and backward pass. auto: bf16 where the GPU has it, else fp16; fp32 on a
+    CPU."""
+    channels_last: bool = True
+    """Keep images and filters in NHWC memory order."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile the model; auto: no."""
+    label_smoothing: Fraction = 0.0
+    """Share of the target spread evenly over the classes (Szegedy et al. 2016)."""
+    grad_clip: Positive | None = None
+    """Largest norm of the gradient; null is off."""
+    accumulate: PositiveInt = 1
+    """Parts in which each process works through its share of the batch, to save memory. The global batch
+    stays `batch_size`."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of an exponential moving average of the weights, used for evaluation; null is off."""
+    reproducible: bool = False
+    """Use deterministic kernels only: the same run on the same number of processes gives the same bits."""
+    trace_samples: bool = False
+    """Write the ids of the samples of every step to trace/."""
+
+
+class OptimConfig(_Section):
+    """The optimizer. A null takes the optimizer's own default; a setting it does not have is an error."""
+
+    name: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
+    """muon orthogonalises the updates of convolution and linear weights (Jordan et al. 2024); the last
+    layer, biases and norms take AdamW steps."""
+    lr: Positive
+    """Peak learning rate."""
+    momentum: Fraction | None = None
+    """sgd (default 0.9) and muon (0.95)."""
+    nesterov: bool | None = None
+    """sgd (default false) and muon (true)."""
+    betas: tuple[Fraction, Fraction] | None = Field(default=None, strict=False)
+    """adam, adamw and the AdamW part of muon (default 0.9, 0.999)."""
+    weight_decay: NonNegative = 0.0
+    """L2 penalty of sgd and adam; decoupled decay of adamw and muon."""
+
+
+class ScheduleConfig(_Section):
+    """The learning rate over the run, as a function of the samples seen."""
+
+    name: Literal["constant", "cosine", "linear", "step", "one_cycle"] = "constant"
+    """Shape after the warm-up. one_cycle: up and down as in Smith & Topin 2018."""
+    warmup_epochs: NonNegative | None = None
+    """Linear rise at the start; null means none, or 30 % of the run for one_cycle."""
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end of cosine, linear and one_cycle, as a share of the peak."""
+    milestones: list[Positive] = Field(default_factory=list)
+    """step: epochs at which the rate is multiplied by gamma."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """step: the factor at each milestone."""
+
+
+class EvalConfig(_Section):
+    """Evaluation on the validation split."""
+
+    every_epochs: PositiveInt = 1
+    """Evaluate after every so many epochs, and always after the last."""
+    tta: Literal["none", "flip"] = "none"
+    """Test-time augmentation: none, or the mean of the image and its mirror image."""
+
+
+class CheckpointConfig(_Section):
+    """When the run is saved."""
+
+    every_epochs: PositiveInt = 1
+    """Save after every so many epochs, and always after the last."""
+    every_steps: PositiveInt | None = None
+    """Also save after every so many steps."""
+    keep: PositiveInt = 2
+    """Checkpoints kept besides the best one."""
+
+
+class MonitorConfig(_Section):
+    """What is measured and shown."""
+
+    log_every_steps: PositiveInt = 20
+    """Steps between two lines of metrics.jsonl."""
+    gpu_interval_s: Annotated[float, Field(ge=0.1)] = 1.0
+    """Seconds between two readings of the GPUs."""
+    trackers: list[str] = Field(default_factory=list)
+    """Experiment trackers; none is available in this version."""
+
+
+class Config(_Section):
+    """One experiment."""
+
+    name: Name
+    """Name of the experiment; the run folder is made under it."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the initial weights, the order of the samples and the augmentation."""
+    data: DataConfig
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    model: ModelConfig
+    train: TrainConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `a.b=c` overrides and checks the result.
+
+    Args:
+        path: the YAML file.
+        overrides: Hydra-style assignments; values are read as YAML.
+
+    Raises:
+        UsageError: the file or an override is wrong; the message names file and line, or the override.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such config file{_similar_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    tree, lines = _read_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: expected the sections of an experiment (data:, model:, train:, ...)")
+    where = {key: f"{path}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        _apply_override(tree, where, override)
+    return _check(tree, where, str(path))
+
+
+def dump_config(config: Config) -> str:
+    """Returns the resolved config as YAML; reading it again gives an equal `Config`."""
+    return yaml.dump(
+        config.model_dump(mode="json"),
+        Dumper=_CoreDumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=None,
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON Schema of the config, for editors."""
+    schema = Config.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "disttrain config"}
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Returns one `key: old -> new` line for each key in which two configs differ."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key)
+    ]
+
+
+# --- YAML 1.2 ---------------------------------------------------------------------------------------
+
+_CORE_SCALARS = [  # YAML 1.2.2, section 10.3.2; PyYAML's own table is YAML 1.1 (no = False, 1e-3 = text)
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+]
+
+
+class _CoreLoader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's name; filled below
+
+
+class _CoreDumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in _CORE_SCALARS:
+    for _class in (_CoreLoader, _CoreDumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}",
+            re.compile(rf"^(?:{_pattern})$"),
+            ["" if letter == "\0" else letter for letter in _first],
+        )
+
+_Key = tuple[str | int, ...]
+
+
+def _read_yaml(text: str, name: str) -> tuple[Any, dict[_Key, int]]:
+    """Returns the data of a YAML text and the line (from 1) of every key and item in it."""
+    lines: dict[_Key, int] = {}
+
+    def build(node: yaml.Node, key: _Key) -> Any:
+        lines.setdefault(key, node.start_mark.line + 1)
+        if isinstance(node, yaml.SequenceNode):
+            return [build(item, (*key, i)) for i, item in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            return _scalar(node, f"{name}:{node.start_mark.line + 1}")
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            child = (*key, key_node.value) if isinstance(key_node, yaml.ScalarNode) else key
+            if child == key or key_node.value == "<<":
+                raise UsageError(f"{name}:{line}: a key must be a plain name")
+            if key_node.value in mapping:
+                raise UsageError(
+                    f"{name}:{line}: {_dotted(child)} is given twice (also on line {lines[child]})"
+                )
+            lines[child] = line
+            mapping[key_node.value] = build(value_node, child)
+        return mapping
+
+    loader = _CoreLoader(text)
+    try:
+        for token in yaml.scan(text, Loader=_CoreLoader):
+            if isinstance(token, (yaml.AliasToken, yaml.AnchorToken, yaml.TagToken)):
+                raise UsageError(
+                    f"{name}:{token.start_mark.line + 1}: anchors, aliases and tags (& * !) are not allowed; "
+                    "write the value out or quote it"
+                )
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UsageError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name}: not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+    return (None if node is None else build(node, ())), lines
+
+
+def _scalar(node: yaml.Node, place: str) -> Any:
+    text: str = node.value
+    match node.tag.rpartition(":")[2]:
+        case "null":
+            return None
+        case "bool":
+            return text.lower() == "true"
+        case "int":
+            base = {"0o": 8, "0x": 16}.get(text[:2].lower(), 10)
+            if len(text) > 400:
+                raise UsageError(f"{place}: a number of {len(text)} digits")
+            return int(text, base)
+        case "float":
+            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        case _:
+            return text
+
+
+def _apply_override(tree: dict[str, Any], where: dict[_Key, str], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise UsageError(f"{override!r} is not an override; write key=value, for example optim.lr=0.1")
+    value, _ = _read_yaml(text, f"override {override!r}")
+    section = tree
+    for depth, key in enumerate(keys[:-1]):
+        child = section.get(key)
+        if child is None:
+            child = section[key] = {}
+            where.setdefault((*keys[: depth + 1],), f"override {override!r}")
+        if not isinstance(child, dict):
+            raise UsageError(f"override {override!r}: {key} is a value, not a section")
+        section = child
+    old = section.get(keys[-1])
+    if isinstance(old, dict) and not isinstance(value, dict):
+        raise UsageError(
+            f"override {override!r}: {name} is a section; set one of its keys, such as {name}."
+            f"{next(iter(old), 'name')}=..."
+        )
+    section[keys[-1]] = value
+    where.update({tuple(keys): f"override {override!r}"})
+
+
+# --- Checking ---------------------------------------------------------------------------------------
+
+_OTHER_NAMES = {  # what other tools call it
+    "learning_rate": "optim.lr",
+    "max_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_lr": "optim.lr",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "lr_scheduler": "schedule",
+    "amp": "train.precision",
+    "mixed_precision": "train.precision",
+    "dataset": "data",
+    "gradient_accumulation_steps": "train.accumulate",
+    "max_grad_norm": "train.grad_clip",
+    "ema_decay": "train.ema",
+    "training": "train",
+    "evaluation": "eval",
+}
+
+
+class _Problem(NamedTuple):
+    key: _Key
+    message: str
+
+
+def _check(tree: dict[str, Any], where: Mapping[_Key, str], source: str) -> Config:
+    try:
+        config = Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        problems = _problems(error)
+    else:
+        problems = _conflicts(config)
+        if not problems:
+            return config
+    text = [f"{_place(problem.key, where, source)}: {problem.message}" for problem in problems]
+    raise UsageError("\n".join(dict.fromkeys(text)))
+
+
+def _place(key: _Key, where: Mapping[_Key, str], source: str) -> str:
+    for end in range(len(key), 0, -1):
+        if key[:end] in where:
+            return where[key[:end]]
+    return source
+
+
+def _problems(error: pydantic.ValidationError) -> list[_Problem]:
+    problems = {}
+    for item in error.errors():
+        key = item["loc"]
+        if item["type"] != "extra_forbidden":  # a union appends its branch ("literal['auto']") to the place
+            key = tuple(part for i, part in enumerate(key) if isinstance(part, int) or _is_key(key[: i + 1]))
+        problems[key] = _Problem(key, _message(key, item))
+    return list(problems.values())
+
+
+def _message(key: _Key, item: Any) -> str:
+    dotted = _dotted(key)
+    value = item["input"]
+    expected = _EXPECTED_BY_KEY.get(dotted) or _EXPECTED.get(item["type"])
+    match item["type"]:
+        case "missing":
+            return f"{dotted} is missing; add it"
+        case "extra_forbidden":
+            nearest = _nearest(key)
+            return f"{dotted}: unknown key" + (f"; did you mean {nearest}?" if nearest else "")
+        case "model_type" | "dict_type":
+            return f"{dotted}: expected a section (key: value), got {value!r}"
+        case "literal_error":
+            choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+            close = difflib.get_close_matches(str(value), choices, 1)
+            text = f"{dotted}: expected {expected or item['ctx']['expected']}, got {value!r}"
+            return text + (f"; did you mean {close[0]}?" if close else "")
+        case "string_pattern_mismatch":
+            return f"{dotted}: expected letters, digits, '.', '_' and '-', got {value!r}"
+    if expected is None:
+        expected = item["msg"].removeprefix("Input should be ")
+    text = f"{dotted}: expected {expected}, got {value!r}"
+    if item["type"] == "bool_type" and str(value).lower() in {"yes", "no", "on", "off"}:
+        text += f" (YAML 1.2 reads {value} as text; write true or false)"
+    return text
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "finite_number": "a finite number",
+}
+_EXPECTED_BY_KEY = {"train.compile": "auto, true or false"}
+
+
+def _conflicts(config: Config) -> list[_Problem]:
+    """Returns what each key alone allows but the keys together do not."""
+    problems = []
+    optim, schedule, train = config.optim, config.schedule, config.train
+    owners = {"momentum": ("sgd", "muon"), "nesterov": ("sgd", "muon"), "betas": ("adam", "adamw", "muon")}
+    for field, names in owners.items():
+        if getattr(optim, field) is not None and optim.name not in names:
+            problems.append(_Problem(("optim", field), f"optim.{field}: {optim.name} has none; remove it"))
+    if optim.nesterov and optim.momentum == 0:
+        problems.append(_Problem(("optim", "nesterov"), "optim.nesterov: needs optim.momentum above 0"))
+    if (schedule.warmup_epochs or 0) > train.epochs:
+        text = (
+            f"schedule.warmup_epochs: {schedule.warmup_epochs} is longer than train.epochs = {train.epochs}"
+        )
+        problems.append(_Problem(("schedule", "warmup_epochs"), text + "; shorten it"))
+    if schedule.name == "step" and not schedule.milestones:
+        text = "schedule.milestones: needed by schedule.name = step, for example [30, 40]"
+        problems.append(_Problem(("schedule", "milestones"), text))
+    if schedule.name != "step" and schedule.milestones:
+        text = f"schedule.milestones: schedule.name = {schedule.name} has none; remove it or choose step"
+        problems.append(_Problem(("schedule", "milestones"), text))
+    if train.accumulate > train.batch_size:
+        text = f"train.accumulate: {train.accumulate} parts of a batch of {train.batch_size}; make it smaller"
+        problems.append(_Problem(("train", "accumulate"), text))
+    if config.data.cache == "none":
+        text = "data.cache: none (streaming) is not available in this version; use auto, device or host"
+        problems.append(_Problem(("data", "cache"), text))
+    if config.monitor.trackers:
+        text = "monitor.trackers: no tracker is available in this version; leave the list empty"
+        problems.append(_Problem(("monitor", "trackers"), text))
+    return problems
+
+
+def _known_keys() -> dict[str, bool]:
+    """Returns every dotted key, in order, with whether it is a section."""
+    keys = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        is_section = isinstance(section, type) and issubclass(section, BaseModel)
+        keys[name] = is_section
+        if is_section:
+            keys |= {f"{name}.{child}": False for child in section.model_fields}  # type: ignore[union-attr]
+    return keys
+
+
+def _is_key(key: _Key) -> bool:
+    return _dotted(key) in _known_keys() or key[:2] == ("model", "args")
+
+
+def _nearest(key: _Key) -> str | None:
+    known, name = _known_keys(), str(key[-1])
+    if name in _OTHER_NAMES:
+        return _OTHER_NAMES[name]
+    parent = _dotted(key[:-1])
+    siblings = [dotted for dotted in known if dotted.rpartition(".")[0] == parent]
+    for candidates in (siblings, list(known)):
+        by_name = {dotted.rpartition(".")[2]: dotted for dotted in reversed(candidates)}
+        close = difflib.get_close_matches(name, by_name, 1, cutoff=0.6)
+        if close:
+            return by_name[close[0]]
+    return None
+
+
+def _dotted(key: _Key) -> str:
+    return ".".join(str(part) for part in key)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _similar_file(path: Path) -> str:
+    try:
+        names = [file.name for file in path.parent.iterdir() if file.suffix in {".yaml", ".yml"}]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, 1) or difflib.get_close_matches(
+        f"{path.stem}.yaml", names, 1
+    )
+    return f"; did you mean {path.parent / close[0]}?" if close else ""

@@ -1,0 +1,76 @@
+"""What `disttrain run --dry-run` shows: the plan of a run, worked out without starting it."""
+
+from __future__ import annotations
+
+import socket
+
+from disttrain.config import Config
+from disttrain.launcher import LaunchPlan, rank_map, shell_line
+from disttrain.preflight import split_batch
+from disttrain.shards import Index
+
+
+def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, str]]:
+    """Returns (label, text) lines: command, ranks, batches, steps, data, model and checkpoints."""
+    from disttrain.data import Plan, cache_folder
+
+    train, accumulate = config.train, config.train.accumulate
+    per_pass = split_batch(config, plan.world_size)
+    data = Plan(config.seed, index.splits["train"].samples, train.batch_size, config.data.remainder == "drop")
+    parameters, checkpoint_bytes = _model_size(config, index)
+
+    share = f"{plan.world_size} rank{'s' * (plan.world_size > 1)} x {per_pass * accumulate}"
+    if accumulate > 1:
+        share += f" ({accumulate} passes of {per_pass})"
+    full, rest = divmod(data.samples, train.batch_size)
+    remainder = "none"
+    if rest:
+        remainder = f"{rest:,} samples: " + (
+            "left out in each epoch" if data.drop_remainder else "a smaller last batch, averaged correctly"
+        )
+    shards = ", ".join(
+        f"{name} {split.samples:,} in {len(split.shards)} shard{'s' * (len(split.shards) > 1)} "
+        f"({sum(shard.bytes for shard in split.shards) / 2**20:,.1f} MiB)"
+        for name, split in index.splits.items()
+    )
+    pixels = index.channels * index.height * index.width
+    decoded_mib = sum(split.samples for split in index.splits.values()) * pixels / 2**20
+    lines = [("command", shell_line(plan))]
+    lines += [("ranks", f"rank {rank} -> {host} -> {device}") for rank, host, device in rank_map(plan)]
+    lines += [
+        ("threads", f"{plan.threads} per process on {socket.gethostname()}"),
+        ("batch", f"{train.batch_size:,} global = {share}"),
+        ("steps", f"{data.steps_per_epoch:,} per epoch x {train.epochs:,} epochs = "
+                  f"{data.steps_per_epoch * train.epochs:,}; {full:,} full batches, remainder: {remainder}"),
+        ("data", f"{index.name}: {shards}, images {index.channels}x{index.height}x{index.width}"),
+        ("shards", f"every node decodes all shards once: {decoded_mib:,.1f} MiB in {cache_folder()}"),
+        ("model", f"{config.model.name}, {parameters:,} parameters"),
+        ("checkpoint", f"{checkpoint_bytes / 2**20:,.2f} MiB each, {config.checkpoint.keep} + the best"),
+        ("run folder", str(plan.run_dir)),
+    ]  # fmt: skip
+    return lines
+
+
+def _model_size(config: Config, index: Index) -> tuple[int, int]:
+    """Returns the parameters of the model and the bytes of a checkpoint, by making both once on the CPU."""
+    import torch
+
+    from disttrain import checkpoint
+    from disttrain.models import build_model, parameter_count
+    from disttrain.optim import build_optimizer
+
+    model = build_model(
+        config.model.name,
+        num_classes=len(index.classes),
+        in_channels=index.channels,
+        image_size=(index.height, index.width),
+        args=config.model.args,
+    )
+    optimizer = build_optimizer(config.optim, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    if config.train.ema is not None:
+        parts["ema"] = model.state_dict()
+    return parameter_count(model), checkpoint.size(parts)

@@ -1,0 +1,53 @@
+"""The errors a user can cause or meet, each with its exit code.
+
+A `DisttrainError` is shown as one line without a traceback: it must say what happened, where, and what
+to do. Any other exception is a bug of ours (exit 1) and is shown with its traceback.
+"""
+
+
+class DisttrainError(Exception):
+    """A failure with a message for the user; subclasses give the exit code."""
+
+    exit_code = 1
+
+
+class UsageError(DisttrainError):
+    """A wrong command line or configuration."""
+
+    exit_code = 2
+
+
+class DataError(DisttrainError):
+    """A data set is missing, damaged or not what its index says."""
+
+    exit_code = 65
+
+
+class CheckpointError(DisttrainError):
+    """A checkpoint is missing, damaged or does not fit the run."""
+
+    exit_code = 66
+
+
+class TrainingError(DisttrainError):
+    """A rank died or the loss is not finite."""
+
+    exit_code = 70
+
+
+class BusyError(DisttrainError):
+    """A port or run folder is taken, foreign or not writable."""
+
+    exit_code = 73
+
+
+class StorageError(DisttrainError):
+    """The disk is full or a write failed."""
+
+    exit_code = 74
+
+
+class StoppedError(DisttrainError):
+    """The run was asked to stop; it saved a checkpoint and can be resumed."""
+
+    exit_code = 75

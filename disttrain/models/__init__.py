@@ -1,0 +1,233 @@
+"""The networks by name: our own catalog, torchvision's classifiers, and classes of the user's.
+
+This module owns the names and the building of a checked network; the networks themselves are in the
+modules beside it. Importing it does not import torch: the launcher checks names before any process starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from disttrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Entry(NamedTuple):
+    """Where a network of the catalog is, and what it is from."""
+
+    target: str
+    """`package.module:Class` (or a factory function)."""
+    source: str
+    """The publication, or what the network is."""
+    input_shape: tuple[int, int, int] = (3, 32, 32)
+    """Channels, height and width of the images it was designed for."""
+
+
+CATALOG: dict[str, Entry] = {
+    "cnn_mnist": Entry("disttrain.models.small:CnnMnist", "two convolutions for MNIST", (1, 28, 28)),
+    "lenet5": Entry("disttrain.models.small:LeNet5", "LeCun et al. 1998", (1, 28, 28)),
+    "lenet_bn": Entry("disttrain.models.small:LeNetBN", "LeCun et al. 1998, with ReLU and batch norm"),
+    "traffic_cnn": Entry("disttrain.models.small:TrafficCNN", "two small convolutions, one linear layer"),
+    "convnet4": Entry("disttrain.models.small:ConvNet4", "Krizhevsky et al. 2012, figure 1"),
+    "alexnet_cifar": Entry("disttrain.models.alexnet:AlexNetCifar", "Krizhevsky et al. 2012, for 32x32"),
+    "vgg16": Entry("disttrain.models.vgg:vgg16", "Simonyan & Zisserman 2014, configuration D"),
+    "vgg19": Entry("disttrain.models.vgg:vgg19", "Simonyan & Zisserman 2014, configuration E"),
+    "resnet18": Entry("disttrain.models.resnet:resnet18", "He et al. 2015"),
+    "resnet34": Entry("disttrain.models.resnet:resnet34", "He et al. 2015"),
+    "resnet50": Entry("disttrain.models.resnet:resnet50", "He et al. 2015"),
+    "inception_small": Entry("disttrain.models.inception:InceptionSmall", "Szegedy et al. 2014, for 32x32"),
+}
+
+
+def check_model_name(name: str) -> None:
+    """Checks a name without importing torch, torchvision or the user's module.
+
+    Raises:
+        UsageError: the name is neither in the catalog nor of the form `torchvision:NAME` or
+            `package.module:Class`.
+    """
+    if name in CATALOG:
+        return
+    origin, colon, member = name.partition(":")
+    if not colon:
+        raise UsageError(
+            f"model.name: unknown model {name!r}{_did_you_mean(name, CATALOG)}; choose one of "
+            "`disttrain models`, torchvision:NAME or package.module:Class"
+        )
+    if not member.isidentifier() or not all(part.isidentifier() for part in origin.split(".")):
+        raise UsageError(
+            f"model.name: {name!r} is neither torchvision:NAME (such as torchvision:resnet50) nor "
+            "package.module:Class (such as my_models:Net)"
+        )
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    image_size: tuple[int, int],
+    args: Mapping[str, Any],
+) -> nn.Module:
+    """Builds a network on the CPU, under the caller's random state, and checks its output on one image.
+
+    Args:
+        name: a name of the catalog, `torchvision:NAME` or `package.module:Class`. A class or factory of the
+            user's is called with those of num_classes, in_channels and image_size that its signature names
+            (num_classes also where it takes `**kwargs`), and with args.
+        num_classes: outputs of the network.
+        in_channels: channels of the images.
+        image_size: height and width of the images in pixels.
+        args: the further keyword arguments of `model.args`.
+
+    Raises:
+        UsageError: the name or an argument is wrong, the images do not fit, or the user's code fails.
+    """
+    from torch import nn
+
+    check_model_name(name)
+    given = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    try:
+        if name.startswith("torchvision:"):
+            model = _build_torchvision(name.partition(":")[2], given, args)
+        elif name in CATALOG:
+            model = _build_target(_import_target(CATALOG[name].target), given, args)
+        else:
+            if str(Path.cwd()) not in sys.path:  # as `python -m` has it; a console script does not
+                sys.path.insert(0, str(Path.cwd()))
+            model = _build_target(_import_target(name), given, args)
+    except UsageError as error:
+        raise UsageError(f"model {name}: {error}") from error.__cause__
+    except Exception as error:
+        raise UsageError(f"model {name}: cannot be built: {_describe(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model {name}: gives a value of type {type(model).__name__}, not a torch.nn.Module")
+    _check_output(model, name, num_classes, (in_channels, *image_size))
+    return model
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Returns the number of parameters, frozen ones included, buffers not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _import_target(target: str) -> Callable[..., Any]:
+    module_name, _, member = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UsageError(f"cannot import {module_name}: {_describe(error)}") from error
+    if not hasattr(module, member):
+        raise UsageError(f"module {module_name} has no {member}{_did_you_mean(member, vars(module))}")
+    factory = getattr(module, member)
+    if not callable(factory):
+        raise UsageError(f"{member} is of type {type(factory).__name__}, not a class or function")
+    return factory  # type: ignore[no-any-return]
+
+
+def _build_target(factory: Callable[..., Any], given: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
+    parameters = inspect.signature(factory).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    options = [option for option in named if option not in given]
+    for key in args:
+        if key in given:
+            raise _given_argument(key)
+        if key not in named and not takes_any:
+            raise _unknown_argument(key, options)
+    keywords = {key: value for key, value in given.items() if key in named}
+    if takes_any:
+        keywords["num_classes"] = given["num_classes"]
+    missing = [
+        p.name for p in parameters if p.default is p.empty and p.name in options and p.name not in args
+    ]
+    if missing:
+        raise UsageError(f"model.args.{missing[0]} is missing; it has no default")
+    return factory(**keywords, **args)
+
+
+def _build_torchvision(name: str, given: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
+    import torch
+
+    models: Any = importlib.import_module("torchvision.models")  # untyped, and 1.7 s to import
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UsageError(f"torchvision has no classifier of this name{_did_you_mean(name, known)}")
+    if given["in_channels"] != 3:
+        raise UsageError(
+            f"torchvision's networks take 3 channels, the images have {given['in_channels']}; "
+            "choose one of `disttrain models`"
+        )
+    if "num_classes" in args:
+        raise _given_argument("num_classes")
+    if "weights" in args:
+        raise UsageError("model.args.weights: training starts from random weights; remove it")
+    defaults: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):  # the auxiliary heads turn the output into a tuple
+        defaults = {"aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_"):
+        defaults = {"image_size": given["image_size"][0]}
+    try:
+        return models.get_model(name, weights=None, num_classes=given["num_classes"], **{**defaults, **args})
+    except TypeError as error:
+        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if not unexpected or unexpected[1] not in args:
+            raise
+        with torch.device("meta"):  # the builders forward **kwargs: only the class knows its options
+            parameters = inspect.signature(type(models.get_model(name, **defaults))).parameters.values()
+        options = [p.name for p in parameters if p.default is not p.empty and p.name != "num_classes"]
+        raise _unknown_argument(unexpected[1], options) from None
+
+
+def _check_output(model: nn.Module, name: str, num_classes: int, shape: tuple[int, int, int]) -> None:
+    """Runs one zero image [1, *shape] in eval mode; leaves modes, buffers and random state as they were."""
+    import torch
+
+    image = "x".join(str(length) for length in shape)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
+            output = torch.func.functional_call(model, buffers, (torch.zeros(1, *shape),))
+    except Exception as error:
+        raise UsageError(f"model {name}: fails on an image of {image}: {_describe(error)}") from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    got = (
+        list(output.shape) if isinstance(output, torch.Tensor) else f"a value of type {type(output).__name__}"
+    )
+    if got != [1, num_classes]:
+        raise UsageError(
+            f"model {name}: one image of {image} gives {got}, expected scores [1, {num_classes}] "
+            "(batch, num_classes)"
+        )
+
+
+def _given_argument(key: str) -> UsageError:
+    remedy = "set model.num_classes instead" if key == "num_classes" else "the data set gives it; remove it"
+    return UsageError(f"model.args.{key}: {remedy}")
+
+
+def _unknown_argument(key: str, options: list[str]) -> UsageError:
+    accepted = f"accepted: {', '.join(options)}" if options else "this model takes none"
+    return UsageError(f"model.args.{key}: unknown argument{_did_you_mean(key, options)}; {accepted}")
+
+
+def _did_you_mean(word: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(choices), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,150 @@
+"""Small convolutional networks of up to 100,000 parameters, for MNIST, CIFAR-10 and the like."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from disttrain.errors import UsageError
+from disttrain.models.layers import map_size
+
+
+class CnnMnist(nn.Sequential):
+    """Two 3x3 convolutions and one linear layer.
+
+    Takes images float [B, in_channels, H, W], 1x28x28 by design and 4x4 or larger; gives scores
+    float [B, num_classes].
+    """
+
+    def __init__(self, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:
+        features = nn.Sequential(
+            nn.Conv2d(in_channels, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        height, width = map_size(features, image_size)
+        classifier = nn.Sequential(nn.Flatten(), nn.Linear(16 * height * width, num_classes))
+        super().__init__(OrderedDict(features=features, classifier=classifier))
+
+
+class LeNet5(nn.Sequential):
+    """LeNet-5 (LeCun et al. 1998, section II.B): tanh and average pooling, 28x28 digits padded to 32x32.
+
+    Takes images float [B, in_channels, H, W], 1x28x28 by design and 12x12 or larger; gives scores
+    float [B, num_classes].
+
+    It differs from the paper in four points: the pooling has no trainable coefficient, bias and squashing
+    function; each map of C3 sees all six maps of S2; tanh is not scaled; the output is a linear layer for a
+    softmax in place of Euclidean radial basis functions. C5 is written as a linear layer, which on 28x28 is
+    the same as the paper's 5x5 convolution.
+    """
+
+    def __init__(self, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:
+        features = nn.Sequential(
+            nn.Conv2d(in_channels, 6, 5, padding=2),
+            nn.Tanh(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.Tanh(),
+            nn.AvgPool2d(2),
+        )
+        height, width = map_size(features, image_size)
+        classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(16 * height * width, 120),
+            nn.Tanh(),
+            nn.Linear(120, 84),
+            nn.Tanh(),
+            nn.Linear(84, num_classes),
+        )
+        super().__init__(OrderedDict(features=features, classifier=classifier))
+
+
+class LeNetBN(nn.Sequential):
+    """LeNet-5 with ReLU, max pooling and a batch norm before the linear layers.
+
+    Takes images float [B, in_channels, H, W], 3x32x32 by design and 16x16 or larger; gives scores
+    float [B, num_classes].
+    """
+
+    def __init__(self, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:
+        features = nn.Sequential(
+            nn.Conv2d(in_channels, 6, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(16),
+        )
+        height, width = map_size(features, image_size)
+        classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(16 * height * width, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, num_classes),
+        )
+        super().__init__(OrderedDict(features=features, classifier=classifier))
+
+
+class TrafficCNN(nn.Sequential):
+    """Two 5x5 convolutions of 4 and 10 kernels and one linear layer, for small images such as traffic signs.
+
+    Takes images float [B, in_channels, H, W], 3x32x32 by design and 16x16 or larger; gives scores
+    float [B, num_classes].
+    """
+
+    def __init__(self, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:
+        features = nn.Sequential(
+            nn.Conv2d(in_channels, 4, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4, 10, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        height, width = map_size(features, image_size)
+        classifier = nn.Sequential(nn.Flatten(), nn.Linear(10 * height * width, num_classes))
+        super().__init__(OrderedDict(features=features, classifier=classifier))
+
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+class ConvNet4(nn.Sequential):
+    """Four layers with weights to compare activations (Krizhevsky et al. 2012, section 3.1, figure 1).
+
+    Takes images float [B, in_channels, H, W], 3x32x32 by design, of any size; gives scores
+    float [B, num_classes].
+
+    The paper does not give the widths of its network. These (32, 32 and 64 kernels of 5x5, overlapping
+    pools) are those of the first author's CIFAR-10 network in cuda-convnet, with max pooling throughout.
+    """
+
+    def __init__(
+        self, *, num_classes: int, in_channels: int, image_size: tuple[int, int], activation: str = "relu"
+    ) -> None:
+        if activation not in _ACTIVATIONS:
+            choices = ", ".join(_ACTIVATIONS)
+            raise UsageError(f"model.args.activation: expected one of {choices}, got {activation!r}")
+        activate = _ACTIVATIONS[activation]
+        features = nn.Sequential(
+            nn.Conv2d(in_channels, 32, 5, padding=2),
+            activate(),
+            nn.MaxPool2d(3, 2, padding=1),
+            nn.Conv2d(32, 32, 5, padding=2),
+            activate(),
+            nn.MaxPool2d(3, 2, padding=1),
+            nn.Conv2d(32, 64, 5, padding=2),
+            activate(),
+            nn.MaxPool2d(3, 2, padding=1),
+        )
+        height, width = map_size(features, image_size)
+        classifier = nn.Sequential(nn.Flatten(), nn.Linear(64 * height * width, num_classes))
+        super().__init__(OrderedDict(features=features, classifier=classifier))

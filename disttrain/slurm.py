@@ -1,0 +1,79 @@
+"""What Slurm's environment says about nodes and tasks: the one place that reads SLURM_* variables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from disttrain.errors import UsageError
+
+
+class Node(NamedTuple):
+    """The place of this process among the nodes of a job step."""
+
+    nodes: int
+    node_rank: int
+    master_addr: str
+    master_port: int
+
+
+def node(environ: Mapping[str, str]) -> Node | None:
+    """Returns this node's place in a job step of one task per node, or None outside of one.
+
+    Raises:
+        UsageError: the step has several tasks per node.
+    """
+    step = environ.get("SLURM_STEP_ID")
+    if step is None or "SLURM_NODEID" not in environ:
+        return None
+    nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")))
+    if tasks != nodes:
+        raise UsageError(
+            f"Slurm started {tasks} tasks on {nodes} nodes; `disttrain run` starts the processes of a "
+            "node itself: use srun --ntasks-per-node=1, or start `python -m disttrain.worker` in every task"
+        )
+    return Node(nodes, int(environ["SLURM_NODEID"]), _first_host(environ), _port(environ))
+
+
+def task_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables that torch reads, for a worker that srun started as one of several tasks.
+
+    Empty when torch's variables are already there or this is no task of several.
+    """
+    if "RANK" in environ or "SLURM_STEP_ID" not in environ or int(environ.get("SLURM_NTASKS", "1")) < 2:
+        return {}
+    local_size = _tasks_on_node(environ["SLURM_STEP_TASKS_PER_NODE"], int(environ["SLURM_NODEID"]))
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ["SLURM_NTASKS"],
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "MASTER_ADDR": environ.get("MASTER_ADDR", _first_host(environ)),
+        "MASTER_PORT": environ.get("MASTER_PORT", str(_port(environ))),
+    }
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    """Returns the first host of a list such as gpu[03-05,9],login1 as `scontrol show hostnames` would."""
+    hosts = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "localhost"))
+    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,]*))?", hosts)
+    assert found
+    return "".join(part or "" for part in found.groups())
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    """Derives a port from job and step, so that jobs that share a node do not collide."""
+    step = environ["SLURM_STEP_ID"]
+    return 20000 + (int(environ["SLURM_JOB_ID"]) * 8 + int(step)) % 12000
+
+
+def _tasks_on_node(counts: str, node_rank: int) -> int:
+    """Reads Slurm's run-length form: "4(x2),3" is 4, 4, 3 tasks."""
+    sizes: list[int] = []
+    for part in counts.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        assert found, counts
+        sizes += [int(found[1])] * int(found[2] or 1)
+    return sizes[node_rank]

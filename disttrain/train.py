@@ -1,0 +1,438 @@
+"""The training and evaluation loops.
+
+Between two log points there is no device synchronisation, no collective but the reduction of the gradients
+and no Python work per sample. This module knows nothing of terminals, NVML, Click or Slurm: it is handed
+what it calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from disttrain import counter_rng
+from disttrain.augment import Augment, Mix
+from disttrain.config import Config
+from disttrain.data import Plan, Served, share
+from disttrain.errors import DataError, StoppedError, TrainingError
+from disttrain.optim import lr_factor, set_lr
+
+_NOISE = 16  # the stream of random numbers that seeds dropout
+
+
+class Observer(Protocol):
+    """Told what happens; every rank has one."""
+
+    def train(self, record: dict[str, Any]) -> None:
+        """Takes the means since the last log point: a record of metrics.jsonl."""
+
+    def evaluate(self, record: dict[str, Any]) -> None:
+        """Takes the result of an evaluation: a record of metrics.jsonl."""
+
+    def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
+        """Takes the ids of the samples that this rank trains on in a step."""
+
+
+class Gauges(Protocol):
+    """Readings of all ranks that travel with the loss in its one reduction."""
+
+    def read(self) -> Sequence[float]:
+        """Returns this rank's numbers, 0 in the places of others; NaN is unknown. As long on every rank."""
+
+    def rows(self, totals: Sequence[float]) -> dict[str, Any]:
+        """Turns the numbers summed over the ranks into keys of the train record."""
+
+
+@dataclass
+class Position:
+    """Where a run is; saved with every checkpoint.
+
+    Attributes:
+        epoch: epochs completed.
+        samples: samples of the current epoch trained on, over all ranks.
+        step: optimizer steps taken.
+        samples_seen: samples trained on in the whole run, over all ranks.
+        best_accuracy: best validation accuracy so far, 0..1.
+    """
+
+    epoch: int = 0
+    samples: int = 0
+    step: int = 0
+    samples_seen: int = 0
+    best_accuracy: float | None = None
+
+
+@dataclass
+class Parts:
+    """What one rank trains with, built by the worker.
+
+    Attributes:
+        model: as `Accelerator.prepare` returned it; wrapped in DDP when there are several ranks.
+        ema: moving average of the bare model, or None.
+        plan: the order of the training samples.
+        train_data: the training split, served to this rank.
+        val_data: the validation split, served to this rank.
+        image_size: height and width in pixels.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    model: nn.Module
+    ema: AveragedModel | None
+    optimizer: Optimizer
+    plan: Plan
+    augment: Augment
+    train_data: Served
+    val_data: Served
+    image_size: tuple[int, int]
+    rank: int = field(init=False)
+    world_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rank = self.accelerator.process_index
+        self.world_size = self.accelerator.num_processes
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without DDP."""
+        model = self.model.module if self.world_size > 1 else self.model
+        assert isinstance(model, nn.Module)
+        return model
+
+
+def train(
+    parts: Parts,
+    position: Position,
+    *,
+    observer: Observer,
+    gauges: Gauges,
+    save: Callable[[bool], None],
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Trains from `position` to the end of the run. Every rank calls this.
+
+    Args:
+        parts: what to train with.
+        position: where to begin; kept up to date.
+        observer: told of every log point and evaluation.
+        gauges: readings that go into the train records.
+        save: saves a checkpoint; its argument tells whether it is the best so far. Called on every rank.
+        stop_requested: whether this rank was asked to stop.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        StoppedError: a rank was asked to stop; a checkpoint was saved.
+        DataError: the evaluation did not see every sample exactly once.
+    """
+    config, plan = parts.config, parts.plan
+    parts.model.train()
+    for epoch in range(position.epoch, config.train.epochs):
+        ids = parts.train_data.ids(plan.order(epoch))
+        parts.augment.start_epoch(epoch, plan.samples, *parts.image_size)
+        meter = Meter(parts.accelerator.device)
+        for index in range(position.samples // plan.batch_size, plan.steps_per_epoch):
+            places = plan.batch(index)
+            lr = config.optim.lr * lr_factor(
+                config.schedule, epoch + places.start / plan.samples_per_epoch, config.train.epochs
+            )
+            set_lr(parts.optimizer, lr)
+            # Dropout depends on the step and the rank alone, so that a resumed run draws the same.
+            torch.manual_seed(counter_rng.derive(config.seed, _NOISE, position.step, parts.rank) >> 1)
+
+            train_step(parts, epoch, index, ids, meter, observer)
+
+            position.step += 1
+            position.samples = places.stop
+            position.samples_seen += len(places)
+            last = places.stop == plan.samples_per_epoch
+            stopping = parts.world_size == 1 and stop_requested()
+            if position.step % config.monitor.log_every_steps == 0 or last or stopping:
+                # Collective and device synchronisation: all ranks meet here.
+                stopping = log_point(parts, position, epoch, lr, meter, observer, gauges, stop_requested())
+                if stopping and not last:
+                    save(False)
+                    raise StoppedError(f"stopped at step {position.step:,}; saved, resumable")
+            every = config.checkpoint.every_steps
+            if every and position.step % every == 0 and not last:
+                with meter.paused():
+                    save(False)
+        position.epoch, position.samples = epoch + 1, 0
+        finish_epoch(parts, position, observer, save)
+        if stop_requested_anywhere(parts, stop_requested()) and position.epoch < config.train.epochs:
+            save(False)
+            raise StoppedError(f"stopped after epoch {position.epoch}; saved, resumable")
+
+
+def train_step(parts: Parts, epoch: int, index: int, ids: Tensor, meter: Meter, observer: Observer) -> None:
+    """Takes one optimizer step on the global batch of step `index` of an epoch. Every rank calls this.
+
+    The loss of a rank is its sum divided by the size of the global batch, times the world size, because DDP
+    takes the mean over ranks: the gradient is that of the mean over the global batch, whatever the shares.
+    """
+    config, world_size = parts.config.train, parts.world_size
+    places = parts.plan.batch(index)
+    own = share(places, parts.rank, world_size)
+    weight = world_size / len(places)
+    if not own:  # a last batch smaller than the world: take part in the reduction with a loss of zero
+        own, weight = places[:1], 0.0
+    if config.trace_samples:
+        observer.trace(epoch, index, ids[own.start : own.stop].tolist() if weight else [])
+    mix = parts.augment.mix(epoch, index, len(places), *parts.image_size)
+    pieces = [share(own, i, config.accumulate) for i in range(min(config.accumulate, len(own)))]
+    for piece in pieces:
+        with meter.waiting():
+            images, labels, partners = load(parts, ids, piece, places, mix)
+        last = piece is pieces[-1]
+        with contextlib.nullcontext() if last else parts.accelerator.no_sync(parts.model):
+            logits = parts.model(images)
+            loss = loss_sum(logits, labels, partners, mix, config.label_smoothing)
+            parts.accelerator.backward(loss * weight)
+        if weight:
+            meter.add(loss, logits, labels)
+    if config.grad_clip is not None:
+        parts.accelerator.clip_grad_norm_(parts.model.parameters(), config.grad_clip)
+    parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
+    if parts.ema is not None:
+        parts.ema.update_parameters(parts.bare_model)
+    meter.steps += 1
+
+
+def load(
+    parts: Parts, ids: Tensor, own: range, places: range, mix: Mix | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the augmented images, their labels and, if mixed, the labels of their partners.
+
+    Args:
+        parts: data and augmentation.
+        ids: the epoch's order, int64 [samples].
+        own: places of the epoch to load.
+        places: places of the whole global batch, from which partners come.
+        mix: how the global batch is mixed, or None.
+    """
+    window = slice(own.start, own.stop)
+    images, labels = parts.train_data.fetch(ids[window])
+    images = parts.augment.train(images, window)
+    if mix is None:
+        return images, labels, None
+    device = parts.accelerator.device
+    partner = places.start + (torch.arange(own.start, own.stop) - places.start + mix.shift) % len(places)
+    others, partners = parts.train_data.fetch(ids[partner.to(ids.device)])
+    others = parts.augment.train(others, partner.to(device))
+    if mix.box is None:
+        return images.lerp_(others, 1 - mix.share), labels, partners
+    top, bottom, left, right = mix.box
+    images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return images, labels, partners
+
+
+def loss_sum(
+    logits: Tensor, labels: Tensor, partners: Tensor | None, mix: Mix | None, label_smoothing: float
+) -> Tensor:
+    """Returns the cross entropy summed over a batch.
+
+    Args:
+        logits: [B, classes].
+        labels: int64 [B].
+        partners: labels of the images mixed in, int64 [B], or None.
+        mix: the weights of the two labels, or None.
+        label_smoothing: share of the target spread over all classes.
+    """
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+    if mix is None or partners is None:
+        return loss
+    other = F.cross_entropy(logits.float(), partners, reduction="sum", label_smoothing=label_smoothing)
+    return mix.share * loss + (1 - mix.share) * other
+
+
+class Meter:
+    """Sums since the last log point: loss and hits on the device, times on the host.
+
+    Args:
+        device: where the losses are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
+        self.samples = 0
+        self.steps = 0
+        self.wait_s = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Adds the summed loss and the hits of a part of a batch, without a synchronisation."""
+        with torch.no_grad():
+            self.sums[0] += loss.detach()
+            self.sums[1] += (logits.argmax(1) == labels).sum()
+        self.samples += len(labels)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.wait_s += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time inside out of the step time."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def restart(self) -> None:
+        """Begins a new interval."""
+        self.sums.zero_()
+        self.samples, self.steps, self.wait_s = 0, 0, 0.0
+        self.started = time.perf_counter()
+
+
+def log_point(
+    parts: Parts,
+    position: Position,
+    epoch: int,
+    lr: float,
+    meter: Meter,
+    observer: Observer,
+    gauges: Gauges,
+    stop_requested: bool,
+) -> bool:
+    """Reduces the sums of all ranks once and reports them. Every rank calls this.
+
+    Returns:
+        Whether any rank was asked to stop.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    own = [*meter.sums.tolist(), meter.samples, meter.wait_s, float(stop_requested)]
+    interval_s = time.perf_counter() - meter.started  # after the synchronisation that the sums need
+    totals = reduce_sum(parts, [*own, *gauges.read()])
+    loss, correct, samples, wait_s, stopping, *readings = totals
+    record = {
+        "kind": "train",
+        "step": position.step,
+        "epoch": epoch,
+        "samples": position.samples_seen,
+        "loss": loss / samples,
+        "accuracy": correct / samples,
+        "lr": lr,
+        "images_per_s": samples / interval_s,
+        "step_time_s": interval_s / meter.steps,
+        "data_wait_pct": 100 * wait_s / (interval_s * parts.world_size),
+        **gauges.rows(readings),
+    }
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is not finite ({loss}) in the {meter.steps} steps up to step {position.step:,} "
+            f"(epoch {epoch}); lower optim.lr, set train.grad_clip, or use train.precision = fp32"
+        )
+    observer.train(record)
+    meter.restart()
+    return stopping > 0
+
+
+def finish_epoch(parts: Parts, position: Position, observer: Observer, save: Callable[[bool], None]) -> None:
+    """Evaluates and saves as the config says, and always after the last epoch. Every rank calls this."""
+    config = parts.config
+    last = position.epoch == config.train.epochs
+    best = False
+    if last or position.epoch % config.eval.every_epochs == 0:
+        record = evaluate(parts) | {"step": position.step, "epoch": position.epoch}
+        observer.evaluate(record)
+        best = position.best_accuracy is None or record["accuracy"] > position.best_accuracy
+        if best:
+            position.best_accuracy = record["accuracy"]
+    if last or best or position.epoch % config.checkpoint.every_epochs == 0:
+        save(best)
+
+
+def evaluate(parts: Parts) -> dict[str, Any]:
+    """Evaluates the model, or its moving average, on the validation split. Every rank calls this.
+
+    Returns:
+        A record of metrics.jsonl: loss, accuracy 0..1, correct, total.
+
+    Raises:
+        DataError: the ranks together did not see every sample.
+    """
+    average_buffers(parts, parts.bare_model)
+    model: nn.Module = parts.bare_model
+    if parts.ema is not None:
+        average_buffers(parts, parts.ema.module)
+        model = parts.ema.module
+    device, data = parts.accelerator.device, parts.val_data
+    own = share(range(data.samples), parts.rank, parts.world_size)
+    ids = data.ids(np.arange(data.samples))
+    batch = max(1, parts.plan.batch_size // parts.world_size)
+    counts = torch.zeros(2, dtype=torch.int64, device=device)  # correct, total
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    model.eval()
+    with torch.inference_mode(), parts.accelerator.autocast():
+        for begin in range(own.start, own.stop, batch):
+            images, labels = data.fetch(ids[begin : min(begin + batch, own.stop)])
+            images = parts.augment.plain(images)
+            logits = model(images).float()
+            if parts.config.eval.tta == "flip":
+                logits = (logits + model(images.flip(3)).float()) / 2
+            loss += F.cross_entropy(logits, labels, reduction="sum")
+            counts[0] += (logits.argmax(1) == labels).sum()
+            counts[1] += len(labels)
+    model.train()
+    if parts.world_size > 1:  # collective: every rank
+        dist.all_reduce(counts)
+        dist.all_reduce(loss)
+    correct, total = counts.tolist()
+    if total != data.samples:
+        raise DataError(
+            f"evaluation saw {total:,} samples, the index says {data.samples:,}; this must not be"
+        )
+    return {
+        "kind": "eval",
+        "loss": loss.item() / total,
+        "accuracy": correct / total,
+        "correct": correct,
+        "total": total,
+    }
+
+
+def average_buffers(parts: Parts, model: nn.Module) -> None:
+    """Makes the batch-norm statistics the mean over the ranks. Every rank calls this."""
+    if parts.world_size == 1:
+        return
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if buffers:
+        flat = torch.cat([buffer.reshape(-1).float() for buffer in buffers])
+        dist.all_reduce(flat)
+        flat /= parts.world_size
+        pieces = flat.split([buffer.numel() for buffer in buffers])
+        for buffer, piece in zip(buffers, pieces, strict=True):
+            buffer.copy_(piece.view_as(buffer))
+
+
+def reduce_sum(parts: Parts, values: Sequence[float]) -> list[float]:
+    """Sums numbers over the ranks in float64. Every rank calls this."""
+    if parts.world_size == 1:
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.float64, device=parts.accelerator.device)
+    dist.all_reduce(totals)
+    result: list[float] = totals.tolist()
+    return result
+
+
+def stop_requested_anywhere(parts: Parts, requested: bool) -> bool:
+    """Tells whether any rank was asked to stop. Every rank calls this."""
+    return reduce_sum(parts, [float(requested)])[0] > 0

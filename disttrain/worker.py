@@ -1,0 +1,417 @@
+"""What every rank runs: join the group, build the parts, train, and leave a truthful end behind.
+
+Started by `disttrain run`, `accelerate launch -m disttrain.worker`, `torchrun -m disttrain.worker` or
+`srun python -m disttrain.worker`; all of them lead to the same run. torch is imported only after the config
+has been read, so that a mistake in it is told at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from disttrain import slurm
+from disttrain.config import Config, dump_config, load_config
+from disttrain.errors import DisttrainError, StoppedError, UsageError
+from disttrain.models import check_model_name
+from disttrain.preflight import check_device, open_index, resume_point, split_batch
+from disttrain.runfolder import RunFolder, new_run_path, utc_now, write_atomically
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from disttrain.checkpoint import Checkpoint
+    from disttrain.shards import Index
+    from disttrain.train import Parts, Position
+
+log = logging.getLogger("disttrain")
+
+
+@click.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
+@click.argument("config_path", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="Run folder (default runs/<name>/<UTC time>)."
+)
+@click.option("--resume", default="auto", help="auto, never, or a run folder or checkpoint to go on from.")
+@click.option("-q", "--quiet", is_flag=True, help="Show the outcome only.")
+@click.option("-v", "--verbose", is_flag=True, help="Show every log point.")
+def main(
+    config_path: Path,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    resume: str,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Trains CONFIG as one rank of the group that the environment describes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives torchrun
+    os.environ.update(slurm.task_environment(os.environ))
+    rank = Rank(int(os.environ.get("RANK", "0")), run_dir)
+    try:
+        config = load_config(config_path, overrides)
+        check_model_name(config.model.name)
+        run(config, rank, resume, verbosity=int(verbose) - int(quiet))
+    except StoppedError as stop:
+        rank.settle(state="stopped", exit_code=stop.exit_code, reason=str(stop))
+        code = stop.exit_code
+    except Exception as error:
+        rank.fail(error)
+        code = error.exit_code if isinstance(error, DisttrainError) else 1
+    else:
+        code = 0
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without waiting for the threads of a broken process group
+
+
+class Rank:
+    """This process's number, its run folder once that is known, and how it speaks.
+
+    Args:
+        number: rank among all processes.
+        run_dir: the run folder, when it was given.
+    """
+
+    def __init__(self, number: int, run_dir: Path | None) -> None:
+        self.number = number
+        self.run_dir = run_dir
+        self.folder: RunFolder | None = None
+        self.stop = False
+        self._terminal = os.dup(2)
+        if run_dir is not None and (folder := RunFolder(run_dir)).locked_by_launcher():
+            self.enter(folder)
+
+    def enter(self, folder: RunFolder) -> None:
+        """Begins to log into the folder; ranks but 0 send everything they print there too."""
+        self.folder = folder
+        path = folder.log(self.number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path)
+        formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+        formatter.converter = time.gmtime
+        handler.setFormatter(formatter)
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.info("rank %d, process %d on %s", self.number, os.getpid(), socket.gethostname())
+        if self.number:
+            with path.open("a") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+
+    def listen(self) -> None:
+        """Takes SIGTERM, SIGINT and SIGUSR2 as the wish to stop; a second one ends the process at once."""
+
+        def request(number: int, _frame: object) -> None:
+            self.stop = True
+            signal.signal(number, signal.SIG_DFL)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, request)
+
+    def settle(self, **status: Any) -> None:
+        """Writes the end of the run into status.json, from rank 0."""
+        if self.number == 0 and self.folder is not None:
+            self.folder.update_status(**status)
+
+    def fail(self, error: Exception) -> None:
+        """Writes down what ended this rank; the first rank to fail says so and settles the run."""
+        text = str(error) if isinstance(error, DisttrainError) else "".join(traceback.format_exception(error))
+        first = self.number == 0
+        if self.folder is not None:
+            log.error("%s", text)
+            self.folder.write_error(self.number, error)
+            cause = self.folder.first_error()
+            first = cause is not None and cause["rank"] == self.number
+            if first and cause is not None:
+                self.folder.update_status(
+                    state="failed",
+                    exit_code=cause["exit_code"],
+                    reason=cause["message"],
+                    rank=self.number,
+                    host=cause["host"],
+                )
+        if first:
+            name = f"rank {self.number}: " if self.number else ""
+            os.write(self._terminal, f"disttrain: {name}{text.rstrip()}\n".encode())
+
+
+def run(config: Config, rank: Rank, resume: str, *, verbosity: int) -> None:
+    """Trains as one rank, from joining the group to leaving it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at start; used if train.reproducible
+    import torch
+
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(config, device)
+    split_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
+    index = open_index(config, log.info)
+    rank.listen()
+    accelerator, choices = join(config, device)
+    try:
+        folder, checkpoint = enter_folder(config, rank, accelerator, resume)
+        if folder is not None:
+            train_in_folder(config, rank, folder, accelerator, index, checkpoint, choices, verbosity)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def join(config: Config, device: Literal["cuda", "cpu"]) -> tuple[Accelerator, dict[str, str]]:
+    """Joins the process group and sets the arithmetic of this process.
+
+    Returns:
+        The accelerator, and the choices made for the user with their reasons.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    precision, reason = choose_precision(config.train.precision, device)
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not config.train.reproducible
+    torch.use_deterministic_algorithms(config.train.reproducible)
+    if device == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // local_size)))
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # a launcher's setting is not part of the experiment
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=precision if precision in {"bf16", "fp16"} else "no",
+        kwargs_handlers=[
+            # Batch-norm statistics are averaged before they are used instead of broadcast in every step.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise UsageError(
+            f"the launcher promised {expected} processes, the group has {accelerator.num_processes}; "
+            "use `disttrain run`, torchrun, or accelerate launch with a file from launch/"
+        )
+    return accelerator, {"precision": f"{precision}: {reason}"}
+
+
+def choose_precision(
+    wanted: Literal["auto", "fp32", "tf32", "bf16", "fp16"], device: Literal["cuda", "cpu"]
+) -> tuple[str, str]:
+    """Returns the arithmetic and why."""
+    import torch
+
+    if wanted != "auto":
+        return wanted, f"train.precision = {wanted}"
+    if device == "cpu":
+        return "fp32", "auto on a CPU"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "auto on a GPU with bf16"
+    return "fp16", "auto on a GPU without bf16"
+
+
+def enter_folder(
+    config: Config, rank: Rank, accelerator: Accelerator, resume: str
+) -> tuple[RunFolder | None, Path | None]:
+    """Agrees on the run folder and on where to begin; rank 0 makes the folder. Every rank calls this.
+
+    Returns:
+        The run folder, or None when the run in it has finished already; the checkpoint to go on from, or None.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    agreed: list[Any] = [None, None]
+    if rank.number == 0:
+        folder = RunFolder(rank.run_dir or new_run_path(config.name))
+        checkpoint, finished = resume_point(folder, resume, config)
+        if finished:
+            print(f"{folder.path}: this run has finished already; nothing to do", flush=True)
+        else:
+            folder.create()
+            agreed = [str(folder.path), checkpoint and str(checkpoint.resolve())]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(agreed)
+    path, checkpoint_path = agreed
+    if path is None:
+        return None, None
+    if rank.number:
+        folder = RunFolder(Path(path))
+    if rank.folder is None:
+        rank.enter(folder)
+    return folder, Path(checkpoint_path) if checkpoint_path else None
+
+
+def train_in_folder(
+    config: Config,
+    rank: Rank,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    index: Index,
+    checkpoint_path: Path | None,
+    choices: dict[str, str],
+    verbosity: int,
+) -> None:
+    """Builds the parts, trains, and keeps the run folder. Every rank calls this."""
+    from disttrain import checkpoint as checkpoints
+    from disttrain.observe import RunObserver
+    from disttrain.train import average_buffers, train
+
+    parts, position, loaded = build(config, rank, accelerator, index, checkpoint_path, choices)
+    if rank.number == 0:
+        if loaded is None:
+            write_atomically(folder.config, dump_config(config))
+        folder.truncate_metrics(position.step)
+    observer = RunObserver(config, folder, parts, position, index, choices, verbosity=verbosity)
+
+    def save(best: bool) -> None:
+        average_buffers(parts, parts.bare_model)
+        if rank.number == 0:
+            scaler = accelerator.scaler
+            path = checkpoints.save(
+                folder.checkpoints,
+                position.step,
+                {
+                    "model": parts.bare_model.state_dict(),
+                    "optimizer": parts.optimizer.state_dict(),
+                    **({} if parts.ema is None else {"ema": parts.ema.state_dict()}),
+                },
+                dataclasses.asdict(position)
+                | {"data_digest": index.digest, "scaler": scaler.state_dict() if scaler else None},
+                keep=config.checkpoint.keep,
+                best=best,
+            )
+            observer.saved(path, best)
+
+    rank.settle(
+        state="running",
+        exit_code=None,
+        reason=None,
+        rank=None,
+        host=None,
+        step=position.step,
+        epoch=position.epoch,
+        world_size=parts.world_size,
+        samples_seen=position.samples_seen,
+        started_at=folder.status().get("started_at") or utc_now(),
+        restarts=folder.status().get("restarts", 0),
+    )
+    with observer:
+        if checkpoint_path is not None:
+            observer.note(f"going on from {checkpoint_path}, step {position.step:,}")
+        train(
+            parts,
+            position,
+            observer=observer,
+            gauges=observer.gauges,
+            save=save,
+            stop_requested=lambda: rank.stop,
+        )
+        rank.settle(
+            state="finished",
+            exit_code=0,
+            reason="all epochs done",
+            step=position.step,
+            epoch=position.epoch,
+            samples_seen=position.samples_seen,
+        )
+        observer.finished()
+
+
+def build(
+    config: Config,
+    rank: Rank,
+    accelerator: Accelerator,
+    index: Index,
+    checkpoint_path: Path | None,
+    choices: dict[str, str],
+) -> tuple[Parts, Position, Checkpoint | None]:
+    """Makes model, optimizer, data and augmentation, in the state of the checkpoint if there is one.
+
+    Every rank calls this; `choices` takes what was chosen and why.
+    """
+    import torch
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    from disttrain.augment import Augment
+    from disttrain.checkpoint import load, restore
+    from disttrain.data import Plan, Served, choose_place, open_split
+    from disttrain.models import build_model
+    from disttrain.optim import build_optimizer
+    from disttrain.train import Parts, Position
+
+    device = accelerator.device
+    plan = Plan(
+        config.seed,
+        index.splits["train"].samples,
+        config.train.batch_size,
+        drop_remainder=config.data.remainder == "drop",
+    )
+    say = print if rank.number == 0 else log.info
+    decoded = {split: open_split(index, split, say) for split in ("train", "val")}
+    needed = sum(split.images.nbytes for split in decoded.values())
+    assert config.data.cache != "none"
+    place, reason = choose_place(config.data.cache, needed, device)
+    choices["cache"] = f"{place}: {reason}"
+
+    torch.manual_seed(config.seed)
+    model = build_model(
+        config.model.name,
+        num_classes=len(index.classes),
+        in_channels=index.channels,
+        image_size=(index.height, index.width),
+        args=config.model.args,
+    ).to(device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    ema = None
+    if config.train.ema is not None:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema), use_buffers=True)
+    optimizer = build_optimizer(config.optim, model)
+    position, loaded = Position(), None
+    if checkpoint_path is not None:
+        loaded = load(checkpoint_path)
+        restore(loaded, model, optimizer, ema)
+        fields = {field.name for field in dataclasses.fields(Position)}
+        position = Position(**{key: value for key, value in loaded.state.items() if key in fields})
+    compiled = config.train.compile is True
+    choices["compile"] = f"{str(compiled).lower()}: train.compile = {config.train.compile}"
+    if compiled:
+        model.compile()
+    model, prepared = accelerator.prepare(model, optimizer)
+    if loaded is not None and accelerator.scaler is not None and loaded.state["scaler"]:
+        accelerator.scaler.load_state_dict(loaded.state["scaler"])
+    parts = Parts(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        ema=ema,
+        optimizer=prepared,
+        plan=plan,
+        augment=Augment(
+            config.augment,
+            seed=config.seed,
+            mean=index.mean if config.data.normalize == "mean_std" else (0.0,) * index.channels,
+            std=index.std if config.data.normalize == "mean_std" else (1.0,) * index.channels,
+            device=device,
+            channels_last=config.train.channels_last,
+        ),
+        train_data=Served(decoded["train"], device, place),
+        val_data=Served(decoded["val"], device, place),
+        image_size=(index.height, index.width),
+    )
+    return parts, position, loaded
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The stand-in for NVIDIA's management library, and programs run against it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def build(folder: Path) -> Path:
+    """Compiles the stand-in into `folder` and returns the folder; skips without a C compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler (cc) to build the NVML stand-in with")
+    source, library = Path(__file__).with_name("fake_nvml.c"), folder / "libnvidia-ml.so.1"
+    flags = ["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, "-o", library, source], check=True)
+    return folder
+
+
+def run(program: str, library_folder: Path | None, **variables: str) -> Any:
+    """Runs a Python program in a process of its own and returns the JSON which it prints.
+
+    The environment names no GPU but by `variables`, and finds NVML in `library_folder` alone.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA_", "FAKE_NVML_"))}
+    environment["LD_LIBRARY_PATH"] = str(library_folder or "")
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | variables, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    return json.loads(done.stdout)

@@ -1,0 +1,520 @@
+"""What rank 0 shows: the dashboard at fixed sizes, exact lines elsewhere, and a real terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import io
+import json
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.cells import cell_len
+from rich.console import Console as RichConsole
+
+from disttrain.console import Console, RunInfo, bar, duration, eta, eval_line, number, sparkline, train_line
+
+ROOT = Path(__file__).parent.parent
+INFO = RunInfo(
+    name="alexnet", run_dir="runs/alexnet/1", model="alexnet_cifar", parameters=2_466_000,
+    data="cifar10 50,000 train, 10,000 val, 3x32x32", devices="4 x NVIDIA H100", precision="bf16",
+    batch_size=512, epochs=10, steps_per_epoch=98, samples_per_epoch=50_000,
+)  # fmt: skip
+TRAIN: Mapping[str, Any] = {
+    "kind": "train", "step": 234, "epoch": 2, "samples": 119_552, "loss": 0.12344, "accuracy": 0.96123,
+    "lr": 0.001, "images_per_s": 18_200.4, "step_time_s": 0.02813, "data_wait_pct": 2.1, "gpus": [],
+}  # fmt: skip
+EVAL: Mapping[str, Any] = {
+    "kind": "eval",
+    "step": 196,
+    "epoch": 2,
+    "loss": 0.61,
+    "accuracy": 0.8123,
+    "correct": 8123,
+    "total": 10000,
+}
+
+
+def gpus(count: int, hosts: int = 1) -> list[dict[str, Any]]:
+    per_host = max(1, count // hosts)
+    return [
+        {"host": f"node{i // per_host}", "index": i % per_host, "uuid": f"GPU-{i}", "name": "NVIDIA H100",
+         "utilization_pct": 30 + i, "memory_used_mib": 12_400, "memory_total_mib": 81_559, "power_w": 612.4,
+         "temperature_c": 64}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def processes(count: int) -> list[dict[str, Any]]:
+    return [{"rank": i, "host": "a", "cpu_pct": 398.1, "memory_used_mib": 1234} for i in range(count)]
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def dashboard(info: RunInfo = INFO, **options: Any) -> Console:
+    options = {
+        "verbosity": 0,
+        "position": lambda: (0, 0),
+        "stream": io.StringIO(),
+        "clock": Clock(),
+    } | options
+    return Console(info, **options)
+
+
+def frame(shown: Console, width: int = 80, height: int = 24, **options: Any) -> list[str]:
+    screen = RichConsole(file=io.StringIO(), width=width, height=height, **options)
+    screen.print(shown.render())
+    assert isinstance(screen.file, io.StringIO)
+    return screen.file.getvalue().splitlines()
+
+
+def line(lines: list[str], start: str) -> str:
+    return next(line for line in lines if line.startswith(start)).rstrip()
+
+
+AWKWARD = dataclasses.replace(
+    INFO,
+    name="[bold]評価[/bold] " * 20,
+    run_dir="/数据/" + "x" * 300,
+    model="[red]m[/]\n\x1b[2J",
+    devices="非常に長い名前" * 20,
+)
+UNKNOWN_GPU = dict.fromkeys(gpus(1)[0])
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 24), (200, 50), (132, 43), (40, 10), (12, 3), (1, 1)])
+@pytest.mark.parametrize("info", [INFO, AWKWARD], ids=["plain", "awkward"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {**TRAIN, "gpus": gpus(1)},
+        {**TRAIN, "gpus": gpus(4)},
+        {**TRAIN, "gpus": gpus(8)},
+        {**TRAIN, "gpus": gpus(64, hosts=8)},
+        {**TRAIN, "gpus": [{**gpu, "host": "ノード" * 9 + gpu["host"]} for gpu in gpus(64, hosts=8)]},
+        {**TRAIN, "processes": processes(2)},
+        {**TRAIN, "processes": processes(64)},
+        {**dict.fromkeys(TRAIN), "gpus": [UNKNOWN_GPU, UNKNOWN_GPU, *gpus(1)]},
+        {**TRAIN, "loss": math.nan, "gpus": [{}], "images_per_s": math.inf},
+        {**TRAIN, "loss": 1e30, "images_per_s": 1e15, "accuracy": 1.0, "step_time_s": 1e6},
+    ],
+    ids=["start", "1", "4", "8", "64", "wide", "cpu", "cpu64", "unknown", "nan", "huge"],
+)
+def test_a_frame_never_overflows(size: tuple[int, int], info: RunInfo, record: Mapping[str, Any]) -> None:
+    width, height = size
+    shown = dashboard(info)
+    for _ in range(300):
+        shown.train(record)
+    shown.evaluate({**EVAL, "total": None})
+    for text in ("first", "[bold]second[/bold]", "third " * 99, "fourth\nwith a line break"):
+        shown.note(text)
+    lines = frame(shown, width, height)
+    assert len(lines) < max(2, height)  # a line is left for the outcome
+    assert max(map(cell_len, lines)) <= width
+    if size == (80, 24):
+        assert "first" not in "".join(lines)
+        assert line(lines, "notes").endswith("[bold]second[/bold]")
+
+
+def test_a_frame_says_what_it_is_told() -> None:
+    clock = Clock()
+    position = (234, 119_552)
+    shown = dashboard(position=lambda: position, clock=clock)
+    shown.start()
+    clock.now_s = 727
+    shown.train({**TRAIN, "loss": 0.5, "gpus": []})
+    shown.train({**TRAIN, "gpus": list(reversed(gpus(2)))})
+    shown.evaluate({**EVAL, "step": 98, "accuracy": 0.9, "correct": 9000})
+    shown.evaluate(EVAL)
+    lines = frame(shown)
+    assert re.fullmatch(r"disttrain  alexnet +elapsed 00:12:07", lines[0])
+    assert line(lines, "model") == "model    alexnet_cifar, 2,466,000 parameters, bf16, 4 x NVIDIA H100"
+    assert line(lines, "data") == "data     cifar10 50,000 train, 10,000 val, 3x32x32, batch 512"
+    assert line(lines, "run") == "run      runs/alexnet/1"
+    assert re.fullmatch(r"epoch +━+╾?─+ +39 % +3/10  ETA 00:00:01", line(lines, "epoch"))
+    assert re.fullmatch(r"total +━+╾?─+ +23 %  step 234/980  ETA 00:00:20", line(lines, "total"))
+    train = lines.index(next(row for row in lines if row.startswith("train")))
+    assert re.fullmatch(r"train +loss 0.1234 +accuracy 96.12 % +lr 1.0e-03 *", lines[train])
+    assert re.fullmatch(r" +18,200 images/s +step 28.1 ms +data wait 2 % *", lines[train + 1])
+    assert line(lines, "eval") == "eval     81.23 % (8,123/10,000)   best 90.00 % (9,000/10,000) in epoch 1"
+    assert line(lines, "loss") == "loss     █▁  0.1234 to 0.5000"
+    first, second = line(lines, "GPU 0"), line(lines, "GPU 1")
+    assert re.fullmatch(r"GPU 0 +━+╾?─+ +30 % +12.1/79.6 GiB +612 W +64 °C", first)
+    assert re.fullmatch(r"GPU 1 +━+╾?─+ +31 % +12.1/79.6 GiB +612 W +64 °C", second)
+    assert lines.index(first) < lines.index(second)
+    wide = frame(shown, 200)
+    assert "lr 1.0e-03" in line(wide, "train")
+    assert "data wait 2 %" in line(wide, "train")
+    assert line(wide, "GPU 0").endswith("NVIDIA H100")
+    assert cell_len(line(wide, "epoch")) == 199
+
+
+def test_the_pace_leaves_out_the_start_and_counts_the_pauses() -> None:
+    clock = Clock()
+    position = (0, 0)
+    shown = dashboard(position=lambda: position, clock=clock)
+    assert line(frame(shown), "total").endswith("ETA      n/a")
+    clock.now_s = 1000.0  # reading the data, compiling
+    frame(shown)
+    clock.now_s, position = 1100.0, (98, 50_000)
+    assert "100 %" in line(frame(shown), "epoch")
+    assert "1/10" in line(frame(shown), "epoch")
+    assert line(frame(shown), "total").endswith("10 %  step 98/980  ETA 00:15:00")
+    clock.now_s, position = 1200.0, (980, 500_000)
+    assert line(frame(shown), "total").endswith("100 %  step 980/980  ETA 00:00:00")
+
+
+def test_unknown_values_are_not_numbers() -> None:
+    shown = dashboard()
+    shown.train({"gpus": [UNKNOWN_GPU]})
+    text = "\n".join(frame(shown))
+    assert re.search(r"GPU n/a +─+ +n/a +n/a/n/a +n/a +n/a *$", text, re.MULTILINE)
+    assert re.search(r"loss n/a +accuracy n/a +lr n/a", text)
+    assert "None" not in text
+
+
+def test_many_gpus_are_folded_and_the_rest_summed_up() -> None:
+    shown = dashboard()
+    shown.train({**TRAIN, "gpus": gpus(64, hosts=8)})
+    lines = frame(shown)
+    assert line(lines, "+") == "+54 more, use 40 to 93 %"
+    assert sum(" GPU " in row for row in lines) == 10
+    lines = frame(shown, 200, 50)
+    assert not [row for row in lines if row.startswith("+")]
+    assert sum(row.count(" GPU ") for row in lines) == 64
+
+
+def test_hosts_are_named_when_there_are_several_by_the_end_of_their_names() -> None:
+    shown = dashboard()
+    rows = gpus(2, hosts=2)
+    for row, name in zip(
+        rows, ("a-very-long-cluster-node-0007.example.org", "short.example.org"), strict=True
+    ):
+        row["host"] = name
+    shown.train({**TRAIN, "gpus": rows})
+    lines = frame(shown)
+    assert line(lines, "…ter-node-0007 GPU 0")
+    assert line(lines, "short GPU 0")
+
+
+def test_processes_are_shown_where_there_are_no_gpus() -> None:
+    shown = dashboard()
+    shown.train({**TRAIN, "processes": processes(2)})
+    assert line(frame(shown), "rank 1") == "rank 1   cpu   398 % of one core   memory    1.2 GiB"
+
+
+def test_colour_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = dashboard()
+    shown.train({**TRAIN, "gpus": gpus(4)})
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]", "\n".join(frame(shown, force_terminal=True)))
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = "\n".join(frame(shown, force_terminal=True))
+    assert not re.search(r"\x1b\[[0-9;]*[34][0-9]", plain)
+    assert re.search(r"━+╾?─+", plain)
+
+
+def test_bar() -> None:
+    assert bar(0.0, 4) == ("", "────")
+    assert bar(0.5, 4) == ("━━", "──")
+    assert bar(0.64, 4) == ("━━╾", "─")
+    assert bar(2.0, 4) == ("━━━━", "")
+    assert bar(-1.0, 0) == ("", "")
+
+
+def test_sparkline() -> None:
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([5, None, math.nan, 5, math.inf]) == "▁  ▁ "
+    assert sparkline([]) == ""
+
+
+def test_numbers() -> None:
+    assert number(18_200.4, ",.0f", " images/s") == "18,200 images/s"
+    assert number(0.96127, ".2f", " %", 100, 8) == " 96.13 %"
+    assert number(None, ".2f", " %", 100, 8) == "     n/a"
+    assert number(0, ".1f") == "0.0"
+    assert (duration(0.9), duration(727), duration(360_000)) == ("00:00:00", "00:12:07", "100:00:00")
+    assert (eta(100, 50), eta(100, None), eta(100, 0)) == ("00:00:02", "     n/a", "     n/a")
+
+
+def test_lines() -> None:
+    assert train_line({**TRAIN, "gpus": gpus(4)}, INFO) == (
+        "epoch  3/10  step 234/980  loss  0.1234  acc  96.12 %  lr 1.0e-03     18,200 images/s"
+        "  wait   2 %  gpu  32 %"
+    )
+    assert train_line({**TRAIN, "step": 980, "processes": processes(2)}, INFO) == (
+        "epoch 10/10  step 980/980  loss  0.1234  acc  96.12 %  lr 1.0e-03     18,200 images/s"
+        "  wait   2 %  cpu 398 %"
+    )
+    assert train_line({"gpus": [UNKNOWN_GPU]}, INFO) == (
+        "epoch n/a/10  step n/a/980  loss     n/a  acc      n/a  lr     n/a                 n/a"
+        "  wait   n/a  gpu   n/a"
+    )
+    assert eval_line(EVAL, INFO) == (
+        "epoch  2/10  step 196/980  loss  0.6100  acc  81.23 %  eval: 8,123 of 10,000 correct"
+    )
+
+
+def timeless(text: str) -> list[str]:
+    lines = text.splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d  ", line) for line in lines)
+    return [line[10:] for line in lines]
+
+
+def test_a_file_gets_plain_lines() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with dashboard(stream=stream, clock=clock) as shown:
+        for now_s in (0, 1, 9.9, 10, 11, 19, 20.5):
+            clock.now_s = now_s
+            shown.train({**TRAIN, "step": int(now_s) + 1})
+        shown.evaluate(EVAL)
+        shown.note("saved [bold]checkpoint[/bold]\x1b[31m")
+        shown.finish("finished", ok=True)
+    lines = timeless(stream.getvalue())
+    assert re.fullmatch(r"disttrain alexnet  \d{4}-\d\d-\d\d UTC", lines[0])
+    assert lines[1:4] == [
+        "model  alexnet_cifar, 2,466,000 parameters, bf16, 4 x NVIDIA H100",
+        "data   cifar10 50,000 train, 10,000 val, 3x32x32, batch 512",
+        "run    runs/alexnet/1",
+    ]
+    assert [re.findall(r"step +(\d+)", line) for line in lines[4:7]] == [["1"], ["11"], ["21"]]
+    assert lines[7:] == [eval_line(EVAL, INFO), "saved [bold]checkpoint[/bold]?[31m", "finished"]
+
+
+def test_verbose_is_a_line_for_each_record_and_quiet_the_outcome_alone() -> None:
+    for verbosity, expected in ((1, 4 + 3 + 3), (0, 4 + 1 + 3)):
+        stream = io.StringIO()
+        shown = dashboard(stream=stream, verbosity=verbosity)
+        feed(shown)
+        assert len(timeless(stream.getvalue())) == expected
+    stream = io.StringIO()
+    feed(dashboard(stream=stream, verbosity=-1))
+    assert stream.getvalue() == "finished\n"
+
+
+def feed(shown: Console) -> None:
+    with shown:
+        for _ in range(3):
+            shown.train(TRAIN)
+        shown.evaluate(EVAL)
+        shown.note("saved")
+        shown.finish("finished", ok=True)
+
+
+class Failing(io.StringIO):
+    """A stream that is a terminal and breaks on its third write."""
+
+    writes = 0
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        if self.writes >= 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_broken_stream_does_not_stop_training(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Failing(terminal)
+    feed(dashboard(stream=stream))
+    assert stream.writes == 3  # and then no more
+    closed = io.StringIO()
+    closed.close()
+    feed(dashboard(stream=closed))
+
+
+def test_each_line_is_flushed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with path.open("w") as stream:
+        shown = dashboard(stream=stream)
+        shown.note("at once")
+        assert path.read_text().endswith("at once\n")
+
+
+def test_a_terminal_without_utf8_gets_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+    class Terminal(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    raw = io.BytesIO()
+    info, stream = dataclasses.replace(INFO, name="naïve"), Terminal(raw, encoding="ascii")
+    feed(dashboard(info, stream=stream, position=lambda: (234, 119_552)))
+    text = raw.getvalue().decode("ascii")
+    assert "na?ve" in text
+    assert re.search("#+-+", text)
+
+
+PROGRAM = """
+import sys
+from disttrain.console import Console, RunInfo
+info = RunInfo("demo", "runs/demo", "cnn", 10, "digits", "1 process, CPU", "fp32", 64, 2, 10, 640)
+step = 0
+shown = Console(info, verbosity=0, position=lambda: (step, 64 * step))
+"""
+
+
+def on_terminal(program: str, *, columns: int = 80, rows: int = 24, **variables: str) -> tuple[int, str]:
+    """Runs a program with a pseudo-terminal for its input and output; returns exit code and what it wrote."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+    child = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", program], cwd=ROOT, stdin=follower, stdout=follower,
+        stderr=follower, env=environment | {"TERM": "xterm-256color"} | variables,
+    )  # fmt: skip
+    os.close(follower)
+    output = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            output += chunk
+    except OSError as error:  # Linux answers so when the other end is closed
+        if error.errno != errno.EIO:
+            raise
+    finally:
+        os.close(leader)
+    return child.wait(timeout=60), output.decode()
+
+
+HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
+
+
+def test_on_a_terminal_the_dashboard_moves_and_gives_the_cursor_back() -> None:
+    program = (
+        PROGRAM
+        + """
+import threading, time
+with shown:
+    for step in range(1, 11):
+        time.sleep(0.1)
+    print("printed by the model")
+    shown.finish("finished [bold]well[/bold]", ok=True)
+assert threading.active_count() <= 2
+"""
+    )
+    code, output = on_terminal(program)
+    assert code == 0
+    assert output.count(HIDE) == output.count(SHOW) == 1
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output)
+    steps = {int(step) for step in re.findall(r"step (\d+)/20", plain)}
+    assert len(steps) >= 2
+    assert max(steps) == 10
+    assert plain.count("printed by the model") == 1
+    last = output[output.rindex("elapsed") : output.rindex(SHOW)]
+    assert "step 10/20" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", last)
+    assert plain.rstrip().endswith("finished [bold]well[/bold]")
+    assert plain.count("elapsed") <= 12  # at most four frames a second
+
+
+@pytest.mark.parametrize("end", ["raise KeyboardInterrupt", "raise RuntimeError('bug')", "sys.exit(3)"])
+def test_whatever_ends_the_run_the_cursor_comes_back(end: str) -> None:
+    code, output = on_terminal(f"{PROGRAM}\nwith shown:\n    {end}\n")
+    assert code != 0
+    assert HIDE in output
+    assert output.rindex(SHOW) > output.rindex(HIDE)
+
+
+def test_a_dumb_terminal_gets_plain_lines() -> None:
+    code, output = on_terminal(f"{PROGRAM}\nwith shown:\n    shown.note('hello')\n", TERM="dumb")
+    assert code == 0
+    assert "\x1b" not in output
+    assert len(timeless(output)) == 5
+
+
+def test_errors_sent_to_a_file_stay_in_the_file(tmp_path: Path) -> None:
+    log = tmp_path / "errors"
+    program = f"import sys\nsys.stderr = open({str(log)!r}, 'w')\n{PROGRAM}"
+    program += (
+        "with shown:\n    print('oops', file=sys.stderr)\nsys.stderr.close()\nsys.stderr = sys.__stderr__\n"
+    )
+    code, output = on_terminal(program)
+    assert code == 0
+    assert "oops" not in output
+    assert log.read_text() == "oops\n"
+
+
+def test_a_reader_that_leaves_does_not_change_the_exit_code() -> None:
+    program = (
+        PROGRAM + "with shown:\n    for _ in range(100):\n        shown.note('x' * 9999)\n    sys.exit(75)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.readline()
+    child.stdout.close()
+    errors = child.stderr.read()
+    child.stderr.close()
+    assert (child.wait(timeout=60), errors) == (75, b"")
+
+
+def test_console_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, disttrain.console; print([m for m in ('torch', 'pynvml', 'psutil') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_the_picture_of_a_run_is_drawn_from_its_folder(tmp_path: Path) -> None:
+    config = {
+        "name": "demo",
+        "data": {"name": "cifar10"},
+        "model": {"name": "alexnet_cifar"},
+        "train": {"epochs": 10, "batch_size": 512},
+    }
+    env = {
+        "model": {"parameters": 2_466_000},
+        "devices": [{"rank": 0, "name": "NVIDIA H100"}],
+        "precision": "bf16",
+        "data": {"train": 50_000, "val": 10_000, "shape": [3, 32, 32]},
+        "steps_per_epoch": 98,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.dump(config))
+    (tmp_path / "env.json").write_text(json.dumps(env))
+    records = [{**TRAIN, "gpus": gpus(2)}, EVAL]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    picture = tmp_path / "dashboard.svg"
+    command = [sys.executable, ROOT / "docs" / "dashboard_svg.py", tmp_path, picture]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    text = picture.read_text().replace("&#160;", " ")
+    for expected in (
+        "2,466,000 parameters",
+        "3/10",
+        "step 234/980",
+        "8,123/10,000",
+        "GPU 1",
+        "1 x NVIDIA H100",
+    ):
+        assert expected in text
