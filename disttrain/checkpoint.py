@@ -77,9 +77,11 @@ def save(
         _write(partial / _MANIFEST, _json({"format": FORMAT, "step": step, "files": files}))
         _sync_folder(partial)
         verify(partial)
+        replaced = folder / f".{target.name}.replaced.partial"
         if target.exists():  # left by a run that was resumed from an earlier step
-            shutil.rmtree(target)
+            target.rename(replaced)
         partial.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
         _sync_folder(folder)
         _link(folder / "latest", target.name)
         if best:

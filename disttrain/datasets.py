@@ -186,12 +186,13 @@ def _as_picture(pixels: Pixels) -> Image.Image:
 
 
 def _digits() -> _Splits:
-    """Every fifth of the 1,797 digits is for validation."""
+    """Every fifth of the 1,797 digits, counted through the classes, is for validation."""
     file = io.BytesIO(importlib.resources.files("disttrain").joinpath("assets/digits.npz").read_bytes())
     with np.load(file, allow_pickle=False) as arrays:
         images, labels = arrays["images"], arrays["labels"]
     images = np.rint(images * (255 / 16)).astype(np.uint8)
-    is_val = np.arange(len(labels)) % 5 == 4
+    is_val = np.zeros(len(labels), bool)
+    is_val[np.argsort(labels, kind="stable")[4::5]] = True
     return {
         "train": _array_samples(images[~is_val], labels[~is_val]),
         "val": _array_samples(images[is_val], labels[is_val]),
@@ -320,8 +321,8 @@ def _cifar_python(source: Path) -> _Splits:
         warnings.simplefilter("ignore")  # NumPy deprecates what the pickles of 2009 say
         try:
             splits = {
-                split: torchvision.datasets.CIFAR10(source, train=split == "train")
-                for split in _CIFAR_BATCHES
+                "train": torchvision.datasets.CIFAR10(source, train=True),
+                "val": torchvision.datasets.CIFAR10(source, train=False),
             }
         except RuntimeError:
             raise DataError(
@@ -356,7 +357,7 @@ def _check_cifar_tree(source: Path, tree: _Tree) -> None:
     if tree.classes != CIFAR10_CLASSES:
         raise DataError(
             f"{source}: the classes are {', '.join(tree.classes[:12])}, but those of CIFAR-10 are "
-            f"{', '.join(CIFAR10_CLASSES)}; pack your own classes with `disttrain data pack {source} --name NAME`"
+            f"{', '.join(CIFAR10_CLASSES)}; for others use `disttrain data pack {source} --name NAME`"
         )
     for (width, height), file in tree.sizes.items():
         if (width, height) != (32, 32):
@@ -475,7 +476,7 @@ def _list_tree(
         for class_folder in class_folders:
             if class_folder.name not in classes:
                 raise DataError(
-                    f"{class_folder.path}: train has no class {class_folder.name!r}; add it there or remove it"
+                    f"{class_folder.path}: a class that train does not have; add it there or remove it"
                 )
             images = _entries(Path(class_folder.path), inside, skipped, _is_image_file)
             if not images:

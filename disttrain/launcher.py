@@ -238,7 +238,7 @@ def launch(plan: LaunchPlan, folder: RunFolder, *, max_restarts: int, say: Calla
             folder.clear_errors()
             code = _start_and_wait(plan, folder, signals)
             outcome = _judge(code, plan, folder, signals)
-            again = outcome.exit_code in {1, TrainingError.exit_code} and not signals.received
+            again = outcome.exit_code == TrainingError.exit_code and not signals.received
             if not again or attempt == max_restarts:
                 break
             restarts += 1

@@ -108,8 +108,9 @@ def resume_point(folder: RunFolder, resume: str, config: Config) -> tuple[Path |
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """Returns the checkpoint at a path: the latest one of a run folder, or the checkpoint itself."""
-    for candidate in (path, path / "checkpoints" / "latest"):
+    """Returns the checkpoint at a path: the checkpoint itself, or the latest one of a run folder."""
+    steps = sorted((path / "checkpoints").glob("step_*"), reverse=True)
+    for candidate in (path, path / "checkpoints" / "latest", *steps):
         if (candidate / "MANIFEST.json").exists():
             return candidate
     return None

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-from disttrain.errors import BusyError, DisttrainError
+from disttrain.errors import BusyError, DisttrainError, TrainingError
 
 COMMAND = "DISTTRAIN_COMMAND"
 """Environment variable by which a launcher passes on the command line that the user typed."""
@@ -94,15 +94,17 @@ class RunFolder:
         status = self.status() | changes | {"updated_at": utc_now()}
         write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drops the records after a step, so that a resumed run leaves neither duplicates nor holes."""
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomically(self.metrics, "".join(kept))
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics and traces after a step, so that a resumed run leaves no duplicates."""
+        for path in (self.metrics, *self.trace(0).parent.glob("rank_*.jsonl")):
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            if len(kept) < len(lines):
+                write_atomically(path, "".join(kept))
 
     def write_error(self, rank: int, error: BaseException) -> None:
         """Writes down the exception that ended a rank."""
-        exit_code = error.exit_code if isinstance(error, DisttrainError) else 1
+        exit_code = error.exit_code if isinstance(error, DisttrainError) else TrainingError.exit_code
         document = {
             "rank": rank,
             "host": socket.gethostname(),

@@ -43,7 +43,7 @@ class Observer(Protocol):
         """Takes the result of an evaluation: a record of metrics.jsonl."""
 
     def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
-        """Takes the ids of the samples that this rank trains on in a step."""
+        """Takes the ids that this rank trains on in a step; epoch and step count from 1."""
 
 
 class Gauges(Protocol):
@@ -152,7 +152,7 @@ def train(
             # Dropout depends on the step and the rank alone, so that a resumed run draws the same.
             torch.manual_seed(counter_rng.derive(config.seed, _NOISE, position.step, parts.rank) >> 1)
 
-            train_step(parts, epoch, index, ids, meter, observer)
+            train_step(parts, position, index, ids, meter, observer)
 
             position.step += 1
             position.samples = places.stop
@@ -161,7 +161,7 @@ def train(
             stopping = parts.world_size == 1 and stop_requested()
             if position.step % config.monitor.log_every_steps == 0 or last or stopping:
                 # Collective and device synchronisation: all ranks meet here.
-                stopping = log_point(parts, position, epoch, lr, meter, observer, gauges, stop_requested())
+                stopping = log_point(parts, position, lr, meter, observer, gauges, stop_requested())
                 if stopping and not last:
                     save(False)
                     raise StoppedError(f"stopped at step {position.step:,}; saved, resumable")
@@ -170,14 +170,17 @@ def train(
                 with meter.paused():
                     save(False)
         position.epoch, position.samples = epoch + 1, 0
-        finish_epoch(parts, position, observer, save)
+        saved = finish_epoch(parts, position, observer, save)
         if stop_requested_anywhere(parts, stop_requested()) and position.epoch < config.train.epochs:
-            save(False)
+            if not saved:
+                save(False)
             raise StoppedError(f"stopped after epoch {position.epoch}; saved, resumable")
 
 
-def train_step(parts: Parts, epoch: int, index: int, ids: Tensor, meter: Meter, observer: Observer) -> None:
-    """Takes one optimizer step on the global batch of step `index` of an epoch. Every rank calls this.
+def train_step(
+    parts: Parts, position: Position, index: int, ids: Tensor, meter: Meter, observer: Observer
+) -> None:
+    """Takes one optimizer step on the global batch of step `index` of the current epoch. Every rank calls this.
 
     The loss of a rank is its sum divided by the size of the global batch, times the world size, because DDP
     takes the mean over ranks: the gradient is that of the mean over the global batch, whatever the shares.
@@ -189,8 +192,10 @@ def train_step(parts: Parts, epoch: int, index: int, ids: Tensor, meter: Meter, 
     if not own:  # a last batch smaller than the world: take part in the reduction with a loss of zero
         own, weight = places[:1], 0.0
     if config.trace_samples:
-        observer.trace(epoch, index, ids[own.start : own.stop].tolist() if weight else [])
-    mix = parts.augment.mix(epoch, index, len(places), *parts.image_size)
+        observer.trace(
+            position.epoch + 1, position.step + 1, ids[own.start : own.stop].tolist() if weight else []
+        )
+    mix = parts.augment.mix(position.epoch, index, len(places), *parts.image_size)
     pieces = [share(own, i, config.accumulate) for i in range(min(config.accumulate, len(own)))]
     for piece in pieces:
         with meter.waiting():
@@ -303,7 +308,6 @@ class Meter:
 def log_point(
     parts: Parts,
     position: Position,
-    epoch: int,
     lr: float,
     meter: Meter,
     observer: Observer,
@@ -325,7 +329,7 @@ def log_point(
     record = {
         "kind": "train",
         "step": position.step,
-        "epoch": epoch,
+        "epoch": position.epoch + 1,
         "samples": position.samples_seen,
         "loss": loss / samples,
         "accuracy": correct / samples,
@@ -338,15 +342,19 @@ def log_point(
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss is not finite ({loss}) in the {meter.steps} steps up to step {position.step:,} "
-            f"(epoch {epoch}); lower optim.lr, set train.grad_clip, or use train.precision = fp32"
+            f"(epoch {position.epoch + 1}); lower optim.lr, set train.grad_clip, or use train.precision = fp32"
         )
     observer.train(record)
     meter.restart()
     return stopping > 0
 
 
-def finish_epoch(parts: Parts, position: Position, observer: Observer, save: Callable[[bool], None]) -> None:
-    """Evaluates and saves as the config says, and always after the last epoch. Every rank calls this."""
+def finish_epoch(parts: Parts, position: Position, observer: Observer, save: Callable[[bool], None]) -> bool:
+    """Evaluates and saves as the config says, and always after the last epoch. Every rank calls this.
+
+    Returns:
+        Whether a checkpoint was saved.
+    """
     config = parts.config
     last = position.epoch == config.train.epochs
     best = False
@@ -356,8 +364,10 @@ def finish_epoch(parts: Parts, position: Position, observer: Observer, save: Cal
         best = position.best_accuracy is None or record["accuracy"] > position.best_accuracy
         if best:
             position.best_accuracy = record["accuracy"]
-    if last or best or position.epoch % config.checkpoint.every_epochs == 0:
+    due = last or best or position.epoch % config.checkpoint.every_epochs == 0
+    if due:
         save(best)
+    return due
 
 
 def evaluate(parts: Parts) -> dict[str, Any]:

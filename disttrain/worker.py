@@ -23,7 +23,7 @@ import click
 
 from disttrain import slurm
 from disttrain.config import Config, dump_config, load_config
-from disttrain.errors import DisttrainError, StoppedError, UsageError
+from disttrain.errors import DisttrainError, StoppedError, TrainingError, UsageError
 from disttrain.models import check_model_name
 from disttrain.preflight import check_device, open_index, resume_point, split_batch
 from disttrain.runfolder import RunFolder, new_run_path, utc_now, write_atomically
@@ -69,7 +69,7 @@ def main(
         code = stop.exit_code
     except Exception as error:
         rank.fail(error)
-        code = error.exit_code if isinstance(error, DisttrainError) else 1
+        code = error.exit_code if isinstance(error, DisttrainError) else TrainingError.exit_code
     else:
         code = 0
     logging.shutdown()
@@ -101,7 +101,8 @@ class Rank:
         path = folder.log(self.number)
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path)
-        formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+        form = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
+        formatter = logging.Formatter(form, "%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         handler.setFormatter(formatter)
         log.addHandler(handler)
@@ -192,10 +193,7 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> tuple[Accelerator, d
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=precision if precision in {"bf16", "fp16"} else "no",
-        kwargs_handlers=[
-            # Batch-norm statistics are averaged before they are used instead of broadcast in every step.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
@@ -227,7 +225,7 @@ def enter_folder(
     """Agrees on the run folder and on where to begin; rank 0 makes the folder. Every rank calls this.
 
     Returns:
-        The run folder, or None when the run in it has finished already; the checkpoint to go on from, or None.
+        The run folder, or None when the run in it has finished already; and the checkpoint to go on from.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -271,7 +269,7 @@ def train_in_folder(
     if rank.number == 0:
         if loaded is None:
             write_atomically(folder.config, dump_config(config))
-        folder.truncate_metrics(position.step)
+        folder.forget_after(position.step)
     observer = RunObserver(config, folder, parts, position, index, choices, verbosity=verbosity)
 
     def save(best: bool) -> None:
@@ -293,38 +291,35 @@ def train_in_folder(
             )
             observer.saved(path, best)
 
-    rank.settle(
+    def settle(**status: Any) -> None:
+        place = {"step": position.step, "epoch": position.epoch, "samples_seen": position.samples_seen}
+        rank.settle(**status, **place)
+
+    settle(
         state="running",
         exit_code=None,
         reason=None,
         rank=None,
         host=None,
-        step=position.step,
-        epoch=position.epoch,
         world_size=parts.world_size,
-        samples_seen=position.samples_seen,
         started_at=folder.status().get("started_at") or utc_now(),
         restarts=folder.status().get("restarts", 0),
     )
     with observer:
         if checkpoint_path is not None:
             observer.note(f"going on from {checkpoint_path}, step {position.step:,}")
-        train(
-            parts,
-            position,
-            observer=observer,
-            gauges=observer.gauges,
-            save=save,
-            stop_requested=lambda: rank.stop,
-        )
-        rank.settle(
-            state="finished",
-            exit_code=0,
-            reason="all epochs done",
-            step=position.step,
-            epoch=position.epoch,
-            samples_seen=position.samples_seen,
-        )
+        try:
+            train(
+                parts,
+                position,
+                observer=observer,
+                gauges=observer.gauges,
+                save=save,
+                stop_requested=lambda: rank.stop,
+            )
+        finally:
+            settle()
+        settle(state="finished", exit_code=0, reason="all epochs done")
         observer.finished()
 
 
@@ -389,6 +384,10 @@ def build(
     if compiled:
         model.compile()
     model, prepared = accelerator.prepare(model, optimizer)
+    if accelerator.num_processes > 1:
+        # Batch-norm statistics are averaged when they are used, not broadcast in every step. Set here because
+        # the constructor's argument has a new name in each torch.
+        model.broadcast_buffers = False
     if loaded is not None and accelerator.scaler is not None and loaded.state["scaler"]:
         accelerator.scaler.load_state_dict(loaded.state["scaler"])
     parts = Parts(

@@ -463,14 +463,19 @@ def test_errors_sent_to_a_file_stay_in_the_file(tmp_path: Path) -> None:
 
 def test_a_reader_that_leaves_does_not_change_the_exit_code() -> None:
     program = (
-        PROGRAM + "with shown:\n    for _ in range(100):\n        shown.note('x' * 9999)\n    sys.exit(75)\n"
+        PROGRAM + "with shown:\n    for _ in range(9999):\n        shown.note('saved')\n    sys.exit(75)\n"
     )
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     child = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=buffered,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert child.stdout is not None
     assert child.stderr is not None
-    child.stdout.readline()
+    child.stdout.read(10)
     child.stdout.close()
     errors = child.stderr.read()
     child.stderr.close()
