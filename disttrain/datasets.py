@@ -440,7 +440,7 @@ def _scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Say) ->
     skipped: list[str] = []
     classes, listing = _list_tree(folder, val_fraction, skipped)
     if skipped:
-        say(f"{folder}: skipped {len(skipped)} that are no image files of a class, such as {skipped[0]}")
+        say(f"{folder}: skipped {len(skipped):,} entries that are no images, such as {skipped[0]}")
     rng = np.random.default_rng(seed)
     if val_fraction is not None:
         listing = _split_off(listing["train"], classes, val_fraction, rng)

@@ -50,8 +50,8 @@ class MuonWithAdamW(Optimizer):
 
     torch's Muon takes matrices only. A filter [O, I, H, W] is given to it as the matrix [O, H*W*I] that
     shares its memory; the order of the columns does not matter to an orthogonalisation. The last linear
-    layer, biases and norms are AdamW's (Jordan et al. 2024, "Muon: An optimizer for hidden layers"). The update is
-    scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so both parts take the same learning rate.
+    layer, biases and norms are AdamW's (Jordan et al. 2024, "Muon: An optimizer for hidden layers"). The
+    update is scaled to the size of AdamW's (Liu et al. 2025, section 2.2): both take the same learning rate.
     """
 
     def __init__(

@@ -180,7 +180,7 @@ def train(
 def train_step(
     parts: Parts, position: Position, index: int, ids: Tensor, meter: Meter, observer: Observer
 ) -> None:
-    """Takes one optimizer step on the global batch of step `index` of the current epoch. Every rank calls this.
+    """Takes one optimizer step, on the global batch of step `index` of the epoch. Every rank calls this.
 
     The loss of a rank is its sum divided by the size of the global batch, times the world size, because DDP
     takes the mean over ranks: the gradient is that of the mean over the global batch, whatever the shares.
@@ -342,7 +342,7 @@ def log_point(
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss is not finite ({loss}) in the {meter.steps} steps up to step {position.step:,} "
-            f"(epoch {position.epoch + 1}); lower optim.lr, set train.grad_clip, or use train.precision = fp32"
+            f"(epoch {position.epoch + 1}); lower optim.lr, set train.grad_clip, or use train.precision=fp32"
         )
     observer.train(record)
     meter.restart()

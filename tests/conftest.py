@@ -1,0 +1,98 @@
+"""What every test gets: data and caches of its own, and a check that it leaves nothing running."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the digits packed in it; shared by all tests, never written by them."""
+    from disttrain.datasets import prepare
+
+    root = tmp_path_factory.mktemp("data")
+    prepare("digits", source=None, root=str(root), say=lambda text: None)
+    return root
+
+
+@pytest.fixture(scope="session")
+def decoded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for decoded data sets, shared by all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, decoded_cache: Path
+) -> None:
+    monkeypatch.setenv("DISTTRAIN_DATA", str(tmp_path_factory.getbasetemp() / "no-data"))
+    monkeypatch.setenv("DISTTRAIN_CACHE", str(decoded_cache))
+    for name in list(os.environ):  # a test run inside a Slurm job or under torchrun must not notice it
+        if name.startswith(("SLURM_", "TORCHELASTIC_", "ACCELERATE_", "PET_")) or name in {
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "OMP_NUM_THREADS",
+        }:
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """Fails a test that changes the environment or leaves a child process or a thread."""
+    environment = dict(os.environ)
+    threads = set(threading.enumerate())
+    yield
+    leftover = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    assert not leftover, f"processes left behind: {leftover}"
+    left = [t for t in threading.enumerate() if t not in threads and not t.daemon]
+    assert not left, f"threads left behind: {left}"
+    changed = {k for k in {*environment, *os.environ} if environment.get(k) != os.environ.get(k)}
+    changed -= {"PYTEST_CURRENT_TEST", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "CUBLAS_WORKSPACE_CONFIG"}
+    assert not changed, f"environment variables changed: {sorted(changed)}"
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def disttrain(tmp_path: Path, digits_root: Path) -> Run:
+    """Runs the command as a user does, in tmp_path, with the digits prepared; returns the finished process."""
+
+    def run(*arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 240) -> object:
+        return subprocess.run(
+            [sys.executable, "-m", "disttrain", *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | {"DISTTRAIN_DATA": str(digits_root)} | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run  # type: ignore[return-value]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A small experiment on the digits: two epochs, no dropout, no batch norm."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        "name: tiny\n"
+        "data: {name: digits}\n"
+        "model: {name: cnn_mnist}\n"
+        "train: {epochs: 2, batch_size: 64}\n"
+        "optim: {name: adam, lr: 1e-2}\n"
+        "monitor: {log_every_steps: 5}\n"
+    )
+    return path
