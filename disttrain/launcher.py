@@ -6,6 +6,7 @@ started directly, several through `accelerate launch`. Nothing here imports torc
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from disttrain.runfolder import COMMAND, LOCKED_BY_LAUNCHER, RunFolder
 from disttrain.telemetry import Gpu
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_POLL_S = 0.2
 _GRACE_S = 2.0  # from a rank's error to the end of the others
 
 
@@ -102,7 +104,10 @@ def plan_processes(
         )
     on_gpu = procs is None and bool(visible)
     processes = (gpus or len(visible)) if on_gpu else (procs or 1)
-    threads = int(environ.get("OMP_NUM_THREADS") or max(1, cores // processes))
+    wanted = environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes))
+    if not re.fullmatch(r"0*[1-9][0-9]*", wanted):
+        raise UsageError(f"OMP_NUM_THREADS={wanted}: expected one whole number; correct it or unset it")
+    threads = int(wanted)
     return "cuda" if on_gpu else "cpu", processes, tuple(visible[:processes]) if on_gpu else (), threads
 
 
@@ -126,6 +131,8 @@ def plan_nodes(
         if found is None or found.nodes == 1:
             return None
         return found if master_port is None else found._replace(master_port=master_port)
+    if node_rank is not None and node_rank >= nodes:
+        raise UsageError(f"--node-rank {node_rank}: with --nodes {nodes} it must be below {nodes}")
     if nodes == 1:
         return None
     if node_rank is None or master_addr is None or master_port is None:
@@ -133,8 +140,6 @@ def plan_nodes(
             f"--nodes {nodes} needs --node-rank R (0..{nodes - 1}), --master-addr HOST (node 0) "
             "and --master-port PORT"
         )
-    if node_rank >= nodes:
-        raise UsageError(f"--node-rank {node_rank}: with --nodes {nodes} it is 0..{nodes - 1}")
     return slurm.Node(nodes, node_rank, master_addr, master_port)
 
 
@@ -204,22 +209,6 @@ class Outcome:
     detail: str = ""
 
 
-@dataclass
-class _Signals:
-    """Hands stop signals to the child: the first asks it to stop, the second ends it at once."""
-
-    child: subprocess.Popen[bytes] | None = None
-    received: list[int] = field(default_factory=list)
-
-    def handle(self, number: int, _frame: object) -> None:
-        self.received.append(number)
-        if self.child is not None and self.child.poll() is None:
-            if len(self.received) == 1:
-                self.child.terminate()
-            else:
-                self.child.kill()  # the workers ask the kernel to die with it
-
-
 def launch(plan: LaunchPlan, folder: RunFolder, *, max_restarts: int, say: Callable[[str], None]) -> Outcome:
     """Runs the plan to its end and settles status.json. The folder's lock must be held.
 
@@ -229,16 +218,18 @@ def launch(plan: LaunchPlan, folder: RunFolder, *, max_restarts: int, say: Calla
         max_restarts: how often to go on from the last checkpoint after a failure.
         say: told about stops and restarts.
     """
-    signals = _Signals()
+    signals: list[int] = []  # the first asks the child to stop, the second ends it at once
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-    previous = {number: signal.signal(number, signals.handle) for number in numbers}
+    previous = {number: signal.signal(number, lambda got, _: signals.append(got)) for number in numbers}
     restarts = int(folder.status().get("restarts") or 0)
     try:
         for attempt in range(max_restarts + 1):
             folder.clear_errors()
-            code = _start_and_wait(plan, folder, signals)
-            outcome = _judge(code, plan, folder, signals)
-            again = outcome.exit_code == TrainingError.exit_code and not signals.received
+            if plan.node_rank == 0:  # so that no earlier end is taken for the end of this attempt
+                folder.update_status(state="running", exit_code=None, reason=None, rank=None, host=None)
+            code, log = _start_and_wait(plan, folder, signals)
+            outcome = _judge(code, log, plan, folder, signals)
+            again = outcome.exit_code == TrainingError.exit_code and not signals
             if not again or attempt == max_restarts:
                 break
             restarts += 1
@@ -251,7 +242,8 @@ def launch(plan: LaunchPlan, folder: RunFolder, *, max_restarts: int, say: Calla
     return outcome
 
 
-def _start_and_wait(plan: LaunchPlan, folder: RunFolder, signals: _Signals) -> int:
+def _start_and_wait(plan: LaunchPlan, folder: RunFolder, signals: list[int]) -> tuple[int, list[str]]:
+    """Returns the exit code of the processes and what they last printed on standard error."""
     libc = ctypes.CDLL(None, use_errno=True)
     launcher = os.getpid()
 
@@ -265,38 +257,44 @@ def _start_and_wait(plan: LaunchPlan, folder: RunFolder, signals: _Signals) -> i
     path = folder.launch_log(plan.node_rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as log:
+        begin = log.tell()
         # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then asks for a stop.
         child = subprocess.Popen(
             command(plan), env=variables, stderr=log, start_new_session=True, preexec_fn=die_with_launcher
         )
-        signals.child = child
-        if signals.received:
-            child.terminate()
-        failed_at = None
-        while True:
-            try:
-                return child.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                if failed_at is None and folder.first_error() is not None:
-                    failed_at = time.monotonic()
+        asked, failed_at, code = False, None, None
+        while code is None:
+            if failed_at is None and folder.first_error() is not None:
+                failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > _GRACE_S:
                 child.kill()  # the other ranks may wait for the dead one in a collective
+                child.wait()
+                code = 1  # its own end tells nothing: the error file does
+            elif len(signals) > 1:
+                child.kill()  # the workers ask the kernel to die with it
+                code = child.wait()
+            else:
+                if signals and not asked:
+                    child.terminate()
+                    asked = True
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = child.wait(timeout=_POLL_S)
+    return code, _read_tail(path, begin, 60)
 
 
-def _judge(code: int, plan: LaunchPlan, folder: RunFolder, signals: _Signals) -> Outcome:
+def _judge(code: int, log: list[str], plan: LaunchPlan, folder: RunFolder, signals: list[int]) -> Outcome:
     """Finds out how the processes ended, and writes it into status.json on node 0."""
 
     def settle(**status: Any) -> None:
         if plan.node_rank == 0:
             folder.update_status(**status)
 
-    if len(signals.received) > 1:
-        number = signals.received[-1]
+    if len(signals) > 1:
+        number = signals[-1]
         reason = f"ended by {signal.Signals(number).name}"
         settle(state="stopped", exit_code=128 + number, reason=reason)
         return Outcome(128 + number, f"{reason}; the last checkpoint is intact")
-    log = _read_tail(folder.launch_log(plan.node_rank), 60)
-    rank, exit_code = _first_dead_rank("\n".join(log), code)
+    rank, exit_code = _killed_rank("\n".join(log)) or (None, code)
     error = folder.first_error()
     if error is not None and exit_code >= 0:  # a rank killed by a signal leaves none, only its victims do
         reason = error["message"] if error["traceback"] is None else f"{error['type']}: {error['message']}"
@@ -310,6 +308,11 @@ def _judge(code: int, plan: LaunchPlan, folder: RunFolder, signals: _Signals) ->
     status = folder.status()
     if status.get("state") in {"finished", "stopped"}:
         return Outcome(int(status["exit_code"]))
+    if signals:
+        number = signals[0]
+        reason = f"ended by {signal.Signals(number).name} before it could save"
+        settle(state="stopped", exit_code=128 + number, reason=reason)
+        return Outcome(128 + number, f"{reason}; earlier checkpoints are intact")
     cause = f"ended with exit code {exit_code} and left no report"
     if exit_code < 0:
         cause = f"was killed by {signal.Signals(-exit_code).name}"
@@ -320,16 +323,21 @@ def _judge(code: int, plan: LaunchPlan, folder: RunFolder, signals: _Signals) ->
     return Outcome(TrainingError.exit_code, f"{reason} on {host}; see {path}", "\n".join(log[-15:]))
 
 
-def _first_dead_rank(log: str, code: int) -> tuple[int | None, int]:
-    """Returns the rank that died first and its exit code, from torchrun's report where there is one."""
-    report = log.rpartition("Root Cause")[2]
-    rank = re.search(r"rank\s*:\s*(\d+)", report)
-    exit_code = re.search(r"exitcode\s*:\s*(-?\d+)", report)
-    return (int(rank[1]), int(exit_code[1])) if rank and exit_code else (None, code)
+def _killed_rank(log: str) -> tuple[int, int] | None:
+    """Returns a rank that a signal ended and its (negative) exit code, from torchrun's report.
+
+    torchrun itself ends the others with SIGTERM, so that one does not count.
+    """
+    failures = re.findall(r"rank\s*:\s*(\d+).*\n\s*exitcode\s*:\s*(-\d+)", log)
+    killed = [(int(rank), int(code)) for rank, code in failures if int(code) != -signal.SIGTERM]
+    return killed[0] if killed else None
 
 
-def _read_tail(path: Path, lines: int) -> list[str]:
+def _read_tail(path: Path, begin: int, lines: int) -> list[str]:
+    """Returns the last lines of a file, none of them from before the byte `begin`."""
     try:
-        return path.read_text(errors="replace").splitlines()[-lines:]
+        with path.open("rb") as file:
+            file.seek(begin)
+            return file.read().decode(errors="replace").splitlines()[-lines:]
     except OSError:
         return []

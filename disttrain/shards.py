@@ -25,6 +25,7 @@ import secrets
 import shlex
 import shutil
 import tarfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -665,21 +666,37 @@ def _convert(picture: Image.Image, mode: str) -> Image.Image:
     return picture.convert(mode)
 
 
-def map_in_threads(function: Callable[[_T], _R], items: Iterable[_T], *, chunk: int = 64) -> Iterator[_R]:
+def map_in_threads(
+    function: Callable[[_T], _R], items: Iterable[_T], *, chunk: int = 64, slow_s: float = 0.002
+) -> Iterator[_R]:
     """Yields `function(item)` in the order of the items, some of them computed ahead by threads.
+
+    Threads start when an item has been seen to be slow. Small images are not: there the threads would
+    spend their time waiting for each other.
 
     Args:
         function: work that leaves Python, such as reading or decoding an image.
         items: taken in the caller's thread, a bounded number ahead of what is yielded.
-        chunk: items in one task; small images need many, or the threads wait for each other.
+        chunk: items in one task.
+        slow_s: mean time of an item in a chunk from which threads are used.
     """
-    workers = min(8, len(os.sched_getaffinity(0)))
+
+    def work(batch: list[_T]) -> list[_R]:
+        return [function(item) for item in batch]
+
     source = iter(items)
+    item_s = 0.0
+    while item_s < slow_s and (batch := list(itertools.islice(source, chunk))):
+        start_s = time.perf_counter()
+        results = work(batch)
+        item_s = (time.perf_counter() - start_s) / len(batch)
+        yield from results
+    workers = min(8, len(os.sched_getaffinity(0)))
     pending: deque[Future[list[_R]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
         while batch := list(itertools.islice(source, chunk)):
-            pending.append(pool.submit(lambda batch: [function(item) for item in batch], batch))
+            pending.append(pool.submit(work, batch))
             if len(pending) > workers:
                 yield from pending.popleft().result()
         while pending:

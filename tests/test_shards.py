@@ -3,12 +3,12 @@
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import stat
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -317,27 +317,37 @@ def test_name_must_be_plain(root, name):
         pack(name=name)
 
 
-def _pack_in_process(root, seed, barrier, results):
-    barrier.wait()
-    try:
-        results.put(pack(root=root, seed=seed, train=60).digest)
-    except DataError as error:
-        results.put(str(error))
+PACK_ON_SIGNAL = """
+import sys, webdataset
+from disttrain import shards
+from disttrain.errors import DataError
+splits, classes, root = eval(sys.stdin.readline())
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    splits = {name: [shards.Sample(*sample) for sample in samples] for name, samples in splits.items()}
+    print(shards.pack("toy", root, splits, classes, channels=3).digest)
+except DataError as error:
+    print(error)
+"""
 
 
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 7)], ids=["same", "different"])
 def test_two_processes_at_once(root, seeds):
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
+    command = [sys.executable, "-c", PACK_ON_SIGNAL]
     processes = [
-        context.Process(target=_pack_in_process, args=(str(root), seed, barrier, results)) for seed in seeds
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in seeds
     ]
+    for process, seed in zip(processes, seeds, strict=True):
+        splits = {"train": [tuple(sample) for sample in samples(images(60, seed))]}
+        process.stdin.write(f"{(splits, CLASSES, str(root))!r}\n")
+        process.stdin.flush()
     for process in processes:
-        process.start()
-    outcomes = [results.get(timeout=120) for _ in processes]
+        assert process.stdout.readline() == "ready\n"
     for process in processes:
-        process.join()
-    results.close()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outcomes = [process.communicate(timeout=120)[0].strip() for process in processes]
     index = shards.load_index("toy", None)
     shards.verify(index)
     assert index.digest in outcomes
@@ -575,10 +585,22 @@ def test_float_pixels_are_refused():
         shards.decode_image(encode(Image.new("F", (2, 2)), "TIFF"), 1)
 
 
-def test_map_in_threads_keeps_order_and_raises():
-    assert list(shards.map_in_threads(lambda x: x * x, range(1000), chunk=7)) == [x * x for x in range(1000)]
+@pytest.mark.parametrize("slow_s", [0, 3600], ids=["threads", "inline"])
+def test_map_in_threads_keeps_order_and_raises(slow_s):
+    options = {"chunk": 7, "slow_s": slow_s}
+    assert list(shards.map_in_threads(str, range(1000), **options)) == [str(i) for i in range(1000)]
     with pytest.raises(ZeroDivisionError):
-        list(shards.map_in_threads(lambda x: 1 // x, [1, 0]))
+        list(shards.map_in_threads(lambda x: 1 // x, [1, 0], **options))
+
+
+@pytest.mark.parametrize("slow_s", [0, 3600], ids=["threads", "inline"])
+def test_map_in_threads_may_be_left_early(slow_s):
+    taken, before = [], threading.active_count()
+    results = shards.map_in_threads(str, (taken.append(i) or i for i in range(10_000)), slow_s=slow_s)
+    assert next(results) == "0"
+    results.close()
+    assert len(taken) < 2_000
+    assert threading.active_count() == before
 
 
 # --- Imports ----------------------------------------------------------------------------------------

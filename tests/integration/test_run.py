@@ -1,0 +1,453 @@
+"""Whole runs through the doors a user uses, with real processes."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+REPOSITORY = Path(__file__).parents[2]
+MEASURED = {"images_per_s", "step_time_s", "data_wait_pct", "gpus", "processes"}  # differ from run to run
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns metrics.jsonl without what is measured rather than computed."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    return content
+
+
+def ids_per_step(run_dir: Path) -> dict[tuple[int, int], list[int]]:
+    """Returns (epoch, step) -> the ids of the global batch, rank after rank."""
+    steps: dict[tuple[int, int], list[int]] = {}
+    for path in sorted((run_dir / "trace").glob("rank_*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            steps.setdefault((record["epoch"], record["step"]), []).extend(record["ids"])
+    return steps
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> bool:
+    assert result.returncode == 0, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return True
+
+
+def background(disttrain_args: list[str], tmp_path: Path, digits_root: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "disttrain", *disttrain_args],
+        cwd=tmp_path,
+        env=os.environ | {"DISTTRAIN_DATA": str(digits_root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) * 5 >= step:
+            return
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+# --- The main job -----------------------------------------------------------------------------------
+
+
+def test_quickstart_packs_the_digits_trains_and_leaves_a_complete_run_folder(
+    disttrain: Run, tmp_path: Path
+) -> None:
+    result = disttrain(
+        "run",
+        REPOSITORY / "configs/quickstart.yaml",
+        "--procs",
+        "1",
+        env={"DISTTRAIN_DATA": str(tmp_path / "d")},
+    )
+    assert succeeded(result)
+    (run_dir,) = (tmp_path / "runs" / "quickstart").iterdir()
+    last = records(run_dir)[-1]
+    assert last["kind"] == "eval"
+    assert last["total"] == 359
+    assert last["accuracy"] >= 0.95
+    assert f"accuracy {100 * last['accuracy']:.2f} % ({last['correct']} of 359)" in result.stdout
+    assert "\x1b" not in result.stdout, "no escape codes where there is no terminal"
+    for name in (
+        "config.yaml",
+        "env.json",
+        "gpu.jsonl",
+        "logs/rank_00000.log",
+        "checkpoints/latest/MANIFEST.json",
+    ):
+        assert (run_dir / name).exists(), name
+    assert (run_dir / "checkpoints" / "best" / "model.safetensors").exists()
+    state = status(run_dir)
+    assert (state["state"], state["exit_code"], state["samples_seen"]) == ("finished", 0, 20 * 1438)
+    environment = json.loads((run_dir / "env.json").read_text())
+    assert environment["data"]["train"] == 1438
+    assert environment["model"]["parameters"] == 1898
+    assert "disttrain run" in environment["command"]
+
+
+def test_a_terminal_gets_the_dashboard_and_its_cursor_back(
+    tmp_path: Path, config_file: Path, digits_root: Path
+) -> None:
+    master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "disttrain", "run", str(config_file), "--procs", "1"],
+        cwd=tmp_path,
+        env=os.environ | {"DISTTRAIN_DATA": str(digits_root), "TERM": "xterm-256color"},
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    output = b""
+    while process.poll() is None:
+        time.sleep(0.05)
+        try:
+            output += os.read(master, 65536)
+        except (BlockingIOError, OSError):
+            continue
+    os.close(master)
+    assert process.returncode == 0, output.decode(errors="replace")
+    assert b"\x1b[?25l" in output, "the dashboard hides the cursor"
+    assert output.rfind(b"\x1b[?25h") > output.rfind(b"\x1b[?25l"), "and shows it again"
+    assert b"rank 0" in output
+    assert b"finished" in output
+
+
+# --- One experiment, whatever starts it -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory, digits_root: Path, decoded_cache: Path) -> Path:
+    """The run folder of the small experiment on one rank, with traced samples."""
+    folder = tmp_path_factory.mktemp("one-rank")
+    (folder / "tiny.yaml").write_text(TINY)
+    result = subprocess.run(
+        [sys.executable, "-m", "disttrain", "run", "tiny.yaml", "--procs", "1", "--run-dir", "run"],
+        cwd=folder,
+        env=os.environ
+        | {"DISTTRAIN_DATA": str(digits_root), "DISTTRAIN_CACHE": str(decoded_cache), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert succeeded(result)
+    return folder / "run"
+
+
+TINY = """
+name: tiny
+data: {name: digits}
+augment: {crop_padding: 1, flip: true, cutout: 2}
+model: {name: cnn_mnist}
+train: {epochs: 2, batch_size: 48, trace_samples: true, label_smoothing: 0.1}
+optim: {name: sgd, lr: 0.05}
+schedule: {name: cosine, warmup_epochs: 1}
+monitor: {log_every_steps: 5}
+"""
+
+DOORS = {
+    "disttrain run": ["-m", "disttrain", "run", "tiny.yaml", "--procs", "2"],
+    "accelerate launch": [
+        "-m", "accelerate.commands.launch", "--config_file", str(REPOSITORY / "launch/cpu.yaml"),
+        "--num_processes", "2", "-m", "disttrain.worker", "tiny.yaml",
+    ],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                 "-m", "disttrain.worker", "tiny.yaml"],
+    "srun": [str(Path(__file__).with_name("two_slurm_tasks.py")), "tiny.yaml"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_two_ranks_train_as_one_does_through_every_door(
+    door: str, tmp_path: Path, digits_root: Path, one_rank: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    result = subprocess.run(
+        [sys.executable, *DOORS[door], "--run-dir", "run"],
+        cwd=tmp_path,
+        env=os.environ | {"DISTTRAIN_DATA": str(digits_root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert succeeded(result)
+    assert status(tmp_path / "run")["world_size"] == 2
+    assert ids_per_step(tmp_path / "run") == ids_per_step(one_rank)
+    ours, theirs = records(tmp_path / "run"), records(one_rank)
+    assert [set(record) for record in ours] == [set(record) for record in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.pop("loss") == pytest.approx(their.pop("loss"), abs=1e-5)
+        assert our.pop("accuracy") == pytest.approx(their.pop("accuracy"), abs=0.02)
+        our.pop("correct", None), their.pop("correct", None)
+        assert our == their
+
+
+def test_every_epoch_trains_on_every_sample_once(one_rank: Path) -> None:
+    epochs: dict[int, list[int]] = {}
+    for (epoch, _), ids in ids_per_step(one_rank).items():
+        epochs.setdefault(epoch, []).extend(ids)
+    assert sorted(epochs) == [1, 2]
+    assert all(sorted(ids) == list(range(1438)) for ids in epochs.values())
+    assert epochs[1] != epochs[2]
+
+
+def test_a_last_batch_smaller_than_the_world(disttrain: Run, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    result = disttrain(  # 1,438 = 1,437 + 1: the last batch has one sample for three ranks
+        "run", "tiny.yaml", "--procs", "3", "--run-dir", "run", "train.batch_size=1437", "train.epochs=1"
+    )
+    assert succeeded(result)
+    steps = ids_per_step(tmp_path / "run")
+    assert sorted(len(ids) for ids in steps.values()) == [1, 1437]
+    assert sorted(id_ for ids in steps.values() for id_ in ids) == list(range(1438))
+    assert records(tmp_path / "run")[-1]["total"] == 359
+
+
+def test_two_runs_at_once_do_not_meet(tmp_path: Path, config_file: Path, digits_root: Path) -> None:
+    both = [
+        background(["run", str(config_file), "--procs", "2", "--run-dir", name], tmp_path, digits_root)
+        for name in ("a", "b")
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert records(tmp_path / "a") == records(tmp_path / "b")
+
+
+# --- Choices of the config --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.precision=bf16", "train.grad_clip=1.0"],
+        ["train.accumulate=4", "train.ema=0.9", "model.name=lenet_bn", "data.name=digits32"],
+        ["optim.name=muon", "optim.lr=1e-2", "augment.mixup=0.2", "augment.cutmix=1.0", "augment.flip=true"],
+        ["optim.name=adamw", "schedule.name=one_cycle", "eval.tta=flip", "data.remainder=drop"],
+        ["train.reproducible=true", "train.channels_last=false", "data.normalize=unit"],
+    ],
+    ids=["bf16-clip", "accumulate-ema-batchnorm", "muon-mixup-cutmix", "one-cycle-tta-drop", "deterministic"],
+)
+def test_settings_train_on_two_ranks(
+    overrides: list[str], disttrain: Run, tmp_path: Path, config_file: Path, digits_root: Path
+) -> None:
+    env = {"DISTTRAIN_DATA": str(digits_root)}
+    if "data.name=digits32" in overrides:  # the digits as 32x32, through the door for own images
+        env = {"DISTTRAIN_DATA": str(tmp_path / "data")}
+        write_class_folders(tmp_path / "images")
+        assert succeeded(disttrain("data", "pack", "images", "--name", "digits32", "--size", "32", env=env))
+        overrides = [*overrides, "train.batch_size=32"]
+    result = disttrain("run", config_file, *overrides, "--procs", "2", "--run-dir", "run", env=env)
+    assert succeeded(result)
+    first, *_, last = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert last["loss"] < first["loss"]
+
+
+def test_compiled_model_trains(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
+    assert succeeded(disttrain("run", config_file, "train.compile=true", "--procs", "1", "--run-dir", "run"))
+    assert records(tmp_path / "run")[-1]["accuracy"] > 0.8
+
+
+def write_class_folders(folder: Path) -> None:
+    """Writes some digits as PNG files in train/<class>/ and val/<class>/."""
+    from importlib.resources import files
+
+    import numpy as np
+    from PIL import Image
+
+    with np.load(str(files("disttrain") / "assets" / "digits.npz"), allow_pickle=False) as digits:
+        for i in range(300):
+            path = folder / ("val" if i % 5 == 0 else "train") / f"digit {digits['labels'][i]}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(digits["images"][i] * 15).save(path)
+
+
+def test_own_model_class_from_the_working_folder(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN_MODEL)
+    result = disttrain("run", config_file, "model.name=mine:Net", "model.args.width=32", "--procs", "2")
+    assert succeeded(result)
+
+
+OWN_MODEL = """
+import os, signal
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes, in_channels, image_size, width=16, fail=None, rank=1):
+        super().__init__()
+        pixels = in_channels * image_size[0] * image_size[1]
+        layers = nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, num_classes)
+        self.layers = nn.Sequential(nn.Flatten(), *layers)
+        self.fail, self.passes = (fail, 0) if os.environ.get("RANK", "0") == str(rank) else (None, 0)
+
+    def forward(self, images):
+        self.passes += self.training
+        if self.passes == 8 and self.fail == "raise":
+            raise RuntimeError("the pump is dry")
+        if self.passes == 8 and self.fail == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        scale = float("nan") if self.passes >= 8 and self.fail == "nan" else 1.0
+        return self.layers(images) * scale
+"""
+
+
+# --- Ends -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raise", ["rank 1", "RuntimeError: the pump is dry", "in forward"]),
+        ("kill", ["rank 1", "SIGKILL"]),
+        ("nan", ["not finite", "optim.lr"]),
+    ],
+)
+def test_a_failing_rank_is_named_and_the_run_ends_with_70(
+    how: str, words: list[str], disttrain: Run, tmp_path: Path, config_file: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(OWN_MODEL)
+    result = disttrain(
+        "run",
+        config_file,
+        "model.name=mine:Net",
+        f"model.args.fail={how}",
+        "--procs",
+        "2",
+        "--run-dir",
+        "run",
+    )
+    assert result.returncode == 70, result.stderr
+    for word in words:
+        assert word in result.stderr
+    state = status(tmp_path / "run")
+    assert (state["state"], state["exit_code"]) == ("failed", 70)
+    assert state["rank"] == (1 if how != "nan" else state["rank"])
+
+
+def test_a_crash_is_survived_with_max_restarts(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
+    once = OWN_MODEL.replace(
+        'self.fail == "kill"', 'self.fail == "kill" and not os.path.exists("crashed")'
+    ).replace("os.kill(os", 'open("crashed", "w").close(); os.kill(os')
+    (tmp_path / "mine.py").write_text(once)
+    arguments = ["model.name=mine:Net", "model.args.fail=kill", "checkpoint.every_steps=3"]
+    result = disttrain(
+        "run", config_file, *arguments, "--procs", "2", "--run-dir", "run", "--max-restarts", "1"
+    )
+    assert succeeded(result)
+    assert "restart 1 of 1" in result.stdout
+    assert status(tmp_path / "run")["restarts"] == 1
+    steps = [record["step"] for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert steps == sorted(set(steps)), "neither duplicates nor disorder after the restart"
+
+
+@pytest.mark.parametrize("procs", ["1", "2"])
+def test_a_stopped_run_is_resumed_where_it_was(
+    procs: str, disttrain: Run, tmp_path: Path, digits_root: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    arguments = ["run", "tiny.yaml", "train.epochs=40", "--procs", procs]
+    whole = disttrain(*arguments, "--run-dir", "whole")
+    assert succeeded(whole)
+    process = background([*arguments, "--run-dir", "parts"], tmp_path, digits_root)
+    wait_for_step(tmp_path / "parts", 100, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert status(tmp_path / "parts")["state"] == "stopped"
+    assert succeeded(disttrain(*arguments, "--run-dir", "parts"))
+    assert ids_per_step(tmp_path / "parts") == ids_per_step(tmp_path / "whole")
+    assert [r for r in records(tmp_path / "parts") if r["kind"] == "eval"] == [
+        r for r in records(tmp_path / "whole") if r["kind"] == "eval"
+    ]
+    ours, theirs = (
+        load_file(tmp_path / name / "checkpoints/latest/model.safetensors") for name in ("parts", "whole")
+    )
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    again = disttrain(*arguments, "--run-dir", "parts")
+    assert succeeded(again)
+    assert "finished already" in again.stdout
+
+
+def test_resume_on_another_number_of_ranks_sees_no_sample_twice(
+    disttrain: Run, tmp_path: Path, digits_root: Path, one_rank: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    process = background(["run", "tiny.yaml", "--procs", "1", "--run-dir", "run"], tmp_path, digits_root)
+    wait_for_step(tmp_path / "run", 10, process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.skip("the run was over before it could be stopped")
+    assert process.returncode == 75
+    assert succeeded(disttrain("run", "tiny.yaml", "--procs", "3", "--run-dir", "run"))
+    assert ids_per_step(tmp_path / "run") == ids_per_step(one_rank)
+
+
+def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(
+    disttrain: Run, tmp_path: Path, config_file: Path, digits_root: Path
+) -> None:
+    first = background(
+        ["run", str(config_file), "--procs", "1", "--run-dir", "run", "train.epochs=60"],
+        tmp_path,
+        digits_root,
+    )
+    wait_for_step(tmp_path / "run", 5, first)
+    second = disttrain("run", config_file, "--procs", "1", "--run-dir", "run", "train.epochs=60")
+    assert second.returncode == 73
+    assert re.search(rf"process {first.pid} on \S+ is running here", second.stderr)
+    first.send_signal(signal.SIGTERM)
+    assert "stopped" in first.communicate(timeout=120)[0]
+
+
+def test_no_worker_survives_the_launcher(tmp_path: Path, config_file: Path, digits_root: Path) -> None:
+    process = background(
+        ["run", str(config_file), "--procs", "2", "--run-dir", "run", "train.epochs=200"],
+        tmp_path,
+        digits_root,
+    )
+    wait_for_step(tmp_path / "run", 5, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 3, "accelerate and two workers"
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+def test_a_changed_config_is_not_resumed(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
+    assert succeeded(disttrain("run", config_file, "--procs", "1", "--run-dir", "run"))
+    result = disttrain("run", config_file, "--procs", "1", "--run-dir", "run", "optim.lr=0.5")
+    assert result.returncode == 2
+    assert "optim.lr: 0.01 -> 0.5" in result.stderr
+
+
+def test_a_damaged_checkpoint_is_refused(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
+    assert succeeded(disttrain("run", config_file, "--procs", "1", "--run-dir", "run"))
+    weights = tmp_path / "run/checkpoints/latest/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    result = disttrain("run", config_file, "--procs", "1", "--resume", "run")
+    assert result.returncode == 66
+    assert "model.safetensors: damaged" in result.stderr
