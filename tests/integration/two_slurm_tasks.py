@@ -1,4 +1,4 @@
-"""Starts two workers with the environment that `srun --ntasks-per-node=2 python -m disttrain.worker` gives."""
+"""Starts two workers as `srun --ntasks-per-node=2 python -m disttrain.worker` does."""
 
 import os
 import subprocess
