@@ -40,7 +40,7 @@ class Augment:
         config: the augmentation of training images.
         seed: the seed of the run.
         mean: per channel, of pixel values in 0..1.
-        std: per channel, of pixel values in 0..1.
+        std: per channel, of pixel values in 0..1; 0 for a constant channel, which is not scaled.
         device: where the images are.
         channels_last: memory order of the result.
     """
@@ -59,8 +59,9 @@ class Augment:
         self._seed = seed
         self._device = device
         self._channels_last = channels_last
-        self._scale = (1 / (255 * torch.tensor(std))).to(device)
-        self._offset = -(torch.tensor(mean) / torch.tensor(std)).to(device)
+        divisor = torch.tensor([value or 1.0 for value in std])
+        self._scale = (1 / (255 * divisor)).to(device)
+        self._offset = -(torch.tensor(mean) / divisor).to(device)
         self._draws: dict[int, Tensor] = {}
 
     def start_epoch(self, epoch: int, samples: int, height: int, width: int) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -74,13 +75,19 @@ def save(
             files[f"{name}.safetensors"] = _write(partial / f"{name}.safetensors", save_tensors(tensors))
         document = {"state": dict(state), "parts": skeletons}
         files[_STATE] = _write(partial / _STATE, _json(document))
-        _write(partial / _MANIFEST, _json({"format": FORMAT, "step": step, "files": files}))
+        _write(partial / _MANIFEST, _json({"format": FORMAT, "files": files}))
         _sync_folder(partial)
         verify(partial)
         replaced = folder / f".{target.name}.replaced.partial"
         if target.exists():  # left by a run that was resumed from an earlier step
+            shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
-        partial.rename(target)
+        try:
+            partial.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
         _sync_folder(folder)
         _link(folder / "latest", target.name)
@@ -137,10 +144,11 @@ def verify(path: Path) -> dict[str, bytes]:
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}; use an earlier checkpoint") from None
         found = hashlib.sha256(data).hexdigest()
-        if found != expected["sha256"]:
+        count, sha256 = expected.get("bytes"), expected.get("sha256")
+        if (len(data), found) != (count, sha256):
             raise CheckpointError(
-                f"{path / name}: damaged: sha256 {found[:16]}..., the manifest says "
-                f"{expected['sha256'][:16]}...; use an earlier checkpoint"
+                f"{path / name}: damaged: {len(data)} bytes with sha256 {found}, the manifest says "
+                f"{count} bytes with {sha256}; use an earlier checkpoint"
             )
         contents[name] = data
     return contents
@@ -156,6 +164,8 @@ def size(parts: Mapping[str, Any]) -> int:
 def _strip(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     """Returns `node` with its tensors moved to `tensors` and replaced by {"tensor": name}."""
     if isinstance(node, Tensor):
+        if place in tensors:  # {"a": {"b": tensor}, "a.b": tensor}
+            place = f"{place}#{len(tensors)}"
         # A copy of its own: safetensors refuses shared memory, and filters are NCHW on disk.
         tensors[place] = node.detach().to("cpu", copy=True).contiguous()
         return {"tensor": place}
@@ -219,7 +229,8 @@ def _rotate(folder: Path, keep: int) -> None:
         if path.name not in linked:
             doomed = path.with_name(f".{path.name}.partial")  # a half-deleted checkpoint is never a step_*
             path.rename(doomed)
-            shutil.rmtree(doomed)
+    for path in folder.glob(".step_*.partial"):  # and what a process that was killed has left
+        shutil.rmtree(path)
 
 
 def restore(
@@ -244,3 +255,7 @@ def restore(
                 f"{checkpoint.path}: {name} does not fit the config: {reason}; "
                 "resume with the config it was saved with"
             ) from None
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():  # NCHW as on disk; torch's fused kernels do not look at strides
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

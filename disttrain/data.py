@@ -142,9 +142,11 @@ def _map(target: Path, index: Index, split: str) -> DecodedSplit | None:
     try:  # copy-on-write, because torch warns of arrays that cannot be written
         images = np.load(target / "images.npy", mmap_mode="c", allow_pickle=False)
         labels = np.load(target / "labels.npy", allow_pickle=False)
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
-    return DecodedSplit(images, labels) if images.shape == shape and labels.shape == shape[:1] else None
+    expected = (shape, np.uint8, shape[:1], np.int64)
+    found = (images.shape, images.dtype, labels.shape, labels.dtype)
+    return DecodedSplit(images, labels) if found == expected else None
 
 
 def _decode(index: Index, split: str, target: Path, say: Callable[[str], None]) -> None:

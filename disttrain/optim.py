@@ -69,7 +69,7 @@ class MuonWithAdamW(Optimizer):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         filters = [p for p in parameters if p.ndim >= 2 and id(p) not in head]
         others = [p for p in parameters if p.ndim < 2 or id(p) in head]
-        self._matrices = [nn.Parameter(_matrix(p.detach())) for p in filters]
+        self._matrices = [nn.Parameter(_matrix(p.detach(), p)) for p in filters]
         self._parts: list[Optimizer] = []
         groups = []
         if filters:
@@ -95,7 +95,7 @@ class MuonWithAdamW(Optimizer):
         """Takes one step of both parts; a parameter without gradient is left alone."""
         assert closure is None
         for matrix, parameter in zip(self._matrices, self._filters, strict=True):
-            matrix.grad = None if parameter.grad is None else _matrix(parameter.grad)
+            matrix.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
         for part, group in zip(self._parts, self.param_groups, strict=True):
             part.param_groups[0]["lr"] = group["lr"]
             part.step()
@@ -110,11 +110,11 @@ class MuonWithAdamW(Optimizer):
             part.load_state_dict(state)
 
 
-def _matrix(filters: Tensor) -> Tensor:
-    """Returns [O, ...] as [O, columns], without a copy where the memory order allows it."""
+def _matrix(values: Tensor, filters: Tensor) -> Tensor:
+    """Returns [O, ...] as [O, columns] in the memory order of `filters`, without a copy if it is the same."""
     if filters.ndim == 4 and filters.is_contiguous(memory_format=torch.channels_last):
-        filters = filters.permute(0, 2, 3, 1)
-    return filters.reshape(len(filters), -1)
+        values = values.permute(0, 2, 3, 1)
+    return values.reshape(len(values), -1)
 
 
 def lr_factor(schedule: ScheduleConfig, epochs_done: float, epochs: int) -> float:

@@ -364,7 +364,10 @@ def finish_epoch(parts: Parts, position: Position, observer: Observer, save: Cal
         best = position.best_accuracy is None or record["accuracy"] > position.best_accuracy
         if best:
             position.best_accuracy = record["accuracy"]
-    due = last or best or position.epoch % config.checkpoint.every_epochs == 0
+    every_epochs, every_steps = config.checkpoint.every_epochs, config.checkpoint.every_steps
+    due = last or best or position.epoch % every_epochs == 0
+    if every_steps is not None:
+        due = due or position.step % every_steps == 0
     if due:
         save(best)
     return due

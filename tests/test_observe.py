@@ -1,0 +1,267 @@
+"""Readings of all ranks in one vector, and the files that an observer writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from disttrain import observe
+from disttrain.config import Config
+from disttrain.data import Plan
+from disttrain.errors import StoppedError
+from disttrain.observe import RunGauges, RunObserver
+from disttrain.runfolder import RunFolder
+from disttrain.shards import load_index
+from disttrain.train import Position
+
+HOSTS = ["a", "a", "b", "b"]
+GPUS = [
+    {"rank": rank, "host": host, "device": "cuda", "name": f"GPU {rank}", "uuid": f"GPU-{rank}"}
+    for rank, host in enumerate(HOSTS)
+]
+CPUS = [device | {"device": "cpu", "name": "CPU", "uuid": None} for device in GPUS]
+
+
+def reading(uuid: str) -> dict[str, Any]:
+    """Returns what a sampler says of a GPU: numbers that tell GPUs and fields apart."""
+    number = int(uuid[-1])
+    return {
+        "host": "as NVML says", "index": 3 - number, "uuid": uuid, "name": "as NVML says",
+        "utilization_pct": 10.04 + number, "memory_used_mib": 1000 + number, "memory_total_mib": 81920,
+        "power_w": 300 + number, "temperature_c": 40 + number,
+    }  # fmt: skip
+
+
+class Sampler:
+    """A stand-in for telemetry.GpuSampler; `unknown` are fields that it cannot read."""
+
+    asked: list[list[str]]
+    unknown: tuple[str, ...] = ()
+    running = 0
+
+    def __init__(self, uuids: Sequence[str], interval_s: float, sink: object) -> None:
+        self.uuids = list(uuids)
+        self.asked.append(self.uuids)
+        assert interval_s == 0.5
+        assert callable(sink) or not uuids
+
+    def start(self) -> None:
+        type(self).running += 1
+
+    def stop(self) -> None:
+        type(self).running -= 1
+
+    def means(self) -> list[dict[str, Any]]:
+        return [reading(uuid) | dict.fromkeys(self.unknown) for uuid in self.uuids]
+
+
+@pytest.fixture
+def sampler(monkeypatch: pytest.MonkeyPatch) -> type[Sampler]:
+    kind = type("OwnSampler", (Sampler,), {"asked": []})
+    monkeypatch.setattr(observe, "GpuSampler", kind)
+    return kind
+
+
+@pytest.fixture
+def _processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter(range(100))
+
+    def means() -> dict[str, Any]:
+        number = next(numbers)
+        return {"host": "x", "cpu_pct": 50.0 + number, "threads": 7, "memory_used_mib": 100 + number}
+
+    monkeypatch.setattr(observe, "ProcessorSampler", lambda: SimpleNamespace(means=means))
+
+
+def all_ranks(devices: list[dict[str, Any]], folder: Path) -> Iterator[RunGauges]:
+    for rank in range(len(devices)):
+        gauges = RunGauges(devices, rank, 0.5, RunFolder(folder))
+        gauges.start()
+        try:
+            yield gauges
+        finally:
+            gauges.stop()
+
+
+def read_all(devices: list[dict[str, Any]], folder: Path) -> tuple[list[list[float]], list[dict[str, Any]]]:
+    """Returns what each rank reads, and what each makes of the sums."""
+    every = list(all_ranks(devices, folder))
+    vectors = [gauges.read() for gauges in every]
+    totals = [sum(column) for column in zip(*vectors, strict=True)]
+    return vectors, [gauges.rows(totals) for gauges in every]
+
+
+# --- Gauges -----------------------------------------------------------------------------------------
+
+
+def test_the_sums_of_all_ranks_are_the_rows_of_all_gpus(tmp_path: Path, sampler: type[Sampler]) -> None:
+    vectors, rows = read_all(GPUS, tmp_path)
+    assert sampler.asked == [["GPU-0", "GPU-1"], [], ["GPU-2", "GPU-3"], []]  # one rank of each node reads
+    assert [any(vector) for vector in vectors] == [True, False, True, False]
+    assert sampler.running == 0
+    expected = [
+        {
+            "host": host, "index": 3 - rank, "uuid": f"GPU-{rank}", "name": f"GPU {rank}",
+            "utilization_pct": 10.0 + rank, "memory_used_mib": 1000 + rank, "memory_total_mib": 81920,
+            "power_w": 300 + rank, "temperature_c": 40 + rank,
+        }
+        for rank, host in enumerate(HOSTS)
+    ]  # fmt: skip
+    assert rows == [{"gpus": expected}] * 4
+    assert json.loads(json.dumps(rows[0]))["gpus"][0]["index"] == 3
+
+
+def test_what_is_unknown_is_none(tmp_path: Path, sampler: type[Sampler]) -> None:
+    sampler.unknown = ("index", "power_w")
+    vectors, rows = read_all(GPUS, tmp_path)
+    assert [sum(math.isnan(number) for number in vector) for vector in vectors] == [4, 0, 4, 0]
+    for number, row in enumerate(rows[1]["gpus"]):
+        assert row["index"] is None
+        assert row["power_w"] is None
+        assert row["temperature_c"] == 40 + number
+
+
+def test_one_unknown_gpu_leaves_the_others(tmp_path: Path, sampler: type[Sampler]) -> None:
+    gauges = list(all_ranks(GPUS[:2], tmp_path))
+    values = gauges[0].read()
+    values[: len(values) // 2] = [math.nan] * (len(values) // 2)
+    first, second = gauges[1].rows(values)["gpus"]
+    assert {key for key, value in first.items() if value is not None} == {"host", "uuid", "name"}
+    assert second["utilization_pct"] == 11.0
+
+
+def test_zero_is_a_reading(tmp_path: Path, sampler: type[Sampler]) -> None:
+    (gauges,) = all_ranks(GPUS[:1], tmp_path)
+    (row,) = gauges.rows([0.0] * len(gauges.read()))["gpus"]
+    assert (row["utilization_pct"], row["index"]) == (0.0, 0)
+
+
+def test_ranks_on_one_gpu_give_one_row(tmp_path: Path, sampler: type[Sampler]) -> None:
+    devices = [GPUS[0], GPUS[0] | {"rank": 1}, GPUS[1] | {"rank": 2}]
+    _, rows = read_all(devices, tmp_path)
+    assert [row["uuid"] for row in rows[0]["gpus"]] == ["GPU-0", "GPU-1"]
+    assert rows[0]["gpus"][0]["utilization_pct"] == 10.0
+
+
+@pytest.mark.usefixtures("_processor")
+def test_on_cpus_every_rank_has_a_row(tmp_path: Path, sampler: type[Sampler]) -> None:
+    vectors, rows = read_all(CPUS, tmp_path)
+    assert [[i for i, number in enumerate(vector) if number] for vector in vectors] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
+    processes = [
+        {"rank": rank, "host": host, "cpu_pct": 50.0 + rank, "memory_used_mib": 100 + rank}
+        for rank, host in enumerate(HOSTS)
+    ]
+    assert rows == [{"gpus": [], "processes": processes}] * 4
+    assert sampler.asked == [[], [], [], []]
+
+
+# --- The observer -----------------------------------------------------------------------------------
+
+CONFIG: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"name": "digits"},
+    "model": {"name": "tiny"},
+    "train": {"epochs": 1, "batch_size": 64, "trace_samples": True},
+    "optim": {"lr": 0.1},
+}
+TRAIN_RECORD: dict[str, Any] = {
+    "kind": "train", "step": 5, "epoch": 1, "samples": 320, "loss": 1.5, "accuracy": 0.25, "lr": 0.1,
+    "images_per_s": 100.0, "step_time_s": 0.64, "data_wait_pct": 1.0, "gpus": [],
+}  # fmt: skip
+EVAL_RECORD = {
+    "kind": "eval", "step": 5, "epoch": 1, "loss": 1.0, "accuracy": 0.5, "correct": 180, "total": 360,
+}  # fmt: skip
+
+
+def observer_of(
+    rank: int, folder: RunFolder, digits_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> RunObserver:
+    monkeypatch.setattr(observe, "_gather_devices", lambda parts: CPUS[:2])
+    (folder.path / "logs").mkdir(parents=True, exist_ok=True)
+    parts: Any = SimpleNamespace(
+        rank=rank,
+        world_size=2,
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        bare_model=nn.Linear(2, 3),
+        plan=Plan(0, 1438, 64, False),
+    )
+    return RunObserver(
+        Config.model_validate(CONFIG),
+        folder,
+        parts,
+        Position(step=5, samples_seen=320),
+        load_index("digits", str(digits_root)),
+        {"precision": "fp32: auto on a CPU"},
+        verbosity=0,
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rank_0_writes_the_story_of_the_run(
+    tmp_path: Path, digits_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with observer_of(0, folder, digits_root, monkeypatch) as observer:
+        observer.trace(1, 1, [3, 4])
+        observer.train(TRAIN_RECORD)
+        observer.evaluate(EVAL_RECORD)
+        observer.finished()
+    assert lines(folder.metrics) == [TRAIN_RECORD, EVAL_RECORD]
+    assert lines(folder.trace(0)) == [{"epoch": 1, "step": 1, "ids": [3, 4]}]
+    status = folder.status()
+    assert (status["step"], status["samples_seen"]) == (5, 320)
+    environment = json.loads(folder.env.read_text())
+    assert environment["world_size"] == 2
+    assert environment["choices"] == {"precision": "fp32: auto on a CPU"}
+    assert environment["data"]["train"] + environment["data"]["val"] == 1797
+    assert torch.__version__.startswith(environment["packages"]["torch"])
+    assert "finished: accuracy 50.00 % (180 of 360)" in capsys.readouterr().out
+
+
+def test_other_ranks_write_their_trace_alone(
+    tmp_path: Path, digits_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with observer_of(1, folder, digits_root, monkeypatch) as observer:
+        observer.trace(1, 1, [5])
+        observer.train(TRAIN_RECORD)
+        observer.evaluate(EVAL_RECORD)
+        observer.finished()
+    assert lines(folder.trace(1)) == [{"epoch": 1, "step": 1, "ids": [5]}]
+    assert not folder.metrics.exists()
+    assert not folder.env.exists()
+    assert folder.status() == {}
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stopped_run_says_so(
+    tmp_path: Path, digits_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    observer = observer_of(0, RunFolder(tmp_path / "run"), digits_root, monkeypatch)
+    with pytest.raises(StoppedError), observer:
+        raise StoppedError("stopped at step 7; saved, resumable")
+    assert "stopped at step 7; saved, resumable" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_repository_has_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert observe._git() is None

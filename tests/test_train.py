@@ -1,0 +1,600 @@
+"""The loops on one rank, against loops written out by hand."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from disttrain import checkpoint
+from disttrain import train as loops
+from disttrain.augment import Augment, Mix
+from disttrain.config import Config
+from disttrain.data import DecodedSplit, Plan, Served, share
+from disttrain.errors import StoppedError, TrainingError
+from disttrain.optim import build_optimizer
+from disttrain.train import Parts, Position, evaluate, load, loss_sum, train
+
+CLASSES = 4
+MEAN, STD = 0.4, 0.3
+TRAIN_KEYS = {  # with the readings of the gauges
+    "kind", "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s",
+    "data_wait_pct", "gpus",
+}  # fmt: skip
+EVAL_KEYS = {"kind", "step", "epoch", "loss", "accuracy", "correct", "total"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_no_state_of_accelerate() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class Recorder:
+    """Observer and gauges that remember what they were told."""
+
+    def __init__(self) -> None:
+        self.trains: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.traces: list[tuple[int, int, list[int]]] = []
+        self.after_log: Callable[[], None] = lambda: None
+
+    def train(self, record: dict[str, Any]) -> None:
+        self.trains.append(record)
+        self.after_log()
+
+    def evaluate(self, record: dict[str, Any]) -> None:
+        self.evaluations.append(record)
+
+    def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
+        self.traces.append((epoch, step, list(ids)))
+
+    def read(self) -> list[float]:
+        return [1.5, float("nan")]
+
+    def rows(self, totals: Sequence[float]) -> dict[str, Any]:
+        return {"gpus": list(totals)}
+
+
+def network(dropout: float = 0.0, norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(4 * 36, CLASSES),
+    )
+
+
+def split(samples: int, seed: int) -> DecodedSplit:
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (samples, 6, 6, 1), dtype=np.uint8)
+    return DecodedSplit(images, generator.integers(0, CLASSES, samples))
+
+
+def make_parts(
+    model: nn.Module | None = None,
+    samples: int = 40,
+    val_samples: int = 23,
+    drop: bool = False,
+    augment: dict[str, Any] | None = None,
+    optim: dict[str, Any] | None = None,
+    **train_options: Any,
+) -> Parts:
+    """Builds what the worker builds, around a tiny network and random images; other sections by `with_`."""
+    config = Config.model_validate(
+        {
+            "name": "tiny",
+            "seed": 5,
+            "data": {"name": "random", "remainder": "drop" if drop else "keep"},
+            "model": {"name": "tiny"},
+            "augment": augment or {},
+            "train": {"epochs": 2, "batch_size": 16} | train_options,
+            "optim": {"name": "sgd", "lr": 0.1} | (optim or {}),
+        }
+    )
+    accelerator = Accelerator(cpu=True)
+    model = network() if model is None else model
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    decay = config.train.ema
+    average = decay and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    model, optimizer = accelerator.prepare(model, build_optimizer(config.optim, model))
+    device = accelerator.device
+    return Parts(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        ema=average or None,
+        optimizer=optimizer,
+        plan=Plan(config.seed, samples, config.train.batch_size, drop),
+        augment=Augment(
+            config.augment,
+            seed=config.seed,
+            mean=(MEAN,),
+            std=(STD,),
+            device=device,
+            channels_last=config.train.channels_last,
+        ),
+        train_data=Served(split(samples, 1), device, "host"),
+        val_data=Served(split(val_samples, 2), device, "host"),
+        image_size=(6, 6),
+    )
+
+
+def with_(parts: Parts, **sections: dict[str, Any]) -> Parts:
+    """Changes keys of other sections of the config, such as `schedule` or `checkpoint`."""
+    tree = parts.config.model_dump()
+    for name, keys in sections.items():
+        tree[name] |= keys
+    parts.config = Config.model_validate(tree)
+    return parts
+
+
+def run(
+    parts: Parts,
+    position: Position | None = None,
+    *,
+    save: Callable[[bool], None] = lambda best: None,
+    stop_after: int | None = None,
+    recorder: Recorder | None = None,
+) -> Recorder:
+    """Trains; is asked to stop when `stop_after` steps were taken."""
+    position = Position() if position is None else position
+    recorder = Recorder() if recorder is None else recorder
+    train(
+        parts,
+        position,
+        observer=recorder,
+        gauges=recorder,
+        save=save,
+        stop_requested=lambda: stop_after is not None and position.step >= stop_after,
+    )
+    return recorder
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> bool:
+    return all(torch.allclose(found[key], expected[key], atol=tolerance) for key in expected)
+
+
+def batch_of(seed: int, ids: Sequence[int], samples: int = 40) -> tuple[Tensor, Tensor]:
+    """Returns normalised images [B, 1, 6, 6] and labels."""
+    data = split(samples, seed)
+    images = (torch.tensor(data.images[list(ids)]).float() / 255 - MEAN) / STD
+    return images.permute(0, 3, 1, 2), torch.tensor(data.labels[list(ids)])
+
+
+def smoothed(label_smoothing: float, labels: Tensor) -> Tensor:
+    targets = F.one_hot(labels, CLASSES).double()
+    return (1 - label_smoothing) * targets + label_smoothing / CLASSES
+
+
+# --- Steps ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"channels_last": False},
+        {"label_smoothing": 0.1},
+        {"grad_clip": 0.05},
+        {"batch_size": 40},
+        {"batch_size": 64},
+        {"batch_size": 39},
+        {"accumulate": 3, "grad_clip": 0.05, "label_smoothing": 0.1},
+    ],
+    ids=str,
+)
+def test_training_is_the_loop_written_by_hand(options: dict[str, Any]) -> None:
+    parts = with_(make_parts(**options), schedule={"name": "linear", "warmup_epochs": 0.5})
+    recorder = run(parts)
+    batch_size, clip = options.get("batch_size", 16), options.get("grad_clip")
+    model = network()
+    velocity = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    rates = []
+    for epoch in range(2):
+        order = parts.plan.order(epoch).tolist()
+        for begin in range(0, 40, batch_size):
+            images, labels = batch_of(1, order[begin : begin + batch_size])
+            targets = smoothed(options.get("label_smoothing", 0.0), labels)
+            loss = -(targets * model(images).double().log_softmax(1)).sum(1).mean()
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+            factor = 1.0 if clip is None else min(1.0, clip / (norm.item() + 1e-6))
+            done = epoch + begin / 40
+            rates.append(0.1 * (done / 0.5 if done < 0.5 else 1 - (done - 0.5) / 1.5))
+            with torch.no_grad():
+                for parameter, gradient, speed in zip(model.parameters(), gradients, velocity, strict=True):
+                    speed.mul_(0.9).add_(gradient * factor)
+                    parameter -= rates[-1] * speed
+    assert close(state(parts.bare_model), state(model))
+    assert recorder.trains[-1]["lr"] == pytest.approx(rates[-1])
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 16])
+def test_accumulating_gives_the_weights_of_one_pass(accumulate: int) -> None:
+    expected, parts = make_parts(ema=0.5), make_parts(ema=0.5, accumulate=accumulate)
+    records = [run(each).trains[-1] for each in (expected, parts)]
+    assert close(state(parts.bare_model), state(expected.bare_model))
+    assert records[1]["loss"] == pytest.approx(records[0]["loss"], abs=1e-5)
+    assert records[1]["accuracy"] == records[0]["accuracy"]
+
+
+def test_accumulating_mixes_the_same_pairs() -> None:
+    augment = {"mixup": 0.3, "cutmix": 1.0, "crop_padding": 1, "flip": True, "cutout": 2}
+    expected, parts = make_parts(augment=augment), make_parts(augment=augment, accumulate=4)
+    for each in (expected, parts):
+        run(each)
+    assert close(state(parts.bare_model), state(expected.bare_model))
+
+
+class Shell(nn.Module):
+    """Stands for DDP around a model, without its collectives."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Any:
+        return self.module(images)
+
+
+@pytest.mark.parametrize("step", [0, 2], ids=["full batch", "last batch"])
+@pytest.mark.parametrize("world_size", [2, 3, 16])
+def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size: int, step: int) -> None:
+    augment = {"mixup": 0.3, "flip": True}
+
+    def gradient(rank: int, world_size: int) -> tuple[Tensor, list[int]]:
+        parts = make_parts(augment=augment, trace_samples=True, label_smoothing=0.1)
+        if world_size > 1:
+            parts.rank, parts.world_size, parts.model = rank, world_size, Shell(parts.model)
+        gradients: list[Tensor] = []
+        parameters = list(parts.bare_model.parameters())
+
+        def keep() -> None:
+            gradients.extend(
+                parameter.grad.flatten() for parameter in parameters if parameter.grad is not None
+            )
+
+        parts.optimizer = SimpleNamespace(step=keep, zero_grad=lambda set_to_none: None)  # type: ignore[assignment]
+        recorder = Recorder()
+        ids = parts.train_data.ids(parts.plan.order(0))
+        parts.augment.start_epoch(0, 40, 6, 6)
+        meter = loops.Meter(torch.device("cpu"))
+        loops.train_step(parts, Position(step=step), step, ids, meter, recorder)
+        ((_, _, traced),) = recorder.traces
+        assert meter.samples == len(traced)
+        return torch.cat(gradients), traced
+
+    expected, ids = gradient(0, 1)
+    assert len(ids) == (16 if step == 0 else 8)
+    ranks = [gradient(rank, world_size) for rank in range(world_size)]
+    mean = torch.stack([each for each, _ in ranks]).mean(0)
+    torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-4)
+    assert [sample for _, traced in ranks for sample in traced] == ids
+
+
+# --- Mixing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("mix", [None, Mix(1, 0.7, None), Mix(1, 0.25, (0, 3, 0, 3))])
+def test_the_loss_is_the_cross_entropy_with_mixed_targets(mix: Mix | None, label_smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(6, CLASSES, generator=generator)
+    labels, partners = torch.randint(CLASSES, (2, 6), generator=generator)
+    targets = smoothed(label_smoothing, labels)
+    if mix is not None:
+        targets = mix.share * targets + (1 - mix.share) * smoothed(label_smoothing, partners)
+    expected = -(targets * logits.double().log_softmax(1)).sum().item()
+    found = loss_sum(logits, labels, None if mix is None else partners, mix, label_smoothing)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("places", [range(16, 32), range(32, 43)], ids=["full batch", "last batch"])
+@pytest.mark.parametrize("mix", [Mix(3, 0.7, None), Mix(7, 0.75, (1, 4, 2, 5))], ids=["mixup", "cutmix"])
+def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, places: range) -> None:
+    parts = make_parts(samples=43, augment={"crop_padding": 1, "flip": True})
+    parts.augment.start_epoch(0, 43, 6, 6)
+    order = parts.plan.order(0)
+    ids = parts.train_data.ids(order)
+    images, labels, _ = load(parts, ids, places, places, None)
+    expected, partner_labels = [], []
+    for own in range(len(places)):
+        partner = (own + mix.shift) % len(places)
+        image = images[own].clone()
+        if mix.box is None:
+            image = mix.share * image + (1 - mix.share) * images[partner]
+        else:
+            image[:, 1:4, 2:5] = images[partner][:, 1:4, 2:5]
+        expected.append(image)
+        partner_labels.append(labels[partner].item())
+    for world_size in (1, 3):
+        loaded = [
+            load(parts, ids, share(places, rank, world_size), places, mix) for rank in range(world_size)
+        ]
+        torch.testing.assert_close(torch.cat([each[0] for each in loaded]), torch.stack(expected))
+        assert torch.cat([each[1] for each in loaded]).tolist() == labels.tolist()
+        assert [n for each in loaded if each[2] is not None for n in each[2].tolist()] == partner_labels
+
+
+# --- Moving average ---------------------------------------------------------------------------------
+
+
+def test_the_moving_average_follows_weights_and_statistics_and_is_evaluated() -> None:
+    parts = with_(make_parts(network(norm=True), ema=0.8), monitor={"log_every_steps": 1})
+    snapshots: list[dict[str, Tensor]] = []
+    recorder = Recorder()
+    recorder.after_log = lambda: snapshots.append(state(parts.bare_model))
+    run(parts, recorder=recorder)
+    assert len(snapshots) == 6
+    average = {key: value.double() for key, value in snapshots[0].items()}
+    for snapshot in snapshots[1:]:
+        for key, value in snapshot.items():
+            average[key] = 0.8 * average[key] + 0.2 * value
+    assert parts.ema is not None
+    found = state(parts.ema.module)
+    for key, value in average.items():
+        if value.dtype.is_floating_point and not key.endswith("num_batches_tracked"):
+            torch.testing.assert_close(found[key].double(), value, atol=1e-6, rtol=1e-5)
+    model = copy.deepcopy(parts.ema.module).eval()
+    images, labels = batch_of(2, range(23), 23)
+    expected = F.cross_entropy(model(images), labels).item()
+    assert recorder.evaluations[-1]["loss"] == pytest.approx(expected, rel=1e-5)
+    bare = F.cross_entropy(copy.deepcopy(parts.bare_model).eval()(images), labels).item()
+    assert abs(bare - expected) > 1e-4
+
+
+# --- Evaluation -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tta", ["none", "flip"])
+@pytest.mark.parametrize("samples", [1, 15, 16, 17, 50])
+def test_evaluation_counts_every_sample_once(samples: int, tta: str) -> None:
+    parts = with_(make_parts(network(dropout=0.5, norm=True), val_samples=samples), eval={"tta": tta})
+    model = copy.deepcopy(parts.bare_model).eval()
+    images, labels = batch_of(2, range(samples), samples)
+    logits = model(images)
+    if tta == "flip":
+        logits = (logits + model(images.flip(3))) / 2
+    correct = int((logits.argmax(1) == labels).sum())
+    before = state(parts.bare_model)
+    record = evaluate(parts)
+    assert record == {
+        "kind": "eval",
+        "loss": pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5),
+        "accuracy": correct / samples,
+        "correct": correct,
+        "total": samples,
+    }
+    assert same(state(parts.bare_model), before)
+    assert parts.bare_model.training  # as it was
+
+
+@pytest.mark.parametrize(("every", "epochs"), [(1, [1, 2, 3]), (2, [2, 3]), (5, [3])])
+def test_evaluations_come_when_due_and_at_the_end(every: int, epochs: list[int]) -> None:
+    recorder = run(with_(make_parts(epochs=3), eval={"every_epochs": every}))
+    assert [record["epoch"] for record in recorder.evaluations] == epochs
+    assert [record["step"] for record in recorder.evaluations] == [3 * epoch for epoch in epochs]
+
+
+# --- Records ----------------------------------------------------------------------------------------
+
+
+def test_records_have_the_documented_keys() -> None:
+    recorder = run(with_(make_parts(epochs=2), monitor={"log_every_steps": 2}))
+    assert all(record.keys() == TRAIN_KEYS for record in recorder.trains)
+    assert all(record.keys() == EVAL_KEYS for record in recorder.evaluations)
+    assert {record["kind"] for record in recorder.trains} == {"train"}
+    assert {record["kind"] for record in recorder.evaluations} == {"eval"}
+    places = [(record["step"], record["epoch"], record["samples"]) for record in recorder.trains]
+    assert places == [(2, 1, 32), (3, 1, 40), (4, 2, 56), (6, 2, 80)]  # and the last step of an epoch
+    for record in recorder.trains:
+        assert 0 <= record["accuracy"] <= 1
+        assert record["images_per_s"] > 0
+        assert 0 <= record["data_wait_pct"] <= 100
+        assert record["gpus"][0] == 1.5
+        assert np.isnan(record["gpus"][1])
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_record_is_the_mean_over_the_samples_of_its_steps(accumulate: int) -> None:
+    parts = make_parts(epochs=2, optim={"lr": 1e-30}, accumulate=accumulate)  # the weights stay
+    parts = with_(parts, monitor={"log_every_steps": 2})
+    recorder = run(parts)
+    model = network()
+    for record, epoch, places in zip(
+        recorder.trains, [0, 0, 1, 1], [range(32), range(32, 40), range(16), range(16, 40)], strict=True
+    ):
+        images, labels = batch_of(1, parts.plan.order(epoch)[list(places)].tolist())
+        logits = model(images)
+        assert record["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert record["accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+
+
+def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(loops, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def taking(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def slow(*arguments: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return function(*arguments)
+
+        return slow
+
+    monkeypatch.setattr(loops, "load", taking(loops.load, 0.5))
+    monkeypatch.setattr(loops, "loss_sum", taking(loops.loss_sum, 1.5))
+    monkeypatch.setattr(loops, "evaluate", taking(loops.evaluate, 100))
+    parts = with_(make_parts(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})
+    recorder = run(parts, save=taking(lambda best: None, 1000))
+    assert [record["step_time_s"] for record in recorder.trains] == [2.0, 2.0]
+    assert [record["images_per_s"] for record in recorder.trains] == [40 / 6] * 2
+    assert [record["data_wait_pct"] for record in recorder.trains] == [25.0] * 2
+
+
+@pytest.mark.parametrize(("samples", "drop"), [(40, False), (40, True), (5, False)])
+def test_traces_are_the_plan(samples: int, drop: bool) -> None:
+    parts = make_parts(samples=samples, drop=drop, trace_samples=True, accumulate=2)
+    plan = parts.plan
+    expected = [
+        (
+            epoch + 1,
+            epoch * plan.steps_per_epoch + step + 1,
+            plan.order(epoch)[list(plan.batch(step))].tolist(),
+        )
+        for epoch in range(2)
+        for step in range(plan.steps_per_epoch)
+    ]
+    assert run(parts).traces == expected
+
+
+# --- Failure ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run(value: float) -> None:
+    parts = make_parts()
+    with torch.no_grad():
+        parts.bare_model.get_parameter("6.bias").fill_(value)
+    saves: list[bool] = []
+    recorder = Recorder()
+    with pytest.raises(TrainingError, match=r"the loss is not finite .* step 3 \(epoch 1\); lower") as caught:
+        run(parts, save=saves.append, recorder=recorder)
+    assert caught.value.exit_code == 70
+    assert recorder.trains == saves == []
+
+
+# --- Saving -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),  # four epochs of three steps
+    [
+        ({}, [3, 6, 9, 12]),
+        ({"every_epochs": 2}, [6, 12]),
+        ({"every_epochs": 3}, [9, 12]),
+        ({"every_epochs": 9}, [12]),
+        ({"every_epochs": 2, "every_steps": 2}, [2, 4, 6, 8, 10, 12]),
+        ({"every_epochs": 9, "every_steps": 3}, [3, 6, 9, 12]),
+        ({"every_epochs": 9, "every_steps": 5}, [5, 10, 12]),
+    ],
+)
+def test_saves_come_when_due_once_and_at_the_end(options: dict[str, int], expected: list[int]) -> None:
+    parts = with_(make_parts(epochs=4), checkpoint=options, eval={"every_epochs": 9})
+    position, steps = Position(), []
+    run(parts, position, save=lambda best: steps.append(position.step))
+    assert steps == expected
+
+
+def test_the_best_is_saved_whenever_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.5, 0.4, 0.5, 0.6, 0.6])
+    monkeypatch.setattr(loops, "evaluate", lambda parts: {"kind": "eval", "accuracy": next(accuracies)})
+    parts = with_(make_parts(epochs=5), checkpoint={"every_epochs": 9})
+    position, saves = Position(), []
+    run(parts, position, save=lambda best: saves.append((position.epoch, best, position.best_accuracy)))
+    assert saves == [(1, True, 0.5), (4, True, 0.6), (5, False, 0.6)]
+
+
+# --- Stopping and going on --------------------------------------------------------------------------
+
+EVERYTHING: dict[str, Any] = {
+    "augment": {"crop_padding": 1, "flip": True, "cutout": 2, "mixup": 0.3, "cutmix": 1.0},
+    "epochs": 3,
+    "ema": 0.8,
+    "accumulate": 2,
+    "grad_clip": 1.0,
+    "label_smoothing": 0.1,
+    "trace_samples": True,
+}
+
+
+def parts_of_everything(optimizer: str) -> Parts:
+    parts = make_parts(network(dropout=0.3, norm=True), optim={"name": optimizer}, **EVERYTHING)
+    return with_(parts, schedule={"name": "one_cycle"})
+
+
+def saved_states(parts: Parts) -> dict[str, Any]:
+    assert parts.ema is not None
+    return {
+        "model": parts.bare_model.state_dict(),
+        "optimizer": parts.optimizer.state_dict(),
+        "ema": parts.ema.state_dict(),
+    }
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path, optimizer: str, stop_after: int) -> None:
+    whole = parts_of_everything(optimizer)
+    end = Position()
+    uninterrupted = run(whole, end)
+
+    stopped = parts_of_everything(optimizer)
+    position, steps = Position(), []
+    recorder = Recorder()
+
+    def save(best: bool) -> None:
+        steps.append(position.step)
+        checkpoint.save(
+            tmp_path, position.step, saved_states(stopped), dataclasses.asdict(position), keep=1, best=best
+        )
+
+    with pytest.raises(StoppedError, match=r"stopped .*saved, resumable") as caught:
+        run(stopped, position, save=save, stop_after=stop_after, recorder=recorder)
+    assert caught.value.exit_code == 75
+    assert steps == sorted({min(3, stop_after), stop_after})
+
+    going_on = parts_of_everything(optimizer)
+    loaded = checkpoint.load(tmp_path / "latest")
+    checkpoint.restore(loaded, going_on.bare_model, going_on.optimizer, going_on.ema)
+    position = Position(**loaded.state)
+    run(going_on, position, recorder=recorder)
+    assert position == end
+    assert same(state(going_on.bare_model), state(whole.bare_model))
+    assert going_on.ema is not None
+    assert whole.ema is not None
+    assert same(state(going_on.ema), state(whole.ema))
+    assert recorder.traces == uninterrupted.traces
+    assert recorder.evaluations == uninterrupted.evaluations
+
+
+def test_a_wish_to_stop_at_the_very_end_is_too_late() -> None:
+    recorder = run(make_parts(), stop_after=6)
+    assert recorder.evaluations[-1]["epoch"] == 2
+
+
+def test_the_network_learns() -> None:
+    parts = make_parts(samples=100, epochs=40, optim={"lr": 0.02})
+    recorder = run(parts)
+    assert recorder.trains[-1]["accuracy"] > 0.8  # of random labels: learnt by heart
+    assert recorder.trains[-1]["loss"] < 0.5 * recorder.trains[0]["loss"]
