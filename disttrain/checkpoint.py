@@ -11,18 +11,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from disttrain.errors import CheckpointError, StorageError
+from disttrain.optim import load_state
 
 FORMAT = 1
 _MANIFEST = "MANIFEST.json"
@@ -241,21 +241,20 @@ def restore(
     Raises:
         CheckpointError: a part is missing, or names or shapes do not fit.
     """
-    targets: dict[str, nn.Module | Optimizer] = {"model": model, "optimizer": optimizer}
+    loaders: dict[str, Callable[[Any], Any]] = {
+        "model": model.load_state_dict,
+        "optimizer": lambda state: load_state(optimizer, state),
+    }
     if ema is not None:
-        targets["ema"] = ema
-    for name, target in targets.items():
+        loaders["ema"] = ema.load_state_dict
+    for name, load_part in loaders.items():
         if name not in checkpoint.parts:
             raise CheckpointError(f"{checkpoint.path}: has no {name}; it was saved by a run without one")
         try:
-            target.load_state_dict(checkpoint.parts[name])
+            load_part(checkpoint.parts[name])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"{checkpoint.path}: {name} does not fit the config: {reason}; "
                 "resume with the config it was saved with"
             ) from None
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():  # NCHW as on disk; torch's fused kernels do not look at strides
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

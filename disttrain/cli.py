@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Group(click.Group):
-    """Shows a user's mistake as one line with its exit code; suggests the nearest command."""
+    """Shows a user's mistake as one line with its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -132,8 +132,8 @@ def run(
     check_device(config, device)
     split_batch(config, plan.world_size)
     index = open_index(config, click.echo)
-    if run_dir is not None and plan.node_rank == 0:
-        _, finished = resume_point(RunFolder(run_dir), resume, config)
+    if plan.node_rank == 0:
+        _, finished = resume_point(RunFolder(plan.run_dir), resume, config)
         if finished:
             click.echo(f"{run_dir}: this run has finished already; nothing to do")
             return
@@ -265,7 +265,8 @@ def _show_index(index: Index, *, classes: bool = False) -> None:
         click.echo(f"{label:<8} {' '.join(f'{value:.4f}' for value in values)}")
     for name, split in index.splits.items():
         mib = sum(shard.bytes for shard in split.shards) / 2**20
-        click.echo(f"{name:<8} {split.samples:,} samples in {len(split.shards)} shards, {mib:,.1f} MiB")
+        shards = f"{len(split.shards)} shard{'s' * (len(split.shards) > 1)}"
+        click.echo(f"{name:<8} {split.samples:,} samples in {shards}, {mib:,.1f} MiB")
     if classes:
         width = max(5, *(len(name) for name in index.classes))
         click.echo(f"{'class':<{width}} " + " ".join(f"{name:>10}" for name in index.splits))
@@ -281,7 +282,8 @@ def _progress() -> Iterator[Callable[[int], None]]:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.completed:,} images"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
         yield lambda images: progress.update(task, completed=images)
 

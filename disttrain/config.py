@@ -8,6 +8,7 @@ and the remedy. This module imports neither torch nor anything else of the packa
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ class AugmentConfig(_Section):
     flip: bool = False
     """Random horizontal flip."""
     cutout: Annotated[int, Field(ge=0)] = 0
-    """Side in pixels of a random square set to the mean (DeVries & Taylor 2017); 0 is off."""
+    """Side in pixels of a random square set to the mean (DeVries & Taylor 2017), or to black with
+    data.normalize = unit; 0 is off."""
     mixup: NonNegative = 0.0
     """Beta distribution parameter of mixup (Zhang et al. 2018); 0 is off."""
     cutmix: NonNegative = 0.0
@@ -201,9 +203,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such config file{_similar_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    tree, lines = _read_yaml(text, str(path))
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    tree, lines = _read_yaml(text, str(path), numbered=True)
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: expected the sections of an experiment (data:, model:, train:, ...)")
     where = {key: f"{path}:{line}" for key, line in lines.items()}
@@ -243,6 +247,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 _CORE_SCALARS = [  # YAML 1.2.2, section 10.3.2; PyYAML's own table is YAML 1.1 (no = False, 1e-3 = text)
     ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("merge", r"<<", "<"),  # a key that YAML 1.1 knows; refused, and quoted where it is text
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     (
@@ -273,53 +278,75 @@ for _tag, _pattern, _first in _CORE_SCALARS:
             ["" if letter == "\0" else letter for letter in _first],
         )
 
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Escapes the line breaks of old, which a reader takes for newlines."""
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_CoreDumper.add_representer(str, _represent_text)
+
 _Key = tuple[str | int, ...]
 
 
-def _read_yaml(text: str, name: str) -> tuple[Any, dict[_Key, int]]:
-    """Returns the data of a YAML text and the line (from 1) of every key and item in it."""
+def _read_yaml(text: str, name: str, *, numbered: bool) -> tuple[Any, dict[_Key, int]]:
+    """Returns the data of a YAML text and the line (from 1) of every key and item in it.
+
+    Messages begin with the name, and with the line where `numbered`.
+    """
     lines: dict[_Key, int] = {}
+
+    def place(mark: yaml.Mark | None) -> str:
+        return f"{name}:{mark.line + 1}" if numbered and mark else name
 
     def build(node: yaml.Node, key: _Key) -> Any:
         lines.setdefault(key, node.start_mark.line + 1)
         if isinstance(node, yaml.SequenceNode):
             return [build(item, (*key, i)) for i, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
-            return _scalar(node, f"{name}:{node.start_mark.line + 1}")
+            try:
+                return _scalar(node)
+            except ValueError as error:
+                dotted = f"{_dotted(key)}: " if key else ""
+                raise UsageError(f"{place(node.start_mark)}: {dotted}{error}") from None
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            child = (*key, key_node.value) if isinstance(key_node, yaml.ScalarNode) else key
-            if child == key or key_node.value == "<<":
-                raise UsageError(f"{name}:{line}: a key must be a plain name")
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+                raise UsageError(f"{place(key_node.start_mark)}: a key must be a plain name")
+            child = (*key, key_node.value)
             if key_node.value in mapping:
-                raise UsageError(
-                    f"{name}:{line}: {_dotted(child)} is given twice (also on line {lines[child]})"
-                )
-            lines[child] = line
+                also = f" (also on line {lines[child]})" if numbered else ""
+                raise UsageError(f"{place(key_node.start_mark)}: {_dotted(child)} is given twice{also}")
+            lines[child] = key_node.start_mark.line + 1
             mapping[key_node.value] = build(value_node, child)
         return mapping
 
-    loader = _CoreLoader(text)
     try:
         for token in yaml.scan(text, Loader=_CoreLoader):
             if isinstance(token, (yaml.AliasToken, yaml.AnchorToken, yaml.TagToken)):
                 raise UsageError(
-                    f"{name}:{token.start_mark.line + 1}: anchors, aliases and tags (& * !) are not allowed; "
+                    f"{place(token.start_mark)}: anchors, aliases and tags (& * !) are not allowed; "
                     "write the value out or quote it"
                 )
-        node = loader.get_single_node()
+        node = yaml.compose(text, Loader=_CoreLoader)
+    except yaml.composer.ComposerError as error:
+        raise UsageError(
+            f"{place(error.problem_mark)}: a second document; keep one and remove the line ---"
+        ) from None
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UsageError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{name}: not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
+        problem = error.problem or error.context
+        raise UsageError(f"{place(error.problem_mark)}: not valid YAML: {problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        where = f"{name}:{line}" if numbered else name
+        raise UsageError(f"{where}: not valid YAML: a control character; remove it") from None
+    except RecursionError:
+        raise UsageError(f"{name}: not valid YAML: nested too deeply") from None
     return (None if node is None else build(node, ())), lines
 
 
-def _scalar(node: yaml.Node, place: str) -> Any:
+def _scalar(node: yaml.Node) -> Any:
     text: str = node.value
     match node.tag.rpartition(":")[2]:
         case "null":
@@ -329,10 +356,13 @@ def _scalar(node: yaml.Node, place: str) -> Any:
         case "int":
             base = {"0o": 8, "0x": 16}.get(text[:2].lower(), 10)
             if len(text) > 400:
-                raise UsageError(f"{place}: a number of {len(text)} digits")
+                raise ValueError(f"a number of {len(text)} digits is too long")
             return int(text, base)
         case "float":
-            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            if not math.isfinite(number):
+                raise ValueError(f"{text} is not a finite number")
+            return number
         case _:
             return text
 
@@ -342,7 +372,7 @@ def _apply_override(tree: dict[str, Any], where: dict[_Key, str], override: str)
     keys = name.strip().split(".")
     if not equals or not all(keys):
         raise UsageError(f"{override!r} is not an override; write key=value, for example optim.lr=0.1")
-    value, _ = _read_yaml(text, f"override {override!r}")
+    value, _ = _read_yaml(text, f"override {override!r}", numbered=False)
     section = tree
     for depth, key in enumerate(keys[:-1]):
         child = section.get(key)
@@ -350,7 +380,8 @@ def _apply_override(tree: dict[str, Any], where: dict[_Key, str], override: str)
             child = section[key] = {}
             where.setdefault((*keys[: depth + 1],), f"override {override!r}")
         if not isinstance(child, dict):
-            raise UsageError(f"override {override!r}: {key} is a value, not a section")
+            dotted = _dotted(tuple(keys[: depth + 1]))
+            raise UsageError(f"override {override!r}: {dotted} is a value, not a section")
         section = child
     old = section.get(keys[-1])
     if isinstance(old, dict) and not isinstance(value, dict):
@@ -359,7 +390,9 @@ def _apply_override(tree: dict[str, Any], where: dict[_Key, str], override: str)
             f"{next(iter(old), 'name')}=..."
         )
     section[keys[-1]] = value
-    where.update({tuple(keys): f"override {override!r}"})
+    for place in [place for place in where if place[: len(keys)] == tuple(keys)]:
+        del where[place]  # what the file held below this key is gone
+    where[tuple(keys)] = f"override {override!r}"
 
 
 # --- Checking ---------------------------------------------------------------------------------------
@@ -429,20 +462,31 @@ def _message(key: _Key, item: Any) -> str:
             nearest = _nearest(key)
             return f"{dotted}: unknown key" + (f"; did you mean {nearest}?" if nearest else "")
         case "model_type" | "dict_type":
-            return f"{dotted}: expected a section (key: value), got {value!r}"
+            return f"{dotted}: expected a section (key: value), got {_shown(value)}"
         case "literal_error":
             choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
             close = difflib.get_close_matches(str(value), choices, 1)
-            text = f"{dotted}: expected {expected or item['ctx']['expected']}, got {value!r}"
+            text = f"{dotted}: expected {expected or item['ctx']['expected']}, got {_shown(value)}"
             return text + (f"; did you mean {close[0]}?" if close else "")
         case "string_pattern_mismatch":
-            return f"{dotted}: expected letters, digits, '.', '_' and '-', got {value!r}"
+            return (
+                f"{dotted}: expected letters, digits, '.', '_' and '-', "
+                f"with a letter or digit first, got {_shown(value)}"
+            )
     if expected is None:
-        expected = item["msg"].removeprefix("Input should be ")
-    text = f"{dotted}: expected {expected}, got {value!r}"
+        return f"{dotted}: must be {item['msg'].removeprefix('Input should be ')}, got {_shown(value)}"
+    text = f"{dotted}: expected {expected}, got {_shown(value)}"
+    if item["type"] == "string_type" and isinstance(value, (int, float)):
+        text += " (put it in quotes)"
     if item["type"] == "bool_type" and str(value).lower() in {"yes", "no", "on", "off"}:
         text += f" (YAML 1.2 reads {value} as text; write true or false)"
     return text
+
+
+def _shown(value: object) -> str:
+    """Returns a value as YAML has it, shortened."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _EXPECTED = {
@@ -453,9 +497,11 @@ _EXPECTED = {
     "string_type": "text",
     "list_type": "a list",
     "tuple_type": "a list",
-    "finite_number": "a finite number",
 }
-_EXPECTED_BY_KEY = {"train.compile": "auto, true or false"}
+_EXPECTED_BY_KEY = {
+    "train.compile": "auto, true or false",
+    "optim.betas": "two numbers, such as [0.9, 0.999]",
+}
 
 
 def _conflicts(config: Config) -> list[_Problem]:
@@ -470,7 +516,7 @@ def _conflicts(config: Config) -> list[_Problem]:
         problems.append(_Problem(("optim", "nesterov"), "optim.nesterov: needs optim.momentum above 0"))
     if (schedule.warmup_epochs or 0) > train.epochs:
         text = (
-            f"schedule.warmup_epochs: {schedule.warmup_epochs} is longer than train.epochs = {train.epochs}"
+            f"schedule.warmup_epochs: {schedule.warmup_epochs:g} is longer than train.epochs = {train.epochs}"
         )
         problems.append(_Problem(("schedule", "warmup_epochs"), text + "; shorten it"))
     if schedule.name == "step" and not schedule.milestones:

@@ -8,11 +8,9 @@ one uint8 file per split, made once per node and shared by all ranks and later r
 from __future__ import annotations
 
 import fcntl
-import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from disttrain import counter_rng
 from disttrain.errors import DataError, StorageError, UsageError
-from disttrain.shards import Index, decode_image, read_split, user_cache
+from disttrain.shards import Index, decode_image, map_in_threads, read_split, user_cache
 
 _ORDER = 1  # the stream of random numbers that orders an epoch
 
@@ -164,6 +162,8 @@ def _decode(index: Index, split: str, target: Path, say: Callable[[str], None]) 
     partial.mkdir()
     try:
         images = np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+        with (partial / "images.npy").open("r+b") as mapped:  # a full disk is an error here, a SIGBUS later
+            os.posix_fallocate(mapped.fileno(), 0, os.fstat(mapped.fileno()).st_size)
         labels = np.empty(shape[0], dtype=np.int64)
 
         def decode(sample: tuple[int, tuple[str, bytes, int]]) -> None:
@@ -179,23 +179,17 @@ def _decode(index: Index, split: str, target: Path, say: Callable[[str], None]) 
                 ) from None
             images[place], labels[place] = pixels, label
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            for chunk in _chunks(enumerate(read_split(index, split)), 4096):
-                for _ in pool.map(decode, chunk):  # bounded memory: one chunk is in flight
-                    pass
+        for _ in map_in_threads(decode, enumerate(read_split(index, split))):
+            pass
         images.flush()
         np.save(partial / "labels.npy", labels)
+        for file in partial.iterdir():
+            with file.open("rb") as unsynced:
+                os.fsync(unsynced.fileno())
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _chunks(
-    samples: Iterator[tuple[int, tuple[str, bytes, int]]], size: int
-) -> Iterator[list[tuple[int, tuple[str, bytes, int]]]]:
-    while chunk := list(itertools.islice(samples, size)):
-        yield chunk
 
 
 class Served:

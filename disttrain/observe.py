@@ -7,6 +7,7 @@ GPUs of that node; every rank writes its own log.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -76,9 +77,9 @@ class RunObserver:
             self._trace = JsonLines(folder.trace(parts.rank))
         if parts.rank == 0:
             self._metrics = JsonLines(folder.metrics)
-            environment = _environment(config, parts, index, devices, choices)
-            write_atomically(folder.env, json.dumps(environment, indent=1) + "\n")
             info = _run_info(config, folder, parts, index, devices, choices)
+            environment = _environment(parts, index, devices, choices) | {"run": dataclasses.asdict(info)}
+            write_atomically(folder.env, json.dumps(environment, indent=1) + "\n")
             self._console = Console(
                 info, verbosity=verbosity, position=lambda: (position.step, position.samples_seen)
             )
@@ -180,7 +181,9 @@ class RunGauges:
         self._processor = ProcessorSampler()
         self._file = JsonLines(folder.gpu) if own[0] == rank else None
         self._sampler = GpuSampler(
-            [devices[i]["uuid"] for i in self._places], interval_s, self._file.write if self._file else None
+            [devices[i]["uuid"].removeprefix("GPU-") for i in self._places],
+            interval_s,
+            self._file.write if self._file else None,
         )
 
     def start(self) -> None:
@@ -282,11 +285,7 @@ def _run_info(
 
 
 def _environment(
-    config: Config,
-    parts: Parts,
-    index: Index,
-    devices: list[dict[str, Any]],
-    choices: dict[str, str],
+    parts: Parts, index: Index, devices: list[dict[str, Any]], choices: dict[str, str]
 ) -> dict[str, Any]:
     """Returns the content of env.json."""
     packages = ("torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow", "safetensors")
@@ -304,7 +303,6 @@ def _environment(
         "world_size": parts.world_size,
         "devices": devices,
         "threads": torch.get_num_threads(),
-        "precision": choices["precision"].partition(":")[0],
         "choices": choices,
         "data": {
             "name": index.name,
@@ -312,8 +310,6 @@ def _environment(
             "shape": [index.channels, index.height, index.width],
             **{name: split.samples for name, split in index.splits.items()},
         },
-        "model": {"name": config.model.name, "parameters": parameter_count(parts.bare_model)},
-        "steps_per_epoch": parts.plan.steps_per_epoch,
     }
 
 

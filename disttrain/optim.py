@@ -67,8 +67,8 @@ class MuonWithAdamW(Optimizer):
         linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
         head = {id(linear[-1].weight)} if linear else set()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        filters = [p for p in parameters if p.ndim >= 2 and id(p) not in head]
-        others = [p for p in parameters if p.ndim < 2 or id(p) in head]
+        filters = [p for p in parameters if p.ndim in {2, 4} and id(p) not in head]
+        others = [p for p in parameters if p.ndim not in {2, 4} or id(p) in head]
         self._matrices = [nn.Parameter(_matrix(p.detach(), p)) for p in filters]
         self._parts: list[Optimizer] = []
         groups = []
@@ -107,7 +107,7 @@ class MuonWithAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the states of the parts."""
         for part, state in zip(self._parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
+            load_state(part, state)
 
 
 def _matrix(values: Tensor, filters: Tensor) -> Tensor:
@@ -143,6 +143,18 @@ def lr_factor(schedule: ScheduleConfig, epochs_done: float, epochs: int) -> floa
             return schedule.final_ratio + (1 - schedule.final_ratio) * max(1 - rest, 0.0)
         case "step":
             return schedule.gamma ** sum(epochs_done >= milestone for milestone in schedule.milestones)
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Takes over the state of an optimizer of the same kind; its settings stay those of the config."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():  # NCHW as on disk; torch's fused kernels do not look at strides
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

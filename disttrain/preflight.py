@@ -30,15 +30,17 @@ def split_batch(config: Config, world_size: int) -> int:
     below, above = batch - batch % parts, batch + parts - batch % parts
     sizes = " or ".join(str(size) for size in (below, above) if size)
     worlds = [n for n in range(1, min(batch, 64) + 1) if batch % (n * accumulate) == 0]
-    hint = f", or {', '.join(map(str, worlds))} processes" if worlds else ""
-    by = f"{world_size} processes" + (f" x train.accumulate = {accumulate}" if accumulate > 1 else "")
+    hint = f", or {', '.join(map(str, worlds))} process{'es' * (worlds != [1])}" if worlds else ""
+    by = f"{world_size} process{'es' * (world_size > 1)}" + (
+        f" x train.accumulate = {accumulate}" if accumulate > 1 else ""
+    )
     raise UsageError(
         f"train.batch_size = {batch} cannot be divided by {by}; use a train.batch_size of {sizes}{hint}"
     )
 
 
 def check_device(config: Config, device: Literal["cuda", "cpu"]) -> None:
-    """Raises UsageError for an arithmetic or a cache that the device does not have."""
+    """Raises UsageError for an arithmetic that the device does not have."""
     if device == "cpu" and config.train.precision in {"fp16", "tf32"}:
         raise UsageError(
             f"train.precision = {config.train.precision} needs a GPU; use bf16, fp32 or auto on the CPU"
@@ -93,6 +95,8 @@ def resume_point(folder: RunFolder, resume: str, config: Config) -> tuple[Path |
             raise CheckpointError(
                 f"--resume {resume}: neither a run folder with a checkpoint nor a checkpoint"
             )
+        if folder.config.exists() and not found.resolve().is_relative_to(folder.path.resolve()):
+            raise UsageError(f"{folder.path}: holds a run already; choose another --run-dir or --resume auto")
         return found, False
     if not folder.config.exists():
         return None, False

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 import time
 import traceback
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from disttrain.errors import BusyError, DisttrainError, TrainingError
 
@@ -40,7 +41,6 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.gpu = path / "gpu.jsonl"
         self.checkpoints = path / "checkpoints"
-        self._lock: TextIO | None = None
 
     def log(self, rank: int) -> Path:
         """Returns the log file of a rank."""
@@ -66,7 +66,8 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            foreign = next((entry.name for entry in self.path.iterdir()), None)
+            theirs = {"logs", "errors"}  # another node's launcher may have come first
+            foreign = next((entry.name for entry in self.path.iterdir() if entry.name not in theirs), None)
             if foreign and not (self.path / ".lock").exists():
                 raise BusyError(
                     f"{self.path}: is not a run folder (it holds {foreign}); choose another --run-dir"
@@ -141,24 +142,21 @@ class RunFolder:
     def _take_lock(self) -> None:
         if self.locked_by_launcher():
             return
-        lock = (self.path / ".lock").open("a+")
+        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # held until the process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            lock.close()
+            holder = os.read(lock, 4096).decode(errors="replace") or "another process"
+            os.close(lock)
             raise BusyError(f"{self.path}: {holder} is running here; choose another --run-dir") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        self._lock = lock  # held until the process ends
+        os.truncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def new_run_path(name: str) -> Path:
     """Returns a fresh path under runs/<name>/, named by the time and made unique by making it."""
     parent = Path("runs") / name
-    base = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    base = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
         path = parent / (base + suffix)
         try:
@@ -183,11 +181,23 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; a value that is not finite is written as null."""
-        self._file.write(json.dumps(record) + "\n")
+        try:
+            line = json.dumps(record, allow_nan=False)
+        except ValueError:
+            line = json.dumps(_without_nan(record), allow_nan=False)
+        self._file.write(line + "\n")
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -199,4 +209,4 @@ def write_atomically(path: Path, text: str) -> None:
 
 def utc_now() -> str:
     """Returns the time in UTC, ISO 8601 with microseconds: 2026-11-21T00:45:12.123456Z."""
-    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="microseconds")[:-6] + "Z"
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="microseconds")[:-6] + "Z"

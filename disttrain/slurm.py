@@ -28,7 +28,7 @@ def node(environ: Mapping[str, str]) -> Node | None:
     if step is None or "SLURM_NODEID" not in environ:
         return None
     nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")))
+    tasks = _tasks(environ)
     if tasks != nodes:
         raise UsageError(
             f"Slurm started {tasks} tasks on {nodes} nodes; `disttrain run` starts the processes of a "
@@ -42,17 +42,22 @@ def task_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
     Empty when torch's variables are already there or this is no task of several.
     """
-    if "RANK" in environ or "SLURM_STEP_ID" not in environ or int(environ.get("SLURM_NTASKS", "1")) < 2:
+    if "RANK" in environ or "SLURM_STEP_ID" not in environ or _tasks(environ) < 2:
         return {}
     local_size = _tasks_on_node(environ["SLURM_STEP_TASKS_PER_NODE"], int(environ["SLURM_NODEID"]))
     return {
         "RANK": environ["SLURM_PROCID"],
-        "WORLD_SIZE": environ["SLURM_NTASKS"],
+        "WORLD_SIZE": str(_tasks(environ)),
         "LOCAL_RANK": environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(local_size),
         "MASTER_ADDR": environ.get("MASTER_ADDR", _first_host(environ)),
         "MASTER_PORT": environ.get("MASTER_PORT", str(_port(environ))),
     }
+
+
+def _tasks(environ: Mapping[str, str]) -> int:
+    """Returns the tasks of this step; SLURM_NTASKS is the job's under srun --preserve-env and in salloc."""
+    return int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")))
 
 
 def _first_host(environ: Mapping[str, str]) -> str:

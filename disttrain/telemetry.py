@@ -198,7 +198,7 @@ class GpuSampler:
             window.add(reading)
         if self._sink is None:
             return
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         try:
             self._sink({"time": now.replace("+00:00", "Z"), **window.gpu, **reading})
         except Exception as error:  # whatever the sink does, readings go on

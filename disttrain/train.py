@@ -146,7 +146,9 @@ def train(
         for index in range(position.samples // plan.batch_size, plan.steps_per_epoch):
             places = plan.batch(index)
             lr = config.optim.lr * lr_factor(
-                config.schedule, epoch + places.start / plan.samples_per_epoch, config.train.epochs
+                config.schedule,
+                epoch + (places.start + places.stop) / 2 / plan.samples_per_epoch,  # the middle of the step
+                config.train.epochs,
             )
             set_lr(parts.optimizer, lr)
             # Dropout depends on the step and the rank alone, so that a resumed run draws the same.
@@ -158,17 +160,17 @@ def train(
             position.samples = places.stop
             position.samples_seen += len(places)
             last = places.stop == plan.samples_per_epoch
+            save_due = position.step % (config.checkpoint.every_steps or position.step + 1) == 0
+            log_due = position.step % config.monitor.log_every_steps == 0
             stopping = parts.world_size == 1 and stop_requested()
-            if position.step % config.monitor.log_every_steps == 0 or last or stopping:
+            if log_due or save_due or last or stopping:  # a save follows a look at the loss
                 # Collective and device synchronisation: all ranks meet here.
                 stopping = log_point(parts, position, lr, meter, observer, gauges, stop_requested())
+                if (save_due or stopping) and not last:
+                    save(False)
+                    meter.restart()
                 if stopping and not last:
-                    save(False)
                     raise StoppedError(f"stopped at step {position.step:,}; saved, resumable")
-            every = config.checkpoint.every_steps
-            if every and position.step % every == 0 and not last:
-                with meter.paused():
-                    save(False)
         position.epoch, position.samples = epoch + 1, 0
         saved = finish_epoch(parts, position, observer, save)
         if stop_requested_anywhere(parts, stop_requested()) and position.epoch < config.train.epochs:
@@ -290,13 +292,6 @@ class Meter:
         began = time.perf_counter()
         yield
         self.wait_s += time.perf_counter() - began
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves the time inside out of the step time."""
-        began = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - began
 
     def restart(self) -> None:
         """Begins a new interval."""

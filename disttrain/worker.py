@@ -23,7 +23,7 @@ import click
 
 from disttrain import slurm
 from disttrain.config import Config, dump_config, load_config
-from disttrain.errors import DisttrainError, StoppedError, TrainingError, UsageError
+from disttrain.errors import CheckpointError, DisttrainError, StoppedError, TrainingError, UsageError
 from disttrain.models import check_model_name
 from disttrain.preflight import check_device, open_index, resume_point, split_batch
 from disttrain.runfolder import RunFolder, new_run_path, utc_now, write_atomically
@@ -274,6 +274,8 @@ def train_in_folder(
 
     def save(best: bool) -> None:
         average_buffers(parts, parts.bare_model)
+        if parts.ema is not None:
+            average_buffers(parts, parts.ema.module)
         if rank.number == 0:
             scaler = accelerator.scaler
             path = checkpoints.save(
@@ -285,7 +287,11 @@ def train_in_folder(
                     **({} if parts.ema is None else {"ema": parts.ema.state_dict()}),
                 },
                 dataclasses.asdict(position)
-                | {"data_digest": index.digest, "scaler": scaler.state_dict() if scaler else None},
+                | {
+                    "optimizer": config.optim.name,
+                    "data_digest": index.digest,
+                    "scaler": scaler.state_dict() if scaler else None,
+                },
                 keep=config.checkpoint.keep,
                 best=best,
             )
@@ -376,6 +382,11 @@ def build(
     position, loaded = Position(), None
     if checkpoint_path is not None:
         loaded = load(checkpoint_path)
+        if loaded.state["optimizer"] != config.optim.name:
+            raise CheckpointError(
+                f"{checkpoint_path}: was saved with optim.name = {loaded.state['optimizer']}, "
+                f"the config has {config.optim.name}; resume with the config it was saved with"
+            )
         restore(loaded, model, optimizer, ema)
         fields = {field.name for field in dataclasses.fields(Position)}
         position = Position(**{key: value for key, value in loaded.state.items() if key in fields})

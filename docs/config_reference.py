@@ -17,8 +17,9 @@ def reference() -> str:
     lines = [
         "# Config reference",
         "",
-        "Written by `docs/config_reference.py` from the schema. `disttrain config schema` prints the same as",
-        "JSON Schema, for editors. Any key can be set on the command line: `disttrain run CONFIG optim.lr=0.1`.",
+        "Written by `docs/config_reference.py` from the schema. `disttrain config schema` prints the same",
+        "as JSON Schema, for editors. Any key can be set on the command line:",
+        "`disttrain run CONFIG optim.lr=0.1`.",
         "",
         *_table("", top, schema["required"]),
     ]

@@ -6,12 +6,11 @@ import argparse
 import io
 import itertools
 import json
-from collections import Counter
+import re
 from pathlib import Path
 from typing import Any
 
 import rich.console
-import yaml
 
 from disttrain.console import Console, RunInfo
 
@@ -24,31 +23,13 @@ def main() -> None:
     parser.add_argument("--records", type=int, help="stop after so many lines of metrics.jsonl")
     args = parser.parse_args()
     lines = (args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    frame = _replay(_run_info(args.run), [json.loads(line) for line in lines[: args.records]])
+    env = json.loads((args.run / "env.json").read_text(encoding="utf-8"))
+    frame = _replay(RunInfo(**env["run"]), [json.loads(line) for line in lines[: args.records]])
     picture = rich.console.Console(file=io.StringIO(), record=True, width=100, height=30)
     picture.print(frame)
-    picture.save_svg(str(args.output), title="disttrain run")
-
-
-def _run_info(run: Path) -> RunInfo:
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    env = json.loads((run / "env.json").read_text(encoding="utf-8"))
-    data = env.get("data", {})
-    shape = "x".join(map(str, data.get("shape", [])))
-    names = Counter(device.get("name") or device.get("device", "?") for device in env.get("devices", []))
-    return RunInfo(
-        name=config["name"],
-        run_dir=str(run),
-        model=config["model"]["name"],
-        parameters=env.get("model", {}).get("parameters", 0),
-        data=f"{config['data']['name']} {data.get('train', 0):,} train, {data.get('val', 0):,} val, {shape}",
-        devices=", ".join(f"{count} x {name}" for name, count in names.items()),
-        precision=env.get("precision", config["train"].get("precision", "?")),
-        batch_size=config["train"]["batch_size"],
-        epochs=config["train"]["epochs"],
-        steps_per_epoch=env.get("steps_per_epoch", 0),
-        samples_per_epoch=data.get("train", 0),
-    )
+    svg = picture.export_svg(title="disttrain run")
+    own = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # rich would load a font from the network
+    args.output.write_text(own.replace("Fira Code, monospace", "monospace"), encoding="utf-8")
 
 
 def _replay(info: RunInfo, records: list[dict[str, Any]]) -> rich.console.RenderableType:

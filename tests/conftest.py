@@ -13,6 +13,16 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests marked gpu where there is none."""
+    from disttrain.telemetry import visible_gpus
+
+    if not visible_gpus():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(scope="session")
 def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with the digits packed in it; shared by all tests, never written by them."""
@@ -68,7 +78,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def disttrain(tmp_path: Path, digits_root: Path) -> Run:
-    """Runs the command as a user does, in tmp_path, with the digits prepared; returns the finished process."""
+    """Runs the command in tmp_path as a user does, with the digits prepared; returns the ended process."""
 
     def run(*arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 240) -> object:
         return subprocess.run(

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
@@ -493,21 +492,7 @@ def test_console_imports_nothing_heavy() -> None:
 
 
 def test_the_picture_of_a_run_is_drawn_from_its_folder(tmp_path: Path) -> None:
-    config = {
-        "name": "demo",
-        "data": {"name": "cifar10"},
-        "model": {"name": "alexnet_cifar"},
-        "train": {"epochs": 10, "batch_size": 512},
-    }
-    env = {
-        "model": {"parameters": 2_466_000},
-        "devices": [{"rank": 0, "name": "NVIDIA H100"}],
-        "precision": "bf16",
-        "data": {"train": 50_000, "val": 10_000, "shape": [3, 32, 32]},
-        "steps_per_epoch": 98,
-    }
-    (tmp_path / "config.yaml").write_text(yaml.dump(config))
-    (tmp_path / "env.json").write_text(json.dumps(env))
+    (tmp_path / "env.json").write_text(json.dumps({"run": dataclasses.asdict(INFO)}))
     records = [{**TRAIN, "gpus": gpus(2)}, EVAL]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     picture = tmp_path / "dashboard.svg"
@@ -520,6 +505,7 @@ def test_the_picture_of_a_run_is_drawn_from_its_folder(tmp_path: Path) -> None:
         "step 234/980",
         "8,123/10,000",
         "GPU 1",
-        "1 x NVIDIA H100",
+        "4 x NVIDIA H100",
     ):
         assert expected in text
+    assert "url(" not in picture.read_text().replace("url(#", ""), "the picture loads nothing from elsewhere"

@@ -141,7 +141,7 @@ print(json.dumps([means, again, records, alive]))
     assert set(records[0]) == {"time", *means[0]}
     assert records[0]["time"].endswith("Z")
     assert len(records[0]["time"]) == len("2026-01-31T12:00:00.000Z")
-    age = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(
         records[0]["time"].replace("Z", "+00:00")
     )
     assert abs(age.total_seconds()) < 600

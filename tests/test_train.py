@@ -229,7 +229,7 @@ def test_training_is_the_loop_written_by_hand(options: dict[str, Any]) -> None:
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
             factor = 1.0 if clip is None else min(1.0, clip / (norm.item() + 1e-6))
-            done = epoch + begin / 40
+            done = epoch + (begin + min(begin + batch_size, 40)) / 80  # in the middle of the step
             rates.append(0.1 * (done / 0.5 if done < 0.5 else 1 - (done - 0.5) / 1.5))
             with torch.no_grad():
                 for parameter, gradient, speed in zip(model.parameters(), gradients, velocity, strict=True):
@@ -457,9 +457,9 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loops, "evaluate", taking(loops.evaluate, 100))
     parts = with_(make_parts(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})
     recorder = run(parts, save=taking(lambda best: None, 1000))
-    assert [record["step_time_s"] for record in recorder.trains] == [2.0, 2.0]
-    assert [record["images_per_s"] for record in recorder.trains] == [40 / 6] * 2
-    assert [record["data_wait_pct"] for record in recorder.trains] == [25.0] * 2
+    assert [record["step_time_s"] for record in recorder.trains] == [2.0] * 6  # each save follows a log point
+    assert [record["images_per_s"] for record in recorder.trains] == [8.0, 8.0, 4.0] * 2
+    assert [record["data_wait_pct"] for record in recorder.trains] == [25.0] * 6
 
 
 @pytest.mark.parametrize(("samples", "drop"), [(40, False), (40, True), (5, False)])
@@ -482,13 +482,13 @@ def test_traces_are_the_plan(samples: int, drop: bool) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_ends_the_run(value: float) -> None:
-    parts = make_parts()
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(value: float) -> None:
+    parts = with_(make_parts(), checkpoint={"every_steps": 2})
     with torch.no_grad():
         parts.bare_model.get_parameter("6.bias").fill_(value)
     saves: list[bool] = []
     recorder = Recorder()
-    with pytest.raises(TrainingError, match=r"the loss is not finite .* step 3 \(epoch 1\); lower") as caught:
+    with pytest.raises(TrainingError, match=r"the loss is not finite .* step 2 \(epoch 1\); lower") as caught:
         run(parts, save=saves.append, recorder=recorder)
     assert caught.value.exit_code == 70
     assert recorder.trains == saves == []

@@ -103,7 +103,7 @@ def test_quickstart_packs_the_digits_trains_and_leaves_a_complete_run_folder(
     assert (state["state"], state["exit_code"], state["samples_seen"]) == ("finished", 0, 20 * 1438)
     environment = json.loads((run_dir / "env.json").read_text())
     assert environment["data"]["train"] == 1438
-    assert environment["model"]["parameters"] == 1898
+    assert environment["run"]["parameters"] == 1898
     assert "disttrain run" in environment["command"]
 
 

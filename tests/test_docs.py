@@ -1,0 +1,52 @@
+"""What the documents promise is there."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from disttrain.config import load_config
+
+REPOSITORY = Path(__file__).parent.parent
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "slurm/README.md", "benchmarks/README.md"]
+
+
+def test_config_reference_is_that_of_the_schema() -> None:
+    path = REPOSITORY / "docs" / "config_reference.py"
+    spec = importlib.util.spec_from_file_location("config_reference", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (REPOSITORY / "docs/config.md").read_text() == module.reference(), (
+        "run python docs/config_reference.py"
+    )
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    readme, ci = (REPOSITORY / "README.md").read_text(), (REPOSITORY / ".ci/run").read_text()
+    install, _, test = (
+        next(line for line in readme.splitlines() if "pytest" in line).strip().partition(" && ")
+    )
+    assert install.replace("install", "install --quiet") in ci
+    assert test in ci.splitlines()
+
+
+def test_config_of_the_readme_loads(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "example.yaml").write_text(example)
+    assert load_config(tmp_path / "example.yaml").train.batch_size == 512
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_are_named_exist(document: str) -> None:
+    text = (REPOSITORY / document).read_text()
+    named = set(re.findall(r"\b(?:configs|launch|slurm|docs|benchmarks)/[\w./]+\.\w+", text))
+    named |= set(re.findall(r"\]\(([\w./]+)\)", text))
+    missing = [name for name in named if not any((root / name).exists() for root in _roots(document))]
+    assert not missing
+
+
+def _roots(document: str) -> list[Path]:
+    return [REPOSITORY, (REPOSITORY / document).parent]

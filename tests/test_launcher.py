@@ -1,0 +1,551 @@
+"""Plans and their command lines by exact values; `launch` with small stand-ins for the training processes."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from disttrain import launcher
+from disttrain.errors import DataError, UsageError
+from disttrain.launcher import LaunchPlan, Outcome, plan_nodes, plan_processes
+from disttrain.runfolder import RunFolder
+from disttrain.slurm import Node
+from disttrain.telemetry import Gpu
+
+GPUS = tuple(Gpu(index, f"GPU-{index}", "NVIDIA H100", 81559) for index in (3, 1))
+ONE = LaunchPlan(
+    config_path=Path("a.yaml"),
+    overrides=(),
+    run_dir=Path("runs/a"),
+    resume="auto",
+    device="cpu",
+    processes=1,
+    gpus=(),
+    threads=4,
+)
+FOUR = replace(ONE, processes=4, threads=1)
+TWO_GPUS = replace(ONE, device="cuda", processes=2, gpus=GPUS)
+SECOND_NODE = replace(TWO_GPUS, nodes=2, node_rank=1, master_addr="gpu03", master_port=29500)
+WORKER = ["disttrain.worker", "a.yaml", "--run-dir", "runs/a"]
+HOST = socket.gethostname()
+
+
+# --- Plans ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpus", "procs", "visible", "environ", "expected"),
+    [
+        (None, None, (), {}, ("cpu", 1, (), 8)),
+        (None, None, GPUS, {}, ("cuda", 2, GPUS, 4)),
+        (1, None, GPUS, {}, ("cuda", 1, GPUS[:1], 8)),
+        (2, None, GPUS, {}, ("cuda", 2, GPUS, 4)),
+        (None, 2, GPUS, {}, ("cpu", 2, (), 4)),
+        (None, 3, (), {}, ("cpu", 3, (), 2)),
+        (None, 16, (), {}, ("cpu", 16, (), 1)),
+        (None, 2, (), {"OMP_NUM_THREADS": "3"}, ("cpu", 2, (), 3)),
+        (None, 2, (), {"OMP_NUM_THREADS": ""}, ("cpu", 2, (), 4)),
+    ],
+)
+def test_processes_of_a_node(gpus, procs, visible, environ, expected):
+    assert plan_processes(gpus=gpus, procs=procs, visible=visible, cores=8, environ=environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "procs", "visible", "environ", "message"),
+    [
+        (1, 1, GPUS, {}, "--gpus and --procs exclude each other: give --gpus N or, "
+                         "to train on the CPU, --procs N"),
+        (1, None, (), {}, "--gpus 1: this machine has no usable GPU; train on the CPU with --procs N"),
+        (4, None, GPUS, {}, "--gpus 4: only 2 visible on this machine; lower --gpus, "
+                            "or use --procs N to train on the CPU"),
+        (4, None, GPUS, {"CUDA_VISIBLE_DEVICES": "3,1"},
+         "--gpus 4: only 2 visible on this machine (CUDA_VISIBLE_DEVICES=3,1); lower --gpus, "
+         "or use --procs N to train on the CPU"),
+        (None, 1, (), {"OMP_NUM_THREADS": "4,2"},
+         "OMP_NUM_THREADS=4,2: expected one whole number; correct it or unset it"),
+        (None, 1, (), {"OMP_NUM_THREADS": "0"},
+         "OMP_NUM_THREADS=0: expected one whole number; correct it or unset it"),
+    ],
+)  # fmt: skip
+def test_what_a_node_does_not_have(gpus, procs, visible, environ, message):
+    with pytest.raises(UsageError) as caught:
+        plan_processes(gpus=gpus, procs=procs, visible=visible, cores=8, environ=environ)
+    assert str(caught.value) == message
+
+
+def nodes(nodes=None, node_rank=None, master_addr=None, master_port=None, environ=()):
+    return plan_nodes(
+        nodes=nodes,
+        node_rank=node_rank,
+        master_addr=master_addr,
+        master_port=master_port,
+        environ=dict(environ),
+    )
+
+
+def slurm_step(nodes, rank):
+    """Returns the variables of a task on one of several nodes."""
+    return {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "gpu[03-09]",
+        "SLURM_STEP_NUM_NODES": str(nodes),
+        "SLURM_STEP_NUM_TASKS": str(nodes),
+        "SLURM_NODEID": str(rank),
+    }
+
+
+def test_a_single_node_needs_no_place():
+    assert nodes() is None
+    assert nodes(nodes=1) is None
+    assert nodes(nodes=1, node_rank=0, master_addr="gpu03") is None
+    assert nodes(environ=slurm_step(1, 0)) is None
+    assert nodes(nodes=1, environ=slurm_step(2, 1)) is None
+
+
+def test_the_place_of_a_node_from_the_flags():
+    assert nodes(2, 1, "gpu03", 1234) == Node(2, 1, "gpu03", 1234)
+    assert nodes(2, 0, "gpu07", 1234, environ=slurm_step(3, 1)) == Node(2, 0, "gpu07", 1234)
+
+
+def test_the_place_of_a_node_from_slurm():
+    place = nodes(environ=slurm_step(2, 1))
+    assert place is not None
+    assert place[:3] == (2, 1, "gpu03")
+    assert nodes(master_port=1234, environ=slurm_step(2, 1)) == place._replace(master_port=1234)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"node_rank": 1}, "--node-rank and --master-addr need --nodes N"),
+        ({"master_addr": "gpu03"}, "--node-rank and --master-addr need --nodes N"),
+        ({"nodes": 2},
+         "--nodes 2 needs --node-rank R (0..1), --master-addr HOST (node 0) and --master-port PORT"),
+        ({"nodes": 2, "node_rank": 0, "master_addr": "gpu03"},
+         "--nodes 2 needs --node-rank R (0..1), --master-addr HOST (node 0) and --master-port PORT"),
+        ({"nodes": 2, "node_rank": 2, "master_addr": "gpu03", "master_port": 1234},
+         "--node-rank 2: with --nodes 2 it must be below 2"),
+        ({"nodes": 1, "node_rank": 1}, "--node-rank 1: with --nodes 1 it must be below 1"),
+    ],
+)  # fmt: skip
+def test_flags_of_nodes_that_do_not_fit(flags, message):
+    with pytest.raises(UsageError) as caught:
+        nodes(**flags)
+    assert str(caught.value) == message
+
+
+# --- Command lines ----------------------------------------------------------------------------------
+
+
+def accelerate(*arguments):
+    config_file = Path(launcher.__file__).parent / "assets" / "accelerate.yaml"
+    assert config_file.exists()
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file), *arguments]
+
+
+@pytest.mark.parametrize(
+    ("plan", "command"),
+    [
+        (ONE, [sys.executable, "-m", *WORKER]),
+        (replace(ONE, device="cuda", gpus=GPUS[:1]), [sys.executable, "-m", *WORKER]),
+        (replace(ONE, verbosity=-1), [sys.executable, "-m", *WORKER, "--quiet"]),
+        (replace(ONE, verbosity=1), [sys.executable, "-m", *WORKER, "--verbose"]),
+        (replace(ONE, resume="never"), [sys.executable, "-m", *WORKER, "--resume", "never"]),
+        (
+            replace(ONE, overrides=("optim.lr=0.1", "name=x y")),
+            [sys.executable, "-m", "disttrain.worker", "a.yaml", "optim.lr=0.1", "name=x y", *WORKER[2:]],
+        ),
+        (
+            FOUR,
+            accelerate("--num_machines", "1", "--num_processes", "4", "--num_cpu_threads_per_process", "1",
+                       "--main_process_port", "0", "--module", *WORKER),
+        ),
+        (
+            replace(SECOND_NODE, resume="runs/b", verbosity=1),
+            accelerate("--num_machines", "2", "--num_processes", "4", "--num_cpu_threads_per_process", "4",
+                       "--machine_rank", "1", "--main_process_ip", "gpu03", "--main_process_port", "29500",
+                       "--module", *WORKER, "--resume", "runs/b", "--verbose"),
+        ),
+        (
+            replace(SECOND_NODE, processes=1, node_rank=0),
+            accelerate("--num_machines", "2", "--num_processes", "2", "--num_cpu_threads_per_process", "4",
+                       "--machine_rank", "0", "--main_process_ip", "gpu03", "--main_process_port", "29500",
+                       "--module", *WORKER),
+        ),
+    ],
+)  # fmt: skip
+def test_the_command_of_a_plan(plan, command):
+    assert launcher.command(plan) == command
+
+
+@pytest.mark.parametrize(
+    ("plan", "variables"),
+    [
+        (ONE, {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": ""}),
+        (replace(ONE, device="cuda", gpus=GPUS[:1]), {"OMP_NUM_THREADS": "4"}),
+        (TWO_GPUS, {"OMP_NUM_THREADS": "4", "PET_STANDALONE": "1", "PET_LOCAL_ADDR": "127.0.0.1"}),
+        (SECOND_NODE, {"OMP_NUM_THREADS": "4"}),
+        (
+            FOUR,
+            {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PET_STANDALONE": "1",
+             "PET_LOCAL_ADDR": "127.0.0.1"},
+        ),
+    ],
+)  # fmt: skip
+def test_the_environment_of_a_plan(plan, variables):
+    assert launcher.environment(plan) == variables
+
+
+def test_the_shell_line_reads_back_as_command_and_environment():
+    plan = replace(FOUR, overrides=("name=it's $HOME", "model.args.x=[1, 2]"), run_dir=Path("my runs/<now>"))
+    words = shlex.split(launcher.shell_line(plan))
+    variables, command = words[:4], words[4:]
+    assert command == launcher.command(plan)
+    assert dict(word.split("=", 1) for word in variables) == launcher.environment(plan)
+
+
+def test_the_ranks_of_a_node_and_their_gpus():
+    assert launcher.rank_map(ONE) == [(0, HOST, "cpu")]
+    assert launcher.rank_map(TWO_GPUS) == [
+        (0, HOST, "cuda:0 (NVML 3, NVIDIA H100, GPU-3)"),
+        (1, HOST, "cuda:1 (NVML 1, NVIDIA H100, GPU-1)"),
+    ]
+
+
+def test_the_ranks_of_other_nodes():
+    assert launcher.rank_map(SECOND_NODE) == [
+        (0, "node 0", "cuda:0"),
+        (1, "node 0", "cuda:1"),
+        (2, HOST, "cuda:0 (NVML 3, NVIDIA H100, GPU-3)"),
+        (3, HOST, "cuda:1 (NVML 1, NVIDIA H100, GPU-1)"),
+    ]
+
+
+# --- Launching --------------------------------------------------------------------------------------
+
+_STAND_IN = """
+import os, signal, sys, time
+from pathlib import Path
+from disttrain.errors import DataError
+from disttrain.runfolder import RunFolder
+
+folder = RunFolder(Path(sys.argv[1]))
+attempts = folder.path / "attempts"
+attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
+attempt = len(attempts.read_text())
+
+def settle(state, exit_code):
+    folder.update_status(state=state, exit_code=exit_code, reason=state)
+    sys.exit(exit_code)
+
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    return folder
+
+
+@pytest.fixture
+def launch(folder, monkeypatch):
+    """Returns a function that launches a program in place of the training process; it ends soon or never."""
+
+    def run(program, plan=ONE, *, max_restarts=0, say=lambda text: None):
+        command = [sys.executable, "-c", _STAND_IN + program, str(folder.path)]
+        monkeypatch.setattr(launcher, "command", lambda plan: command)
+        return launcher.launch(plan, folder, max_restarts=max_restarts, say=say)
+
+    return run
+
+
+def attempts(folder):
+    return len((folder.path / "attempts").read_text())
+
+
+def test_a_run_that_finishes(launch, folder):
+    assert launch("settle('finished', 0)") == Outcome(0)
+    assert folder.status()["state"] == "finished"
+    assert folder.status()["exit_code"] == 0
+
+
+def test_a_run_that_was_stopped_ends_with_its_own_code(launch):
+    assert launch("settle('stopped', 75)") == Outcome(75)
+
+
+def test_the_command_gets_environment_folder_and_log(launch, folder):
+    program = """
+from disttrain.runfolder import COMMAND
+print(os.environ["OMP_NUM_THREADS"], COMMAND in os.environ, folder.locked_by_launcher(), file=sys.stderr)
+settle('finished', 0)
+"""
+    assert launch(program).exit_code == 0
+    assert folder.launch_log(0).read_text() == "4 True True\n"
+    assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_a_mistake_of_the_user_ends_the_run_with_its_message_and_code(launch, folder):
+    outcome = launch("folder.write_error(0, DataError('no such data')); sys.exit(1)")
+    assert outcome == Outcome(65, "no such data")
+    status = folder.status()
+    assert (status["state"], status["exit_code"], status["reason"]) == ("failed", 65, "no such data")
+    assert (status["rank"], status["host"]) == (0, HOST)
+
+
+def test_the_first_error_wins_over_those_of_its_victims(launch, folder):
+    outcome = launch("""
+folder.write_error(1, ValueError("the cause"))
+folder.write_error(0, RuntimeError("a victim"))
+sys.exit(1)
+""")
+    assert (outcome.exit_code, outcome.message) == (70, f"rank 1 on {HOST} failed: ValueError: the cause")
+    assert "ValueError: the cause" in outcome.detail
+    status = folder.status()
+    assert (status["rank"], status["exit_code"], status["reason"]) == (1, 70, "ValueError: the cause")
+
+
+def test_a_process_that_was_killed_is_named_with_its_signal(launch, folder):
+    outcome = launch("print('last words', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.SIGKILL)")
+    assert outcome.exit_code == 70
+    assert outcome.message == f"a process was killed by SIGKILL on {HOST}; see {folder.launch_log(0)}"
+    assert outcome.detail == "last words"
+    status = folder.status()
+    assert (status["state"], status["reason"]) == ("failed", "a process was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("code", [0, 1, 70])
+def test_an_end_without_a_report_is_a_failure_whatever_its_code(launch, folder, code):
+    outcome = launch(f"sys.exit({code})")
+    assert outcome.exit_code == 70
+    assert outcome.message.startswith(
+        f"a process ended with exit code {code} and left no report on {HOST}; see "
+    )
+    assert folder.status()["state"] == "failed"
+
+
+def test_the_killed_rank_of_torchruns_report_is_named_before_its_victims(launch, folder):
+    outcome = launch('''
+folder.write_error(0, RuntimeError("connection closed by peer"))
+print("""
+Failures:
+[1]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : -15 (pid: 12)
+Root Cause (first observed failure):
+[0]:
+  rank      : 3 (local_rank: 3)
+  exitcode  : -9 (pid: 11)
+""", file=sys.stderr)
+sys.exit(1)
+''')
+    assert outcome.message.startswith("rank 3 was killed by SIGKILL")
+    assert folder.status()["rank"] == 3
+
+
+@pytest.mark.parametrize("earlier", ["stopped", "finished"])
+def test_the_end_of_an_earlier_run_is_not_taken_for_the_end_of_this_one(launch, folder, earlier):
+    folder.update_status(state=earlier, exit_code=75, reason=earlier, restarts=2)
+    folder.write_error(0, DataError("of the earlier run"))
+    folder.launch_log(0).write_text("Root Cause:\n  rank      : 1\n  exitcode  : -9\n")
+    outcome = launch("sys.exit(3)")
+    assert outcome.exit_code == 70
+    assert outcome.message.startswith("a process ended with exit code 3")
+    assert (folder.status()["state"], folder.status()["restarts"]) == ("failed", 2)
+
+
+def test_processes_that_hang_after_an_error_are_ended_in_seconds(launch, folder):
+    begin = time.monotonic()
+    outcome = launch("""
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+folder.write_error(1, ValueError("the cause"))
+time.sleep(600)
+""")
+    assert time.monotonic() - begin < 60
+    assert (outcome.exit_code, outcome.message) == (70, f"rank 1 on {HOST} failed: ValueError: the cause")
+    assert folder.status()["rank"] == 1
+
+
+def test_only_node_0_settles_the_status(launch, folder):
+    folder.update_status(state="running", step=7)
+    assert launch("sys.exit(3)", replace(SECOND_NODE, gpus=())).exit_code == 70
+    assert (folder.status()["state"], folder.status()["step"]) == ("running", 7)
+    assert folder.launch_log(1).exists()
+
+
+# --- Restarts ---------------------------------------------------------------------------------------
+
+
+def test_a_crash_is_followed_by_a_restart(launch, folder):
+    said = []
+    outcome = launch(
+        "settle('finished', 0) if attempt == 3 else os.kill(os.getpid(), signal.SIGKILL)",
+        max_restarts=5,
+        say=said.append,
+    )
+    assert outcome == Outcome(0)
+    assert (attempts(folder), folder.status()["restarts"]) == (3, 2)
+    assert [text.splitlines()[1] for text in said] == [
+        "restart 1 of 5 from the last checkpoint",
+        "restart 2 of 5 from the last checkpoint",
+    ]
+    assert "SIGKILL" in said[0]
+
+
+def test_the_last_failure_is_reported_when_no_restart_is_left(launch, folder):
+    outcome = launch("folder.write_error(0, ValueError(f'attempt {attempt}')); sys.exit(1)", max_restarts=1)
+    assert outcome.message.endswith("ValueError: attempt 2")
+    assert (attempts(folder), folder.status()["restarts"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "program", ["folder.write_error(0, DataError('x')); sys.exit(1)", "settle('stopped', 75)"]
+)
+def test_what_a_restart_cannot_mend_is_not_restarted(launch, folder, program):
+    assert launch(program, max_restarts=5).exit_code in {65, 75}
+    assert attempts(folder) == 1
+
+
+def test_a_restart_goes_on_where_the_run_was(folder, monkeypatch):
+    plans = []
+
+    def command(plan):
+        plans.append(plan)
+        return [sys.executable, "-c", "raise SystemExit(3)"]
+
+    monkeypatch.setattr(launcher, "command", command)
+    launcher.launch(replace(ONE, resume="runs/other"), folder, max_restarts=1, say=lambda text: None)
+    assert [plan.resume for plan in plans] == ["runs/other", "auto"]
+
+
+# --- Signals ----------------------------------------------------------------------------------------
+
+_LAUNCHER = """
+import sys
+from pathlib import Path
+from disttrain import launcher
+from disttrain.runfolder import RunFolder
+
+folder = RunFolder(Path(sys.argv[1]))
+folder.create()
+launcher.command = lambda plan: [sys.executable, "-c", sys.argv[2], sys.argv[1]]
+plan = launcher.LaunchPlan(Path("a.yaml"), (), folder.path, "auto", "cpu", 1, (), 1)
+outcome = launcher.launch(plan, folder, max_restarts=3, say=print)
+print(outcome.message)
+sys.exit(outcome.exit_code)
+"""
+# Counts the requests to stop; ends after the first if `polite`.
+_TRAINING = (
+    _STAND_IN
+    + """
+received = []
+signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+(folder.path / "ready").write_text(str(os.getpid()))
+while not received:
+    time.sleep(0.01)
+time.sleep(1)
+folder.update_status(received=len(received))
+if {polite}:
+    settle("stopped", 75)
+time.sleep(600)
+"""
+)
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Starts the launcher in a process of its own; returns it with the process that it has started."""
+    started = []
+
+    def start(program):
+        path = tmp_path / "run"
+        command = [sys.executable, "-c", _LAUNCHER, path, program]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(process)
+        wait_for(lambda: (path / "ready").exists() and (path / "ready").read_text())
+        child = psutil.Process(int((path / "ready").read_text()))
+        started.append(child)
+        return process, child
+
+    yield start
+    for process in reversed(started):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    for process in started[:1]:
+        process.communicate()
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def gone(child):
+    try:
+        return child.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+def test_a_stop_is_handed_on_once_and_the_run_saves(launched, tmp_path, number):
+    process, child = launched(_TRAINING.replace("{polite}", "True"))
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (75, "\n")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["received"]) == ("stopped", 1)
+    assert gone(child)
+
+
+def test_a_second_signal_ends_the_run_at_once(launched, tmp_path):
+    process, child = launched(_TRAINING.replace("{polite}", "False"))
+    folder = RunFolder(tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: folder.status().get("received"))
+    assert child.is_running()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "ended by SIGINT; the last checkpoint is intact\n")
+    status = folder.status()
+    assert (status["state"], status["exit_code"]) == ("stopped", 130)
+    assert gone(child)
+
+
+def test_a_stop_before_training_has_begun_is_no_failure(launched, tmp_path):
+    process, child = launched(
+        _STAND_IN + "(folder.path / 'ready').write_text(str(os.getpid())); time.sleep(600)"
+    )
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert output == "ended by SIGTERM before it could save; earlier checkpoints are intact\n"
+    assert RunFolder(tmp_path / "run").status()["state"] == "stopped"
+    assert gone(child)
+
+
+def test_no_process_outlives_a_launcher_that_was_killed(launched):
+    process, child = launched(_TRAINING.replace("{polite}", "False"))
+    process.kill()
+    process.communicate(timeout=60)
+    wait_for(lambda: gone(child))
+
+
+def test_the_handlers_of_the_caller_are_put_back(launch):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)]
+    launch("settle('finished', 0)")
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)] == before

@@ -1,0 +1,317 @@
+"""The run folder: its lock, its documents and its lines."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from disttrain.errors import BusyError, DataError
+from disttrain.runfolder import (
+    LOCKED_BY_LAUNCHER,
+    JsonLines,
+    RunFolder,
+    new_run_path,
+    utc_now,
+    write_atomically,
+)
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from disttrain.runfolder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+folder.create()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holder(path):
+    """Another process that holds the lock of a run folder."""
+    command = [sys.executable, "-c", _HOLDER, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "run")
+
+
+def error_at(time, rank, folder):
+    folder.write_error(rank, ValueError(f"of rank {rank}"))
+    document = json.loads(folder.error(rank).read_text()) | {"time": time}
+    folder.error(rank).write_text(json.dumps(document))
+
+
+# --- Making and locking -----------------------------------------------------------------------------
+
+
+def test_a_new_folder_is_made_with_its_parents(tmp_path):
+    folder = RunFolder(tmp_path / "a" / "b")
+    folder.create()
+    assert sorted(entry.name for entry in folder.path.iterdir()) == [".lock", "checkpoints", "errors", "logs"]
+
+
+def test_an_empty_folder_is_taken(folder):
+    folder.path.mkdir()
+    folder.create()
+
+
+def test_the_folder_of_an_earlier_run_is_taken_as_it_is(folder):
+    with holder(folder.path):
+        folder.metrics.write_text("kept\n")
+    folder.create()
+    assert folder.metrics.read_text() == "kept\n"
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(BusyError) as caught:
+        RunFolder(tmp_path).create()
+    assert str(caught.value) == (
+        f"{tmp_path}: is not a run folder (it holds thesis.tex); choose another --run-dir"
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_logs_of_another_node_may_be_there_first(folder):
+    folder.launch_log(1).parent.mkdir(parents=True)
+    folder.launch_log(1).touch()
+    folder.create()
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_a_file_in_the_way(tmp_path, inside):
+    file = tmp_path / "file"
+    file.touch()
+    path = file / inside
+    with pytest.raises(BusyError) as caught:
+        RunFolder(path).create()
+    assert str(caught.value) == f"{path}: is not a folder; choose another --run-dir"
+
+
+def test_a_folder_that_cannot_be_written():
+    with pytest.raises(BusyError, match=r"^/proc/run: cannot be written: .*; choose another --run-dir$"):
+        RunFolder(Path("/proc/run")).create()
+
+
+def test_a_second_process_is_told_who_runs_here(folder):
+    with holder(folder.path) as process:
+        with pytest.raises(BusyError) as caught:
+            folder.create()
+        assert str(caught.value) == (
+            f"{folder.path}: process {process.pid} on {socket.gethostname()} is running here; "
+            "choose another --run-dir"
+        )
+    folder.create()
+
+
+def test_the_lock_is_free_once_its_holder_was_killed(folder):
+    with holder(folder.path) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        (folder.path / ".lock").write_text("a holder with a longer name " * 10)
+        folder.create()
+        assert (folder.path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_a_worker_enters_the_folder_that_its_launcher_has_locked(folder, monkeypatch):
+    with holder(folder.path):
+        monkeypatch.setenv(LOCKED_BY_LAUNCHER, str(folder.path.resolve()))
+        assert folder.locked_by_launcher()
+        folder.create()
+        assert not RunFolder(folder.path.parent / "other").locked_by_launcher()
+
+
+# --- Documents --------------------------------------------------------------------------------------
+
+
+def test_the_status_keeps_what_is_not_changed(folder):
+    folder.create()
+    assert folder.status() == {}
+    folder.update_status(state="running", step=1)
+    folder.update_status(step=2)
+    status = folder.status()
+    assert (status["state"], status["step"]) == ("running", 2)
+    assert datetime.fromisoformat(status["updated_at"]) <= datetime.now(UTC)
+
+
+def test_a_torn_status_reads_as_none(folder):
+    folder.create()
+    (folder.path / "status.json").write_text('{"state": "runn')
+    assert folder.status() == {}
+
+
+def test_a_reader_never_sees_half_a_status(folder):
+    folder.create()
+    folder.update_status(text="0" * 100_000)
+    done = threading.Event()
+
+    def write():
+        for i in range(200):
+            folder.update_status(text=str(i % 10) * 100_000)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        text = folder.status()["text"]  # {} for a torn file
+        assert len(text) == 100_000
+        seen.add(text[0])
+    writer.join()
+    assert len(seen) > 1
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "status.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \udcff")
+    assert path.read_text() == "old"
+
+
+def test_the_first_error_is_the_earliest_not_that_of_the_lowest_rank(folder):
+    folder.create()
+    assert folder.first_error() is None
+    error_at("2026-11-21T00:00:02.000000Z", 0, folder)
+    error_at("2026-11-21T00:00:01.900000Z", 1, folder)
+    error_at("2026-11-21T00:00:10.000000Z", 2, folder)
+    folder.error(3).write_text('{"rank": 3')  # being written
+    first = folder.first_error()
+    assert first is not None
+    assert (first["rank"], first["message"]) == (1, "of rank 1")
+    folder.clear_errors()
+    assert folder.first_error() is None
+
+
+def test_an_error_of_ours_carries_its_traceback(folder):
+    try:
+        1 / 0  # noqa: B018
+    except ZeroDivisionError as error:
+        folder.write_error(2, error)
+    document = json.loads(folder.error(2).read_text())
+    assert (document["rank"], document["host"], document["exit_code"]) == (2, socket.gethostname(), 70)
+    assert (document["type"], document["message"]) == ("ZeroDivisionError", "division by zero")
+    assert "test_an_error_of_ours" in document["traceback"]
+
+
+def test_an_error_of_the_user_has_its_exit_code_and_no_traceback(folder):
+    folder.write_error(0, DataError("no such data"))
+    document = json.loads(folder.error(0).read_text())
+    assert (document["exit_code"], document["message"], document["traceback"]) == (65, "no such data", None)
+
+
+def test_times_are_utc_and_sort_as_text():
+    times = [utc_now() for _ in range(100)]
+    assert times == sorted(times)
+    assert {len(time) for time in times} == {len("2026-11-21T00:45:12.123456Z")}
+    age = datetime.now(UTC) - datetime.fromisoformat(times[0])
+    assert 0 <= age.total_seconds() < 60
+
+
+# --- Lines ------------------------------------------------------------------------------------------
+
+
+def write_lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = JsonLines(path)
+    for record in records:
+        file.write(record)
+    file.close()
+
+
+def read_lines(path):
+    """Returns the records of a strictly valid JSONL file."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_lines_are_appended(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, [{"step": 1, "loss": 0.5, "name": "é"}])
+    write_lines(path, [{"step": 2, "loss": None}])
+    assert read_lines(path) == [{"step": 1, "loss": 0.5, "name": "é"}, {"step": 2, "loss": None}]
+
+
+def test_a_line_is_on_the_disk_as_soon_as_it_is_written(tmp_path):
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    file.write({"step": 1})
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    file.close()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_null(tmp_path, value):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(
+        path, [{"loss": value, "lr": 0.1, "gpus": [{"power_w": value, "host": "a"}, {}], "xs": (1, value)}]
+    )
+    assert read_lines(path) == [
+        {"loss": None, "lr": 0.1, "gpus": [{"power_w": None, "host": "a"}, {}], "xs": [1, None]}
+    ]
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(folder):
+    folder.create()
+    write_lines(folder.metrics, [{"step": 10}, {"step": 20}, {"step": 30}])
+    write_lines(folder.trace(0), [{"step": 20, "ids": [1]}, {"step": 21, "ids": [2]}])
+    write_lines(folder.trace(3), [{"step": 21, "ids": [3]}])
+    folder.forget_after(20)
+    assert read_lines(folder.metrics) == [{"step": 10}, {"step": 20}]
+    assert read_lines(folder.trace(0)) == [{"step": 20, "ids": [1]}]
+    assert read_lines(folder.trace(3)) == []
+
+
+def test_a_line_that_was_torn_by_a_crash_is_forgotten(folder):
+    folder.create()
+    folder.metrics.write_text('{"step": 10}\n{"step": 1')
+    folder.forget_after(99)
+    assert folder.metrics.read_text() == '{"step": 10}\n'
+
+
+def test_there_may_be_nothing_to_forget(folder):
+    folder.create()
+    folder.forget_after(0)
+    assert not folder.metrics.exists()
+
+
+# --- New paths --------------------------------------------------------------------------------------
+
+
+def test_runs_that_begin_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: new_run_path("tiny"), range(40)))
+    assert len(set(paths)) == 40
+    assert all(path.is_dir() and path.parent == Path("runs/tiny") for path in paths)
+    for path in paths:
+        stamp = datetime.strptime(path.name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        assert abs((datetime.now(UTC) - stamp).total_seconds()) < 120
+
+
+def test_no_path_where_a_file_is_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").touch()
+    with pytest.raises(BusyError, match=r"^runs/tiny/.*: cannot be made: .*; give --run-dir$"):
+        new_run_path("tiny")
