@@ -26,7 +26,7 @@ def test_mnist_from_its_original_files(disttrain: Run, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert last["total"] == 10_000
-    assert last["accuracy"] > 0.96
+    assert last["accuracy"] > 0.9  # the schedule ends after this one epoch
 
 
 def test_cifar10_from_a_tree_of_jpeg_files(disttrain: Run, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import slurm_cluster
 
@@ -57,7 +58,7 @@ def test_a_job_out_of_time_saves_requeues_and_finishes_in_the_same_folder(
     )
 
     def output() -> str:
-        return log.read_text() if log.exists() else "no output"
+        return (log.read_text() if log.exists() else "no output") + str(job(cluster, number))
 
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, output)
     subprocess.run(
@@ -66,6 +67,9 @@ def test_a_job_out_of_time_saves_requeues_and_finishes_in_the_same_folder(
     wait_until(lambda: "back into the queue" in output() or "finished" in output(), output)
     assert "saved, resumable" in output()
     wait_until(lambda: job(cluster, number)["JobState"] == "PENDING", output)
+    # slurmd refuses a batch script that starts in the second in which it ended the job's last one.
+    wait_until(lambda: "slurmstepd" not in {process.name() for process in psutil.process_iter()}, output)
+    time.sleep(2)
     subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=cluster, check=True)
     wait_until(lambda: job(cluster, number)["JobState"] == "COMPLETED", output)
     assert job(cluster, number)["Restarts"] == "1"
