@@ -68,7 +68,10 @@ def test_a_job_out_of_time_saves_requeues_and_finishes_in_the_same_folder(
     assert "saved, resumable" in output()
     wait_until(lambda: job(cluster, number)["JobState"] == "PENDING", output)
     # slurmd refuses a batch script that starts in the second in which it ended the job's last one.
-    wait_until(lambda: "slurmstepd" not in {process.name() for process in psutil.process_iter()}, output)
+    wait_until(
+        lambda: "slurmstepd" not in {process.info["name"] for process in psutil.process_iter(["name"])},
+        output,
+    )
     time.sleep(2)
     subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=cluster, check=True)
     wait_until(lambda: job(cluster, number)["JobState"] == "COMPLETED", output)
