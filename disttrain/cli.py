@@ -16,7 +16,7 @@ from disttrain import __version__
 from disttrain.errors import DisttrainError
 
 if TYPE_CHECKING:
-    from disttrain.shards import Index
+    from disttrain.shards.index import Index
 
 
 class _Group(click.Group):
@@ -203,10 +203,10 @@ def pack(
     DIR holds train/<class>/<images> and val/<class>/<images> (or test/), or <class>/<images> with
     --val-fraction.
     """
-    from disttrain import datasets
+    from disttrain.imagefolder import pack_folder
 
     with _progress() as on_progress:
-        index = datasets.pack_folder(
+        index = pack_folder(
             folder,
             name=name,
             root=root,
@@ -225,9 +225,120 @@ def pack(
 @_ROOT
 def inspect(name: str, root: str | None) -> None:
     """Show what a data set holds."""
-    from disttrain.shards import load_index
+    from disttrain.shards.index import load_index
 
     _show_index(load_index(name, root), classes=True)
+
+
+@data.command()
+@click.argument("name")
+@_ROOT
+def verify(name: str, root: str | None) -> None:
+    """Read and decode every sample of a data set and compare it with its index.
+
+    Lists the shards and samples that are bad, and ends with 65 if there are any.
+    """
+    from disttrain.errors import DataError
+    from disttrain.shards.index import again, load_index
+    from disttrain.shards.verify import verify
+
+    index = load_index(name, root, strict=False)
+    with _progress() as on_progress:
+        problems = verify(index, on_progress=on_progress)
+    for problem in problems:
+        sample = f"sample {problem.key}: " if problem.key else ""
+        click.echo(f"{problem.place}: {sample}{problem.text}")
+    if problems:
+        count = f"{len(problems):,} problem{'s' * (len(problems) > 1)}"
+        raise DataError(f"{name}: {count}; {again(index)}, or train without them with data.on_error=skip")
+    samples = sum(split.samples for split in index.splits.values())
+    shards = sum(len(split.shards) for split in index.splits.values())
+    click.echo(f"{name}: {samples:,} samples in {shards} shard{'s' * (shards > 1)} are what the index says")
+
+
+@data.command("index")
+@click.argument("folder", metavar="DIR", type=_PATH)
+@click.option(
+    "--train", multiple=True, metavar="PATTERN", help="Tars of the train split (default: train*.tar)."
+)
+@click.option(
+    "--val", multiple=True, metavar="PATTERN", help="Tars of the val split (default: val*.tar or test*.tar)."
+)
+@click.option(
+    "--classes", type=_PATH, help="File with the name of a class on each line, in the order of the labels."
+)
+@click.option("--skip", is_flag=True, help="Accept samples that cannot be used.")
+@_FORCE
+def index_(
+    folder: Path,
+    train: tuple[str, ...],
+    val: tuple[str, ...],
+    classes: Path | None,
+    skip: bool,
+    force: bool,
+) -> None:
+    """Use WebDataset tars that were made elsewhere, where they lie.
+
+    Writes DIR/index.json; the tars stay as they are. Each sample needs an image (png, jpg, webp) and a
+    label (KEY.cls).
+    """
+    from disttrain.errors import UsageError
+    from disttrain.shards.foreign import index_folder
+
+    names = None
+    if classes is not None:
+        try:
+            names = classes.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--classes {classes}: cannot be read: {error}") from None
+        names = [name.strip() for name in names if name.strip()]
+    with _progress() as on_progress:
+        index = index_folder(
+            folder,
+            patterns={"train": train, "val": val},
+            classes=names,
+            skip_unusable=skip,
+            force=force,
+            say=click.echo,
+            on_progress=on_progress,
+        )
+    _show_index(index)
+    click.echo(f"use it with data.name={index.name} data.root={index.folder.parent}")
+
+
+@data.command("bench")
+@click.argument("name")
+@_ROOT
+@click.option(
+    "--samples", type=click.IntRange(1), default=20000, show_default=True, help="Samples for each stage."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=512, show_default=True)
+@click.option(
+    "--threads", type=click.IntRange(1), help="Decoding and arithmetic threads (default: all cores)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench_(
+    name: str, root: str | None, samples: int, batch_size: int, threads: int | None, as_json: bool
+) -> None:
+    """Measure how fast this machine reads, decodes, caches, batches and augments a data set.
+
+    The last line is the stock webdataset pipeline on the same shards.
+    """
+    import json
+
+    from disttrain.data.bench import bench
+    from disttrain.shards.index import load_index
+
+    stages = []
+    if not as_json:
+        click.echo(f"{'stage':<17} {'samples/s':>12} {'us/sample':>10}  what")
+    for stage in bench(load_index(name, root), samples=samples, batch_size=batch_size, threads=threads):
+        stages.append(stage._asdict() | {"samples_per_s": stage.samples_per_s})
+        if not as_json:
+            us = 1e6 / stage.samples_per_s
+            click.echo(f"{stage.name:<17} {stage.samples_per_s:>12,.0f} {us:>10,.2f}  {stage.what}")
+    if as_json:
+        click.echo(json.dumps(stages, indent=1))
 
 
 @main.group()
@@ -276,16 +387,21 @@ def _show_index(index: Index, *, classes: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int], None]]:
-    """Shows a count of images and their pace on a terminal, nothing elsewhere."""
+def _progress() -> Iterator[Callable[[int, int | None], None]]:
+    """Shows a bar, a count of images and the time left on a terminal, nothing elsewhere."""
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.completed:,} images"), TimeElapsedColumn())
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed:,} images"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
-        yield lambda images: progress.update(task, completed=images)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

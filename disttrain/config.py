@@ -41,8 +41,21 @@ class DataConfig(_Section):
     root: str | None = None
     """Folder of the packed data sets; null means $DISTTRAIN_DATA, else the user's cache folder."""
     cache: Literal["auto", "device", "host", "none"] = "auto"
-    """Where the decoded images live: on the device, in host memory (shared by the ranks of a node), or
-    nowhere (streamed every epoch; not available in this version). auto: the device when they fit."""
+    """Where the decoded images live: on the device, in host memory (shared by the ranks of a node), or none:
+    the shards are read and decoded in every epoch. auto: the first of these that they fit into. The choice
+    changes the speed and nothing else."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Threads per process that read and decode shards ahead, with cache: none; 0 does it in the training
+    thread; null: one per core of the process's share."""
+    streams: PositiveInt = 16
+    """Parts of an epoch that are read side by side. Each rank reads few of them if there are at least as many
+    as ranks. Part of the order of the samples."""
+    shuffle_buffer: PositiveInt = 65536
+    """Samples, over all streams, among which the order is random; a split of up to so many samples is shuffled
+    in full within each stream. Part of the order of the samples."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A shard or sample that cannot be used: stop with an error that names it, or look for all of them once
+    and leave them out on all ranks, with their number in the metrics."""
     remainder: Literal["keep", "drop"] = "keep"
     """The samples that do not fill a last batch: keep (a smaller batch, averaged correctly) or drop."""
     normalize: Literal["mean_std", "unit"] = "mean_std"
@@ -528,9 +541,6 @@ def _conflicts(config: Config) -> list[_Problem]:
     if train.accumulate > train.batch_size:
         text = f"train.accumulate: {train.accumulate} parts of a batch of {train.batch_size}; make it smaller"
         problems.append(_Problem(("train", "accumulate"), text))
-    if config.data.cache == "none":
-        text = "data.cache: none (streaming) is not available in this version; use auto, device or host"
-        problems.append(_Problem(("data", "cache"), text))
     if config.monitor.trackers:
         text = "monitor.trackers: no tracker is available in this version; leave the list empty"
         problems.append(_Problem(("monitor", "trackers"), text))

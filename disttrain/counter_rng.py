@@ -24,8 +24,12 @@ def derive(*parts: int) -> int:
 
 def bits(key: int, count: int) -> npt.NDArray[np.uint64]:
     """Returns the 64 random bits of the counters 0..count-1: uint64 [count]."""
-    values = np.arange(1, count + 1, dtype=np.uint64)
-    values *= np.uint64(_GOLDEN)
+    return bits_at(key, np.arange(count, dtype=np.uint64))
+
+
+def bits_at(key: int, counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Returns the 64 random bits of any counters: uint64, in the shape of the counters."""
+    values = (counters + np.uint64(1)) * np.uint64(_GOLDEN)
     values += np.uint64(key)
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)

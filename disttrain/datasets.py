@@ -1,6 +1,6 @@
-"""Turns original files into samples and has them packed: digits, MNIST, CIFAR-10, or a folder of images.
+"""Makes the data sets that disttrain knows, digits, MNIST and CIFAR-10, from their original files.
 
-What a packed data set looks like on disk is the business of `shards`.
+Folders of images are the business of `imagefolder`; what a packed data set looks like on disk, of `shards`.
 """
 
 from __future__ import annotations
@@ -10,28 +10,26 @@ import difflib
 import gzip
 import importlib.resources
 import io
-import itertools
 import math
-import os
 import socket
 import struct
 import tarfile
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
 
-from disttrain import shards
-from disttrain.errors import DataError, UsageError
-from disttrain.shards import Index, Pixels, Progress, Sample
-
-Say = Callable[[str], None]
+from disttrain.errors import DataError, UsageError, reason
+from disttrain.imagefolder import Say, Tree, is_tree, pack_tree, scan_tree
+from disttrain.shards.images import Pixels, encode_image
+from disttrain.shards.index import BUILT_IN, Index, data_folder, data_root, load_index, remedy
+from disttrain.shards.pack import Progress, Sample, pack
+from disttrain.shards.reader import open_shard
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -58,20 +56,20 @@ def prepare(
     Args:
         name: digits, mnist or cifar10.
         source: folder of the original files; None downloads them (digits needs neither).
-        root: as for `shards.data_root`.
+        root: as for `data_root`.
         force: make it again even if it is there.
         say: takes lines for the user.
-        on_progress: as for `shards.pack`.
+        on_progress: as for `pack`.
 
     Raises:
         UsageError: there is no such data set.
         DataError: the original files are missing or damaged, or cannot be downloaded.
         StorageError: a write failed.
     """
-    if name not in shards.BUILT_IN:
-        close = difflib.get_close_matches(name, shards.BUILT_IN, 1)
+    if name not in BUILT_IN:
+        close = difflib.get_close_matches(name, BUILT_IN, 1)
         raise UsageError(
-            f"{name!r} is not one of {', '.join(shards.BUILT_IN)}"
+            f"{name!r} is not one of {', '.join(BUILT_IN)}"
             + (f"; did you mean {close[0]}?" if close else "")
             + "; for a folder of your own images use `disttrain data pack DIR --name NAME`"
         )
@@ -80,7 +78,7 @@ def prepare(
     if source is not None and not source.exists():
         raise DataError(f"{source}: no such folder; give the folder of the {name} files with --source")
     overwrite = force
-    if not force and shards.data_folder(name, root).exists():
+    if not force and data_folder(name, root).exists():
         try:
             index = _intact(name, root)
         except DataError as error:
@@ -89,10 +87,10 @@ def prepare(
         else:
             say(f"{name} is prepared already: {index.folder}")
             return index
-    if name == "cifar10" and source is not None and _is_tree(source):
-        tree = _scan_tree(source, None, 0, say)
+    if name == "cifar10" and source is not None and is_tree(source):
+        tree = scan_tree(source, None, 0, say)
         _check_cifar_tree(source, tree)
-        return _pack_tree(tree, name, root, None, overwrite, on_progress)
+        return pack_tree(tree, name, root, None, overwrite, on_progress)
     splits: _Splits
     channels: Literal[1, 3] = 1
     if name == "digits":
@@ -101,68 +99,14 @@ def prepare(
         classes, splits = _DIGITS, _mnist(source, root, say)
     else:
         classes, splits, channels = CIFAR10_CLASSES, _cifar10(source, root, say), 3
-    return shards.pack(
-        name, root, splits, classes, channels=channels, overwrite=overwrite, on_progress=on_progress
-    )
-
-
-def pack_folder(
-    folder: Path,
-    *,
-    name: str,
-    root: str | None,
-    size: int | None = None,
-    val_fraction: float | None = None,
-    seed: int = 0,
-    force: bool = False,
-    say: Say,
-    on_progress: Progress | None = None,
-) -> Index:
-    """Packs a folder of images: DIR/{train,val|test}/<class>/<files>, or DIR/<class>/<files> to be split.
-
-    The classes are the sorted folder names; the images are shuffled, in an order that depends on the seed
-    and the names alone. PNG, JPEG and WebP files of upright 8-bit gray or RGB pixels keep their bytes;
-    anything else Pillow reads becomes PNG. The data set is gray if every image is.
-
-    Args:
-        folder: the images. Hidden files, other files and links that leave the folder are skipped.
-        name: the new data set.
-        root: as for `shards.data_root`.
-        size: side in pixels; the shorter side of an image is resized to it and the middle cut out
-            (JPEG files become JPEG of quality 95, others PNG). None: all images must have one size.
-        val_fraction: share of each class that becomes the val split, when the folder has none.
-        seed: of the order and of the split.
-        force: replace an existing data set.
-        say: takes lines for the user.
-        on_progress: as for `shards.pack`.
-
-    Raises:
-        DataError: the folder has not the expected layout, an image is broken, or the sizes differ.
-        UsageError: an argument is out of range or does not fit the folder.
-        StorageError: a write failed.
-    """
-    target = shards.data_folder(name, root)
-    if target.exists() and not force:
-        raise DataError(f"{target}: exists; replace it with --force or choose another name")
-    if size is not None and size < 1:
-        raise UsageError(f"--size {size}: must be at least 1")
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        raise UsageError(f"--val-fraction {val_fraction}: must be between 0 and 1")
-    tree = _scan_tree(folder, val_fraction, seed, say)
-    if size is None and len(tree.sizes) > 1:
-        (one, first), (other, second) = list(tree.sizes.items())[:2]
-        raise DataError(
-            f"images of different sizes: {first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}; "
-            f"give one size with --size N, for example --size {min(min(one), min(other))}"
-        )
-    return _pack_tree(tree, name, root, size, force, on_progress)
+    return pack(name, root, splits, classes, channels=channels, overwrite=overwrite, on_progress=on_progress)
 
 
 def _intact(name: str, root: str | None) -> Index:
-    index = shards.load_index(name, root)
-    for split in index.splits.values():
-        for shard in split.shards:
-            shards.check_shard(index, shard)
+    index = load_index(name, root)
+    for name, split in index.splits.items():
+        for number in range(len(split.shards)):
+            open_shard(index, name, number)
     return index
 
 
@@ -172,17 +116,7 @@ def _intact(name: str, root: str | None) -> Index:
 def _array_samples(images: Pixels, labels: Iterable[int]) -> Iterator[Sample]:
     """Yields PNG samples of uint8 [N, H, W] or [N, H, W, 3]."""
     for image, label in zip(images, labels, strict=True):
-        yield Sample(_encode(image, "PNG"), "png", int(label))
-
-
-def _encode(pixels: Pixels, image_format: Literal["PNG", "JPEG"]) -> bytes:
-    file = io.BytesIO()
-    _as_picture(pixels).save(file, image_format, quality=95, subsampling=0)  # PNG ignores the two
-    return file.getvalue()
-
-
-def _as_picture(pixels: Pixels) -> Image.Image:
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+        yield Sample(encode_image(image, "PNG"), "png", int(label))
 
 
 def _digits() -> _Splits:
@@ -251,7 +185,7 @@ def _read_idx(path: Path, dimensions: int) -> Pixels:
                 raise DataError(f"{path}: claims {size} bytes of data; get it again")
             data = file.read(size + 1)  # one more than there should be
     except _DAMAGED as error:
-        raise DataError(f"{path}: cannot be read: {_reason(error)}; get it again") from None
+        raise DataError(f"{path}: cannot be read: {reason(error)}; get it again") from None
     if len(data) != size:
         more = "more" if len(data) > size else str(len(data))
         raise DataError(f"{path}: {more} bytes of data where its header says {size}; get it again")
@@ -310,7 +244,7 @@ def _extract(archive: Path, folder: str, target: Path) -> None:
                 assert content is not None  # it is a regular file
                 (target / path.name).write_bytes(content.read())
     except _DAMAGED as error:
-        raise DataError(f"{archive}: cannot be read: {_reason(error)}; get it again") from None
+        raise DataError(f"{archive}: cannot be read: {reason(error)}; get it again") from None
 
 
 def _cifar_python(source: Path) -> _Splits:
@@ -353,7 +287,7 @@ def _cifar_binary(source: Path) -> _Splits:
     return splits
 
 
-def _check_cifar_tree(source: Path, tree: _Tree) -> None:
+def _check_cifar_tree(source: Path, tree: Tree) -> None:
     if tree.classes != CIFAR10_CLASSES:
         raise DataError(
             f"{source}: the classes are {', '.join(tree.classes[:12])}, but those of CIFAR-10 are "
@@ -367,7 +301,7 @@ def _check_cifar_tree(source: Path, tree: _Tree) -> None:
 @contextlib.contextmanager
 def _downloading(name: str, size: str, files: Sequence[str], root: str | None, say: Say) -> Iterator[Path]:
     """Runs a download of torchvision in silence; a failure says what to do without a network."""
-    downloads = shards.data_root(root) / "downloads"
+    downloads = data_root(root) / "downloads"
     say(f"downloading {name} ({size}) into {downloads}")
     old_timeout_s = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)
@@ -376,231 +310,10 @@ def _downloading(name: str, size: str, files: Sequence[str], root: str | None, s
         with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
             yield downloads
     except (OSError, RuntimeError) as error:  # URLError is an OSError
-        command = shards.remedy(name, shards.data_root(root)).rstrip("`") + " --source FOLDER`"
+        command = remedy(name, data_root(root)).rstrip("`") + " --source FOLDER`"
         raise DataError(
-            f"{name}: the download failed ({_reason(error)}); put {', '.join(files)} into a folder of your "
+            f"{name}: the download failed ({reason(error)}); put {', '.join(files)} into a folder of your "
             f"choice and run {command}"
         ) from None
     finally:
         socket.setdefaulttimeout(old_timeout_s)
-
-
-# --- Folders of images ------------------------------------------------------------------------------
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: JPEG files of some phones
-_GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
-_LAYOUT = (
-    "expected {0}/train/<class>/<image files> and {0}/val/<class>/... (or test), "
-    "or {0}/<class>/<image files> with --val-fraction"
-)
-
-_Files = list[tuple[str, int]]
-"""Path and label of each image, sorted by class and name."""
-
-
-class _Header(NamedTuple):
-    """What the first bytes of an image file tell."""
-
-    extension: str
-    """Its format if that may be in a shard, else empty."""
-    plain: bool
-    """Upright, 8 bits, gray or RGB: every reader sees the same pixels."""
-    gray: bool
-    size: tuple[int, int]
-    """Width and height when upright."""
-
-
-class _Picture(NamedTuple):
-    """An image file before it is read."""
-
-    file: str
-    label: int
-    extension: str
-    plain: bool
-
-
-class _Tree(NamedTuple):
-    """What a folder of images holds."""
-
-    classes: tuple[str, ...]
-    splits: dict[str, list[_Picture]]
-    """In the order in which they are packed."""
-    sizes: dict[tuple[int, int], str]
-    """Every width and height, with the first file that has it."""
-    channels: Literal[1, 3]
-
-
-def _is_tree(source: Path) -> bool:
-    return (source / "train").is_dir()
-
-
-def _scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Say) -> _Tree:
-    """Lists a folder of images, reads their headers, and settles split and order."""
-    skipped: list[str] = []
-    classes, listing = _list_tree(folder, val_fraction, skipped)
-    if skipped:
-        say(f"{folder}: skipped {len(skipped):,} entries that are no images, such as {skipped[0]}")
-    rng = np.random.default_rng(seed)
-    if val_fraction is not None:
-        listing = _split_off(listing["train"], classes, val_fraction, rng)
-    splits: dict[str, list[_Picture]] = {}
-    sizes: dict[tuple[int, int], str] = {}
-    gray = True
-    for split, files in listing.items():
-        pictures = []
-        headers = shards.map_in_threads(_read_header, (file for file, _ in files))
-        for (file, label), header in zip(files, headers, strict=True):
-            pictures.append(_Picture(file, label, header.extension, header.plain))
-            sizes.setdefault(header.size, file)
-            gray = gray and header.gray
-        splits[split] = [pictures[i] for i in rng.permutation(len(pictures))]
-    return _Tree(classes, splits, sizes, 1 if gray else 3)
-
-
-def _list_tree(
-    folder: Path, val_fraction: float | None, skipped: list[str]
-) -> tuple[tuple[str, ...], dict[str, _Files]]:
-    """Returns the classes and the images of every split; what is neither is added to `skipped`."""
-    inside = folder.resolve()
-    classes: tuple[str, ...] = ()
-    listing: dict[str, _Files] = {}
-    for split, split_folder in _split_folders(folder, val_fraction).items():
-        if not split_folder.resolve().is_relative_to(inside):
-            raise DataError(f"{split_folder}: a link that leaves {folder}; put the images there")
-        class_folders = _entries(split_folder, inside, skipped, lambda entry: entry.is_dir())
-        if not class_folders:
-            raise DataError(f"{split_folder}: has no class folders; {_LAYOUT.format(folder)}")
-        classes = classes or tuple(entry.name for entry in class_folders)  # those of train, which is first
-        listing[split] = []
-        for class_folder in class_folders:
-            if class_folder.name not in classes:
-                raise DataError(
-                    f"{class_folder.path}: a class that train does not have; add it there or remove it"
-                )
-            images = _entries(Path(class_folder.path), inside, skipped, _is_image_file)
-            if not images:
-                raise DataError(f"{class_folder.path}: has no images; add some or remove the folder")
-            label = classes.index(class_folder.name)
-            listing[split] += [(image.path, label) for image in images]
-    return classes, listing
-
-
-def _split_folders(folder: Path, val_fraction: float | None) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; {_LAYOUT.format('DIR')}")
-    if not _is_tree(folder):
-        if val_fraction is None:
-            raise DataError(f"{folder}: has no folder train; {_LAYOUT.format(folder)}")
-        return {"train": folder}
-    train = {"train": folder / "train"}
-    val = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-    if val is None:
-        if val_fraction is None:
-            raise DataError(f"{folder}: has no folder val or test; add one or use --val-fraction")
-        return train
-    if val_fraction is not None:
-        raise UsageError(f"{val} is the val split already; leave out --val-fraction")
-    return train | {"val": val}
-
-
-def _entries(
-    folder: Path, inside: Path, skipped: list[str], wanted: Callable[[os.DirEntry[str]], bool]
-) -> list[os.DirEntry[str]]:
-    """Returns the wanted entries sorted by name, without hidden ones and links that lead outside."""
-    found = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                hidden = entry.name.startswith(".")
-                leaves = entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside)
-                if hidden or leaves or not wanted(entry):
-                    skipped.append(entry.path)
-                else:
-                    found.append(entry)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror}; check its permissions") from None
-    return found
-
-
-def _is_image_file(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(_SUFFIXES) and entry.is_file()
-
-
-def _split_off(
-    files: _Files, classes: Sequence[str], fraction: float, rng: np.random.Generator
-) -> dict[str, _Files]:
-    """Takes the same share of every class, at least one image and never all, for validation."""
-    listing: dict[str, _Files] = {"train": [], "val": []}
-    for label, members in itertools.groupby(files, key=lambda item: item[1]):
-        of_class = list(members)
-        if len(of_class) < 2:
-            raise DataError(f"{of_class[0][0]}: the only image of {classes[label]!r}; a split needs two")
-        count = min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)
-        chosen = set(rng.permutation(len(of_class))[:count].tolist())
-        for i, item in enumerate(of_class):
-            listing["val" if i in chosen else "train"].append(item)
-    return listing
-
-
-def _read_header(file: str) -> _Header:
-    try:
-        with Path(file).open("rb") as stream, shards.open_image(stream) as picture:
-            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:  # Pillow raises anything on a broken file
-        raise _broken(file, error) from None
-    extension = _EXTENSIONS.get(picture.format or "", "")
-    turned = orientation in range(5, 9)
-    return _Header(
-        extension=extension,
-        plain=bool(extension) and picture.mode in ("L", "RGB") and orientation not in range(2, 9),
-        gray=picture.mode in _GRAY_MODES,
-        size=(picture.height, picture.width) if turned else picture.size,
-    )
-
-
-def _pack_tree(
-    tree: _Tree,
-    name: str,
-    root: str | None,
-    size: int | None,
-    overwrite: bool,
-    on_progress: Progress | None,
-) -> Index:
-    splits = {
-        split: shards.map_in_threads(lambda picture: _load(picture, tree.channels, size), pictures)
-        for split, pictures in tree.splits.items()
-    }
-    return shards.pack(
-        name, root, splits, tree.classes, channels=tree.channels, overwrite=overwrite, on_progress=on_progress
-    )
-
-
-def _load(picture: _Picture, channels: int, size: int | None) -> Sample:
-    """Reads an image file; its bytes are kept if they are plain and of the right size."""
-    try:
-        image = Path(picture.file).read_bytes()
-        kept = Sample(image, picture.extension, picture.label, picture.file)
-        if picture.plain and size is None:
-            return kept
-        pixels = shards.decode_image(image, channels)
-    except (OSError, ValueError) as error:
-        raise _broken(picture.file, error) from None
-    if size is None:
-        return kept._replace(image=_encode(pixels, "PNG"), extension="png")
-    if picture.plain and pixels.shape[:2] == (size, size):
-        return kept
-    pixels = np.asarray(ImageOps.fit(_as_picture(pixels), (size, size), Image.Resampling.BICUBIC))
-    if picture.extension == "jpg":
-        return kept._replace(image=_encode(pixels, "JPEG"))
-    return kept._replace(image=_encode(pixels, "PNG"), extension="png")
-
-
-def _broken(file: str, error: Exception) -> DataError:
-    return DataError(f"{file}: {_reason(error)}; repair or remove it")
-
-
-def _reason(error: BaseException) -> str:
-    """Returns the reason on one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())

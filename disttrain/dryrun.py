@@ -7,16 +7,17 @@ import socket
 from disttrain.config import Config
 from disttrain.launcher import LaunchPlan, rank_map, shell_line
 from disttrain.preflight import split_batch
-from disttrain.shards import Index
+from disttrain.shards.index import Index
+from disttrain.userdirs import cache_folder
 
 
 def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, str]]:
     """Returns (label, text) lines: command, ranks, batches, steps, data, model and checkpoints."""
-    from disttrain.data import Plan, cache_folder
+    from disttrain.data.plan import make_plan
 
     train, accumulate = config.train, config.train.accumulate
     per_pass = split_batch(config, plan.world_size)
-    data = Plan(config.seed, index.splits["train"].samples, train.batch_size, config.data.remainder == "drop")
+    data = make_plan(config, index)
     parameters, checkpoint_bytes = _model_size(config, index)
 
     share = f"{plan.world_size} rank{'s' * (plan.world_size > 1)} x {per_pass * accumulate}"
@@ -33,8 +34,15 @@ def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, 
         f"({sum(shard.bytes for shard in split.shards) / 2**20:,.1f} MiB)"
         for name, split in index.splits.items()
     )
-    pixels = index.channels * index.height * index.width
-    decoded_mib = sum(split.samples for split in index.splits.values()) * pixels / 2**20
+    if config.data.cache == "none":
+        shards_line = (
+            f"{data.streams} streams, shuffled among {data.shuffle_buffer:,} samples, "
+            "read and decoded in every epoch"
+        )
+    else:
+        shards_line = (
+            f"every node decodes all shards once: {index.decoded_bytes / 2**20:,.1f} MiB in {cache_folder()}"
+        )
     lines = [("command", shell_line(plan))]
     lines += [("ranks", f"rank {rank} -> {host} -> {device}") for rank, host, device in rank_map(plan)]
     lines += [
@@ -43,7 +51,7 @@ def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, 
         ("steps", f"{data.steps_per_epoch:,} per epoch x {train.epochs:,} epochs = "
                   f"{data.steps_per_epoch * train.epochs:,}; {full:,} full batches, remainder: {remainder}"),
         ("data", f"{index.name}: {shards}, images {index.channels}x{index.height}x{index.width}"),
-        ("shards", f"every node decodes all shards once: {decoded_mib:,.1f} MiB in {cache_folder()}"),
+        ("shards", shards_line),
         ("model", f"{config.model.name}, {parameters:,} parameters"),
         ("checkpoint", f"{checkpoint_bytes / 2**20:,.2f} MiB each, {config.checkpoint.keep} + the best"),
         ("run folder", str(plan.run_dir)),

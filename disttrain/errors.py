@@ -51,3 +51,15 @@ class StoppedError(DisttrainError):
     """The run was asked to stop; it saved a checkpoint and can be resumed."""
 
     exit_code = 75
+
+
+class UnsafeError(DisttrainError):
+    """Something hostile was refused: a command, a pickle, a link, a path that leaves its folder, a bomb."""
+
+    exit_code = 77
+
+
+def reason(error: BaseException) -> str:
+    """Returns why an operation failed, on one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())

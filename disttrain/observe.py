@@ -33,7 +33,7 @@ from disttrain.console import Console, RunInfo
 from disttrain.errors import StoppedError
 from disttrain.models import parameter_count
 from disttrain.runfolder import COMMAND, JsonLines, RunFolder, utc_now, write_atomically
-from disttrain.shards import Index
+from disttrain.shards.index import Index
 from disttrain.telemetry import GpuSampler, ProcessorSampler
 from disttrain.train import Parts, Position
 

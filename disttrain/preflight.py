@@ -12,9 +12,9 @@ from typing import Literal
 
 from disttrain.config import Config, differences, load_config
 from disttrain.datasets import prepare
-from disttrain.errors import CheckpointError, UsageError
+from disttrain.errors import CheckpointError, DataError, UsageError
 from disttrain.runfolder import RunFolder
-from disttrain.shards import Index, data_root, load_index
+from disttrain.shards.index import Index, data_root, load_index, server_root
 
 
 def split_batch(config: Config, world_size: int) -> int:
@@ -55,9 +55,11 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
         UsageError: it does not fit the config.
     """
     name, root = config.data.name, config.data.root
-    if name == "digits" and not (data_root(root) / name).exists():
+    if name == "digits" and server_root(root) is None and not (data_root(root) / name).exists():
         prepare(name, source=None, root=root, say=say)
-    index = load_index(name, root)
+    index = load_index(name, root, strict=config.data.on_error == "stop")
+    if "val" not in index.splits:
+        raise DataError(f"{index.base or index.folder}: has no val split to evaluate on; make one")
     classes = len(index.classes)
     if config.model.num_classes not in (None, classes):
         raise UsageError(

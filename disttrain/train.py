@@ -8,9 +8,10 @@ what it calls.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,7 +27,8 @@ from torch.optim.swa_utils import AveragedModel
 from disttrain import counter_rng
 from disttrain.augment import Augment, Mix
 from disttrain.config import Config
-from disttrain.data import Plan, Served, share
+from disttrain.data.batches import Batch, Loader, Window
+from disttrain.data.plan import Ids, Plan, digest, share
 from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.optim import lr_factor, set_lr
 
@@ -85,6 +87,8 @@ class Parts:
         plan: the order of the training samples.
         train_data: the training split, served to this rank.
         val_data: the validation split, served to this rank.
+        val_ids: the samples to evaluate on, int64 [samples].
+        val_skipped: samples of the validation split that cannot be used.
         image_size: height and width in pixels.
     """
 
@@ -95,8 +99,10 @@ class Parts:
     optimizer: Optimizer
     plan: Plan
     augment: Augment
-    train_data: Served
-    val_data: Served
+    train_data: Loader
+    val_data: Loader
+    val_ids: Ids
+    val_skipped: int
     image_size: tuple[int, int]
     rank: int = field(init=False)
     world_size: int = field(init=False)
@@ -137,13 +143,34 @@ def train(
         StoppedError: a rank was asked to stop; a checkpoint was saved.
         DataError: the evaluation did not see every sample exactly once.
     """
-    config, plan = parts.config, parts.plan
     parts.model.train()
-    for epoch in range(position.epoch, config.train.epochs):
-        ids = parts.train_data.ids(plan.order(epoch))
-        parts.augment.start_epoch(epoch, plan.samples, *parts.image_size)
-        meter = Meter(parts.accelerator.device)
-        for index in range(position.samples // plan.batch_size, plan.steps_per_epoch):
+    epochs = parts.config.train.epochs
+    while position.epoch < epochs:
+        train_epoch(parts, position, observer, gauges, save, stop_requested)
+        saved = finish_epoch(parts, position, observer, save)
+        if stop_requested_anywhere(parts, stop_requested()) and position.epoch < epochs:
+            if not saved:
+                save(False)
+            raise StoppedError(f"stopped after epoch {position.epoch}; saved, resumable")
+
+
+def train_epoch(
+    parts: Parts,
+    position: Position,
+    observer: Observer,
+    gauges: Gauges,
+    save: Callable[[bool], None],
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Trains from `position` to the end of its epoch. Every rank calls this; arguments as for `train`."""
+    config, plan, epoch, begin = parts.config, parts.plan, position.epoch, position.samples
+    order = plan.order(epoch)
+    steps = range(begin // plan.batch_size, plan.steps_per_epoch)
+    parts.augment.start_epoch(epoch, plan.samples, *parts.image_size)
+    meter = Meter(parts.accelerator.device)
+    seen: list[Ids] = []
+    with contextlib.closing(served(parts, epoch, steps, order)) as pieces:
+        for index in steps:
             places = plan.batch(index)
             lr = config.optim.lr * lr_factor(
                 config.schedule,
@@ -154,11 +181,14 @@ def train(
             # Dropout depends on the step and the rank alone, so that a resumed run draws the same.
             torch.manual_seed(counter_rng.derive(config.seed, _NOISE, position.step, parts.rank) >> 1)
 
-            train_step(parts, position, index, ids, meter, observer)
+            ids = train_step(parts, pieces, len(places), meter)
 
+            seen.append(ids)
             position.step += 1
             position.samples = places.stop
             position.samples_seen += len(places)
+            if config.train.trace_samples:
+                observer.trace(epoch + 1, position.step, ids.tolist())
             last = places.stop == plan.samples_per_epoch
             save_due = position.step % (config.checkpoint.every_steps or position.step + 1) == 0
             log_due = position.step % config.monitor.log_every_steps == 0
@@ -166,49 +196,96 @@ def train(
             if log_due or save_due or last or stopping:  # a save follows a look at the loss
                 # Collective and device synchronisation: all ranks meet here.
                 stopping = log_point(parts, position, lr, meter, observer, gauges, stop_requested())
+                if last or stopping:
+                    prove(parts, seen, plan.ids_between(order, begin, places.stop))
                 if (save_due or stopping) and not last:
                     save(False)
                     meter.restart()
                 if stopping and not last:
                     raise StoppedError(f"stopped at step {position.step:,}; saved, resumable")
-        position.epoch, position.samples = epoch + 1, 0
-        saved = finish_epoch(parts, position, observer, save)
-        if stop_requested_anywhere(parts, stop_requested()) and position.epoch < config.train.epochs:
-            if not saved:
-                save(False)
-            raise StoppedError(f"stopped after epoch {position.epoch}; saved, resumable")
+    position.epoch, position.samples = epoch + 1, 0
 
 
-def train_step(
-    parts: Parts, position: Position, index: int, ids: Tensor, meter: Meter, observer: Observer
-) -> None:
-    """Takes one optimizer step, on the global batch of step `index` of the epoch. Every rank calls this.
+@dataclass(frozen=True)
+class Piece:
+    """What one rank puts through the model at once: its share of a global batch, or a part of it.
+
+    Attributes:
+        own: places of the epoch.
+        partners: places of the samples that are mixed in, int64 [B], or None.
+        mix: how they are mixed, or None.
+        counts: whether it counts; a rank without a sample of its own takes part with a weight of zero.
+        last: whether it is the rank's last one of the step.
+    """
+
+    own: range
+    partners: Ids | None
+    mix: Mix | None
+    counts: bool
+    last: bool
+
+    @property
+    def window(self) -> Window:
+        """The places to load: own samples, then partners."""
+        if self.partners is None:
+            return slice(self.own.start, self.own.stop)
+        return np.concatenate([np.arange(self.own.start, self.own.stop), self.partners])
+
+
+def step_pieces(parts: Parts, epoch: int, index: int) -> Iterator[Piece]:
+    """Yields this rank's pieces of step `index` of an epoch, at least one."""
+    places = parts.plan.batch(index)
+    own = share(places, parts.rank, parts.world_size)
+    counts = len(own) > 0
+    own = own or places[:1]  # a last batch smaller than the world
+    mix = parts.augment.mix(epoch, index, len(places), *parts.image_size)
+    number = min(parts.config.train.accumulate, len(own))
+    for i in range(number):
+        piece = share(own, i, number)
+        partners = None
+        if mix is not None:
+            offsets = np.arange(piece.start, piece.stop) - places.start + mix.shift
+            partners = places.start + offsets % len(places)
+        yield Piece(piece, partners, mix, counts, last=i == number - 1)
+
+
+def served(parts: Parts, epoch: int, steps: range, order: Ids) -> Generator[tuple[Piece, Batch], None, None]:
+    """Yields this rank's pieces of the steps of an epoch with their samples, which are loaded ahead."""
+    pieces, ahead = itertools.tee(piece for index in steps for piece in step_pieces(parts, epoch, index))
+    with contextlib.closing(parts.train_data.batches(order, (piece.window for piece in ahead))) as batches:
+        yield from zip(pieces, batches, strict=True)
+
+
+def train_step(parts: Parts, pieces: Iterator[tuple[Piece, Batch]], global_batch: int, meter: Meter) -> Ids:
+    """Takes one optimizer step. Every rank calls this.
 
     The loss of a rank is its sum divided by the size of the global batch, times the world size, because DDP
     takes the mean over ranks: the gradient is that of the mean over the global batch, whatever the shares.
+
+    Args:
+        parts: what to train with.
+        pieces: gives this rank's pieces of the step.
+        global_batch: samples of the step over all ranks.
+        meter: takes loss, hits and times.
+
+    Returns:
+        The ids that this rank trained on, int64 [B].
     """
-    config, world_size = parts.config.train, parts.world_size
-    places = parts.plan.batch(index)
-    own = share(places, parts.rank, world_size)
-    weight = world_size / len(places)
-    if not own:  # a last batch smaller than the world: take part in the reduction with a loss of zero
-        own, weight = places[:1], 0.0
-    if config.trace_samples:
-        observer.trace(
-            position.epoch + 1, position.step + 1, ids[own.start : own.stop].tolist() if weight else []
-        )
-    mix = parts.augment.mix(position.epoch, index, len(places), *parts.image_size)
-    pieces = [share(own, i, config.accumulate) for i in range(min(config.accumulate, len(own)))]
-    for piece in pieces:
+    config = parts.config.train
+    ids: list[Ids] = []
+    last = False
+    while not last:
         with meter.waiting():
-            images, labels, partners = load(parts, ids, piece, places, mix)
-        last = piece is pieces[-1]
+            piece, batch = next(pieces)
+            images, labels, partners = prepare(parts, piece, batch)
+        last = piece.last
         with contextlib.nullcontext() if last else parts.accelerator.no_sync(parts.model):
             logits = parts.model(images)
-            loss = loss_sum(logits, labels, partners, mix, config.label_smoothing)
-            parts.accelerator.backward(loss * weight)
-        if weight:
+            loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
+            parts.accelerator.backward(loss * (parts.world_size / global_batch if piece.counts else 0.0))
+        if piece.counts:
             meter.add(loss, logits, labels)
+            ids.append(batch.ids[: len(piece.own)])
     if config.grad_clip is not None:
         parts.accelerator.clip_grad_norm_(parts.model.parameters(), config.grad_clip)
     parts.optimizer.step()
@@ -216,34 +293,47 @@ def train_step(
     if parts.ema is not None:
         parts.ema.update_parameters(parts.bare_model)
     meter.steps += 1
+    return np.concatenate(ids) if ids else np.empty(0, np.int64)
 
 
-def load(
-    parts: Parts, ids: Tensor, own: range, places: range, mix: Mix | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns the augmented images, their labels and, if mixed, the labels of their partners.
+def prepare(parts: Parts, piece: Piece, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the augmented images, their labels and, if mixed, the labels of their partners."""
+    window = piece.window
+    if isinstance(window, slice):
+        return parts.augment.train(batch.images, window), batch.labels, None
+    places = torch.from_numpy(window).to(parts.accelerator.device, non_blocking=True)
+    mixed = parts.augment.train(batch.images, places)
+    count, mix = len(piece.own), piece.mix
+    assert mix is not None
+    images, others = mixed[:count], mixed[count:]
+    if mix.box is None:
+        images.lerp_(others, 1 - mix.share)
+    else:
+        top, bottom, left, right = mix.box
+        images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return images, batch.labels[:count], batch.labels[count:]
+
+
+def prove(parts: Parts, seen: Sequence[Ids], expected: Ids) -> None:
+    """Checks that all ranks together trained on exactly the expected samples. Every rank calls this.
 
     Args:
-        parts: data and augmentation.
-        ids: the epoch's order, int64 [samples].
-        own: places of the epoch to load.
-        places: places of the whole global batch, from which partners come.
-        mix: how the global batch is mixed, or None.
+        parts: what was trained with.
+        seen: ids that this rank trained on.
+        expected: ids that all ranks should have trained on, in any order.
+
+    Raises:
+        DataError: a sample was left out, repeated or replaced.
     """
-    window = slice(own.start, own.stop)
-    images, labels = parts.train_data.fetch(ids[window])
-    images = parts.augment.train(images, window)
-    if mix is None:
-        return images, labels, None
-    device = parts.accelerator.device
-    partner = places.start + (torch.arange(own.start, own.stop) - places.start + mix.shift) % len(places)
-    others, partners = parts.train_data.fetch(ids[partner.to(ids.device)])
-    others = parts.augment.train(others, partner.to(device))
-    if mix.box is None:
-        return images.lerp_(others, 1 - mix.share), labels, partners
-    top, bottom, left, right = mix.box
-    images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
-    return images, labels, partners
+    count, total = digest(np.concatenate(seen) if seen else np.empty(0, np.int64))
+    # In halves, whose sums are exact in float64.
+    sums = reduce_sum(parts, [count, total & 0xFFFFFFFF, total >> 32])
+    found = (int(sums[0]), (int(sums[1]) + (int(sums[2]) << 32)) % 2**64)
+    if found != digest(expected):
+        raise DataError(
+            f"the ranks trained on {found[0]:,} samples, the plan has {len(expected):,}, or not on the same "
+            "ones: this must not be; please report it"
+        )
 
 
 def loss_sum(
@@ -332,6 +422,7 @@ def log_point(
         "images_per_s": samples / interval_s,
         "step_time_s": interval_s / meter.steps,
         "data_wait_pct": 100 * wait_s / (interval_s * parts.world_size),
+        "skipped": len(parts.plan.skipped),
         **gauges.rows(readings),
     }
     if not math.isfinite(loss):
@@ -382,31 +473,35 @@ def evaluate(parts: Parts) -> dict[str, Any]:
     if parts.ema is not None:
         average_buffers(parts, parts.ema.module)
         model = parts.ema.module
-    device, data = parts.accelerator.device, parts.val_data
-    own = share(range(data.samples), parts.rank, parts.world_size)
-    ids = data.ids(np.arange(data.samples))
-    batch = max(1, parts.plan.batch_size // parts.world_size)
+    device = parts.accelerator.device
+    own = share(range(len(parts.val_ids)), parts.rank, parts.world_size)
+    size = max(1, parts.plan.batch_size // parts.world_size)
+    windows = (slice(begin, min(begin + size, own.stop)) for begin in range(own.start, own.stop, size))
     counts = torch.zeros(2, dtype=torch.int64, device=device)  # correct, total
     loss = torch.zeros((), dtype=torch.float64, device=device)
     model.eval()
-    with torch.inference_mode(), parts.accelerator.autocast():
-        for begin in range(own.start, own.stop, batch):
-            images, labels = data.fetch(ids[begin : min(begin + batch, own.stop)])
-            images = parts.augment.plain(images)
+    with (
+        torch.inference_mode(),
+        parts.accelerator.autocast(),
+        contextlib.closing(parts.val_data.batches(parts.val_ids, windows)) as batches,
+    ):
+        for batch in batches:
+            images = parts.augment.plain(batch.images)
             logits = model(images).float()
             if parts.config.eval.tta == "flip":
                 logits = (logits + model(images.flip(3)).float()) / 2
-            loss += F.cross_entropy(logits, labels, reduction="sum")
-            counts[0] += (logits.argmax(1) == labels).sum()
-            counts[1] += len(labels)
+            loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+            counts[0] += (logits.argmax(1) == batch.labels).sum()
+            counts[1] += len(batch.labels)
     model.train()
     if parts.world_size > 1:  # collective: every rank
         dist.all_reduce(counts)
         dist.all_reduce(loss)
     correct, total = counts.tolist()
-    if total != data.samples:
+    if total != len(parts.val_ids):
         raise DataError(
-            f"evaluation saw {total:,} samples, the index says {data.samples:,}; this must not be"
+            f"evaluation saw {total:,} samples, the index has {len(parts.val_ids):,}: this must not be; "
+            "please report it"
         )
     return {
         "kind": "eval",
@@ -414,6 +509,7 @@ def evaluate(parts: Parts) -> dict[str, Any]:
         "accuracy": correct / total,
         "correct": correct,
         "total": total,
+        "skipped": parts.val_skipped,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import hashlib
 import logging
 import os
 import signal
@@ -25,14 +26,19 @@ from disttrain import slurm
 from disttrain.config import Config, dump_config, load_config
 from disttrain.errors import CheckpointError, DisttrainError, StoppedError, TrainingError, UsageError
 from disttrain.models import check_model_name
+from disttrain.parallel import usable_cores
 from disttrain.preflight import check_device, open_index, resume_point, split_batch
 from disttrain.runfolder import RunFolder, new_run_path, utc_now, write_atomically
+from disttrain.shards.verify import survey
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from accelerate import Accelerator
 
-    from disttrain.checkpoint import Checkpoint
-    from disttrain.shards import Index
+    from disttrain.data.batches import Loader
+    from disttrain.data.plan import Ids
+    from disttrain.shards.index import Index
     from disttrain.train import Parts, Position
 
 log = logging.getLogger("disttrain")
@@ -265,9 +271,9 @@ def train_in_folder(
     from disttrain.observe import RunObserver
     from disttrain.train import average_buffers, train
 
-    parts, position, loaded = build(config, rank, accelerator, index, checkpoint_path, choices)
+    parts, position = build(config, rank, accelerator, index, checkpoint_path, choices)
     if rank.number == 0:
-        if loaded is None:
+        if not folder.config.exists():
             write_atomically(folder.config, dump_config(config))
         folder.forget_after(position.step)
     observer = RunObserver(config, folder, parts, position, index, choices, verbosity=verbosity)
@@ -289,7 +295,7 @@ def train_in_folder(
                 dataclasses.asdict(position)
                 | {
                     "optimizer": config.optim.name,
-                    "data_digest": index.digest,
+                    "data_digest": data_digest(index, parts.plan.skipped),
                     "scaler": scaler.state_dict() if scaler else None,
                 },
                 keep=config.checkpoint.keep,
@@ -336,7 +342,7 @@ def build(
     index: Index,
     checkpoint_path: Path | None,
     choices: dict[str, str],
-) -> tuple[Parts, Position, Checkpoint | None]:
+) -> tuple[Parts, Position]:
     """Makes model, optimizer, data and augmentation, in the state of the checkpoint if there is one.
 
     Every rank calls this; `choices` takes what was chosen and why.
@@ -346,24 +352,16 @@ def build(
 
     from disttrain.augment import Augment
     from disttrain.checkpoint import load, restore
-    from disttrain.data import Plan, Served, choose_place, open_split
+    from disttrain.data.plan import make_plan, usable_ids
     from disttrain.models import build_model
     from disttrain.optim import build_optimizer
     from disttrain.train import Parts, Position
 
     device = accelerator.device
-    plan = Plan(
-        config.seed,
-        index.splits["train"].samples,
-        config.train.batch_size,
-        drop_remainder=config.data.remainder == "drop",
-    )
     say = print if rank.number == 0 else log.info
-    decoded = {split: open_split(index, split, say) for split in ("train", "val")}
-    needed = sum(split.images.nbytes for split in decoded.values())
-    assert config.data.cache != "none"
-    place, reason = choose_place(config.data.cache, needed, device)
-    choices["cache"] = f"{place}: {reason}"
+    skipped = skipped_samples(config, index, accelerator, say)
+    plan = make_plan(config, index, skipped["train"])
+    loaders = open_loaders(config, index, skipped, accelerator, say, choices)
 
     torch.manual_seed(config.seed)
     model = build_model(
@@ -386,6 +384,11 @@ def build(
             raise CheckpointError(
                 f"{checkpoint_path}: was saved with optim.name = {loaded.state['optimizer']}, "
                 f"the config has {config.optim.name}; resume with the config it was saved with"
+            )
+        if loaded.state["data_digest"] != data_digest(index, plan.skipped):
+            raise UsageError(
+                f"{checkpoint_path}: the data set {index.name} is not the one it was trained on (index.json or "
+                "the samples left out have changed); bring that back or begin another run"
             )
         restore(loaded, model, optimizer, ema)
         fields = {field.name for field in dataclasses.fields(Position)}
@@ -416,11 +419,73 @@ def build(
             device=device,
             channels_last=config.train.channels_last,
         ),
-        train_data=Served(decoded["train"], device, place),
-        val_data=Served(decoded["val"], device, place),
+        train_data=loaders["train"],
+        val_data=loaders["val"],
+        val_ids=usable_ids(index.splits["val"].samples, skipped["val"]),
+        val_skipped=len(skipped["val"]),
         image_size=(index.height, index.width),
     )
-    return parts, position, loaded
+    return parts, position
+
+
+def skipped_samples(
+    config: Config, index: Index, accelerator: Accelerator, say: Callable[[str], None]
+) -> dict[str, Ids]:
+    """Returns the ids of each split that cannot be used on any node. Every rank calls this."""
+    import numpy as np
+    from accelerate.utils import gather_object
+
+    skipped = {split: np.empty(0, np.int64) for split in ("train", "val")}
+    if config.data.on_error == "skip":
+        for split in skipped:
+            found = survey(index, split, say)
+            if accelerator.num_processes > 1:
+                found = np.unique(np.concatenate(gather_object([found])))
+            skipped[split] = found
+    return skipped
+
+
+def open_loaders(
+    config: Config,
+    index: Index,
+    skipped: dict[str, Ids],
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+    choices: dict[str, str],
+) -> dict[str, Loader]:
+    """Returns what serves each split to this rank; `choices` takes how and why."""
+    from disttrain.data.batches import choose_place
+    from disttrain.data.cached import Cached, open_split
+    from disttrain.data.streamed import Streamed
+
+    device = accelerator.device
+    place, reason = choose_place(config.data.cache, index.decoded_bytes, device)
+    choices["cache"] = f"{place}: {reason}"
+    if place != "none":
+        return {
+            split: Cached(open_split(index, split, skipped[split], say), device, place)
+            for split in ("train", "val")
+        }
+    workers = config.data.workers
+    if workers is None:
+        workers = max(1, min(8, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    size = config.train.batch_size // accelerator.num_processes
+    loaders = {
+        split: Streamed(index, split, device, batch_size=size, workers=workers, say=say)
+        for split in ("train", "val")
+    }
+    choices["cache"] += (
+        f"; {config.data.streams} streams, {workers} decoding threads per process, at most "
+        f"{loaders['train'].most_bytes / 2**20:,.1f} MiB of decoded samples under way in each"
+    )
+    return dict(loaders)
+
+
+def data_digest(index: Index, skipped: Ids) -> str:
+    """Returns what tells the samples of a run from others: the digest of the index and what is left out."""
+    if len(skipped) == 0:
+        return index.digest
+    return hashlib.sha256(index.digest.encode() + skipped.tobytes()).hexdigest()
 
 
 if __name__ == "__main__":

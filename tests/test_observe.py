@@ -15,11 +15,11 @@ from torch import nn
 
 from disttrain import observe
 from disttrain.config import Config
-from disttrain.data import Plan
+from disttrain.data.plan import Plan
 from disttrain.errors import StoppedError
 from disttrain.observe import RunGauges, RunObserver
 from disttrain.runfolder import RunFolder
-from disttrain.shards import load_index
+from disttrain.shards.index import load_index
 from disttrain.train import Position
 
 HOSTS = ["a", "a", "b", "b"]
@@ -196,7 +196,7 @@ def observer_of(
         world_size=2,
         accelerator=SimpleNamespace(device=torch.device("cpu")),
         bare_model=nn.Linear(2, 3),
-        plan=Plan(0, 1438, 64, False),
+        plan=Plan(0, (1438,), 64),
     )
     return RunObserver(
         Config.model_validate(CONFIG),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,18 +23,20 @@ from disttrain import checkpoint
 from disttrain import train as loops
 from disttrain.augment import Augment, Mix
 from disttrain.config import Config
-from disttrain.data import DecodedSplit, Plan, Served, share
-from disttrain.errors import StoppedError, TrainingError
+from disttrain.data.batches import Batch, Window
+from disttrain.data.cached import Cached, DecodedSplit
+from disttrain.data.plan import Ids, Plan
+from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.optim import build_optimizer
-from disttrain.train import Parts, Position, evaluate, load, loss_sum, train
+from disttrain.train import Parts, Position, evaluate, loss_sum, prepare, train
 
 CLASSES = 4
 MEAN, STD = 0.4, 0.3
 TRAIN_KEYS = {  # with the readings of the gauges
     "kind", "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s",
-    "data_wait_pct", "gpus",
+    "data_wait_pct", "skipped", "gpus",
 }  # fmt: skip
-EVAL_KEYS = {"kind", "step", "epoch", "loss", "accuracy", "correct", "total"}
+EVAL_KEYS = {"kind", "step", "epoch", "loss", "accuracy", "correct", "total", "skipped"}
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +129,7 @@ def make_parts(
         model=model,
         ema=average or None,
         optimizer=optimizer,
-        plan=Plan(config.seed, samples, config.train.batch_size, drop),
+        plan=Plan(config.seed, (samples,), config.train.batch_size, drop),
         augment=Augment(
             config.augment,
             seed=config.seed,
@@ -135,8 +138,10 @@ def make_parts(
             device=device,
             channels_last=config.train.channels_last,
         ),
-        train_data=Served(split(samples, 1), device, "host"),
-        val_data=Served(split(val_samples, 2), device, "host"),
+        train_data=Cached(split(samples, 1), device, "host"),
+        val_data=Cached(split(val_samples, 2), device, "host"),
+        val_ids=np.arange(val_samples),
+        val_skipped=0,
         image_size=(6, 6),
     )
 
@@ -285,14 +290,13 @@ def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size
             )
 
         parts.optimizer = SimpleNamespace(step=keep, zero_grad=lambda set_to_none: None)  # type: ignore[assignment]
-        recorder = Recorder()
-        ids = parts.train_data.ids(parts.plan.order(0))
         parts.augment.start_epoch(0, 40, 6, 6)
         meter = loops.Meter(torch.device("cpu"))
-        loops.train_step(parts, Position(step=step), step, ids, meter, recorder)
-        ((_, _, traced),) = recorder.traces
-        assert meter.samples == len(traced)
-        return torch.cat(gradients), traced
+        pieces = loops.served(parts, 0, range(step, step + 1), parts.plan.order(0))
+        ids = loops.train_step(parts, pieces, len(parts.plan.batch(step)), meter)
+        pieces.close()
+        assert meter.samples == len(ids)
+        return torch.cat(gradients), ids.tolist()
 
     expected, ids = gradient(0, 1)
     assert len(ids) == (16 if step == 0 else 8)
@@ -322,11 +326,17 @@ def test_the_loss_is_the_cross_entropy_with_mixed_targets(mix: Mix | None, label
 @pytest.mark.parametrize("places", [range(16, 32), range(32, 43)], ids=["full batch", "last batch"])
 @pytest.mark.parametrize("mix", [Mix(3, 0.7, None), Mix(7, 0.75, (1, 4, 2, 5))], ids=["mixup", "cutmix"])
 def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, places: range) -> None:
-    parts = make_parts(samples=43, augment={"crop_padding": 1, "flip": True})
-    parts.augment.start_epoch(0, 43, 6, 6)
-    order = parts.plan.order(0)
-    ids = parts.train_data.ids(order)
-    images, labels, _ = load(parts, ids, places, places, None)
+    step = places.start // 16
+
+    def loaded(mix: Mix | None, rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        parts = make_parts(samples=43, augment={"crop_padding": 1, "flip": True})
+        parts.rank, parts.world_size = rank, world_size
+        parts.augment.start_epoch(0, 43, 6, 6)
+        parts.augment.mix = lambda *place: mix  # type: ignore[method-assign]
+        with closing(loops.served(parts, 0, range(step, step + 1), parts.plan.order(0))) as pieces:
+            return prepare(parts, *next(pieces))
+
+    images, labels, _ = loaded(None, 0, 1)
     expected, partner_labels = [], []
     for own in range(len(places)):
         partner = (own + mix.shift) % len(places)
@@ -338,12 +348,10 @@ def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, place
         expected.append(image)
         partner_labels.append(labels[partner].item())
     for world_size in (1, 3):
-        loaded = [
-            load(parts, ids, share(places, rank, world_size), places, mix) for rank in range(world_size)
-        ]
-        torch.testing.assert_close(torch.cat([each[0] for each in loaded]), torch.stack(expected))
-        assert torch.cat([each[1] for each in loaded]).tolist() == labels.tolist()
-        assert [n for each in loaded if each[2] is not None for n in each[2].tolist()] == partner_labels
+        found = [loaded(mix, rank, world_size) for rank in range(world_size)]
+        torch.testing.assert_close(torch.cat([each[0] for each in found]), torch.stack(expected))
+        assert torch.cat([each[1] for each in found]).tolist() == labels.tolist()
+        assert [n for each in found if each[2] is not None for n in each[2].tolist()] == partner_labels
 
 
 # --- Moving average ---------------------------------------------------------------------------------
@@ -394,6 +402,7 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: str) -> None:
         "accuracy": correct / samples,
         "correct": correct,
         "total": samples,
+        "skipped": 0,
     }
     assert same(state(parts.bare_model), before)
     assert parts.bare_model.training  # as it was
@@ -452,7 +461,7 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
 
         return slow
 
-    monkeypatch.setattr(loops, "load", taking(loops.load, 0.5))
+    monkeypatch.setattr(loops, "prepare", taking(loops.prepare, 0.5))
     monkeypatch.setattr(loops, "loss_sum", taking(loops.loss_sum, 1.5))
     monkeypatch.setattr(loops, "evaluate", taking(loops.evaluate, 100))
     parts = with_(make_parts(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})
@@ -476,6 +485,48 @@ def test_traces_are_the_plan(samples: int, drop: bool) -> None:
         for step in range(plan.steps_per_epoch)
     ]
     assert run(parts).traces == expected
+
+
+# --- Proof -----------------------------------------------------------------------------------------
+
+
+class Careless(Cached):
+    """Serves other samples than it is asked for in the second batch."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(split(40, 1), torch.device("cpu"), "host")
+        self.how = how
+
+    def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
+        for number, batch in enumerate(super().batches(order, windows)):
+            ids = batch.ids.copy()
+            if number == 1 and self.how == "repeats":
+                ids[0] = ids[1]
+            elif number == 1 and self.how == "swaps":  # the sum of the ids stays the same
+                ids[0], ids[1] = ids[0] + 1, ids[1] - 1
+            elif number == 1 and self.how == "drops":
+                batch = Batch(batch.images[1:], batch.labels[1:], batch.ids)
+                ids = ids[1:]
+            yield batch._replace(ids=ids)
+
+
+@pytest.mark.parametrize("how", ["repeats", "swaps", "drops"])
+def test_an_epoch_over_other_samples_than_those_of_the_index_is_an_error(how: str) -> None:
+    parts = make_parts()
+    parts.train_data = Careless(how)
+    recorder = Recorder()
+    with pytest.raises(DataError, match=r"trained on \d+ samples, the plan has 40.*must not be") as caught:
+        run(parts, recorder=recorder)
+    assert caught.value.exit_code == 65
+    assert recorder.evaluations == []
+
+
+def test_an_evaluation_of_too_few_samples_is_an_error() -> None:
+    parts = make_parts()
+    parts.val_data = Careless("drops")
+    parts.val_ids = np.arange(40)
+    with pytest.raises(DataError, match=r"saw 39 samples, the index has 40"):
+        evaluate(parts)
 
 
 # --- Failure ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from disttrain.data import Plan
+from disttrain.data.plan import Plan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 REPOSITORY = Path(__file__).parents[2]
@@ -402,7 +402,7 @@ def test_resume_on_another_number_of_ranks_sees_no_sample_twice(
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert succeeded(disttrain(*arguments, "--procs", "3"))
-    plan = Plan(seed=0, samples=1438, batch_size=48, drop_remainder=False)
+    plan = Plan(seed=0, shards=(1438,), batch_size=48)
     assert ids_per_step(tmp_path / "run") == {
         (epoch + 1, epoch * plan.steps_per_epoch + i + 1): plan.order(epoch)[list(plan.batch(i))].tolist()
         for epoch in range(40)

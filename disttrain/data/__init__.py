@@ -1,0 +1,1 @@
+"""The order of the samples, and how their images reach the device."""

@@ -1,0 +1,86 @@
+"""What a loader hands to the training loop, and which loader serves a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator, Iterable
+from typing import Literal, NamedTuple, Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+from disttrain.data.plan import Ids
+from disttrain.userdirs import cache_folder
+
+Window = slice | Ids
+"""Places in the order of an epoch: a slice, or int64 [B]."""
+
+
+class Batch(NamedTuple):
+    """Samples as they were stored, on the device of the rank.
+
+    Attributes:
+        images: uint8 [B, H, W, C].
+        labels: int64 [B].
+        ids: what was served, on the host: int64 [B].
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Ids
+
+
+class Loader(Protocol):
+    """Serves one split to one rank."""
+
+    def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
+        """Yields the samples at each window of an order.
+
+        Args:
+            order: ids, int64 [samples].
+            windows: the places that this rank wants, in the order in which it wants them; may be taken
+                some batches ahead.
+        """
+
+
+def choose_place(
+    cache: Literal["auto", "device", "host", "none"], needed: int, device: torch.device
+) -> tuple[Literal["device", "host", "none"], str]:
+    """Decides where the images of a rank come from, and says why.
+
+    The choice changes the speed and nothing else: every place serves the same order.
+
+    Args:
+        cache: `data.cache` of the config.
+        needed: bytes of the decoded splits.
+        device: the device of the rank.
+    """
+    size = f"{needed / 2**20:,.0f} MiB decoded"
+    if cache == "none":
+        return "none", "data.cache = none: read from the shards in every epoch"
+    if cache == "auto":
+        memory, disk = psutil.virtual_memory().available, _free_disk()
+        if needed > 0.5 * memory:
+            return "none", f"{size}, more than half of the {memory / 2**20:,.0f} MiB of free memory"
+        if needed > 0.8 * disk:
+            return "none", f"{size}, more than 80 % of the {disk / 2**20:,.0f} MiB free in {cache_folder()}"
+    if device.type == "cpu":
+        return (
+            "host",
+            f"{size}; on a CPU: mapped from the cache, shared by the ranks of the node",
+        )
+    if cache != "auto":
+        return cache, f"data.cache = {cache}"
+    free, _ = torch.cuda.mem_get_info(device)
+    size += f", {free / 2**20:,.0f} MiB free on the device"
+    if needed <= 0.3 * free:
+        return "device", f"{size}: fits in 30 % of it"
+    return "host", f"{size}: more than 30 % of it"
+
+
+def _free_disk() -> int:
+    folder = cache_folder()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

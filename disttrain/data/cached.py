@@ -1,0 +1,194 @@
+"""The decoded copy of a data set: one uint8 file per split, made once per node.
+
+All ranks and later runs share it through the page cache; on a GPU it lives in device memory if it fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from disttrain.data.batches import Batch, Window
+from disttrain.data.plan import Ids
+from disttrain.errors import DataError, StorageError
+from disttrain.parallel import usable_cores
+from disttrain.shards.index import Index, again
+from disttrain.shards.reader import decoded
+from disttrain.userdirs import cache_folder, turn
+
+_FILES = ("images.npy", "labels.npy")
+_SEAL = "seal.json"  # the hashes of the files, and their size and times when it was written
+
+
+@dataclass(frozen=True)
+class DecodedSplit:
+    """The decoded images of one split, in index order, mapped from the cache.
+
+    Attributes:
+        images: uint8 [N, H, W, C].
+        labels: int64 [N].
+    """
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+
+
+def open_split(index: Index, split: str, skipped: Ids, say: Callable[[str], None]) -> DecodedSplit:
+    """Returns the decoded images of a split, decoding the shards if no process has done so before.
+
+    Any number of processes may call this at once: one decodes, the others wait for it.
+
+    Args:
+        index: the data set.
+        split: train or val.
+        skipped: ids of samples that cannot be used; their pixels are undefined.
+        say: told when decoding begins, or that another process is waited for.
+
+    Raises:
+        DataError: a shard is damaged or does not hold what the index says.
+        StorageError: the decoded copy does not fit on the disk.
+    """
+    folder = cache_folder()
+    name = f"{index.name}-{index.digest[:16]}-{split}"
+    if len(skipped):
+        name += f"-without-{hashlib.sha256(skipped.tobytes()).hexdigest()[:16]}"
+    target = folder / name
+    found = _map(target, index, split)
+    if found is not None:
+        return found
+    try:
+        with turn(target, lambda: say(f"waiting for another process that decodes {index.name}/{split}")):
+            found = _map(target, index, split)
+            if found is None:
+                _decode(index, split, skipped, target, say)
+                found = _map(target, index, split)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the decoded copy of {index.name} to {folder}: {error.strerror or error}; "
+            "free some space or set DISTTRAIN_CACHE to another folder"
+        ) from None
+    assert found is not None
+    return found
+
+
+def _map(target: Path, index: Index, split: str) -> DecodedSplit | None:
+    shape = (index.splits[split].samples, index.height, index.width, index.channels)
+    try:  # copy-on-write, because torch warns of arrays that cannot be written
+        if not _is_sealed(target):
+            return None
+        images = np.load(target / "images.npy", mmap_mode="c", allow_pickle=False)
+        labels = np.load(target / "labels.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    expected = (shape, np.uint8, shape[:1], np.int64)
+    found = (images.shape, images.dtype, labels.shape, labels.dtype)
+    return DecodedSplit(images, labels) if found == expected else None
+
+
+def _is_sealed(target: Path) -> bool:
+    """Tells whether the files are those that were written; they are hashed only if they were touched."""
+    seal = json.loads((target / _SEAL).read_text())
+    for name in _FILES:
+        if seal[name]["stamp"] != _stamp(target / name) and seal[name]["sha256"] != _sha256(target / name):
+            return False
+    return True
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _decode(index: Index, split: str, skipped: Ids, target: Path, say: Callable[[str], None]) -> None:
+    shape = (index.splits[split].samples, index.height, index.width, index.channels)
+    needed = int(np.prod(shape)) + 9 * shape[0]
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise StorageError(
+            f"{target.parent}: {needed / 2**20:,.0f} MiB needed for the decoded copy of {index.name}, "
+            f"{free / 2**20:,.0f} MiB free; free some space, set DISTTRAIN_CACHE to another folder, or read "
+            "the shards in every epoch with data.cache=none"
+        )
+    say(f"decoding {index.name}/{split} once: {shape[0]:,} images, {needed / 2**20:,.1f} MiB")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        images = np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+        with (partial / "images.npy").open("r+b") as mapped:  # a full disk is an error here, a SIGBUS later
+            os.posix_fallocate(mapped.fileno(), 0, os.fstat(mapped.fileno()).st_size)
+        labels = np.full(shape[0], -1, dtype=np.int64)
+        left_out = set(skipped.tolist())
+        first_ids = index.first_ids(split)
+        for number, shard in enumerate(index.splits[split].shards):
+            if left_out.issuperset(range(first_ids[number], first_ids[number + 1])):
+                continue
+            for chunk in decoded(index, split, number, threads=usable_cores()):
+                for sample, (key, problem) in chunk.problems.items():
+                    if sample not in left_out:
+                        raise DataError(
+                            f"{index.place(shard)}: sample {key}: {problem}; {again(index)}, or leave such "
+                            "samples out with data.on_error=skip"
+                        )
+                end = chunk.first + len(chunk.labels)
+                images[chunk.first : end], labels[chunk.first : end] = chunk.images, chunk.labels
+        images.flush()
+        np.save(partial / "labels.npy", labels)
+        for name in _FILES:
+            with (partial / name).open("rb") as unsynced:
+                os.fsync(unsynced.fileno())
+        seal = {n: {"sha256": _sha256(partial / n), "stamp": _stamp(partial / n)} for n in _FILES}
+        (partial / _SEAL).write_text(json.dumps(seal))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class Cached:
+    """A decoded split in the place it is served from, for one rank.
+
+    Args:
+        split: the decoded split.
+        device: where batches are wanted.
+        place: device keeps a copy there; host gathers in host memory and copies each batch.
+    """
+
+    def __init__(self, split: DecodedSplit, device: torch.device, place: Literal["device", "host"]) -> None:
+        self._device = device
+        home = device if place == "device" else torch.device("cpu")
+        self._images = torch.from_numpy(split.images).to(home)
+        self._labels = torch.from_numpy(split.labels).to(home)
+        self._pinned = home.type == "cpu" and device.type == "cuda"
+
+    def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
+        """Yields the samples at each window of an order; copies to a GPU are asynchronous."""
+        home = self._images.device
+        ids = torch.from_numpy(order).to(home)
+        for window in windows:
+            chosen = ids[window if isinstance(window, slice) else torch.from_numpy(window).to(home)]
+            yield Batch(*self._gather(chosen), order[window])
+
+    def _gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._pinned:
+            return self._images.index_select(0, ids), self._labels.index_select(0, ids)
+        images = torch.empty((len(ids), *self._images.shape[1:]), dtype=torch.uint8, pin_memory=True)
+        torch.index_select(self._images, 0, ids, out=images)
+        labels = self._labels[ids].pin_memory()
+        return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)

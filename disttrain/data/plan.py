@@ -1,0 +1,165 @@
+"""Which samples make up each batch: pure functions of the seed, the epoch and the index.
+
+The order of an epoch is made for reading shards one after the other, and does not depend on who reads
+them. The shards are put in a random order and laid end to end; that sequence is cut into a fixed number of
+streams; each stream is shuffled within a window; places of the epoch are dealt to the streams in turn. A
+rank takes a contiguous part of each global batch, in which the streams lie one after the other, so that
+it reads few of them. The same order is served from the decoded copy and from the shards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from disttrain import counter_rng
+from disttrain.config import Config
+from disttrain.errors import UsageError
+from disttrain.shards.index import Index
+
+_ORDER = 1  # the stream of random numbers that orders an epoch
+_DIGEST = 0x6F8E  # the key of the hashes that an epoch is proved with
+_SHARDS, _CUT, _SHUFFLE = range(3)  # streams of random numbers within it
+
+Ids = npt.NDArray[np.int64]
+"""Positions of samples in their split, counted through its shards in the order of the index."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of the samples in every epoch, whatever the number of ranks.
+
+    Attributes:
+        seed: the seed of the run.
+        shards: samples in each shard of the training split, in the order of the index.
+        batch_size: the global batch.
+        drop_remainder: leave out the samples that do not fill the last batch.
+        streams: parts of the epoch that are read side by side.
+        shuffle_buffer: samples, over all streams, among which the next one is chosen.
+        skipped: ids that are left out in every epoch, because they cannot be used.
+    """
+
+    seed: int
+    shards: tuple[int, ...]
+    batch_size: int
+    drop_remainder: bool = False
+    streams: int = 16
+    shuffle_buffer: int = 65536
+    skipped: Ids = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if self.samples == 0:
+            raise UsageError("no sample of the train split can be used; `disttrain data verify` tells why")
+        if self.steps_per_epoch == 0:
+            raise UsageError(
+                f"train.batch_size = {self.batch_size} is more than the {self.samples} training samples and "
+                "data.remainder = drop leaves none; lower it or use data.remainder = keep"
+            )
+
+    @property
+    def samples(self) -> int:
+        """Samples that can be used."""
+        return sum(self.shards) - len(self.skipped)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        full, rest = divmod(self.samples, self.batch_size)
+        return full + (1 if rest and not self.drop_remainder else 0)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples trained on in one epoch."""
+        return min(self.samples, self.steps_per_epoch * self.batch_size)
+
+    def order(self, epoch: int) -> Ids:
+        """Returns the ids of the split in the order of this epoch: int64 [samples]."""
+        key = counter_rng.derive(self.seed, _ORDER, epoch)
+        shards = np.split(np.arange(sum(self.shards)), np.cumsum(self.shards)[:-1])
+        sequence = np.concatenate(
+            [shards[i] for i in counter_rng.permutation(counter_rng.derive(key, _SHARDS), len(shards))]
+        )
+        if len(self.skipped):
+            sequence = sequence[~np.isin(sequence, self.skipped)]
+        # Turned, so that the streams are not cut at the same samples in every epoch.
+        count = len(sequence)
+        cut = counter_rng.derive(key, _CUT) % count
+        sequence = np.concatenate([sequence[cut:], sequence[:cut]])
+
+        # Stream s owns the places s, s + streams, ... of the interleaved order.
+        lengths = (count - np.arange(self.streams) + self.streams - 1) // self.streams
+        starts = np.cumsum(lengths) - lengths
+        draws = (counter_rng.bits(counter_rng.derive(key, _SHUFFLE), count) >> np.uint64(11)) * 2.0**-53
+        window = max(1, self.shuffle_buffer // self.streams)
+        shuffled = np.empty_like(sequence)
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            part = slice(start, start + length)
+            ranks = draws[part] if length <= window else draws[part] * window + np.arange(length)
+            shuffled[part] = sequence[part][np.argsort(ranks, kind="stable")]
+
+        places = np.arange(count)
+        batches = places // self.batch_size * self.streams + places % self.streams
+        dealt = np.argsort(batches, kind="stable")
+        order: Ids = shuffled[starts[dealt % self.streams] + dealt // self.streams]
+        return order
+
+    @property
+    def ids(self) -> Ids:
+        """Every id that can be used, in the order of the index: int64 [samples]."""
+        return usable_ids(sum(self.shards), self.skipped)
+
+    def ids_between(self, order: Ids, begin: int, end: int) -> Ids:
+        """Returns the ids at places begin..end-1 of an order; for a whole epoch they come from the index."""
+        return self.ids if end - begin == self.samples else order[begin:end]
+
+    def batch(self, step: int) -> range:
+        """Returns the places in the epoch's order that make up the global batch of a step of the epoch."""
+        return range(step * self.batch_size, min((step + 1) * self.batch_size, self.samples))
+
+
+def make_plan(config: Config, index: Index, skipped: Ids | None = None) -> Plan:
+    """Returns the plan of an experiment.
+
+    Args:
+        config: the experiment.
+        index: its data set.
+        skipped: ids of the train split that are left out.
+
+    Raises:
+        UsageError: nothing is left to train on.
+    """
+    return Plan(
+        config.seed,
+        tuple(shard.samples for shard in index.splits["train"].shards),
+        config.train.batch_size,
+        config.data.remainder == "drop",
+        config.data.streams,
+        config.data.shuffle_buffer,
+        np.empty(0, np.int64) if skipped is None else skipped,
+    )
+
+
+def usable_ids(samples: int, skipped: Ids) -> Ids:
+    """Returns the ids 0..samples-1 without those that are skipped: int64 [samples - skipped]."""
+    usable = np.ones(samples, bool)
+    usable[skipped] = False
+    return np.flatnonzero(usable)
+
+
+def digest(ids: Ids) -> tuple[int, int]:
+    """Returns the number of ids and the sum of their hashes modulo 2**64.
+
+    Neither depends on the order. The sums of disjoint parts add up to that of the whole; a sample that is
+    missing, repeated or replaced changes them, but for one chance in 2**64.
+    """
+    hashes = counter_rng.bits_at(_DIGEST, ids.astype(np.uint64))
+    return len(ids), int(hashes.sum(dtype=np.uint64))
+
+
+def share(places: range, rank: int, world_size: int) -> range:
+    """Returns one rank's contiguous part of `places`; the first parts may be one longer."""
+    base, extra = divmod(len(places), world_size)
+    begin = rank * base + min(rank, extra)
+    return places[begin : begin + base + (rank < extra)]

@@ -1,0 +1,283 @@
+"""Packs a folder of image files, one folder per class, as a data set."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from disttrain.errors import DataError, UsageError, reason
+from disttrain.shards.images import as_picture, decode_image, encode_image, map_in_threads, open_image
+from disttrain.shards.index import Index, data_folder
+from disttrain.shards.pack import Progress, Sample, pack
+
+Say = Callable[[str], None]
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: JPEG files of some phones
+GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
+_LAYOUT = (
+    "expected {0}/train/<class>/<image files> and {0}/val/<class>/... (or test), "
+    "or {0}/<class>/<image files> with --val-fraction"
+)
+
+_Files = list[tuple[str, int]]
+"""Path and label of each image, sorted by class and name."""
+
+
+def pack_folder(
+    folder: Path,
+    *,
+    name: str,
+    root: str | None,
+    size: int | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    force: bool = False,
+    say: Say,
+    on_progress: Progress | None = None,
+) -> Index:
+    """Packs a folder of images: DIR/{train,val|test}/<class>/<files>, or DIR/<class>/<files> to be split.
+
+    The classes are the sorted folder names; the images are shuffled, in an order that depends on the seed
+    and the names alone. PNG, JPEG and WebP files of upright 8-bit gray or RGB pixels keep their bytes;
+    anything else Pillow reads becomes PNG. The data set is gray if every image is.
+
+    Args:
+        folder: the images. Hidden files, other files and links that leave the folder are skipped.
+        name: the new data set.
+        root: as for `data_root`.
+        size: side in pixels; the shorter side of an image is resized to it and the middle cut out
+            (JPEG files become JPEG of quality 95, others PNG). None: all images must have one size.
+        val_fraction: share of each class that becomes the val split, when the folder has none.
+        seed: of the order and of the split.
+        force: replace an existing data set.
+        say: takes lines for the user.
+        on_progress: as for `pack`.
+
+    Raises:
+        DataError: the folder has not the expected layout, an image is broken, or the sizes differ.
+        UsageError: an argument is out of range or does not fit the folder.
+        StorageError: a write failed.
+    """
+    target = data_folder(name, root)
+    if target.exists() and not force:
+        raise DataError(f"{target}: exists; replace it with --force or choose another name")
+    if size is not None and size < 1:
+        raise UsageError(f"--size {size}: must be at least 1")
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise UsageError(f"--val-fraction {val_fraction}: must be between 0 and 1")
+    tree = scan_tree(folder, val_fraction, seed, say)
+    if size is None and len(tree.sizes) > 1:
+        (one, first), (other, second) = list(tree.sizes.items())[:2]
+        raise DataError(
+            f"images of different sizes: {first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}; "
+            f"give one size with --size N, for example --size {min(min(one), min(other))}"
+        )
+    return pack_tree(tree, name, root, size, force, on_progress)
+
+
+class _Header(NamedTuple):
+    """What the first bytes of an image file tell."""
+
+    extension: str
+    """Its format if that may be in a shard, else empty."""
+    plain: bool
+    """Upright, 8 bits, gray or RGB: every reader sees the same pixels."""
+    gray: bool
+    size: tuple[int, int]
+    """Width and height when upright."""
+
+
+class _Picture(NamedTuple):
+    """An image file before it is read."""
+
+    file: str
+    label: int
+    extension: str
+    plain: bool
+
+
+class Tree(NamedTuple):
+    """What a folder of images holds."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, list[_Picture]]
+    """In the order in which they are packed."""
+    sizes: dict[tuple[int, int], str]
+    """Every width and height, with the first file that has it."""
+    channels: Literal[1, 3]
+
+
+def is_tree(source: Path) -> bool:
+    return (source / "train").is_dir()
+
+
+def scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Say) -> Tree:
+    """Lists a folder of images, reads their headers, and settles split and order."""
+    skipped: list[str] = []
+    classes, listing = _list_tree(folder, val_fraction, skipped)
+    if skipped:
+        say(f"{folder}: skipped {len(skipped):,} entries that are no images, such as {skipped[0]}")
+    rng = np.random.default_rng(seed)
+    if val_fraction is not None:
+        listing = _split_off(listing["train"], classes, val_fraction, rng)
+    splits: dict[str, list[_Picture]] = {}
+    sizes: dict[tuple[int, int], str] = {}
+    gray = True
+    for split, files in listing.items():
+        pictures = []
+        headers = map_in_threads(_read_header, (file for file, _ in files))
+        for (file, label), header in zip(files, headers, strict=True):
+            pictures.append(_Picture(file, label, header.extension, header.plain))
+            sizes.setdefault(header.size, file)
+            gray = gray and header.gray
+        splits[split] = [pictures[i] for i in rng.permutation(len(pictures))]
+    return Tree(classes, splits, sizes, 1 if gray else 3)
+
+
+def _list_tree(
+    folder: Path, val_fraction: float | None, skipped: list[str]
+) -> tuple[tuple[str, ...], dict[str, _Files]]:
+    """Returns the classes and the images of every split; what is neither is added to `skipped`."""
+    inside = folder.resolve()
+    classes: tuple[str, ...] = ()
+    listing: dict[str, _Files] = {}
+    for split, split_folder in _split_folders(folder, val_fraction).items():
+        if not split_folder.resolve().is_relative_to(inside):
+            raise DataError(f"{split_folder}: a link that leaves {folder}; put the images there")
+        class_folders = _entries(split_folder, inside, skipped, lambda entry: entry.is_dir())
+        if not class_folders:
+            raise DataError(f"{split_folder}: has no class folders; {_LAYOUT.format(folder)}")
+        classes = classes or tuple(entry.name for entry in class_folders)  # those of train, which is first
+        listing[split] = []
+        for class_folder in class_folders:
+            if class_folder.name not in classes:
+                raise DataError(
+                    f"{class_folder.path}: a class that train does not have; add it there or remove it"
+                )
+            images = _entries(Path(class_folder.path), inside, skipped, _is_image_file)
+            if not images:
+                raise DataError(f"{class_folder.path}: has no images; add some or remove the folder")
+            label = classes.index(class_folder.name)
+            listing[split] += [(image.path, label) for image in images]
+    return classes, listing
+
+
+def _split_folders(folder: Path, val_fraction: float | None) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; {_LAYOUT.format('DIR')}")
+    if not is_tree(folder):
+        if val_fraction is None:
+            raise DataError(f"{folder}: has no folder train; {_LAYOUT.format(folder)}")
+        return {"train": folder}
+    train = {"train": folder / "train"}
+    val = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
+    if val is None:
+        if val_fraction is None:
+            raise DataError(f"{folder}: has no folder val or test; add one or use --val-fraction")
+        return train
+    if val_fraction is not None:
+        raise UsageError(f"{val} is the val split already; leave out --val-fraction")
+    return train | {"val": val}
+
+
+def _entries(
+    folder: Path, inside: Path, skipped: list[str], wanted: Callable[[os.DirEntry[str]], bool]
+) -> list[os.DirEntry[str]]:
+    """Returns the wanted entries sorted by name, without hidden ones and links that lead outside."""
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                hidden = entry.name.startswith(".")
+                leaves = entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside)
+                if hidden or leaves or not wanted(entry):
+                    skipped.append(entry.path)
+                else:
+                    found.append(entry)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}; check its permissions") from None
+    return found
+
+
+def _is_image_file(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(_SUFFIXES) and entry.is_file()
+
+
+def _split_off(
+    files: _Files, classes: Sequence[str], fraction: float, rng: np.random.Generator
+) -> dict[str, _Files]:
+    """Takes the same share of every class, at least one image and never all, for validation."""
+    listing: dict[str, _Files] = {"train": [], "val": []}
+    for label, members in itertools.groupby(files, key=lambda item: item[1]):
+        of_class = list(members)
+        if len(of_class) < 2:
+            raise DataError(f"{of_class[0][0]}: the only image of {classes[label]!r}; a split needs two")
+        count = min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)
+        chosen = set(rng.permutation(len(of_class))[:count].tolist())
+        for i, item in enumerate(of_class):
+            listing["val" if i in chosen else "train"].append(item)
+    return listing
+
+
+def _read_header(file: str) -> _Header:
+    try:
+        with Path(file).open("rb") as stream, open_image(stream) as picture:
+            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # Pillow raises anything on a broken file
+        raise _broken(file, error) from None
+    extension = _EXTENSIONS.get(picture.format or "", "")
+    turned = orientation in range(5, 9)
+    return _Header(
+        extension=extension,
+        plain=bool(extension) and picture.mode in ("L", "RGB") and orientation not in range(2, 9),
+        gray=picture.mode in GRAY_MODES,
+        size=(picture.height, picture.width) if turned else picture.size,
+    )
+
+
+def pack_tree(
+    tree: Tree,
+    name: str,
+    root: str | None,
+    size: int | None,
+    overwrite: bool,
+    on_progress: Progress | None,
+) -> Index:
+    splits = {
+        split: map_in_threads(lambda picture: _load(picture, tree.channels, size), pictures)
+        for split, pictures in tree.splits.items()
+    }
+    return pack(
+        name, root, splits, tree.classes, channels=tree.channels, overwrite=overwrite, on_progress=on_progress
+    )
+
+
+def _load(picture: _Picture, channels: int, size: int | None) -> Sample:
+    """Reads an image file; its bytes are kept if they are plain and of the right size."""
+    try:
+        image = Path(picture.file).read_bytes()
+        kept = Sample(image, picture.extension, picture.label, picture.file)
+        if picture.plain and size is None:
+            return kept
+        pixels = decode_image(image, channels)
+    except (OSError, ValueError) as error:
+        raise _broken(picture.file, error) from None
+    if size is None:
+        return kept._replace(image=encode_image(pixels, "PNG"), extension="png")
+    if picture.plain and pixels.shape[:2] == (size, size):
+        return kept
+    pixels = np.asarray(ImageOps.fit(as_picture(pixels), (size, size), Image.Resampling.BICUBIC))
+    if picture.extension == "jpg":
+        return kept._replace(image=encode_image(pixels, "JPEG"))
+    return kept._replace(image=encode_image(pixels, "PNG"), extension="png")
+
+
+def _broken(file: str, error: Exception) -> DataError:
+    return DataError(f"{file}: {reason(error)}; repair or remove it")

@@ -1,0 +1,45 @@
+"""Work that leaves Python, spread over threads, with its results in order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def usable_cores() -> int:
+    """Returns the cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_order(
+    function: Callable[[_T], _R], items: Iterable[_T], threads: int, ahead: int | None = None
+) -> Iterator[_R]:
+    """Yields `function(item)` in the order of the items, computed ahead by threads.
+
+    Args:
+        function: work that leaves Python, such as reading or decoding images.
+        items: taken in the caller's thread.
+        threads: 0 computes in the caller's thread, when a result is asked for.
+        ahead: results that may be ready or under way; None means two per thread.
+    """
+    if threads == 0:
+        yield from map(function, items)
+        return
+    limit = 2 * threads if ahead is None else ahead
+    pending: deque[Future[_R]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="disttrain-data")
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > limit:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,1 @@
+"""Data sets on disk: plain WebDataset tars and an index, packed, verified and read."""

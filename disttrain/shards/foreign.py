@@ -1,0 +1,171 @@
+"""Writes an index for WebDataset tars that were made elsewhere, where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from disttrain.errors import DataError, UnsafeError, UsageError, reason
+from disttrain.imagefolder import GRAY_MODES
+from disttrain.parallel import in_order, usable_cores
+from disttrain.runfolder import write_atomically
+from disttrain.shards.images import decode_image, open_image
+from disttrain.shards.index import (
+    VERSION,
+    Index,
+    IndexFile,
+    Shard,
+    Split,
+    index_bytes,
+    load_index,
+    mean_std,
+    parse_index,
+)
+from disttrain.shards.pack import Progress
+from disttrain.shards.reader import OpenShard
+from disttrain.shards.tar import Contents, scan
+from disttrain.shards.verify import examine
+
+_PATTERNS = {
+    "train": ("train*.tar", "*train*.tar"),
+    "val": ("val*.tar", "*val*.tar", "test*.tar", "*test*.tar"),
+}
+
+
+def index_folder(
+    folder: Path,
+    *,
+    patterns: dict[str, Sequence[str]],
+    classes: Sequence[str] | None = None,
+    skip_unusable: bool = False,
+    force: bool = False,
+    say: Callable[[str], None],
+    on_progress: Progress | None = None,
+) -> Index:
+    """Reads the tars of a folder through and writes its index.json; the tars stay as they are.
+
+    Every image must have the size of the first. The data set is gray if every image is.
+
+    Args:
+        folder: holds the tars; its name becomes the name of the data set.
+        patterns: split -> patterns of the file names; an empty list means the usual ones.
+        classes: their names; None takes the labels themselves.
+        skip_unusable: accept samples that cannot be used; training on the data set needs
+            data.on_error = skip.
+        force: replace an existing index.
+        say: takes lines for the user.
+        on_progress: called now and then with the samples decoded and their total.
+
+    Raises:
+        DataError: a tar is damaged, a sample cannot be used, or there are no tars.
+        UnsafeError: a tar holds something that does not belong into a shard.
+        UsageError: an argument does not fit.
+    """
+    folder = folder.absolute()
+    target = folder / "index.json"
+    if target.exists() and not force:
+        raise DataError(f"{target}: exists; replace it with --force")
+    files = _find(folder, patterns)
+    shards: dict[str, list[tuple[Shard, Contents]]] = {}
+    for split, paths in files.items():
+        shards[split] = list(in_order(lambda path: _look_at(folder, path), paths, usable_cores()))
+    labels = {int(label) for found in shards.values() for _, c in found for label in c.labels if label >= 0}
+    if not labels:
+        raise DataError(f"{folder}: no sample has a label; each needs a member KEY.cls with a number")
+    names = tuple(classes or (str(label) for label in range(max(labels) + 1)))
+    if max(labels) >= len(names) and not skip_unusable:
+        raise DataError(f"{folder}: label {max(labels)}, but {len(names)} classes; add the missing names")
+    height, width, channels = _shape(folder, shards)
+    content = IndexFile(
+        version=VERSION,
+        classes=names,
+        channels=channels,
+        height=height,
+        width=width,
+        mean=(0.0,) * channels,
+        std=(0.0,) * channels,
+        splits={
+            split: Split(sum(s.samples for s, _ in found), tuple(s for s, _ in found), (0,) * len(names))
+            for split, found in shards.items()
+        },
+    )
+    index = parse_index(index_bytes(content), folder.name, folder)
+    findings = examine(index, tuple(files), statistics=True, on_progress=on_progress)
+    if findings.problems:
+        first = findings.problems[0]
+        text = f"{first.place}: sample {first.key}: {first.text}"
+        if not skip_unusable:
+            raise DataError(
+                f"{text} ({len(findings.problems):,} such samples); repair it, make one size with `disttrain "
+                "data pack`, or leave such samples out with --skip"
+            )
+        count = len(findings.problems)
+        say(f"{count:,} samples cannot be used, such as {text}; train with data.on_error=skip")
+    counts = findings.class_counts
+    if not counts["train"].any():
+        raise DataError(f"{folder}: no sample of the train split can be used")
+    mean, std = mean_std(findings.sums, findings.squares, int(counts["train"].sum()) * height * width)
+    for split, found in index.splits.items():
+        content.splits[split] = Split(found.samples, found.shards, tuple(counts[split].tolist()))
+    write_atomically(target, index_bytes(content.model_copy(update={"mean": mean, "std": std})).decode())
+    return load_index(folder.name, str(folder.parent))
+
+
+def _find(folder: Path, patterns: dict[str, Sequence[str]]) -> dict[str, list[Path]]:
+    """Returns the tars of every split in the order of their names."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    files: dict[str, list[Path]] = {}
+    for split, given in patterns.items():
+        for pattern in given or _PATTERNS[split]:
+            if given and (Path(pattern).is_absolute() or ".." in Path(pattern).parts):
+                raise UnsafeError(f"--{split} {pattern}: leaves the folder; move the tars into it")
+            found = sorted(folder.glob(pattern))
+            files.setdefault(split, []).extend(path for path in found if path not in files[split])
+            if found and not given:
+                break
+        if not files[split]:
+            what = ", ".join(given or _PATTERNS[split])
+            raise DataError(f"{folder}: no shards {what}; name those of {split} with --{split} PATTERN")
+    if both := set(files["train"]) & set(files["val"]):
+        raise UsageError(f"{min(both)}: belongs to train and val; give --train and --val PATTERN")
+    return files
+
+
+def _look_at(folder: Path, path: Path) -> tuple[Shard, Contents]:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            contents = scan(file, None)
+            size = os.fstat(file.fileno()).st_size
+    except UnsafeError as error:
+        raise UnsafeError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {reason(error)}; get or make it again") from None
+    return Shard(path.relative_to(folder).as_posix(), len(contents.keys), size, digest), contents
+
+
+def _shape(folder: Path, shards: dict[str, list[tuple[Shard, Contents]]]) -> tuple[int, int, Literal[1, 3]]:
+    """Returns height, width and channels: of the first sound image, and gray only if all images are."""
+    shape = None
+    for shard, contents in (item for found in shards.values() for item in found):
+        descriptor = os.open(folder / shard.file, os.O_RDONLY | os.O_CLOEXEC)
+        tar = OpenShard(shard.file, descriptor, contents)
+        for position in range(len(contents.keys)):
+            try:
+                image = tar.read(position)
+                if shape is None:
+                    shape = decode_image(image, 3).shape
+                with open_image(io.BytesIO(image)) as picture:
+                    if picture.mode not in GRAY_MODES:
+                        return shape[0], shape[1], 3
+            except ValueError:
+                continue  # told of when all samples are decoded
+    if shape is None:
+        raise DataError(f"{folder}: no shard holds an image that can be decoded")
+    return shape[0], shape[1], 1

@@ -1,0 +1,399 @@
+"""Image files to pixels: which formats are opened, how large they may be, and what their pixels are.
+
+What nearly all data sets hold, ordinary JPEG and PNG, is recognised by its first bytes and handed to the
+decoder at once; any other file, and any that fails there, is Pillow's to judge. Both ways give the same
+pixels, and so does torchvision's JPEG decoder, which `use_torchvision` puts in the place of Pillow's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import struct
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_PIXELS = 8192 * 8192
+"""Larger pictures are refused before they are decoded: a file of 10 kB can ask for gigabytes."""
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow may try on a file; some of its other readers start programs."""
+
+Pixels = npt.NDArray[np.uint8]
+Encoded = bytes | bytearray | memoryview
+"""The bytes of an image file, wherever they were read to."""
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+_Operator: TypeAlias = "Callable[[torch.Tensor, int, bool], torch.Tensor]"
+"""torchvision's on a file's bytes, 1 for gray or 3 for RGB, and whether EXIF turns it; to [C, H, W]."""
+
+_torchvision_jpeg: _Operator | None = None
+
+
+def decode_image(image: Encoded, channels: int) -> Pixels:
+    """Decodes an image file.
+
+    The EXIF orientation is applied, transparency dropped, 16 bits are cut to their upper 8, and of an
+    animation the first frame is taken.
+
+    Args:
+        image: the file, of one of `IMAGE_FORMATS`.
+        channels: 1 for gray, 3 for RGB.
+
+    Returns:
+        uint8 [height, width, channels]
+
+    Raises:
+        ValueError: it is no image, broken, or larger than `MAX_PIXELS`; the message is the reason.
+    """
+    plain = _plain(image)
+    tensor = _by_torchvision(plain, channels)
+    return _by_pillow(image, plain, channels) if tensor is None else _as_pixels(tensor)
+
+
+class ImageError(ValueError):
+    """One image of several is refused."""
+
+    def __init__(self, place: int, reason: str) -> None:
+        super().__init__(reason)
+        self.place = place
+
+
+def decode_into(images: Sequence[Encoded], out: Pixels) -> None:
+    """Decodes image files of one size to their places; the pixels are those of `decode_image`.
+
+    The decoders work without the interpreter lock, so threads with 64 images or more each gain from it.
+
+    Args:
+        images: files of `IMAGE_FORMATS`.
+        out: uint8 [len(images), height, width, channels]; partly written if an image is refused.
+
+    Raises:
+        ImageError: one is refused by `decode_image` or has another size; it says which.
+    """
+    _, height, width, channels = out.shape
+    places: list[int] = []
+    tensors: list[torch.Tensor] = []  # copied at once: giving up the lock for each costs more than the copy
+    for place, image in enumerate(images):
+        try:
+            plain = _plain(image)
+            if plain is not None and (plain.width != width or plain.height != height):
+                raise _of_size(plain.width, plain.height)
+            tensor = _by_torchvision(plain, channels)
+            if tensor is not None:
+                places.append(place)
+                tensors.append(tensor)
+                continue
+            pixels = _by_pillow(image, plain, channels)
+            if pixels.shape != out.shape[1:]:
+                raise _of_size(pixels.shape[1], pixels.shape[0])
+        except ValueError as error:
+            raise ImageError(place, str(error)) from error
+        out[place] = pixels
+    if tensors and len(tensors) == len(out):
+        import torch
+
+        torch.stack(tensors, out=torch.from_numpy(out).permute(0, 3, 1, 2))
+    else:
+        for place, tensor in zip(places, tensors, strict=True):
+            out[place] = _as_pixels(tensor)
+
+
+def use_torchvision() -> bool:
+    """Lets torchvision decode ordinary JPEGs in this process from now on.
+
+    It takes half of Pillow's time, and over a second to import: worth it from about 100,000 images on.
+    The pixels stay the same; that is tried first, because the two bring libjpegs of their own.
+
+    Returns:
+        False if it cannot be had or its pixels differ, and all stays as it was.
+    """
+    global _torchvision_jpeg
+    if _torchvision_jpeg is None:
+        try:
+            import torch
+            import torchvision  # noqa: F401  # registers the operator
+
+            operator = torch.ops.image.decode_jpeg.default  # torchvision.io's function warns at each call
+        except (ImportError, AttributeError):
+            return False
+        if not _agrees(operator):
+            return False
+        _torchvision_jpeg = operator
+    return True
+
+
+def _agrees(operator: _Operator) -> bool:
+    """Whether a JPEG decoder gives Pillow's pixels for each kind of file it would be used for."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((45, 35), Image.Resampling.BICUBIC)
+    kinds = (("L", 0), ("RGB", 0), ("RGB", 1), ("RGB", 2))
+    for (mode, subsampling), quality, progressive in itertools.product(kinds, (30, 75, 95), (False, True)):
+        file = io.BytesIO()
+        options = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
+        picture.convert(mode).save(file, "JPEG", **options)
+        image = file.getvalue()
+        for channels in {len(mode), 3}:
+            try:
+                pixels = _as_pixels(operator(_as_tensor(image), channels, False))
+            except RuntimeError:
+                return False
+            if not np.array_equal(pixels, _decode_any(image, channels)):
+                return False
+    return True
+
+
+class _Plain(NamedTuple):
+    """What the header of an ordinary JPEG or PNG says."""
+
+    decoder: Literal["jpeg", "zip"]
+    """Pillow's name of the decoder."""
+    width: int
+    height: int
+    mode: Literal["L", "RGB"]
+    data: Encoded
+    """What the decoder reads."""
+
+
+def _plain(image: Encoded) -> _Plain | None:
+    """Returns the header of an ordinary JPEG or PNG; None for any other file.
+
+    Ordinary is what needs the decoder alone: 8 bits, gray or RGB, no transparency, no EXIF or XMP that could
+    turn the picture, no animation, and nothing unknown or out of order before the pixels.
+
+    Raises:
+        ValueError: it is larger than `MAX_PIXELS`.
+    """
+    try:
+        if image[:3] == b"\xff\xd8\xff":
+            plain = _plain_jpeg(image)
+        elif image[:16] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR":
+            plain = _plain_png(image)
+        else:
+            return None
+    except (IndexError, struct.error):  # it ends in the header
+        return None
+    if plain is not None and plain.width * plain.height > MAX_PIXELS:
+        raise _too_large(plain.width, plain.height)
+    return plain
+
+
+_SEGMENT = struct.Struct(">BBH").unpack_from  # 0xFF, marker, length from itself on
+_FRAME = struct.Struct(">BHHB").unpack_from  # bits, height, width, components
+_NOT_OF_PIXELS = frozenset((0xC4, 0xDB, 0xDD, 0xE0, 0xEE, 0xFE))  # DHT, DQT, DRI, JFIF, Adobe, comment
+
+
+def _plain_jpeg(image: Encoded) -> _Plain | None:
+    """Walks the segments before the first scan as libjpeg does, and gives up where it might read on."""
+    position, width, height, components = 2, 0, 0, 0
+    while True:
+        prefix, marker, length = _SEGMENT(image, position)
+        if prefix != 0xFF:
+            return None
+        if marker in _NOT_OF_PIXELS:
+            if length < (9 if marker in (0xE0, 0xEE) else 2):  # Pillow reads 7 bytes of these two
+                return None
+        elif 0xC0 <= marker <= 0xC2 and not components:  # frame: baseline, extended or progressive
+            bits, height, width, components = _FRAME(image, position + 4)
+            if bits != 8 or components not in (1, 3) or not width or not height:
+                return None
+            if length != 8 + 3 * components:
+                return None
+        elif marker == 0xDA and components:  # scan
+            return _Plain("jpeg", width, height, "L" if components == 1 else "RGB", image)
+        else:
+            return None
+        position += 2 + length
+
+
+_IHDR = struct.Struct(">IIBBBBBI").unpack_from  # width, height, bits, color, three methods, CRC
+_CHUNK = struct.Struct(">I4s").unpack_from
+
+
+def _plain_png(image: Encoded) -> _Plain | None:
+    width, height, bits, color, compression, row_filter, interlace, crc = _IHDR(image, 16)
+    if bits != 8 or color not in (0, 2) or compression or row_filter or interlace or not width or not height:
+        return None
+    if zlib.crc32(image[12:29]) != crc:
+        return None
+    position, parts = 33, []
+    while (chunk := _CHUNK(image, position))[1] == b"IDAT":
+        end = position + 8 + chunk[0]
+        parts.append(image[position + 8 : end])
+        position = end + 4
+    if chunk[1] != b"IEND" or not parts:
+        return None
+    data = parts[0] if len(parts) == 1 else b"".join(parts)
+    return _Plain("zip", width, height, "L" if color == 0 else "RGB", data)
+
+
+def _by_torchvision(plain: _Plain | None, channels: int) -> torch.Tensor | None:
+    """Returns uint8 [C, H, W], or None where torchvision is not in use, is not Pillow's equal, or fails."""
+    if _torchvision_jpeg is None or plain is None:
+        return None
+    if plain.decoder != "jpeg" or channels < len(plain.mode):  # gray by another formula
+        return None
+    try:
+        return _torchvision_jpeg(_as_tensor(plain.data), channels, False)
+    except RuntimeError:
+        return None
+
+
+def _as_tensor(image: Encoded) -> torch.Tensor:
+    import torch
+
+    # A copy, because torch warns of memory that cannot be written; it takes a hundredth of the decoding.
+    return torch.frombuffer(bytearray(image), dtype=torch.uint8)
+
+
+def _as_pixels(tensor: torch.Tensor) -> Pixels:
+    pixels: Pixels = tensor.numpy()
+    return pixels.transpose(1, 2, 0)
+
+
+def _by_pillow(image: Encoded, plain: _Plain | None, channels: int) -> Pixels:
+    if plain is not None:
+        size = plain.width, plain.height
+        option = "" if plain.decoder == "jpeg" else 0  # the color space is the file's; rows are in order
+        with contextlib.suppress(ValueError, OSError):  # the reason comes from the whole reader below
+            picture = Image.frombytes(plain.mode, size, plain.data, plain.decoder, plain.mode, option)
+            picture = _convert(picture, "L" if channels == 1 else "RGB")
+            pixels = np.frombuffer(bytearray(picture.tobytes()), np.uint8)
+            return pixels.reshape(plain.height, plain.width, channels)
+    return _decode_any(image, channels)
+
+
+def _decode_any(image: Encoded, channels: int) -> Pixels:
+    try:
+        with open_image(io.BytesIO(image)) as picture:
+            ImageOps.exif_transpose(picture, in_place=True)
+            pixels = np.array(_convert(picture, "L" if channels == 1 else "RGB"))
+    except Exception as error:  # Pillow raises anything on a broken file, SyntaxError and struct.error too
+        raise ValueError(str(error) or type(error).__name__) from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """Reads the header of an image file; the pixels follow on demand.
+
+    Raises:
+        ValueError: it is no image of a known format, or larger than `MAX_PIXELS`.
+    """
+    width, height = _webp_size(file.read(30))  # for this format Pillow allocates the pixels at once
+    file.seek(0)
+    if width * height > MAX_PIXELS:
+        raise _too_large(width, height)
+    try:
+        picture = Image.open(file, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("not a sound image file of a known format") from None
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    if picture.width * picture.height > MAX_PIXELS:
+        raise _too_large(*picture.size)
+    return picture
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Returns width and height as the first 30 bytes of a WebP file say; zeros for any other file."""
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0, 0
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", head, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    return 0, 0
+
+
+def _of_size(width: int, height: int) -> ValueError:
+    return ValueError(f"{width}x{height} pixels")
+
+
+def _too_large(width: int, height: int) -> ValueError:
+    return ValueError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
+
+
+def _convert(picture: Image.Image, mode: str) -> Image.Image:
+    if picture.mode == mode:
+        return picture
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels are not supported")
+    if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips them to 255
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("pixels of more than 16 bits are not supported")
+        picture = Image.fromarray((values >> 8).astype(np.uint8))
+    elif picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # Pillow warns about the direct way
+    return picture.convert(mode)
+
+
+def encode_image(pixels: Pixels, image_format: Literal["PNG", "JPEG"]) -> bytes:
+    """Returns uint8 [H, W] or [H, W, C] pixels as an image file; JPEG of quality 95."""
+    file = io.BytesIO()
+    as_picture(pixels).save(file, image_format, quality=95, subsampling=0)  # PNG ignores the two
+    return file.getvalue()
+
+
+def as_picture(pixels: Pixels) -> Image.Image:
+    """Returns uint8 [H, W] or [H, W, C] pixels as a Pillow image."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+
+
+def map_in_threads(
+    function: Callable[[_T], _R], items: Iterable[_T], *, chunk: int = 64, slow_s: float = 0.002
+) -> Iterator[_R]:
+    """Yields `function(item)` in the order of the items, some of them computed ahead by threads.
+
+    Threads start when an item has been seen to be slow. Small images are not: there the threads would
+    spend their time waiting for each other; batches of them, one item each, are worth it.
+
+    Args:
+        function: work that leaves Python, such as reading or decoding.
+        items: taken in the caller's thread, a bounded number ahead of what is yielded.
+        chunk: items in one task.
+        slow_s: mean time of an item in a chunk from which threads are used.
+    """
+
+    def work(batch: list[_T]) -> list[_R]:
+        return [function(item) for item in batch]
+
+    source = iter(items)
+    item_s = 0.0
+    while item_s < slow_s and (batch := list(itertools.islice(source, chunk))):
+        start_s = time.perf_counter()
+        results = work(batch)
+        item_s = (time.perf_counter() - start_s) / len(batch)
+        yield from results
+    workers = min(8, len(os.sched_getaffinity(0)))
+    pending: deque[Future[list[_R]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        while batch := list(itertools.islice(source, chunk)):
+            pending.append(pool.submit(work, batch))
+            if len(pending) > workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

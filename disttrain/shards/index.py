@@ -1,0 +1,321 @@
+"""The index of a packed data set: index.json, what it promises, and where data sets lie.
+
+    <root>/<name>/index.json
+    <root>/<name>/train-000000.tar ...   val-000000.tar ...
+
+The index records the shape and statistics of the images and the size and SHA-256 of every shard, so that a
+damaged shard is noticed before a sample of it is used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+from pydantic import Field
+
+from disttrain.errors import DataError, UnsafeError, UsageError
+from disttrain.shards.remote import fetch_text, is_url
+from disttrain.userdirs import user_cache
+
+BUILT_IN = ("digits", "mnist", "cifar10")
+"""The data sets that `disttrain data prepare` makes."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SHARD = re.compile(rf"{_NAME.pattern}(/{_NAME.pattern})*")
+_INDEX_LIMIT_BYTES = 2**26
+VERSION = 1
+_Count = Annotated[int, Field(gt=0)]
+_Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar."""
+
+    file: str
+    """Path in the folder of the index, or an http(s) address."""
+    samples: _Count
+    bytes: _Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of a split, in order."""
+
+    samples: _Count
+    shards: tuple[Shard, ...]
+    class_counts: tuple[Annotated[int, Field(ge=0)], ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """A packed data set.
+
+    `mean` and `std` are per channel, of the train split's pixels scaled to 0..1; `std` is 0 where a channel
+    is constant. `digest` is the SHA-256 of index.json and so, through the hashes in it, of every byte of
+    the data set. `base` is the address of the data set if it lies on a server; `folder` is then empty.
+    """
+
+    folder: Path
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    splits: dict[str, Split]
+    digest: str
+    base: str | None = None
+
+    def url(self, shard: Shard) -> str | None:
+        """Returns the address of a shard that lies on a server, else None."""
+        if is_url(shard.file):
+            return shard.file
+        return f"{self.base}/{shard.file}" if self.base else None
+
+    def place(self, shard: Shard) -> str:
+        """Returns the path or the address of a shard, for people."""
+        return self.url(shard) or str(self.folder / shard.file)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Size of the decoded images and labels of all splits."""
+        samples = sum(split.samples for split in self.splits.values())
+        return samples * (self.height * self.width * self.channels + 8)
+
+    def first_ids(self, split: str) -> npt.NDArray[np.int64]:
+        """Returns the id of the first sample of each shard, and their number: int64 [shards + 1]."""
+        counts = [shard.samples for shard in self.splits[split].shards]
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+class IndexFile(pydantic.BaseModel):
+    """What index.json holds."""
+
+    version: Literal[1]
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    channels: Literal[1, 3]
+    height: _Count
+    width: _Count
+    mean: tuple[_Fraction, ...]
+    std: tuple[_Fraction, ...]
+    splits: dict[str, Split]
+
+
+def data_root(root: str | None) -> Path:
+    """Returns the folder of the packed data sets.
+
+    Args:
+        root: the --root option or data.root; None means $DISTTRAIN_DATA, else the user's cache folder.
+
+    Raises:
+        UsageError: the root is the address of a server.
+    """
+    if (server := server_root(root)) is not None:
+        raise UsageError(f"{server}: lies on a server and cannot be written; give a folder with --root")
+    if chosen := root or os.environ.get("DISTTRAIN_DATA"):
+        return Path(chosen).expanduser().absolute()
+    return user_cache() / "data"
+
+
+def server_root(root: str | None) -> str | None:
+    """Returns the root if it is the address of a server, else None."""
+    chosen = root or os.environ.get("DISTTRAIN_DATA") or ""
+    return chosen.rstrip("/") if "://" in chosen or chosen.startswith("pipe:") else None
+
+
+def data_folder(name: str, root: str | None) -> Path:
+    """Returns the folder of a data set, which need not exist.
+
+    Raises:
+        UsageError: the name is not a plain name.
+    """
+    _check_name(name)
+    return data_root(root) / name
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is not the name of a data set; use letters, digits, '.', '_' and '-', "
+            "and give its folder with --root"
+        )
+
+
+def remedy(name: str, root: Path, *, force: bool = False) -> str:
+    """Returns the command that makes a data set under a root; `force` replaces the one that is there."""
+    place = "" if root == data_root(None) else f" --root {shlex.quote(str(root))}"
+    if name in BUILT_IN:
+        return f"`disttrain data prepare {name}{place}`"
+    return f"`disttrain data pack DIR --name {name}{place}{' --force' if force else ''}`"
+
+
+def load_index(name: str, root: str | None, *, strict: bool = True) -> Index:
+    """Reads the index of a data set and checks that its shards are there in full size.
+
+    Args:
+        name: a folder under the root.
+        root: as for `data_root`, or the address of a server.
+        strict: False accepts missing and extra shards and shards of another size, which `survey` reports.
+
+    Raises:
+        DataError: the data set is missing or damaged; the message names the file and the remedy.
+        UnsafeError: the index names something that is not a shard of this data set.
+        UsageError: the name is not a plain name.
+    """
+    if (server := server_root(root)) is not None:
+        _check_name(name)
+        base = f"{server}/{name}"
+        text = fetch_text(f"{base}/index.json", _INDEX_LIMIT_BYTES)
+        return parse_index(text, name, Path(), base=base)
+    folder = data_folder(name, root)
+    path = folder / "index.json"
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(_missing(name, folder)) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
+    index = parse_index(text, name, folder)
+    if strict:
+        _check_files(index)
+    return index
+
+
+def parse_index(text: bytes, name: str, folder: Path, *, base: str | None = None) -> Index:
+    """Returns what an index.json says.
+
+    Args:
+        text: the file.
+        name: of the data set.
+        folder: where it lies.
+        base: its address if it lies on a server.
+
+    Raises:
+        DataError: the index is damaged or contradicts itself.
+        UnsafeError: it names something that is not a shard of this data set.
+    """
+    place = f"{base}/index.json" if base else str(folder / "index.json")
+    try:
+        content = IndexFile.model_validate_json(text, strict=True)
+    except pydantic.ValidationError as error:
+        raise DataError(f"{place}: {_first_problem(error)}; {_again(name, folder, base)}") from None
+    for shard in itertools.chain.from_iterable(split.shards for split in content.splits.values()):
+        if not (_SHARD.fullmatch(shard.file) or is_url(shard.file)):
+            raise UnsafeError(
+                f"{place}: refused to open {shard.file!r}: a shard is a file in the folder of its index or "
+                f"an http(s) address; {_again(name, folder, base)}"
+            )
+    if problem := _contradiction(content):
+        raise DataError(f"{place}: {problem}; {_again(name, folder, base)}")
+    fields = {field: getattr(content, field) for field in IndexFile.model_fields if field != "version"}
+    return Index(folder=folder, name=name, digest=hashlib.sha256(text).hexdigest(), base=base, **fields)
+
+
+def _again(name: str, folder: Path, base: str | None) -> str:
+    if base:
+        return "repair it on the server"
+    return f"make the data set again with {remedy(name, folder.parent, force=True)}"
+
+
+def again(index: Index) -> str:
+    """Returns what to do about a damaged data set."""
+    return _again(index.name, index.folder, index.base)
+
+
+def _check_files(index: Index) -> None:
+    """Raises DataError if a local shard is missing, of another size, or not in the index."""
+    named = set()
+    for shard in itertools.chain.from_iterable(split.shards for split in index.splits.values()):
+        named.add(shard.file)
+        if index.url(shard) is None and (problem := size_problem(index.folder / shard.file, shard)):
+            raise DataError(f"{problem}; {again(index)}")
+    if index.base is None:
+        for path in index.folder.glob("*.tar"):
+            if path.name not in named:
+                raise DataError(f"{path}: a shard that is not in index.json; remove it, or {again(index)}")
+
+
+def _missing(name: str, folder: Path) -> str:
+    there = sorted(path.parent.name for path in folder.parent.glob("[!.]*/index.json"))
+    close = difflib.get_close_matches(name, [*there, *BUILT_IN], 1)
+    text = f"{folder / 'index.json'}: there is no data set {name!r}"
+    if close and close[0] != name:
+        text += f"; did you mean {close[0]}?"
+    wanted = close[0] if close and close[0] not in there else name
+    found = f"in {folder.parent}: {', '.join(there)}" if there else f"{folder.parent} holds none yet"
+    return f"{text}; make it with {remedy(wanted, folder.parent)} ({found})"
+
+
+def _first_problem(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return "not valid JSON"
+    if first["loc"] == ("version",) and first["type"] != "missing":
+        return f"format version {first['input']!r}, but this disttrain reads version {VERSION}"
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+
+
+def _contradiction(content: IndexFile) -> str | None:
+    """Returns what is wrong between the fields of an index, if anything."""
+    if not len(content.mean) == len(content.std) == content.channels:
+        return f"mean and std must have {content.channels} values, one per channel"
+    if "train" not in content.splits:
+        return "splits: train is missing"
+    for name, split in content.splits.items():
+        if len(split.class_counts) != len(content.classes):
+            return f"splits.{name}.class_counts: {len(split.class_counts)} for {len(content.classes)} classes"
+        total, counted = sum(shard.samples for shard in split.shards), sum(split.class_counts)
+        if not split.samples == total >= counted:  # samples without a valid label have no class
+            return f"splits.{name}: {split.samples} samples, but {total} in shards and {counted} in classes"
+    shards = list(itertools.chain.from_iterable(split.shards for split in content.splits.values()))
+    for field in ("file", "sha256"):
+        values = [getattr(shard, field) for shard in shards]
+        if twice := next((shard for i, shard in enumerate(shards) if values[i] in values[:i]), None):
+            return f"the shard {twice.file} is there twice (same {field})"
+    return None
+
+
+def mean_std(
+    sums: npt.NDArray[np.int64], squares: npt.NDArray[np.int64], pixels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation per channel for pixels in 0..1, rounded once from exact integers.
+
+    Args:
+        sums: of the pixel values 0..255 per channel.
+        squares: of their squares per channel.
+        pixels: their number.
+    """
+    pairs = list(zip(sums.tolist(), squares.tolist(), strict=True))
+    mean = tuple(total / (255 * pixels) for total, _ in pairs)
+    std = tuple(math.sqrt(pixels * square - total**2) / (255 * pixels) for total, square in pairs)
+    return mean, std
+
+
+def size_problem(path: Path, shard: Shard) -> str | None:
+    """Returns what is wrong with the size of a shard, if anything."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path}: the shard cannot be read: {error.strerror}"
+    return None if size == shard.bytes else f"{path}: {size} bytes, but the index says {shard.bytes}"
+
+
+def index_bytes(content: IndexFile) -> bytes:
+    """Returns the file index.json."""
+    return (json.dumps(content.model_dump(mode="json"), indent=1) + "\n").encode()

@@ -1,0 +1,317 @@
+"""Reads shards, and nothing of a shard before its size, hash and structure are what they must be.
+
+The first process that needs a shard reads it through once and keeps what it found beside the user's cache:
+where the samples lie, keyed by the shard's hash and by size and times of the file, so that later runs and
+other ranks need not look again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from disttrain.errors import DataError, UnsafeError, reason
+from disttrain.parallel import in_order
+from disttrain.shards.images import ImageError, Pixels, decode_into
+from disttrain.shards.index import Index, Shard, again, size_problem
+from disttrain.shards.remote import fetch_shard
+from disttrain.shards.tar import Contents, scan
+from disttrain.userdirs import cache_folder
+
+Ids = npt.NDArray[np.int64]
+
+_CHUNK = 256  # samples that one thread decodes at a time
+_OPEN_SHARDS = 64
+
+
+class ShardError(DataError):
+    """A whole shard is missing or is not what the index says.
+
+    Args:
+        index: its data set.
+        shard: the shard.
+        problem: what is wrong with it.
+    """
+
+    def __init__(self, index: Index, shard: Shard, problem: str) -> None:
+        super().__init__(f"{index.place(shard)}: {problem}; {again(index)}")
+        self.problem = problem
+
+
+class OpenShard:
+    """A shard that is what the index says, open for reading from any thread.
+
+    Attributes:
+        place: its path or address, for messages.
+        contents: where its samples lie.
+    """
+
+    def __init__(self, place: str, descriptor: int, contents: Contents) -> None:
+        self.place = place
+        self.contents = contents
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+
+    def read(self, position: int) -> bytes:
+        """Returns the image file of a sample.
+
+        Raises:
+            ValueError: the sample cannot be used, or the shard has changed since it was opened.
+        """
+        if self.contents.problems and (problem := self.contents.problems.get(position)):
+            raise ValueError(problem)
+        size = int(self.contents.sizes[position])
+        image = os.pread(self._descriptor, size, int(self.contents.offsets[position]))
+        if len(image) != size:
+            raise ValueError("the shard was cut while it was read")
+        return image
+
+    def error(self, index: Index, position: int, problem: object) -> DataError:
+        """Returns what to raise about a sample."""
+        return DataError(
+            f"{self.place}: sample {self.contents.keys[position]}: {problem}; {again(index)}, or leave such "
+            "samples out with data.on_error=skip"
+        )
+
+
+def open_shard(index: Index, split: str, number: int, say: Callable[[str], None] | None = None) -> OpenShard:
+    """Opens a shard after checking it, downloading it first if it lies on a server.
+
+    Any process may call this, alone.
+
+    Args:
+        index: the data set.
+        split: train or val.
+        number: of the shard in the split.
+        say: told of a download.
+
+    Raises:
+        ShardError: the shard is missing or is not what the index says; the message names it, the first
+            sample known to be bad, and the remedy.
+        DataError: it cannot be downloaded.
+        UnsafeError: it holds something that does not belong into a shard.
+    """
+    shard = index.splits[split].shards[number]
+    try:
+        if url := index.url(shard):
+            path = fetch_shard(url, bytes=shard.bytes, sha256=shard.sha256, say=say)
+        else:
+            path = index.folder / shard.file
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ShardError(index, shard, reason(error)) from None
+    try:
+        return OpenShard(index.place(shard), descriptor, _contents(index, shard, descriptor, path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Contents:
+    """Returns what an open shard holds, from the cache if this very file has been checked before."""
+    status = os.fstat(descriptor)
+    if problem := size_problem(path, shard):
+        raise ShardError(index, shard, problem.removeprefix(f"{path}: "))
+    identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    name = f"{shard.sha256[:32]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
+    record = cache_folder() / "checked" / name
+    if (contents := _load(record)) is not None and len(contents.keys) == shard.samples:
+        return contents
+    with open(descriptor, "rb", closefd=False) as file:
+        intact = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+        file.seek(0)
+        try:
+            contents = scan(file, len(index.classes))
+        except ValueError as error:
+            raise ShardError(index, shard, str(error)) from None
+        except UnsafeError as error:
+            raise UnsafeError(f"{index.place(shard)}: {error}") from None
+    if not intact:
+        found = _first_bad(index, OpenShard(str(path), os.dup(descriptor), contents))
+        raise ShardError(index, shard, "damaged: its SHA-256 is not that of the index" + found)
+    if len(contents.keys) != shard.samples:
+        raise ShardError(index, shard, f"{len(contents.keys)} samples, but the index says {shard.samples}")
+    _store(record, contents)
+    return contents
+
+
+def _first_bad(index: Index, shard: OpenShard) -> str:
+    """Returns which sample of a damaged shard is seen to be bad, if any is."""
+    pixels = np.empty((1, index.height, index.width, index.channels), np.uint8)
+    for position, key in enumerate(shard.contents.keys):
+        try:
+            decode_into([shard.read(position)], pixels)
+        except ValueError as error:
+            return f" (first bad sample {key}: {error})"
+    return ""
+
+
+def _load(record: Path) -> Contents | None:
+    try:
+        with np.load(record, allow_pickle=False) as arrays:
+            text = json.loads(arrays["text"].tobytes())
+            offsets, sizes, labels = (arrays[name] for name in ("offsets", "sizes", "labels"))
+        problems = {int(position): problem for position, problem in text["problems"].items()}
+        return Contents(tuple(text["keys"]), tuple(text["extensions"]), offsets, sizes, labels, problems)
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+def _store(record: Path, contents: Contents) -> None:
+    """Keeps what was found; a cache that cannot be written only costs the next process another look."""
+    text = {"keys": contents.keys, "extensions": contents.extensions, "problems": contents.problems}
+    partial = record.with_name(f".{record.name}.{os.getpid()}.{threading.get_ident()}")
+    with suppress(OSError):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                np.savez(
+                    file,
+                    text=np.frombuffer(json.dumps(text).encode(), np.uint8),
+                    offsets=contents.offsets,
+                    sizes=contents.sizes,
+                    labels=contents.labels,
+                )
+            partial.replace(record)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class Reader:
+    """Reads samples of a split by id, from any thread; at most 64 shards are open at a time.
+
+    Args:
+        index: the data set.
+        split: train or val.
+        say: told of downloads.
+    """
+
+    def __init__(self, index: Index, split: str, say: Callable[[str], None] | None = None) -> None:
+        self._index = index
+        self._split = split
+        self._say = say
+        self._first = index.first_ids(split)
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+        self._shard_locks = [threading.Lock() for _ in index.splits[split].shards]
+
+    def decode(self, ids: Ids, images: Pixels, labels: Ids) -> None:
+        """Decodes samples.
+
+        Args:
+            ids: int64 [B].
+            images: takes the pixels, uint8 [B, H, W, C].
+            labels: takes the labels, int64 [B].
+
+        Raises:
+            DataError: a shard or a sample cannot be used; the message names it.
+            UnsafeError: a shard holds something that does not belong into one.
+        """
+        numbers = np.searchsorted(self._first, ids, side="right") - 1
+        positions = (ids - self._first[numbers]).tolist()
+        shards = {number: self._shard(number) for number in set(numbers.tolist())}
+        files: list[bytes] = []
+        place = 0
+        try:
+            for place, (number, position) in enumerate(zip(numbers.tolist(), positions, strict=True)):
+                files.append(shards[number].read(position))
+                labels[place] = shards[number].contents.labels[position]
+            decode_into(files, images)
+        except (ValueError, OSError) as error:
+            place = error.place if isinstance(error, ImageError) else place
+            shard = shards[int(numbers[place])]
+            raise shard.error(self._index, positions[place], reason(error)) from None
+
+    def _shard(self, number: int) -> OpenShard:
+        with self._lock:
+            if shard := self._open.get(number):
+                self._open.move_to_end(number)
+                return shard
+        with self._shard_locks[number]:  # one thread checks it, others that need it wait
+            with self._lock:
+                if shard := self._open.get(number):
+                    return shard
+            shard = open_shard(self._index, self._split, number, self._say)
+            with self._lock:
+                self._open[number] = shard
+                if len(self._open) > _OPEN_SHARDS:
+                    self._open.popitem(last=False)  # closed when the last thread has read from it
+            return shard
+
+
+def read_split(index: Index, split: str) -> Iterator[tuple[str, bytes, int]]:
+    """Yields key, image file and label of every sample of a split, in the order of the shards.
+
+    Every caller gets all of them, whatever its rank.
+
+    Raises:
+        DataError: there is no such split, or a shard or a sample cannot be used; the message names it.
+        UnsafeError: a shard holds something that does not belong into one.
+    """
+    if split not in index.splits:
+        raise DataError(
+            f"{index.base or index.folder}/index.json: no split {split!r}; it has {', '.join(index.splits)}"
+        )
+    for number in range(len(index.splits[split].shards)):
+        shard = open_shard(index, split, number)
+        for position, key in enumerate(shard.contents.keys):
+            try:
+                image = shard.read(position)
+            except (ValueError, OSError) as error:
+                raise shard.error(index, position, reason(error)) from None
+            yield key, image, int(shard.contents.labels[position])
+
+
+class Chunk(NamedTuple):
+    """Consecutive samples of a shard, decoded.
+
+    Attributes:
+        first: id of the first one.
+        images: uint8 [n, H, W, C]; arbitrary where there is a problem.
+        labels: int64 [n]; -1 where there is a problem with it.
+        problems: id -> key, and why the sample cannot be used.
+    """
+
+    first: int
+    images: Pixels
+    labels: Ids
+    problems: dict[int, tuple[str, str]]
+
+
+def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[Chunk]:
+    """Yields all samples of a shard, decoded in their order.
+
+    Raises:
+        DataError, UnsafeError: as for `open_shard`.
+    """
+    shard = open_shard(index, split, number)
+    count = len(shard.contents.keys)
+    base = int(index.first_ids(split)[number])
+    shape = (index.height, index.width, index.channels)
+
+    def work(begin: int) -> Chunk:
+        positions = range(begin, min(begin + _CHUNK, count))
+        images = np.empty((len(positions), *shape), np.uint8)
+        problems = {}
+        try:
+            decode_into([shard.read(position) for position in positions], images)
+        except (ValueError, OSError):  # at least one cannot be used: find out which
+            for place, position in enumerate(positions):
+                try:
+                    decode_into([shard.read(position)], images[place : place + 1])
+                except (ValueError, OSError) as error:
+                    problems[base + position] = (shard.contents.keys[position], reason(error))
+        return Chunk(base + begin, images, shard.contents.labels[positions.start : positions.stop], problems)
+
+    yield from in_order(work, range(0, count, _CHUNK), threads)

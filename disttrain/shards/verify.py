@@ -1,0 +1,198 @@
+"""Looks at every sample of a data set: which ones cannot be used, and whether the index tells the truth."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+
+from disttrain.parallel import usable_cores
+from disttrain.shards.index import Index, mean_std
+from disttrain.shards.pack import Progress
+from disttrain.shards.reader import Ids, ShardError, decoded, open_shard
+from disttrain.userdirs import cache_folder, turn
+
+
+class Problem(NamedTuple):
+    """A sample, or a whole shard, that cannot be used."""
+
+    place: str
+    """Path or address of the shard."""
+    key: str | None
+    """Of the sample; None for the whole shard."""
+    text: str
+
+
+class Findings:
+    """What is found while a data set is read through.
+
+    Attributes:
+        problems: in the order of the shards.
+        unusable: split -> ids of the samples that cannot be used, in order.
+        class_counts: split -> usable samples of each class.
+        sums: of the pixels of the train split per channel, exact.
+        squares: of the squares of the pixels, exact.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.problems: list[Problem] = []
+        self.unusable: dict[str, list[int]] = {split: [] for split in index.splits}
+        self.class_counts = {split: np.zeros(len(index.classes), np.int64) for split in index.splits}
+        self.sums = np.zeros(index.channels, np.int64)
+        self.squares = np.zeros(index.channels, np.int64)
+
+
+def examine(
+    index: Index, splits: tuple[str, ...], *, statistics: bool, on_progress: Progress | None = None
+) -> Findings:
+    """Reads and decodes every sample of some splits.
+
+    Args:
+        index: the data set.
+        splits: which of its splits.
+        statistics: also sum up the pixels of the train split.
+        on_progress: called now and then with the samples done and their total.
+
+    Raises:
+        UnsafeError: a shard holds something that does not belong into one.
+    """
+    findings = Findings(index)
+    done, total = 0, sum(index.splits[split].samples for split in splits)
+    for split in splits:
+        first_ids = index.first_ids(split)
+        for number, shard in enumerate(index.splits[split].shards):
+            try:
+                for chunk in decoded(index, split, number, threads=usable_cores()):
+                    good = np.ones(len(chunk.labels), bool)
+                    for sample, (key, text) in chunk.problems.items():
+                        good[sample - chunk.first] = False
+                        findings.problems.append(Problem(index.place(shard), key, text))
+                    findings.unusable[split] += chunk.problems
+                    findings.class_counts[split] += np.bincount(
+                        chunk.labels[good], minlength=len(index.classes)
+                    )
+                    if statistics and split == "train":
+                        pixels = chunk.images[good].reshape(-1, index.channels)
+                        findings.sums += pixels.sum(axis=0, dtype=np.int64)
+                        findings.squares += np.square(pixels, dtype=np.uint16).sum(axis=0, dtype=np.int64)
+                    done += len(chunk.labels)
+                    if on_progress:
+                        on_progress(done, total)
+            except ShardError as error:
+                findings.problems.append(Problem(index.place(shard), None, error.problem))
+                begin, end = first_ids[number], first_ids[number + 1]
+                done += int(end - begin)
+                findings.unusable[split] = [i for i in findings.unusable[split] if i < begin]
+                findings.unusable[split] += range(begin, end)
+    return findings
+
+
+def verify(index: Index, *, on_progress: Progress | None = None) -> list[Problem]:
+    """Reads and decodes a whole data set and compares it with its index.
+
+    Args:
+        index: the data set, loaded with `strict=False`.
+        on_progress: as for `examine`.
+
+    Returns:
+        What is wrong, nothing if all is well.
+
+    Raises:
+        UnsafeError: a shard holds something that does not belong into one.
+    """
+    findings = examine(index, tuple(index.splits), statistics=True, on_progress=on_progress)
+    problems = findings.problems + list(_foreign_files(index))
+    place = f"{index.base or index.folder}/index.json"
+    for split in index.splits:
+        problems += _double_keys(index, split)
+    if problems:
+        return problems
+    for split, content in index.splits.items():
+        if findings.class_counts[split].tolist() != list(content.class_counts):
+            problems.append(Problem(place, None, f"class_counts of {split} are not those of the shards"))
+    pixels = int(findings.class_counts["train"].sum()) * index.height * index.width
+    if mean_std(findings.sums, findings.squares, pixels) != (index.mean, index.std):
+        problems.append(Problem(place, None, "mean or std are not those of the train split"))
+    return problems
+
+
+def _foreign_files(index: Index) -> Iterator[Problem]:
+    if index.base is not None:
+        return
+    named = {shard.file for split in index.splits.values() for shard in split.shards}
+    for path in sorted(index.folder.glob("*.tar")):
+        if path.name not in named:
+            yield Problem(str(path), None, "a shard that is not in index.json")
+
+
+def _double_keys(index: Index, split: str) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for number, shard in enumerate(index.splits[split].shards):
+        with suppress(ShardError):  # a shard that cannot be opened has been told of
+            keys = open_shard(index, split, number).contents.keys
+            for key in keys:
+                if key in seen:
+                    yield Problem(index.place(shard), key, "the key is in another shard of the split too")
+            seen.update(keys)
+
+
+def survey(index: Index, split: str, say: Callable[[str], None]) -> Ids:
+    """Returns the ids of the samples that cannot be used, after reading and decoding all of them once.
+
+    The result is kept beside the user's cache until a shard changes. Any process may call this, alone; ranks
+    on other nodes may see other files and must agree afterwards.
+
+    Args:
+        index: the data set, loaded with `strict=False`.
+        split: train or val.
+        say: told that samples are read, and of every one that is left out.
+
+    Raises:
+        UnsafeError: a shard holds something that does not belong into one.
+    """
+    record = cache_folder() / "surveys" / f"{index.name}-{index.digest[:16]}-{split}.json"
+    stamps = [_stamp(index, split, number) for number in range(len(index.splits[split].shards))]
+    with contextlib.ExitStack() as stack:
+        with suppress(OSError):  # a cache that cannot be written: every process looks for itself
+            wait = f"waiting for another process that looks through {index.name}/{split}"
+            stack.enter_context(turn(record, lambda: say(wait)))
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(record.read_text())
+            if kept["stamps"] == stamps:
+                return np.array(kept["unusable"], np.int64)
+        unusable = _look_through(index, split, say)
+        partial = record.with_name(f".{record.name}.{os.getpid()}")
+        with suppress(OSError):
+            partial.write_text(json.dumps({"stamps": stamps, "unusable": unusable}))
+            partial.replace(record)
+    return np.array(unusable, np.int64)
+
+
+def _look_through(index: Index, split: str, say: Callable[[str], None]) -> list[int]:
+    say(f"looking for unusable samples of {index.name}/{split} once: {index.splits[split].samples:,} samples")
+    findings = examine(index, (split,), statistics=False)
+    for problem in findings.problems[:20]:
+        sample = f"sample {problem.key}" if problem.key else "all its samples"
+        say(f"left out: {problem.place}: {sample}: {problem.text}")
+    if len(findings.problems) > 20:
+        say(
+            f"left out: {len(findings.problems) - 20:,} more; `disttrain data verify {index.name}` lists them"
+        )
+    return findings.unusable[split]
+
+
+def _stamp(index: Index, split: str, number: int) -> list[int] | None:
+    """Returns what changes when a shard's file does; None for a shard on a server or a missing one."""
+    shard = index.splits[split].shards[number]
+    if index.url(shard):
+        return None
+    try:
+        status = (index.folder / shard.file).stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -1,0 +1,41 @@
+"""Where this user's caches lie, and how the processes of a node take turns in them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def user_cache() -> Path:
+    """Returns the folder of this user's caches: disttrain in $XDG_CACHE_HOME, else in ~/.cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache if cache.is_absolute() else Path.home() / ".cache") / "disttrain"
+
+
+def cache_folder() -> Path:
+    """Returns the folder of what is made from data sets: $DISTTRAIN_CACHE, else in the user's cache."""
+    return Path(os.environ.get("DISTTRAIN_CACHE") or user_cache() / "decoded")
+
+
+@contextlib.contextmanager
+def turn(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Lets one process of the node at a time make a file or folder of the cache.
+
+    Args:
+        path: what is made; the lock is a hidden file beside it, and stays.
+        on_wait: called when another process has its turn.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
