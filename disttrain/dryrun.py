@@ -40,9 +40,8 @@ def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, 
             "read and decoded in every epoch"
         )
     else:
-        shards_line = (
-            f"every node decodes all shards once: {index.decoded_bytes / 2**20:,.1f} MiB in {cache_folder()}"
-        )
+        decoded = f"{index.decoded_bytes / 2**20:,.1f} MiB in {cache_folder()}/decoded"
+        shards_line = f"every node decodes all shards once: {decoded}"
     lines = [("command", shell_line(plan))]
     lines += [("ranks", f"rank {rank} -> {host} -> {device}") for rank, host, device in rank_map(plan)]
     lines += [

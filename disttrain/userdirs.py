@@ -17,7 +17,7 @@ def user_cache() -> Path:
 
 def cache_folder() -> Path:
     """Returns the folder of what is made from data sets: $DISTTRAIN_CACHE, else in the user's cache."""
-    return Path(os.environ.get("DISTTRAIN_CACHE") or user_cache() / "decoded")
+    return Path(os.environ.get("DISTTRAIN_CACHE") or user_cache())
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """What every test gets: data and caches of its own, and a check that it leaves nothing running."""
 
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +39,47 @@ def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for decoded data sets, shared by all tests."""
     return tmp_path_factory.mktemp("cache")
+
+
+SEVEN = {"train": (3, 301, 1, 120, 49, 13, 233), "val": (5, 90)}
+"""Samples in the uneven shards of the data set `seven`."""
+
+
+@pytest.fixture(scope="session")
+def seven_root(tmp_path_factory: pytest.TempPathFactory, decoded_cache: Path) -> Path:
+    """A data root with `seven`: seven uneven shards made elsewhere, of PNG, JPEG and WebP files."""
+    from disttrain.shards.foreign import index_folder
+
+    root = tmp_path_factory.mktemp("seven")
+    for split, shards in SEVEN.items():
+        for number, samples in enumerate(shards):
+            write_tar(root / "seven" / f"{split}-{number}.tar", samples, seed=1000 * len(split) + number)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DISTTRAIN_CACHE", str(decoded_cache))
+        index_folder(root / "seven", patterns={"train": (), "val": ()}, say=lambda text: None)
+    return root
+
+
+def write_tar(path: Path, samples: int, seed: int, size: int = 8) -> None:
+    """Writes a WebDataset tar of random images, with keys in folders and a member that is not used."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in range(samples):
+            label = int(random.integers(4))
+            pixels = random.integers(0, 256, (size, size, 3)) // 4 + 48 * label
+            image_format = ("PNG", "JPEG", "WEBP")[number % 3]
+            image = io.BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(image, image_format, quality=90)
+            extension = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[image_format]
+            members = {extension: image.getvalue(), "cls": f"{label}\n".encode(), "json": b"{}"}
+            for name, content in members.items():
+                member = tarfile.TarInfo(f"some/folder/{seed}-{number}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,7 @@ def source(index: Index, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decoded_folder(cache: Path) -> Path:
-    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    (folder,) = (path for path in (cache / "decoded").iterdir() if path.is_dir())
     return folder
 
 
@@ -155,7 +155,7 @@ def test_who_waits_for_another_process_says_so(cache: Path, digits: Index) -> No
     folder = decoded_folder(cache)
     shutil.rmtree(folder)
     said: list[str] = []
-    with another_process_holds(cache / f".{folder.name}.lock") as process:
+    with another_process_holds(folder.parent / f".{folder.name}.lock") as process:
 
         def say(text: str) -> None:
             said.append(text)
@@ -195,7 +195,7 @@ def test_a_damaged_cache_is_made_again(cache: Path, digits: Index, file: str, ho
 def test_what_a_killed_process_left_is_no_obstacle(cache: Path, digits: Index) -> None:
     open_split(digits, "val", NONE, lambda text: None)
     folder = decoded_folder(cache)
-    folder.rename(cache / f".{folder.name}.partial")
+    folder.rename(folder.parent / f".{folder.name}.partial")
     assert_is_source(open_split(digits, "val", NONE, lambda text: None), digits, "val")
     assert decoded_folder(cache) == folder
 
@@ -210,14 +210,14 @@ def test_a_flipped_byte_in_a_shard_is_a_data_error(cache: Path, digits_root: Pat
     with pytest.raises(DataError, match=r"val-000000\.tar.*damaged") as caught:
         open_split(load_index("digits", str(tmp_path)), "val", NONE, lambda text: None)
     assert caught.value.exit_code == 65
-    assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []
+    assert [path.name for path in (cache / "decoded").iterdir() if not path.name.endswith(".lock")] == []
 
 
 def test_images_of_another_size_than_the_index_says(cache: Path, digits: Index) -> None:
     wrong = Index(**(vars(digits) | {"height": 9, "digest": "f" * 64}))
-    with pytest.raises(DataError, match=r"val-000000\.tar: sample 0+: 8x8 pixels"):
+    with pytest.raises(DataError, match=r"val-000000\.tar: sample 0+: .*8x8"):
         open_split(wrong, "val", NONE, lambda text: None)
-    assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []
+    assert [path.name for path in (cache / "decoded").iterdir() if not path.name.endswith(".lock")] == []
 
 
 def test_a_full_disk_is_told_before_decoding(
@@ -244,7 +244,7 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_failing_write_is_a_storage_error_and_leaves_nothing(cache: Path, digits: Index) -> None:
     with largest_file(4096), pytest.raises(StorageError, match=r"File too large.*DISTTRAIN_CACHE"):
         open_split(digits, "val", NONE, lambda text: None)
-    assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []
+    assert [path.name for path in (cache / "decoded").iterdir() if not path.name.endswith(".lock")] == []
     assert_is_source(open_split(digits, "val", NONE, lambda text: None), digits, "val")
 
 

@@ -361,10 +361,6 @@ def test_all_mistakes_are_reported_at_once(file):
         ),
         (["train.accumulate=65"], "train.accumulate: 65 parts of a batch of 64; make it smaller"),
         (
-            ["data.cache=none"],
-            "data.cache: none (streaming) is not available in this version; use auto, device or host",
-        ),
-        (
             ["monitor.trackers=[wandb]"],
             "monitor.trackers: no tracker is available in this version; leave the list empty",
         ),

@@ -59,7 +59,7 @@ def open_split(index: Index, split: str, skipped: Ids, say: Callable[[str], None
         DataError: a shard is damaged or does not hold what the index says.
         StorageError: the decoded copy does not fit on the disk.
     """
-    folder = cache_folder()
+    folder = cache_folder() / "decoded"
     name = f"{index.name}-{index.digest[:16]}-{split}"
     if len(skipped):
         name += f"-without-{hashlib.sha256(skipped.tobytes()).hexdigest()[:16]}"
