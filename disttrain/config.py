@@ -51,8 +51,8 @@ class DataConfig(_Section):
     """Parts of an epoch that are read side by side. Each rank reads few of them if there are at least as many
     as ranks. Part of the order of the samples."""
     shuffle_buffer: PositiveInt = 65536
-    """Samples, over all streams, among which the order is random; a split of up to so many is shuffled in full
-    within each stream. Part of the order of the samples."""
+    """Samples, over all streams, among which the order is random; a split of up to so many is shuffled in
+    full within each stream. Part of the order of the samples."""
     on_error: Literal["stop", "skip"] = "stop"
     """A shard or sample that cannot be used: stop with an error that names it, or look for all of them once
     and leave them out on all ranks, with their number in the metrics."""

@@ -387,8 +387,8 @@ def build(
             )
         if loaded.state["data_digest"] != data_digest(index, plan.skipped):
             raise UsageError(
-                f"{checkpoint_path}: the data set {index.name} is not the one it was trained on (index.json or "
-                "the samples left out have changed); bring that back or begin another run"
+                f"{checkpoint_path}: {index.name} is not the data set it was trained on (index.json or the "
+                "samples left out have changed); bring that back or begin another run"
             )
         restore(loaded, model, optimizer, ema)
         fields = {field.name for field in dataclasses.fields(Position)}
