@@ -135,17 +135,19 @@ class Augment:
         return Mix(shift, float(kept), (int(top), int(bottom), int(left), int(right)))
 
     def _crop_and_flip(self, images: Tensor, places: slice | Tensor) -> Tensor:
-        batch, height, width, _ = images.shape
-        rows = torch.arange(height, device=self._device).expand(batch, -1)
-        columns = torch.arange(width, device=self._device).expand(batch, -1)
+        batch, height, width, channels = images.shape
+        rows = torch.arange(height, device=self._device)
+        columns = torch.arange(width, device=self._device)
         if _ROWS in self._draws:
             padding = self._config.crop_padding
             rows = _reflect(rows + (self._draws[_ROWS][places, None] - padding), height)
             columns = _reflect(columns + (self._draws[_COLUMNS][places, None] - padding), width)
         if _FLIP in self._draws:
-            columns = torch.where(self._draws[_FLIP][places, None] == 1, columns.flip(1), columns)
-        first = torch.arange(batch, device=self._device)[:, None, None]
-        return images[first, rows[:, :, None], columns[:, None, :]]
+            columns = torch.where(self._draws[_FLIP][places, None] == 1, columns.flip(-1), columns)
+        # One gather of whole pixels: several times as fast as indexing by image, row and column.
+        lines = torch.arange(0, batch * height, height, device=self._device)[:, None] + rows
+        pixels = (lines[:, :, None] * width + columns.expand(batch, -1)[:, None, :]).view(-1)
+        return images.reshape(-1, channels).index_select(0, pixels).view(batch, height, width, channels)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

@@ -103,11 +103,19 @@ def open_shard(index: Index, split: str, number: int, say: Callable[[str], None]
         UnsafeError: it holds something that does not belong into a shard.
     """
     shard = index.splits[split].shards[number]
+    url = index.url(shard)
+    if url is None:
+        return _open(index, shard, index.folder / shard.file)
+    path = fetch_shard(url, size=shard.bytes, sha256=shard.sha256, say=say)
     try:
-        if url := index.url(shard):
-            path = fetch_shard(url, bytes=shard.bytes, sha256=shard.sha256, say=say)
-        else:
-            path = index.folder / shard.file
+        return _open(index, shard, path)
+    except ShardError:  # removed by another process meanwhile, or damaged on this disk
+        path.unlink(missing_ok=True)
+        return _open(index, shard, fetch_shard(url, size=shard.bytes, sha256=shard.sha256, say=say))
+
+
+def _open(index: Index, shard: Shard, path: Path) -> OpenShard:
+    try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise ShardError(index, shard, reason(error)) from None
