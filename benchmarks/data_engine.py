@@ -5,8 +5,8 @@
 ROOT holds cifar10/, prepared as in the README; CACHE keeps the environment of mosaicml-streaming, made on the
 first run. The peers and what they do are in benchmarks/peers. Everything is its own process and is measured
 inside it, without imports and start. The runs go round robin, each over one whole epoch unless --samples
-shortens those of webdataset and mosaic; a first round is not counted. The medians and their ratios are printed,
-with --json all values.
+shortens those of webdataset and mosaic; a first round is not counted. The medians and their ratios are
+printed, with --json all values.
 """
 
 import argparse

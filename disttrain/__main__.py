@@ -2,4 +2,5 @@
 
 from disttrain.cli import main
 
-main()
+if __name__ == "__main__":  # packing processes import this module too
+    main()

@@ -187,6 +187,14 @@ def prepare(name: str, source: Path | None, root: str | None, force: bool) -> No
     "--val-fraction", type=float, help="Share of each class to validate on, if DIR has no val folder."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order and of the split.")
+@click.option(
+    "--shard-mib",
+    type=click.FloatRange(0, min_open=True),
+    default=64,
+    show_default=True,
+    help="Size of a shard.",
+)
+@click.option("--procs", type=click.IntRange(1), help="Processes that pack (default: one per core).")
 @_ROOT
 @_FORCE
 def pack(
@@ -195,13 +203,15 @@ def pack(
     size: int | None,
     val_fraction: float | None,
     seed: int,
+    shard_mib: float,
+    procs: int | None,
     root: str | None,
     force: bool,
 ) -> None:
     """Make a data set of your own images.
 
     DIR holds train/<class>/<images> and val/<class>/<images> (or test/), or <class>/<images> with
-    --val-fraction.
+    --val-fraction. If packing is interrupted, the same command goes on with the shards that are finished.
     """
     from disttrain.imagefolder import pack_folder
 
@@ -213,6 +223,8 @@ def pack(
             size=size,
             val_fraction=val_fraction,
             seed=seed,
+            shard_mib=shard_mib,
+            processes=procs,
             force=force,
             say=click.echo,
             on_progress=on_progress,

@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +28,9 @@ from disttrain.errors import DataError, UsageError, reason
 from disttrain.imagefolder import Say, Tree, is_tree, pack_tree, scan_tree
 from disttrain.shards.images import Pixels, encode_image
 from disttrain.shards.index import BUILT_IN, Index, data_folder, data_root, load_index, remedy
-from disttrain.shards.pack import Progress, Sample, pack
+from disttrain.shards.pack import Progress, Source, pack
 from disttrain.shards.reader import open_shard
+from disttrain.shards.writer import Sample
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -39,7 +40,7 @@ _DIGITS = tuple("0123456789")
 _DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError)  # what reading a broken archive raises
 _DOWNLOAD_TIMEOUT_S = 30.0
 
-_Splits = Mapping[str, Iterable[Sample]]
+_Splits = Mapping[str, Source]
 
 
 def prepare(
@@ -90,7 +91,7 @@ def prepare(
     if name == "cifar10" and source is not None and is_tree(source):
         tree = scan_tree(source, None, 0, say)
         _check_cifar_tree(source, tree)
-        return pack_tree(tree, name, root, None, overwrite, on_progress)
+        return pack_tree(tree, name, root, None, overwrite=overwrite, say=say, on_progress=on_progress)
     splits: _Splits
     channels: Literal[1, 3] = 1
     if name == "digits":
@@ -99,7 +100,9 @@ def prepare(
         classes, splits = _DIGITS, _mnist(source, root, say)
     else:
         classes, splits, channels = CIFAR10_CLASSES, _cifar10(source, root, say), 3
-    return pack(name, root, splits, classes, channels=channels, overwrite=overwrite, on_progress=on_progress)
+    return pack(
+        name, root, splits, classes, channels=channels, overwrite=overwrite, say=say, on_progress=on_progress
+    )
 
 
 def _intact(name: str, root: str | None) -> Index:
@@ -113,10 +116,26 @@ def _intact(name: str, root: str | None) -> Index:
 # --- Arrays -----------------------------------------------------------------------------------------
 
 
-def _array_samples(images: Pixels, labels: Iterable[int]) -> Iterator[Sample]:
-    """Yields PNG samples of uint8 [N, H, W] or [N, H, W, 3]."""
-    for image, label in zip(images, labels, strict=True):
-        yield Sample(encode_image(image, "PNG"), "png", int(label))
+class _Arrays:
+    """Images in memory, uint8 [N, H, W] or [N, H, W, 3], that become PNG files."""
+
+    def __init__(self, images: Pixels, labels: Sequence[int] | npt.NDArray[np.uint8]) -> None:
+        assert len(images) == len(labels)
+        self._images, self._labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def load(self, number: int) -> Sample:
+        """Returns a sample."""
+        return Sample(encode_image(self._images[number], "PNG"), "png", int(self._labels[number]))
+
+    def size(self, number: int) -> int:
+        """Returns the bytes of the pixels; a PNG of a small image has about as many."""
+        return int(self._images[number].size)
+
+    def identity(self, number: int) -> None:
+        """Returns None: the samples are in memory."""
 
 
 def _digits() -> _Splits:
@@ -128,8 +147,8 @@ def _digits() -> _Splits:
     is_val = np.zeros(len(labels), bool)
     is_val[np.argsort(labels, kind="stable")[4::5]] = True
     return {
-        "train": _array_samples(images[~is_val], labels[~is_val]),
-        "val": _array_samples(images[is_val], labels[is_val]),
+        "train": _Arrays(images[~is_val], labels[~is_val]),
+        "val": _Arrays(images[is_val], labels[is_val]),
     }
 
 
@@ -152,7 +171,7 @@ def _mnist(source: Path | None, root: str | None, say: Say) -> _Splits:
     return {split: _mnist_split(source, names, files) for split, names in _MNIST_FILES.items()}
 
 
-def _mnist_split(source: Path, names: tuple[str, str], files: Sequence[str]) -> Iterator[Sample]:
+def _mnist_split(source: Path, names: tuple[str, str], files: Sequence[str]) -> Source:
     images_file, labels_file = (_find_idx(source, name, files) for name in names)
     images, labels = _read_idx(images_file, 3), _read_idx(labels_file, 1)
     if images.shape[1:] != (28, 28):
@@ -160,7 +179,7 @@ def _mnist_split(source: Path, names: tuple[str, str], files: Sequence[str]) -> 
     if len(images) != len(labels):
         raise DataError(f"{labels_file}: {len(labels)} labels for the {len(images)} images of {images_file}")
     _check_labels(labels, labels_file)
-    return _array_samples(images, labels)
+    return _Arrays(images, labels)
 
 
 def _find_idx(source: Path, name: str, files: Sequence[str]) -> Path:
@@ -263,12 +282,12 @@ def _cifar_python(source: Path) -> _Splits:
                 f"{source / _CIFAR_PYTHON[0]}: a file is missing or damaged (its MD5 is wrong); "
                 f"get {_CIFAR_PYTHON[1]} again"
             ) from None
-    return {split: _array_samples(data.data, data.targets) for split, data in splits.items()}
+    return {split: _Arrays(data.data, data.targets) for split, data in splits.items()}
 
 
 def _cifar_binary(source: Path) -> _Splits:
     """Reads the binary version: records of a label and the planes of red, green and blue, 32x32 each."""
-    splits: dict[str, Iterable[Sample]] = {}
+    splits: dict[str, Source] = {}
     for split, batches in _CIFAR_BATCHES.items():
         records = []
         for batch in batches:
@@ -283,7 +302,7 @@ def _cifar_binary(source: Path) -> _Splits:
             _check_labels(records[-1][:, 0], path)
         table = np.concatenate(records)
         images = table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        splits[split] = _array_samples(images, table[:, 0])
+        splits[split] = _Arrays(images, table[:, 0])
     return splits
 
 

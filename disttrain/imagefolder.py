@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +15,8 @@ from PIL import ExifTags, Image, ImageOps
 from disttrain.errors import DataError, UsageError, reason
 from disttrain.shards.images import as_picture, decode_image, encode_image, map_in_threads, open_image
 from disttrain.shards.index import Index, data_folder
-from disttrain.shards.pack import Progress, Sample, pack
+from disttrain.shards.pack import Progress, pack
+from disttrain.shards.writer import Sample
 
 Say = Callable[[str], None]
 
@@ -38,6 +40,8 @@ def pack_folder(
     size: int | None = None,
     val_fraction: float | None = None,
     seed: int = 0,
+    shard_mib: float = 64,
+    processes: int | None = None,
     force: bool = False,
     say: Say,
     on_progress: Progress | None = None,
@@ -56,6 +60,8 @@ def pack_folder(
             (JPEG files become JPEG of quality 95, others PNG). None: all images must have one size.
         val_fraction: share of each class that becomes the val split, when the folder has none.
         seed: of the order and of the split.
+        shard_mib: as for `pack`.
+        processes: as for `pack`.
         force: replace an existing data set.
         say: takes lines for the user.
         on_progress: as for `pack`.
@@ -79,7 +85,17 @@ def pack_folder(
             f"images of different sizes: {first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}; "
             f"give one size with --size N, for example --size {min(min(one), min(other))}"
         )
-    return pack_tree(tree, name, root, size, force, on_progress)
+    return pack_tree(
+        tree,
+        name,
+        root,
+        size,
+        shard_mib=shard_mib,
+        processes=processes,
+        overwrite=force,
+        say=say,
+        on_progress=on_progress,
+    )
 
 
 class _Header(NamedTuple):
@@ -92,6 +108,8 @@ class _Header(NamedTuple):
     gray: bool
     size: tuple[int, int]
     """Width and height when upright."""
+    bytes: int
+    mtime_ns: int
 
 
 class _Picture(NamedTuple):
@@ -101,6 +119,8 @@ class _Picture(NamedTuple):
     label: int
     extension: str
     plain: bool
+    bytes: int
+    mtime_ns: int
 
 
 class Tree(NamedTuple):
@@ -115,6 +135,7 @@ class Tree(NamedTuple):
 
 
 def is_tree(source: Path) -> bool:
+    """Tells whether a folder holds a folder of each split."""
     return (source / "train").is_dir()
 
 
@@ -134,7 +155,7 @@ def scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Say) -> 
         pictures = []
         headers = map_in_threads(_read_header, (file for file, _ in files))
         for (file, label), header in zip(files, headers, strict=True):
-            pictures.append(_Picture(file, label, header.extension, header.plain))
+            pictures.append(_Picture(file, label, *header[:2], header.bytes, header.mtime_ns))
             sizes.setdefault(header.size, file)
             gray = gray and header.gray
         splits[split] = [pictures[i] for i in rng.permutation(len(pictures))]
@@ -229,6 +250,7 @@ def _split_off(
 def _read_header(file: str) -> _Header:
     try:
         with Path(file).open("rb") as stream, open_image(stream) as picture:
+            status = os.fstat(stream.fileno())
             orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # Pillow raises anything on a broken file
         raise _broken(file, error) from None
@@ -239,7 +261,39 @@ def _read_header(file: str) -> _Header:
         plain=bool(extension) and picture.mode in ("L", "RGB") and orientation not in range(2, 9),
         gray=picture.mode in GRAY_MODES,
         size=(picture.height, picture.width) if turned else picture.size,
+        bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
     )
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The image files of a split, in the order in which they are packed.
+
+    Attributes:
+        pictures: the files.
+        channels: of the data set.
+        side: in pixels, to which they are resized; None keeps them.
+    """
+
+    pictures: Sequence[_Picture]
+    channels: int
+    side: int | None
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def load(self, number: int) -> Sample:
+        """Reads a file; its bytes are kept if they are plain and of the right size."""
+        return _load(self.pictures[number], self.channels, self.side)
+
+    def size(self, number: int) -> int:
+        """Returns the bytes of the file, or of the pixels if it is resized."""
+        return self.pictures[number].bytes if self.side is None else self.side**2 * self.channels
+
+    def identity(self, number: int) -> str:
+        """Returns what the file is and how it is packed."""
+        return f"{self.pictures[number]} {self.side}"
 
 
 def pack_tree(
@@ -247,15 +301,25 @@ def pack_tree(
     name: str,
     root: str | None,
     size: int | None,
+    *,
+    shard_mib: float = 64,
+    processes: int | None = None,
     overwrite: bool,
+    say: Say,
     on_progress: Progress | None,
 ) -> Index:
-    splits = {
-        split: map_in_threads(lambda picture: _load(picture, tree.channels, size), pictures)
-        for split, pictures in tree.splits.items()
-    }
+    """Packs the images of a folder; arguments as for `pack_folder` and `pack`."""
     return pack(
-        name, root, splits, tree.classes, channels=tree.channels, overwrite=overwrite, on_progress=on_progress
+        name,
+        root,
+        {split: _Pictures(pictures, tree.channels, size) for split, pictures in tree.splits.items()},
+        tree.classes,
+        channels=tree.channels,
+        shard_mib=shard_mib,
+        processes=processes,
+        overwrite=overwrite,
+        say=say,
+        on_progress=on_progress,
     )
 
 

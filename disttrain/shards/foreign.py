@@ -108,7 +108,9 @@ def index_folder(
     counts = findings.class_counts
     if not counts["train"].any():
         raise DataError(f"{folder}: no sample of the train split can be used")
-    mean, std = mean_std(findings.sums, findings.squares, int(counts["train"].sum()) * height * width)
+    mean, std = mean_std(
+        findings.sums.tolist(), findings.squares.tolist(), int(counts["train"].sum()) * height * width
+    )
     for split, found in index.splits.items():
         content.splits[split] = Split(found.samples, found.shards, tuple(counts[split].tolist()))
     write_atomically(target, index_bytes(content.model_copy(update={"mean": mean, "std": std})).decode())

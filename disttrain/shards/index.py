@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -292,7 +293,7 @@ def _contradiction(content: IndexFile) -> str | None:
 
 
 def mean_std(
-    sums: npt.NDArray[np.int64], squares: npt.NDArray[np.int64], pixels: int
+    sums: Sequence[int], squares: Sequence[int], pixels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and standard deviation per channel for pixels in 0..1, rounded once from exact integers.
 
@@ -301,7 +302,7 @@ def mean_std(
         squares: of their squares per channel.
         pixels: their number.
     """
-    pairs = list(zip(sums.tolist(), squares.tolist(), strict=True))
+    pairs = list(zip(sums, squares, strict=True))
     mean = tuple(total / (255 * pixels) for total, _ in pairs)
     std = tuple(math.sqrt(pixels * square - total**2) / (255 * pixels) for total, square in pairs)
     return mean, std

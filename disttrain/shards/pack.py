@@ -1,28 +1,34 @@
-"""Writes samples as a packed data set: plain WebDataset tars and their index.
+"""Packs samples as a data set: plans the shards, has them written by several processes, and publishes them.
 
-A tar holds `<key>.png|jpg|webp` and `<key>.cls` (the label in decimal) for each sample; the key is the
-sample's running number in its split. The same samples give the same bytes. Where the samples come from is
-the business of `datasets` and `imagefolder`.
+The plan follows from the input alone, so the bytes do not depend on the number of processes. Shards that
+were finished when packing was interrupted are kept for the next try. Where the samples come from is the
+business of `datasets` and `imagefolder`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import dataclasses
 import errno
+import fcntl
 import hashlib
-import math
+import itertools
+import json
+import multiprocessing
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, Literal, Protocol
 
 from disttrain.errors import DataError, StorageError
-from disttrain.shards.images import decode_image, map_in_threads
+from disttrain.parallel import usable_cores
 from disttrain.shards.index import (
     VERSION,
     Index,
@@ -32,40 +38,76 @@ from disttrain.shards.index import (
     data_folder,
     index_bytes,
     load_index,
+    mean_std,
 )
+from disttrain.shards.writer import Record, Sample, check_shape, member_bytes, sync, write_shard
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, int | None], None]
+"""Called now and then with the samples done and their total, if that is known."""
+
+_FEW = 4000  # samples that are not worth other processes
+_POLL_S = 0.2
 
 
-class Sample(NamedTuple):
-    """One encoded image with its label."""
+class Source(Protocol):
+    """Samples that are known before they are loaded."""
 
-    image: bytes
-    """An image file."""
-    extension: str
-    """Its format: png, jpg or webp."""
-    label: int
-    """Position in the list of classes."""
-    origin: str = ""
-    """Where it comes from, for messages; not stored."""
+    def __len__(self) -> int:
+        """Returns the number of samples."""
+
+    def load(self, number: int) -> Sample:
+        """Returns a sample."""
+
+    def size(self, number: int) -> int:
+        """Returns about how many bytes the image of a sample has."""
+
+    def identity(self, number: int) -> str | None:
+        """Returns what changes when a sample does; None for samples in memory.
+
+        Samples in memory are written by this process alone and not kept after an interruption. Others are
+        pickled, to be loaded by other processes.
+        """
+
+
+class Listed:
+    """Samples in memory."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def load(self, number: int) -> Sample:
+        """Returns a sample."""
+        return self._samples[number]
+
+    def size(self, number: int) -> int:
+        """Returns the size of its image in bytes."""
+        return len(self._samples[number].image)
+
+    def identity(self, number: int) -> None:
+        """Returns None: the samples are in memory."""
 
 
 def pack(
     name: str,
     root: str | None,
-    splits: Mapping[str, Iterable[Sample]],
+    splits: Mapping[str, Source],
     classes: Sequence[str],
     *,
     channels: Literal[1, 3],
     shard_mib: float = 64,
+    processes: int | None = None,
     overwrite: bool = False,
+    say: Callable[[str], None] = lambda text: None,
     on_progress: Progress | None = None,
 ) -> Index:
     """Writes samples as a data set, which appears under its name when it is complete.
 
-    Every image is decoded once: it must be sound and have the shape of the first. Samples are taken as
-    they are needed, so that memory stays bounded. When a data set of that name exists, or another process
-    makes it meanwhile, the existing one stays: it is returned if it is the same.
+    Every image is decoded once: it must be sound and have the shape of the first. When a data set of that
+    name exists, or another process makes it meanwhile, the existing one stays: it is returned if it is
+    the same.
 
     Args:
         name: folder under the root.
@@ -73,44 +115,33 @@ def pack(
         splits: the samples of `train` and other splits, each in the order of the shards.
         classes: their names; labels are positions in it.
         channels: 1 or 3, to which the images are converted when they are decoded.
-        shard_mib: a shard is closed when it has reached this size.
+        shard_mib: a shard is closed when it has reached this size, by the sizes that the source tells.
+        processes: that write; None means one per usable core, if there is enough to do.
         overwrite: replace an existing data set.
-        on_progress: called now and then with the number of samples written so far, and at the end.
+        say: told of shards that are kept, and of another process that is waited for.
+        on_progress: as for `Progress`.
 
     Raises:
         DataError: an image is broken or of another shape, a split is empty, or another data set of that
             name exists.
-        StorageError: a write failed.
+        StorageError: a write failed, or a process was killed.
     """
+    for split, source in splits.items():
+        if len(source) == 0:
+            raise DataError(f"the {split} split has no images; add some")
     target = data_folder(name, root)
     place = target.resolve()  # a data set may be a link to a larger disk
     if overwrite:
         _check_replaceable(place)
+    jobs = list(_plan(splits, int(shard_mib * 2**20), len(classes), channels))
     try:
-        with _scratch_folder(place) as scratch:
-            census = Census(len(classes), channels, on_progress or (lambda done: None))
-            written = {}
-            for split, samples in splits.items():
-                shards = _write_shards(scratch, split, census.check(split, samples), int(shard_mib * 2**20))
-                counts = census.class_counts[split]
-                written[split] = Split(sum(counts), shards, tuple(counts))
-            height, width, _ = census.shape
-            mean, std = census.mean_std()
-            text = index_bytes(
-                IndexFile(
-                    version=VERSION,
-                    classes=tuple(classes),
-                    channels=channels,
-                    height=height,
-                    width=width,
-                    mean=mean,
-                    std=std,
-                    splits=written,
-                )
-            )
+        with _scratch_folder(place, say, keep=all(job.fingerprint for job in jobs)) as scratch:
+            records = _write(jobs, splits, scratch, processes, say, on_progress)
+            text = index_bytes(_describe(jobs, records, classes, channels))
+            _leave_only(scratch, [job.file for job in jobs])
             with (scratch / "index.json").open("wb") as file:
                 file.write(text)
-                _sync(file)
+                sync(file)
             _sync_folder(scratch)
             published = _publish(scratch, place, overwrite)
     except OSError as error:
@@ -118,6 +149,11 @@ def pack(
             f"{error.filename or target}: the data set cannot be written: {error.strerror or error}; "
             "make room or choose another folder with --root"
         ) from error
+    except BrokenProcessPool:
+        raise StorageError(
+            f"{target}: a packing process was killed (too little memory?); run the command again to go on, "
+            "with fewer --procs"
+        ) from None
     index = load_index(name, root)
     if not published and index.digest != hashlib.sha256(text).hexdigest():
         raise DataError(
@@ -126,112 +162,244 @@ def pack(
     return index
 
 
-class _Measured(NamedTuple):
-    sample: Sample
-    shape: tuple[int, int, int]
-    sums: npt.NDArray[np.int64]
-    squares: npt.NDArray[np.int64]
+@dataclass(frozen=True)
+class _Job:
+    """One shard to write.
+
+    Attributes:
+        split: it belongs to.
+        file: its name.
+        first: number of its first sample in the split.
+        end: number after its last.
+        size: bytes that it will have, about.
+        fingerprint: changes when anything does that goes into it; empty if that is unknown.
+        classes: number of classes.
+        channels: of the images.
+    """
+
+    split: str
+    file: str
+    first: int
+    end: int
+    size: int
+    fingerprint: str
+    classes: int
+    channels: int
 
 
-class Census:
-    """What is counted while samples pass on their way into the shards."""
+def _plan(splits: Mapping[str, Source], shard_bytes: int, classes: int, channels: int) -> Iterator[_Job]:
+    for split, source in splits.items():
+        first, size, shards = 0, 0, itertools.count()
+        for number in range(len(source)):
+            size += member_bytes(source.size(number))
+            if size >= shard_bytes or number + 1 == len(source):
+                identities = [source.identity(i) for i in range(first, number + 1)]
+                fingerprint = ""
+                if None not in identities:
+                    text = json.dumps([VERSION, classes, channels, first, identities])
+                    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+                file = f"{split}-{next(shards):06d}.tar"
+                yield _Job(split, file, first, number + 1, size, fingerprint, classes, channels)
+                first, size = number + 1, 0
 
-    def __init__(self, classes: int, channels: int, on_progress: Progress) -> None:
-        self.class_counts: dict[str, list[int]] = {}
-        self.shape = (0, 0, channels)
-        self._classes = classes
-        self._channels = channels
-        self._on_progress = on_progress
-        self._first = ""
-        self._done = 0
-        self._sums = np.zeros(channels, np.int64)  # of the train split; exact up to 1e14 pixels
-        self._squares = np.zeros(channels, np.int64)
 
-    def check(self, split: str, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Yields the samples after checking and counting them."""
-        counts = self.class_counts[split] = [0] * self._classes
-        named = (
-            sample if sample.origin else sample._replace(origin=f"{split} sample {number}")
-            for number, sample in enumerate(samples)
+# --- Writing ----------------------------------------------------------------------------------------
+
+
+def _write(
+    jobs: Sequence[_Job],
+    splits: Mapping[str, Source],
+    scratch: Path,
+    processes: int | None,
+    say: Callable[[str], None],
+    on_progress: Progress | None,
+) -> list[Record]:
+    """Writes the shards that are not there yet and returns the records of all, in order."""
+    records = {job.file: _kept(scratch, job) for job in jobs}
+    missing = [job for job in jobs if records[job.file] is None]
+    total = sum(job.end - job.first for job in jobs)
+    done = total - sum(job.end - job.first for job in missing)
+    if done:
+        kept = len(jobs) - len(missing)
+        say(f"going on: {kept:,} of {len(jobs):,} shards were finished before")
+    free, needed = shutil.disk_usage(scratch).free, sum(job.size for job in missing)
+    if needed > free:
+        raise StorageError(
+            f"{scratch.parent}: {needed / 2**20:,.0f} MiB needed for the shards, {free / 2**20:,.0f} MiB "
+            "free; make room or choose another folder with --root"
         )
-        for sample, shape, sums, squares in map_in_threads(self._measure, named):
-            if not 0 <= sample.label < self._classes:
-                raise DataError(f"{sample.origin}: label {sample.label}, but {self._classes} classes")
-            if not self._first:
-                self._first, self.shape = sample.origin, shape
-            if shape != self.shape:
-                (height, width, _), (first_height, first_width, _) = shape, self.shape
-                raise DataError(
-                    f"{sample.origin} is {width}x{height} but {self._first} is {first_width}x{first_height}; "
-                    "all images must have one size"
-                )
-            counts[sample.label] += 1
-            if split == "train":
-                self._sums += sums
-                self._squares += squares
-            self._done += 1
-            if self._done % 100 == 0:
-                self._on_progress(self._done)
-            yield sample
-        if not any(counts):
-            raise DataError(f"the {split} split has no images; add some")
-        self._on_progress(self._done)
+    show = on_progress or (lambda done, total: None)
 
-    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns both per channel for pixels in 0..1, rounded once from exact integers."""
-        pixels = sum(self.class_counts["train"]) * self.shape[0] * self.shape[1]
-        pairs = list(zip(self._sums.tolist(), self._squares.tolist(), strict=True))
-        mean = tuple(total / (255 * pixels) for total, _ in pairs)
-        std = tuple(math.sqrt(pixels * square - total**2) / (255 * pixels) for total, square in pairs)
-        return mean, std
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if done % 100 == 0:
+            show(done, total)
 
-    def _measure(self, sample: Sample) -> _Measured:
-        try:
-            pixels = decode_image(sample.image, self._channels)
-        except ValueError as error:
-            raise DataError(f"{sample.origin}: {error}; repair or remove it") from None
-        flat = pixels.reshape(-1, self._channels)
-        sums = flat.sum(axis=0, dtype=np.int64)
-        squares = np.square(flat, dtype=np.uint16).sum(axis=0, dtype=np.int64)  # 255 * 255 < 2**16
-        return _Measured(sample, (pixels.shape[0], pixels.shape[1], pixels.shape[2]), sums, squares)
+    processes = min(processes or (usable_cores() if total >= _FEW else 1), len(missing))
+    if processes > 1 and all(job.fingerprint for job in jobs):
+        before = done
+        records |= _write_in_processes(
+            missing, splits, scratch, processes, lambda new: show(before + new, total)
+        )
+    else:
+        for job in missing:
+            records[job.file] = _write_job(job, splits[job.split], scratch, count)
+    show(total, total)
+    return [record for job in jobs if (record := records[job.file])]
 
 
-def _write_shards(folder: Path, split: str, samples: Iterator[Sample], shard_bytes: int) -> tuple[Shard, ...]:
-    from webdataset.writer import TarWriter
-
-    shards: list[Shard] = []
-    number = 0
-    sample = next(samples, None)
-    while sample is not None:
-        path = folder / f"{split}-{len(shards):06d}.tar"
-        first = number
-        with path.open("wb") as file:
-            tar = TarWriter(
-                file, encoder=False, mtime=0, mode=0o444, user="disttrain", group="disttrain", compress=False
-            )
-            with tar:
-                while sample is not None and (number == first or file.tell() < shard_bytes):
-                    label = str(sample.label).encode()
-                    tar.write({"__key__": f"{number:08d}", sample.extension: sample.image, "cls": label})
-                    number += 1
-                    sample = next(samples, None)
-            _sync(file)
+def _kept(scratch: Path, job: _Job) -> Record | None:
+    """Returns the record of a shard that an earlier try has finished from the same input."""
+    path = scratch / job.file
+    try:
+        content = json.loads(path.with_suffix(".json").read_text())
+        if not job.fingerprint or content.pop("fingerprint") != job.fingerprint:
+            return None
+        record = Record(**content | {"shape": tuple(content["shape"])})
         with path.open("rb") as file:
-            digest = sha256(file)
-        shards.append(Shard(path.name, number - first, path.stat().st_size, digest))
-    return tuple(shards)
+            intact = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return record if intact else None
+
+
+def _write_job(job: _Job, source: Source, scratch: Path, on_sample: Callable[[], None]) -> Record:
+    record = write_shard(
+        scratch / job.file,
+        job.first,
+        (source.load(number) for number in range(job.first, job.end)),
+        classes=job.classes,
+        channels=job.channels,
+        on_sample=on_sample,
+    )
+    if job.fingerprint:
+        content = {"fingerprint": job.fingerprint, **dataclasses.asdict(record)}
+        (scratch / job.file).with_suffix(".json").write_text(json.dumps(content))
+    return record
+
+
+def _write_in_processes(
+    jobs: Sequence[_Job],
+    splits: Mapping[str, Source],
+    scratch: Path,
+    processes: int,
+    on_progress: Callable[[int], None],
+) -> dict[str, Record | None]:
+    context = multiprocessing.get_context("spawn")
+    done, stop = context.Value("q", 0), context.Event()
+    pool = ProcessPoolExecutor(processes, context, _begin, (splits, scratch, done, stop, os.getpid()))
+    try:
+        futures: dict[str, Future[Record]] = {job.file: pool.submit(_work, job) for job in jobs}
+        pending = set(futures.values())
+        while pending:
+            finished, pending = wait(pending, timeout=_POLL_S)
+            for future in finished:
+                future.result()  # raises what went wrong there
+            on_progress(done.value)
+        return {file: future.result() for file, future in futures.items()}
+    finally:
+        stop.set()  # ends a shard that is being written, after an error or Ctrl-C
+        pool.shutdown(cancel_futures=True)
+
+
+_process: dict[str, Any] = {}  # what a packing process was given when it began
+
+
+def _begin(splits: Mapping[str, Source], scratch: Path, done: Any, stop: Any, parent: int) -> None:
+    """Prepares a packing process: it ends with its parent, which alone hears Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+    _process.update(splits=splits, scratch=scratch, done=done, stop=stop)
+
+
+def _work(job: _Job) -> Record:
+    done, stop = _process["done"], _process["stop"]
+
+    def count() -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        with done.get_lock():
+            done.value += 1
+
+    return _write_job(job, _process["splits"][job.split], _process["scratch"], count)
+
+
+def _describe(
+    jobs: Sequence[_Job], records: Sequence[Record], classes: Sequence[str], channels: Literal[1, 3]
+) -> IndexFile:
+    """Returns the index of the shards, which must agree in the shape of their images."""
+    height, width = records[0].shape
+    splits: dict[str, Split] = {}
+    for split, group in itertools.groupby(zip(jobs, records, strict=True), key=lambda pair: pair[0].split):
+        shards, counts = [], [0] * len(classes)
+        for job, record in group:
+            check_shape(record.first, record.shape, records[0].first, records[0].shape)
+            shards.append(Shard(job.file, job.end - job.first, record.bytes, record.sha256))
+            counts = [one + other for one, other in zip(counts, record.class_counts, strict=True)]
+        splits[split] = Split(sum(counts), tuple(shards), tuple(counts))
+    train = [record for job, record in zip(jobs, records, strict=True) if job.split == "train"]
+    sums, squares = ([sum(row) for row in zip(*rows, strict=True)] for rows in _sums(train))
+    mean, std = mean_std(sums, squares, splits["train"].samples * height * width)
+    return IndexFile(
+        version=VERSION,
+        classes=tuple(classes),
+        channels=channels,
+        height=height,
+        width=width,
+        mean=mean,
+        std=std,
+        splits=splits,
+    )
+
+
+def _sums(records: Sequence[Record]) -> tuple[list[list[int]], list[list[int]]]:
+    return [record.sums for record in records], [record.squares for record in records]
+
+
+# --- Folders ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _scratch_folder(target: Path) -> Iterator[Path]:
-    """Makes a hidden folder beside the target and removes it in the end, whatever happens."""
+def _scratch_folder(target: Path, say: Callable[[str], None], *, keep: bool) -> Iterator[Path]:
+    """Makes the hidden folder beside the target, for one process at a time.
+
+    Args:
+        target: the data set to be.
+        say: told when another process is waited for.
+        keep: leave it as it is after a failure, for the next try.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / f".{target.name}.{secrets.token_hex(6)}"
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    scratch = target.parent / f".{target.name}.partial"
+    with contextlib.ExitStack() as stack:
+        while True:
+            scratch.mkdir(exist_ok=True)
+            descriptor = os.open(scratch, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another process that packs {target.name}")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), scratch.stat()):
+                    break  # else the other process has published or removed it
+        try:
+            yield scratch
+        except BaseException:
+            if not keep:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        shutil.rmtree(scratch, ignore_errors=True)  # there only if another data set was published meanwhile
+
+
+def _leave_only(folder: Path, files: Sequence[str]) -> None:
+    """Removes the records, and shards of an earlier plan."""
+    for path in folder.iterdir():
+        if path.name not in files:
+            path.unlink()
 
 
 def _check_replaceable(target: Path) -> None:
@@ -263,13 +431,9 @@ def _publish(folder: Path, target: Path, overwrite: bool) -> bool:
             return True
         if not overwrite:
             return False
-        with _scratch_folder(target) as old, contextlib.suppress(FileNotFoundError):
-            target.rename(old / target.name)  # a reader that has its shards open keeps them
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        old = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+        with old as folder_of_old, contextlib.suppress(FileNotFoundError):
+            target.rename(Path(folder_of_old) / target.name)  # a reader that has its shards open keeps them
 
 
 def _sync_folder(folder: Path) -> None:
@@ -278,10 +442,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(2**20):
-        digest.update(chunk)
-    return digest.hexdigest()

@@ -65,14 +65,15 @@ def fetch_text(url: str, limit_bytes: int) -> bytes:
     """
     check_url(url)
 
-    def fetch() -> bytes:
+    def fetch() -> Any:
         with _open(url, {}) as response:
-            content: bytes = response.read(limit_bytes + 1)
+            content = response.read(limit_bytes + 1)
         if len(content) > limit_bytes:
             raise DataError(f"{_shown(url)}: more than {limit_bytes} bytes; is it the right file?")
         return content
 
-    return _persist(url, fetch)
+    content: bytes = _persist(url, fetch)
+    return content
 
 
 def shard_cache() -> Path:

@@ -166,7 +166,8 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int, bytes]]:
         raise ValueError(
             f"{end} bytes are not a whole number of {_BLOCK}-byte blocks: the tar was cut or added to"
         )
-    place, long_name, records, name = 0, "", {}, ""
+    place, long_name, name = 0, "", ""
+    records: dict[str, str] = {}
     while True:
         block = os.pread(descriptor, 2 * _BLOCK, place)
         header, head = block[:_BLOCK], block[_BLOCK:]

@@ -116,7 +116,7 @@ def verify(index: Index, *, on_progress: Progress | None = None) -> list[Problem
         if findings.class_counts[split].tolist() != list(content.class_counts):
             problems.append(Problem(place, None, f"class_counts of {split} are not those of the shards"))
     pixels = int(findings.class_counts["train"].sum()) * index.height * index.width
-    if mean_std(findings.sums, findings.squares, pixels) != (index.mean, index.std):
+    if mean_std(findings.sums.tolist(), findings.squares.tolist(), pixels) != (index.mean, index.std):
         problems.append(Problem(place, None, "mean or std are not those of the train split"))
     return problems
 

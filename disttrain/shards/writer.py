@@ -1,0 +1,136 @@
+"""Writes one shard: a plain WebDataset tar, and a record of what went into it.
+
+A tar holds `<key>.png|jpg|webp` and `<key>.cls` (the label in decimal) for each sample; the key is the
+sample's running number in its split. The same samples give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from disttrain.errors import DataError
+from disttrain.shards.images import decode_image
+
+BLOCK = 512  # of a tar, in bytes
+
+
+class Sample(NamedTuple):
+    """One encoded image with its label."""
+
+    image: bytes
+    """An image file."""
+    extension: str
+    """Its format: png, jpg or webp."""
+    label: int
+    """Position in the list of classes."""
+    origin: str = ""
+    """Where it comes from, for messages; not stored."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What went into a shard; counts and sums are exact.
+
+    Attributes:
+        bytes: size of the tar.
+        sha256: of the tar.
+        class_counts: samples of each class.
+        shape: height and width of its images.
+        first: origin of its first sample.
+        sums: of the pixels, per channel.
+        squares: of the squares of the pixels, per channel.
+    """
+
+    bytes: int
+    sha256: str
+    class_counts: list[int]
+    shape: tuple[int, int]
+    first: str
+    sums: list[int]
+    squares: list[int]
+
+
+def member_bytes(size: int) -> int:
+    """Returns the bytes that an image of `size` bytes and its label take in a tar."""
+    return BLOCK + -(-size // BLOCK) * BLOCK + 2 * BLOCK
+
+
+def write_shard(
+    path: Path,
+    first: int,
+    samples: Iterable[Sample],
+    *,
+    classes: int,
+    channels: int,
+    on_sample: Callable[[], None],
+) -> Record:
+    """Writes a shard and checks every sample on the way: it must be sound and have the shape of the first.
+
+    Args:
+        path: the tar.
+        first: running number of the first sample in its split.
+        samples: at least one.
+        classes: labels are below.
+        channels: 1 or 3, to which the images are converted when they are decoded.
+        on_sample: called after each sample.
+
+    Raises:
+        DataError: an image is broken or of another shape, or a label is none of the classes.
+        OSError: a write failed.
+    """
+    from webdataset.writer import TarWriter
+
+    counts = [0] * classes
+    sums, squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)  # exact up to 1e14 pixels
+    shape, origin = (0, 0), ""
+    with path.open("wb") as file:
+        tar = TarWriter(
+            file, encoder=False, mtime=0, mode=0o444, user="disttrain", group="disttrain", compress=False
+        )
+        with tar:
+            for number, sample in enumerate(samples, first):
+                name = sample.origin or f"{path.stem.partition('-')[0]} sample {number}"
+                if not 0 <= sample.label < classes:
+                    raise DataError(f"{name}: label {sample.label}, but {classes} classes")
+                try:
+                    pixels = decode_image(sample.image, channels)
+                except ValueError as error:
+                    raise DataError(f"{name}: {error}; repair or remove it") from None
+                found = (pixels.shape[0], pixels.shape[1])
+                if not origin:
+                    shape, origin = found, name
+                check_shape(name, found, origin, shape)
+                flat = pixels.reshape(-1, channels)
+                sums += flat.sum(axis=0, dtype=np.int64)
+                squares += np.square(flat, dtype=np.uint16).sum(axis=0, dtype=np.int64)  # 255 * 255 < 2**16
+                counts[sample.label] += 1
+                label = str(sample.label).encode()
+                tar.write({"__key__": f"{number:08d}", sample.extension: sample.image, "cls": label})
+                on_sample()
+        sync(file)
+    with path.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
+    size = path.stat().st_size
+    return Record(size, digest, counts, shape, origin, sums.tolist(), squares.tolist())
+
+
+def check_shape(name: str, shape: tuple[int, int], first: str, expected: tuple[int, int]) -> None:
+    """Raises DataError if an image, or the first one of a shard, has another shape than the first of all."""
+    if shape != expected:
+        raise DataError(
+            f"{name} is {shape[1]}x{shape[0]} but {first} is {expected[1]}x{expected[0]}; all images must "
+            "have one size"
+        )
+
+
+def sync(file: BinaryIO) -> None:
+    """Makes sure that a file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
