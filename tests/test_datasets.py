@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disttrain import datasets, shards
+from disttrain import datasets, imagefolder
 from disttrain.errors import DataError, UsageError
+from disttrain.shards.images import decode_image
+from disttrain.shards.index import load_index
+from disttrain.shards.reader import read_split
 
 
 @pytest.fixture
@@ -46,15 +49,12 @@ def prepare(name, source=None, said=None, **options):
 
 def pack(folder, said=None, **options):
     say = [].append if said is None else said.append
-    return datasets.pack_folder(folder, **{"name": "mine", "root": None, "say": say} | options)
+    return imagefolder.pack_folder(folder, **{"name": "mine", "root": None, "say": say} | options)
 
 
 def read(index, split):
     """Returns images as uint8 [N, H, W, C] and labels."""
-    pairs = [
-        (shards.decode_image(image, index.channels), label)
-        for _, image, label in shards.read_split(index, split)
-    ]
+    pairs = [(decode_image(image, index.channels), label) for _, image, label in read_split(index, split)]
     return np.stack([image for image, _ in pairs]), [label for _, label in pairs]
 
 
@@ -105,7 +105,7 @@ def test_damaged_data_set_is_prepared_again(root, said):
     path.write_bytes(sound[:-1] + b"x")
     prepare("digits", said=said)
     assert path.read_bytes() == sound
-    assert "is damaged" in said[0]
+    assert "damaged: its SHA-256" in said[0]
     assert said[0].endswith("making it again")
     assert "\n" not in said[0]
 
@@ -394,7 +394,7 @@ def test_cifar_as_a_tree_keeps_the_bytes(root, source):
     index = prepare("cifar10", source)
     assert index.classes == datasets.CIFAR10_CLASSES
     files = {path.read_bytes() for path in (source / "train").rglob("*.jpg")}
-    assert {image for _, image, _ in shards.read_split(index, "train")} == files
+    assert {image for _, image, _ in read_split(index, "train")} == files
 
 
 def test_cifar_tree_must_be_cifar(root, source):
@@ -497,7 +497,7 @@ def test_bytes_are_kept_where_every_reader_sees_the_same(root, source):
         write(source / "train" / "ant" / file, image)
     write(source / "val" / "ant" / "0.png", image)
     kept = {path.read_bytes() for path in (source / "train" / "ant").iterdir()}
-    assert {data for _, data, _ in shards.read_split(pack(source), "train")} == kept
+    assert {data for _, data, _ in read_split(pack(source), "train")} == kept
 
 
 def test_other_formats_become_png_of_the_same_pixels(root, source):
@@ -515,8 +515,8 @@ def test_other_formats_become_png_of_the_same_pixels(root, source):
     write(folder / "6.png", picture.convert("RGBA"))
     write(source / "val" / "ant" / "0.png", image)
     index = pack(source)
-    assert all(data.startswith(b"\x89PNG") for _, data, _ in shards.read_split(index, "train"))
-    assert all(Image.open(io.BytesIO(data)).mode == "RGB" for _, data, _ in shards.read_split(index, "train"))
+    assert all(data.startswith(b"\x89PNG") for _, data, _ in read_split(index, "train"))
+    assert all(Image.open(io.BytesIO(data)).mode == "RGB" for _, data, _ in read_split(index, "train"))
     np.testing.assert_array_equal(read(index, "train")[0], np.stack([image] * 7))
 
 
@@ -555,7 +555,7 @@ def test_size_scales_the_shorter_side_and_cuts_the_middle(root, source):
     write(source / "train" / "a" / "2.jpg", noise(1, 40, 20, 3)[0])
     write(source / "val" / "a" / "0.png", exact)
     index = pack(source, size=10)
-    stored = [data for _, data, _ in shards.read_split(index, "train")]
+    stored = [data for _, data, _ in read_split(index, "train")]
     assert (source / "train" / "a" / "1.jpg").read_bytes() in stored
     assert sorted(data[:2] for data in stored) == [b"\x89P", b"\xff\xd8", b"\xff\xd8"]
     scaled = next(image for image in read(index, "train")[0] if image[:, 2:-2].min() == 255)
@@ -667,7 +667,7 @@ def test_existing_name_needs_force(root, source):
     first = pack(source)
     with pytest.raises(DataError, match=r"mine: exists; replace it with --force or choose another name"):
         pack(source, seed=1)
-    assert shards.load_index("mine", None) == first
+    assert load_index("mine", None) == first
     assert pack(source, seed=1, force=True).digest != first.digest
 
 

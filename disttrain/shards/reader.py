@@ -139,15 +139,20 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
     with open(descriptor, "rb", closefd=False) as file:
         intact = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
         file.seek(0)
+        contents, problem = None, ""
         try:
             contents = scan(file, len(index.classes))
         except ValueError as error:
-            raise ShardError(index, shard, str(error)) from None
+            problem = str(error)
         except UnsafeError as error:
             raise UnsafeError(f"{index.place(shard)}: {error}") from None
     if not intact:
-        found = _first_bad(index, OpenShard(str(path), os.dup(descriptor), contents))
-        raise ShardError(index, shard, "damaged: its SHA-256 is not that of the index" + found)
+        if contents is not None:
+            problem = _first_bad(index, OpenShard(str(path), os.dup(descriptor), contents))
+        found = f" ({problem})" if problem else ""
+        raise ShardError(index, shard, f"damaged: its SHA-256 is not that of the index{found}")
+    if contents is None:
+        raise ShardError(index, shard, problem)
     if len(contents.keys) != shard.samples:
         raise ShardError(index, shard, f"{len(contents.keys)} samples, but the index says {shard.samples}")
     _store(record, contents)
@@ -161,7 +166,7 @@ def _first_bad(index: Index, shard: OpenShard) -> str:
         try:
             decode_into([shard.read(position)], pixels)
         except ValueError as error:
-            return f" (first bad sample {key}: {error})"
+            return f"first bad sample {key}: {error}"
     return ""
 
 
