@@ -85,7 +85,7 @@ def print_tables(rates: dict[str, list[float]], claims: list[dict], options: arg
         f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, n = {options.runs}; ",
         end="",
     )
-    print(f"streaming peers over {epoch}\n")
+    print(f"webdataset and mosaic over {epoch}\n")
     for name, values in rates.items():
         unit = "s" if name == "resume" else "samples/s"
         digits = 2 if name == "resume" else 0

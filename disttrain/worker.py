@@ -457,6 +457,7 @@ def open_loaders(
     from disttrain.data.batches import choose_place
     from disttrain.data.cached import Cached, open_split
     from disttrain.data.streamed import Streamed
+    from disttrain.shards.images import expect_images
 
     device = accelerator.device
     place, reason = choose_place(config.data.cache, index.decoded_bytes, device)
@@ -469,6 +470,7 @@ def open_loaders(
     workers = config.data.workers
     if workers is None:
         workers = max(1, min(8, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    expect_images(index.splits["train"].samples * config.train.epochs // accelerator.num_processes)
     size = config.train.batch_size // accelerator.num_processes
     loaders = {
         split: Streamed(index, split, device, batch_size=size, workers=workers, say=say)

@@ -107,7 +107,13 @@ def _nothing_left_behind() -> Iterator[None]:
     environment = dict(os.environ)
     threads = set(threading.enumerate())
     yield
-    leftover = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    leftover = [
+        child
+        for child in psutil.Process().children()
+        if child.status() != psutil.STATUS_ZOMBIE
+        # Python's own, which watches over the semaphores of other processes and ends with this one.
+        and not any("resource_tracker" in word for word in child.cmdline())
+    ]
     assert not leftover, f"processes left behind: {leftover}"
     left = [t for t in threading.enumerate() if t not in threads and not t.daemon]
     assert not left, f"threads left behind: {left}"

@@ -2,17 +2,24 @@
 
 import hashlib
 import os
+import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from toy import CLASSES, encode, images, pack, samples, tree
 
 from disttrain.errors import DataError, StorageError
+from disttrain.imagefolder import pack_folder
+from disttrain.shards import pack as packing
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Listed
@@ -285,6 +292,135 @@ def test_two_processes_at_once(root, seeds):
     else:
         assert any("another data set" in outcome for outcome in outcomes)
     assert [path.name for path in root.iterdir()] == ["toy"]
+
+
+# --- Several processes ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 600 images in three classes."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number, image in enumerate(images(600, shape=(24, 24, 3))):
+        path = folder / ("val" if number % 6 == 0 else "train") / CLASSES[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(image))
+    return folder
+
+
+def pack_photos(folder, name, processes=1, say=lambda text: None, **options):
+    options = {"root": None, "shard_mib": 0.1, "say": say} | options
+    return pack_folder(folder, name=name, processes=processes, **options)
+
+
+def command(folder, root, *options):
+    arguments = ["data", "pack", str(folder), "--name", "photos", "--root", str(root), "--shard-mib", "0.1"]
+    return [sys.executable, "-m", "disttrain", *arguments, *options]
+
+
+def wait_for_records(scratch, count, process):
+    deadline = time.monotonic() + 120
+    while len(list(scratch.glob("*.json"))) < count:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_writes_the_same_bytes(root, photos, processes):
+    done = []
+    one = pack_photos(photos, "one")
+    several = pack_photos(photos, "several", processes, on_progress=lambda *seen: done.append(seen))
+    assert len(one.splits["train"].shards) > 10
+    assert tree(one.folder) == tree(several.folder)
+    assert done[-1] == (600, 600)
+    assert [count for count, _ in done] == sorted(count for count, _ in done)
+
+
+def test_a_wrong_image_is_named_by_whatever_process_finds_it(root, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "copy")
+    broken = tmp_path / "copy" / "train" / "emu" / "599.png"
+    sound = broken.read_bytes()
+    broken.write_bytes(encode(images(1, shape=(24, 24, 3))[0], "JPEG")[:-50])  # its header is sound
+    with pytest.raises(DataError, match=r"emu/599\.png: .*; repair or remove it"):
+        pack_photos(tmp_path / "copy", "photos", 2)
+    broken.write_bytes(sound)
+    index = pack_photos(tmp_path / "copy", "photos", 2)
+    assert tree(index.folder) == tree(pack_photos(photos, "other").folder)
+    assert sorted(path.name for path in root.iterdir()) == ["other", "photos"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_packing_goes_on_after_it_was_killed(root, photos, processes):
+    arguments = command(photos, root, "--procs", str(processes))
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
+        scratch = root / ".photos.partial"
+        wait_for_records(scratch, 3, process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    kept = {path.with_suffix(".tar").name for path in scratch.glob("*.json")}
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in scratch.glob("*.tar")}
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=240, check=True)
+    assert f"going on: {len(kept)} of" in result.stdout
+    after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (root / "photos").iterdir()}
+    assert all(after[name] == before[name] for name in kept)
+    assert tree(root / "photos") == tree(pack_photos(photos, "other").folder)
+    assert sorted(path.name for path in root.iterdir()) == ["other", "photos"]
+
+
+def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(root, photos):
+    arguments = command(photos, root, "--procs", "2")
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    wait_for_records(root / ".photos.partial", 2, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert b"Traceback" not in errors
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    assert len(list((root / ".photos.partial").glob("*.json"))) >= 2
+
+
+def test_a_killed_packing_process_is_told(root, photos):
+    arguments = command(photos, root, "--procs", "2")
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_records(root / ".photos.partial", 2, process)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "spawn_main" in " ".join(child.cmdline()):
+            child.kill()
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 74, errors
+    assert "a packing process was killed" in errors
+
+
+def test_a_changed_image_is_packed_anew(root, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "copy")
+    broken = tmp_path / "copy" / "val" / "cat" / "0.png"
+    broken.write_bytes(encode(images(1, shape=(24, 24, 3))[0], "JPEG")[:-50])  # its header is sound
+    with pytest.raises(DataError):
+        pack_photos(tmp_path / "copy", "photos")
+    scratch = root / ".photos.partial"
+    changed = sorted((tmp_path / "copy" / "train" / "dog").iterdir())[0]
+    changed.write_bytes(encode(images(1, seed=9, shape=(24, 24, 3))[0]))
+    broken.write_bytes(encode(images(1, shape=(24, 24, 3))[0]))
+    finished = len(list(scratch.glob("*.json")))
+    said = []
+    index = pack_photos(tmp_path / "copy", "photos", say=said.append)
+    assert f"going on: {finished - 1} of" in said[0]
+    assert changed.read_bytes() in {image for _, image, _ in read_split(index, "train")}
+    assert verify(index) == []
+
+
+def test_a_full_disk_is_told_before_packing(root, photos, monkeypatch):
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match=r"[12] MiB needed for the shards, 0 MiB free"):
+        pack_photos(photos, "photos")
 
 
 # --- Imports ----------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
 FOLDER holds the shards of CIFAR-10 as JPEG. The first run makes CACHE/venv (pip decides which torch comes;
 gigabytes are fetched) and CACHE/mds, the same samples as MDS with the JPEG bytes as they are. Every run then
 measures one epoch of a shuffled StreamingDataset with torchvision's transforms, in batches of 512. All shards
-are on this machine, so the whole epoch is predownloaded: with the library's default, eight batches, its two
-background threads work through the whole epoch and take turns with the decoding one (about 1.7 times slower).
+are on this machine, so the whole epoch is predownloaded: the library's default, eight batches, was slower,
+likely since its two background threads then last all epoch and take turns with the decoding one.
 """
 
 import argparse

@@ -23,6 +23,7 @@ from disttrain.data.batches import Batch, Window
 from disttrain.data.plan import Ids
 from disttrain.errors import DataError, StorageError
 from disttrain.parallel import usable_cores
+from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index, again
 from disttrain.shards.reader import decoded
 from disttrain.userdirs import cache_folder, turn
@@ -125,6 +126,7 @@ def _decode(index: Index, split: str, skipped: Ids, target: Path, say: Callable[
             f"{free / 2**20:,.0f} MiB free; free some space, set DISTTRAIN_CACHE to another folder, or read "
             "the shards in every epoch with data.cache=none"
         )
+    expect_images(shape[0])
     say(f"decoding {index.name}/{split} once: {shape[0]:,} images, {needed / 2**20:,.1f} MiB")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -44,6 +44,8 @@ _Operator: TypeAlias = "Callable[[torch.Tensor, int, bool], torch.Tensor]"
 
 _torchvision_jpeg: _Operator | None = None
 
+_MANY = 100_000  # JPEGs from which on torchvision is worth its import
+
 
 def decode_image(image: Encoded, channels: int) -> Pixels:
     """Decodes an image file.
@@ -112,6 +114,12 @@ def decode_into(images: Sequence[Encoded], out: Pixels) -> None:
     else:
         for place, tensor in zip(places, tensors, strict=True):
             out[place] = _as_pixels(tensor)
+
+
+def expect_images(count: int) -> None:
+    """Chooses the decoder for a number of images to come; the pixels are the same in any case."""
+    if count >= _MANY:
+        use_torchvision()
 
 
 def use_torchvision() -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from disttrain.parallel import usable_cores
+from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index, mean_std
 from disttrain.shards.pack import Progress
 from disttrain.shards.reader import Ids, ShardError, decoded, open_shard
@@ -62,6 +63,7 @@ def examine(
         UnsafeError: a shard holds something that does not belong into one.
     """
     findings = Findings(index)
+    expect_images(sum(index.splits[split].samples for split in splits))
     done, total = 0, sum(index.splits[split].samples for split in splits)
     for split in splits:
         first_ids = index.first_ids(split)
