@@ -67,6 +67,7 @@ class Server:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *arguments: None  # type: ignore[method-assign]  # a client left
         self.http.daemon_threads = False  # so that closing the server waits for them
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})

@@ -2,9 +2,9 @@
 
     python benchmarks/peers/ours.py streamed|cached|decode_once|resume FOLDER [--threads 2] [--samples 10000]
 
-streamed reads, decodes, crops, flips and normalises every sample of an epoch, after checking the shards; cached
-does the same from the decoded copy, for ten epochs; decode_once makes that copy; resume is the time to the first
-batch of the second half of an epoch, with the shards checked before, as they are in a run that goes on.
+streamed reads, decodes, crops, flips and normalises every sample of an epoch, after checking the shards;
+cached does the same from the decoded copy, for ten epochs; decode_once makes that copy; resume is the time to
+the first batch of the second half of an epoch, with the shards checked before, as in a run that goes on.
 """
 
 import os

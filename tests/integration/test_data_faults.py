@@ -177,11 +177,18 @@ def cuts_anywhere(content: bytes) -> Iterator[bytes]:
 
 
 def flips(content: bytes) -> Iterator[bytes]:
-    """Flips 300 single bits, half of them in images and labels."""
+    """Flips 300 single bits: anywhere, in the images, and in the labels."""
     random = np.random.default_rng(2)
+    used: dict[bool, list[int]] = {True: [], False: []}
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        used = [place for m in tar for place in range(m.offset_data, m.offset_data + m.size)]
-    for place in [*random.integers(0, len(content), 150), *random.choice(used, 150)]:
+        for m in tar:
+            used[m.name.endswith("cls")] += range(m.offset_data, m.offset_data + m.size)
+    places = (
+        random.integers(0, len(content), 120),
+        random.choice(used[False], 130),
+        random.choice(used[True], 50),
+    )
+    for place in np.concatenate(places):
         changed = bytearray(content)
         changed[place] ^= 1 << random.integers(8)
         yield bytes(changed)
@@ -225,13 +232,16 @@ def test_without_the_hash_a_damaged_shard_is_refused_or_gives_no_sample_of_anoth
         flipped = next(i for i, byte in enumerate(intact) if content[i : i + 1] != bytes([byte]))
         name = next((name for place, name in places if same_size and flipped in place), "")
         key, _, extension = name.partition(".")
+        said = ""
         try:
             index = load(folder)
             found = serve(index, way)
         except DataError as error:
+            said = str(error)
+        if said:
             refused += 1
-            assert f"{folder}/train-1.tar: " in str(error)
-            assert not name or f"sample {key}: " in str(error)
+            assert f"{folder}/train-1.tar: " in said
+            assert not name or f"sample {key}: " in said
             continue
         assert [key for key, _, _ in read_split(index, "train")] == keys
         assert found.keys() == samples.keys()
@@ -239,10 +249,8 @@ def test_without_the_hash_a_damaged_shard_is_refused_or_gives_no_sample_of_anoth
             assert keys[sample] == key
             if extension == "cls":
                 assert found[sample][1] == samples[sample][1]
-                assert [problem.text for problem in verify(index)] == [
-                    "class_counts of train are not those of the shards",
-                    *(["mean or std are not those of the train split"] if damage == "" else []),
-                ]
+                problems = [problem.text for problem in verify(index)]
+                assert problems == ["class_counts of train are not those of the shards"]
             else:
                 assert extension in {"png", "jpg", "webp"}
                 assert found[sample][0] == samples[sample][0]
@@ -441,7 +449,7 @@ BAD: dict[str, tuple[list[Member], list[int], str]] = {
     "label x": (sample(label=b"x", png=image(0)), [0], r"b'x' is not a label"),
     "label -1": (sample(label=b"-1", png=image(0)), [0], r"b'-1' is not a label"),
     "label 1.0": (sample(label=b"1.0", png=image(0)), [0], r"b'1\.0' is not a label"),
-    "label in other digits": (sample(label="١".encode(), png=image(0)), [0], r"is not a label"),
+    "label in other digits": (sample(label="\u0661".encode(), png=image(0)), [0], r"is not a label"),
     "empty label": (sample(label=b"", png=image(0)), [0], r"b'' is not a label"),
     "label 99": (sample(label=b"99", png=image(0)), [0], r"label 99 is not one from 0 to 3"),
     "long label": (sample(label=b"0" * 600, png=image(0)), [0], r"is not a label"),
@@ -526,13 +534,12 @@ def test_verify_names_the_bad_sample(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_before_a_bad_sample_are_served_and_that_with_it_is_not(tmp_path: Path, workers: int) -> None:
     folder, (bad,) = with_bad(tmp_path, "cut JPEG")
-    order = np.array([8, 0, 6, 1, 2, bad, 3, 4])
+    order = np.array([7, 0, 6, 1, 2, bad, 3, 4])
     loader = Streamed(load(folder), "train", CPU, batch_size=2, workers=workers, say=lambda text: None)
-    served: list[int] = []
+    batches = loader.batches(order, [slice(begin, begin + 2) for begin in range(0, 8, 2)])
+    assert [next(batches).ids.tolist() for _ in range(2)] == [[7, 0], [6, 1]]
     with pytest.raises(DataError, match="sample bad"):
-        for batch in loader.batches(order, [slice(begin, begin + 2) for begin in range(0, 8, 2)]):
-            served += batch.ids.tolist()
-    assert served == [8, 0, 6, 1]
+        next(batches)
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["a"]])
@@ -597,7 +604,7 @@ def train(disttrain: Run, tmp_path: Path) -> Run:
 
 
 @both_ways
-@pytest.mark.parametrize("kind", ["cut JPEG", "interleaved"])
+@pytest.mark.parametrize("kind", ["cut JPEG", "no label"])
 def test_a_run_on_a_bad_sample_ends_with_65_before_anything_is_trained_or_saved(
     tmp_path: Path, train: Run, kind: str, way: Way
 ) -> None:
@@ -1132,17 +1139,21 @@ def test_an_index_of_200_mib_takes_no_memory(tmp_path: Path) -> None:
     assert f"{folder}/index.json: " in str(refused(lambda: load(folder)))
 
 
-@pytest.mark.parametrize(
-    ("file", "command"),
-    [("train-1.tar", "index"), ("train-1.tar", "verify"), ("index.json", "verify")],
-)
-def test_a_named_pipe_in_the_place_of_a_file_is_refused(
-    request: pytest.FixtureRequest, disttrain: Run, tmp_path: Path, file: str, command: str
-) -> None:
-    request.applymarker(open_fault("waits for ever for somebody who writes into the pipe"))
-    folder = make(tmp_path)
-    (folder / file).unlink()
-    os.mkfifo(folder / file)
-    arguments = {"index": (folder, "--force"), "verify": ("set", "--root", tmp_path)}[command]
-    result = disttrain("data", command, *arguments, timeout=5)
-    assert result.returncode in {65, 77}, result.stderr
+@open_fault("waits for ever for somebody who writes into the pipe")
+def test_a_named_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    cases = {"index": "train-1.tar", "verify": "train-1.tar", "inspect": "index.json"}
+    processes = {}
+    for command, file in cases.items():
+        folder = make(tmp_path / command)
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+        arguments = {"index": [str(folder), "--force"]}.get(command, ["set", "--root", str(folder.parent)])
+        processes[command] = subprocess.Popen(
+            [sys.executable, "-m", "disttrain", "data", command, *arguments], stderr=subprocess.DEVNULL
+        )
+    time.sleep(5)
+    codes = {command: process.poll() for command, process in processes.items()}
+    for process in processes.values():
+        process.kill()
+        process.wait()
+    assert {code in {65, 77} for code in codes.values()} == {True}, codes

@@ -16,17 +16,36 @@ REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA", "/nonexistent"))
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="DISTTRAIN_TEST_DATA is not set")
 
 
+def check_both_ways(
+    disttrain: Run, name: str, tmp_path: Path, env: dict[str, str], *, samples: int, accuracy: float
+) -> None:
+    """Trains an epoch from the decoded copy and from the shards: the same batches, each sample once."""
+    ids: dict[str, dict[int, list[int]]] = {}
+    for cache in ("host", "none"):
+        result = disttrain(
+            "run", REPOSITORY / f"configs/{name}.yaml", "train.epochs=1", "train.trace_samples=true",
+            f"data.cache={cache}", "--procs", "2", "--run-dir", cache, env=env,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        last = json.loads((tmp_path / cache / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["total"] == 10_000
+        assert last["accuracy"] > accuracy
+        ids[cache] = {}
+        for trace in sorted((tmp_path / cache / "trace").iterdir()):
+            for line in trace.read_text().splitlines():
+                record = json.loads(line)
+                ids[cache].setdefault(record["step"], []).extend(record["ids"])
+    assert ids["host"] == ids["none"]
+    assert sorted(sample for batch in ids["host"].values() for sample in batch) == list(range(samples))
+
+
 def test_mnist_from_its_original_files(disttrain: Run, tmp_path: Path) -> None:
     env = {"DISTTRAIN_DATA": str(tmp_path / "data"), "DISTTRAIN_CACHE": str(tmp_path / "cache")}
     prepared = disttrain("data", "prepare", "mnist", "--source", REAL / "mnist", env=env)
     assert prepared.returncode == 0, prepared.stderr
     assert "60,000 samples" in prepared.stdout
-    config = REPOSITORY / "configs/cnn_mnist.yaml"
-    result = disttrain("run", config, "train.epochs=1", "--procs", "2", "--run-dir", "run", env=env)
-    assert result.returncode == 0, result.stderr
-    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["total"] == 10_000
-    assert last["accuracy"] > 0.9  # the schedule ends after this one epoch
+    # the schedule ends after this one epoch
+    check_both_ways(disttrain, "cnn_mnist", tmp_path, env, samples=60_000, accuracy=0.9)
 
 
 def test_cifar10_from_a_tree_of_jpeg_files(disttrain: Run, tmp_path: Path) -> None:
@@ -36,9 +55,4 @@ def test_cifar10_from_a_tree_of_jpeg_files(disttrain: Run, tmp_path: Path) -> No
     (folder,) = {path.parent for path in (tmp_path / "images").rglob("train")}
     prepared = disttrain("data", "prepare", "cifar10", "--source", folder, env=env)
     assert prepared.returncode == 0, prepared.stderr
-    config = REPOSITORY / "configs/lenet_bn_cifar.yaml"
-    result = disttrain("run", config, "train.epochs=1", "--procs", "2", "--run-dir", "run", env=env)
-    assert result.returncode == 0, result.stderr
-    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["total"] == 10_000
-    assert last["accuracy"] > 0.3
+    check_both_ways(disttrain, "lenet_bn_cifar", tmp_path, env, samples=50_000, accuracy=0.3)
