@@ -42,6 +42,8 @@ def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, 
     else:
         decoded = f"{index.decoded_bytes / 2**20:,.1f} MiB in {cache_folder()}/decoded"
         shards_line = f"every node decodes all shards once: {decoded}"
+        if config.data.cache == "auto":
+            shards_line += ", or streams them if that does not fit"
     lines = [("command", shell_line(plan))]
     lines += [("ranks", f"rank {rank} -> {host} -> {device}") for rank, host, device in rank_map(plan)]
     lines += [

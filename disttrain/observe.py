@@ -274,7 +274,8 @@ def _run_info(
         run_dir=str(folder.path),
         model=config.model.name,
         parameters=parameter_count(parts.bare_model),
-        data=f"{index.name} {splits}, {index.channels}x{index.height}x{index.width}",
+        data=f"{index.name} {splits}, {index.channels}x{index.height}x{index.width}, "
+        f"cache {choices['cache'].partition(':')[0]}",
         devices=where,
         precision=choices["precision"].partition(":")[0],
         batch_size=config.train.batch_size,

@@ -204,7 +204,7 @@ def observer_of(
         parts,
         Position(step=5, samples_seen=320),
         load_index("digits", str(digits_root)),
-        {"precision": "fp32: auto on a CPU"},
+        {"precision": "fp32: auto on a CPU", "cache": "host: small"},
         verbosity=0,
     )
 
@@ -228,7 +228,7 @@ def test_rank_0_writes_the_story_of_the_run(
     assert (status["step"], status["samples_seen"]) == (5, 320)
     environment = json.loads(folder.env.read_text())
     assert environment["world_size"] == 2
-    assert environment["choices"] == {"precision": "fp32: auto on a CPU"}
+    assert environment["choices"] == {"precision": "fp32: auto on a CPU", "cache": "host: small"}
     assert environment["data"]["train"] + environment["data"]["val"] == 1797
     assert torch.__version__.startswith(environment["packages"]["torch"])
     assert "finished: accuracy 50.00 % (180 of 360)" in capsys.readouterr().out

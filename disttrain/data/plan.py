@@ -77,33 +77,38 @@ class Plan:
     def order(self, epoch: int) -> Ids:
         """Returns the ids of the split in the order of this epoch: int64 [samples]."""
         key = counter_rng.derive(self.seed, _ORDER, epoch)
+        sequence = self._sequence(key)
+        # Stream s has the places s, s + streams, ... of the epoch, before batches are put in order.
+        lengths = (len(sequence) - np.arange(self.streams) + self.streams - 1) // self.streams
+        starts = np.cumsum(lengths) - lengths
+        self._shuffle(sequence, starts, lengths, key)
+        # Within a batch the streams lie one after the other, so that a rank's part has few of them.
+        places = np.arange(len(sequence))
+        dealt = np.argsort(places // self.batch_size * self.streams + places % self.streams, kind="stable")
+        order: Ids = sequence[starts[dealt % self.streams] + dealt // self.streams]
+        return order
+
+    def _sequence(self, key: int) -> Ids:
+        """Returns the usable ids of the shards, which are laid end to end in a random order."""
         shards = np.split(np.arange(sum(self.shards)), np.cumsum(self.shards)[:-1])
-        sequence = np.concatenate(
-            [shards[i] for i in counter_rng.permutation(counter_rng.derive(key, _SHARDS), len(shards))]
-        )
+        turns = counter_rng.permutation(counter_rng.derive(key, _SHARDS), len(shards))
+        sequence = np.concatenate([shards[i] for i in turns])
         if len(self.skipped):
             sequence = sequence[~np.isin(sequence, self.skipped)]
         # Turned, so that the streams are not cut at the same samples in every epoch.
-        count = len(sequence)
-        cut = counter_rng.derive(key, _CUT) % count
-        sequence = np.concatenate([sequence[cut:], sequence[:cut]])
+        return np.roll(sequence, -(counter_rng.derive(key, _CUT) % len(sequence)))
 
-        # Stream s owns the places s, s + streams, ... of the interleaved order.
-        lengths = (count - np.arange(self.streams) + self.streams - 1) // self.streams
-        starts = np.cumsum(lengths) - lengths
-        draws = (counter_rng.bits(counter_rng.derive(key, _SHUFFLE), count) >> np.uint64(11)) * 2.0**-53
+    def _shuffle(self, sequence: Ids, starts: Ids, lengths: Ids, key: int) -> None:
+        """Shuffles each stream in place: in full if its share of the buffer holds it, else within that."""
+        draws = counter_rng.bits(counter_rng.derive(key, _SHUFFLE), len(sequence))
+        fractions = (draws >> np.uint64(11)) * 2.0**-53
         window = max(1, self.shuffle_buffer // self.streams)
-        shuffled = np.empty_like(sequence)
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            part = slice(start, start + length)
-            ranks = draws[part] if length <= window else draws[part] * window + np.arange(length)
-            shuffled[part] = sequence[part][np.argsort(ranks, kind="stable")]
-
-        places = np.arange(count)
-        batches = places // self.batch_size * self.streams + places % self.streams
-        dealt = np.argsort(batches, kind="stable")
-        order: Ids = shuffled[starts[dealt % self.streams] + dealt // self.streams]
-        return order
+            stream = slice(start, start + length)
+            ranks = fractions[stream]
+            if length > window:
+                ranks = ranks * window + np.arange(length)
+            sequence[stream] = sequence[stream][np.argsort(ranks, kind="stable")]
 
     @property
     def ids(self) -> Ids:
