@@ -263,7 +263,8 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(
         ],
         "data": ["digits: train 1,438 in 1 shard (2.8 MiB), val 359 in 1 shard (0.7 MiB), images 1x8x8"],
         "shards": [
-            f"every node decodes all shards once: 0.1 MiB in {decoded_cache}/decoded, or streams them if that does not fit"
+            f"every node decodes all shards once: 0.1 MiB in {decoded_cache}/decoded, "
+            "or streams them if that does not fit"
         ],
         "model": ["cnn_mnist, 1,898 parameters"],
         "checkpoint": ["0.02 MiB each, 2 + the best"],
