@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from disttrain.errors import CheckpointError, StorageError
+from disttrain.files import sync_folder
 from disttrain.optim import load_state
 
 FORMAT = 1
@@ -76,7 +77,7 @@ def save(
         document = {"state": dict(state), "parts": skeletons}
         files[_STATE] = _write(partial / _STATE, _json(document))
         _write(partial / _MANIFEST, _json({"format": FORMAT, "files": files}))
-        _sync_folder(partial)
+        sync_folder(partial)
         verify(partial)
         replaced = folder / f".{target.name}.replaced.partial"
         if target.exists():  # left by a run that was resumed from an earlier step
@@ -89,7 +90,7 @@ def save(
                 replaced.rename(target)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
-        _sync_folder(folder)
+        sync_folder(folder)
         _link(folder / "latest", target.name)
         if best:
             _link(folder / "best", target.name)
@@ -206,20 +207,12 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _link(link: Path, target: str) -> None:
     temporary = link.with_name(f".{link.name}.partial")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)
-    _sync_folder(link.parent)
+    sync_folder(link.parent)
 
 
 def _rotate(folder: Path, keep: int) -> None:

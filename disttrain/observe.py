@@ -31,8 +31,9 @@ from disttrain import __version__
 from disttrain.config import Config
 from disttrain.console import Console, RunInfo
 from disttrain.errors import StoppedError
+from disttrain.files import write_atomically
 from disttrain.models import parameter_count
-from disttrain.runfolder import COMMAND, JsonLines, RunFolder, utc_now, write_atomically
+from disttrain.runfolder import COMMAND, JsonLines, RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.telemetry import GpuSampler, ProcessorSampler
 from disttrain.train import Parts, Position

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.errors import BusyError, DisttrainError, TrainingError
+from disttrain.files import write_atomically
 
 COMMAND = "DISTTRAIN_COMMAND"
 """Environment variable by which a launcher passes on the command line that the user typed."""
@@ -198,13 +199,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by a complete new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def utc_now() -> str:

@@ -25,10 +25,11 @@ import click
 from disttrain import slurm
 from disttrain.config import Config, dump_config, load_config
 from disttrain.errors import CheckpointError, DisttrainError, StoppedError, TrainingError, UsageError
+from disttrain.files import write_atomically
 from disttrain.models import check_model_name
 from disttrain.parallel import usable_cores
 from disttrain.preflight import check_device, open_index, resume_point, split_batch
-from disttrain.runfolder import RunFolder, new_run_path, utc_now, write_atomically
+from disttrain.runfolder import RunFolder, new_run_path, utc_now
 from disttrain.shards.verify import survey
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from disttrain.errors import BusyError, DataError
+from disttrain.files import write_atomically
 from disttrain.runfolder import (
     LOCKED_BY_LAUNCHER,
     JsonLines,
     RunFolder,
     new_run_path,
     utc_now,
-    write_atomically,
 )
 
 _HOLDER = """

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from disttrain.errors import DataError, StorageError
+from disttrain.files import sync, sync_folder
 from disttrain.parallel import usable_cores
 from disttrain.shards.index import (
     VERSION,
@@ -40,7 +41,7 @@ from disttrain.shards.index import (
     load_index,
     mean_std,
 )
-from disttrain.shards.writer import Record, Sample, check_shape, member_bytes, sync, write_shard
+from disttrain.shards.writer import Record, Sample, check_shape, member_bytes, write_shard
 
 Progress = Callable[[int, int | None], None]
 """Called now and then with the samples done and their total, if that is known."""
@@ -142,7 +143,7 @@ def pack(
             with (scratch / "index.json").open("wb") as file:
                 file.write(text)
                 sync(file)
-            _sync_folder(scratch)
+            sync_folder(scratch)
             published = _publish(scratch, place, overwrite)
     except OSError as error:
         raise StorageError(
@@ -427,18 +428,10 @@ def _publish(folder: Path, target: Path, overwrite: bool) -> bool:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         else:
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
             return True
         if not overwrite:
             return False
         old = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
         with old as folder_of_old, contextlib.suppress(FileNotFoundError):
             target.rename(Path(folder_of_old) / target.name)  # a reader that has its shards open keeps them
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

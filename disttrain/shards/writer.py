@@ -7,15 +7,15 @@ sample's running number in its split. The same samples give the same bytes.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from disttrain.errors import DataError
+from disttrain.files import sync
 from disttrain.shards.images import decode_image
 
 BLOCK = 512  # of a tar, in bytes
@@ -128,9 +128,3 @@ def check_shape(name: str, shape: tuple[int, int], first: str, expected: tuple[i
             f"{name} is {shape[1]}x{shape[0]} but {first} is {expected[1]}x{expected[0]}; all images must "
             "have one size"
         )
-
-
-def sync(file: BinaryIO) -> None:
-    """Makes sure that a file is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())

