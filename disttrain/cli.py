@@ -382,7 +382,7 @@ def models() -> None:
 
 
 def _show_index(index: Index, *, classes: bool = False) -> None:
-    click.echo(f"{index.name}: {index.folder}")
+    click.echo(f"{index.name}: {index.base or index.folder}")
     click.echo(f"images   {index.channels} x {index.height} x {index.width}, {len(index.classes)} classes")
     for label, values in (("mean", index.mean), ("std", index.std)):
         click.echo(f"{label:<8} {' '.join(f'{value:.4f}' for value in values)}")

@@ -160,7 +160,8 @@ def _check_name(name: str) -> None:
 
 def remedy(name: str, root: Path, *, force: bool = False) -> str:
     """Returns the command that makes a data set under a root; `force` replaces the one that is there."""
-    place = "" if root == data_root(None) else f" --root {shlex.quote(str(root))}"
+    is_default = server_root(None) is None and root == data_root(None)
+    place = "" if is_default else f" --root {shlex.quote(str(root))}"
     if name in BUILT_IN:
         return f"`disttrain data prepare {name}{place}`"
     return f"`disttrain data pack DIR --name {name}{place}{' --force' if force else ''}`"

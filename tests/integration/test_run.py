@@ -448,6 +448,18 @@ def test_a_changed_config_is_not_resumed(disttrain: Run, tmp_path: Path, config_
     assert "optim.lr: 0.01 -> 0.5" in result.stderr
 
 
+def test_a_run_that_began_from_a_checkpoint_goes_on_by_itself(
+    disttrain: Run, tmp_path: Path, config_file: Path
+) -> None:
+    assert succeeded(disttrain("run", config_file, "--procs", "1", "--run-dir", "first", "train.epochs=1"))
+    arguments = ["run", config_file, "--procs", "1", "--run-dir", "second", "train.epochs=3"]
+    assert succeeded(disttrain(*arguments, "--resume", "first"))
+    again = disttrain(*arguments)
+    assert succeeded(again)
+    assert "finished already" in again.stdout
+    assert status(tmp_path / "second")["samples_seen"] == 3 * 1438
+
+
 def test_a_damaged_checkpoint_is_refused(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
     assert succeeded(disttrain("run", config_file, "--procs", "1", "--run-dir", "run"))
     weights = tmp_path / "run/checkpoints/latest/model.safetensors"
