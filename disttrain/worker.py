@@ -24,7 +24,14 @@ import click
 
 from disttrain import slurm
 from disttrain.config import Config, dump_config, load_config
-from disttrain.errors import CheckpointError, DisttrainError, StoppedError, TrainingError, UsageError
+from disttrain.errors import (
+    CheckpointError,
+    DataError,
+    DisttrainError,
+    StoppedError,
+    TrainingError,
+    UsageError,
+)
 from disttrain.files import write_atomically
 from disttrain.models import check_model_name
 from disttrain.parallel import usable_cores
@@ -443,6 +450,11 @@ def skipped_samples(
             if accelerator.num_processes > 1:
                 found = np.unique(np.concatenate(gather_object([found])))
             skipped[split] = found
+            if len(found) == index.splits[split].samples:
+                raise DataError(
+                    f"{index.base or index.folder}: no sample of the {split} split can be used; `disttrain data "
+                    f"verify {index.name}` tells why"
+                )
     return skipped
 
 

@@ -48,11 +48,6 @@ def test_dropping_the_remainder_must_leave_a_batch() -> None:
         plan((5,), batch_size=8, drop_remainder=True)
 
 
-def test_something_must_be_left_to_train_on() -> None:
-    with pytest.raises(UsageError, match="no sample of the train split can be used"):
-        plan((3,), skipped=np.arange(3))
-
-
 # --- Order ------------------------------------------------------------------------------------------
 
 

@@ -50,8 +50,6 @@ class Plan:
     skipped: Ids = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __post_init__(self) -> None:
-        if self.samples == 0:
-            raise UsageError("no sample of the train split can be used; `disttrain data verify` tells why")
         if self.steps_per_epoch == 0:
             raise UsageError(
                 f"train.batch_size = {self.batch_size} is more than the {self.samples} training samples and "

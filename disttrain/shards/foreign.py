@@ -15,6 +15,7 @@ from disttrain.imagefolder import GRAY_MODES
 from disttrain.parallel import in_order, usable_cores
 from disttrain.shards.images import decode_image, open_image
 from disttrain.shards.index import (
+    MAX_SHARD_PIXELS,
     VERSION,
     Index,
     IndexFile,
@@ -28,7 +29,7 @@ from disttrain.shards.index import (
 from disttrain.shards.pack import Progress
 from disttrain.shards.reader import OpenShard
 from disttrain.shards.tar import Contents, scan
-from disttrain.shards.verify import examine
+from disttrain.shards.verify import double_keys, examine
 
 _PATTERNS = {
     "train": ("train*.tar", "*train*.tar"),
@@ -77,8 +78,6 @@ def index_folder(
     if not labels:
         raise DataError(f"{folder}: no sample has a label; each needs a member KEY.cls with a number")
     names = tuple(classes or (str(label) for label in range(max(labels) + 1)))
-    if max(labels) >= len(names) and not skip_unusable:
-        raise DataError(f"{folder}: label {max(labels)}, but {len(names)} classes; add the missing names")
     height, width, channels = _shape(folder, shards)
     content = IndexFile(
         version=VERSION,
@@ -94,6 +93,9 @@ def index_folder(
         },
     )
     index = parse_index(index_bytes(content), folder.name, folder)
+    for split in files:
+        if double := next(double_keys(index, split), None):
+            raise DataError(f"{double.place}: sample {double.key}: {double.text}; remove one of them")
     findings = examine(index, tuple(files), statistics=True, on_progress=on_progress)
     if findings.problems:
         first = findings.problems[0]
@@ -140,6 +142,8 @@ def _find(folder: Path, patterns: dict[str, Sequence[str]]) -> dict[str, list[Pa
 
 def _look_at(folder: Path, path: Path) -> tuple[Shard, Contents]:
     try:
+        if not path.is_file():
+            raise ValueError("is not a file")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
@@ -162,7 +166,7 @@ def _shape(folder: Path, shards: dict[str, list[tuple[Shard, Contents]]]) -> tup
             try:
                 image = tar.read(position)
                 if shape is None:
-                    shape = decode_image(image, 3).shape
+                    shape = decode_image(image, 3, MAX_SHARD_PIXELS).shape
                 with open_image(io.BytesIO(image)) as picture:
                     if picture.mode not in GRAY_MODES:
                         return shape[0], shape[1], 3

@@ -47,7 +47,7 @@ _torchvision_jpeg: _Operator | None = None
 _MANY = 100_000  # JPEGs from which on torchvision is worth its import
 
 
-def decode_image(image: Encoded, channels: int) -> Pixels:
+def decode_image(image: Encoded, channels: int, most_pixels: int = MAX_PIXELS) -> Pixels:
     """Decodes an image file.
 
     The EXIF orientation is applied, transparency dropped, 16 bits are cut to their upper 8, and of an
@@ -56,16 +56,19 @@ def decode_image(image: Encoded, channels: int) -> Pixels:
     Args:
         image: the file, of one of `IMAGE_FORMATS`.
         channels: 1 for gray, 3 for RGB.
+        most_pixels: larger pictures are refused before they are decoded.
 
     Returns:
         uint8 [height, width, channels]
 
     Raises:
-        ValueError: it is no image, broken, or larger than `MAX_PIXELS`; the message is the reason.
+        ValueError: it is no image, broken, or too large; the message is the reason.
     """
     plain = _plain(image)
+    if plain is not None and plain.width * plain.height > most_pixels:
+        raise _too_large(plain.width, plain.height, most_pixels)
     tensor = _by_torchvision(plain, channels)
-    return _by_pillow(image, plain, channels) if tensor is None else _as_pixels(tensor)
+    return _by_pillow(image, plain, channels, most_pixels) if tensor is None else _as_pixels(tensor)
 
 
 class ImageError(ValueError):
@@ -101,7 +104,7 @@ def decode_into(images: Sequence[Encoded], out: Pixels) -> None:
                 places.append(place)
                 tensors.append(tensor)
                 continue
-            pixels = _by_pillow(image, plain, channels)
+            pixels = _by_pillow(image, plain, channels, height * width)
             if pixels.shape != out.shape[1:]:
                 raise _of_size(pixels.shape[1], pixels.shape[0])
         except ValueError as error:
@@ -161,7 +164,7 @@ def _agrees(operator: _Operator) -> bool:
                 pixels = _as_pixels(operator(_as_tensor(image), channels, False))
             except RuntimeError:
                 return False
-            if not np.array_equal(pixels, _decode_any(image, channels)):
+            if not np.array_equal(pixels, _decode_any(image, channels, MAX_PIXELS)):
                 return False
     return True
 
@@ -197,7 +200,7 @@ def _plain(image: Encoded) -> _Plain | None:
     except (IndexError, struct.error):  # it ends in the header
         return None
     if plain is not None and plain.width * plain.height > MAX_PIXELS:
-        raise _too_large(plain.width, plain.height)
+        raise _too_large(plain.width, plain.height, MAX_PIXELS)
     return plain
 
 
@@ -274,7 +277,7 @@ def _as_pixels(tensor: torch.Tensor) -> Pixels:
     return pixels.transpose(1, 2, 0)
 
 
-def _by_pillow(image: Encoded, plain: _Plain | None, channels: int) -> Pixels:
+def _by_pillow(image: Encoded, plain: _Plain | None, channels: int, most_pixels: int) -> Pixels:
     if plain is not None:
         size = plain.width, plain.height
         option = "" if plain.decoder == "jpeg" else 0  # the color space is the file's; rows are in order
@@ -283,12 +286,12 @@ def _by_pillow(image: Encoded, plain: _Plain | None, channels: int) -> Pixels:
             picture = _convert(picture, "L" if channels == 1 else "RGB")
             pixels = np.frombuffer(bytearray(picture.tobytes()), np.uint8)
             return pixels.reshape(plain.height, plain.width, channels)
-    return _decode_any(image, channels)
+    return _decode_any(image, channels, most_pixels)
 
 
-def _decode_any(image: Encoded, channels: int) -> Pixels:
+def _decode_any(image: Encoded, channels: int, most_pixels: int) -> Pixels:
     try:
-        with open_image(io.BytesIO(image)) as picture:
+        with open_image(io.BytesIO(image), most_pixels) as picture:
             ImageOps.exif_transpose(picture, in_place=True)
             pixels = np.array(_convert(picture, "L" if channels == 1 else "RGB"))
     except Exception as error:  # Pillow raises anything on a broken file, SyntaxError and struct.error too
@@ -296,24 +299,24 @@ def _decode_any(image: Encoded, channels: int) -> Pixels:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def open_image(file: BinaryIO) -> Image.Image:
+def open_image(file: BinaryIO, most_pixels: int = MAX_PIXELS) -> Image.Image:
     """Reads the header of an image file; the pixels follow on demand.
 
     Raises:
-        ValueError: it is no image of a known format, or larger than `MAX_PIXELS`.
+        ValueError: it is no image of a known format, or larger than `most_pixels`.
     """
     width, height = _webp_size(file.read(30))  # for this format Pillow allocates the pixels at once
     file.seek(0)
-    if width * height > MAX_PIXELS:
-        raise _too_large(width, height)
+    if width * height > most_pixels:
+        raise _too_large(width, height, most_pixels)
     try:
         picture = Image.open(file, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
         raise ValueError("not a sound image file of a known format") from None
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
-    if picture.width * picture.height > MAX_PIXELS:
-        raise _too_large(*picture.size)
+    if picture.width * picture.height > most_pixels:
+        raise _too_large(*picture.size, most_pixels)
     return picture
 
 
@@ -337,8 +340,8 @@ def _of_size(width: int, height: int) -> ValueError:
     return ValueError(f"{width}x{height} pixels")
 
 
-def _too_large(width: int, height: int) -> ValueError:
-    return ValueError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
+def _too_large(width: int, height: int, most_pixels: int) -> ValueError:
+    return ValueError(f"{width}x{height} pixels are more than the limit of {most_pixels}")
 
 
 def _convert(picture: Image.Image, mode: str) -> Image.Image:

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shlex
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import pydantic
 from pydantic import Field
 
 from disttrain.errors import DataError, UnsafeError, UsageError
-from disttrain.shards.remote import fetch_text, is_url
+from disttrain.shards.remote import check_url, fetch_text, is_url
 from disttrain.userdirs import user_cache
 
 BUILT_IN = ("digits", "mnist", "cifar10")
@@ -36,8 +37,12 @@ BUILT_IN = ("digits", "mnist", "cifar10")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHARD = re.compile(rf"{_NAME.pattern}(/{_NAME.pattern})*")
-_INDEX_LIMIT_BYTES = 2**26
+_INDEX_LIMIT_BYTES = 2**25
 VERSION = 1
+MAX_SHARD_PIXELS = 4096 * 4096
+"""Images in shards are no larger, because whole batches of them must fit into memory."""
+
+_LEAST_BYTES = 512  # of a sample in a tar
 _Count = Annotated[int, Field(gt=0)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -188,11 +193,20 @@ def load_index(name: str, root: str | None, *, strict: bool = True) -> Index:
     folder = data_folder(name, root)
     path = folder / "index.json"
     try:
-        text = path.read_bytes()
+        status = path.stat()
+        text = (
+            path.read_bytes()
+            if stat.S_ISREG(status.st_mode) and status.st_size <= _INDEX_LIMIT_BYTES
+            else None
+        )
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_missing(name, folder)) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
+    if text is None:
+        raise DataError(
+            f"{path}: is not a file of up to {_INDEX_LIMIT_BYTES} bytes; {_again(name, folder, None)}"
+        )
     index = parse_index(text, name, folder)
     if strict:
         _check_files(index)
@@ -218,7 +232,7 @@ def parse_index(text: bytes, name: str, folder: Path, *, base: str | None = None
     except pydantic.ValidationError as error:
         raise DataError(f"{place}: {_first_problem(error)}; {_again(name, folder, base)}") from None
     for shard in itertools.chain.from_iterable(split.shards for split in content.splits.values()):
-        if not (_SHARD.fullmatch(shard.file) or is_url(shard.file)):
+        if not _is_place(shard.file):
             raise UnsafeError(
                 f"{place}: refused to open {shard.file!r}: a shard is a file in the folder of its index or "
                 f"an http(s) address; {_again(name, folder, base)}"
@@ -227,6 +241,17 @@ def parse_index(text: bytes, name: str, folder: Path, *, base: str | None = None
         raise DataError(f"{place}: {problem}; {_again(name, folder, base)}")
     fields = {field: getattr(content, field) for field in IndexFile.model_fields if field != "version"}
     return Index(folder=folder, name=name, digest=hashlib.sha256(text).hexdigest(), base=base, **fields)
+
+
+def _is_place(file: str) -> bool:
+    """Tells whether a shard may lie there: a path in the folder of the index, or an http(s) address."""
+    if not is_url(file):
+        return _SHARD.fullmatch(file) is not None
+    try:
+        check_url(file)
+    except (UnsafeError, UsageError):
+        return False
+    return True
 
 
 def _again(name: str, folder: Path, base: str | None) -> str:
@@ -277,6 +302,10 @@ def _contradiction(content: IndexFile) -> str | None:
     """Returns what is wrong between the fields of an index, if anything."""
     if not len(content.mean) == len(content.std) == content.channels:
         return f"mean and std must have {content.channels} values, one per channel"
+    if content.height * content.width > MAX_SHARD_PIXELS:
+        return (
+            f"images of {content.width}x{content.height} are more than the limit of {MAX_SHARD_PIXELS} pixels"
+        )
     if "train" not in content.splits:
         return "splits: train is missing"
     for name, split in content.splits.items():
@@ -286,6 +315,9 @@ def _contradiction(content: IndexFile) -> str | None:
         if not split.samples == total >= counted:  # samples without a valid label have no class
             return f"splits.{name}: {split.samples} samples, but {total} in shards and {counted} in classes"
     shards = list(itertools.chain.from_iterable(split.shards for split in content.splits.values()))
+    for shard in shards:
+        if shard.samples * _LEAST_BYTES > shard.bytes:
+            return f"{shard.file}: {shard.samples} samples are more than {shard.bytes} bytes can hold"
     for field in ("file", "sha256"):
         values = [getattr(shard, field) for shard in shards]
         if twice := next((shard for i, shard in enumerate(shards) if values[i] in values[:i]), None):

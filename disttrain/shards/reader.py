@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import threading
 import weakref
 from collections import OrderedDict
@@ -116,6 +117,8 @@ def open_shard(index: Index, split: str, number: int, say: Callable[[str], None]
 
 def _open(index: Index, shard: Shard, path: Path) -> OpenShard:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ShardError(index, shard, "is not a file")
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise ShardError(index, shard, reason(error)) from None
@@ -131,7 +134,9 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
     status = os.fstat(descriptor)
     if problem := size_problem(path, shard):
         raise ShardError(index, shard, problem.removeprefix(f"{path}: "))
-    identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    identity = (
+        f"{path.resolve()} {len(index.classes)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    )
     name = f"{shard.sha256[:32]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     record = cache_folder() / "checked" / name
     if (contents := _load(record)) is not None and len(contents.keys) == shard.samples:

@@ -47,7 +47,11 @@ def check_url(url: str) -> None:
         if scheme in {"pipe", "file"} or not scheme.isalnum():
             raise UnsafeError(f"refused to open {url!r}; data lies in a folder or at an http(s) address")
         raise UsageError(f"{url}: {scheme}: is not supported; mount or download the data, or use http(s)")
-    if not urllib.parse.urlsplit(url).hostname or any(c.isspace() or not c.isprintable() for c in url):
+    try:
+        host = urllib.parse.urlsplit(url).hostname
+    except ValueError:
+        host = None
+    if not host or any(c.isspace() or not c.isprintable() for c in url):
         raise UsageError(f"{url!r}: not an address; expected https://host/folder")
 
 

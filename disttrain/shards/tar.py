@@ -23,6 +23,8 @@ _ZEROS = bytes(_BLOCK)
 _MAX_MEMBER_BYTES = 2**28
 _MAX_NAME_BYTES = 2**16  # of a pax or GNU header
 _MAX_LABEL_BYTES = 16
+_MAX_LABEL = 10**6
+_MAX_IMAGE_BYTES = 2**25
 _FOLDER = b"5"
 _PAX, _PAX_GLOBAL, _LONG_NAME = b"x", b"g", b"L"
 _PICKLED = frozenset(["pyd", "pkl", "pickle", "pth", "pt", "pyc", "joblib", "dill"])
@@ -117,6 +119,8 @@ class _Samples:
                 problem = "two images"
             elif size == 0:
                 problem = "the image is empty"
+            elif size > _MAX_IMAGE_BYTES:
+                problem = f"an image file of {size} bytes, more than the limit of {_MAX_IMAGE_BYTES}"
             sample.extension, sample.offset, sample.size = extension, offset, size
         elif extension == "cls":
             sample.label, problem = self._label(head, size)
@@ -125,7 +129,7 @@ class _Samples:
 
     def _label(self, head: bytes, size: int) -> tuple[int, str]:
         text = head[:size].strip()
-        if size > _MAX_LABEL_BYTES or not text.isdigit():
+        if size > _MAX_LABEL_BYTES or not text.isdigit() or int(text) > _MAX_LABEL:
             return -1, f"{text[:20]!r} is not a label"
         label = int(text)
         if self._classes is not None and label >= self._classes:

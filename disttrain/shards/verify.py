@@ -111,7 +111,7 @@ def verify(index: Index, *, on_progress: Progress | None = None) -> list[Problem
     problems = findings.problems + list(_foreign_files(index))
     place = f"{index.base or index.folder}/index.json"
     for split in index.splits:
-        problems += _double_keys(index, split)
+        problems += double_keys(index, split)
     if problems:
         return problems
     for split, content in index.splits.items():
@@ -132,15 +132,17 @@ def _foreign_files(index: Index) -> Iterator[Problem]:
             yield Problem(str(path), None, "a shard that is not in index.json")
 
 
-def _double_keys(index: Index, split: str) -> Iterator[Problem]:
-    seen: set[str] = set()
+def double_keys(index: Index, split: str) -> Iterator[Problem]:
+    """Yields the samples of a split that another shard of it has too: same key, size and label."""
+    seen: set[tuple[str, int, int]] = set()
     for number, shard in enumerate(index.splits[split].shards):
         with suppress(ShardError):  # a shard that cannot be opened has been told of
-            keys = open_shard(index, split, number).contents.keys
-            for key in keys:
-                if key in seen:
-                    yield Problem(index.place(shard), key, "the key is in another shard of the split too")
-            seen.update(keys)
+            contents = open_shard(index, split, number).contents
+            samples = list(zip(contents.keys, contents.sizes.tolist(), contents.labels.tolist(), strict=True))
+            for sample in samples:
+                if sample in seen:
+                    yield Problem(index.place(shard), sample[0], "is in another shard of the split too")
+            seen.update(samples)
 
 
 def survey(index: Index, split: str, say: Callable[[str], None]) -> Ids:

@@ -11,7 +11,7 @@ import pytest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 REPOSITORY = Path(__file__).parents[2]
-REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA", "/nonexistent"))
+REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA") or "/nonexistent")
 
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="DISTTRAIN_TEST_DATA is not set")
 
