@@ -452,8 +452,8 @@ def skipped_samples(
             skipped[split] = found
             if len(found) == index.splits[split].samples:
                 raise DataError(
-                    f"{index.base or index.folder}: no sample of the {split} split can be used; `disttrain data "
-                    f"verify {index.name}` tells why"
+                    f"{index.base or index.folder}: no sample of the {split} split can be used; "
+                    f"`disttrain data verify {index.name}` tells why"
                 )
     return skipped
 

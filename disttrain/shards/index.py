@@ -194,19 +194,14 @@ def load_index(name: str, root: str | None, *, strict: bool = True) -> Index:
     path = folder / "index.json"
     try:
         status = path.stat()
-        text = (
-            path.read_bytes()
-            if stat.S_ISREG(status.st_mode) and status.st_size <= _INDEX_LIMIT_BYTES
-            else None
-        )
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _INDEX_LIMIT_BYTES:
+            remade = _again(name, folder, None)
+            raise DataError(f"{path}: is not a file of up to {_INDEX_LIMIT_BYTES} bytes; {remade}")
+        text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_missing(name, folder)) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
-    if text is None:
-        raise DataError(
-            f"{path}: is not a file of up to {_INDEX_LIMIT_BYTES} bytes; {_again(name, folder, None)}"
-        )
     index = parse_index(text, name, folder)
     if strict:
         _check_files(index)
@@ -303,9 +298,8 @@ def _contradiction(content: IndexFile) -> str | None:
     if not len(content.mean) == len(content.std) == content.channels:
         return f"mean and std must have {content.channels} values, one per channel"
     if content.height * content.width > MAX_SHARD_PIXELS:
-        return (
-            f"images of {content.width}x{content.height} are more than the limit of {MAX_SHARD_PIXELS} pixels"
-        )
+        size = f"{content.width}x{content.height}"
+        return f"images of {size} are more than the limit of {MAX_SHARD_PIXELS} pixels"
     if "train" not in content.splits:
         return "splits: train is missing"
     for name, split in content.splits.items():

@@ -134,9 +134,8 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
     status = os.fstat(descriptor)
     if problem := size_problem(path, shard):
         raise ShardError(index, shard, problem.removeprefix(f"{path}: "))
-    identity = (
-        f"{path.resolve()} {len(index.classes)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-    )
+    stamps = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    identity = f"{path.resolve()} {len(index.classes)} {stamps}"
     name = f"{shard.sha256[:32]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     record = cache_folder() / "checked" / name
     if (contents := _load(record)) is not None and len(contents.keys) == shard.samples:

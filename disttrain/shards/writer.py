@@ -17,6 +17,7 @@ import numpy as np
 from disttrain.errors import DataError
 from disttrain.files import sync
 from disttrain.shards.images import decode_image
+from disttrain.shards.index import MAX_SHARD_PIXELS
 
 BLOCK = 512  # of a tar, in bytes
 
@@ -100,7 +101,7 @@ def write_shard(
                 if not 0 <= sample.label < classes:
                     raise DataError(f"{name}: label {sample.label}, but {classes} classes")
                 try:
-                    pixels = decode_image(sample.image, channels)
+                    pixels = decode_image(sample.image, channels, MAX_SHARD_PIXELS)
                 except ValueError as error:
                     raise DataError(f"{name}: {error}; repair or remove it") from None
                 found = (pixels.shape[0], pixels.shape[1])
