@@ -21,6 +21,7 @@ from disttrain.shards.index import (
     IndexFile,
     Shard,
     Split,
+    data_folder,
     index_bytes,
     load_index,
     mean_std,
@@ -67,7 +68,7 @@ def index_folder(
         UsageError: an argument does not fit.
     """
     folder = folder.absolute()
-    target = folder / "index.json"
+    target = data_folder(folder.name, str(folder.parent)) / "index.json"
     if target.exists() and not force:
         raise DataError(f"{target}: exists; replace it with --force")
     files = _find(folder, patterns)

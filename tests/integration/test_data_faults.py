@@ -1,7 +1,4 @@
-"""Damaged and hostile data sets, served in both ways: what is refused, in which words, and what is left out.
-
-A test that is marked `open_fault` shows a fault of the package; whoever repairs it removes the mark.
-"""
+"""Damaged and hostile data sets in both ways of serving: what is refused, how, and what is left out."""
 
 import gzip
 import hashlib
@@ -17,7 +14,7 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,10 +42,6 @@ CPU = torch.device("cpu")
 NOTHING = np.empty(0, np.int64)
 
 both_ways = pytest.mark.parametrize("way", ["host", "none"])
-
-
-def open_fault(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +87,7 @@ def tar_of(*members: Member | tarfile.TarInfo, form: int = tarfile.USTAR_FORMAT)
 
 
 def index_it(folder: Path, *, skip: bool = True, force: bool = False) -> Index:
-    usual: dict[str, tuple[str, ...]] = {"train": (), "val": ()}
+    usual: dict[str, Sequence[str]] = {"train": (), "val": ()}
     return index_folder(
         folder, patterns=usual, classes=CLASSES, skip_unusable=skip, force=force, say=lambda text: None
     )
@@ -241,7 +234,7 @@ def test_without_the_hash_a_damaged_shard_is_refused_or_gives_no_sample_of_anoth
             said = str(error)
         if said:
             refused += 1
-            assert f"{folder}/train-1.tar: " in said
+            assert re.match(rf"{folder}/(index\.json: )?train-1\.tar: ", said)  # too short for its samples
             assert not name or f"sample {key}: " in said
             continue
         assert not cut, "the end mark, two blocks of zeros, is not there"
@@ -370,7 +363,6 @@ def test_verify_tells_of_a_shard_that_is_not_what_the_index_says(tmp_path: Path,
     assert len(problems) == (2 if left_out and len(left_out) == 7 else 1)
 
 
-@open_fault("index_folder does not look for keys that are in two shards, which verify reports")
 def test_data_index_refuses_the_same_samples_in_two_shards(tmp_path: Path) -> None:
     again = tar_of(*good("y", 4)) + bytes(10240)  # other bytes, same samples
     with pytest.raises(DataError, match=r"train-2\.tar: sample y0: .*in another shard"):
@@ -485,15 +477,7 @@ def told(kind: str, folder: Path) -> str:
     return rf"{re.escape(str(folder))}/train-1\.tar: sample {key}: .*{BAD[kind][2]}"
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=open_fault("says 'label 99, but 4 classes' of the folder"))
-        if kind == "label 99"
-        else kind
-        for kind in BAD
-    ],
-)
+@pytest.mark.parametrize("kind", BAD)
 def test_data_index_refuses_a_bad_sample_by_shard_and_key(tmp_path: Path, kind: str) -> None:
     folder, _ = with_bad(tmp_path, kind)
     (folder / "index.json").unlink()
@@ -544,7 +528,6 @@ def test_batches_before_a_bad_sample_are_served_and_that_with_it_is_not(tmp_path
         next(batches)
 
 
-@open_fault("what is kept of a checked shard does not depend on the classes")
 @pytest.mark.parametrize("names", [["a", "b"], ["a"]])
 @both_ways
 def test_a_label_is_checked_against_the_classes_of_this_index(
@@ -668,13 +651,7 @@ def test_skipping_trains_on_all_others_on_any_number_of_ranks_and_counts_the_res
     assert traced(tmp_path / "more") == second
 
 
-@pytest.mark.parametrize(
-    "split",
-    [
-        pytest.param("train", marks=open_fault("ends with 2, as if the command line were wrong")),
-        pytest.param("val", marks=open_fault("trains an epoch and then divides by zero")),
-    ],
-)
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_a_split_without_a_usable_sample_is_a_data_error(tmp_path: Path, train: Run, split: str) -> None:
     folder = make(tmp_path)
     for path in folder.glob(f"{split}-*.tar"):
@@ -798,10 +775,7 @@ def name_shard(folder: Path, file: str) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize(
-    "file",
-    [*COMMANDS, *(pytest.param(file, marks=open_fault("ends with 2 or 1")) for file in NO_ADDRESSES)],
-)
+@pytest.mark.parametrize("file", [*COMMANDS, *NO_ADDRESSES])
 def test_an_index_that_names_a_command_or_leaves_its_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, way: Way
 ) -> None:
@@ -988,7 +962,6 @@ def test_a_member_of_512_mib_is_refused(tmp_path: Path) -> None:
     assert surroundings(tmp_path) == before
 
 
-@open_fault("a member of up to 256 MiB is read into memory, whatever the pixels need")
 def test_a_member_of_200_mib_takes_no_memory(tmp_path: Path) -> None:
     folder = make(tmp_path)
     content = b"".join(
@@ -1033,20 +1006,9 @@ BOMBS: dict[str, Callable[[], list[Member]]] = {
     "BMP": lambda: sample(png=patched(image(0, "BMP"), 18, "<ii", 30_000, 30_000)),
     "PPM": lambda: sample(png=b"P6 30000 30000 255\n" + bytes(100)),
 }
-LARGE = (
-    "an image below the limit is decoded before its size is compared, unless it is an ordinary PNG or JPEG"
-)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=open_fault(LARGE))
-        if kind in {"PNG with a palette", "PNG with alpha", "WebP of usual size"}
-        else kind
-        for kind in BOMBS
-    ],
-)
+@pytest.mark.parametrize("kind", BOMBS)
 def test_a_bomb_of_an_image_is_refused_by_shard_and_key(tmp_path: Path, kind: str) -> None:
     members = BOMBS[kind]()
     assert len(members[0][1]) < 2**20
@@ -1062,14 +1024,12 @@ def test_a_bomb_of_an_image_is_refused_by_shard_and_key(tmp_path: Path, kind: st
         assert f"{folder}/train-1.tar: sample bad: " in str(error)
 
 
-@open_fault("the first image of a data set sets the shape, however large; the limit is 192 MiB of pixels")
 def test_a_bomb_that_is_the_first_image_is_refused(tmp_path: Path) -> None:
     folder = make(tmp_path)
     put(folder, "train-0.tar", tar_of(*BOMBS["PNG of usual size"](), *good("y", 2)))
     refused(lambda: index_it(folder, skip=False, force=True))
 
 
-@open_fault("data index makes a class for every number up to the largest label")
 def test_a_label_of_ten_digits_takes_no_memory(tmp_path: Path) -> None:
     folder = make(tmp_path)
     put(folder, "train-1.tar", tar_of(*good("y", 2), *sample(label=b"9999999999", png=image(0))))
@@ -1101,11 +1061,7 @@ CLAIMS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @both_ways
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_an_index_that_claims_the_impossible_is_refused(
-    request: pytest.FixtureRequest, tmp_path: Path, claim: str, way: Way
-) -> None:
-    if way == "host" or claim != "more samples than bytes":
-        request.applymarker(open_fault("ends with 1 or 74: shape and counts of an index are not limited"))
+def test_an_index_that_claims_the_impossible_is_refused(tmp_path: Path, claim: str, way: Way) -> None:
     folder = make(tmp_path)
     edit(folder, CLAIMS[claim])
     index_or_shard = rf"{re.escape(str(folder))}/(index\.json|train-0\.tar): "
@@ -1138,14 +1094,12 @@ def test_what_is_no_index_is_refused(tmp_path: Path, text: bytes) -> None:
     assert f"{folder}/index.json: " in str(refused(lambda: load(folder)))
 
 
-@open_fault("index.json is read whole, whatever its size")
 def test_an_index_of_200_mib_takes_no_memory(tmp_path: Path) -> None:
     folder = make(tmp_path)
     os.truncate(folder / "index.json", 200 * 2**20)
     assert f"{folder}/index.json: " in str(refused(lambda: load(folder)))
 
 
-@open_fault("waits for ever for somebody who writes into the pipe")
 def test_a_named_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     cases = {"index": "train-1.tar", "verify": "train-1.tar", "inspect": "index.json"}
     processes = {}
@@ -1157,7 +1111,9 @@ def test_a_named_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
         processes[command] = subprocess.Popen(
             [sys.executable, "-m", "disttrain", "data", command, *arguments], stderr=subprocess.DEVNULL
         )
-    time.sleep(5)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes.values()):
+        time.sleep(0.05)
     codes = {command: process.poll() for command, process in processes.items()}
     for process in processes.values():
         process.kill()
