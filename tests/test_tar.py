@@ -78,6 +78,18 @@ def test_labels_are_checked_if_the_classes_are_known(tmp_path: Path, classes: in
     assert contents.labels[6] == (-1 if classes == 6 else 6)
 
 
+def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    contents = look(tmp_path, tar_of({".png": b"x", "a/._0.png": b"x", **members(2), ".cls": b"0"}))
+    assert contents.keys == ("0", "1")
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m.png", "a\nb.png", "a\x7f.png"])
+def test_names_that_would_disturb_a_terminal_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnsafeError, match="has control characters") as caught:
+        look(tmp_path, tar_of({name: b"x"}))
+    assert str(caught.value).isprintable()
+
+
 def test_folders_are_passed_over(tmp_path: Path) -> None:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:

@@ -136,6 +136,9 @@ def _find(folder: Path, patterns: dict[str, Sequence[str]]) -> dict[str, list[Pa
         if not files[split]:
             what = ", ".join(given or _PATTERNS[split])
             raise DataError(f"{folder}: no shards {what}; name those of {split} with --{split} PATTERN")
+    named = {path for paths in files.values() for path in paths}
+    if other := next((path for path in sorted(folder.glob("*.tar")) if path not in named), None):
+        raise DataError(f"{other}: belongs to no split; move it away, or give --train and --val PATTERN")
     if both := set(files["train"]) & set(files["val"]):
         raise UsageError(f"{min(both)}: belongs to train and val; give --train and --val PATTERN")
     return files

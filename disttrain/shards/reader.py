@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ Ids = npt.NDArray[np.int64]
 
 _CHUNK = 256  # samples that one thread decodes at a time
 _OPEN_SHARDS = 64
+_TICK_NS = 100_000_000  # a file as young as this could change again without another time
 
 
 class ShardError(DataError):
@@ -159,7 +161,8 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
         raise ShardError(index, shard, problem)
     if len(contents.keys) != shard.samples:
         raise ShardError(index, shard, f"{len(contents.keys)} samples, but the index says {shard.samples}")
-    _store(record, contents)
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _TICK_NS:
+        _store(record, contents)
     return contents
 
 

@@ -103,6 +103,8 @@ class _Samples:
         """Takes a regular member; `head` is its first bytes."""
         folder, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
+        if not stem:  # a hidden file, as some systems add
+            return
         key, extension = f"{folder}{slash}{stem}", extension.lower()
         sample = self._samples[-1] if self._samples else None
         if sample is None or sample.key != key:
@@ -274,6 +276,8 @@ def _pax_records(data: bytes, place: int) -> dict[str, str]:
 
 def _check_name(name: str) -> None:
     parts = name.split("/")
+    if not name.isprintable():
+        raise UnsafeError(f"member {name!r} has control characters in its name; make the shard again")
     if name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]:
         raise UnsafeError(f"member {name!r} leaves the folder; make the shard again with plain names")
     last = parts[-1].rpartition(".")[2].lower()
