@@ -21,7 +21,7 @@ def trained(result: subprocess.CompletedProcess[str], run_dir: Path) -> list[dic
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "tf32", "bf16", "fp16"])
-@pytest.mark.parametrize("cache", ["device", "host"])
+@pytest.mark.parametrize("cache", ["device", "host", "none"])
 def test_precisions_and_caches_learn_the_digits(
     precision: str, cache: str, disttrain: Run, tmp_path: Path, config_file: Path
 ) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import ids_per_step
 
 from disttrain.data.cached import Cached, open_split
 from disttrain.data.plan import Ids, usable_ids
@@ -564,16 +565,6 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def traced(run_dir: Path) -> dict[tuple[int, int], list[int]]:
-    """Returns (epoch, step) -> the ids of the global batch, rank after rank."""
-    steps: dict[tuple[int, int], list[int]] = {}
-    for path in sorted((run_dir / "trace").glob("rank_*.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            steps.setdefault((record["epoch"], record["step"]), []).extend(record["ids"])
-    return steps
-
-
 @pytest.fixture
 def train(disttrain: Run, tmp_path: Path) -> Run:
     """Trains two epochs on tmp_path/set into the run folder that is named first."""
@@ -633,22 +624,22 @@ def test_skipping_trains_on_all_others_on_any_number_of_ranks_and_counts_the_res
     two = train("two", "--procs", "2", skip, "data.cache=none")
     for name, result in (("one", one), ("two", two)):
         assert result.returncode == 0, result.stderr
-        steps = traced(tmp_path / name)
+        steps = ids_per_step(tmp_path / name)
         for epoch in (1, 2):
             ids = [sample for place, batch in steps.items() if place[0] == epoch for sample in batch]
             assert sorted(ids) == sorted(usable)
         counts = {(r["kind"], r["skipped"]) for r in records(tmp_path / name)}
         assert counts == {("train", 5), ("eval", 1)}
         assert [r["total"] for r in records(tmp_path / name) if r["kind"] == "eval"] == [6, 6]
-    assert traced(tmp_path / "one") == traced(tmp_path / "two")
+    assert ids_per_step(tmp_path / "one") == ids_per_step(tmp_path / "two")
     for line in ("train-1.tar: sample first: no label", "train-2.tar: all its samples: No such file"):
         assert f"left out: {folder}/{line}" in one.stdout
     after_one_epoch = tmp_path / "one" / "checkpoints" / "step_00000004"
     assert after_one_epoch.exists(), list(after_one_epoch.parent.iterdir())
     resumed = train("more", "--procs", "2", skip, "data.cache=none", "--resume", str(after_one_epoch))
     assert resumed.returncode == 0, resumed.stderr
-    second = {place: ids for place, ids in traced(tmp_path / "one").items() if place[0] == 2}
-    assert traced(tmp_path / "more") == second
+    second = {place: ids for place, ids in ids_per_step(tmp_path / "one").items() if place[0] == 2}
+    assert ids_per_step(tmp_path / "more") == second
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import ids_per_step
 
 from disttrain.data.plan import Plan
 from disttrain.shards.index import load_index
@@ -29,20 +30,10 @@ monitor: {log_every_steps: 3}
 BATCH, SAMPLES = 84, 720  # eight full batches and a rest of 48, divisible by 1, 2, 3 and 4
 
 
-def traced(run_dir: Path) -> dict[tuple[int, int], list[int]]:
-    """Returns (epoch, step) -> the ids of the global batch, rank after rank."""
-    steps: dict[tuple[int, int], list[int]] = {}
-    for path in sorted((run_dir / "trace").glob("rank_*.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            steps.setdefault((record["epoch"], record["step"]), []).extend(record["ids"])
-    return steps
-
-
 def planned(
     root: Path, epochs: int, batch_size: int = BATCH, **options: int
 ) -> dict[tuple[int, int], list[int]]:
-    """Returns what `traced` must find."""
+    """Returns what `ids_per_step` must find."""
     shards = tuple(shard.samples for shard in load_index("seven", str(root)).splits["train"].shards)
     plan = Plan(0, shards, BATCH, streams=4, shuffle_buffer=100)
     steps = plan.steps_per_epoch
@@ -74,7 +65,7 @@ def test_every_world_trains_on_the_plan(
         env={"DISTTRAIN_DATA": str(seven_root), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert traced(tmp_path / "run") == planned(seven_root, 2)
+    assert ids_per_step(tmp_path / "run") == planned(seven_root, 2)
     records = metrics(tmp_path / "run")
     assert [r["total"] for r in records if r["kind"] == "eval"] == [95, 95]
     assert {record["skipped"] for record in records} == {0}
@@ -116,7 +107,7 @@ def test_going_on_with_other_ranks_workers_and_cache_trains_on_what_is_left(
     assert process.returncode == 75, output
     result = disttrain(*arguments, *then, env={"DISTTRAIN_DATA": str(seven_root)})
     assert result.returncode == 0, result.stderr
-    assert traced(tmp_path / "run") == planned(seven_root, 30)
+    assert ids_per_step(tmp_path / "run") == planned(seven_root, 30)
 
 
 def metrics_lines(run_dir: Path) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from runs import ids_per_step
 from safetensors.torch import load_file
 
 from disttrain.data.plan import Plan
@@ -32,16 +33,6 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 def status(run_dir: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
     return content
-
-
-def ids_per_step(run_dir: Path) -> dict[tuple[int, int], list[int]]:
-    """Returns (epoch, step) -> the ids of the global batch, rank after rank."""
-    steps: dict[tuple[int, int], list[int]] = {}
-    for path in sorted((run_dir / "trace").glob("rank_*.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            steps.setdefault((record["epoch"], record["step"]), []).extend(record["ids"])
-    return steps
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> bool:
