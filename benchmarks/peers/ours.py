@@ -38,7 +38,7 @@ def epoch_of(loader: Cached | Streamed, plan: Plan, epoch: int, begin: int, limi
     augment = Augment(
         AugmentConfig(crop_padding=4, flip=True), seed=0, mean=MEAN, std=STD, device=CPU, channels_last=True
     )
-    augment.start_epoch(epoch, plan.samples, 32, 32)
+    augment.start_epoch(epoch, plan.order(epoch), 32, 32)
     windows = [slice(p.start, p.stop) for p in map(plan.batch, range(begin, plan.steps_per_epoch))]
     seen = 0
     for window, batch in zip(windows, loader.batches(plan.order(epoch), windows), strict=True):
