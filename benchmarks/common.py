@@ -279,6 +279,17 @@ def machine() -> dict:
     }
 
 
+def print_json_or(
+    table: Callable[[], None], options: argparse.Namespace, facts: Mapping[str, object], **results: object
+) -> None:
+    """Prints facts and results as JSON if that was asked for, else a line of facts and the table."""
+    if options.json:
+        print(json.dumps({**facts, **results}, indent=2))
+    else:
+        print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items()), end="\n\n")
+        table()
+
+
 def report(
     options: argparse.Namespace,
     values: Values,
@@ -300,23 +311,26 @@ def report(
     """
     medians = {name: statistics.median(numbers) for name, numbers in values.items()}
     results = [c.result(medians) for c in claims if c.ours in medians and c.peer in medians]
-    facts = machine() | facts | {"n": options.runs}
-    if options.json:
-        stored = "s" if unit == "ms" else unit
-        print(json.dumps(facts | {"unit": stored, "values": values, "claims": results}, indent=2))
-        return
     scale = 1000 if unit == "ms" else 1
-    print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items()), end="\n\n")
-    width = max(map(len, values))
-    for name, numbers in values.items():
-        median, low, high = (f"{scale * f(numbers):,.{digits}f}" for f in (statistics.median, min, max))
-        print(f"{name:<{width}} {median:>10} {unit} ({low} to {high})")
-    if not results:
-        return
-    wide = max(len("claim"), *(len(result["what"]) for result in results))
-    print(f"\n{'claim':<{wide}} {'peer ' + unit:>14} {'ours ' + unit:>14} {'ratio':>11} {'':>6}  wanted")
-    for result in results:
-        print(f"{result['what']:<{wide}} {scale * result['peer_median']:14,.{digits}f}", end=" ")
-        print(f"{scale * result['ours_median']:14,.{digits}f} {result['ratio']:>11}", end=" ")
-        print(f"{result['value']:6.3g}  {result['wanted']} {result['bound']:g}", end="")
-        print("" if result["holds"] else "  not reached")
+
+    def tables() -> None:
+        width = max(map(len, values))
+        for name, numbers in values.items():
+            median, low, high = (f"{scale * f(numbers):,.{digits}f}" for f in (statistics.median, min, max))
+            print(f"{name:<{width}} {median:>10} {unit} ({low} to {high})")
+        if not results:
+            return
+        wide = max(len("claim"), *(len(result["what"]) for result in results))
+        print(f"\n{'claim':<{wide}} {'peer ' + unit:>14} {'ours ' + unit:>14} {'ratio':>18}  wanted")
+        for result in results:
+            print(f"{result['what']:<{wide}} {scale * result['peer_median']:14,.{digits}f}", end=" ")
+            print(f"{scale * result['ours_median']:14,.{digits}f}", end=" ")
+            print(
+                f"{result['ratio']:>11} {result['value']:6.3g}  {result['wanted']} {result['bound']:g}",
+                end="",
+            )
+            print("" if result["holds"] else "  not reached")
+
+    facts = machine() | facts | {"n": options.runs}
+    stored = "s" if unit == "ms" else unit
+    print_json_or(tables, options, facts, unit=stored, values=values, claims=results)
