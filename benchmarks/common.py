@@ -199,6 +199,32 @@ def records(
             raise SystemExit(f"{' '.join(command)} exited with {child.returncode}")
 
 
+def eval_accuracy(run_dir: Path) -> float:
+    """Returns the accuracy of a run's last evaluation, 0..1."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line["accuracy"] for line in lines if line["kind"] == "eval"][-1]
+
+
+def write_mnist(data: Path, folder: Path) -> None:
+    """Writes the packed MNIST as the original files, where torchvision.datasets.MNIST(folder) finds them."""
+    import numpy as np
+
+    from disttrain.data.cached import open_split
+    from disttrain.shards.index import load_index
+
+    index = load_index("mnist", str(data))
+    raw = folder / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for split, name in (("train", "train"), ("val", "t10k")):
+        decoded = open_split(index, split, np.empty(0, np.int64), lambda text: None)
+        images, labels = decoded.images, decoded.labels.astype(np.uint8)
+        header = struct.pack(">IIII", 0x803, len(images), *images.shape[1:3])
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 0x801, len(labels)) + labels.tobytes()
+        )
+
+
 @contextlib.contextmanager
 def _drained_terminal() -> Iterator[int]:
     """Gives the inner side of a pseudo-terminal of 40 x 120 whose output is read and dropped."""

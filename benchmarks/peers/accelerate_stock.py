@@ -26,7 +26,7 @@ def main() -> None:
     dataset = (
         wds.WebDataset(urls, shardshuffle=100, nodesplitter=None)
         .shuffle(1000)
-        .decode("pil")
+        .decode("pill" if images.shape[3] == 1 else "pil")
         .to_tuple("jpg;png", "cls")
         .map_tuple(transform)
     )

@@ -31,14 +31,14 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def images_and_labels(data: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the training images, uint8 [N, H, W, C], labels, int64 [N], and mean and std, each [C]."""
+def images_and_labels(data: Path, split: str = "train") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the images of a split, uint8 [N, H, W, C], labels, int64 [N], and mean and std, each [C]."""
     from disttrain.data.cached import open_split
     from disttrain.shards.index import load_index
 
     index = load_index(data.name, str(data.parent))
-    split = open_split(index, "train", NONE, lambda text: None)
-    images, labels = torch.from_numpy(np.array(split.images)), torch.from_numpy(np.array(split.labels))
+    decoded = open_split(index, split, NONE, lambda text: None)
+    images, labels = torch.from_numpy(np.array(decoded.images)), torch.from_numpy(np.array(decoded.labels))
     return images, labels, torch.tensor(index.mean), torch.tensor(index.std)
 
 
