@@ -1,7 +1,7 @@
 """Augmentation and normalisation of whole batches, on the device.
 
-Every random choice is a function of (seed, epoch, place of the sample in the epoch), so that an image is
-augmented the same way on any number of ranks.
+Every random choice is a function of (seed, epoch, place of the sample in the epoch), or of the sample itself,
+so that an image is augmented the same way on any number of ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from disttrain import counter_rng
 from disttrain.config import AugmentConfig
+from disttrain.data.plan import Ids
 
 _ROWS, _COLUMNS, _FLIP, _CUT_ROWS, _CUT_COLUMNS, _MIX = range(2, 8)  # streams of random numbers
 
@@ -64,19 +65,30 @@ class Augment:
         self._offset = -(torch.tensor(mean) / divisor).to(device)
         self._draws: dict[int, Tensor] = {}
 
-    def start_epoch(self, epoch: int, samples: int, height: int, width: int) -> None:
-        """Draws the random choices of an epoch for every place in it."""
+    def start_epoch(self, epoch: int, order: Ids, height: int, width: int) -> None:
+        """Draws the random choices of an epoch for every place in it.
+
+        Args:
+            epoch: counts from 0.
+            order: the sample at each place, int64 [samples].
+            height: of the images in pixels.
+            width: of the images in pixels.
+        """
         padding, size = self._config.crop_padding, self._config.cutout
         ranges: dict[int, int] = {}
         if padding:
             ranges |= {_ROWS: 2 * padding + 1, _COLUMNS: 2 * padding + 1}
-        if self._config.flip:
+        if self._config.flip is True:
             ranges |= {_FLIP: 2}
         if size:
             ranges |= {_CUT_ROWS: height, _CUT_COLUMNS: width}
         for stream, below in ranges.items():
-            draws = counter_rng.integers(counter_rng.derive(self._seed, stream, epoch), samples, below)
+            draws = counter_rng.integers(counter_rng.derive(self._seed, stream, epoch), len(order), below)
             self._draws[stream] = torch.from_numpy(draws).to(self._device)
+        if self._config.flip == "alternating":  # here the choice is the sample's, not the place's
+            first = counter_rng.bits_at(counter_rng.derive(self._seed, _FLIP), order.astype(np.uint64))
+            flips = ((first >> np.uint64(63)).astype(np.int64) + epoch) % 2
+            self._draws[_FLIP] = torch.from_numpy(flips).to(self._device)
 
     def train(self, images: Tensor, places: slice | Tensor) -> Tensor:
         """Crops, flips, normalises and cuts.

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import pydantic
 import yaml
@@ -68,8 +68,9 @@ class AugmentConfig(_Section):
 
     crop_padding: Annotated[int, Field(ge=0)] = 0
     """Random crop of the original size after reflecting this many pixels at each border."""
-    flip: bool = False
-    """Random horizontal flip."""
+    flip: Literal["alternating"] | bool = False
+    """Random horizontal flip. alternating: at random in the first epoch, then every other epoch, so that each
+    image is seen from both sides equally often (Jordan 2024)."""
     cutout: Annotated[int, Field(ge=0)] = 0
     """Side in pixels of a random square set to the mean (DeVries & Taylor 2017), or to black with
     data.normalize = unit; 0 is off."""
@@ -99,12 +100,12 @@ class TrainConfig(_Section):
     batch_size: PositiveInt
     """The GLOBAL batch of one optimizer step, whatever the number of processes."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward and backward pass. auto: bf16 where the GPU has it, else fp16; fp32 on a
-    CPU."""
-    channels_last: bool = True
-    """Keep images and filters in NHWC memory order."""
+    """Arithmetic of the forward and backward pass. auto: bf16 where the GPU has it, else fp16; on a CPU fp32,
+    or bf16 where it proves faster and the run is long enough to repay the measurement."""
+    channels_last: Literal["auto"] | bool = "auto"
+    """Keep images and filters in NHWC memory order. auto: yes on a GPU, what is faster on a CPU."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile the model; auto: no."""
+    """torch.compile the model. auto: if the run is long enough to repay it and it proves faster."""
     label_smoothing: Fraction = 0.0
     """Share of the target spread evenly over the classes (Szegedy et al. 2016)."""
     grad_clip: Positive | None = None
@@ -118,6 +119,53 @@ class TrainConfig(_Section):
     """Use deterministic kernels only: the same run on the same number of processes gives the same bits."""
     trace_samples: bool = False
     """Write the ids of the samples of every step to trace/."""
+
+
+class ScheduleConfig(_Section):
+    """The learning rate over the run, as a function of the samples seen."""
+
+    name: Literal["constant", "cosine", "linear", "step", "one_cycle"] = "constant"
+    """Shape after the warm-up. one_cycle: up and down as in Smith & Topin 2018; linear with a warm-up is the
+    triangle of Page 2018."""
+    warmup_epochs: NonNegative | None = None
+    """Linear rise at the start; null means none, or 30 % of the run for one_cycle."""
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end of cosine, linear and one_cycle, as a share of the peak."""
+    end_epoch: Positive | None = None
+    """Epoch at which cosine, linear and one_cycle reach their end and stay there; null means the last."""
+    milestones: list[Positive] = Field(default_factory=list)
+    """step: epochs at which the rate is multiplied by gamma."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """step: the factor at each milestone."""
+
+
+class GroupConfig(_Section):
+    """Parameters that are trained in another way; a null takes what the `optim` section has.
+
+    Where `name` is another optimizer than there, its settings are that optimizer's own defaults.
+    """
+
+    parameters: str
+    """A regular expression that matches the whole name of each parameter of the group, such as
+    `.*\\.bias`; the first group that matches has the parameter."""
+    name: Literal["sgd", "adam", "adamw", "muon"] | None = None
+    """The optimizer."""
+    lr: Positive | None = None
+    """Peak learning rate."""
+    momentum: Fraction | None = None
+    """sgd and muon."""
+    nesterov: bool | None = None
+    """sgd and muon."""
+    betas: tuple[Fraction, Fraction] | None = Field(default=None, strict=False)
+    """adam, adamw and the AdamW part of muon."""
+    weight_decay: NonNegative | None = None
+    """As in `optim`."""
+    adjust_lr: Literal["original", "match_rms_adamw"] | None = None
+    """muon, as in `optim`."""
+    normalize_weights: bool | None = None
+    """muon, as in `optim`."""
+    schedule: ScheduleConfig | None = None
+    """The learning rate over the run; null means the `schedule` section."""
 
 
 class OptimConfig(_Section):
@@ -136,21 +184,15 @@ class OptimConfig(_Section):
     """adam, adamw and the AdamW part of muon (default 0.9, 0.999)."""
     weight_decay: NonNegative = 0.0
     """L2 penalty of sgd and adam; decoupled decay of adamw and muon."""
-
-
-class ScheduleConfig(_Section):
-    """The learning rate over the run, as a function of the samples seen."""
-
-    name: Literal["constant", "cosine", "linear", "step", "one_cycle"] = "constant"
-    """Shape after the warm-up. one_cycle: up and down as in Smith & Topin 2018."""
-    warmup_epochs: NonNegative | None = None
-    """Linear rise at the start; null means none, or 30 % of the run for one_cycle."""
-    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Learning rate at the end of cosine, linear and one_cycle, as a share of the peak."""
-    milestones: list[Positive] = Field(default_factory=list)
-    """step: epochs at which the rate is multiplied by gamma."""
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """step: the factor at each milestone."""
+    adjust_lr: Literal["original", "match_rms_adamw"] | None = None
+    """muon (default match_rms_adamw): how the size of an update depends on the shape of the weight.
+    match_rms_adamw: as large as AdamW's, so that both parts share a learning rate (Liu et al. 2025);
+    original: as in Jordan et al. 2024."""
+    normalize_weights: bool | None = None
+    """muon (default false): before each step, scale every filter to the norm sqrt(outputs), for networks in
+    which a batch norm follows each of them."""
+    groups: list[GroupConfig] = Field(default_factory=list)
+    """Parameters that are trained in another way."""
 
 
 class EvalConfig(_Section):
@@ -158,8 +200,12 @@ class EvalConfig(_Section):
 
     every_epochs: PositiveInt = 1
     """Evaluate after every so many epochs, and always after the last."""
-    tta: Literal["none", "flip"] = "none"
-    """Test-time augmentation: none, or the mean of the image and its mirror image."""
+    tta: Literal["none", "flip", "multi_view"] = "none"
+    """Test-time augmentation: the mean of the scores of the image and its mirror image; multi_view: half of
+    that, and half of both shifted by a pixel to either corner (six views). The records have the result
+    without it too."""
+    tta_when: Literal["always", "end"] = "always"
+    """In every evaluation, or in the one after the last epoch."""
 
 
 class CheckpointConfig(_Section):
@@ -513,6 +559,8 @@ _EXPECTED = {
 }
 _EXPECTED_BY_KEY = {
     "train.compile": "auto, true or false",
+    "train.channels_last": "auto, true or false",
+    "augment.flip": "true, false or alternating",
     "optim.betas": "two numbers, such as [0.9, 0.999]",
 }
 
@@ -521,23 +569,18 @@ def _conflicts(config: Config) -> list[_Problem]:
     """Returns what each key alone allows but the keys together do not."""
     problems = []
     optim, schedule, train = config.optim, config.schedule, config.train
-    owners = {"momentum": ("sgd", "muon"), "nesterov": ("sgd", "muon"), "betas": ("adam", "adamw", "muon")}
-    for field, names in owners.items():
-        if getattr(optim, field) is not None and optim.name not in names:
-            problems.append(_Problem(("optim", field), f"optim.{field}: {optim.name} has none; remove it"))
-    if optim.nesterov and optim.momentum == 0:
-        problems.append(_Problem(("optim", "nesterov"), "optim.nesterov: needs optim.momentum above 0"))
-    if (schedule.warmup_epochs or 0) > train.epochs:
-        text = (
-            f"schedule.warmup_epochs: {schedule.warmup_epochs:g} is longer than train.epochs = {train.epochs}"
-        )
-        problems.append(_Problem(("schedule", "warmup_epochs"), text + "; shorten it"))
-    if schedule.name == "step" and not schedule.milestones:
-        text = "schedule.milestones: needed by schedule.name = step, for example [30, 40]"
-        problems.append(_Problem(("schedule", "milestones"), text))
-    if schedule.name != "step" and schedule.milestones:
-        text = f"schedule.milestones: schedule.name = {schedule.name} has none; remove it or choose step"
-        problems.append(_Problem(("schedule", "milestones"), text))
+    problems += _optim_conflicts(("optim",), optim, optim.name)
+    problems += _schedule_conflicts(("schedule",), schedule, train.epochs)
+    for i, group in enumerate(optim.groups):
+        place: _Key = ("optim", "groups", i)
+        problems += _optim_conflicts(place, group, group.name or optim.name)
+        if group.schedule is not None:
+            problems += _schedule_conflicts((*place, "schedule"), group.schedule, train.epochs)
+        try:
+            re.compile(group.parameters)
+        except re.error as error:
+            text = f"{_dotted(place)}.parameters: not a regular expression: {error}"
+            problems.append(_Problem((*place, "parameters"), text))
     if train.accumulate > train.batch_size:
         text = f"train.accumulate: {train.accumulate} parts of a batch of {train.batch_size}; make it smaller"
         problems.append(_Problem(("train", "accumulate"), text))
@@ -547,27 +590,72 @@ def _conflicts(config: Config) -> list[_Problem]:
     return problems
 
 
-def _known_keys() -> dict[str, bool]:
-    """Returns every dotted key, in order, with whether it is a section."""
-    keys = {}
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        is_section = isinstance(section, type) and issubclass(section, BaseModel)
-        keys[name] = is_section
-        if is_section:
-            keys |= {f"{name}.{child}": False for child in section.model_fields}  # type: ignore[union-attr]
+def _optim_conflicts(place: _Key, optim: OptimConfig | GroupConfig, name: str) -> list[_Problem]:
+    problems = []
+    for field, names in _OWNERS.items():
+        if getattr(optim, field) is not None and name not in names:
+            text = f"{_dotted(place)}.{field}: {name} has none; remove it"
+            problems.append(_Problem((*place, field), text))
+    if optim.nesterov and optim.momentum == 0:
+        text = f"{_dotted(place)}.nesterov: needs {_dotted(place)}.momentum above 0"
+        problems.append(_Problem((*place, "nesterov"), text))
+    return problems
+
+
+_OWNERS = {
+    "momentum": ("sgd", "muon"),
+    "nesterov": ("sgd", "muon"),
+    "betas": ("adam", "adamw", "muon"),
+    "adjust_lr": ("muon",),
+    "normalize_weights": ("muon",),
+}
+
+
+def _schedule_conflicts(place: _Key, schedule: ScheduleConfig, epochs: int) -> list[_Problem]:
+    dotted, problems = _dotted(place), []
+    warmup, end = schedule.warmup_epochs or 0, schedule.end_epoch
+    if warmup > epochs:
+        text = f"{dotted}.warmup_epochs: {warmup:g} is longer than train.epochs = {epochs}; shorten it"
+        problems.append(_Problem((*place, "warmup_epochs"), text))
+    if end is not None and warmup > end:
+        text = f"{dotted}.end_epoch: {end:g} is before the end of the warm-up, {warmup:g}; move it"
+        problems.append(_Problem((*place, "end_epoch"), text))
+    if end is not None and schedule.name in {"constant", "step"}:
+        text = f"{dotted}.end_epoch: {dotted}.name = {schedule.name} has none; remove it"
+        problems.append(_Problem((*place, "end_epoch"), text))
+    if schedule.name == "step" and not schedule.milestones:
+        text = f"{dotted}.milestones: needed by {dotted}.name = step, for example [30, 40]"
+        problems.append(_Problem((*place, "milestones"), text))
+    if schedule.name != "step" and schedule.milestones:
+        text = f"{dotted}.milestones: {dotted}.name = {schedule.name} has none; remove it or choose step"
+        problems.append(_Problem((*place, "milestones"), text))
+    return problems
+
+
+def _known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Returns every dotted key, in order; those of the items of a list stand for all of them."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _known_keys(kind, f"{prefix}{name}.")
     return keys
 
 
 def _is_key(key: _Key) -> bool:
-    return _dotted(key) in _known_keys() or key[:2] == ("model", "args")
+    return _without_numbers(key) in _known_keys() or key[:2] == ("model", "args")
+
+
+def _without_numbers(key: _Key) -> str:
+    return _dotted(tuple(part for part in key if isinstance(part, str)))
 
 
 def _nearest(key: _Key) -> str | None:
     known, name = _known_keys(), str(key[-1])
     if name in _OTHER_NAMES:
         return _OTHER_NAMES[name]
-    parent = _dotted(key[:-1])
+    parent = _without_numbers(key[:-1])
     siblings = [dotted for dotted in known if dotted.rpartition(".")[0] == parent]
     for candidates in (siblings, list(known)):
         by_name = {dotted.rpartition(".")[2]: dotted for dotted in reversed(candidates)}

@@ -3,99 +3,184 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from disttrain.config import OptimConfig, ScheduleConfig
+from disttrain.config import GroupConfig, OptimConfig, ScheduleConfig
+from disttrain.errors import UsageError
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """Returns the configured optimizer over the trainable parameters of a model on its device.
+class Rate(NamedTuple):
+    """The learning rate of a parameter group over the run."""
 
-    The fused kernels of torch are used; the learning rate is `config.lr` until `set_lr` is called.
+    peak: float
+    """The learning rate where the factor of the schedule is 1."""
+    schedule: ScheduleConfig
+    """The factor at each point of the run; see `lr_factor`."""
+
+    def at(self, epochs_done: float, epochs: int) -> float:
+        """Returns the learning rate; arguments as for `lr_factor`."""
+        return self.peak * lr_factor(self.schedule, epochs_done, epochs)
+
+
+def build_optimizer(
+    config: OptimConfig, schedule: ScheduleConfig, model: nn.Module
+) -> tuple[Optimizer, list[Rate]]:
+    """Returns the configured optimizer and the learning rate of each of its parameter groups.
+
+    The fused kernels of torch are used; the learning rates are the peaks until `set_lr` is called.
+
+    Args:
+        config: optimizer, settings and groups.
+        schedule: the learning rate of the groups that have none of their own.
+        model: on its device; its frozen parameters are left out.
+
+    Raises:
+        UsageError: a group of the config has no parameter.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    betas = config.betas or (0.9, 0.999)
-    match config.name:
-        case "sgd":
-            return SGD(
-                parameters,
-                lr=config.lr,
-                momentum=0.9 if config.momentum is None else config.momentum,
-                nesterov=bool(config.nesterov),
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
-        case "adam":
-            return Adam(parameters, config.lr, betas, weight_decay=config.weight_decay, fused=True)
-        case "adamw":
-            return AdamW(parameters, config.lr, betas, weight_decay=config.weight_decay, fused=True)
-        case "muon":
-            return MuonWithAdamW(
-                model,
-                lr=config.lr,
-                momentum=0.95 if config.momentum is None else config.momentum,
-                nesterov=True if config.nesterov is None else config.nesterov,
-                betas=betas,
-                weight_decay=config.weight_decay,
-            )
+    parts: list[Optimizer] = []
+    rates: list[Rate] = []
+    for settings, parameters in _groups(config, model):
+        rate = Rate(settings.lr, settings.schedule or schedule)
+        if settings.name == "muon":
+            filters = [p for p in parameters if p.ndim in {2, 4} and p is not _head(model)]
+            if filters:
+                parts.append(FilterMuon(filters, settings))
+                rates.append(rate)
+            parameters = [p for p in parameters if p.ndim not in {2, 4} or p is _head(model)]
+        if parameters:
+            parts.append(_plain(settings, parameters))
+            rates.append(rate)
+    return (parts[0] if len(parts) == 1 else Together(parts)), rates
 
 
-class MuonWithAdamW(Optimizer):
-    """torch's Muon for filters and hidden matrices, AdamW for everything else, as one optimizer.
+class _Settings(NamedTuple):
+    name: str
+    lr: float
+    momentum: float | None
+    nesterov: bool | None
+    betas: tuple[float, float] | None
+    weight_decay: float
+    adjust_lr: str | None
+    normalize_weights: bool | None
+    schedule: ScheduleConfig | None
+
+
+def _groups(config: OptimConfig, model: nn.Module) -> list[tuple[_Settings, list[nn.Parameter]]]:
+    """Returns the trainable parameters with their settings: the groups in order, then the rest."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = []
+    for i, group in enumerate(config.groups):
+        names = [name for name in named if re.fullmatch(group.parameters, name)]
+        if not names:
+            raise UsageError(
+                f"optim.groups.{i}.parameters: {group.parameters!r} matches none of the parameters that are "
+                f"trained and not in an earlier group: {', '.join(named) or 'there are none left'}"
+            )
+        found.append((_settings(config, group), [named.pop(name) for name in names]))
+    if named:
+        found.append((_settings(config, None), list(named.values())))
+    return found
+
+
+def _settings(config: OptimConfig, group: GroupConfig | None) -> _Settings:
+    values: dict[str, Any] = {field: getattr(config, field, None) for field in _Settings._fields}
+    if group is not None:
+        if group.name not in (None, config.name):  # these would be settings of another optimizer
+            values |= dict.fromkeys(("momentum", "nesterov", "betas", "adjust_lr", "normalize_weights"))
+        own = {field: getattr(group, field) for field in _Settings._fields}
+        values |= {field: value for field, value in own.items() if value is not None}
+    return _Settings(**values)
+
+
+def _plain(settings: _Settings, parameters: list[nn.Parameter]) -> Optimizer:
+    betas, decay = settings.betas or (0.9, 0.999), settings.weight_decay
+    if settings.name == "sgd":
+        return SGD(
+            parameters,
+            lr=settings.lr,
+            momentum=0.9 if settings.momentum is None else settings.momentum,
+            nesterov=bool(settings.nesterov),
+            weight_decay=decay,
+            fused=True,
+        )
+    if settings.name == "adam":
+        return Adam(parameters, settings.lr, betas, weight_decay=decay, fused=True)
+    return AdamW(parameters, settings.lr, betas, weight_decay=decay, fused=True)  # adamw, and beside muon
+
+
+def _head(model: nn.Module) -> Tensor | None:
+    """Returns the weight of the last linear layer."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linear[-1].weight if linear else None
+
+
+class FilterMuon(Optimizer):
+    """torch's Muon for filters and hidden matrices (Jordan et al. 2024).
 
     torch's Muon takes matrices only. A filter [O, I, H, W] is given to it as the matrix [O, H*W*I] that
-    shares its memory; the order of the columns does not matter to an orthogonalisation. The last linear
-    layer, biases and norms are AdamW's (Jordan et al. 2024, "Muon: An optimizer for hidden layers"). The
-    update is scaled to the size of AdamW's (Liu et al. 2025, section 2.2): both take the same learning rate.
+    shares its memory; the order of the columns does not matter to an orthogonalisation.
+
+    Args:
+        filters: parameters of 2 or 4 dimensions.
+        settings: lr, momentum, nesterov, weight_decay, adjust_lr and normalize_weights are used.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        lr: float,
-        momentum: float,
-        nesterov: bool,
-        betas: tuple[float, float],
-        weight_decay: float,
-    ) -> None:
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        head = {id(linear[-1].weight)} if linear else set()
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        filters = [p for p in parameters if p.ndim in {2, 4} and id(p) not in head]
-        others = [p for p in parameters if p.ndim not in {2, 4} or id(p) in head]
+    def __init__(self, filters: list[nn.Parameter], settings: _Settings) -> None:
         self._matrices = [nn.Parameter(_matrix(p.detach(), p)) for p in filters]
-        self._parts: list[Optimizer] = []
-        groups = []
-        if filters:
-            self._parts.append(
-                Muon(
-                    self._matrices,
-                    lr=lr,
-                    momentum=momentum,
-                    nesterov=nesterov,
-                    weight_decay=weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
-            groups.append({"params": filters})
-        if others:
-            self._parts.append(AdamW(others, lr, betas, weight_decay=weight_decay, fused=True))
-            groups.append({"params": others})
-        self._filters = filters
-        super().__init__(groups, {"lr": lr})
+        self._muon = Muon(
+            self._matrices,
+            lr=settings.lr,
+            momentum=0.95 if settings.momentum is None else settings.momentum,
+            nesterov=True if settings.nesterov is None else settings.nesterov,
+            weight_decay=settings.weight_decay,
+            adjust_lr_fn=settings.adjust_lr or "match_rms_adamw",
+        )
+        self._norms = [len(p) ** 0.5 for p in filters] if settings.normalize_weights else None
+        super().__init__(filters, {"lr": settings.lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Takes one step of both parts; a parameter without gradient is left alone."""
+        """Takes one step; a parameter without gradient is left alone."""
         assert closure is None
-        for matrix, parameter in zip(self._matrices, self._filters, strict=True):
+        if self._norms is not None:
+            for matrix, norm in zip(self._matrices, self._norms, strict=True):
+                matrix.mul_(norm / matrix.norm())
+        for matrix, parameter in zip(self._matrices, self.param_groups[0]["params"], strict=True):
             matrix.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
+        self._muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self._muon.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of torch's Muon."""
+        return self._muon.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the state of torch's Muon."""
+        load_state(self._muon, state_dict)
+
+
+class Together(Optimizer):
+    """Several optimizers as one, each with a parameter group of its own.
+
+    Args:
+        parts: optimizers of one parameter group.
+    """
+
+    def __init__(self, parts: list[Optimizer]) -> None:
+        self._parts = parts
+        groups = [part.param_groups[0] for part in parts]
+        super().__init__([{"params": group["params"], "lr": group["lr"]} for group in groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Takes one step of every part."""
+        assert closure is None
         for part, group in zip(self._parts, self.param_groups, strict=True):
             part.param_groups[0]["lr"] = group["lr"]
             part.step()
@@ -127,13 +212,14 @@ def lr_factor(schedule: ScheduleConfig, epochs_done: float, epochs: int) -> floa
     """
     warmup = schedule.warmup_epochs
     if warmup is None:
-        warmup = 0.3 * epochs if schedule.name == "one_cycle" else 0.0
+        warmup = 0.3 * (schedule.end_epoch or epochs) if schedule.name == "one_cycle" else 0.0
     if epochs_done < warmup:
         rise = epochs_done / warmup
         if schedule.name == "one_cycle":  # Smith & Topin 2018, with the start and shape of torch's OneCycleLR
             return 1 / 25 + (1 - 1 / 25) * _cosine(1 - rise)
         return rise
-    rest = (epochs_done - warmup) / max(epochs - warmup, 1e-12)
+    end = epochs if schedule.end_epoch is None else schedule.end_epoch
+    rest = (epochs_done - warmup) / max(end - warmup, 1e-12)
     match schedule.name:
         case "constant":
             return 1.0
@@ -157,10 +243,10 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Sets the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def set_lr(optimizer: Optimizer, rates: Sequence[float]) -> None:
+    """Sets the learning rate of each parameter group."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _cosine(position: float) -> float:

@@ -29,6 +29,10 @@ def reference() -> str:
             section = sections[reference.rpartition("/")[2]]
             lines += ["", f"## {name}", "", " ".join(section["description"].split()), ""]
             lines += _table(f"{name}.", list(section["properties"].items()), section.get("required", []))
+    lines += ["", "## Each item of optim.groups", ""]
+    group = sections["GroupConfig"]
+    lines += [" ".join(group["description"].split()), ""]
+    lines += _table("", list(group["properties"].items()), group["required"])
     return "\n".join(lines) + "\n"
 
 
@@ -45,10 +49,14 @@ def _table(prefix: str, fields: list[tuple[str, dict[str, Any]]], required: list
 def _type(field: dict[str, Any]) -> str:
     if "anyOf" in field:
         return " or ".join(_type(option) for option in field["anyOf"])
+    if "$ref" in field:
+        return "as the section `schedule`"
     if "enum" in field:
         return ", ".join(f"`{choice}`" for choice in field["enum"])
     if "const" in field:
         return f"`{field['const']}`"
+    if field["type"] == "array" and "$ref" in field.get("items", {}):
+        return "list of the items below"
     kind = {
         "string": "text",
         "integer": "whole number",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from itertools import product
 from typing import Any
@@ -35,7 +36,7 @@ def augment(
 
 def started(samples: int, height: int, width: int, epoch: int = 0, **options: Any) -> Augment:
     result = augment(**options)
-    result.start_epoch(epoch, samples, height, width)
+    result.start_epoch(epoch, np.arange(samples), height, width)
     return result
 
 
@@ -175,6 +176,25 @@ def test_every_epoch_and_seed_augments_differently() -> None:
     assert len({tuple(result) for result in results.values()}) == 9
     same = as_bytes(train(image, epoch=1, seed=2, **EVERYTHING))
     assert results[2, 1] == same
+
+
+def test_alternating_flips_show_every_sample_from_both_sides_in_turn() -> None:
+    images = random_images(200)
+    orders = [np.random.default_rng(epoch).permutation(200) for epoch in range(4)]
+    flipped = []
+    for epoch, order in enumerate(orders):
+        augmentation = augment(flip="alternating", std=(1 / 255,))
+        augmentation.start_epoch(epoch, order, 7, 6)
+        result = augmentation.train(images[torch.from_numpy(order)], slice(0, 200)).round().byte()
+        mirrored = images[torch.from_numpy(order)].flip(2).permute(0, 3, 1, 2)
+        sides = (result == mirrored).flatten(1).all(1)
+        assert torch.equal(result[~sides], images[torch.from_numpy(order)].permute(0, 3, 1, 2)[~sides])
+        by_sample = np.empty(200, bool)
+        by_sample[order] = sides.numpy()
+        flipped.append(by_sample)
+    assert 70 < flipped[0].sum() < 130
+    for before, after in itertools.pairwise(flipped):
+        assert (before != after).all()
 
 
 def test_the_choices_of_one_sample_are_independent() -> None:

@@ -245,11 +245,12 @@ def test_unknown_keys_in_the_file_name_their_line(file, text, message):
         ("optim.lr", "9" * 399, f"expected a number, got {'9' * 77}..."),
         ("train.label_smoothing", "1.0", "must be less than 1, got 1.0"),
         ("train.ema", "1", "must be less than 1, got 1"),
-        ("augment.flip", "1", "expected true or false, got 1"),
+        ("augment.flip", "1", "expected true, false or alternating, got 1"),
         (
             "augment.flip",
             "yes",
-            "expected true or false, got 'yes' (YAML 1.2 reads yes as text; write true or false)",
+            "expected true, false or alternating, got 'yes' "
+            "(YAML 1.2 reads yes as text; write true or false)",
         ),
         ("train.compile", "maybe", "expected auto, true or false, got 'maybe'"),
         ("train.compile", "1", "expected auto, true or false, got 1"),

@@ -17,6 +17,7 @@ from torch import nn
 from disttrain.config import load_config
 from disttrain.errors import UsageError
 from disttrain.models import CATALOG, build_model, check_model_name, parameter_count
+from disttrain.models.speednet import Whitening
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -59,6 +60,7 @@ PARAMETERS = {
     "cnn_mnist": conv(1, 8, 3) + conv(8, 16, 3) + linear(784, 10),
     "lenet5": 61_706,  # the figure usually given for LeNet-5 with a full C3
     "lenet_bn": conv(3, 6, 5) + conv(6, 16, 5) + 2 * 16 + linear(400, 120, 84, 10),
+    "speednet": 1_972_792,  # Jordan 2024 gives 1.97 million for airbench94
     "traffic_cnn": conv(3, 4, 5) + conv(4, 10, 5) + linear(10 * 5 * 5, 10),
     "convnet4": 89_578,  # that of Caffe's cifar10_full, a port of the same network
     "alexnet_cifar": conv(3, 64, 4)
@@ -107,9 +109,8 @@ def test_training_starts_at_chance_and_reaches_every_parameter(name: str) -> Non
     assert loss.item() == pytest.approx(math.log(num_classes), rel=0.1)
     labels = torch.arange(batch) % num_classes
     nn.functional.cross_entropy(model(torch.randn(batch, *shape)), labels).backward()
-    unreached = [
-        key for key, value in model.named_parameters() if value.grad is None or not value.grad.any().item()
-    ]
+    trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    unreached = [key for key, value in trained.items() if value.grad is None or not value.grad.any().item()]
     assert unreached == []
 
 
@@ -451,3 +452,27 @@ SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 def test_config_builds_its_network_for_its_images(path: Path) -> None:
     config = load_config(path)
     build(config.model.name, SHAPES[config.data.name], **config.model.args)
+
+
+# --- speednet ---------------------------------------------------------------------------------------
+
+
+def test_whitened_patches_are_uncorrelated_with_variance_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    smooth = nn.functional.avg_pool2d(torch.randn(300, 3, 14, 14, generator=generator), 3, 1)
+    images = torch.stack([smooth[:, 0], smooth[:, 0] + 0.3 * smooth[:, 1], smooth[:, 2]], dim=1) * 3
+    layer = Whitening(3, 2)
+    layer.whiten(images, eps=0.0)
+    found = layer(images).movedim(1, 0).flatten(1)
+    half = len(found) // 2
+    torch.testing.assert_close(found[half:], -found[:half])
+    second_moments = found[:half] @ found[:half].T / found.shape[1]
+    torch.testing.assert_close(second_moments, torch.eye(half), atol=1e-3, rtol=0)
+    assert [name for name, value in layer.named_parameters() if value.requires_grad] == ["bias"]
+
+
+def test_the_first_outputs_of_a_block_of_speednet_are_copies_of_its_input() -> None:
+    model = build("speednet", (3, 32, 32))
+    first = model.get_submodule("features.blocks.1.conv1")
+    images = torch.randn(2, 64, 15, 15)
+    torch.testing.assert_close(first(images)[:, :64], images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from disttrain.config import OptimConfig, ScheduleConfig
-from disttrain.optim import build_optimizer, lr_factor, set_lr
+from disttrain.errors import UsageError
+from disttrain.optim import FilterMuon, Rate, build_optimizer, lr_factor, set_lr
 
 
 def network(channels_last: bool = False) -> nn.Sequential:
@@ -47,7 +49,8 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 
 def optimizer_for(model: nn.Module, name: str, **options: Any) -> Optimizer:
-    return build_optimizer(OptimConfig(name=name, **{"lr": 1e-2} | options), model)  # type: ignore[arg-type]
+    config = OptimConfig(name=name, **{"lr": 1e-2} | options)  # type: ignore[arg-type]
+    return build_optimizer(config, ScheduleConfig(), model)[0]
 
 
 # --- torch's own ------------------------------------------------------------------------------------
@@ -161,6 +164,124 @@ def test_muon_leaves_parameters_without_gradient_alone() -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, weights(model), strict=True))
 
 
+@pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
+def test_the_size_of_muons_updates(adjust_lr: str) -> None:
+    model = network()
+    before = weights(model)
+    take_steps(model, optimizer_for(model, "muon", momentum=0.0, adjust_lr=adjust_lr), 1)
+    for old, new in zip(before, weights(model), strict=True):
+        if old.ndim == 4:
+            rows, columns = old.flatten(1).shape
+            factor = (
+                max(1, rows / columns) ** 0.5 if adjust_lr == "original" else 0.2 * max(rows, columns) ** 0.5
+            )
+            size = (old - new).flatten(1).norm() / min(rows, columns) ** 0.5
+            assert size.item() == pytest.approx(0.01 * factor, rel=0.3)
+
+
+def test_muon_normalizes_filters_before_each_step() -> None:
+    model = network()
+    optimizer = optimizer_for(model, "muon", normalize_weights=True)
+    set_lr(optimizer, [0.0] * len(optimizer.param_groups))
+    before = weights(model)
+    take_steps(model, optimizer, 1)
+    for old, new in zip(before, weights(model), strict=True):
+        if old.ndim == 4:
+            torch.testing.assert_close(new, old * len(old) ** 0.5 / old.norm())
+
+
+# --- Groups -----------------------------------------------------------------------------------------
+
+
+def grouped(model: nn.Module, *groups: dict[str, Any], **options: Any) -> tuple[Optimizer, list[Rate]]:
+    config = OptimConfig.model_validate({"name": "sgd", "lr": 0.1, "groups": list(groups)} | options)
+    return build_optimizer(config, ScheduleConfig(name="linear"), model)
+
+
+def test_a_group_is_trained_in_its_own_way_and_the_rest_as_before() -> None:
+    model, alone, rest = network(), network(), network()
+    groups = (
+        {"parameters": r"\d\.bias", "lr": 0.5},
+        {"parameters": "7.*", "name": "adamw", "weight_decay": 0.1},
+    )
+    optimizer, rates = grouped(model, *groups, momentum=0.5)
+    assert [rate.peak for rate in rates] == [0.5, 0.1, 0.1]
+    take_steps(model, optimizer, 3)
+    take_steps(rest, SGD(rest.parameters(), 0.1, momentum=0.5), 3)
+    biases = SGD([{"params": [p], "lr": 0.5} for p in alone.parameters()], 0.5, momentum=0.5)
+    take_steps(alone, biases, 3)
+    head = network()
+    take_steps(head, AdamW(head.parameters(), 0.1, weight_decay=0.1), 3)
+    for (name, found), *others in zip(
+        model.named_parameters(), alone.parameters(), rest.parameters(), head.parameters(), strict=True
+    ):
+        which = 0 if name.endswith("bias") else 2 if name.startswith("7") else 1
+        torch.testing.assert_close(found, others[which], msg=name)
+
+
+def test_the_first_group_that_matches_has_the_parameter() -> None:
+    optimizer, rates = grouped(
+        network(), {"parameters": ".*weight", "lr": 1.0}, {"parameters": ".*", "lr": 2.0}
+    )
+    assert [rate.peak for rate in rates] == [1.0, 2.0]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(weights(network()))
+
+
+def test_groups_of_muon_keep_its_settings_unless_they_change_the_optimizer() -> None:
+    with_muon, _ = grouped(
+        network(), {"parameters": "0.*", "lr": 0.01}, name="muon", momentum=0.3, nesterov=False
+    )
+    momenta = [part.momentum for part in _muons(with_muon)]
+    assert momenta == [0.3, 0.3]
+    other, _ = grouped(network(), {"parameters": "0.*", "name": "muon"}, momentum=0.3)
+    assert [part.momentum for part in _muons(other)] == [0.95]
+
+
+def _muons(optimizer: Any) -> list[Any]:
+    parts = [part for part in optimizer._parts if isinstance(part, FilterMuon)]
+    return [SimpleNamespace(momentum=part._muon.param_groups[0]["momentum"]) for part in parts]
+
+
+def test_a_group_without_parameters_is_an_error_that_lists_what_there_is() -> None:
+    with pytest.raises(
+        UsageError, match=r"optim.groups.1.parameters: 'nose' matches none .*: 0.weight, "
+    ) as error:
+        grouped(network(), {"parameters": ".*bias"}, {"parameters": "nose"})
+    assert error.value.exit_code == 2
+    assert "0.bias" not in str(error.value)
+
+
+def test_each_group_has_a_schedule() -> None:
+    schedule = {"name": "linear", "end_epoch": 3}
+    _, rates = grouped(network(), {"parameters": ".*bias", "lr": 1.0, "schedule": schedule})
+    assert [[rate.at(now, 8) for rate in rates] for now in (0, 1.5, 4)] == [
+        [1.0, 0.1],
+        [0.5, pytest.approx(0.1 * 6.5 / 8)],
+        [0.0, 0.05],
+    ]
+
+
+def test_a_saved_state_of_groups_goes_on_bit_by_bit() -> None:
+    groups = (
+        {"parameters": ".*bias", "name": "adamw", "lr": 0.01},
+        {"parameters": "7.*", "name": "sgd", "lr": 0.1},
+    )
+
+    def make(model: nn.Module) -> Optimizer:
+        return grouped(model, *groups, name="muon", lr=0.01, normalize_weights=True)[0]
+
+    model, other = network(), network()
+    optimizer = make(model)
+    take_steps(model, optimizer, 3)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    take_steps(model, optimizer, 3, first=3)
+    other.load_state_dict(saved[0])
+    going_on = make(other)
+    going_on.load_state_dict(saved[1])
+    take_steps(other, going_on, 3, first=3)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights(model), weights(other), strict=True))
+
+
 # --- Both kinds -------------------------------------------------------------------------------------
 
 
@@ -185,14 +306,14 @@ def test_set_lr_reaches_every_parameter(name: str) -> None:
     model = network()
     optimizer = optimizer_for(model, name)
     before = weights(model)
-    set_lr(optimizer, 0.0)
+    set_lr(optimizer, [0.0] * len(optimizer.param_groups))
     take_steps(model, optimizer, 1)
     assert all(torch.equal(old, new) for old, new in zip(before, weights(model), strict=True))
     changes = []
     for lr in (1e-3, 2e-3):
         net = network()
         optimizer = optimizer_for(net, name)
-        set_lr(optimizer, lr)
+        set_lr(optimizer, [lr] * len(optimizer.param_groups))
         start = weights(net)
         take_steps(net, optimizer, 1)
         changes.append([new - old for old, new in zip(start, weights(net), strict=True)])

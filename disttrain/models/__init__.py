@@ -44,6 +44,7 @@ CATALOG: dict[str, Entry] = {
     "resnet18": Entry("disttrain.models.resnet:resnet18", "He et al. 2015"),
     "resnet34": Entry("disttrain.models.resnet:resnet34", "He et al. 2015"),
     "resnet50": Entry("disttrain.models.resnet:resnet50", "He et al. 2015"),
+    "speednet": Entry("disttrain.models.speednet:SpeedNet", "airbench94, Jordan 2024"),
     "inception_small": Entry("disttrain.models.inception:InceptionSmall", "Szegedy et al. 2014, for 32x32"),
 }
 
