@@ -12,10 +12,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -45,16 +47,48 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(
-    folder: Path, step: int, parts: Mapping[str, Any], state: Mapping[str, Any], *, keep: int, best: bool
-) -> Path:
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run at one moment, which training no longer changes.
+
+    Attributes:
+        step: optimizer steps taken; names the checkpoint.
+        skeletons: name of each part -> its nested data without the tensors.
+        tensors: name of each part -> its tensors, on the device they were on.
+        state: JSON values.
+        ready: recorded after the copies on a GPU, or None.
+    """
+
+    step: int
+    skeletons: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    ready: torch.cuda.Event | None
+
+
+def snapshot(step: int, parts: Mapping[str, Any], state: Mapping[str, Any]) -> Snapshot:
+    """Copies what a checkpoint holds, without waiting for the device.
+
+    Args:
+        step: optimizer steps taken.
+        parts: name -> nested dicts and lists of tensors and JSON values, such as a state_dict.
+        state: JSON values.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
+    skeletons = {name: _strip(part, "", tensors[name]) for name, part in parts.items()}
+    ready = None
+    if any(tensor.is_cuda for part in tensors.values() for tensor in part.values()):
+        ready = torch.cuda.Event()
+        ready.record()
+    return Snapshot(step, skeletons, tensors, dict(state), ready)
+
+
+def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
     """Writes a checkpoint and makes it the latest. Rank 0 alone calls this.
 
     Args:
         folder: the checkpoints folder of the run.
-        step: optimizer steps taken; names the checkpoint.
-        parts: name -> nested dicts and lists of tensors and JSON values, such as a state_dict.
-        state: JSON values.
+        taken: what to write.
         keep: number of checkpoints to keep, besides the best one.
         best: also make it the best.
 
@@ -64,17 +98,17 @@ def save(
     Raises:
         StorageError: it cannot be written; the earlier checkpoints are as they were.
     """
+    step = taken.step
     target = folder / f"step_{step:08d}"
     partial = folder / f".{target.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        skeletons, files = {}, {}
-        for name, part in parts.items():
-            tensors: dict[str, Tensor] = {}
-            skeletons[name] = _strip(part, "", tensors)
-            files[f"{name}.safetensors"] = _write(partial / f"{name}.safetensors", save_tensors(tensors))
-        document = {"state": dict(state), "parts": skeletons}
+        files = {}
+        for name, tensors in taken.tensors.items():
+            data = save_tensors(_on_host(tensors, taken.ready))
+            files[f"{name}.safetensors"] = _write(partial / f"{name}.safetensors", data)
+        document = {"state": taken.state, "parts": taken.skeletons}
         files[_STATE] = _write(partial / _STATE, _json(document))
         _write(partial / _MANIFEST, _json({"format": FORMAT, "files": files}))
         sync_folder(partial)
@@ -103,6 +137,53 @@ def save(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+class Writer:
+    """Writes checkpoints one after the other in a thread of its own, beside the training.
+
+    Args:
+        folder: the checkpoints folder of the run.
+        keep: number of checkpoints to keep, besides the best one.
+        done: told of every complete checkpoint and whether it is the best, in the thread that calls `check`
+            or `wait`.
+    """
+
+    def __init__(self, folder: Path, keep: int, done: Callable[[Path, bool], None]) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._done = done
+        self._pending: tuple[Future[Path], bool] | None = None
+
+    def begin(self, taken: Snapshot, best: bool) -> None:
+        """Begins to write, when the one before is complete.
+
+        Raises:
+            StorageError: the one before could not be written.
+        """
+        self.wait()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending = thread.submit(write, self._folder, taken, keep=self._keep, best=best), best
+        thread.shutdown(wait=False)  # ends when it is written
+
+    def check(self) -> None:
+        """Reports a checkpoint that has become complete.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        if self._pending is not None and self._pending[0].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written, if any, and reports it.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        if self._pending is not None:
+            (future, best), self._pending = self._pending, None
+            self._done(future.result(), best)
 
 
 def load(path: Path) -> Checkpoint:
@@ -167,8 +248,7 @@ def _strip(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, Tensor):
         if place in tensors:  # {"a": {"b": tensor}, "a.b": tensor}
             place = f"{place}#{len(tensors)}"
-        # A copy of its own: safetensors refuses shared memory, and filters are NCHW on disk.
-        tensors[place] = node.detach().to("cpu", copy=True).contiguous()
+        tensors[place] = node.detach().clone()  # of its own: safetensors refuses shared memory
         return {"tensor": place}
     if isinstance(node, Mapping):
         return {
@@ -180,6 +260,16 @@ def _strip(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, (list, tuple)):
         return {"list": [_strip(value, f"{place}.{i}", tensors) for i, value in enumerate(node)]}
     return {"value": node}
+
+
+def _on_host(tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
+    """Returns tensors in host memory and in NCHW order, without holding up what the device does."""
+    if ready is None:
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        return {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
 def _fill(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:

@@ -75,7 +75,7 @@ def _model_size(config: Config, index: Index) -> tuple[int, int]:
         image_size=(index.height, index.width),
         args=config.model.args,
     )
-    optimizer = build_optimizer(config.optim, model)
+    optimizer, _ = build_optimizer(config.optim, config.schedule, model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

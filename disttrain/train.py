@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -30,9 +30,10 @@ from disttrain.config import Config
 from disttrain.data.batches import Batch, Loader, Window
 from disttrain.data.plan import Ids, Plan, digest, share
 from disttrain.errors import DataError, StoppedError, TrainingError
-from disttrain.optim import lr_factor, set_lr
+from disttrain.optim import Rate, lr_factor, set_lr
 
 _NOISE = 16  # the stream of random numbers that seeds dropout
+_EVAL_BATCHES = 4  # batches of training in one of evaluation
 
 
 class Observer(Protocol):
@@ -46,6 +47,23 @@ class Observer(Protocol):
 
     def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
         """Takes the ids that this rank trains on in a step; epoch and step count from 1."""
+
+
+class Saver(Protocol):
+    """Saves checkpoints beside the training."""
+
+    def save(self, best: bool) -> None:
+        """Begins to save the state as it is now. Every rank calls this.
+
+        Args:
+            best: whether it is the best so far.
+        """
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the meantime."""
+
+    def wait(self) -> None:
+        """Returns when everything is saved, or raises the error that a save ended with."""
 
 
 class Gauges(Protocol):
@@ -84,12 +102,16 @@ class Parts:
     Attributes:
         model: as `Accelerator.prepare` returned it; wrapped in DDP when there are several ranks.
         ema: moving average of the bare model, or None.
+        optimizer: as `Accelerator.prepare` returned it.
+        rates: the learning rate of each of its parameter groups.
         plan: the order of the training samples.
         train_data: the training split, served to this rank.
         val_data: the validation split, served to this rank.
         val_ids: the samples to evaluate on, int64 [samples].
         val_skipped: samples of the validation split that cannot be used.
         image_size: height and width in pixels.
+        precision: the arithmetic of the forward and backward pass.
+        compiled_batch: images in the forward pass that the model is compiled for, or None if it is not.
     """
 
     config: Config
@@ -97,6 +119,7 @@ class Parts:
     model: nn.Module
     ema: AveragedModel | None
     optimizer: Optimizer
+    rates: Sequence[Rate]
     plan: Plan
     augment: Augment
     train_data: Loader
@@ -104,6 +127,8 @@ class Parts:
     val_ids: Ids
     val_skipped: int
     image_size: tuple[int, int]
+    precision: str = "fp32"
+    compiled_batch: int | None = None
     rank: int = field(init=False)
     world_size: int = field(init=False)
 
@@ -125,7 +150,7 @@ def train(
     *,
     observer: Observer,
     gauges: Gauges,
-    save: Callable[[bool], None],
+    saver: Saver,
     stop_requested: Callable[[], bool],
 ) -> None:
     """Trains from `position` to the end of the run. Every rank calls this.
@@ -135,23 +160,26 @@ def train(
         position: where to begin; kept up to date.
         observer: told of every log point and evaluation.
         gauges: readings that go into the train records.
-        save: saves a checkpoint; its argument tells whether it is the best so far. Called on every rank.
+        saver: saves checkpoints.
         stop_requested: whether this rank was asked to stop.
 
     Raises:
         TrainingError: the loss is not finite.
         StoppedError: a rank was asked to stop; a checkpoint was saved.
         DataError: the evaluation did not see every sample exactly once.
+        StorageError: a checkpoint cannot be written.
     """
     parts.model.train()
     epochs = parts.config.train.epochs
     while position.epoch < epochs:
-        train_epoch(parts, position, observer, gauges, save, stop_requested)
-        saved = finish_epoch(parts, position, observer, save)
+        train_epoch(parts, position, observer, gauges, saver, stop_requested)
+        saved = finish_epoch(parts, position, observer, saver)
         if stop_requested_anywhere(parts, stop_requested()) and position.epoch < epochs:
             if not saved:
-                save(False)
+                saver.save(False)
+            saver.wait()
             raise StoppedError(f"stopped after epoch {position.epoch}; saved, resumable")
+    saver.wait()
 
 
 def train_epoch(
@@ -159,27 +187,24 @@ def train_epoch(
     position: Position,
     observer: Observer,
     gauges: Gauges,
-    save: Callable[[bool], None],
+    saver: Saver,
     stop_requested: Callable[[], bool],
 ) -> None:
     """Trains from `position` to the end of its epoch. Every rank calls this; arguments as for `train`."""
     config, plan, epoch, begin = parts.config, parts.plan, position.epoch, position.samples
     order = plan.order(epoch)
     steps = range(begin // plan.batch_size, plan.steps_per_epoch)
-    parts.augment.start_epoch(epoch, plan.samples, *parts.image_size)
+    parts.augment.start_epoch(epoch, order, *parts.image_size)
+    seed = seeder(parts.accelerator.device)
     meter = Meter(parts.accelerator.device)
     seen: list[Ids] = []
     with contextlib.closing(served(parts, epoch, steps, order)) as pieces:
         for index in steps:
             places = plan.batch(index)
-            lr = config.optim.lr * lr_factor(
-                config.schedule,
-                epoch + (places.start + places.stop) / 2 / plan.samples_per_epoch,  # the middle of the step
-                config.train.epochs,
-            )
-            set_lr(parts.optimizer, lr)
+            now = epoch + (places.start + places.stop) / 2 / plan.samples_per_epoch  # the middle of the step
+            set_lr(parts.optimizer, [rate.at(now, config.train.epochs) for rate in parts.rates])
             # Dropout depends on the step and the rank alone, so that a resumed run draws the same.
-            torch.manual_seed(counter_rng.derive(config.seed, _NOISE, position.step, parts.rank) >> 1)
+            seed(counter_rng.derive(config.seed, _NOISE, position.step, parts.rank) >> 1)
 
             ids = train_step(parts, pieces, len(places), meter)
 
@@ -195,13 +220,16 @@ def train_epoch(
             stopping = parts.world_size == 1 and stop_requested()
             if log_due or save_due or last or stopping:  # a save follows a look at the loss
                 # Collective and device synchronisation: all ranks meet here.
+                saver.check()
+                lr = config.optim.lr * lr_factor(config.schedule, now, config.train.epochs)
                 stopping = log_point(parts, position, lr, meter, observer, gauges, stop_requested())
                 if last or stopping:
                     prove(parts, seen, plan.ids_between(order, begin, places.stop))
                 if (save_due or stopping) and not last:
-                    save(False)
+                    saver.save(False)
                     meter.restart()
                 if stopping and not last:
+                    saver.wait()
                     raise StoppedError(f"stopped at step {position.step:,}; saved, resumable")
     position.epoch, position.samples = epoch + 1, 0
 
@@ -280,7 +308,8 @@ def train_step(parts: Parts, pieces: Iterator[tuple[Piece, Batch]], global_batch
             images, labels, partners = prepare(parts, piece, batch)
         last = piece.last
         with contextlib.nullcontext() if last else parts.accelerator.no_sync(parts.model):
-            logits = parts.model(images)
+            with contextlib.nullcontext() if len(images) == parts.compiled_batch else as_written(parts):
+                logits = parts.model(images)
             loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
             parts.accelerator.backward(loss * (parts.world_size / global_batch if piece.counts else 0.0))
         if piece.counts:
@@ -435,7 +464,7 @@ def log_point(
     return stopping > 0
 
 
-def finish_epoch(parts: Parts, position: Position, observer: Observer, save: Callable[[bool], None]) -> bool:
+def finish_epoch(parts: Parts, position: Position, observer: Observer, saver: Saver) -> bool:
     """Evaluates and saves as the config says, and always after the last epoch. Every rank calls this.
 
     Returns:
@@ -445,7 +474,8 @@ def finish_epoch(parts: Parts, position: Position, observer: Observer, save: Cal
     last = position.epoch == config.train.epochs
     best = False
     if last or position.epoch % config.eval.every_epochs == 0:
-        record = evaluate(parts) | {"step": position.step, "epoch": position.epoch}
+        tta = config.eval.tta if last or config.eval.tta_when == "always" else "none"
+        record = evaluate(parts, tta) | {"step": position.step, "epoch": position.epoch}
         observer.evaluate(record)
         best = position.best_accuracy is None or record["accuracy"] > position.best_accuracy
         if best:
@@ -455,15 +485,20 @@ def finish_epoch(parts: Parts, position: Position, observer: Observer, save: Cal
     if every_steps is not None:
         due = due or position.step % every_steps == 0
     if due:
-        save(best)
+        saver.save(best)
     return due
 
 
-def evaluate(parts: Parts) -> dict[str, Any]:
+def evaluate(parts: Parts, tta: Literal["none", "flip", "multi_view"]) -> dict[str, Any]:
     """Evaluates the model, or its moving average, on the validation split. Every rank calls this.
 
+    Args:
+        parts: what to evaluate with.
+        tta: the test-time augmentation.
+
     Returns:
-        A record of metrics.jsonl: loss, accuracy 0..1, correct, total.
+        A record of metrics.jsonl: loss, accuracy 0..1, correct, total; with a test-time augmentation also
+        the accuracy and the correct ones without it.
 
     Raises:
         DataError: the ranks together did not see every sample.
@@ -475,35 +510,40 @@ def evaluate(parts: Parts) -> dict[str, Any]:
         model = parts.ema.module
     device = parts.accelerator.device
     own = share(range(len(parts.val_ids)), parts.rank, parts.world_size)
-    size = max(1, parts.plan.batch_size // parts.world_size)
+    # Nothing is kept for a backward pass, so that more fits than in training.
+    size = max(1, _EVAL_BATCHES * parts.plan.batch_size // (parts.world_size * parts.config.train.accumulate))
     windows = (slice(begin, min(begin + size, own.stop)) for begin in range(own.start, own.stop, size))
-    counts = torch.zeros(2, dtype=torch.int64, device=device)  # correct, total
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # correct, total, correct without augmentation
     loss = torch.zeros((), dtype=torch.float64, device=device)
     model.eval()
     with (
         torch.inference_mode(),
+        as_written(parts),
         parts.accelerator.autocast(),
         contextlib.closing(parts.val_data.batches(parts.val_ids, windows)) as batches,
     ):
         for batch in batches:
-            images = parts.augment.plain(batch.images)
-            logits = model(images).float()
-            if parts.config.eval.tta == "flip":
-                logits = (logits + model(images.flip(3)).float()) / 2
+            plain: Tensor | None = None
+            logits = torch.zeros((), device=device)
+            for images, weight in views(parts.augment.plain(batch.images), tta):
+                scores = model(images).float()
+                plain = scores if plain is None else plain
+                logits = logits + weight * scores
             loss += F.cross_entropy(logits, batch.labels, reduction="sum")
-            counts[0] += (logits.argmax(1) == batch.labels).sum()
-            counts[1] += len(batch.labels)
+            assert plain is not None
+            hits = [(scores.argmax(1) == batch.labels).sum() for scores in (logits, plain)]
+            counts += torch.stack([hits[0], torch.tensor(len(batch.labels), device=device), hits[1]])
     model.train()
     if parts.world_size > 1:  # collective: every rank
         dist.all_reduce(counts)
         dist.all_reduce(loss)
-    correct, total = counts.tolist()
+    correct, total, plain_correct = counts.tolist()
     if total != len(parts.val_ids):
         raise DataError(
             f"evaluation saw {total:,} samples, the index has {len(parts.val_ids):,}: this must not be; "
             "please report it"
         )
-    return {
+    record = {
         "kind": "eval",
         "loss": loss.item() / total,
         "accuracy": correct / total,
@@ -511,6 +551,52 @@ def evaluate(parts: Parts) -> dict[str, Any]:
         "total": total,
         "skipped": parts.val_skipped,
     }
+    if tta != "none":
+        record |= {"tta": tta, "plain_accuracy": plain_correct / total, "plain_correct": plain_correct}
+    return record
+
+
+def views(images: Tensor, tta: Literal["none", "flip", "multi_view"]) -> Iterator[tuple[Tensor, float]]:
+    """Yields the images as each pass of a test-time augmentation sees them, with the weight of its scores.
+
+    The first are the images as they are. multi_view is that of Jordan 2024 (airbench): the mirrored images
+    too, and both shifted by a pixel to the upper left and to the lower right with half the weight.
+
+    Args:
+        images: [B, C, H, W].
+        tta: the test-time augmentation.
+    """
+    if tta == "none":
+        yield images, 1.0
+        return
+    shifted = []
+    if tta == "multi_view":
+        height, width = images.shape[2:]
+        padded = F.pad(images, (1, 1, 1, 1), "reflect")
+        shifted = [padded[:, :, :height, :width], padded[:, :, 2:, 2:]]
+    for seen, weight in ((images, 0.5 if shifted else 1.0), *((one, 0.25) for one in shifted)):
+        yield seen, weight / 2
+        yield seen.flip(3), weight / 2
+
+
+@contextlib.contextmanager
+def as_written(parts: Parts) -> Iterator[None]:
+    """Runs a model that is compiled for one size of batch without its compilation."""
+    if parts.compiled_batch is None:
+        yield
+    else:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+
+def seeder(device: torch.device) -> Callable[[int], object]:
+    """Returns a function that seeds the random numbers of a device.
+
+    torch.manual_seed seeds every kind of device there is and takes a tenth of a millisecond for it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index].manual_seed
+    return torch.default_generator.manual_seed
 
 
 def average_buffers(parts: Parts, model: nn.Module) -> None:

@@ -7,6 +7,7 @@ has been read, so that a mistake in it is told at once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -18,7 +19,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -42,8 +43,10 @@ from disttrain.shards.verify import survey
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
+    from torch import nn
 
+    from disttrain.choices import Precision, Settings
     from disttrain.data.batches import Loader
     from disttrain.data.plan import Ids
     from disttrain.shards.index import Index
@@ -174,67 +177,38 @@ def run(config: Config, rank: Rank, resume: str, *, verbosity: int) -> None:
     split_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
     index = open_index(config, log.info)
     rank.listen()
-    accelerator, choices = join(config, device)
+    group = join(config, device)
     try:
-        folder, checkpoint = enter_folder(config, rank, accelerator, resume)
+        folder, checkpoint = enter_folder(config, rank, group, resume)
         if folder is not None:
-            train_in_folder(config, rank, folder, accelerator, index, checkpoint, choices, verbosity)
+            train_in_folder(config, rank, folder, group, index, checkpoint, verbosity)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def join(config: Config, device: Literal["cuda", "cpu"]) -> tuple[Accelerator, dict[str, str]]:
-    """Joins the process group and sets the arithmetic of this process.
-
-    Returns:
-        The accelerator, and the choices made for the user with their reasons.
-    """
+def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
+    """Joins the process group and sets what holds for all arithmetic of this process."""
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate import PartialState
 
-    precision, reason = choose_precision(config.train.precision, device)
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not config.train.reproducible
     torch.use_deterministic_algorithms(config.train.reproducible)
     if device == "cpu":
-        cores = len(os.sched_getaffinity(0))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // local_size)))
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # a launcher's setting is not part of the experiment
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=precision if precision in {"bf16", "fp16"} else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // local_size)))
+    group = PartialState(cpu=device == "cpu")
     expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
+    if group.num_processes != expected:
         raise UsageError(
-            f"the launcher promised {expected} processes, the group has {accelerator.num_processes}; "
+            f"the launcher promised {expected} processes, the group has {group.num_processes}; "
             "use `disttrain run`, torchrun, or accelerate launch with a file from launch/"
         )
-    return accelerator, {"precision": f"{precision}: {reason}"}
-
-
-def choose_precision(
-    wanted: Literal["auto", "fp32", "tf32", "bf16", "fp16"], device: Literal["cuda", "cpu"]
-) -> tuple[str, str]:
-    """Returns the arithmetic and why."""
-    import torch
-
-    if wanted != "auto":
-        return wanted, f"train.precision = {wanted}"
-    if device == "cpu":
-        return "fp32", "auto on a CPU"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16", "auto on a GPU with bf16"
-    return "fp16", "auto on a GPU without bf16"
+    return group
 
 
 def enter_folder(
-    config: Config, rank: Rank, accelerator: Accelerator, resume: str
+    config: Config, rank: Rank, group: PartialState, resume: str
 ) -> tuple[RunFolder | None, Path | None]:
     """Agrees on the run folder and on where to begin; rank 0 makes the folder. Every rank calls this.
 
@@ -252,7 +226,7 @@ def enter_folder(
         else:
             folder.create()
             agreed = [str(folder.path), checkpoint and str(checkpoint.resolve())]
-    if accelerator.num_processes > 1:
+    if group.num_processes > 1:
         broadcast_object_list(agreed)
     path, checkpoint_path = agreed
     if path is None:
@@ -268,48 +242,23 @@ def train_in_folder(
     config: Config,
     rank: Rank,
     folder: RunFolder,
-    accelerator: Accelerator,
+    group: PartialState,
     index: Index,
     checkpoint_path: Path | None,
-    choices: dict[str, str],
     verbosity: int,
 ) -> None:
     """Builds the parts, trains, and keeps the run folder. Every rank calls this."""
-    from disttrain import checkpoint as checkpoints
     from disttrain.observe import RunObserver
-    from disttrain.train import average_buffers, train
+    from disttrain.train import train
 
-    parts, position = build(config, rank, accelerator, index, checkpoint_path, choices)
+    parts, position, choices = build(config, rank, group, index, checkpoint_path)
     if rank.number == 0:
         if not folder.config.exists():
             write_atomically(folder.config, dump_config(config))
         folder.forget_after(position.step)
     observer = RunObserver(config, folder, parts, position, index, choices, verbosity=verbosity)
 
-    def save(best: bool) -> None:
-        average_buffers(parts, parts.bare_model)
-        if parts.ema is not None:
-            average_buffers(parts, parts.ema.module)
-        if rank.number == 0:
-            scaler = accelerator.scaler
-            path = checkpoints.save(
-                folder.checkpoints,
-                position.step,
-                {
-                    "model": parts.bare_model.state_dict(),
-                    "optimizer": parts.optimizer.state_dict(),
-                    **({} if parts.ema is None else {"ema": parts.ema.state_dict()}),
-                },
-                dataclasses.asdict(position)
-                | {
-                    "optimizer": config.optim.name,
-                    "data_digest": data_digest(index, parts.plan.skipped),
-                    "scaler": scaler.state_dict() if scaler else None,
-                },
-                keep=config.checkpoint.keep,
-                best=best,
-            )
-            observer.saved(path, best)
+    saver = RunSaver(parts, position, index, folder, observer.saved)
 
     def settle(**status: Any) -> None:
         place = {"step": position.step, "epoch": position.epoch, "samples_seen": position.samples_seen}
@@ -334,7 +283,7 @@ def train_in_folder(
                 position,
                 observer=observer,
                 gauges=observer.gauges,
-                save=save,
+                saver=saver,
                 stop_requested=lambda: rank.stop,
             )
         finally:
@@ -343,17 +292,76 @@ def train_in_folder(
         observer.finished()
 
 
+class RunSaver:
+    """Saves the checkpoints of a run: every rank averages its statistics, rank 0 writes.
+
+    Args:
+        parts: what is saved.
+        position: where the run is.
+        index: the data set.
+        folder: the run folder.
+        done: told of every complete checkpoint and whether it is the best.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        position: Position,
+        index: Index,
+        folder: RunFolder,
+        done: Callable[[Path, bool], None],
+    ) -> None:
+        from disttrain.checkpoint import Writer
+
+        self._parts = parts
+        self._position = position
+        self._state = {
+            "optimizer": parts.config.optim.name,
+            "data_digest": data_digest(index, parts.plan.skipped),
+            "precision": parts.precision,
+        }
+        self._writer = (
+            Writer(folder.checkpoints, parts.config.checkpoint.keep, done) if parts.rank == 0 else None
+        )
+
+    def save(self, best: bool) -> None:
+        """Takes a snapshot and begins to write it. Every rank calls this."""
+        from disttrain.checkpoint import snapshot
+        from disttrain.train import average_buffers
+
+        parts = self._parts
+        average_buffers(parts, parts.bare_model)
+        if parts.ema is not None:
+            average_buffers(parts, parts.ema.module)
+        if self._writer is not None:
+            scaler = parts.accelerator.scaler
+            tensors = {"model": parts.bare_model.state_dict(), "optimizer": parts.optimizer.state_dict()}
+            if parts.ema is not None:
+                tensors["ema"] = parts.ema.state_dict()
+            state = dataclasses.asdict(self._position) | self._state
+            state["scaler"] = scaler.state_dict() if scaler else None
+            self._writer.begin(snapshot(self._position.step, tensors, state), best)
+
+    def check(self) -> None:
+        """Reports a save that has ended."""
+        if self._writer is not None:
+            self._writer.check()
+
+    def wait(self) -> None:
+        """Returns when everything is saved."""
+        if self._writer is not None:
+            self._writer.wait()
+
+
 def build(
-    config: Config,
-    rank: Rank,
-    accelerator: Accelerator,
-    index: Index,
-    checkpoint_path: Path | None,
-    choices: dict[str, str],
-) -> tuple[Parts, Position]:
+    config: Config, rank: Rank, group: PartialState, index: Index, checkpoint_path: Path | None
+) -> tuple[Parts, Position, dict[str, str]]:
     """Makes model, optimizer, data and augmentation, in the state of the checkpoint if there is one.
 
-    Every rank calls this; `choices` takes what was chosen and why.
+    Every rank calls this.
+
+    Returns:
+        The parts, where to begin, and what was chosen for the user and why.
     """
     import torch
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -365,11 +373,12 @@ def build(
     from disttrain.optim import build_optimizer
     from disttrain.train import Parts, Position
 
-    device = accelerator.device
+    device = group.device
     say = print if rank.number == 0 else log.info
-    skipped = skipped_samples(config, index, accelerator, say)
+    choices: dict[str, str] = {}
+    skipped = skipped_samples(config, index, group, say)
     plan = make_plan(config, index, skipped["train"])
-    loaders = open_loaders(config, index, skipped, accelerator, say, choices)
+    loaders = open_loaders(config, index, skipped, group, say, choices)
 
     torch.manual_seed(config.seed)
     model = build_model(
@@ -379,65 +388,143 @@ def build(
         image_size=(index.height, index.width),
         args=config.model.args,
     ).to(device)
-    if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    checkpoint = load(checkpoint_path) if checkpoint_path is not None else None
+    steps_left = plan.steps_per_epoch * config.train.epochs - (checkpoint.state["step"] if checkpoint else 0)
+    precision = checkpoint.state["precision"] if checkpoint else None
+    accelerator, settings = prepare_arithmetic(config, group, model, index, steps_left, precision, choices)
+    augment = Augment(
+        config.augment,
+        seed=config.seed,
+        mean=index.mean if config.data.normalize == "mean_std" else (0.0,) * index.channels,
+        std=index.std if config.data.normalize == "mean_std" else (1.0,) * index.channels,
+        device=device,
+        channels_last=settings.channels_last,
+    )
+
+    if checkpoint is None and hasattr(model, "init_from_images"):
+        with contextlib.closing(loaders["train"].batches(plan.ids, [slice(0, INIT_IMAGES)])) as batches:
+            cast(Any, model).init_from_images(augment.plain(next(batches).images))
     ema = None
     if config.train.ema is not None:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema), use_buffers=True)
-    optimizer = build_optimizer(config.optim, model)
-    position, loaded = Position(), None
-    if checkpoint_path is not None:
-        loaded = load(checkpoint_path)
-        if loaded.state["optimizer"] != config.optim.name:
+    optimizer, rates = build_optimizer(config.optim, config.schedule, model)
+    position = Position()
+    if checkpoint is not None:
+        if checkpoint.state["optimizer"] != config.optim.name:
             raise CheckpointError(
-                f"{checkpoint_path}: was saved with optim.name = {loaded.state['optimizer']}, "
+                f"{checkpoint_path}: was saved with optim.name = {checkpoint.state['optimizer']}, "
                 f"the config has {config.optim.name}; resume with the config it was saved with"
             )
-        if loaded.state["data_digest"] != data_digest(index, plan.skipped):
+        if checkpoint.state["data_digest"] != data_digest(index, plan.skipped):
             raise UsageError(
                 f"{checkpoint_path}: {index.name} is not the data set it was trained on (index.json or the "
                 "samples left out have changed); bring that back or begin another run"
             )
-        restore(loaded, model, optimizer, ema)
+        restore(checkpoint, model, optimizer, ema)
         fields = {field.name for field in dataclasses.fields(Position)}
-        position = Position(**{key: value for key, value in loaded.state.items() if key in fields})
-    compiled = config.train.compile is True
-    choices["compile"] = f"{str(compiled).lower()}: train.compile = {config.train.compile}"
-    if compiled:
-        model.compile()
+        position = Position(**{key: value for key, value in checkpoint.state.items() if key in fields})
     model, prepared = accelerator.prepare(model, optimizer)
     if accelerator.num_processes > 1:
         # Batch-norm statistics are averaged when they are used, not broadcast in every step. Set here because
         # the constructor's argument has a new name in each torch.
         model.broadcast_buffers = False
-    if loaded is not None and accelerator.scaler is not None and loaded.state["scaler"]:
-        accelerator.scaler.load_state_dict(loaded.state["scaler"])
+    if checkpoint is not None and accelerator.scaler is not None and checkpoint.state["scaler"]:
+        accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
     parts = Parts(
         config=config,
         accelerator=accelerator,
         model=model,
         ema=ema,
         optimizer=prepared,
+        rates=rates,
         plan=plan,
-        augment=Augment(
-            config.augment,
-            seed=config.seed,
-            mean=index.mean if config.data.normalize == "mean_std" else (0.0,) * index.channels,
-            std=index.std if config.data.normalize == "mean_std" else (1.0,) * index.channels,
-            device=device,
-            channels_last=config.train.channels_last,
-        ),
+        augment=augment,
         train_data=loaders["train"],
         val_data=loaders["val"],
         val_ids=usable_ids(index.splits["val"].samples, skipped["val"]),
         val_skipped=len(skipped["val"]),
         image_size=(index.height, index.width),
+        precision=settings.precision,
+        compiled_batch=split_batch(config, group.num_processes) if settings.compiled else None,
     )
-    return parts, position
+    return parts, position, choices
+
+
+INIT_IMAGES = 5000
+"""Training images at most that a model with `init_from_images` sees before the first step."""
+
+
+def prepare_arithmetic(
+    config: Config,
+    group: PartialState,
+    model: nn.Module,
+    index: Index,
+    steps: int,
+    precision: Precision | None,
+    choices: dict[str, str],
+) -> tuple[Accelerator, Settings]:
+    """Chooses precision, memory order, compilation, threads and bucket size and applies them to the model.
+
+    Every rank calls this.
+
+    Args:
+        config: what the user has set.
+        group: the process group.
+        model: on its device; is put into the chosen memory order and compiled.
+        index: the data set.
+        steps: optimizer steps in the rest of the run.
+        precision: the arithmetic of the checkpoint that is gone on from, or None.
+        choices: takes what is chosen and why.
+
+    Returns:
+        The accelerator, and what was chosen.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    from disttrain.choices import Workload, bucket_mib, choose
+
+    batch = split_batch(config, group.num_processes)
+    choice = choose(
+        config.train,
+        Workload(
+            model,
+            batch,
+            (index.channels, index.height, index.width),
+            len(index.classes),
+            steps * config.train.accumulate,
+            group.num_processes,
+        ),
+        threads=torch.get_num_threads(),
+        fixed_precision=precision,
+    )
+    choices |= choice.reasons
+    settings = choice.settings
+    tf32 = "tf32" if settings.precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = tf32
+    torch.backends.cudnn.conv.fp32_precision = tf32  # type: ignore[attr-defined]
+    if group.device.type == "cpu":
+        torch.set_num_threads(settings.threads)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if settings.compiled:
+        model.compile(dynamic=False)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    bucket, reason = bucket_mib(trained, group.device)
+    if group.num_processes > 1:
+        choices["bucket"] = f"{bucket:.3g} MiB: {reason}"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # a launcher's setting is not part of the experiment
+    accelerator = Accelerator(
+        cpu=group.device.type == "cpu",
+        mixed_precision=settings.precision if settings.precision in {"bf16", "fp16"} else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=bucket)],
+    )
+    return accelerator, settings
 
 
 def skipped_samples(
-    config: Config, index: Index, accelerator: Accelerator, say: Callable[[str], None]
+    config: Config, index: Index, group: PartialState, say: Callable[[str], None]
 ) -> dict[str, Ids]:
     """Returns the ids of each split that cannot be used on any node. Every rank calls this."""
     import numpy as np
@@ -447,7 +534,7 @@ def skipped_samples(
     if config.data.on_error == "skip":
         for split in skipped:
             found = survey(index, split, say)
-            if accelerator.num_processes > 1:
+            if group.num_processes > 1:
                 found = np.unique(np.concatenate(gather_object([found])))
             skipped[split] = found
             if len(found) == index.splits[split].samples:
@@ -462,7 +549,7 @@ def open_loaders(
     config: Config,
     index: Index,
     skipped: dict[str, Ids],
-    accelerator: Accelerator,
+    group: PartialState,
     say: Callable[[str], None],
     choices: dict[str, str],
 ) -> dict[str, Loader]:
@@ -472,7 +559,7 @@ def open_loaders(
     from disttrain.data.streamed import Streamed
     from disttrain.shards.images import expect_images
 
-    device = accelerator.device
+    device = group.device
     place, reason = choose_place(config.data.cache, index.decoded_bytes, device)
     choices["cache"] = f"{place}: {reason}"
     if place != "none":
@@ -483,8 +570,8 @@ def open_loaders(
     workers = config.data.workers
     if workers is None:
         workers = max(1, min(8, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    expect_images(index.splits["train"].samples * config.train.epochs // accelerator.num_processes)
-    size = config.train.batch_size // accelerator.num_processes
+    expect_images(index.splits["train"].samples * config.train.epochs // group.num_processes)
+    size = config.train.batch_size // group.num_processes
     loaders = {
         split: Streamed(index, split, device, batch_size=size, workers=workers, say=say)
         for split in ("train", "val")

@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,16 @@ from torch.optim import SGD, Adam
 from torch.optim.swa_utils import AveragedModel
 
 from disttrain import checkpoint
-from disttrain.checkpoint import load, restore, save, verify
+from disttrain.checkpoint import Writer, load, restore, snapshot, verify, write
 from disttrain.errors import CheckpointError, StorageError
 
 PARTS = {"model": {"weight": torch.arange(12.0).view(3, 4)}, "optimizer": {"state": {0: {"step": 3}}}}
+
+
+def save(
+    folder: Path, step: int, parts: dict[str, Any], state: dict[str, Any], *, keep: int, best: bool
+) -> Path:
+    return write(folder, snapshot(step, parts, state), keep=keep, best=best)
 
 
 def save_step(folder: Path, step: int, *, keep: int = 2, best: bool = False, value: float = 0.0) -> Path:
@@ -401,3 +408,63 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     path = save_run(tmp_path, model, optimizer)
     with pytest.raises(CheckpointError, match="has no ema; it was saved by a run without one"):
         restore(load(path), model, optimizer, AveragedModel(model))
+
+
+# --- Beside the training ----------------------------------------------------------------------------
+
+
+def test_a_snapshot_keeps_the_state_of_its_moment(tmp_path: Path) -> None:
+    live = torch.zeros(1000)
+    taken = snapshot(7, {"model": {"w": live}}, {"step": 7})
+    live += 1
+    path = write(tmp_path, taken, keep=1, best=False)
+    assert path.name == "step_00000007"
+    assert_same(load(path).parts["model"]["w"], torch.zeros(1000))
+
+
+def test_a_writer_writes_in_order_and_reports_in_the_thread_that_asks(tmp_path: Path) -> None:
+    done: list[tuple[str, bool, int]] = []
+    writer = Writer(tmp_path, 2, lambda path, best: done.append((path.name, best, threading.get_ident())))
+    for step in (1, 2, 3):
+        writer.begin(snapshot(step, PARTS, {"step": step}), best=step == 2)
+    writer.wait()
+    here = threading.get_ident()
+    assert done == [
+        ("step_00000001", False, here),
+        ("step_00000002", True, here),
+        ("step_00000003", False, here),
+    ]
+    assert names(tmp_path) == ["best", "latest", "step_00000002", "step_00000003"]
+    writer.wait()
+    writer.check()
+    assert len(done) == 3
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+    real = checkpoint.sync_folder
+
+    def slow(folder: Path) -> None:
+        assert may_end.wait(30)
+        real(folder)
+
+    monkeypatch.setattr(checkpoint, "sync_folder", slow)
+    done: list[Path] = []
+    writer = Writer(tmp_path, 2, lambda path, best: done.append(path))
+    writer.begin(snapshot(1, PARTS, {}), best=False)
+    writer.check()
+    assert done == []
+    assert not (tmp_path / "latest").exists()
+    may_end.set()
+    writer.wait()
+    assert done == [tmp_path / "step_00000001"]
+
+
+def test_a_failure_to_write_is_told_at_the_next_look(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    writer = Writer(tmp_path / "file" / "checkpoints", 2, lambda path, best: None)
+    writer.begin(snapshot(1, PARTS, {}), best=False)
+    with pytest.raises(StorageError, match="step_00000001: the checkpoint cannot be written"):
+        writer.wait()

@@ -27,7 +27,7 @@ from disttrain.data.batches import Batch, Window
 from disttrain.data.cached import Cached, DecodedSplit
 from disttrain.data.plan import Ids, Plan
 from disttrain.errors import DataError, StoppedError, TrainingError
-from disttrain.optim import build_optimizer
+from disttrain.optim import Rate, build_optimizer
 from disttrain.train import Parts, Position, evaluate, loss_sum, prepare, train
 
 CLASSES = 4
@@ -117,11 +117,13 @@ def make_parts(
     )
     accelerator = Accelerator(cpu=True)
     model = network() if model is None else model
-    if config.train.channels_last:
+    channels_last = config.train.channels_last is not False
+    if channels_last:
         model = model.to(memory_format=torch.channels_last)
     decay = config.train.ema
     average = decay and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    model, optimizer = accelerator.prepare(model, build_optimizer(config.optim, model))
+    optimizer, rates = build_optimizer(config.optim, config.schedule, model)
+    model, optimizer = accelerator.prepare(model, optimizer)
     device = accelerator.device
     return Parts(
         config=config,
@@ -129,6 +131,7 @@ def make_parts(
         model=model,
         ema=average or None,
         optimizer=optimizer,
+        rates=rates,
         plan=Plan(config.seed, (samples,), config.train.batch_size, drop),
         augment=Augment(
             config.augment,
@@ -136,7 +139,7 @@ def make_parts(
             mean=(MEAN,),
             std=(STD,),
             device=device,
-            channels_last=config.train.channels_last,
+            channels_last=channels_last,
         ),
         train_data=Cached(split(samples, 1), device, "host"),
         val_data=Cached(split(val_samples, 2), device, "host"),
@@ -152,6 +155,7 @@ def with_(parts: Parts, **sections: dict[str, Any]) -> Parts:
     for name, keys in sections.items():
         tree[name] |= keys
     parts.config = Config.model_validate(tree)
+    parts.rates = [Rate(parts.config.optim.lr, parts.config.schedule) for _ in parts.rates]
     return parts
 
 
@@ -160,6 +164,7 @@ def run(
     position: Position | None = None,
     *,
     save: Callable[[bool], None] = lambda best: None,
+    check: Callable[[], None] = lambda: None,
     stop_after: int | None = None,
     recorder: Recorder | None = None,
 ) -> Recorder:
@@ -171,7 +176,7 @@ def run(
         position,
         observer=recorder,
         gauges=recorder,
-        save=save,
+        saver=SimpleNamespace(save=save, check=check, wait=lambda: None),
         stop_requested=lambda: stop_after is not None and position.step >= stop_after,
     )
     return recorder
@@ -290,7 +295,7 @@ def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size
             )
 
         parts.optimizer = SimpleNamespace(step=keep, zero_grad=lambda set_to_none: None)  # type: ignore[assignment]
-        parts.augment.start_epoch(0, 40, 6, 6)
+        parts.augment.start_epoch(0, parts.plan.order(0), 6, 6)
         meter = loops.Meter(torch.device("cpu"))
         pieces = loops.served(parts, 0, range(step, step + 1), parts.plan.order(0))
         ids = loops.train_step(parts, pieces, len(parts.plan.batch(step)), meter)
@@ -331,7 +336,7 @@ def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, place
     def loaded(mix: Mix | None, rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
         parts = make_parts(samples=43, augment={"crop_padding": 1, "flip": True})
         parts.rank, parts.world_size = rank, world_size
-        parts.augment.start_epoch(0, 43, 6, 6)
+        parts.augment.start_epoch(0, parts.plan.order(0), 6, 6)
         parts.augment.mix = lambda *place: mix  # type: ignore[method-assign]
         with closing(loops.served(parts, 0, range(step, step + 1), parts.plan.order(0))) as pieces:
             return prepare(parts, *next(pieces))
@@ -384,18 +389,23 @@ def test_the_moving_average_follows_weights_and_statistics_and_is_evaluated() ->
 # --- Evaluation -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tta", ["none", "flip"])
-@pytest.mark.parametrize("samples", [1, 15, 16, 17, 50])
-def test_evaluation_counts_every_sample_once(samples: int, tta: str) -> None:
+@pytest.mark.parametrize("tta", ["none", "flip", "multi_view"])
+@pytest.mark.parametrize("samples", [1, 15, 16, 17, 150])
+def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
     parts = with_(make_parts(network(dropout=0.5, norm=True), val_samples=samples), eval={"tta": tta})
     model = copy.deepcopy(parts.bare_model).eval()
     images, labels = batch_of(2, range(samples), samples)
-    logits = model(images)
+    plain = logits = model(images)
     if tta == "flip":
-        logits = (logits + model(images.flip(3))) / 2
-    correct = int((logits.argmax(1) == labels).sum())
+        logits = (plain + model(images.flip(3))) / 2
+    elif tta == "multi_view":
+        logits = (plain + model(images.flip(3))) / 4
+        for index in ([1, 0, 1, 2, 3, 4], [1, 2, 3, 4, 5, 4]):  # reflected at a border of one pixel
+            seen = images[:, :, index][:, :, :, index]
+            logits = logits + (model(seen) + model(seen.flip(3))) / 8
+    correct, plain_correct = (int((scores.argmax(1) == labels).sum()) for scores in (logits, plain))
     before = state(parts.bare_model)
-    record = evaluate(parts)
+    record = evaluate(parts, tta)
     assert record == {
         "kind": "eval",
         "loss": pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5),
@@ -403,6 +413,11 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: str) -> None:
         "correct": correct,
         "total": samples,
         "skipped": 0,
+        **(
+            {}
+            if tta == "none"
+            else {"tta": tta, "plain_accuracy": plain_correct / samples, "plain_correct": plain_correct}
+        ),
     }
     assert same(state(parts.bare_model), before)
     assert parts.bare_model.training  # as it was
@@ -413,6 +428,12 @@ def test_evaluations_come_when_due_and_at_the_end(every: int, epochs: list[int])
     recorder = run(with_(make_parts(epochs=3), eval={"every_epochs": every}))
     assert [record["epoch"] for record in recorder.evaluations] == epochs
     assert [record["step"] for record in recorder.evaluations] == [3 * epoch for epoch in epochs]
+
+
+def test_test_time_augmentation_can_wait_for_the_end() -> None:
+    sections = {"tta": "multi_view", "tta_when": "end"}
+    recorder = run(with_(make_parts(epochs=3), eval=sections))
+    assert [record.get("tta") for record in recorder.evaluations] == [None, None, "multi_view"]
 
 
 # --- Records ----------------------------------------------------------------------------------------
@@ -522,11 +543,11 @@ def test_an_epoch_over_other_samples_than_those_of_the_index_is_an_error(how: st
 
 
 def test_an_evaluation_of_too_few_samples_is_an_error() -> None:
-    parts = make_parts()
+    parts = make_parts(batch_size=4)
     parts.val_data = Careless("drops")
     parts.val_ids = np.arange(40)
     with pytest.raises(DataError, match=r"saw 39 samples, the index has 40"):
-        evaluate(parts)
+        evaluate(parts, "none")
 
 
 # --- Failure ----------------------------------------------------------------------------------------
@@ -569,7 +590,7 @@ def test_saves_come_when_due_once_and_at_the_end(options: dict[str, int], expect
 
 def test_the_best_is_saved_whenever_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([0.5, 0.4, 0.5, 0.6, 0.6])
-    monkeypatch.setattr(loops, "evaluate", lambda parts: {"kind": "eval", "accuracy": next(accuracies)})
+    monkeypatch.setattr(loops, "evaluate", lambda *_: {"kind": "eval", "accuracy": next(accuracies)})
     parts = with_(make_parts(epochs=5), checkpoint={"every_epochs": 9})
     position, saves = Position(), []
     run(parts, position, save=lambda best: saves.append((position.epoch, best, position.best_accuracy)))
@@ -616,9 +637,8 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path, optimizer: str, stop_a
 
     def save(best: bool) -> None:
         steps.append(position.step)
-        checkpoint.save(
-            tmp_path, position.step, saved_states(stopped), dataclasses.asdict(position), keep=1, best=best
-        )
+        taken = checkpoint.snapshot(position.step, saved_states(stopped), dataclasses.asdict(position))
+        checkpoint.write(tmp_path, taken, keep=1, best=best)
 
     with pytest.raises(StoppedError, match=r"stopped .*saved, resumable") as caught:
         run(stopped, position, save=save, stop_after=stop_after, recorder=recorder)

@@ -113,7 +113,7 @@ def bench(index: Index, *, samples: int, batch_size: int, threads: int | None = 
         device=cpu,
         channels_last=True,
     )
-    augment.start_epoch(0, samples, index.height, index.width)
+    augment.start_epoch(0, order, index.height, index.width)
     labels = np.zeros(samples, np.int64)
     cached = Cached(DecodedSplit(pixels, labels), cpu, "host")
     within = np.argsort(order, kind="stable")  # an order of the samples that have been decoded

@@ -1,0 +1,135 @@
+"""What is chosen for the user: the rules, when it is measured, and that nothing of the run changes by it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from disttrain import choices
+from disttrain.choices import Choice, Settings, Workload, bucket_mib, choose
+from disttrain.config import TrainConfig
+
+CPU = torch.device("cpu")
+
+
+def config(**options: Any) -> TrainConfig:
+    return TrainConfig(epochs=1, batch_size=8, **options)
+
+
+def work(passes: int = 10**9, model: nn.Module | None = None) -> Workload:
+    torch.manual_seed(0)
+    model = model or nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(48, 2)
+    )
+    return Workload(model, batch=8, image=(1, 6, 6), classes=2, passes=passes, world_size=1)
+
+
+def choice(passes: int = 10**9, **options: Any) -> Choice:
+    return choose(config(**options), work(passes), threads=4, fixed_precision=None)
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """Gives every setting the seconds of `cost`, and lists what was measured."""
+    measured: list[Settings] = []
+
+    def seconds(probe: Any, settings: Settings) -> float:
+        measured.append(settings)
+        probe.spent_s += 1.0
+        return cost(settings)
+
+    monkeypatch.setattr(choices._Probe, "seconds", seconds)
+    return measured
+
+
+def cost(settings: Settings) -> float:
+    """bf16 in NHWC on two threads is best."""
+    seconds = {("fp32", True): 1.0, ("fp32", False): 1.2, ("bf16", True): 0.4, ("bf16", False): 2.0}
+    return seconds[settings.precision, settings.channels_last] * {4: 1.0, 2: 0.7, 1: 1.5}[settings.threads]
+
+
+def test_the_fastest_settings_are_chosen_and_the_reason_names_the_times(timed: list[Settings]) -> None:
+    found = choice()
+    assert found.settings == Settings("bf16", channels_last=True, compiled=False, threads=2)
+    assert found.reasons["precision"].startswith(
+        "bf16: fp32, channels_last, 4 threads: 1e+03 ms a pass; bf16,"
+    )
+    assert found.reasons["threads"].startswith("2: ")
+    assert found.reasons["channels_last"].startswith("true: ")
+    assert found.reasons["compile"] == "false: a CPU, where it makes CNNs slower"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"precision": "fp32"}, Settings("fp32", True, False, 2)),
+        ({"channels_last": False}, Settings("fp32", False, False, 2)),
+        ({"compile": True}, Settings("bf16", True, True, 2)),
+    ],
+)
+def test_what_the_user_sets_is_kept(
+    timed: list[Settings], options: dict[str, Any], expected: Settings
+) -> None:
+    found = choice(**options)
+    assert found.settings == expected
+    (key,) = options
+    assert found.reasons[key].partition(": ")[2].startswith(f"train.{key}")
+    if key == "precision":
+        assert {settings.precision for settings in timed} == {"fp32"}
+
+
+def test_nothing_is_measured_where_everything_is_set(timed: list[Settings]) -> None:
+    found = choice(precision="bf16", channels_last=True, compile=False)
+    assert timed == []
+    assert found.settings == Settings("bf16", True, False, 4)
+
+
+def test_a_run_that_goes_on_keeps_its_arithmetic(timed: list[Settings]) -> None:
+    resumed = choose(config(), work(), threads=4, fixed_precision="fp32")
+    assert resumed.settings.precision == "fp32"
+    assert resumed.reasons["precision"] == "fp32: as in the checkpoint"
+
+
+def test_a_short_run_is_not_measured_further(timed: list[Settings]) -> None:
+    found = choice(passes=59)
+    assert len(timed) == 1
+    assert found.settings == Settings("fp32", True, False, 4)
+    assert found.reasons["precision"] == "fp32: a run of about 59 s does not repay measuring"
+
+
+def test_measuring_ends_when_a_fiftieth_of_the_run_is_spent(timed: list[Settings]) -> None:
+    choice(passes=150)  # of 1 s each: 3 s may be spent, of which each measurement here takes one
+    assert len(timed) == 3
+
+
+def test_a_gain_within_the_noise_changes_nothing(
+    timed: list[Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("test_choices.cost", lambda settings: 0.95 if settings.precision == "bf16" else 1.0)
+    assert choice().settings == Settings("fp32", True, False, 4)
+
+
+def test_a_real_measurement_leaves_the_model_the_random_state_and_the_threads_as_they_were() -> None:
+    workload = work()
+    before = copy.deepcopy(workload.model.state_dict())
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    found = choose(config(), workload, threads=threads, fixed_precision=None)
+    assert found.settings.precision in {"fp32", "bf16"}
+    assert " ms a pass" in found.reasons["precision"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    for name, value in workload.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(parameter.grad is None for parameter in workload.model.parameters())
+
+
+def test_small_gradients_and_those_of_cpus_are_reduced_in_one_bucket() -> None:
+    mib = 2**20 // 4
+    for parameters, device in ((100 * mib, CPU), (3 * mib, torch.device("cuda"))):
+        assert bucket_mib(parameters, device)[0] > parameters / mib
+    assert bucket_mib(40 * mib, torch.device("cuda"))[0] == 10
+    assert bucket_mib(4000 * mib, torch.device("cuda"))[0] == 25
