@@ -3,17 +3,17 @@
     python benchmarks/speedrun.py --data ROOT --peers-env CACHE [--config configs/speedrun_cifar.yaml]
         [KEY=VALUE ...]
 
-ours  `disttrain run --gpus 1 CONFIG`: the seconds from the beginning of the first interval of metrics.jsonl to
-      the arrival of the last train record, looked at every 2 ms. Start, decoding and the last evaluation are
-      not in it; compilation in the first step and evaluations before the last one are. Every run is a new
+ours  `disttrain run --gpus 1 CONFIG`: the seconds from the beginning of the first interval of metrics.jsonl
+      to the arrival of the last train record, looked at every 2 ms. Start, decoding and the last evaluation
+      are not in it; compilation in the first step and evaluations before the last one are. Every run is a new
       process, so it is cold.
 cold  peers/airbench94.py: training of the first run in a new process, by airbench's own clock, without its
       evaluations
 warm  its second run in the same process, as its authors count
 
 Both train on the same packed images; the mean of the final accuracies, each with its own test-time
-augmentation, stands beside the times. CACHE keeps the environment of airbench, made on the first run, with the
-same torch.
+augmentation, stands beside the times. CACHE keeps the environment of airbench, made on the first run, with
+the same torch.
 """
 
 import contextlib

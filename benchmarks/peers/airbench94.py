@@ -4,14 +4,13 @@
 
 FOLDER holds the packed CIFAR-10; its images are written as the file that airbench makes of its download. Two
 trainings in one process: the first with everything that a GPU does on first use (cold), then one more (warm).
-The seconds are airbench's own, taken from the table it prints: training, without its evaluations; the accuracy
-is its last one, with its test-time augmentation. It needs an environment with `airbench`.
+The seconds are airbench's own, taken from the table it prints: training, without its evaluations; the
+accuracy is its last one, with its test-time augmentation. It needs an environment with `airbench`.
 """
 
 import contextlib
 import io
 import json
-import os
 import sys
 import tempfile
 from importlib.metadata import version
@@ -36,7 +35,7 @@ def result_of(table: str) -> dict[str, float]:
 def main() -> None:
     data = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
-        os.mkdir("cifar10")
+        Path("cifar10").mkdir()
         for split, name in (("train", "train"), ("val", "test")):
             images, labels, *_ = images_and_labels(data, split)
             classes = [str(number) for number in range(10)]
