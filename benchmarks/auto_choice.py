@@ -62,7 +62,11 @@ def main() -> None:
                 for at, record in lines:
                     if choice == AUTO and model not in chosen:
                         choices = json.loads((run_dir / "env.json").read_text())["choices"]
-                        chosen[model] = "; ".join(f"{key} {choices[key]}" for key in KEYS if key in choices)
+                        chosen[model] = ", ".join(
+                            f"{key} {text.partition(':')[0]}"
+                            for key, text in choices.items()
+                            if key != "cache"
+                        )
                     if record["kind"] == "train" and at >= seconds:
                         return before + (record["samples"] - before) * (seconds - before_s) / (at - before_s)
                     if record["kind"] == "train":
@@ -83,7 +87,7 @@ def main() -> None:
         claims.append(
             Claim(f"{best.replace(' ', ': ')} is best", f"{model} {AUTO}", best, 1.05, ratio="peer/ours")
         )
-    facts = {f"auto of {model}": text for model, text in chosen.items()}
+    facts = {f"auto of {model}:": text for model, text in chosen.items()}
     report(
         *(options, values, claims),
         unit="images",
