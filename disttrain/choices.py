@@ -31,7 +31,7 @@ PROBE_BATCH = 128  # images at most in a pass that is measured; a longer one tel
 _WIN = 0.9  # a setting must take at most this share of the time of the plain one to be preferred to it
 _COMPILE_S = 45.0  # what compiling a network of some twenty layers for a GPU takes
 _COMPILE_WIN = 0.95  # at most this share of the time, or not compiled
-_REPEATS, _LEAST_S = 3, 0.05  # a measurement takes so many steps and so long at least
+_REPEATS = 3  # passes of a measurement at least
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,13 @@ def bucket_mib(parameters: int, device: torch.device) -> tuple[float, str]:
     return bucket, f"{size:.1f} MiB of gradients in buckets that are reduced while others are computed"
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Lets a GPU compute fp32 products and convolutions in tf32, or not."""
+    precision = "tf32" if allowed else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+
+
 _OPEN = ""  # the reason of what is still to be decided
 
 
@@ -155,7 +162,7 @@ def _rules(
 
 def _measure(choice: Choice, work: Workload, open_keys: list[str], *, vary_threads: bool) -> None:
     """Decides the open keys by measuring, and writes the reasons into `choice`."""
-    probe = _Probe(work)
+    probe = Probe(work)
     plain = choice.settings
     seconds = {plain: probe.seconds(plain)}
     run_s = seconds[plain] * probe.passes
@@ -203,7 +210,7 @@ def _best(plain: Settings, seconds: dict[Settings, float]) -> Settings:
     return best if seconds[best] <= _WIN * seconds[plain] else plain
 
 
-def _consider_compiling(choice: Choice, probe: _Probe, best: Settings, eager_s: float) -> Settings:
+def _consider_compiling(choice: Choice, probe: Probe, best: Settings, eager_s: float) -> Settings:
     """Compiles if the run is so long that even a vain attempt costs little. Returns the settings to use."""
     run_s = eager_s * probe.passes
     if BUDGET * run_s < _COMPILE_S / 2:
@@ -231,24 +238,36 @@ def _table(seconds: dict[Settings, float]) -> str:
     return "; ".join(f"{settings}: {1e3 * value:.3g} ms a pass" for settings, value in seconds.items())
 
 
-class _Probe:
-    """Measures forward and backward passes of copies of a model, on all ranks at once."""
+class Probe:
+    """Measures forward and backward passes of copies of a model, on all ranks at once.
+
+    Attributes:
+        device: of the model.
+        batch: images in a pass.
+        passes: of that size in the rest of the run.
+        spent_s: seconds that measuring has taken, the same on all ranks.
+    """
 
     def __init__(self, work: Workload) -> None:
         self._work = work
-        self._device = next(work.model.parameters()).device
-        self._batch = min(work.batch, PROBE_BATCH) if self._device.type == "cpu" else work.batch
-        self.passes = work.passes * work.batch / self._batch  # of this size in the rest of the run
-        self.spent_s = 0.0  # the same on all ranks
+        self.device = next(work.model.parameters()).device
+        self.batch = min(work.batch, PROBE_BATCH) if self.device.type == "cpu" else work.batch
+        self.passes = work.passes * work.batch / self.batch
+        self.spent_s = 0.0
 
-    def seconds(self, settings: Settings) -> float:
-        """Returns the seconds of one pass: the mean over the ranks of the median. Every rank calls this."""
+    def seconds(self, settings: Settings, least_s: float = 0.05) -> float:
+        """Returns the seconds of one pass: the mean over the ranks of the median. Every rank calls this.
+
+        Args:
+            settings: how to compute.
+            least_s: that the measurement takes on each rank, after two passes to warm up.
+        """
         began = time.perf_counter()
         with self._prepared(settings) as step:
             step()  # memory is allocated, kernels are chosen, code is compiled
             step()
             times: list[float] = []
-            while len(times) < _REPEATS or (sum(times) < _LEAST_S and len(times) < 20 * _REPEATS):
+            while len(times) < _REPEATS or sum(times) < least_s:
                 start = time.perf_counter()
                 step()
                 times.append(time.perf_counter() - start)
@@ -260,7 +279,7 @@ class _Probe:
 
     @contextlib.contextmanager
     def _prepared(self, settings: Settings) -> Iterator[Callable[[], None]]:
-        work, device = self._work, self._device
+        work, device = self._work, self.device
         threads = torch.get_num_threads()
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -268,8 +287,8 @@ class _Probe:
             model = copy.deepcopy(work.model).to(memory_format=memory)
             if settings.compiled:
                 model.compile(dynamic=False)
-            images = torch.randn(self._batch, *work.image, device=device).to(memory_format=memory)
-            labels = torch.randint(work.classes, (self._batch,), device=device)
+            images = torch.randn(self.batch, *work.image, device=device).to(memory_format=memory)
+            labels = torch.randint(work.classes, (self.batch,), device=device)
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
 
             def step() -> None:
@@ -281,6 +300,7 @@ class _Probe:
                     torch.cuda.synchronize(device)
 
             torch.set_num_threads(settings.threads)
+            allow_tf32(settings.precision == "tf32")
             try:
                 yield step
             finally:
@@ -289,7 +309,7 @@ class _Probe:
     def _mean(self, values: list[float]) -> list[float]:
         if self._work.world_size == 1:
             return values
-        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         result: list[float] = (total / self._work.world_size).tolist()
         return result

@@ -353,6 +353,78 @@ def bench_(
         click.echo(json.dumps(stages, indent=1))
 
 
+@main.command()
+@click.argument("config_path", metavar="[CONFIG]", type=_PATH, required=False)
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--gpus", type=click.IntRange(1), help="GPUs to measure on (default: all visible).")
+@click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (default: 1).")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=2,
+    show_default=True,
+    help="Length of each measurement.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    gpus: int | None,
+    procs: int | None,
+    seconds: float,
+    as_json: bool,
+) -> None:
+    """Show where the time of a training step goes on this machine.
+
+    Measures the phases of a step of CONFIG (default: a small network on the embedded digits), real samples
+    against a replayed batch, precision x channels_last x compile (without compile if train.compile is false),
+    and the speed on other numbers of processes.
+    """
+    import json
+
+    from rich.console import Console
+
+    from disttrain.bench import DEFAULT, summary, tables
+    from disttrain.bench import bench as measure
+    from disttrain.config import Config, load_config
+    from disttrain.launcher import LaunchPlan, plan_processes
+    from disttrain.models import check_model_name
+    from disttrain.parallel import usable_cores
+    from disttrain.preflight import check_device, open_index, split_batch
+    from disttrain.telemetry import visible_gpus
+
+    config = Config.model_validate(DEFAULT) if config_path is None else load_config(config_path, overrides)
+    check_model_name(config.model.name)
+    cores = usable_cores()
+    visible = [] if procs else visible_gpus()
+    device, processes, chosen, threads = plan_processes(
+        gpus=gpus, procs=procs, visible=visible, cores=cores, environ=os.environ
+    )
+    plan = LaunchPlan(
+        config_path=Path(),
+        overrides=(),
+        run_dir=Path(),
+        resume="never",
+        device=device,
+        processes=processes,
+        gpus=chosen,
+        threads=threads,
+    )
+    check_device(config, device)
+    split_batch(config, plan.world_size)
+    open_index(config, lambda text: click.echo(text, err=True))
+    results = measure(config, plan, seconds=seconds, cores=cores, say=lambda text: click.echo(text, err=True))
+    if as_json:
+        click.echo(json.dumps(results, indent=1))
+        return
+    console = Console(highlight=False)
+    for table in tables(results):
+        console.print(table)
+        console.print()
+    for line in summary(results):
+        click.echo(line)
+
+
 @main.group()
 def config() -> None:
     """About the config file."""

@@ -143,12 +143,22 @@ def plan_nodes(
     return slurm.Node(nodes, node_rank, master_addr, master_port)
 
 
-def command(plan: LaunchPlan) -> list[str]:
-    """Returns the command line that starts this node's processes."""
+def worker_command(plan: LaunchPlan) -> list[str]:
+    """Returns the module that every rank of a run executes, and its arguments."""
     worker = ["disttrain.worker", str(plan.config_path), *plan.overrides, "--run-dir", str(plan.run_dir)]
     if plan.resume != "auto":
         worker += ["--resume", plan.resume]
-    worker += {-1: ["--quiet"], 0: []}.get(plan.verbosity, ["--verbose"])
+    return worker + {-1: ["--quiet"], 0: []}.get(plan.verbosity, ["--verbose"])
+
+
+def command(plan: LaunchPlan, worker: Sequence[str] | None = None) -> list[str]:
+    """Returns the command line that starts this node's processes.
+
+    Args:
+        plan: what to start.
+        worker: module and arguments of every rank; None means those of a run.
+    """
+    worker = worker_command(plan) if worker is None else worker
     if plan.world_size == 1:
         return [sys.executable, "-m", *worker]
     launch = [sys.executable, "-m", "accelerate.commands.launch"]

@@ -483,7 +483,7 @@ def prepare_arithmetic(
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
-    from disttrain.choices import Workload, bucket_mib, choose
+    from disttrain.choices import Workload, allow_tf32, bucket_mib, choose
 
     batch = split_batch(config, group.num_processes)
     choice = choose(
@@ -501,9 +501,7 @@ def prepare_arithmetic(
     )
     choices |= choice.reasons
     settings = choice.settings
-    tf32 = "tf32" if settings.precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = tf32
-    torch.backends.cudnn.conv.fp32_precision = tf32  # type: ignore[attr-defined]
+    allow_tf32(settings.precision == "tf32")
     if group.device.type == "cpu":
         torch.set_num_threads(settings.threads)
     if settings.channels_last:

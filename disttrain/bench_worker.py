@@ -1,0 +1,394 @@
+"""What every rank of `disttrain bench` runs: the parts of a training step, measured on the real thing.
+
+Builds what a run builds, from the same functions, and leaves nothing behind: no run folder, no checkpoint.
+Rank 0 writes what was measured as JSON to the file that it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from disttrain.config import Config, load_config
+from disttrain.preflight import check_device, open_index, split_batch
+from disttrain.runfolder import RunFolder
+from disttrain.worker import Rank, build, join
+
+if TYPE_CHECKING:
+    from disttrain.choices import Settings, Workload
+    from disttrain.data.batches import Batch, Loader, Window
+    from disttrain.data.plan import Ids
+    from disttrain.shards.index import Index
+    from disttrain.train import Parts, Piece
+
+PEAK_TFLOPS = {
+    # Dense, as the makers' data sheets have them: bf16 or fp16, tf32, fp32.
+    "H200": (989, 495, 67),
+    "H100 PCIe": (756, 378, 51),
+    "H100": (989, 495, 67),
+    "A100": (312, 156, 19.5),
+    "L40S": (362, 183, 91.6),
+    "L4": (121, 60, 30.3),
+    "A10": (125, 62.5, 31.2),
+    "V100": (125, None, 15.7),
+    "T4": (65, None, 8.1),
+}
+
+
+def main() -> None:
+    """Measures as one rank of the group that the environment describes: CONFIG WHAT SECONDS FILE."""
+    config_path, what, seconds, target = sys.argv[1:]
+    rank = Rank(int(os.environ.get("RANK", "0")), None)
+    config = load_config(Path(config_path))
+    results = measure(config, rank, what, float(seconds))
+    if rank.number == 0:
+        Path(target).write_text(json.dumps(results))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def measure(config: Config, rank: Rank, what: str, seconds: float) -> dict[str, Any]:
+    """Returns what was measured. Every rank calls this.
+
+    Args:
+        config: the experiment.
+        rank: this process.
+        what: "all", or "step" for the step time alone.
+        seconds: that each measurement takes at least.
+    """
+    import torch
+
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(config, device)
+    group = join(config, device)
+    try:
+        index = open_index(config, lambda text: None)
+        parts, _, choices = build(config, rank, group, index, None)
+        work = workload(parts, index)
+        bench = StepBench(parts, seconds)
+        results: dict[str, Any] = {
+            "processes": parts.world_size,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(group.device) if device == "cuda" else "CPU",
+            "torch": torch.__version__,
+            "batch": config.train.batch_size,
+            "choices": choices,
+            "step_s": bench.step(parts.train_data),
+        }
+        if what == "all":
+            results |= {
+                "replayed_step_s": bench.step(Replay(parts.train_data)),
+                "phases_s": bench.phases(on_device=choices["cache"].startswith("device"))
+                | {"logging": bench.logging(config, index, choices)},
+                "table": settings_table(work, seconds, compiling=config.train.compile is not False),
+            }
+            results |= flops(parts, work, results["step_s"])
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return results
+
+
+def workload(parts: Parts, index: Index) -> Workload:
+    """Returns what one rank computes in a pass."""
+    from disttrain.choices import Workload
+
+    return Workload(
+        parts.bare_model,
+        split_batch(parts.config, parts.world_size),
+        (index.channels, index.height, index.width),
+        len(index.classes),
+        1,
+        parts.world_size,
+    )
+
+
+class Replay:
+    """Serves the first batch of a loader again and again."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
+        """Yields the batch at the first window for every window of its size, and no others."""
+        windows = iter(windows)
+        first = next(windows)
+        with contextlib.closing(self._loader.batches(order, [first])) as batches:
+            batch = next(batches)
+        yield batch
+        for _ in windows:
+            yield batch
+
+
+class StepBench:
+    """Measures training steps; every rank makes one and calls its methods in the same order.
+
+    Args:
+        parts: of a run; the model is trained in the process.
+        seconds: that each measurement takes at least.
+    """
+
+    def __init__(self, parts: Parts, seconds: float) -> None:
+        from disttrain.train import Meter
+
+        self._parts = parts
+        self._seconds = seconds
+        self._meter = Meter(parts.accelerator.device)
+        self._order = parts.plan.order(0)
+        parts.augment.start_epoch(0, self._order, *parts.image_size)
+        parts.model.train()
+
+    def step(self, loader: Loader) -> float:
+        """Returns the seconds of a training step of the ordinary loop with samples from a loader."""
+        from disttrain.train import train_step
+
+        parts = self._parts
+
+        def run(pieces: Iterator[tuple[Piece, Batch]]) -> None:
+            train_step(parts, pieces, parts.plan.batch_size, self._meter)
+
+        return self._repeat(loader, run)
+
+    def phases(self, *, on_device: bool) -> dict[str, float]:
+        """Returns the seconds of each phase of a step, one after the other with nothing overlapping.
+
+        Args:
+            on_device: the samples are in the memory of the device already.
+        """
+        import torch
+
+        from disttrain.train import loss_sum, prepare
+
+        parts, config = self._parts, self._parts.config.train
+        sums: dict[str, float] = {}
+
+        def clocked(name: str, since: float) -> float:
+            self._synchronize()
+            now = time.perf_counter()
+            sums[name] = sums.get(name, 0.0) + now - since
+            return now
+
+        def passes(pieces: Iterator[tuple[Piece, Batch]], *, reduced: bool) -> None:
+            last = False
+            while not last:
+                now = time.perf_counter()
+                piece, batch = next(pieces)
+                last = piece.last
+                now = clocked("data", now)
+                images, labels, partners = prepare(parts, piece, batch)
+                now = clocked("augmentation", now)
+                quiet = contextlib.nullcontext() if reduced else parts.accelerator.no_sync(parts.model)
+                with quiet:
+                    logits = parts.model(images)
+                    loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
+                    now = clocked("forward", now)
+                    parts.accelerator.backward(loss / config.batch_size)
+                    clocked("backward and reduction" if reduced else "backward", now)
+
+        def unreduced(pieces: Iterator[tuple[Piece, Batch]]) -> None:
+            passes(pieces, reduced=False)
+            now = time.perf_counter()
+            parts.optimizer.step()
+            parts.optimizer.zero_grad(set_to_none=True)
+            clocked("optimizer", now)
+
+        def reduced(pieces: Iterator[tuple[Piece, Batch]]) -> None:
+            passes(pieces, reduced=True)
+            parts.optimizer.zero_grad(set_to_none=True)
+
+        names = ("data", "augmentation", "forward", "backward", "optimizer")
+        self._repeat(parts.train_data, unreduced, before=sums.clear)
+        steps = self._steps
+        result = {name: sums[name] / steps for name in names}
+        if parts.world_size > 1:
+            self._repeat(parts.train_data, reduced, before=sums.clear)
+            result["communication"] = max(
+                0.0, sums["backward and reduction"] / self._steps - result["backward"]
+            )
+        if parts.accelerator.device.type == "cuda" and not on_device:
+            images = next(
+                iter(parts.train_data.batches(self._order, [slice(0, parts.plan.batch_size)]))
+            ).images
+            host = torch.empty_like(images, device="cpu", pin_memory=True)
+            copy_s = self._timed(lambda: images.copy_(host, non_blocking=True))
+            result |= {"host to device": copy_s, "data": max(0.0, result["data"] - copy_s)}
+        return result
+
+    def logging(self, config: Config, index: Index, choices: dict[str, str]) -> float:
+        """Returns the seconds of a log point, metrics written and shown, divided by the steps between two."""
+        from disttrain.observe import RunObserver
+        from disttrain.train import Position, log_point
+
+        position = Position(step=1, samples_seen=1)
+        every = config.monitor.log_every_steps
+        with tempfile.TemporaryDirectory() as folder:
+            run = RunFolder(Path(folder))
+            observer = RunObserver(config, run, self._parts, position, index, choices, verbosity=-1)
+
+            def point() -> None:
+                self._meter.samples, self._meter.steps = 1, every
+                log_point(self._parts, position, 0.1, self._meter, observer, observer.gauges, False)
+
+            with observer:
+                return self._timed(point) / every
+
+    def _repeat(
+        self,
+        loader: Loader,
+        step: Callable[[Iterator[tuple[Piece, Batch]]], None],
+        before: Callable[[], None] = lambda: None,
+    ) -> float:
+        """Takes full steps with samples from a loader for the time of a measurement.
+
+        Returns:
+            Seconds a step.
+        """
+        from disttrain.train import served
+
+        parts, plan = self._parts, self._parts.plan
+        full = max(1, plan.samples // plan.batch_size)
+        own, parts.train_data = parts.train_data, loader
+        warm_up, taken, began = 2, 0, 0.0
+        try:
+            more = True
+            while more:
+                with contextlib.closing(served(parts, 0, range(full), self._order)) as pieces:
+                    for _ in range(full):
+                        if taken == warm_up:
+                            self._synchronize()
+                            before()
+                            began = time.perf_counter()
+                        step(pieces)
+                        taken += 1
+                        if taken > warm_up + 2 and taken % 4 == 0:  # the ranks agree now and then
+                            more = self._all(time.perf_counter() - began < self._seconds)
+                            if not more:
+                                break
+            self._synchronize()
+        finally:
+            parts.train_data = own
+        self._steps = taken - warm_up
+        return (time.perf_counter() - began) / self._steps
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        """Returns the seconds of one call."""
+        call()
+        self._synchronize()
+        count, began, more = 0, time.perf_counter(), True
+        while more:
+            call()
+            count += 1
+            if count % 4 == 0:
+                more = self._all(time.perf_counter() - began < self._seconds / 4)
+        self._synchronize()
+        return (time.perf_counter() - began) / count
+
+    def _all(self, more: bool) -> bool:
+        from disttrain.train import reduce_sum
+
+        return reduce_sum(self._parts, [float(more)])[0] == self._parts.world_size
+
+    def _synchronize(self) -> None:
+        import torch
+
+        if self._parts.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self._parts.accelerator.device)
+
+
+def settings_table(work: Workload, seconds: float, *, compiling: bool) -> list[dict[str, Any]]:
+    """Returns forward and backward for precision x channels_last x compile. Every rank calls this.
+
+    Args:
+        work: what is computed.
+        seconds: that a measurement takes.
+        compiling: also compile, which takes long.
+    """
+    from disttrain.choices import Probe
+
+    probe = Probe(work)
+    rows = []
+    for settings in _all_settings(probe.device.type == "cuda", compiling):
+        row: dict[str, Any] = {
+            "precision": settings.precision,
+            "channels_last": settings.channels_last,
+            "compile": settings.compiled,
+        }
+        try:
+            row["pass_s"] = probe.seconds(settings, least_s=seconds / 4)
+            row["images_per_s"] = probe.batch / row["pass_s"]
+        except Exception as error:  # whatever a compiler says of a model of the user's
+            row |= {"pass_s": None, "error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        rows.append(row)
+    return rows
+
+
+def _all_settings(on_gpu: bool, compiling: bool) -> Iterator[Settings]:
+    import torch
+
+    from disttrain.choices import Settings
+
+    for compiled in (False, True) if compiling else (False,):
+        for precision in ("fp32", "tf32", "bf16", "fp16") if on_gpu else ("fp32", "bf16"):
+            for channels_last in (True, False):
+                yield Settings(precision, channels_last, compiled, torch.get_num_threads())
+
+
+def flops(parts: Parts, work: Workload, step_s: float) -> dict[str, Any]:
+    """Returns the arithmetic of a training step and how near it comes to what the device can do."""
+    import copy
+
+    import torch
+    import torch.nn.functional as F
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = copy.deepcopy(work.model).train()
+    images = torch.zeros(work.batch, *work.image, device=parts.accelerator.device)
+    labels = torch.zeros(work.batch, dtype=torch.int64, device=parts.accelerator.device)
+    with FlopCounterMode(display=False) as counter, contextlib.ExitStack() as stack:
+        if parts.compiled_batch is not None:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        F.cross_entropy(model(images), labels).backward()
+    per_image = counter.get_total_flops() / work.batch
+    found = per_image * parts.plan.batch_size / step_s / parts.world_size  # of one device
+    peak, source = _peak(parts)
+    return {
+        "flops_per_image": per_image,
+        "flops_per_s_and_device": found,
+        "peak_flops_per_s": peak,
+        "peak_source": source,
+        "share_of_peak": None if peak is None else found / peak,
+    }
+
+
+def _peak(parts: Parts) -> tuple[float | None, str]:
+    """Returns the most operations per second that one device does in the precision of the run, and whence."""
+    import torch
+
+    device = parts.accelerator.device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, (half, tf32, single) in PEAK_TFLOPS.items():
+            if known in name:
+                tera = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": single}[parts.precision]
+                return (None if tera is None else tera * 1e12), f"data sheet of {known}"
+        return None, f"no figure for {name}"
+    dtype = torch.bfloat16 if parts.precision == "bf16" else torch.float32
+    side = 1024
+    left, right = (torch.randn(side, side).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        began = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best, f"a product of {side}x{side} matrices, measured here"
+
+
+if __name__ == "__main__":
+    main()
