@@ -71,6 +71,19 @@ class NoGauges:
         return {}
 
 
+class NoSaver:
+    """Saves nothing; the methods are those of disttrain.train.Saver."""
+
+    def save(self, best: bool) -> None:
+        """Does nothing."""
+
+    def check(self) -> None:
+        """Does nothing."""
+
+    def wait(self) -> None:
+        """Does nothing."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("config", type=Path)
@@ -81,8 +94,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     index = open_index(config, lambda text: None)
-    accelerator, choices = worker.join(config, options.device)
-    parts, position = worker.build(config, worker.Rank(0, None), accelerator, index, None, choices)
+    group = worker.join(config, options.device)
+    parts, position, _ = worker.build(config, worker.Rank(0, None), group, index, None)
     parts.train_data = Replay(parts.train_data)
     observer = Observer(options.warmup, options.warmup + options.steps)
     with contextlib.suppress(StoppedError):
@@ -91,7 +104,7 @@ def main() -> None:
             position,
             observer=observer,
             gauges=NoGauges(),
-            save=lambda best: None,
+            saver=NoSaver(),
             stop_requested=lambda: observer.done,
         )
     print(json.dumps({"step_time_s": statistics.median(observer.times), "steps": position.step}))
