@@ -136,7 +136,7 @@ def _rules(
     if config.precision != "auto":
         precision: Precision = config.precision
         reasons["precision"] = f"{precision}: train.precision = {precision}"
-    elif fixed_precision is not None:
+    elif fixed_precision is not None and (device.type == "cuda" or fixed_precision in {"fp32", "bf16"}):
         precision = fixed_precision
         reasons["precision"] = f"{precision}: as in the checkpoint"
     elif device.type == "cuda":

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from disttrain.config import Config, differences, load_config
-from disttrain.datasets import prepare
 from disttrain.errors import CheckpointError, DataError, UsageError
 from disttrain.runfolder import RunFolder
 from disttrain.shards.index import Index, data_root, load_index, server_root
@@ -59,6 +58,8 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
     """
     name, root = config.data.name, config.data.root
     if name == "digits" and server_root(root) is None and not (data_root(root) / name).exists():
+        from disttrain.datasets import prepare  # and with it numpy, which a launcher does not need
+
         prepare(name, source=None, root=root, say=say)
     index = load_index(name, root, strict=config.data.on_error == "stop")
     if "val" not in index.splits:

@@ -42,7 +42,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
         probe.spent_s += 1.0
         return cost(settings)
 
-    monkeypatch.setattr(choices._Probe, "seconds", seconds)
+    monkeypatch.setattr(choices.Probe, "seconds", seconds)
     return measured
 
 

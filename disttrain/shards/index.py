@@ -21,16 +21,18 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pydantic
 from pydantic import Field
 
 from disttrain.errors import DataError, UnsafeError, UsageError
 from disttrain.shards.remote import check_url, fetch_text, is_url
 from disttrain.userdirs import user_cache
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 BUILT_IN = ("digits", "mnist", "cifar10")
 """The data sets that `disttrain data prepare` makes."""
@@ -106,6 +108,8 @@ class Index:
 
     def first_ids(self, split: str) -> npt.NDArray[np.int64]:
         """Returns the id of the first sample of each shard, and their number: int64 [shards + 1]."""
+        import numpy as np  # here, because a launcher needs none of it
+
         counts = [shard.samples for shard in self.splits[split].shards]
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
