@@ -164,7 +164,7 @@ class StepBench:
         """
         import torch
 
-        from disttrain.train import loss_sum, prepare
+        from disttrain.train import loss_sum, prepare, unreduced
 
         parts, config = self._parts, self._parts.config.train
         sums: dict[str, float] = {}
@@ -184,31 +184,30 @@ class StepBench:
                 now = clocked("data", now)
                 images, labels, partners = prepare(parts, piece, batch)
                 now = clocked("augmentation", now)
-                quiet = contextlib.nullcontext() if reduced else parts.accelerator.no_sync(parts.model)
-                with quiet:
+                with contextlib.nullcontext() if reduced else unreduced(parts):
                     logits = parts.model(images)
                     loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
                     now = clocked("forward", now)
-                    parts.accelerator.backward(loss / config.batch_size)
+                    (loss / config.batch_size).backward()
                     clocked("backward and reduction" if reduced else "backward", now)
 
-        def unreduced(pieces: Iterator[tuple[Piece, Batch]]) -> None:
+        def alone(pieces: Iterator[tuple[Piece, Batch]]) -> None:
             passes(pieces, reduced=False)
             now = time.perf_counter()
             parts.optimizer.step()
             parts.optimizer.zero_grad(set_to_none=True)
             clocked("optimizer", now)
 
-        def reduced(pieces: Iterator[tuple[Piece, Batch]]) -> None:
+        def together(pieces: Iterator[tuple[Piece, Batch]]) -> None:
             passes(pieces, reduced=True)
             parts.optimizer.zero_grad(set_to_none=True)
 
         names = ("data", "augmentation", "forward", "backward", "optimizer")
-        self._repeat(parts.train_data, unreduced, before=sums.clear)
+        self._repeat(parts.train_data, alone, before=sums.clear)
         steps = self._steps
         result = {name: sums[name] / steps for name in names}
         if parts.world_size > 1:
-            self._repeat(parts.train_data, reduced, before=sums.clear)
+            self._repeat(parts.train_data, together, before=sums.clear)
             result["communication"] = max(
                 0.0, sums["backward and reduction"] / self._steps - result["backward"]
             )

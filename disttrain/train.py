@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -33,6 +34,7 @@ from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.optim import Rate, lr_factor, set_lr
 
 _NOISE = 16  # the stream of random numbers that seeds dropout
+_COUNTED_AT_ONCE = 16  # forward passes whose hits are counted together
 _EVAL_BATCHES = 4  # batches of training in one of evaluation
 
 
@@ -102,7 +104,6 @@ class Parts:
     Attributes:
         model: as `Accelerator.prepare` returned it; wrapped in DDP when there are several ranks.
         ema: moving average of the bare model, or None.
-        optimizer: as `Accelerator.prepare` returned it.
         rates: the learning rate of each of its parameter groups.
         plan: the order of the training samples.
         train_data: the training split, served to this rank.
@@ -299,7 +300,8 @@ def train_step(parts: Parts, pieces: Iterator[tuple[Piece, Batch]], global_batch
     Returns:
         The ids that this rank trained on, int64 [B].
     """
-    config = parts.config.train
+    # In plain torch: the wrappers of Accelerate look for packages and signatures in every step.
+    config, scaler = parts.config.train, parts.accelerator.scaler
     ids: list[Ids] = []
     last = False
     while not last:
@@ -307,22 +309,37 @@ def train_step(parts: Parts, pieces: Iterator[tuple[Piece, Batch]], global_batch
             piece, batch = next(pieces)
             images, labels, partners = prepare(parts, piece, batch)
         last = piece.last
-        with contextlib.nullcontext() if last else parts.accelerator.no_sync(parts.model):
+        with contextlib.nullcontext() if last else unreduced(parts):
             with contextlib.nullcontext() if len(images) == parts.compiled_batch else as_written(parts):
                 logits = parts.model(images)
             loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
-            parts.accelerator.backward(loss * (parts.world_size / global_batch if piece.counts else 0.0))
+            scaled = loss * (parts.world_size / global_batch if piece.counts else 0.0)
+            (scaled if scaler is None else scaler.scale(scaled)).backward()
         if piece.counts:
             meter.add(loss, logits, labels)
             ids.append(batch.ids[: len(piece.own)])
     if config.grad_clip is not None:
-        parts.accelerator.clip_grad_norm_(parts.model.parameters(), config.grad_clip)
-    parts.optimizer.step()
+        if scaler is not None:
+            scaler.unscale_(parts.optimizer)
+        nn.utils.clip_grad_norm_(parts.model.parameters(), config.grad_clip)
+    if scaler is None:
+        parts.optimizer.step()
+    else:
+        scaler.step(parts.optimizer)
+        scaler.update()
     parts.optimizer.zero_grad(set_to_none=True)
     if parts.ema is not None:
         parts.ema.update_parameters(parts.bare_model)
     meter.steps += 1
     return np.concatenate(ids) if ids else np.empty(0, np.int64)
+
+
+def unreduced(parts: Parts) -> contextlib.AbstractContextManager[None]:
+    """Leaves gradients on this rank, to be reduced with those of a later pass."""
+    if parts.world_size == 1:
+        return contextlib.nullcontext()
+    assert isinstance(parts.model, DistributedDataParallel)
+    return parts.model.no_sync()
 
 
 def prepare(parts: Parts, piece: Piece, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -392,18 +409,35 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self.samples = 0
         self.steps = 0
         self.wait_s = 0.0
         self.started = time.perf_counter()
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds the summed loss and the hits of a part of a batch, without a synchronisation."""
-        with torch.no_grad():
-            self.sums[0] += loss.detach()
-            self.sums[1] += (logits.argmax(1) == labels).sum()
+        """Adds the summed loss and the hits of a part of a batch, without a synchronisation.
+
+        Most are only noted, and counted some steps at once.
+        """
+        self._pending.append((loss.detach(), logits.detach(), labels))
         self.samples += len(labels)
+        if len(self._pending) == _COUNTED_AT_ONCE:
+            self._count()
+
+    def totals(self) -> list[float]:
+        """Returns the sum of the losses and the hits; waits for the device."""
+        self._count()
+        totals: list[float] = self._sums.tolist()
+        return totals
+
+    def _count(self) -> None:
+        if self._pending:
+            losses, logits, labels = zip(*self._pending, strict=True)
+            hits = (torch.cat(logits).argmax(1) == torch.cat(labels)).sum()
+            self._sums += torch.stack([torch.stack(losses).sum(dtype=torch.float64), hits])
+            self._pending.clear()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -414,7 +448,8 @@ class Meter:
 
     def restart(self) -> None:
         """Begins a new interval."""
-        self.sums.zero_()
+        self._pending.clear()
+        self._sums.zero_()
         self.samples, self.steps, self.wait_s = 0, 0, 0.0
         self.started = time.perf_counter()
 
@@ -436,7 +471,7 @@ def log_point(
     Raises:
         TrainingError: the loss is not finite.
     """
-    own = [*meter.sums.tolist(), meter.samples, meter.wait_s, float(stop_requested)]
+    own = [*meter.totals(), meter.samples, meter.wait_s, float(stop_requested)]
     interval_s = time.perf_counter() - meter.started  # after the synchronisation that the sums need
     totals = reduce_sum(parts, [*own, *gauges.read()])
     loss, correct, samples, wait_s, stopping, *readings = totals

@@ -423,7 +423,7 @@ def build(
         restore(checkpoint, model, optimizer, ema)
         fields = {field.name for field in dataclasses.fields(Position)}
         position = Position(**{key: value for key, value in checkpoint.state.items() if key in fields})
-    model, prepared = accelerator.prepare(model, optimizer)
+    model = accelerator.prepare(model)
     if accelerator.num_processes > 1:
         # Batch-norm statistics are averaged when they are used, not broadcast in every step. Set here because
         # the constructor's argument has a new name in each torch.
@@ -435,7 +435,7 @@ def build(
         accelerator=accelerator,
         model=model,
         ema=ema,
-        optimizer=prepared,
+        optimizer=optimizer,
         rates=rates,
         plan=plan,
         augment=augment,

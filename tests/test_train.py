@@ -123,7 +123,7 @@ def make_parts(
     decay = config.train.ema
     average = decay and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     optimizer, rates = build_optimizer(config.optim, config.schedule, model)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model = accelerator.prepare(model)
     device = accelerator.device
     return Parts(
         config=config,
