@@ -1,0 +1,58 @@
+"""Run by torchrun: trains some steps as a run does and prints what was sent between the ranks in each."""
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.futures import Future
+
+from disttrain import train
+from disttrain.config import load_config
+from disttrain.preflight import open_index
+from disttrain.worker import Rank, build, join
+
+STEPS = 6
+
+config = load_config(Path(sys.argv[1]), sys.argv[2:])
+rank = Rank(int(os.environ["RANK"]), None)
+group = join(config, "cpu")
+parts, _, _ = build(config, rank, group, open_index(config, print), None)
+seen: Counter[str] = Counter()
+
+
+def counting_hook(state: object, bucket: dist.GradBucket) -> Future[Tensor]:
+    seen["gradient buckets"] += 1
+    return allreduce_hook(None, bucket)
+
+
+def counted(name: str) -> None:
+    real = getattr(dist, name)
+
+    def call(*arguments: object, **options: object) -> object:
+        seen[name] += 1
+        return real(*arguments, **options)
+
+    setattr(dist, name, call)
+
+
+parts.model.register_comm_hook(None, counting_hook)
+for name in ("all_reduce", "broadcast", "all_gather", "barrier", "_broadcast_coalesced"):
+    counted(name)
+order = parts.plan.order(0)
+parts.augment.start_epoch(0, order, *parts.image_size)
+meter = train.Meter(parts.accelerator.device)
+pieces = train.served(parts, 0, range(STEPS), order)
+steps = []
+for _ in range(STEPS):
+    seen.clear()
+    train.train_step(parts, pieces, parts.plan.batch_size, meter)
+    steps.append(dict(seen))
+pieces.close()
+if rank.number == 0:
+    print(json.dumps(steps), flush=True)
+dist.destroy_process_group()

@@ -1,0 +1,38 @@
+"""What the ranks send each other in a training step: one reduction of the gradients and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(("accumulate", "model"), [(1, "cnn_mnist"), (4, "cnn_mnist"), (2, "batch_norm:Net")])
+def test_a_step_has_one_reduction(
+    accumulate: int, model: str, config_file: Path, digits_root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "batch_norm.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, num_classes):\n"
+        "        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten()]\n"
+        "        super().__init__(*layers, nn.Linear(144, num_classes))\n"
+    )
+    script = Path(__file__).with_name("count_collectives.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [config_file, f"train.accumulate={accumulate}", f"model.name={model}"]
+    done = subprocess.run(
+        [*torchrun, script, *arguments],
+        env=os.environ | {"DISTTRAIN_DATA": str(digits_root), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(done.stdout.splitlines()[-1])
+    assert steps == [{"gradient buckets": 1, "all_reduce": 1}] * 6  # the one of the bucket
