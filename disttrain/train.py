@@ -35,7 +35,7 @@ from disttrain.optim import Rate, lr_factor, set_lr
 
 _NOISE = 16  # the stream of random numbers that seeds dropout
 _COUNTED_AT_ONCE = 16  # forward passes whose hits are counted together
-_EVAL_BATCHES = 4  # batches of training in one of evaluation
+_EVAL_BATCH = 1024  # images in a batch of evaluation, where it may be larger than in training
 
 
 class Observer(Protocol):
@@ -546,7 +546,8 @@ def evaluate(parts: Parts, tta: Literal["none", "flip", "multi_view"]) -> dict[s
     device = parts.accelerator.device
     own = share(range(len(parts.val_ids)), parts.rank, parts.world_size)
     # Nothing is kept for a backward pass, so that more fits than in training.
-    size = max(1, _EVAL_BATCHES * parts.plan.batch_size // (parts.world_size * parts.config.train.accumulate))
+    size = max(1, parts.plan.batch_size // (parts.world_size * parts.config.train.accumulate))
+    size = max(size, min(4 * size, _EVAL_BATCH))
     windows = (slice(begin, min(begin + size, own.stop)) for begin in range(own.start, own.stop, size))
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # correct, total, correct without augmentation
     loss = torch.zeros((), dtype=torch.float64, device=device)
