@@ -193,7 +193,8 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     from accelerate import PartialState
 
     torch.backends.cudnn.benchmark = not config.train.reproducible
-    torch.use_deterministic_algorithms(config.train.reproducible)
+    if config.train.reproducible:  # not called in vain: it imports the compiler, which takes a second
+        torch.use_deterministic_algorithms(True)
     if device == "cpu":
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // local_size)))
