@@ -111,20 +111,23 @@ def workload(parts: Parts, index: Index) -> Workload:
 
 
 class Replay:
-    """Serves the first batch of a loader again and again."""
+    """Serves the first batch of a loader again and again, under the ids that the plan has for each."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
-        """Yields the batch at the first window for every window of its size, and no others."""
+        """Yields as many samples of the first window as each window has."""
+        from disttrain.data.batches import Batch
+
         windows = iter(windows)
         first = next(windows)
         with contextlib.closing(self._loader.batches(order, [first])) as batches:
             batch = next(batches)
         yield batch
-        for _ in windows:
-            yield batch
+        for window in windows:
+            ids = order[window]
+            yield Batch(batch.images[: len(ids)], batch.labels[: len(ids)], ids)
 
 
 class StepBench:

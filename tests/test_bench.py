@@ -88,7 +88,8 @@ def test_a_replayed_batch_is_the_first_one_for_every_window() -> None:
     loader = Replay(Cached(split, torch.device("cpu"), "host"))
     windows = [slice(0, 3), slice(3, 6), slice(6, 8)]
     served = list(loader.batches(np.arange(8)[::-1].copy(), windows))
-    assert [batch.ids.tolist() for batch in served] == [[7, 6, 5]] * 3
+    assert [batch.labels.tolist() for batch in served] == [[7, 6, 5], [7, 6, 5], [7, 6]]
+    assert [batch.ids.tolist() for batch in served] == [[7, 6, 5], [4, 3, 2], [1, 0]]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,0 +1,304 @@
+"""Step times of disttrain's loop and of its peers, side by side in one process.
+
+    python benchmarks/peers/step_loops.py CONFIG DATA [KEY=VALUE ...] [--rounds 15] [--steps 40] [--lightning]
+
+Every round takes --steps steps with each loop in turn, so that what else the machine does meets all alike:
+
+hand       the shortest loop one would write by hand: uint8 images in memory in a random order, normalised
+           step by step, fused optimizer, a running sum of the loss and nothing else
+replayed   the same with one batch, normalised before
+ours       `disttrain.train.train_epoch` with the parts that the worker builds: metrics.jsonl and log points
+           as in a run with -q
+ours_replayed   the same with one batch of the loader
+blind      the same without any observer and log point
+watched    the same with the dashboard on a pseudo-terminal, as a user sees it
+saving     the same with one checkpoint in the middle, written to a temporary folder
+lightning  Lightning at its best, over normalised images in memory that are cut by a batch sampler: no logger,
+           checkpoints or progress bar (with --lightning, in an environment that has it)
+
+The last line printed is JSON: for each loop the seconds of a step in every round.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import pty
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from training import normalised
+
+from disttrain import worker
+from disttrain.bench_worker import Replay
+from disttrain.config import Config, load_config
+from disttrain.data.plan import Plan
+from disttrain.models import build_model
+from disttrain.observe import RunObserver
+from disttrain.optim import build_optimizer
+from disttrain.preflight import open_index
+from disttrain.runfolder import RunFolder
+from disttrain.shards.index import Index
+from disttrain.train import Parts, Position, train_epoch
+
+
+class Nothing:
+    """An observer, gauges and a saver that do nothing."""
+
+    def train(self, record: dict) -> None:
+        """Does nothing."""
+
+    def read(self) -> list[float]:
+        """Returns no readings."""
+        return []
+
+    def rows(self, totals) -> dict:
+        """Returns no keys."""
+        return {}
+
+    def check(self) -> None:
+        """Does nothing."""
+
+
+class Ours:
+    """Our loop over the first steps of an epoch."""
+
+    def __init__(self, config: Config, parts: Parts, index: Index, steps: int, scratch: Path) -> None:
+        self.config, self.parts, self.index, self.steps, self.scratch = config, parts, index, steps, scratch
+        self.choices = {"precision": parts.precision, "cache": "host"}
+        batch = config.train.batch_size
+        self.plan = Plan(config.seed, (steps * batch,), batch, False)
+        self.rounds = 0
+
+    def epoch(self, observer, gauges, saver, **monitor_or_checkpoint: dict) -> float:
+        """Trains and returns the seconds of a step."""
+        parts = self.parts
+        tree = self.config.model_dump()
+        for section, keys in monitor_or_checkpoint.items():
+            tree[section] |= keys
+        parts.config, parts.plan = Config.model_validate(tree), self.plan
+        began = time.perf_counter()
+        train_epoch(parts, Position(epoch=self.rounds), observer, gauges, saver, lambda: False)
+        seconds = time.perf_counter() - began
+        self.rounds += 1
+        return seconds / self.steps
+
+    def observed(self, *, saving: bool = False, verbosity: int = -1) -> float:
+        """Trains with metrics.jsonl and, unless quiet, the dashboard."""
+        folder = RunFolder(self.scratch / f"{self.rounds}")
+        folder.path.mkdir()
+        position = Position()
+        observer = RunObserver(
+            self.config, folder, self.parts, position, self.index, self.choices, verbosity=verbosity
+        )
+        saver = Nothing()
+        keys = {}
+        if saving:
+            saver = worker.RunSaver(self.parts, position, self.index, folder, observer.saved)
+            keys = {"checkpoint": {"every_steps": self.steps // 2 + 1}}
+        with observer:
+            seconds = self.epoch(observer, observer.gauges, saver, **keys)
+            if saving:
+                saver.wait()
+        return seconds
+
+    def replayed(self) -> float:
+        """Trains on one batch of the loader."""
+        own, self.parts.train_data = self.parts.train_data, Replay(self.parts.train_data)
+        try:
+            return self.observed()
+        finally:
+            self.parts.train_data = own
+
+    def blind(self) -> float:
+        """Trains without log points but the last one, which nobody sees."""
+        nothing = Nothing()
+        return self.epoch(nothing, nothing, nothing, monitor={"log_every_steps": self.steps})
+
+    def watched(self) -> float:
+        """Trains with the dashboard on a terminal."""
+        with terminal():
+            return self.observed(verbosity=0)
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[None]:
+    """Makes standard output a terminal whose content is read and dropped."""
+    outer, inner = pty.openpty()
+
+    def drain() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(outer, 65536):
+                pass
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(inner, 1)
+    os.close(inner)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+        reader.join()
+        os.close(outer)
+
+
+def hand_loops(config: Config, parts: Parts, index: Index, steps: int) -> dict[str, Callable[[], float]]:
+    """Returns the hand-written loop and the same with a replayed batch."""
+    device, batch = parts.accelerator.device, config.train.batch_size
+    images, labels = parts.train_data._images, parts.train_data._labels
+    mean, std = torch.tensor(index.mean, device=device), torch.tensor(index.std, device=device)
+    model = fresh_model(config, parts, index)
+    optimizer, _ = build_optimizer(config.optim, config.schedule, model)
+
+    def take_steps(batches: Iterator[tuple[Tensor, Tensor]]) -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        total = torch.zeros((), device=device)
+        for _, (inputs, targets) in zip(range(steps), batches, strict=False):
+            with torch.autocast(device.type, torch.bfloat16, enabled=parts.precision == "bf16"):
+                loss = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total += loss.detach()
+        total.item()
+        return (time.perf_counter() - began) / steps
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for ids in torch.randperm(len(images), device=device).split(batch):
+            yield normalised(images.index_select(0, ids), mean, std), labels.index_select(0, ids)
+
+    one = next(batches())
+
+    def replayed() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield one
+
+    return {"hand": lambda: take_steps(batches()), "replayed": lambda: take_steps(replayed())}
+
+
+def lightning_loop(config: Config, parts: Parts, index: Index, steps: int) -> Callable[[], float]:
+    """Returns Lightning's loop."""
+    import lightning
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    device, warm_up = parts.accelerator.device, 3
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = fresh_model(config, parts, index)
+
+        def training_step(self, batch, number: int) -> Tensor:
+            images, labels = batch
+            return F.cross_entropy(self.model(images), labels)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return build_optimizer(config.optim, config.schedule, self.model)[0]
+
+    class Clock(lightning.Callback):
+        began = seconds = 0.0
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, number: int) -> None:
+            if number + 1 in {warm_up, warm_up + steps}:
+                synchronize(device)
+                now = time.perf_counter()
+                self.seconds, self.began = (now - self.began) / steps, now
+
+    split = parts.train_data
+    inputs = normalised(split._images, torch.tensor(index.mean), torch.tensor(index.std))
+    dataset = TensorDataset(inputs, split._labels)
+    sampler = BatchSampler(RandomSampler(dataset), config.train.batch_size, drop_last=False)
+    loader = DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=0)
+    module = Classifier()
+
+    def run() -> float:
+        clock = Clock()
+        trainer = lightning.Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed" if parts.precision == "bf16" else "32-true",
+            max_steps=warm_up + steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[clock],
+        )
+        trainer.fit(module, loader)
+        return clock.seconds
+
+    return run
+
+
+def fresh_model(config: Config, parts: Parts, index: Index) -> nn.Module:
+    size = (index.height, index.width)
+    model = build_model(
+        config.model.name,
+        num_classes=len(index.classes),
+        in_channels=index.channels,
+        image_size=size,
+        args=config.model.args,
+    )
+    return model.to(parts.accelerator.device, memory_format=torch.channels_last)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--lightning", action="store_true")
+    options = parser.parse_intermixed_args()
+    fixed = ["train.channels_last=true", "train.compile=false"]
+    config = load_config(options.config, [*options.overrides, *fixed])
+    index = open_index(config, lambda text: None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    group = worker.join(config, device)
+    parts, _, _ = worker.build(config, worker.Rank(0, None), group, index, None)
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = Ours(config, parts, index, options.steps, Path(scratch))
+        loops = hand_loops(config, parts, index, options.steps) | {
+            "ours": ours.observed,
+            "ours_replayed": ours.replayed,
+            "blind": ours.blind,
+            "watched": ours.watched,
+            "saving": lambda: ours.observed(saving=True),
+        }
+        if options.lightning:
+            loops["lightning"] = lightning_loop(config, parts, index, options.steps)
+        seconds: dict[str, list[float]] = {name: [] for name in loops}
+        names = list(loops)
+        for number in range(options.rounds + 1):
+            for name in np.roll(names, number):  # nobody always comes after the same one
+                taken = loops[name]()
+                if number:
+                    seconds[str(name)].append(taken)
+    print(json.dumps(seconds))
+
+
+if __name__ == "__main__":
+    main()
