@@ -63,6 +63,7 @@ class Augment:
         divisor = torch.tensor([value or 1.0 for value in std])
         self._scale = (1 / (255 * divisor)).to(device)
         self._offset = -(torch.tensor(mean) / divisor).to(device)
+        self._rows: tuple[Tensor, Tensor] | None = None  # offset and scale of every value of a row
         self._draws: dict[int, Tensor] = {}
 
     def start_epoch(self, epoch: int, order: Ids, height: int, width: int) -> None:
@@ -116,7 +117,16 @@ class Augment:
 
     def plain(self, images: Tensor) -> Tensor:
         """Normalises: uint8 [B, H, W, C] to float32 [B, C, H, W]."""
-        result = torch.addcmul(self._offset, images.float(), self._scale).permute(0, 3, 1, 2)
+        _, _, width, channels = images.shape
+        if self._rows is None or len(self._rows[0]) != width * channels:
+            self._rows = (
+                self._offset.expand(channels).repeat(width),
+                self._scale.expand(channels).repeat(width),
+            )
+        # Row by row: over three channels alone the arithmetic would be five times as slow on a CPU.
+        values = images.reshape(-1, width * channels).float()
+        torch.addcmul(self._rows[0], values, self._rows[1], out=values)
+        result = values.view(images.shape).permute(0, 3, 1, 2)
         return result if self._channels_last else result.contiguous()
 
     def mix(self, epoch: int, step: int, batch: int, height: int, width: int) -> Mix | None:
