@@ -54,7 +54,8 @@ def main() -> None:
         def ours(name: str, *settings: str) -> float:
             run_dir = Path(scratch) / str(next(numbers))
             epochs = f"train.epochs={options.epochs}"
-            command = disttrain("run", "--procs", 1, config("cnn_mnist"), epochs, *settings)
+            constant = "schedule.name=constant"  # as the usual script has it
+            command = disttrain("run", "--procs", 1, config("cnn_mnist"), epochs, constant, *settings)
             began = time.perf_counter()
             subprocess.run([*command, "--run-dir", run_dir], env=env, check=True, stdout=subprocess.DEVNULL)
             seconds = time.perf_counter() - began

@@ -97,9 +97,11 @@ def choose(config: TrainConfig, work: Workload, *, threads: int, fixed_precision
     settings, reasons = _rules(config, device, threads, fixed_precision)
     choice = Choice(settings, reasons)
     open_keys = [key for key in ("precision", "channels_last", "compile") if reasons[key] == _OPEN]
-    if open_keys:
+    if config.reproducible:
+        _keep(choice, open_keys, "train.reproducible: another run might measure otherwise")
+    elif open_keys:
         _measure(choice, work, open_keys, vary_threads=device.type == "cpu" and threads > 1)
-    reasons["threads"] = reasons.get("threads", f"{choice.settings.threads}: cores divided by processes")
+    reasons.setdefault("threads", f"{threads}: cores divided by processes, or OMP_NUM_THREADS")
     return choice
 
 
@@ -164,12 +166,14 @@ def _measure(choice: Choice, work: Workload, open_keys: list[str], *, vary_threa
     """Decides the open keys by measuring, and writes the reasons into `choice`."""
     probe = Probe(work)
     plain = choice.settings
-    seconds = {plain: probe.seconds(plain)}
+    try:
+        seconds = {plain: probe.seconds(plain)}
+    except Exception as error:  # a model of the user's that cannot be copied, say
+        _keep(choice, open_keys, f"cannot be measured: {type(error).__name__}")
+        return
     run_s = seconds[plain] * probe.passes
     if run_s < SHORT_RUN_S:
-        for key in open_keys:
-            reason = f"a run of about {run_s:.0f} s does not repay measuring"
-            choice.reasons[key] = f"{_shown(plain, key)}: {reason}"
+        _keep(choice, open_keys, f"a run of about {run_s:.0f} s does not repay measuring")
         return
     budget = BUDGET * run_s
     for candidate in _candidates(plain, open_keys):
@@ -192,6 +196,11 @@ def _measure(choice: Choice, work: Workload, open_keys: list[str], *, vary_threa
     if best.threads != plain.threads:
         choice.reasons["threads"] = f"{best.threads}: {_table(seconds)}"
     choice.settings = best
+
+
+def _keep(choice: Choice, open_keys: list[str], reason: str) -> None:
+    for key in open_keys:
+        choice.reasons[key] = f"{_shown(choice.settings, key)}: {reason}"
 
 
 def _candidates(plain: Settings, open_keys: list[str]) -> list[Settings]:
@@ -230,8 +239,7 @@ def _consider_compiling(choice: Choice, probe: Probe, best: Settings, eager_s: f
 
 
 def _shown(settings: Settings, key: str) -> str:
-    value = {"compile": settings.compiled}.get(key, getattr(settings, key, None))
-    return str(value).lower()
+    return str(settings.compiled if key == "compile" else getattr(settings, key)).lower()
 
 
 def _table(seconds: dict[Settings, float]) -> str:

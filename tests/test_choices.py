@@ -94,6 +94,23 @@ def test_a_run_that_goes_on_keeps_its_arithmetic(timed: list[Settings]) -> None:
     assert resumed.reasons["precision"] == "fp32: as in the checkpoint"
 
 
+def test_a_reproducible_run_measures_nothing(timed: list[Settings]) -> None:
+    found = choice(reproducible=True)
+    assert timed == []
+    assert found.settings == Settings("fp32", True, False, 4)
+    assert found.reasons["precision"].startswith("fp32: train.reproducible: ")
+
+
+def test_a_model_that_cannot_be_copied_is_not_measured() -> None:
+    class Stubborn(nn.Linear):
+        def __deepcopy__(self, memo: object) -> None:
+            raise RuntimeError
+
+    workload = work(model=nn.Sequential(nn.Flatten(), Stubborn(36, 2)))
+    found = choose(config(), workload, threads=1, fixed_precision=None)
+    assert found.reasons["channels_last"] == "true: cannot be measured: RuntimeError"
+
+
 def test_a_short_run_is_not_measured_further(timed: list[Settings]) -> None:
     found = choice(passes=59)
     assert len(timed) == 1

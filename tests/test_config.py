@@ -306,6 +306,16 @@ def block_style(settings):
         ("optim.betas=[0.9, high]", "optim.betas.1: expected a number, got 'high'"),
         ("optim.betas=[0.9, 1]", "optim.betas.1: must be less than 1, got 1"),
         ("schedule.milestones=[1, x]", "schedule.milestones.1: expected a number, got 'x'"),
+        ("optim.groups=[{parameters: a, lr: x}]", "optim.groups.0.lr: expected a number, got 'x'"),
+        ("optim.groups=[{lr: 1.0}]", "optim.groups.0.parameters is missing; add it"),
+        (
+            "optim.groups=[{parameters: a, momentun: 1}]",
+            "optim.groups.0.momentun: unknown key; did you mean optim.groups.momentum?",
+        ),
+        (
+            "optim.groups=[{parameters: a, schedule: {nam: step}}]",
+            "optim.groups.0.schedule.nam: unknown key; did you mean optim.groups.schedule.name?",
+        ),
         ("monitor.trackers=[1]", "monitor.trackers.0: expected text, got 1 (put it in quotes)"),
     ],
 )
@@ -360,6 +370,30 @@ def test_all_mistakes_are_reported_at_once(file):
             ["schedule.name=cosine", "schedule.milestones=[1]"],
             "schedule.milestones: schedule.name = cosine has none; remove it or choose step",
         ),
+        (
+            ["schedule.name=linear", "schedule.end_epoch=1", "schedule.warmup_epochs=1.5"],
+            "schedule.end_epoch: 1 is before the end of the warm-up, 1.5; move it",
+        ),
+        (
+            ["schedule.end_epoch=1"],
+            "schedule.end_epoch: schedule.name = constant has none; remove it",
+        ),
+        (["optim.adjust_lr=original"], "optim.adjust_lr: sgd has none; remove it"),
+        (["optim.normalize_weights=true"], "optim.normalize_weights: sgd has none; remove it"),
+        (
+            ["optim.groups=[{parameters: a}, {parameters: b, name: adam, momentum: 0.5}]"],
+            "optim.groups.1.momentum: adam has none; remove it",
+        ),
+        (
+            ["optim.groups=[{parameters: a, schedule: {name: step}}]"],
+            "optim.groups.0.schedule.milestones: needed by optim.groups.0.schedule.name = step, "
+            "for example [30, 40]",
+        ),
+        (
+            ["optim.groups=[{parameters: '('}]"],
+            "optim.groups.0.parameters: not a regular expression: missing ), unterminated subpattern at "
+            "position 0",
+        ),
         (["train.accumulate=65"], "train.accumulate: 65 parts of a batch of 64; make it smaller"),
         (
             ["monitor.trackers=[wandb]"],
@@ -380,6 +414,8 @@ def test_conflicts_between_settings(file, overrides, message):
         ["train.accumulate=64"],
         ["optim.lr=1", "train.ema=0.5"],
         ["train.compile=true"],
+        ["augment.flip=alternating", "train.channels_last=false", "eval.tta=multi_view"],
+        ["optim.groups=[{parameters: a, name: muon, momentum: 0.5, adjust_lr: original}]"],
     ],
 )
 def test_what_is_just_allowed(file, overrides):

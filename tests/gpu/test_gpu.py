@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from disttrain import checkpoint
 from disttrain.telemetry import visible_gpus
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +42,45 @@ def test_compiled_model_and_muon_train(disttrain: Run, tmp_path: Path, config_fi
     arguments = ["train.compile=true", "optim.name=muon", "augment.mixup=0.2", "augment.crop_padding=1"]
     result = disttrain("run", config_file, "--gpus", "1", *arguments, "--run-dir", "run")
     assert trained(result, tmp_path / "run")
+
+
+def test_speednet_and_a_checkpoint_from_the_device(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
+    groups = "optim.groups=[{parameters: '.*bias', name: sgd, lr: 1.0}]"
+    pack = ["data", "pack", str(images(tmp_path)), "--name", "squares", "--val-fraction", "0.2"]
+    packed = disttrain(*pack, "--root", "sets")
+    assert packed.returncode == 0, packed.stderr
+    arguments = [
+        "model.name=speednet",
+        "optim.name=muon",
+        groups,
+        "train.batch_size=32",
+        "eval.tta=multi_view",
+    ]
+    data = ["data.name=squares", "data.root=sets", "checkpoint.every_steps=2"]
+    result = disttrain("run", config_file, "--gpus", "1", *arguments, *data, "--run-dir", "run")
+    assert trained(result, tmp_path / "run")[-1]["tta"] == "multi_view"
+    verified = checkpoint.load(tmp_path / "run/checkpoints/latest")
+    assert verified.parts["model"]["head.weight"].isfinite().all()
+
+
+def images(folder: Path) -> Path:
+    """Writes two classes of random images of 32x32."""
+    random = np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 128)):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(80):
+            pixels = random.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{i}.png")
+    return folder / "images"
+
+
+def test_the_bench_measures_a_gpu(disttrain: Run, config_file: Path) -> None:
+    done = disttrain("bench", config_file, "--gpus", "1", "--seconds", "0.2", "--json", "data.cache=host")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["phases_s"]["host to device"] > 0
+    assert {row["precision"] for row in found["table"]} == {"fp32", "tf32", "bf16", "fp16"}
+    assert all(row["pass_s"] for row in found["table"])
 
 
 def test_readings_are_those_of_the_gpu_that_trains(
