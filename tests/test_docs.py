@@ -34,9 +34,13 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 
 
 def test_config_of_the_readme_loads(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    readme = (REPOSITORY / "README.md").read_text()
+    example, groups = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
     (tmp_path / "example.yaml").write_text(example)
     assert load_config(tmp_path / "example.yaml").train.batch_size == 512
+    lines = [line for line in example.splitlines() if not line.startswith("optim:")]
+    (tmp_path / "example.yaml").write_text("\n".join([*lines, groups]))
+    assert len(load_config(tmp_path / "example.yaml").optim.groups) == 2
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
