@@ -261,7 +261,6 @@ def train_in_folder(
             write_atomically(folder.config, dump_config(config))
         folder.forget_after(position.step)
     observer = RunObserver(config, folder, parts, position, index, choices, verbosity=verbosity)
-
     saver = RunSaver(parts, position, index, folder, observer.saved)
 
     def settle(**status: Any) -> None:
@@ -291,6 +290,8 @@ def train_in_folder(
                 stop_requested=lambda: rank.stop,
             )
         finally:
+            with contextlib.suppress(DisttrainError):  # whatever ended the run, what is being saved is kept
+                saver.wait()
             settle()
         settle(state="finished", exit_code=0, reason="all epochs done")
         observer.finished()
@@ -394,7 +395,7 @@ def build(
     ).to(device)
     checkpoint = load(checkpoint_path) if checkpoint_path is not None else None
     steps_left = plan.steps_per_epoch * config.train.epochs - (checkpoint.state["step"] if checkpoint else 0)
-    precision = checkpoint.state["precision"] if checkpoint else None
+    precision = checkpoint.state.get("precision") if checkpoint else None
     accelerator, settings = prepare_arithmetic(config, group, model, index, steps_left, precision, choices)
     augment = Augment(
         config.augment,
@@ -404,7 +405,6 @@ def build(
         device=device,
         channels_last=settings.channels_last,
     )
-
     if checkpoint is None and hasattr(model, "init_from_images"):
         with contextlib.closing(loaders["train"].batches(plan.ids, [slice(0, INIT_IMAGES)])) as batches:
             cast(Any, model).init_from_images(augment.plain(next(batches).images))

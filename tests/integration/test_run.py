@@ -17,6 +17,7 @@ import pytest
 from runs import ids_per_step
 from safetensors.torch import load_file
 
+from disttrain import checkpoint
 from disttrain.data.plan import Plan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -255,6 +256,31 @@ def test_settings_train_on_two_ranks(
     assert succeeded(result)
     first, *_, last = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
     assert last["loss"] < first["loss"]
+
+
+def test_a_checkpoint_that_is_being_written_outlives_a_failure(
+    disttrain: Run, tmp_path: Path, config_file: Path
+) -> None:
+    (tmp_path / "brittle.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    steps = 0\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, num_classes))\n"
+        "    def forward(self, images):\n"
+        "        self.steps += self.training\n"
+        "        if self.steps == 8:\n"
+        "            raise RuntimeError('the eighth step')\n"
+        "        return super().forward(images)\n"
+    )
+    arguments = ["model.name=brittle:Net", "checkpoint.every_steps=1", "train.precision=fp32"]
+    arguments += ["train.channels_last=true", "--procs", "1", "--run-dir", "run"]  # nothing to measure
+    done = disttrain("run", config_file, *arguments)
+    assert done.returncode == 70
+    assert "the eighth step" in done.stderr
+    latest = tmp_path / "run/checkpoints/latest"
+    assert latest.resolve().name == "step_00000007"
+    assert checkpoint.verify(latest)
 
 
 def test_compiled_model_trains(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
