@@ -312,7 +312,7 @@ def settings_table(work: Workload, seconds: float, *, compiling: bool) -> list[d
         seconds: that a measurement takes.
         compiling: also compile, which takes long.
     """
-    from disttrain.choices import Probe
+    from disttrain.choices import Probe, ProbeError
 
     probe = Probe(work)
     rows = []
@@ -325,8 +325,8 @@ def settings_table(work: Workload, seconds: float, *, compiling: bool) -> list[d
         try:
             row["pass_s"] = probe.seconds(settings, least_s=seconds / 4)
             row["images_per_s"] = probe.batch / row["pass_s"]
-        except Exception as error:  # whatever a compiler says of a model of the user's
-            row |= {"pass_s": None, "error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        except ProbeError as error:
+            row |= {"pass_s": None, "error": str(error)}
         rows.append(row)
     return rows
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -168,8 +169,8 @@ def _measure(choice: Choice, work: Workload, open_keys: list[str], *, vary_threa
     plain = choice.settings
     try:
         seconds = {plain: probe.seconds(plain)}
-    except Exception as error:  # a model of the user's that cannot be copied, say
-        _keep(choice, open_keys, f"cannot be measured: {type(error).__name__}")
+    except ProbeError as error:
+        _keep(choice, open_keys, f"cannot be measured: {error}")
         return
     run_s = seconds[plain] * probe.passes
     if run_s < SHORT_RUN_S:
@@ -178,12 +179,12 @@ def _measure(choice: Choice, work: Workload, open_keys: list[str], *, vary_threa
     budget = BUDGET * run_s
     for candidate in _candidates(plain, open_keys):
         if probe.spent_s < budget:
-            seconds[candidate] = probe.seconds(candidate)
+            seconds[candidate] = _seconds_or_never(probe, candidate)
     if vary_threads:
         best = _best(plain, seconds)
         while best.threads > 1 and probe.spent_s < budget:
             fewer = replace(best, threads=best.threads // 2)
-            seconds[fewer] = probe.seconds(fewer)
+            seconds[fewer] = _seconds_or_never(probe, fewer)
             if _best(plain, seconds) != fewer:
                 break
             best = fewer
@@ -196,6 +197,13 @@ def _measure(choice: Choice, work: Workload, open_keys: list[str], *, vary_threa
     if best.threads != plain.threads:
         choice.reasons["threads"] = f"{best.threads}: {_table(seconds)}"
     choice.settings = best
+
+
+def _seconds_or_never(probe: Probe, settings: Settings) -> float:
+    try:
+        return probe.seconds(settings)
+    except ProbeError:  # the model does not run in this way
+        return math.inf
 
 
 def _keep(choice: Choice, open_keys: list[str], reason: str) -> None:
@@ -227,8 +235,8 @@ def _consider_compiling(choice: Choice, probe: Probe, best: Settings, eager_s: f
     else:
         try:
             compiled_s = probe.seconds(replace(best, compiled=True))
-        except Exception as error:  # whatever a compiler says of a model of the user's
-            text = f"compiling fails: {type(error).__name__}"
+        except ProbeError as error:
+            text = f"compiling fails: {error}"
         else:
             text = f"{1e3 * compiled_s:.3g} ms a pass, {1e3 * eager_s:.3g} ms as written"
             if compiled_s <= _COMPILE_WIN * eager_s:
@@ -243,7 +251,12 @@ def _shown(settings: Settings, key: str) -> str:
 
 
 def _table(seconds: dict[Settings, float]) -> str:
-    return "; ".join(f"{settings}: {1e3 * value:.3g} ms a pass" for settings, value in seconds.items())
+    times = {settings: f"{1e3 * value:.3g} ms a pass" for settings, value in seconds.items()}
+    return "; ".join(f"{one}: {'fails' if seconds[one] == math.inf else times[one]}" for one in seconds)
+
+
+class ProbeError(Exception):
+    """A model could not be measured; the message names the kind of error."""
 
 
 class Probe:
@@ -269,21 +282,35 @@ class Probe:
         Args:
             settings: how to compute.
             least_s: that the measurement takes on each rank, after two passes to warm up.
+
+        Raises:
+            ProbeError: it failed on a rank; raised on all of them.
         """
         began = time.perf_counter()
+        times, problem = [0.0], ""
+        try:
+            times = self._times(settings, least_s)
+        except Exception as error:  # a model that cannot be copied, say, or what a compiler says of it
+            problem = type(error).__name__
+        median, spent = statistics.median(times), time.perf_counter() - began
+        seconds, spent, failed = self._mean([median, spent, float(problem != "")])
+        self.spent_s += spent
+        if failed:
+            raise ProbeError(problem or "on another rank")
+        return seconds
+
+    def _times(self, settings: Settings, least_s: float) -> list[float]:
+        times: list[float] = []
         with self._prepared(settings) as step:
             step()  # memory is allocated, kernels are chosen, code is compiled
             step()
-            times: list[float] = []
             while len(times) < _REPEATS or sum(times) < least_s:
                 start = time.perf_counter()
                 step()
                 times.append(time.perf_counter() - start)
                 if times[0] > 1.0:  # a long step is its own mean
                     break
-        result, spent = self._mean([statistics.median(times), time.perf_counter() - began])
-        self.spent_s += spent
-        return result
+        return times
 
     @contextlib.contextmanager
     def _prepared(self, settings: Settings) -> Iterator[Callable[[], None]]:

@@ -111,6 +111,18 @@ def test_a_model_that_cannot_be_copied_is_not_measured() -> None:
     assert found.reasons["channels_last"] == "true: cannot be measured: RuntimeError"
 
 
+def test_settings_that_the_model_does_not_run_with_are_not_chosen() -> None:
+    class Single(nn.Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert not torch.is_autocast_enabled("cpu")
+            return super().forward(images)
+
+    workload = work(model=nn.Sequential(nn.Flatten(), Single(36, 2)))
+    found = choose(config(channels_last=True), workload, threads=1, fixed_precision=None)
+    assert found.settings.precision == "fp32"
+    assert "bf16, channels_last, 1 threads: fails" in found.reasons["precision"]
+
+
 def test_a_short_run_is_not_measured_further(timed: list[Settings]) -> None:
     found = choice(passes=59)
     assert len(timed) == 1
