@@ -53,7 +53,8 @@ class Settings:
 
     def __str__(self) -> str:
         order = "channels_last" if self.channels_last else "channels_first"
-        return f"{self.precision}, {order}{', compiled' * self.compiled}, {self.threads} threads"
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.precision}, {order}{', compiled' * self.compiled}, {threads}"
 
 
 @dataclass

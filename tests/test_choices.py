@@ -120,7 +120,7 @@ def test_settings_that_the_model_does_not_run_with_are_not_chosen() -> None:
     workload = work(model=nn.Sequential(nn.Flatten(), Single(36, 2)))
     found = choose(config(channels_last=True), workload, threads=1, fixed_precision=None)
     assert found.settings.precision == "fp32"
-    assert "bf16, channels_last, 1 threads: fails" in found.reasons["precision"]
+    assert "bf16, channels_last, 1 thread: fails" in found.reasons["precision"]
 
 
 def test_a_short_run_is_not_measured_further(timed: list[Settings]) -> None:
