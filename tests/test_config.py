@@ -419,7 +419,8 @@ def test_conflicts_between_settings(file, overrides, message):
     ],
 )
 def test_what_is_just_allowed(file, overrides):
-    load(file, *overrides)
+    changed = differences(load(file), load(file, *overrides))
+    assert {change.partition(":")[0] for change in changed} == {text.partition("=")[0] for text in overrides}
 
 
 def test_a_config_cannot_be_changed(file):

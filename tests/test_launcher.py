@@ -540,9 +540,11 @@ def test_a_stop_before_training_has_begun_is_no_failure(launched, tmp_path):
 
 def test_no_process_outlives_a_launcher_that_was_killed(launched):
     process, child = launched(_TRAINING.replace("{polite}", "False"))
+    assert not gone(child)
     process.kill()
     process.communicate(timeout=60)
     wait_for(lambda: gone(child))
+    assert gone(child)
 
 
 def test_the_handlers_of_the_caller_are_put_back(launch):

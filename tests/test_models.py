@@ -451,7 +451,9 @@ SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_builds_its_network_for_its_images(path: Path) -> None:
     config = load_config(path)
-    build(config.model.name, SHAPES[config.data.name], **config.model.args)
+    shape = SHAPES[config.data.name]
+    model = build(config.model.name, shape, **config.model.args).eval()
+    assert model(torch.zeros(2, *shape)).shape == (2, 10)
 
 
 # --- speednet ---------------------------------------------------------------------------------------

@@ -132,7 +132,8 @@ def test_a_config_that_does_not_fit_the_data(digits_root, changes, message):
 
 @pytest.mark.parametrize("changes", [{"model": {"num_classes": 10}}, {"augment": {"crop_padding": 7}}])
 def test_a_config_that_just_fits_the_data(digits_root, changes):
-    open_index(experiment(**{"data": {"root": str(digits_root)}} | changes), lambda text: None)
+    index = open_index(experiment(**{"data": {"root": str(digits_root)}} | changes), lambda text: None)
+    assert (index.name, len(index.classes), index.height, index.width) == ("digits", 10, 8, 8)
 
 
 # --- Where a run begins -----------------------------------------------------------------------------

@@ -72,6 +72,7 @@ def test_a_new_folder_is_made_with_its_parents(tmp_path):
 def test_an_empty_folder_is_taken(folder):
     folder.path.mkdir()
     folder.create()
+    assert sorted(entry.name for entry in folder.path.iterdir()) == [".lock", "checkpoints", "errors", "logs"]
 
 
 def test_the_folder_of_an_earlier_run_is_taken_as_it_is(folder):
@@ -93,8 +94,10 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
 
 def test_the_logs_of_another_node_may_be_there_first(folder):
     folder.launch_log(1).parent.mkdir(parents=True)
-    folder.launch_log(1).touch()
+    folder.launch_log(1).write_text("from node 1")
     folder.create()
+    assert folder.launch_log(1).read_text() == "from node 1"
+    assert folder.checkpoints.is_dir()
 
 
 @pytest.mark.parametrize("inside", ["", "run"])

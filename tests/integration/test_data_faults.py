@@ -1017,8 +1017,9 @@ def test_a_bomb_of_an_image_is_refused_by_shard_and_key(tmp_path: Path, kind: st
 
 def test_a_bomb_that_is_the_first_image_is_refused(tmp_path: Path) -> None:
     folder = make(tmp_path)
-    put(folder, "train-0.tar", tar_of(*BOMBS["PNG of usual size"](), *good("y", 2)))
-    refused(lambda: index_it(folder, skip=False, force=True))
+    put(folder, "train-0.tar", tar_of(*BOMBS["PNG of usual size"](), *good("w", 2)))
+    error = refused(lambda: index_it(folder, skip=False, force=True))
+    assert f"{folder}/train-0.tar: sample bad: " in str(error)
 
 
 def test_a_label_of_ten_digits_takes_no_memory(tmp_path: Path) -> None:
