@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from disttrain.config import Config, load_config
 from disttrain.preflight import check_device, open_index, split_batch
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from disttrain.choices import Settings, Workload
     from disttrain.data.batches import Batch, Loader, Window
     from disttrain.data.plan import Ids
+    from disttrain.parts import Parts, Saver
     from disttrain.shards.index import Index
-    from disttrain.train import Parts, Piece
+    from disttrain.train import Piece
 
 PEAK_TFLOPS = {
     # Dense, as the makers' data sheets have them: bf16 or fp16, tf32, fp32.
@@ -139,11 +140,8 @@ class StepBench:
     """
 
     def __init__(self, parts: Parts, seconds: float) -> None:
-        from disttrain.train import Meter
-
         self._parts = parts
         self._seconds = seconds
-        self._meter = Meter(parts.accelerator.device)
         self._order = parts.plan.order(0)
         parts.augment.start_epoch(0, self._order, *parts.image_size)
         parts.model.train()
@@ -155,7 +153,7 @@ class StepBench:
         parts = self._parts
 
         def run(pieces: Iterator[tuple[Piece, Batch]]) -> None:
-            train_step(parts, pieces, parts.plan.batch_size, self._meter)
+            train_step(parts, pieces, 1, parts.plan.batch_size, lambda *_: None)
 
         return self._repeat(loader, run)
 
@@ -226,7 +224,8 @@ class StepBench:
     def logging(self, config: Config, index: Index, choices: dict[str, str]) -> float:
         """Returns the seconds of a log point, metrics written and shown, divided by the steps between two."""
         from disttrain.observe import RunObserver
-        from disttrain.train import Position, log_point
+        from disttrain.parts import Hooks, Position
+        from disttrain.train import log_point
 
         position = Position(step=1, samples_seen=1)
         every = config.monitor.log_every_steps
@@ -234,9 +233,11 @@ class StepBench:
             run = RunFolder(Path(folder))
             observer = RunObserver(config, run, self._parts, position, index, choices, verbosity=-1)
 
+            hooks = Hooks(observer, observer.gauges, cast("Saver", None), lambda: False)  # nothing is saved
+
             def point() -> None:
-                self._meter.samples, self._meter.steps = 1, every
-                log_point(self._parts, position, 0.1, self._meter, observer, observer.gauges, False)
+                self._parts.meter.samples, self._parts.meter.steps = 1, every
+                log_point(self._parts, position, [], 0.1, hooks)
 
             with observer:
                 return self._timed(point) / every
@@ -255,6 +256,7 @@ class StepBench:
         from disttrain.train import served
 
         parts, plan = self._parts, self._parts.plan
+        parts.meter.restart()
         full = max(1, plan.samples // plan.batch_size)
         own, parts.train_data = parts.train_data, loader
         warm_up, taken, began = 2, 0, 0.0
@@ -293,9 +295,10 @@ class StepBench:
         return (time.perf_counter() - began) / count
 
     def _all(self, more: bool) -> bool:
-        from disttrain.train import reduce_sum
+        from disttrain.collectives import reduce_sum
+        from disttrain.pulse import Phase
 
-        return reduce_sum(self._parts, [float(more)])[0] == self._parts.world_size
+        return reduce_sum(self._parts, Phase.COMPUTE, 0, [float(more)])[0] == self._parts.world_size
 
     def _synchronize(self) -> None:
         import torch
@@ -378,10 +381,10 @@ def _peak(parts: Parts) -> tuple[float | None, str]:
         name = torch.cuda.get_device_name(device)
         for known, (half, tf32, single) in PEAK_TFLOPS.items():
             if known in name:
-                tera = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": single}[parts.precision]
+                tera = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": single}[parts.settings.precision]
                 return (None if tera is None else tera * 1e12), f"data sheet of {known}"
         return None, f"no figure for {name}"
-    dtype = torch.bfloat16 if parts.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if parts.settings.precision == "bf16" else torch.float32
     side = 1024
     left, right = (torch.randn(side, side).to(dtype) for _ in range(2))
     best = float("inf")

@@ -13,9 +13,9 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -86,25 +86,40 @@ class Workload:
     world_size: int
 
 
-def choose(config: TrainConfig, work: Workload, *, threads: int, fixed_precision: Precision | None) -> Choice:
+def choose(
+    config: TrainConfig, work: Workload, *, threads: int, saved: Mapping[str, Any] | None = None
+) -> Choice:
     """Decides how a run computes. Every rank calls this; all get the same answer.
 
     Args:
         config: what the user has set is kept, the rest is chosen.
         work: what is computed.
         threads: CPU threads that this process may use.
-        fixed_precision: the arithmetic of the run that is gone on with, or None.
+        saved: settings of the run that is gone on with, with their `device` and `world_size`, or None. They
+            are kept as far as they fit here, so that the run stays the same to the last bit.
     """
     device = next(work.model.parameters()).device
-    settings, reasons = _rules(config, device, threads, fixed_precision)
+    settings, reasons = _rules(config, device, threads, saved["precision"] if saved else None)
     choice = Choice(settings, reasons)
     open_keys = [key for key in ("precision", "channels_last", "compile") if reasons[key] == _OPEN]
-    if config.reproducible:
+    if saved and (saved["device"], saved["world_size"]) == (device.type, work.world_size):
+        _keep_saved(choice, open_keys, saved, threads)
+    elif config.reproducible:
         _keep(choice, open_keys, "train.reproducible: another run might measure otherwise")
     elif open_keys:
         _measure(choice, work, open_keys, vary_threads=device.type == "cpu" and threads > 1)
     reasons.setdefault("threads", f"{threads}: cores divided by processes, or OMP_NUM_THREADS")
     return choice
+
+
+def _keep_saved(choice: Choice, open_keys: list[str], saved: Mapping[str, Any], threads: int) -> None:
+    for key in open_keys:
+        value = saved["compiled" if key == "compile" else key]
+        choice.settings = replace(choice.settings, **{"compiled" if key == "compile" else key: value})
+        choice.reasons[key] = f"{str(value).lower()}: as in the checkpoint"
+    if saved["threads"] < threads:
+        choice.settings = replace(choice.settings, threads=saved["threads"])
+        choice.reasons["threads"] = f"{saved['threads']}: as in the checkpoint"
 
 
 def bucket_mib(parameters: int, device: torch.device) -> tuple[float, str]:

@@ -33,10 +33,11 @@ from disttrain.console import Console, RunInfo
 from disttrain.errors import StoppedError
 from disttrain.files import write_atomically
 from disttrain.models import parameter_count
+from disttrain.parts import Parts, Position
 from disttrain.runfolder import COMMAND, JsonLines, RunFolder, utc_now
 from disttrain.shards.index import Index
+from disttrain.shards.reader import sample_keys
 from disttrain.telemetry import GpuSampler, ProcessorSampler
-from disttrain.train import Parts, Position
 
 log = logging.getLogger("disttrain")
 
@@ -66,6 +67,7 @@ class RunObserver:
         self._folder = folder
         self._position = position
         self._rank = parts.rank
+        self._index = index
         self._last_eval: dict[str, Any] = {}
         self._status_due_s = 0.0
         self._metrics: JsonLines | None = None
@@ -128,6 +130,14 @@ class RunObserver:
         """Writes the ids of the samples that this rank trains on."""
         if self._trace is not None:
             self._trace.write({"epoch": epoch, "step": step, "ids": list(ids)})
+
+    def bad_batch(self, epoch: int, step: int, ids: Sequence[int]) -> str:
+        """Writes the samples of a batch into errors/batch_<step>.json, from rank 0."""
+        path = self._folder.bad_batch(step)
+        if self._rank == 0:
+            document = {"epoch": epoch, "step": step, "ids": list(ids), "keys": sample_keys(self._index, ids)}
+            write_atomically(path, json.dumps(document, indent=1) + "\n")
+        return str(path)
 
     def saved(self, path: Path, best: bool) -> None:
         """Tells of a checkpoint; only the best ones are worth a line on the screen."""

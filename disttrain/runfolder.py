@@ -55,6 +55,10 @@ class RunFolder:
         """Returns the error file of a rank."""
         return self.path / "errors" / f"rank_{rank:05d}.json"
 
+    def bad_batch(self, step: int) -> Path:
+        """Returns the file with the samples of a global batch whose loss was not finite."""
+        return self.path / "errors" / f"batch_{step:08d}.json"
+
     def trace(self, rank: int) -> Path:
         """Returns the file with the ids of the samples that a rank trained on."""
         return self.path / "trace" / f"rank_{rank:05d}.jsonl"

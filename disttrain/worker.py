@@ -14,6 +14,7 @@ import gc
 import hashlib
 import logging
 import os
+import random
 import signal
 import socket
 import sys
@@ -46,11 +47,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
     from torch import nn
 
-    from disttrain.choices import Precision, Settings
+    from disttrain.choices import Settings
     from disttrain.data.batches import Loader
     from disttrain.data.plan import Ids
+    from disttrain.parts import Parts, Position
     from disttrain.shards.index import Index
-    from disttrain.train import Parts, Position
 
 log = logging.getLogger("disttrain")
 
@@ -250,6 +251,7 @@ def train_in_folder(
 ) -> None:
     """Builds the parts, trains, and keeps the run folder. Every rank calls this."""
     from disttrain.observe import RunObserver
+    from disttrain.parts import Hooks
     from disttrain.train import train
 
     parts, position, choices = build(config, rank, group, index, checkpoint_path)
@@ -280,14 +282,7 @@ def train_in_folder(
         if checkpoint_path is not None:
             observer.note(f"going on from {checkpoint_path}, step {position.step:,}")
         try:
-            train(
-                parts,
-                position,
-                observer=observer,
-                gauges=observer.gauges,
-                saver=saver,
-                stop_requested=lambda: rank.stop,
-            )
+            train(parts, position, Hooks(observer, observer.gauges, saver, lambda: rank.stop))
         finally:
             with contextlib.suppress(DisttrainError):  # whatever ended the run, what is being saved is kept
                 saver.wait()
@@ -322,24 +317,35 @@ class RunSaver:
         self._state = {
             "optimizer": parts.config.optim.name,
             "data_digest": data_digest(index, parts.plan.skipped),
-            "precision": parts.precision,
+            "arithmetic": {
+                **dataclasses.asdict(parts.settings),
+                "device": parts.accelerator.device.type,
+                "world_size": parts.world_size,
+            },
         }
         self._writer = (
             Writer(folder.checkpoints, parts.config.checkpoint.keep, done) if parts.rank == 0 else None
         )
 
-    def save(self, best: bool) -> None:
+    def save(self, *, best: bool, stopping: bool = False) -> None:
         """Takes a snapshot and begins to write it. Every rank calls this."""
         from disttrain.checkpoint import snapshot
-        from disttrain.train import average_buffers
+        from disttrain.collectives import average_buffers
+        from disttrain.rank_state import gather_rank_states
 
         parts = self._parts
+        # At a step where a run that is not stopped saves nothing, each rank's statistics are kept apart.
+        ranks = gather_rank_states(parts, with_buffers=stopping and parts.world_size > 1)
         average_buffers(parts, parts.bare_model)
         if parts.ema is not None:
             average_buffers(parts, parts.ema.module)
         if self._writer is not None:
             scaler = parts.accelerator.scaler
-            tensors = {"model": parts.bare_model.state_dict(), "optimizer": parts.optimizer.state_dict()}
+            tensors = {
+                "model": parts.bare_model.state_dict(),
+                "optimizer": parts.optimizer.state_dict(),
+                "ranks": ranks,
+            }
             if parts.ema is not None:
                 tensors["ema"] = parts.ema.state_dict()
             state = dataclasses.asdict(self._position) | self._state
@@ -367,15 +373,18 @@ def build(
     Returns:
         The parts, where to begin, and what was chosen for the user and why.
     """
+    import numpy as np
     import torch
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+    from disttrain import counter_rng
     from disttrain.augment import Augment
     from disttrain.checkpoint import load, restore
     from disttrain.data.plan import make_plan, usable_ids
     from disttrain.models import build_model
     from disttrain.optim import build_optimizer
-    from disttrain.train import Parts, Position
+    from disttrain.parts import Parts, Position
+    from disttrain.rank_state import restore_rank_state
 
     device = group.device
     say = print if rank.number == 0 else log.info
@@ -384,6 +393,8 @@ def build(
     plan = make_plan(config, index, skipped["train"])
     loaders = open_loaders(config, index, skipped, group, say, choices)
 
+    random.seed(counter_rng.derive(config.seed, _OWN_CODE, rank.number))  # for the user's own code
+    np.random.seed(counter_rng.derive(config.seed, _OWN_CODE, rank.number) >> 32)
     torch.manual_seed(config.seed)
     model = build_model(
         config.model.name,
@@ -394,8 +405,8 @@ def build(
     ).to(device)
     checkpoint = load(checkpoint_path) if checkpoint_path is not None else None
     steps_left = plan.steps_per_epoch * config.train.epochs - (checkpoint.state["step"] if checkpoint else 0)
-    precision = checkpoint.state.get("precision") if checkpoint else None
-    accelerator, settings = prepare_arithmetic(config, group, model, index, steps_left, precision, choices)
+    saved = checkpoint.state["arithmetic"] if checkpoint else None
+    accelerator, settings = prepare_arithmetic(config, group, model, index, steps_left, saved, choices)
     augment = Augment(
         config.augment,
         seed=config.seed,
@@ -447,11 +458,15 @@ def build(
         val_ids=usable_ids(index.splits["val"].samples, skipped["val"]),
         val_skipped=len(skipped["val"]),
         image_size=(index.height, index.width),
-        precision=settings.precision,
+        settings=settings,
         compiled_batch=split_batch(config, group.num_processes) if settings.compiled else None,
     )
+    if checkpoint is not None:
+        restore_rank_state(parts, checkpoint.parts["ranks"])
     return parts, position, choices
 
+
+_OWN_CODE = 24  # the stream of random numbers that seeds Python's and numpy's generators
 
 INIT_IMAGES = 5000
 """Training images at most that a model with `init_from_images` sees before the first step."""
@@ -463,7 +478,7 @@ def prepare_arithmetic(
     model: nn.Module,
     index: Index,
     steps: int,
-    precision: Precision | None,
+    saved: dict[str, Any] | None,
     choices: dict[str, str],
 ) -> tuple[Accelerator, Settings]:
     """Chooses precision, memory order, compilation, threads and bucket size and applies them to the model.
@@ -476,7 +491,8 @@ def prepare_arithmetic(
         model: on its device; is put into the chosen memory order and compiled.
         index: the data set.
         steps: optimizer steps in the rest of the run.
-        precision: the arithmetic of the checkpoint that is gone on from, or None.
+        saved: the settings kept in the checkpoint that is gone on from, with their device and world size, or
+            None.
         choices: takes what is chosen and why.
 
     Returns:
@@ -500,7 +516,7 @@ def prepare_arithmetic(
             group.num_processes,
         ),
         threads=torch.get_num_threads(),
-        fixed_precision=precision,
+        saved=saved,
     )
     choices |= choice.reasons
     settings = choice.settings

@@ -29,7 +29,7 @@ def work(passes: int = 10**9, model: nn.Module | None = None) -> Workload:
 
 
 def choice(passes: int = 10**9, **options: Any) -> Choice:
-    return choose(config(**options), work(passes), threads=4, fixed_precision=None)
+    return choose(config(**options), work(passes), threads=4)
 
 
 @pytest.fixture
@@ -88,10 +88,27 @@ def test_nothing_is_measured_where_everything_is_set(timed: list[Settings]) -> N
     assert found.settings == Settings("bf16", True, False, 4)
 
 
-def test_a_run_that_goes_on_keeps_its_arithmetic(timed: list[Settings]) -> None:
-    resumed = choose(config(), work(), threads=4, fixed_precision="fp32")
-    assert resumed.settings.precision == "fp32"
-    assert resumed.reasons["precision"] == "fp32: as in the checkpoint"
+SAVED = {"precision": "bf16", "channels_last": False, "compiled": False, "threads": 2, "device": "cpu"}
+
+
+def test_a_run_that_goes_on_keeps_its_settings_and_measures_nothing(timed: list[Settings]) -> None:
+    resumed = choose(config(), work(), threads=4, saved=SAVED | {"world_size": 1})
+    assert resumed.settings == Settings("bf16", channels_last=False, compiled=False, threads=2)
+    assert timed == []
+    assert resumed.reasons["precision"] == "bf16: as in the checkpoint"
+    assert resumed.reasons["channels_last"] == "false: as in the checkpoint"
+    assert resumed.reasons["threads"] == "2: as in the checkpoint"
+
+
+def test_a_run_that_goes_on_with_fewer_cores_takes_those_there_are() -> None:
+    assert choose(config(), work(), threads=1, saved=SAVED | {"world_size": 1}).settings.threads == 1
+
+
+def test_a_run_that_goes_on_on_other_ranks_keeps_its_arithmetic_alone(timed: list[Settings]) -> None:
+    resumed = choose(config(), work(), threads=4, saved=SAVED | {"world_size": 3})
+    assert resumed.settings.precision == "bf16"
+    assert {settings.precision for settings in timed} == {"bf16"}
+    assert {settings.channels_last for settings in timed} == {False, True}
 
 
 def test_a_reproducible_run_measures_nothing(timed: list[Settings]) -> None:
@@ -107,7 +124,7 @@ def test_a_model_that_cannot_be_copied_is_not_measured() -> None:
             raise RuntimeError
 
     workload = work(model=nn.Sequential(nn.Flatten(), Stubborn(36, 2)))
-    found = choose(config(), workload, threads=1, fixed_precision=None)
+    found = choose(config(), workload, threads=1)
     assert found.reasons["channels_last"] == "true: cannot be measured: RuntimeError"
 
 
@@ -118,7 +135,7 @@ def test_settings_that_the_model_does_not_run_with_are_not_chosen() -> None:
             return super().forward(images)
 
     workload = work(model=nn.Sequential(nn.Flatten(), Single(36, 2)))
-    found = choose(config(channels_last=True), workload, threads=1, fixed_precision=None)
+    found = choose(config(channels_last=True), workload, threads=1)
     assert found.settings.precision == "fp32"
     assert "bf16, channels_last, 1 thread: fails" in found.reasons["precision"]
 
@@ -146,7 +163,7 @@ def test_a_real_measurement_leaves_the_model_the_random_state_and_the_threads_as
     workload = work()
     before = copy.deepcopy(workload.model.state_dict())
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    found = choose(config(), workload, threads=threads, fixed_precision=None)
+    found = choose(config(), workload, threads=threads)
     assert found.settings.precision in {"fp32", "bf16"}
     assert " ms a pass" in found.reasons["precision"]
     assert torch.equal(torch.get_rng_state(), state)

@@ -19,16 +19,22 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from disttrain import checkpoint
+from disttrain import checkpoint, evaluation
+from disttrain import parts as nouns
 from disttrain import train as loops
 from disttrain.augment import Augment, Mix
+from disttrain.choices import Settings
 from disttrain.config import Config
 from disttrain.data.batches import Batch, Window
 from disttrain.data.cached import Cached, DecodedSplit
 from disttrain.data.plan import Ids, Plan
 from disttrain.errors import DataError, StoppedError, TrainingError
+from disttrain.evaluation import evaluate
 from disttrain.optim import Rate, build_optimizer
-from disttrain.train import Parts, Position, evaluate, loss_sum, prepare, train
+from disttrain.parts import Hooks, Parts, Position
+from disttrain.pulse import Phase
+from disttrain.rank_state import gather_rank_states, restore_rank_state
+from disttrain.train import loss_sum, prepare, train
 
 CLASSES = 4
 MEAN, STD = 0.4, 0.3
@@ -67,6 +73,10 @@ class Recorder:
 
     def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
         self.traces.append((epoch, step, list(ids)))
+
+    def bad_batch(self, epoch: int, step: int, ids: Sequence[int]) -> str:
+        self.bad = (epoch, step, list(ids))
+        return "errors/bad.json"
 
     def read(self) -> list[float]:
         return [1.5, float("nan")]
@@ -146,6 +156,7 @@ def make_parts(
         val_ids=np.arange(val_samples),
         val_skipped=0,
         image_size=(6, 6),
+        settings=Settings("fp32", channels_last, compiled=False, threads=1),
     )
 
 
@@ -163,7 +174,7 @@ def run(
     parts: Parts,
     position: Position | None = None,
     *,
-    save: Callable[[bool], None] = lambda best: None,
+    save: Callable[..., None] = lambda **_: None,
     check: Callable[[], None] = lambda: None,
     stop_after: int | None = None,
     recorder: Recorder | None = None,
@@ -171,15 +182,16 @@ def run(
     """Trains; is asked to stop when `stop_after` steps were taken."""
     position = Position() if position is None else position
     recorder = Recorder() if recorder is None else recorder
+    saver = SimpleNamespace(save=save, check=check, wait=lambda: None)
     train(
         parts,
         position,
-        observer=recorder,
-        gauges=recorder,
-        saver=SimpleNamespace(save=save, check=check, wait=lambda: None),
-        stop_requested=lambda: stop_after is not None and position.step >= stop_after,
+        Hooks(recorder, recorder, saver, lambda: stop_after is not None and position.step >= stop_after),
     )
     return recorder
+
+
+QUIET = Hooks(Recorder(), Recorder(), SimpleNamespace(), lambda: False)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -296,11 +308,10 @@ def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size
 
         parts.optimizer = SimpleNamespace(step=keep, zero_grad=lambda set_to_none: None)  # type: ignore[assignment]
         parts.augment.start_epoch(0, parts.plan.order(0), 6, 6)
-        meter = loops.Meter(torch.device("cpu"))
         pieces = loops.served(parts, 0, range(step, step + 1), parts.plan.order(0))
-        ids = loops.train_step(parts, pieces, len(parts.plan.batch(step)), meter)
+        ids = loops.train_step(parts, pieces, step + 1, len(parts.plan.batch(step)), lambda *_: None)
         pieces.close()
-        assert meter.samples == len(ids)
+        assert parts.meter.samples == len(ids)
         return torch.cat(gradients), ids.tolist()
 
     expected, ids = gradient(0, 1)
@@ -405,7 +416,8 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
             logits = logits + (model(seen) + model(seen.flip(3))) / 8
     correct, plain_correct = (int((scores.argmax(1) == labels).sum()) for scores in (logits, plain))
     before = state(parts.bare_model)
-    record = evaluate(parts, tta)
+    record = evaluate(parts, tta, step=0, hooks=QUIET)
+    assert record is not None
     assert record == {
         "kind": "eval",
         "loss": pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5),
@@ -472,13 +484,13 @@ def test_a_record_is_the_mean_over_the_samples_of_its_steps(accumulate: int) -> 
 
 def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(loops, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(nouns, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def taking(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-        def slow(*arguments: Any) -> Any:
+        def slow(*arguments: Any, **options: Any) -> Any:
             nonlocal now
             now += seconds
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return slow
 
@@ -486,7 +498,7 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loops, "loss_sum", taking(loops.loss_sum, 1.5))
     monkeypatch.setattr(loops, "evaluate", taking(loops.evaluate, 100))
     parts = with_(make_parts(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})
-    recorder = run(parts, save=taking(lambda best: None, 1000))
+    recorder = run(parts, save=taking(lambda **_: None, 1000))
     assert [record["step_time_s"] for record in recorder.trains] == [2.0] * 6  # each save follows a log point
     assert [record["images_per_s"] for record in recorder.trains] == [8.0, 8.0, 4.0] * 2
     assert [record["data_wait_pct"] for record in recorder.trains] == [25.0] * 6
@@ -547,7 +559,7 @@ def test_an_evaluation_of_too_few_samples_is_an_error() -> None:
     parts.val_data = Careless("drops")
     parts.val_ids = np.arange(40)
     with pytest.raises(DataError, match=r"saw 39 samples, the index has 40"):
-        evaluate(parts, "none")
+        evaluate(parts, "none", step=0, hooks=QUIET)
 
 
 # --- Failure ----------------------------------------------------------------------------------------
@@ -558,12 +570,69 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(value: float)
     parts = with_(make_parts(), checkpoint={"every_steps": 2})
     with torch.no_grad():
         parts.bare_model.get_parameter("6.bias").fill_(value)
-    saves: list[bool] = []
+    saves: list[Any] = []
     recorder = Recorder()
-    with pytest.raises(TrainingError, match=r"the loss is not finite .* step 2 \(epoch 1\); lower") as caught:
-        run(parts, save=saves.append, recorder=recorder)
+    told = r"the loss is not finite at step 1 \(epoch 1, on rank 0 first\); .*errors/bad\.json; lower"
+    with pytest.raises(TrainingError, match=told) as caught:
+        run(parts, save=lambda **options: saves.append(options), recorder=recorder)
     assert caught.value.exit_code == 70
     assert recorder.trains == saves == []
+
+
+class Breaking(nn.Module):
+    """Gives scores that are not finite in one pass of the training and the passes after it."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.inner, self.passes = network(), passes
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes -= self.training
+        scores: Tensor = self.inner(images)
+        return scores if self.passes > 0 or not self.training else scores * float("nan")
+
+
+@pytest.mark.parametrize(("accumulate", "step"), [(1, 5), (2, 5), (1, 1), (1, 3)])
+def test_the_step_that_was_not_finite_is_named_with_its_batch(accumulate: int, step: int) -> None:
+    parts = make_parts(Breaking(accumulate * (step - 1) + 1), accumulate=accumulate)
+    recorder = Recorder()
+    epoch = (step - 1) // 3
+    with pytest.raises(TrainingError, match=rf"at step {step} \(epoch {epoch + 1}, "):
+        run(parts, recorder=recorder)
+    places = parts.plan.batch((step - 1) % 3)
+    assert recorder.bad == (epoch + 1, step, parts.plan.order(epoch)[list(places)].tolist())
+
+
+def test_a_gradient_scaler_that_lets_no_step_through_ends_the_run() -> None:
+    class Overflowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, images: Tensor) -> Tensor:
+            scores: Tensor = self.inner(images)
+            scores.register_hook(lambda gradient: gradient * float("inf"))
+            return scores
+
+    parts = with_(make_parts(Overflowing(), epochs=20), monitor={"log_every_steps": 2})
+    parts.accelerator.scaler = torch.amp.GradScaler("cpu")
+    parts.meter.scale = 2.0**16
+    before, saves = state(parts.bare_model), []
+    with pytest.raises(TrainingError, match=r"not finite in the last \d+ steps, at any loss scale") as caught:
+        run(
+            with_(parts, checkpoint={"every_epochs": 99}, eval={"every_epochs": 99}),
+            save=lambda **o: saves.append(o),
+        )
+    assert caught.value.exit_code == 70
+    assert saves == []
+    assert same(state(parts.bare_model), before)
+
+
+def test_a_gradient_scaler_that_finds_its_scale_goes_on() -> None:
+    parts = with_(make_parts(epochs=2), monitor={"log_every_steps": 1})
+    parts.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # too large at first
+    recorder = run(parts)
+    assert len(recorder.trains) == 6
 
 
 # --- Saving -----------------------------------------------------------------------------------------
@@ -584,13 +653,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(value: float)
 def test_saves_come_when_due_once_and_at_the_end(options: dict[str, int], expected: list[int]) -> None:
     parts = with_(make_parts(epochs=4), checkpoint=options, eval={"every_epochs": 9})
     position, steps = Position(), []
-    run(parts, position, save=lambda best: steps.append(position.step))
+    run(parts, position, save=lambda **_: steps.append(position.step))
     assert steps == expected
 
 
 def test_the_best_is_saved_whenever_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([0.5, 0.4, 0.5, 0.6, 0.6])
-    monkeypatch.setattr(loops, "evaluate", lambda *_: {"kind": "eval", "accuracy": next(accuracies)})
+    monkeypatch.setattr(loops, "evaluate", lambda *_, **__: {"kind": "eval", "accuracy": next(accuracies)})
     parts = with_(make_parts(epochs=5), checkpoint={"every_epochs": 9})
     position, saves = Position(), []
     run(parts, position, save=lambda best: saves.append((position.epoch, best, position.best_accuracy)))
@@ -635,20 +704,22 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path, optimizer: str, stop_a
     position, steps = Position(), []
     recorder = Recorder()
 
-    def save(best: bool) -> None:
+    def save(*, best: bool, stopping: bool = False) -> None:
         steps.append(position.step)
-        taken = checkpoint.snapshot(position.step, saved_states(stopped), dataclasses.asdict(position))
+        states = saved_states(stopped) | {"ranks": gather_rank_states(stopped, with_buffers=False)}
+        taken = checkpoint.snapshot(position.step, states, dataclasses.asdict(position))
         checkpoint.write(tmp_path, taken, keep=1, best=best)
 
     with pytest.raises(StoppedError, match=r"stopped .*saved, resumable") as caught:
         run(stopped, position, save=save, stop_after=stop_after, recorder=recorder)
     assert caught.value.exit_code == 75
-    assert steps == sorted({min(3, stop_after), stop_after})
+    assert steps == ([3] if stop_after > 3 else []) + [stop_after]
 
     going_on = parts_of_everything(optimizer)
     loaded = checkpoint.load(tmp_path / "latest")
     checkpoint.restore(loaded, going_on.bare_model, going_on.optimizer, going_on.ema)
     position = Position(**loaded.state)
+    restore_rank_state(going_on, loaded.parts["ranks"])
     run(going_on, position, recorder=recorder)
     assert position == end
     assert same(state(going_on.bare_model), state(whole.bare_model))
@@ -657,11 +728,46 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path, optimizer: str, stop_a
     assert same(state(going_on.ema), state(whole.ema))
     assert recorder.traces == uninterrupted.traces
     assert recorder.evaluations == uninterrupted.evaluations
+    assert computed(recorder.trains) == computed(uninterrupted.trains)
 
 
-def test_a_wish_to_stop_at_the_very_end_is_too_late() -> None:
-    recorder = run(make_parts(), stop_after=6)
-    assert recorder.evaluations[-1]["epoch"] == 2
+def computed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns train records without what is measured."""
+    measured = {"images_per_s", "step_time_s", "data_wait_pct", "gpus"}
+    return [{key: value for key, value in record.items() if key not in measured} for record in records]
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_wish_to_stop_is_heard_in_an_evaluation(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = with_(make_parts(val_samples=200), checkpoint={"every_epochs": 9})
+    position, recorder, asked = Position(), Recorder(), False
+    saves: list[dict[str, Any]] = []
+    monkeypatch.setattr(evaluation, "_LARGEST_BATCH", 16)
+    predictions = 0
+
+    def hear(phase: Phase, step: int, part: int) -> None:
+        nonlocal predictions, asked
+        if phase == Phase.EVALUATE and position.epoch == epoch:
+            predictions, asked = part, part == 3
+
+    hooks = Hooks(
+        recorder,
+        recorder,
+        SimpleNamespace(save=lambda **options: saves.append(options), check=lambda: None, wait=lambda: None),
+        lambda: asked,
+        hear,
+    )
+    with pytest.raises(StoppedError, match=rf"in the evaluation after epoch {epoch}; saved, resumable"):
+        train(parts, position, hooks)
+    assert predictions == 3, "of thirteen batches"
+    assert [record["epoch"] for record in recorder.evaluations] == list(range(1, epoch))
+    assert saves[-1] == {"best": False, "stopping": True}
+    assert position.evaluation_due
+    whole = run(make_parts(val_samples=200))
+    asked = False
+    hooks = dataclasses.replace(hooks, beat=lambda *_: None)
+    train(parts, position, hooks)
+    assert recorder.evaluations == whole.evaluations
 
 
 def test_the_network_learns() -> None:

@@ -46,10 +46,11 @@ from disttrain.data.plan import Plan
 from disttrain.models import build_model
 from disttrain.observe import RunObserver
 from disttrain.optim import build_optimizer
+from disttrain.parts import Hooks, Parts, Position
 from disttrain.preflight import open_index
 from disttrain.runfolder import RunFolder
 from disttrain.shards.index import Index
-from disttrain.train import Parts, Position, train_epoch
+from disttrain.train import train_epoch
 
 
 class Nothing:
@@ -75,7 +76,7 @@ class Ours:
 
     def __init__(self, config: Config, parts: Parts, index: Index, steps: int, scratch: Path) -> None:
         self.config, self.parts, self.index, self.steps, self.scratch = config, parts, index, steps, scratch
-        self.choices = {"precision": parts.precision, "cache": "host"}
+        self.choices = {"precision": parts.settings.precision, "cache": "host"}
         batch = config.train.batch_size
         self.plan = Plan(config.seed, (steps * batch,), batch, False)
         self.rounds = 0
@@ -88,7 +89,7 @@ class Ours:
             tree[section] |= keys
         parts.config, parts.plan = Config.model_validate(tree), self.plan
         began = time.perf_counter()
-        train_epoch(parts, Position(epoch=self.rounds), observer, gauges, saver, lambda: False)
+        train_epoch(parts, Position(epoch=self.rounds), Hooks(observer, gauges, saver, lambda: False))
         seconds = time.perf_counter() - began
         self.rounds += 1
         return seconds / self.steps
@@ -170,7 +171,7 @@ def hand_loops(config: Config, parts: Parts, index: Index, steps: int) -> dict[s
         began = time.perf_counter()
         total = torch.zeros((), device=device)
         for _, (inputs, targets) in zip(range(steps), batches, strict=False):
-            with torch.autocast(device.type, torch.bfloat16, enabled=parts.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=parts.settings.precision == "bf16"):
                 loss = F.cross_entropy(model(inputs), targets)
             loss.backward()
             optimizer.step()
@@ -234,7 +235,7 @@ def lightning_loop(config: Config, parts: Parts, index: Index, steps: int) -> Ca
         trainer = lightning.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
-            precision="bf16-mixed" if parts.precision == "bf16" else "32-true",
+            precision="bf16-mixed" if parts.settings.precision == "bf16" else "32-true",
             max_steps=warm_up + steps,
             logger=False,
             enable_checkpointing=False,

@@ -7,7 +7,9 @@ other ranks need not look again.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -15,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from disttrain.errors import DataError, UnsafeError, reason
+from disttrain.errors import DataError, DisttrainError, UnsafeError, reason
 from disttrain.parallel import in_order
 from disttrain.shards.images import ImageError, Pixels, decode_into
 from disttrain.shards.index import Index, Shard, again, size_problem
@@ -115,6 +117,23 @@ def open_shard(index: Index, split: str, number: int, say: Callable[[str], None]
     except ShardError:  # removed by another process meanwhile, or damaged on this disk
         path.unlink(missing_ok=True)
         return _open(index, shard, fetch_shard(url, size=shard.bytes, sha256=shard.sha256, say=say))
+
+
+def sample_keys(index: Index, ids: Sequence[int], split: str = "train") -> list[str | None]:
+    """Returns the keys of samples in their shards; None where a shard cannot be read any more."""
+    shards = index.splits[split].shards
+    ends = list(itertools.accumulate(shard.samples for shard in shards))
+    keys: list[str | None] = []
+    opened: dict[int, tuple[str, ...]] = {}
+    for id_ in ids:
+        number = bisect.bisect_right(ends, id_)
+        if number not in opened:
+            opened[number] = ()
+            with suppress(DisttrainError):
+                opened[number] = open_shard(index, split, number).contents.keys
+        names = opened[number]
+        keys.append(names[id_ - ends[number]] if names else None)
+    return keys
 
 
 def _open(index: Index, shard: Shard, path: Path) -> OpenShard:
