@@ -12,8 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from disttrain import counter_rng
 from disttrain.collectives import fill, float_buffers
 from disttrain.parts import Parts
+
+_OWN_CODE = 24  # the stream of random numbers that seeds Python's and numpy's generators
+
+
+def seed_own_code(seed: int, rank: int) -> None:
+    """Seeds the generators that the loops do not use but that a user's own model may."""
+    key = counter_rng.derive(seed, _OWN_CODE, rank)
+    random.seed(key)
+    np.random.seed(key >> 32)
 
 
 def gather_rank_states(parts: Parts, *, with_buffers: bool) -> dict[str, Tensor] | None:
@@ -38,7 +48,7 @@ def restore_rank_state(parts: Parts, states: dict[str, Tensor]) -> None:
     """Puts back what `gather_rank_states` returned; on another number of ranks, what has a meaning there."""
     meters = states["meter"]
     if len(meters) == parts.world_size:
-        own = {name: value[parts.rank] for name, value in states.items()}
+        own = {name: value[parts.rank].clone() for name, value in states.items()}  # aligned in memory
         _set_generators(own, parts.accelerator.device)
         if "buffers" in own:
             models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]

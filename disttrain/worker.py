@@ -14,7 +14,6 @@ import gc
 import hashlib
 import logging
 import os
-import random
 import signal
 import socket
 import sys
@@ -373,18 +372,16 @@ def build(
     Returns:
         The parts, where to begin, and what was chosen for the user and why.
     """
-    import numpy as np
     import torch
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    from disttrain import counter_rng
     from disttrain.augment import Augment
     from disttrain.checkpoint import load, restore
     from disttrain.data.plan import make_plan, usable_ids
     from disttrain.models import build_model
     from disttrain.optim import build_optimizer
     from disttrain.parts import Parts, Position
-    from disttrain.rank_state import restore_rank_state
+    from disttrain.rank_state import restore_rank_state, seed_own_code
 
     device = group.device
     say = print if rank.number == 0 else log.info
@@ -393,8 +390,6 @@ def build(
     plan = make_plan(config, index, skipped["train"])
     loaders = open_loaders(config, index, skipped, group, say, choices)
 
-    random.seed(counter_rng.derive(config.seed, _OWN_CODE, rank.number))  # for the user's own code
-    np.random.seed(counter_rng.derive(config.seed, _OWN_CODE, rank.number) >> 32)
     torch.manual_seed(config.seed)
     model = build_model(
         config.model.name,
@@ -461,12 +456,35 @@ def build(
         settings=settings,
         compiled_batch=split_batch(config, group.num_processes) if settings.compiled else None,
     )
+    if checkpoint is not None and parts.world_size > 2:
+        settle_buckets(parts, (index.channels, index.height, index.width))
+    seed_own_code(config.seed, rank.number)
     if checkpoint is not None:
         restore_rank_state(parts, checkpoint.parts["ranks"])
     return parts, position, choices
 
 
-_OWN_CODE = 24  # the stream of random numbers that seeds Python's and numpy's generators
+def settle_buckets(parts: Parts, image: tuple[int, int, int]) -> None:
+    """Lets DDP order its gradient buckets, as it does after the first step of a run. Every rank calls this.
+
+    The place of a gradient in its bucket decides in which order more than two ranks are summed up: without
+    this, the first step of a run that goes on would differ in the last bit from one that was never stopped.
+
+    Args:
+        parts: of a run that goes on; only the generators of random numbers change.
+        image: channels, height and width.
+    """
+    import torch
+
+    from disttrain.parts import as_written
+
+    buffers = [(buffer, buffer.clone()) for buffer in parts.bare_model.buffers()]
+    with as_written(parts):
+        parts.model(torch.zeros(2, *image, device=parts.accelerator.device)).sum().backward()
+    parts.optimizer.zero_grad(set_to_none=True)
+    for buffer, saved in buffers:
+        buffer.copy_(saved)
+
 
 INIT_IMAGES = 5000
 """Training images at most that a model with `init_from_images` sees before the first step."""

@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+MEASURED = {"images_per_s", "step_time_s", "data_wait_pct", "gpus", "processes"}  # differ from run to run
 
 
 def ids_per_step(run_dir: Path) -> dict[tuple[int, int], list[int]]:
@@ -12,3 +15,9 @@ def ids_per_step(run_dir: Path) -> dict[tuple[int, int], list[int]]:
             record = json.loads(line)
             steps.setdefault((record["epoch"], record["step"]), []).extend(record["ids"])
     return steps
+
+
+def computed_records(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns metrics.jsonl without what is measured rather than computed."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from runs import computed_records as records
 from runs import ids_per_step
 from safetensors.torch import load_file
 
@@ -22,13 +23,6 @@ from disttrain.data.plan import Plan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 REPOSITORY = Path(__file__).parents[2]
-MEASURED = {"images_per_s", "step_time_s", "data_wait_pct", "gpus", "processes"}  # differ from run to run
-
-
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns metrics.jsonl without what is measured rather than computed."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 def status(run_dir: Path) -> dict[str, Any]:
