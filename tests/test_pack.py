@@ -308,6 +308,18 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def many_photos(photos, tmp_path_factory):
+    """Enough images that packing is still going on when a test has seen its beginning."""
+    folder = tmp_path_factory.mktemp("many")
+    for path in photos.rglob("*.png"):
+        target = folder / path.relative_to(photos).parent
+        target.mkdir(parents=True, exist_ok=True)
+        for copy in range(8):
+            os.link(path, target / f"{path.stem}-{copy}.png")
+    return folder
+
+
 def pack_photos(folder, name, processes=1, say=lambda text: None, **options):
     options = {"root": None, "shard_mib": 0.1, "say": say} | options
     return pack_folder(folder, name=name, processes=processes, **options)
@@ -351,8 +363,8 @@ def test_a_wrong_image_is_named_by_whatever_process_finds_it(root, photos, tmp_p
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_packing_goes_on_after_it_was_killed(root, photos, processes):
-    arguments = command(photos, root, "--procs", str(processes))
+def test_packing_goes_on_after_it_was_killed(root, many_photos, processes):
+    arguments = command(many_photos, root, "--procs", str(processes))
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
         scratch = root / ".photos.partial"
         wait_for_records(scratch, 3, process)
@@ -366,12 +378,12 @@ def test_packing_goes_on_after_it_was_killed(root, photos, processes):
     assert f"going on: {len(kept)} of" in result.stdout
     after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (root / "photos").iterdir()}
     assert all(after[name] == before[name] for name in kept)
-    assert tree(root / "photos") == tree(pack_photos(photos, "other").folder)
+    assert tree(root / "photos") == tree(pack_photos(many_photos, "other").folder)
     assert sorted(path.name for path in root.iterdir()) == ["other", "photos"]
 
 
-def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(root, photos):
-    arguments = command(photos, root, "--procs", "2")
+def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(root, many_photos):
+    arguments = command(many_photos, root, "--procs", "2")
     process = subprocess.Popen(
         arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
@@ -386,8 +398,8 @@ def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(root, photos):
     assert len(list((root / ".photos.partial").glob("*.json"))) >= 2
 
 
-def test_a_killed_packing_process_is_told(root, photos):
-    arguments = command(photos, root, "--procs", "2")
+def test_a_killed_packing_process_is_told(root, many_photos):
+    arguments = command(many_photos, root, "--procs", "2")
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for_records(root / ".photos.partial", 2, process)
     for child in psutil.Process(process.pid).children(recursive=True):

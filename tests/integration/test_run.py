@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -356,6 +357,44 @@ def test_a_failing_rank_is_named_and_the_run_ends_with_70(
     state = status(tmp_path / "run")
     assert (state["state"], state["exit_code"]) == ("failed", 70)
     assert state["rank"] == (1 if how != "nan" else state["rank"])
+
+
+def test_the_batch_whose_loss_was_not_finite_is_written_down(
+    disttrain: Run, tmp_path: Path, config_file: Path, digits_root: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(OWN_MODEL)
+    arguments = ["model.name=mine:Net", "model.args.fail=nan", "train.trace_samples=true"]
+    arguments += ["train.precision=fp32", "train.channels_last=true", "--procs", "2", "--run-dir", "run"]
+    result = disttrain("run", config_file, *arguments)
+    assert result.returncode == 70, result.stderr
+    assert "not finite at step 8 (epoch 1, on rank 1 first)" in result.stderr
+    batch = json.loads((tmp_path / "run/errors/batch_00000008.json").read_text())
+    assert batch["ids"] == ids_per_step(tmp_path / "run")[1, 8]
+    keys: list[str] = []
+    for shard in sorted((digits_root / "digits").glob("train-*.tar")):
+        with tarfile.open(shard) as tar:
+            keys += [Path(name).stem for name in tar.getnames() if name.endswith(".png")]
+    assert batch["keys"] == [keys[id_] for id_ in batch["ids"]]
+
+
+def test_ranks_that_have_lost_one_another_write_no_number(
+    disttrain: Run, tmp_path: Path, config_file: Path
+) -> None:
+    skipping = OWN_MODEL.replace(
+        'raise RuntimeError("the pump is dry")',
+        "import gc\n"
+        "            from disttrain.parts import Position\n"
+        "            for thing in gc.get_objects():\n"
+        "                if isinstance(thing, Position):\n"
+        "                    thing.step += 5",
+    )
+    (tmp_path / "mine.py").write_text(skipping)
+    arguments = ["model.name=mine:Net", "model.args.fail=raise", "train.precision=fp32"]
+    arguments += ["train.channels_last=true", "--procs", "2", "--run-dir", "run"]
+    result = disttrain("run", config_file, *arguments)
+    assert result.returncode == 70, result.stderr
+    assert "rank 0 report of step 10, rank 1 report of step 15" in result.stderr
+    assert [record["step"] for record in records(tmp_path / "run")] == [5]
 
 
 def test_a_crash_is_survived_with_max_restarts(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
