@@ -2,23 +2,22 @@
 
 The YAML describes the experiment, never the machine. Everything is checked here, before anything
 starts: unknown keys, wrong types and impossible combinations each give one line that names the place
-and the remedy. This module imports neither torch nor anything else of the package but its errors.
+and the remedy. This module imports neither torch nor, but for errors and YAML, anything of the package.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from disttrain.errors import UsageError
+from disttrain.yaml12 import Key, dotted_name, read_yaml, write_yaml
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -266,7 +265,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    tree, lines = _read_yaml(text, str(path), numbered=True)
+    tree, lines = read_yaml(text, str(path), numbered=True)
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: expected the sections of an experiment (data:, model:, train:, ...)")
     where = {key: f"{path}:{line}" for key, line in lines.items()}
@@ -277,13 +276,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """Returns the resolved config as YAML; reading it again gives an equal `Config`."""
-    return yaml.dump(
-        config.model_dump(mode="json"),
-        Dumper=_CoreDumper,
-        sort_keys=False,
-        allow_unicode=True,
-        default_flow_style=None,
-    )
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:
@@ -302,136 +295,12 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-# --- YAML 1.2 ---------------------------------------------------------------------------------------
-
-_CORE_SCALARS = [  # YAML 1.2.2, section 10.3.2; PyYAML's own table is YAML 1.1 (no = False, 1e-3 = text)
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("merge", r"<<", "<"),  # a key that YAML 1.1 knows; refused, and quoted where it is text
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-]
-
-
-class _CoreLoader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's name; filled below
-
-
-class _CoreDumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-for _tag, _pattern, _first in _CORE_SCALARS:
-    for _class in (_CoreLoader, _CoreDumper):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_tag}",
-            re.compile(rf"^(?:{_pattern})$"),
-            ["" if letter == "\0" else letter for letter in _first],
-        )
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    """Escapes the line breaks of old, which a reader takes for newlines."""
-    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_CoreDumper.add_representer(str, _represent_text)
-
-_Key = tuple[str | int, ...]
-
-
-def _read_yaml(text: str, name: str, *, numbered: bool) -> tuple[Any, dict[_Key, int]]:
-    """Returns the data of a YAML text and the line (from 1) of every key and item in it.
-
-    Messages begin with the name, and with the line where `numbered`.
-    """
-    lines: dict[_Key, int] = {}
-
-    def place(mark: yaml.Mark | None) -> str:
-        return f"{name}:{mark.line + 1}" if numbered and mark else name
-
-    def build(node: yaml.Node, key: _Key) -> Any:
-        lines.setdefault(key, node.start_mark.line + 1)
-        if isinstance(node, yaml.SequenceNode):
-            return [build(item, (*key, i)) for i, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
-            try:
-                return _scalar(node)
-            except ValueError as error:
-                dotted = f"{_dotted(key)}: " if key else ""
-                raise UsageError(f"{place(node.start_mark)}: {dotted}{error}") from None
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
-                raise UsageError(f"{place(key_node.start_mark)}: a key must be a plain name")
-            child = (*key, key_node.value)
-            if key_node.value in mapping:
-                also = f" (also on line {lines[child]})" if numbered else ""
-                raise UsageError(f"{place(key_node.start_mark)}: {_dotted(child)} is given twice{also}")
-            lines[child] = key_node.start_mark.line + 1
-            mapping[key_node.value] = build(value_node, child)
-        return mapping
-
-    try:
-        for token in yaml.scan(text, Loader=_CoreLoader):
-            if isinstance(token, (yaml.AliasToken, yaml.AnchorToken, yaml.TagToken)):
-                raise UsageError(
-                    f"{place(token.start_mark)}: anchors, aliases and tags (& * !) are not allowed; "
-                    "write the value out or quote it"
-                )
-        node = yaml.compose(text, Loader=_CoreLoader)
-    except yaml.composer.ComposerError as error:
-        raise UsageError(
-            f"{place(error.problem_mark)}: a second document; keep one and remove the line ---"
-        ) from None
-    except yaml.MarkedYAMLError as error:
-        problem = error.problem or error.context
-        raise UsageError(f"{place(error.problem_mark)}: not valid YAML: {problem}") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        where = f"{name}:{line}" if numbered else name
-        raise UsageError(f"{where}: not valid YAML: a control character; remove it") from None
-    except RecursionError:
-        raise UsageError(f"{name}: not valid YAML: nested too deeply") from None
-    return (None if node is None else build(node, ())), lines
-
-
-def _scalar(node: yaml.Node) -> Any:
-    text: str = node.value
-    match node.tag.rpartition(":")[2]:
-        case "null":
-            return None
-        case "bool":
-            return text.lower() == "true"
-        case "int":
-            base = {"0o": 8, "0x": 16}.get(text[:2].lower(), 10)
-            if len(text) > 400:
-                raise ValueError(f"a number of {len(text)} digits is too long")
-            return int(text, base)
-        case "float":
-            number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-            if not math.isfinite(number):
-                raise ValueError(f"{text} is not a finite number")
-            return number
-        case _:
-            return text
-
-
-def _apply_override(tree: dict[str, Any], where: dict[_Key, str], override: str) -> None:
+def _apply_override(tree: dict[str, Any], where: dict[Key, str], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
         raise UsageError(f"{override!r} is not an override; write key=value, for example optim.lr=0.1")
-    value, _ = _read_yaml(text, f"override {override!r}", numbered=False)
+    value, _ = read_yaml(text, f"override {override!r}", numbered=False)
     section = tree
     for depth, key in enumerate(keys[:-1]):
         child = section.get(key)
@@ -439,7 +308,7 @@ def _apply_override(tree: dict[str, Any], where: dict[_Key, str], override: str)
             child = section[key] = {}
             where.setdefault((*keys[: depth + 1],), f"override {override!r}")
         if not isinstance(child, dict):
-            dotted = _dotted(tuple(keys[: depth + 1]))
+            dotted = dotted_name(tuple(keys[: depth + 1]))
             raise UsageError(f"override {override!r}: {dotted} is a value, not a section")
         section = child
     old = section.get(keys[-1])
@@ -476,11 +345,11 @@ _OTHER_NAMES = {  # what other tools call it
 
 
 class _Problem(NamedTuple):
-    key: _Key
+    key: Key
     message: str
 
 
-def _check(tree: dict[str, Any], where: Mapping[_Key, str], source: str) -> Config:
+def _check(tree: dict[str, Any], where: Mapping[Key, str], source: str) -> Config:
     try:
         config = Config.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -493,7 +362,7 @@ def _check(tree: dict[str, Any], where: Mapping[_Key, str], source: str) -> Conf
     raise UsageError("\n".join(dict.fromkeys(text)))
 
 
-def _place(key: _Key, where: Mapping[_Key, str], source: str) -> str:
+def _place(key: Key, where: Mapping[Key, str], source: str) -> str:
     for end in range(len(key), 0, -1):
         if key[:end] in where:
             return where[key[:end]]
@@ -510,8 +379,8 @@ def _problems(error: pydantic.ValidationError) -> list[_Problem]:
     return list(problems.values())
 
 
-def _message(key: _Key, item: Any) -> str:
-    dotted = _dotted(key)
+def _message(key: Key, item: Any) -> str:
+    dotted = dotted_name(key)
     value = item["input"]
     expected = _EXPECTED_BY_KEY.get(dotted) or _EXPECTED.get(item["type"])
     match item["type"]:
@@ -572,14 +441,14 @@ def _conflicts(config: Config) -> list[_Problem]:
     problems += _optim_conflicts(("optim",), optim, optim.name)
     problems += _schedule_conflicts(("schedule",), schedule, train.epochs)
     for i, group in enumerate(optim.groups):
-        place: _Key = ("optim", "groups", i)
+        place: Key = ("optim", "groups", i)
         problems += _optim_conflicts(place, group, group.name or optim.name)
         if group.schedule is not None:
             problems += _schedule_conflicts((*place, "schedule"), group.schedule, train.epochs)
         try:
             re.compile(group.parameters)
         except re.error as error:
-            text = f"{_dotted(place)}.parameters: not a regular expression: {error}"
+            text = f"{dotted_name(place)}.parameters: not a regular expression: {error}"
             problems.append(_Problem((*place, "parameters"), text))
     if train.accumulate > train.batch_size:
         text = f"train.accumulate: {train.accumulate} parts of a batch of {train.batch_size}; make it smaller"
@@ -590,14 +459,14 @@ def _conflicts(config: Config) -> list[_Problem]:
     return problems
 
 
-def _optim_conflicts(place: _Key, optim: OptimConfig | GroupConfig, name: str) -> list[_Problem]:
+def _optim_conflicts(place: Key, optim: OptimConfig | GroupConfig, name: str) -> list[_Problem]:
     problems = []
     for field, names in _OWNERS.items():
         if getattr(optim, field) is not None and name not in names:
-            text = f"{_dotted(place)}.{field}: {name} has none; remove it"
+            text = f"{dotted_name(place)}.{field}: {name} has none; remove it"
             problems.append(_Problem((*place, field), text))
     if optim.nesterov and optim.momentum == 0:
-        text = f"{_dotted(place)}.nesterov: needs {_dotted(place)}.momentum above 0"
+        text = f"{dotted_name(place)}.nesterov: needs {dotted_name(place)}.momentum above 0"
         problems.append(_Problem((*place, "nesterov"), text))
     return problems
 
@@ -611,8 +480,8 @@ _OWNERS = {
 }
 
 
-def _schedule_conflicts(place: _Key, schedule: ScheduleConfig, epochs: int) -> list[_Problem]:
-    dotted, problems = _dotted(place), []
+def _schedule_conflicts(place: Key, schedule: ScheduleConfig, epochs: int) -> list[_Problem]:
+    dotted, problems = dotted_name(place), []
     warmup, end = schedule.warmup_epochs or 0, schedule.end_epoch
     if warmup > epochs:
         text = f"{dotted}.warmup_epochs: {warmup:g} is longer than train.epochs = {epochs}; shorten it"
@@ -643,15 +512,15 @@ def _known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str
     return keys
 
 
-def _is_key(key: _Key) -> bool:
+def _is_key(key: Key) -> bool:
     return _without_numbers(key) in _known_keys() or key[:2] == ("model", "args")
 
 
-def _without_numbers(key: _Key) -> str:
-    return _dotted(tuple(part for part in key if isinstance(part, str)))
+def _without_numbers(key: Key) -> str:
+    return dotted_name(tuple(part for part in key if isinstance(part, str)))
 
 
-def _nearest(key: _Key) -> str | None:
+def _nearest(key: Key) -> str | None:
     known, name = _known_keys(), str(key[-1])
     if name in _OTHER_NAMES:
         return _OTHER_NAMES[name]
@@ -663,10 +532,6 @@ def _nearest(key: _Key) -> str | None:
         if close:
             return by_name[close[0]]
     return None
-
-
-def _dotted(key: _Key) -> str:
-    return ".".join(str(part) for part in key)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
