@@ -148,12 +148,13 @@ class StepBench:
 
     def step(self, loader: Loader) -> float:
         """Returns the seconds of a training step of the ordinary loop with samples from a loader."""
+        from disttrain.phases import Phases
         from disttrain.train import train_step
 
         parts = self._parts
 
         def run(pieces: Iterator[tuple[Piece, Batch]]) -> None:
-            train_step(parts, pieces, 1, parts.plan.batch_size, lambda *_: None)
+            train_step(parts, pieces, 1, parts.plan.batch_size, Phases())
 
         return self._repeat(loader, run)
 

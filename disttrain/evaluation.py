@@ -28,7 +28,7 @@ def evaluate(
         parts: what to evaluate with.
         tta: the test-time augmentation.
         step: optimizer steps taken so far.
-        hooks: gives the heartbeat and the wish to stop.
+        hooks: told of what begins, and gives the wish to stop.
 
     Returns:
         A record of metrics.jsonl: loss, accuracy 0..1, correct, total; with a test-time augmentation also
@@ -60,7 +60,7 @@ def evaluate(
         contextlib.closing(parts.val_data.batches(parts.val_ids, windows)) as batches,
     ):
         for number in range(-(-most // size)):
-            hooks.beat(Phase.EVALUATE, step, number)
+            hooks.phases.enter(Phase.EVALUATE, step, number)
             # Collective: every rank, also one that has no batch left.
             if parts.look_due(number) and stop_requested_anywhere(
                 parts, Phase.EVALUATE, step, hooks.stop_requested()

@@ -20,7 +20,7 @@ from disttrain.config import Config
 from disttrain.data.batches import Loader
 from disttrain.data.plan import Ids, Plan
 from disttrain.optim import Rate
-from disttrain.pulse import Phase
+from disttrain.phases import Phases
 
 _LOOK_S = 1.0  # between two looks for a wish to stop, unless a step takes longer
 _COUNTED_AT_ONCE = 16  # forward passes whose hits are counted together
@@ -75,10 +75,6 @@ class Gauges(Protocol):
         """Turns the numbers summed over the ranks into keys of the train record."""
 
 
-def _silent(phase: Phase, step: int, part: int = 0) -> None:
-    """A heartbeat that nobody watches."""
-
-
 @dataclass(frozen=True)
 class Hooks:
     """What the loops call.
@@ -88,14 +84,14 @@ class Hooks:
         gauges: readings that go into the train records.
         saver: saves checkpoints.
         stop_requested: whether this rank was asked to stop.
-        beat: the heartbeat: told of the phase, the step and the part of it that begins.
+        phases: told of every phase that begins: heartbeat and clock.
     """
 
     observer: Observer
     gauges: Gauges
     saver: Saver
     stop_requested: Callable[[], bool]
-    beat: Callable[[Phase, int, int], None] = _silent
+    phases: Phases = field(default_factory=Phases)
 
 
 @dataclass

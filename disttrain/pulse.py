@@ -9,7 +9,8 @@ class Phase(IntEnum):
     START = 0
     DATA = 1
     COMPUTE = 2
-    REPORT = 3
-    EVALUATE = 4
-    SAVE = 5
-    END = 6
+    OPTIMIZE = 3
+    REPORT = 4
+    EVALUATE = 5
+    SAVE = 6
+    END = 7

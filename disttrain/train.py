@@ -29,6 +29,7 @@ from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.evaluation import evaluate
 from disttrain.optim import lr_factor, set_lr
 from disttrain.parts import Hooks, Parts, Position, as_written
+from disttrain.phases import Phases, StepTimes
 from disttrain.pulse import Phase
 
 _NOISE = 16  # the stream of random numbers that seeds dropout
@@ -55,9 +56,9 @@ def train(parts: Parts, position: Position, hooks: Hooks) -> None:
         if not position.evaluation_due:
             train_epoch(parts, position, hooks)
         finish_epoch(parts, position, hooks)
-    hooks.beat(Phase.SAVE, position.step, 1)
+    hooks.phases.enter(Phase.SAVE, position.step, 1)
     hooks.saver.wait()
-    hooks.beat(Phase.END, position.step, 0)
+    hooks.phases.enter(Phase.END, position.step, 0)
 
 
 def stop(position: Position, hooks: Hooks, where: str, *, saved: bool = False) -> None:
@@ -66,7 +67,7 @@ def stop(position: Position, hooks: Hooks, where: str, *, saved: bool = False) -
     Raises:
         StoppedError: always.
     """
-    hooks.beat(Phase.SAVE, position.step, 0)
+    hooks.phases.enter(Phase.SAVE, position.step, 0)
     if not saved:
         hooks.saver.save(best=False, stopping=True)
     hooks.saver.wait()
@@ -91,7 +92,7 @@ def train_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
             # Dropout depends on the step and the rank alone, so that a resumed run draws the same.
             seed(counter_rng.derive(config.seed, _NOISE, position.step, parts.rank) >> 1)
 
-            ids = train_step(parts, pieces, position.step + 1, len(places), hooks.beat)
+            ids = train_step(parts, pieces, position.step + 1, len(places), hooks.phases)
 
             seen.append(ids)
             position.step += 1
@@ -105,12 +106,12 @@ def train_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
             stopping = False
             if log_due or save_due or last:  # a save follows a look at the loss
                 # Collective and device synchronisation: all ranks meet here.
-                hooks.beat(Phase.REPORT, position.step, 0)
+                hooks.phases.enter(Phase.REPORT, position.step, 0)
                 hooks.saver.check()
                 lr = config.optim.lr * lr_factor(config.schedule, now, config.train.epochs)
                 stopping = log_point(parts, position, seen, lr, hooks)
                 if save_due and not last:
-                    hooks.beat(Phase.SAVE, position.step, 0)
+                    hooks.phases.enter(Phase.SAVE, position.step, 0)
                     hooks.saver.save(best=False)
                     meter.restart()
             elif parts.look_due(meter.steps):
@@ -179,7 +180,7 @@ def train_step(
     pieces: Iterator[tuple[Piece, Batch]],
     step: int,
     global_batch: int,
-    beat: Callable[[Phase, int, int], None],
+    phases: Phases,
 ) -> Ids:
     """Takes one optimizer step. Every rank calls this.
 
@@ -191,7 +192,7 @@ def train_step(
         pieces: gives this rank's pieces of the step.
         step: its number, from 1.
         global_batch: samples of the step over all ranks.
-        beat: the heartbeat.
+        phases: told of what begins.
 
     Returns:
         The ids that this rank trained on, int64 [B].
@@ -201,12 +202,12 @@ def train_step(
     ids: list[Ids] = []
     last = False
     while not last:
-        beat(Phase.DATA, step, len(ids))
+        phases.enter(Phase.DATA, step, len(ids))
         with meter.waiting():
             piece, batch = next(pieces)
             images, labels, partners = prepare(parts, piece, batch)
         last = piece.last
-        beat(Phase.COMPUTE, step, len(ids))
+        phases.enter(Phase.COMPUTE, step, len(ids))
         with contextlib.nullcontext() if last else unreduced(parts):
             with contextlib.nullcontext() if len(images) == parts.compiled_batch else as_written(parts):
                 logits = parts.model(images)
@@ -216,6 +217,7 @@ def train_step(
         if piece.counts:
             meter.add(loss, logits, labels)
             ids.append(batch.ids[: len(piece.own)])
+    phases.enter(Phase.OPTIMIZE, step)
     if config.grad_clip is not None:
         if scaler is not None:
             scaler.unscale_(parts.optimizer)
@@ -319,8 +321,13 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
     meter = parts.meter
     own = [*meter.totals(), meter.samples, meter.wait_s, float(hooks.stop_requested())]
     own.append(meter.elapsed_s)  # after the synchronisation that the sums need
-    totals = reduce_sum(parts, Phase.REPORT, position.step, [*own, *hooks.gauges.read()])
-    loss, correct, samples, wait_s, stopping, elapsed_s, *readings = totals
+    times = hooks.phases.take(meter.steps, parts.model)
+    own_s = [0.0] * parts.world_size
+    own_s[parts.rank] = times.own_s
+    totals = reduce_sum(parts, Phase.REPORT, position.step, [*own, *times, *own_s, *hooks.gauges.read()])
+    (loss, correct, samples, wait_s, stopping, elapsed_s), readings = totals[:6], totals[6:]
+    times_s, readings = readings[: len(times)], readings[len(times) :]
+    own_s, readings = readings[: parts.world_size], readings[parts.world_size :]
     if not math.isfinite(loss):
         raise not_finite(parts, position, seen, hooks)
     check_scaler(parts)
@@ -336,12 +343,21 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
         "images_per_s": samples / (elapsed_s / parts.world_size),
         "step_time_s": meter.step_time_s,
         "data_wait_pct": 100 * wait_s / elapsed_s,
+        "phases_ms": {
+            name.removesuffix("_s"): _ms(seconds / parts.world_size)
+            for name, seconds in zip(StepTimes._fields, times_s, strict=True)
+        },
+        "own_ms": [_ms(seconds) for seconds in own_s],
         "skipped": len(parts.plan.skipped),
         **hooks.gauges.rows(readings),
     }
     hooks.observer.train(record)
     meter.restart()
     return stopping > 0
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 4)
 
 
 def check_loss(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hooks) -> None:
@@ -426,7 +442,7 @@ def finish_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
     due = last or best or position.epoch % every_epochs == 0
     if every_steps is not None:
         due = due or position.step % every_steps == 0
-    hooks.beat(Phase.SAVE, position.step, 0)
+    hooks.phases.enter(Phase.SAVE, position.step, 0)
     if due:
         hooks.saver.save(best=best)
     asked = stop_requested_anywhere(parts, Phase.SAVE, position.step, hooks.stop_requested())

@@ -251,6 +251,7 @@ def train_in_folder(
     """Builds the parts, trains, and keeps the run folder. Every rank calls this."""
     from disttrain.observe import RunObserver
     from disttrain.parts import Hooks
+    from disttrain.phases import Phases
     from disttrain.train import train
 
     parts, position, choices = build(config, rank, group, index, checkpoint_path)
@@ -281,7 +282,8 @@ def train_in_folder(
         if checkpoint_path is not None:
             observer.note(f"going on from {checkpoint_path}, step {position.step:,}")
         try:
-            train(parts, position, Hooks(observer, observer.gauges, saver, lambda: rank.stop))
+            phases = Phases(device=group.device)
+            train(parts, position, Hooks(observer, observer.gauges, saver, lambda: rank.stop, phases))
         finally:
             with contextlib.suppress(DisttrainError):  # whatever ended the run, what is being saved is kept
                 saver.wait()
@@ -437,6 +439,7 @@ def build(
         # Batch-norm statistics are averaged when they are used, not broadcast in every step. Set here because
         # the constructor's argument has a new name in each torch.
         model.broadcast_buffers = False
+        model._set_ddp_runtime_logging_sample_rate(config.monitor.log_every_steps)
     if checkpoint is not None and accelerator.scaler is not None and checkpoint.state["scaler"]:
         accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
     parts = Parts(

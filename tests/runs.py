@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-MEASURED = {"images_per_s", "step_time_s", "data_wait_pct", "gpus", "processes"}  # differ from run to run
+MEASURED = {  # differ from run to run
+    "images_per_s", "step_time_s", "data_wait_pct", "phases_ms", "own_ms", "gpus", "processes"
+}  # fmt: skip
 
 
 def ids_per_step(run_dir: Path) -> dict[tuple[int, int], list[int]]:

@@ -32,6 +32,7 @@ from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.evaluation import evaluate
 from disttrain.optim import Rate, build_optimizer
 from disttrain.parts import Hooks, Parts, Position
+from disttrain.phases import Phases
 from disttrain.pulse import Phase
 from disttrain.rank_state import gather_rank_states, restore_rank_state
 from disttrain.train import loss_sum, prepare, train
@@ -40,7 +41,7 @@ CLASSES = 4
 MEAN, STD = 0.4, 0.3
 TRAIN_KEYS = {  # with the readings of the gauges
     "kind", "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s",
-    "data_wait_pct", "skipped", "gpus",
+    "data_wait_pct", "phases_ms", "own_ms", "skipped", "gpus",
 }  # fmt: skip
 EVAL_KEYS = {"kind", "step", "epoch", "loss", "accuracy", "correct", "total", "skipped"}
 
@@ -309,7 +310,7 @@ def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size
         parts.optimizer = SimpleNamespace(step=keep, zero_grad=lambda set_to_none: None)  # type: ignore[assignment]
         parts.augment.start_epoch(0, parts.plan.order(0), 6, 6)
         pieces = loops.served(parts, 0, range(step, step + 1), parts.plan.order(0))
-        ids = loops.train_step(parts, pieces, step + 1, len(parts.plan.batch(step)), lambda *_: None)
+        ids = loops.train_step(parts, pieces, step + 1, len(parts.plan.batch(step)), Phases())
         pieces.close()
         assert parts.meter.samples == len(ids)
         return torch.cat(gradients), ids.tolist()
@@ -733,7 +734,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path, optimizer: str, stop_a
 
 def computed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns train records without what is measured."""
-    measured = {"images_per_s", "step_time_s", "data_wait_pct", "gpus"}
+    measured = {"images_per_s", "step_time_s", "data_wait_pct", "phases_ms", "own_ms", "gpus"}
     return [{key: value for key, value in record.items() if key not in measured} for record in records]
 
 
@@ -755,7 +756,7 @@ def test_a_wish_to_stop_is_heard_in_an_evaluation(epoch: int, monkeypatch: pytes
         recorder,
         SimpleNamespace(save=lambda **options: saves.append(options), check=lambda: None, wait=lambda: None),
         lambda: asked,
-        hear,
+        Phases(hear),
     )
     with pytest.raises(StoppedError, match=rf"in the evaluation after epoch {epoch}; saved, resumable"):
         train(parts, position, hooks)
@@ -765,7 +766,7 @@ def test_a_wish_to_stop_is_heard_in_an_evaluation(epoch: int, monkeypatch: pytes
     assert position.evaluation_due
     whole = run(make_parts(val_samples=200))
     asked = False
-    hooks = dataclasses.replace(hooks, beat=lambda *_: None)
+    hooks = dataclasses.replace(hooks, phases=Phases())
     train(parts, position, hooks)
     assert recorder.evaluations == whole.evaluations
 

@@ -13,6 +13,7 @@ from torch.futures import Future
 
 from disttrain import train
 from disttrain.config import load_config
+from disttrain.phases import Phases
 from disttrain.preflight import open_index
 from disttrain.worker import Rank, build, join
 
@@ -49,7 +50,7 @@ pieces = train.served(parts, 0, range(STEPS), order)
 steps = []
 for _ in range(STEPS):
     seen.clear()
-    train.train_step(parts, pieces, 1, parts.plan.batch_size, lambda *_: None)
+    train.train_step(parts, pieces, 1, parts.plan.batch_size, Phases())
     steps.append(dict(seen))
 pieces.close()
 if rank.number == 0:

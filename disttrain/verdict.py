@@ -1,0 +1,151 @@
+"""What holds a run back, in one sentence with its numbers and the setting that helps: pure rules."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Name = Literal[
+    "throttled",
+    "straggler",
+    "input-bound",
+    "communication-bound",
+    "launch-bound",
+    "memory-tight",
+    "compute-bound",
+]
+
+THROTTLED_PCT = 20.0  # of the readings in which a GPU held its clocks down
+STRAGGLER = 1.25  # times the median of the ranks' own time
+INPUT_PCT = 10.0  # of a step spent waiting for data
+COMMUNICATION_PCT = 20.0  # of a step spent waiting for the reduction of gradients
+IDLE_GPU_PCT = 70.0  # utilisation below which a GPU that does not wait for data is not kept busy
+TIGHT_PCT = 95.0  # of a GPU's memory in use
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The means of a stretch of training.
+
+    Attributes:
+        step_s: seconds of a step.
+        data_s: of them, waiting for data; mean over the ranks, as are the next three.
+        communication_s: waiting for the reduction of gradients after one's own are computed.
+        optimizer_s: in the optimizer.
+        report_s: in log points, per step.
+        own_s: seconds of a step that each rank needs for itself, without waiting for others.
+        where: what to call each rank, such as `rank 3 on gpu07`.
+        on_gpu: whether the ranks compute on GPUs.
+        streamed: whether samples are decoded anew in each epoch.
+        precision: the arithmetic.
+        compiled: whether the model is compiled.
+        utilization_pct: mean over the GPUs, or None.
+        memory_pct: share of the memory in use on the fullest GPU, or None.
+        throttled_pct: share of the readings in which each GPU held its clocks down; None is unknown.
+        gpu_names: what to call each GPU.
+    """
+
+    step_s: float
+    data_s: float
+    communication_s: float = 0.0
+    optimizer_s: float = 0.0
+    report_s: float = 0.0
+    own_s: Sequence[float] = ()
+    where: Sequence[str] = ()
+    on_gpu: bool = False
+    streamed: bool = False
+    precision: str = "fp32"
+    compiled: bool = False
+    utilization_pct: float | None = None
+    memory_pct: float | None = None
+    throttled_pct: Sequence[float | None] = ()
+    gpu_names: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What holds a run back.
+
+    Attributes:
+        name: one word for it.
+        text: one sentence: the finding, its numbers, what helps.
+        key: the key of the config that helps, or None.
+    """
+
+    name: Name
+    text: str
+    key: str | None
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """Returns the first cause that applies: what spoils the figures of others comes before them."""
+    e = evidence
+    hot = [(pct, name) for pct, name in zip(e.throttled_pct, e.gpu_names, strict=True) if pct is not None]
+    if hot and max(hot)[0] >= THROTTLED_PCT:
+        pct, name = max(hot)
+        return Verdict(
+            "throttled",
+            f"throttled: {name} held its clocks down in {pct:.0f} % of the readings; see to its cooling and "
+            "power limit, no setting here helps",
+            None,
+        )
+    if len(e.own_s) > 1:
+        median, slowest = statistics.median(e.own_s), max(range(len(e.own_s)), key=lambda rank: e.own_s[rank])
+        if median > 0 and e.own_s[slowest] >= STRAGGLER * median:
+            return Verdict(
+                "straggler",
+                f"straggler: {e.where[slowest]} needs {_ms(e.own_s[slowest])} for its part of a step, the "
+                f"median is {_ms(median)}, and all wait for it; look for other work on that host",
+                None,
+            )
+    data_pct = _share(e.data_s, e.step_s)
+    if data_pct >= INPUT_PCT:
+        key, help_ = (
+            ("data.cache", "decode once with data.cache=host, or raise data.workers")
+            if e.streamed
+            else ("data.cache", "keep the samples on the GPU with data.cache=device")
+            if e.on_gpu
+            else ("augment", "the augmentation takes the time: switch off what the recipe does not need")
+        )
+        text = f"input-bound: {data_pct:.0f} % of a step ({_ms(e.data_s)}) is waiting for data; {help_}"
+        return Verdict("input-bound", text, key)
+    communication_pct = _share(e.communication_s, e.step_s)
+    if communication_pct >= COMMUNICATION_PCT:
+        return Verdict(
+            "communication-bound",
+            f"communication-bound: {communication_pct:.0f} % of a step ({_ms(e.communication_s)}) is waiting "
+            "for the gradients of other ranks; raise train.batch_size, or use fewer processes",
+            "train.batch_size",
+        )
+    if e.on_gpu and e.utilization_pct is not None and e.utilization_pct < IDLE_GPU_PCT:
+        keys = "train.batch_size" if e.compiled else "train.compile"
+        help_ = "raise train.batch_size" + ("" if e.compiled else " or set train.compile=true")
+        return Verdict(
+            "launch-bound",
+            f"launch-bound: the GPUs are busy {e.utilization_pct:.0f} % of the time and wait for nothing: "
+            f"the steps ({_ms(e.step_s)}) are too small for them; {help_}",
+            keys,
+        )
+    if e.memory_pct is not None and e.memory_pct >= TIGHT_PCT:
+        return Verdict(
+            "memory-tight",
+            f"memory-tight: {e.memory_pct:.0f} % of a GPU's memory is in use; raise train.accumulate before "
+            "anything grows",
+            "train.accumulate",
+        )
+    rest = 100 - data_pct - communication_pct
+    text = f"compute-bound: {rest:.0f} % of a step ({_ms(e.step_s)}) is computing"
+    if e.precision == "fp32" and e.on_gpu:
+        return Verdict("compute-bound", f"{text}; train.precision=bf16 makes it cheaper", "train.precision")
+    more = "GPUs" if e.on_gpu else "cores or a GPU"
+    return Verdict("compute-bound", f"{text}: as it should be; more {more} would make it faster", None)
+
+
+def _share(part_s: float, whole_s: float) -> float:
+    return 100 * part_s / whole_s if whole_s > 0 else 0.0
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"

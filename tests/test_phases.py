@@ -1,0 +1,61 @@
+"""The clock of the phases."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from disttrain import phases as module
+from disttrain.phases import Phases
+from disttrain.pulse import Phase
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def pass_through(phases: Phases, clock: SimpleNamespace, *stays: tuple[Phase, float]) -> None:
+    for phase, seconds in stays:
+        phases.enter(phase, 1)
+        clock.now += seconds
+
+
+def test_the_seconds_of_each_phase_are_the_means_of_the_steps(clock: SimpleNamespace) -> None:
+    phases = Phases()
+    step = [
+        (Phase.DATA, 1.0),
+        (Phase.COMPUTE, 4.0),
+        (Phase.DATA, 2.0),
+        (Phase.COMPUTE, 5.0),
+        (Phase.OPTIMIZE, 0.5),
+    ]
+    clock.now = 1000  # the start is no part of a step
+    pass_through(phases, clock, *step, *step, (Phase.REPORT, 0.25))
+    times = phases.take(2, nn.Identity())
+    assert times == (3.0, 9.0, 0.0, 0.5, 0.125)
+    assert times.own_s == 12.5
+    clock.now += 0.75  # the rest of the log point belongs to the next interval
+    pass_through(phases, clock, *step, (Phase.SAVE, 2.0), (Phase.EVALUATE, 4.0), (Phase.REPORT, 1.0))
+    assert phases.take(1, nn.Identity()) == (3.0, 9.0, 0.0, 0.5, 7.75)
+
+
+def test_waiting_for_others_is_no_computing(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "exposed_communication_s", lambda model: 1.5)
+    phases = Phases()
+    pass_through(phases, clock, (Phase.COMPUTE, 4.0), (Phase.REPORT, 0.0))
+    times = phases.take(1, nn.Identity())
+    assert (times.compute_s, times.communication_s, times.own_s) == (2.5, 1.5, 2.5)
+
+
+def test_every_phase_is_a_beat() -> None:
+    beats: list[Any] = []
+    phases = Phases(lambda *beat: beats.append(beat))
+    phases.enter(Phase.DATA, 3, 1)
+    phases.enter(Phase.COMPUTE, 3)
+    assert beats == [(Phase.DATA, 3, 1), (Phase.COMPUTE, 3, 0)]
