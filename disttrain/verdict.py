@@ -18,7 +18,7 @@ Name = Literal[
 ]
 
 THROTTLED_PCT = 20.0  # of the readings in which a GPU held its clocks down
-STRAGGLER = 1.25  # times the median of the ranks' own time
+STRAGGLER = 1.25  # times the median of the other ranks' own time
 INPUT_PCT = 10.0  # of a step spent waiting for data
 COMMUNICATION_PCT = 20.0  # of a step spent waiting for the reduction of gradients
 IDLE_GPU_PCT = 70.0  # utilisation below which a GPU that does not wait for data is not kept busy
@@ -92,12 +92,13 @@ def judge(evidence: Evidence) -> Verdict:
             None,
         )
     if len(e.own_s) > 1:
-        median, slowest = statistics.median(e.own_s), max(range(len(e.own_s)), key=lambda rank: e.own_s[rank])
+        slowest = max(range(len(e.own_s)), key=lambda rank: e.own_s[rank])
+        median = statistics.median(own for rank, own in enumerate(e.own_s) if rank != slowest)
         if median > 0 and e.own_s[slowest] >= STRAGGLER * median:
             return Verdict(
                 "straggler",
                 f"straggler: {e.where[slowest]} needs {_ms(e.own_s[slowest])} for its part of a step, the "
-                f"median is {_ms(median)}, and all wait for it; look for other work on that host",
+                f"others {_ms(median)} (median), and all wait for it; look for other work on that host",
                 None,
             )
     data_pct = _share(e.data_s, e.step_s)

@@ -14,31 +14,70 @@ FINE = Evidence(step_s=0.1, data_s=0.002, on_gpu=True, precision="bf16", utiliza
 CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
     ("all is well", {}, "compute-bound", ["98 % of a step (100 ms)", "more GPUs"], None),
     ("fp32", {"precision": "fp32"}, "compute-bound", ["train.precision=bf16"], "train.precision"),
-    ("a processor", {"on_gpu": False, "utilization_pct": None}, "compute-bound", ["more cores or a GPU"], None),
-    ("slow loader", {"data_s": 0.043, "streamed": True}, "input-bound", ["43 %", "(43 ms)", "data.cache=host"], "data.cache"),
+    (
+        "a processor",
+        {"on_gpu": False, "utilization_pct": None},
+        "compute-bound",
+        ["more cores or a GPU"],
+        None,
+    ),
+    (
+        "slow loader",
+        {"data_s": 0.043, "streamed": True},
+        "input-bound",
+        ["43 %", "(43 ms)", "data.cache=host"],
+        "data.cache",
+    ),
     ("slow copies", {"data_s": 0.02}, "input-bound", ["20 %", "data.cache=device"], "data.cache"),
     ("slow augmentation", {"data_s": 0.02, "on_gpu": False}, "input-bound", ["augmentation"], "augment"),
     ("just fast enough", {"data_s": 0.0099}, "compute-bound", [], None),
     ("slow link", {"communication_s": 0.035}, "communication-bound", ["35 %", "35 ms"], "train.batch_size"),
     ("both", {"communication_s": 0.035, "data_s": 0.4 * 0.1}, "input-bound", ["40 %"], "data.cache"),
-    ("tiny batch", {"utilization_pct": 31.0}, "launch-bound", ["31 %", "train.compile=true"], "train.compile"),
-    ("tiny batch, compiled", {"utilization_pct": 31.0, "compiled": True}, "launch-bound", ["raise train.batch_size"], "train.batch_size"),
+    (
+        "tiny batch",
+        {"utilization_pct": 31.0},
+        "launch-bound",
+        ["31 %", "train.compile=true"],
+        "train.compile",
+    ),
+    (
+        "tiny batch, compiled",
+        {"utilization_pct": 31.0, "compiled": True},
+        "launch-bound",
+        ["raise train.batch_size"],
+        "train.batch_size",
+    ),
     ("unknown use", {"utilization_pct": None}, "compute-bound", [], None),
     ("full", {"memory_pct": 97.0}, "memory-tight", ["97 %"], "train.accumulate"),
     (
         "slow rank",
-        {"own_s": (0.05, 0.051, 0.08, 0.05), "where": ("a", "b", "rank 2 on gpu07", "d"), "communication_s": 0.03},
-        "straggler", ["rank 2 on gpu07 needs 80 ms", "the median is 50.5 ms"], None,
+        {
+            "own_s": (0.05, 0.051, 0.08, 0.05),
+            "where": ("a", "b", "rank 2 on gpu07", "d"),
+            "communication_s": 0.03,
+        },
+        "straggler",
+        ["rank 2 on gpu07 needs 80 ms", "the others 50 ms (median)"],
+        None,
+    ),
+    (
+        "one of two",
+        {"own_s": (0.08, 0.06), "where": ("rank 0 on a", "b")},
+        "straggler",
+        ["rank 0 on a"],
+        None,
     ),
     ("even ranks", {"own_s": (0.05, 0.06), "where": ("a", "b")}, "compute-bound", [], None),
     (
         "hot",
         {"throttled_pct": (0.0, None, 41.0), "gpu_names": ("x", "y", "GPU 2 on n1"), "data_s": 0.05},
-        "throttled", ["GPU 2 on n1", "41 %"], None,
+        "throttled",
+        ["GPU 2 on n1", "41 %"],
+        None,
     ),
     ("warm", {"throttled_pct": (5.0, None), "gpu_names": ("x", "y")}, "compute-bound", [], None),
     ("nothing measured", {"step_s": 0.0, "data_s": 0.0}, "compute-bound", [], None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
