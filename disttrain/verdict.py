@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Name = Literal[
     "throttled",
@@ -31,10 +31,8 @@ class Evidence:
 
     Attributes:
         step_s: seconds of a step.
-        data_s: of them, waiting for data; mean over the ranks, as are the next three.
+        data_s: of them, waiting for data; mean over the ranks, as is the next.
         communication_s: waiting for the reduction of gradients after one's own are computed.
-        optimizer_s: in the optimizer.
-        report_s: in log points, per step.
         own_s: seconds of a step that each rank needs for itself, without waiting for others.
         where: what to call each rank, such as `rank 3 on gpu07`.
         on_gpu: whether the ranks compute on GPUs.
@@ -50,8 +48,6 @@ class Evidence:
     step_s: float
     data_s: float
     communication_s: float = 0.0
-    optimizer_s: float = 0.0
-    report_s: float = 0.0
     own_s: Sequence[float] = ()
     where: Sequence[str] = ()
     on_gpu: bool = False
@@ -142,6 +138,64 @@ def judge(evidence: Evidence) -> Verdict:
         return Verdict("compute-bound", f"{text}; train.precision=bf16 makes it cheaper", "train.precision")
     more = "GPUs" if e.on_gpu else "cores or a GPU"
     return Verdict("compute-bound", f"{text}: as it should be; more {more} would make it faster", None)
+
+
+def evidence(
+    records: Sequence[Mapping[str, Any]],
+    hosts: Sequence[str],
+    *,
+    streamed: bool,
+    precision: str,
+    compiled: bool,
+) -> Evidence | None:
+    """Returns the means of some train records of metrics.jsonl, or None if there is none.
+
+    Args:
+        records: of a run on the same ranks; others are left out.
+        hosts: of each rank.
+        streamed: whether samples are decoded anew in each epoch.
+        precision: the arithmetic.
+        compiled: whether the model is compiled.
+    """
+    records = [record for record in records if len(record["own_ms"]) == len(hosts)]
+    if not records:
+        return None
+
+    def mean_s(key: str) -> float:
+        return statistics.fmean(record["phases_ms"][key] for record in records) / 1000
+
+    gpus: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
+    for record in records:
+        for gpu in record["gpus"]:
+            gpus.setdefault((gpu["host"], gpu["index"]), []).append(gpu)
+    used = [_mean(rows, "utilization_pct") for rows in gpus.values()]
+    full = [
+        100 * gpu["memory_used_mib"] / gpu["memory_total_mib"]
+        for gpu in records[-1]["gpus"]
+        if gpu["memory_used_mib"] is not None and gpu["memory_total_mib"]
+    ]
+    return Evidence(
+        step_s=statistics.fmean(record["step_time_s"] for record in records),
+        data_s=mean_s("data"),
+        communication_s=mean_s("communication"),
+        own_s=[statistics.fmean(times) / 1000 for times in zip(*(r["own_ms"] for r in records), strict=True)],
+        where=[f"rank {rank} on {host}" for rank, host in enumerate(hosts)],
+        on_gpu=bool(gpus),
+        streamed=streamed,
+        precision=precision,
+        compiled=compiled,
+        utilization_pct=statistics.fmean(known)
+        if (known := [pct for pct in used if pct is not None])
+        else None,
+        memory_pct=max(full, default=None),
+        throttled_pct=[_mean(rows, "throttled_pct") for rows in gpus.values()],
+        gpu_names=[f"GPU {index} on {host}" for host, index in gpus],
+    )
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    known = [row[key] for row in rows if row.get(key) is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _share(part_s: float, whole_s: float) -> float:

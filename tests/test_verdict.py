@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from disttrain.config import Config
-from disttrain.verdict import Evidence, judge
+from disttrain.verdict import Evidence, evidence, judge
 
 FINE = Evidence(step_s=0.1, data_s=0.002, on_gpu=True, precision="bf16", utilization_pct=97, memory_pct=60)
 CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
@@ -95,3 +95,36 @@ def test_the_figures_give_the_verdict(
         section, _, field = key.partition(".")
         model = Config.model_fields[section].annotation
         assert not field or field in model.model_fields  # type: ignore[union-attr]
+
+
+def record(data_ms: float, own_ms: list[float], **gpu: float | None) -> dict[str, Any]:
+    row = {"host": "n1", "index": 3, "memory_used_mib": None, "memory_total_mib": 1000.0, **gpu}
+    phases = {"data": data_ms, "communication": 1.0}
+    return {"step_time_s": 0.01, "phases_ms": phases, "own_ms": own_ms, "gpus": [row] if gpu else []}
+
+
+def test_the_evidence_is_the_means_of_the_records() -> None:
+    records = [
+        record(1.0, [8.0, 4.0], utilization_pct=90.0, throttled_pct=10.0, memory_used_mib=500.0),
+        record(3.0, [9.0]),  # before the run went on on other ranks
+        record(2.0, [6.0, 6.0], utilization_pct=None, throttled_pct=30.0, memory_used_mib=990.0),
+    ]
+    found = evidence(records, ["n1", "n2"], streamed=True, precision="bf16", compiled=False)
+    assert found == Evidence(
+        step_s=0.01,
+        data_s=pytest.approx(0.0015),
+        communication_s=0.001,
+        own_s=[0.007, 0.005],
+        where=["rank 0 on n1", "rank 1 on n2"],
+        on_gpu=True,
+        streamed=True,
+        precision="bf16",
+        utilization_pct=90.0,
+        memory_pct=99.0,
+        throttled_pct=[20.0],
+        gpu_names=["GPU 3 on n1"],
+    )
+
+
+def test_there_is_no_evidence_without_records() -> None:
+    assert evidence([], ["n1"], streamed=False, precision="fp32", compiled=False) is None
