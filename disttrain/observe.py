@@ -80,6 +80,7 @@ class RunObserver:
             self._metrics = JsonLines(folder.metrics)
             info = _run_info(config, folder, parts, index, devices, choices)
             environment = _environment(parts, index, devices, choices) | {"run": dataclasses.asdict(info)}
+            environment["forced"] = folder.status().get("forced", [])
             write_atomically(folder.env, json.dumps(environment, indent=1) + "\n")
             self._console = Console(
                 info, verbosity=verbosity, position=lambda: (position.step, position.samples_seen)
