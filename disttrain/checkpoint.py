@@ -1,19 +1,18 @@
 """Checkpoints that are complete or absent, and that notice a flipped bit.
 
-A checkpoint is a folder: safetensors for tensors, JSON for everything else, and MANIFEST.json with the size
-and sha256 of every part. It is written under a temporary name, synced, verified and renamed; only then do
-the `latest` and `best` links move and older checkpoints go. There is no pickle anywhere.
+A checkpoint is a folder: safetensors for tensors, JSON for everything else, and the MANIFEST.json of
+`manifest.py`. It is written under a temporary name, synced, verified and renamed; only then do the `latest`
+and `best` links move and older checkpoints go. At no moment is there none. There is no pickle anywhere.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,16 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from disttrain.errors import CheckpointError, StorageError
-from disttrain.files import sync_folder
+from disttrain.errors import CheckpointError, StorageError, TrainingError
+from disttrain.files import link, move, persist, storage_error, sync_folder, write_new
+from disttrain.manifest import MANIFEST, STATE, entry, list_steps, read, replaced, verify, write_manifest
 from disttrain.optim import load_state
 
-FORMAT = 1
-_MANIFEST = "MANIFEST.json"
-_STATE = "state.json"
+_BLOCK_BYTES = 4096  # files take whole blocks
+_HEADER_BYTES = 128  # of a tensor in a safetensors file, besides its name
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,16 @@ class Checkpoint:
     parts: dict[str, Any]
     state: dict[str, Any]
 
+    def value(self, key: str) -> Any:
+        """Returns a value of the state.
+
+        Raises:
+            CheckpointError: it was not saved.
+        """
+        if key not in self.state:
+            raise CheckpointError(f"{self.path / STATE}: has no {key}; use another checkpoint")
+        return self.state[key]
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -57,6 +67,7 @@ class Snapshot:
         tensors: name of each part -> its tensors, on the device they were on.
         state: JSON values.
         ready: recorded after the copies on a GPU, or None.
+        buffers: name of each part -> the tensors of it that may be infinite.
     """
 
     step: int
@@ -64,23 +75,33 @@ class Snapshot:
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
     ready: torch.cuda.Event | None
+    buffers: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
-def snapshot(step: int, parts: Mapping[str, Any], state: Mapping[str, Any]) -> Snapshot:
+def snapshot(
+    step: int,
+    parts: Mapping[str, Any],
+    state: Mapping[str, Any],
+    buffers: Mapping[str, Collection[str]] | None = None,
+) -> Snapshot:
     """Copies what a checkpoint holds, without waiting for the device.
 
     Args:
         step: optimizer steps taken.
         parts: name -> nested dicts and lists of tensors and JSON values, such as a state_dict.
         state: JSON values.
+        buffers: name of a part -> names of those of its tensors that may be infinite; no tensor may be NaN.
     """
-    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
-    skeletons = {name: _strip(part, "", tensors[name]) for name, part in parts.items()}
+    skeletons, views = _take_apart(parts)
+    # Copies of their own: training changes the originals, and safetensors refuses shared memory.
+    tensors = {
+        part: {name: tensor.clone() for name, tensor in named.items()} for part, named in views.items()
+    }
     ready = None
     if any(tensor.is_cuda for part in tensors.values() for tensor in part.values()):
         ready = torch.cuda.Event()
         ready.record()
-    return Snapshot(step, skeletons, tensors, dict(state), ready)
+    return Snapshot(step, skeletons, tensors, dict(state), ready, buffers or {})
 
 
 def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
@@ -96,47 +117,76 @@ def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
         The folder of the checkpoint.
 
     Raises:
-        StorageError: it cannot be written; the earlier checkpoints are as they were.
+        TrainingError: a tensor is not finite.
+        StorageError: it cannot be written. After either, the earlier checkpoints are as they were.
     """
-    step = taken.step
-    target = folder / f"step_{step:08d}"
+    target = folder / f"step_{taken.step:08d}"
     partial = folder / f".{target.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        files = {}
-        for name, tensors in taken.tensors.items():
-            data = save_tensors(_on_host(tensors, taken.ready))
-            files[f"{name}.safetensors"] = _write(partial / f"{name}.safetensors", data)
-        document = {"state": taken.state, "parts": taken.skeletons}
-        files[_STATE] = _write(partial / _STATE, _json(document))
-        _write(partial / _MANIFEST, _json({"format": FORMAT, "files": files}))
+        parts = {}
+        for part, tensors in taken.tensors.items():
+            host = _on_host(tensors, taken.ready)
+            _check_finite(part, host, taken)
+            name, data = f"{part}.safetensors", save_tensors(host)
+            write_new(partial / name, data)
+            parts[name] = entry(name, data)
+        data = _document(taken.skeletons, taken.state)
+        write_new(partial / STATE, data)
+        write_manifest(partial, parts | {STATE: entry(STATE, data)})
         sync_folder(partial)
         verify(partial)
-        replaced = folder / f".{target.name}.replaced.partial"
-        if target.exists():  # left by a run that was resumed from an earlier step
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-        try:
-            partial.rename(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-        sync_folder(folder)
-        _link(folder / "latest", target.name)
+        _put_in_place(partial, target)
+        link(folder / "latest", target.name)
         if best:
-            _link(folder / "best", target.name)
+            link(folder / "best", target.name)
+        sync_folder(folder)
         _rotate(folder, keep)
     except OSError as error:
-        raise StorageError(
-            f"{target}: the checkpoint cannot be written: {error.strerror or error}; "
-            "free some space or fix the folder, then resume the run"
-        ) from None
+        shutil.rmtree(partial, ignore_errors=True)  # before the free space is counted
+        needed = _bytes(taken.skeletons, taken.tensors, taken.state)
+        raise storage_error(target, error, needed) from None
+    except CheckpointError as damage:
+        raise StorageError(f"{target}: was not written as it should be; see to the disk: {damage}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Gives a complete checkpoint its name, and sees it there."""
+    manifest = (partial / MANIFEST).read_bytes()
+    old = replaced(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        move(target, old)  # under this name it still counts as a checkpoint
+    try:
+        move(partial, target)
+    except OSError:
+        if old.exists():
+            move(old, target)
+        raise
+
+    def look() -> None:
+        if (target / MANIFEST).read_bytes() != manifest:
+            raise OSError(errno.ESTALE, "another checkpoint is seen in its place")
+
+    persist(look)
+    sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_finite(part: str, tensors: Mapping[str, Tensor], taken: Snapshot) -> None:
+    buffers = taken.buffers.get(part, ())
+    for name, tensor in tensors.items():
+        bad = tensor.isnan() if name in buffers else tensor.isfinite().logical_not_()
+        if count := int(bad.sum()):
+            raise TrainingError(
+                f"{part}: {count:,} of {tensor.numel():,} values of {name} are not finite at step "
+                f"{taken.step:,}; nothing was saved, the last checkpoint is from before that; lower "
+                "optim.lr, set train.grad_clip, or use train.precision=fp32"
+            )
 
 
 class Writer:
@@ -147,30 +197,38 @@ class Writer:
         keep: number of checkpoints to keep, besides the best one.
         done: told of every complete checkpoint and whether it is the best, in the thread that calls `check`
             or `wait`.
+        before: called in the thread before each is written.
     """
 
-    def __init__(self, folder: Path, keep: int, done: Callable[[Path, bool], None]) -> None:
+    def __init__(
+        self, folder: Path, keep: int, done: Callable[[Path, bool], None], before: Callable[[], None]
+    ) -> None:
         self._folder = folder
         self._keep = keep
         self._done = done
+        self._before = before
         self._pending: tuple[Future[Path], bool] | None = None
 
     def begin(self, taken: Snapshot, best: bool) -> None:
         """Begins to write, when the one before is complete.
 
         Raises:
-            StorageError: the one before could not be written.
+            StorageError, TrainingError: the one before could not be written; see `write`.
         """
         self.wait()
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending = thread.submit(write, self._folder, taken, keep=self._keep, best=best), best
+        self._pending = thread.submit(self._write, taken, best), best
         thread.shutdown(wait=False)  # ends when it is written
+
+    def _write(self, taken: Snapshot, best: bool) -> Path:
+        self._before()
+        return write(self._folder, taken, keep=self._keep, best=best)
 
     def check(self) -> None:
         """Reports a checkpoint that has become complete.
 
         Raises:
-            StorageError: it could not be written.
+            StorageError, TrainingError: it could not be written; see `write`.
         """
         if self._pending is not None and self._pending[0].done():
             self.wait()
@@ -179,7 +237,7 @@ class Writer:
         """Waits for the checkpoint that is being written, if any, and reports it.
 
         Raises:
-            StorageError: it could not be written.
+            StorageError, TrainingError: it could not be written; see `write`.
         """
         if self._pending is not None:
             (future, best), self._pending = self._pending, None
@@ -195,52 +253,39 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is missing, or a part is missing or damaged; names the file.
     """
-    contents = verify(path)
-    document = json.loads(contents[_STATE])
-    parts = {}
-    for name, skeleton in document["parts"].items():
-        tensors = load_tensors(contents[f"{name}.safetensors"])
-        parts[name] = _fill(skeleton, tensors)
+    contents = read(path)
+    try:
+        document = json.loads(contents[STATE])
+        parts = {
+            name: _fill(skeleton, load_tensors(contents[f"{name}.safetensors"]))
+            for name, skeleton in document["parts"].items()
+        }
+    except KeyError as missing:
+        raise CheckpointError(f"{path}: has no {missing.args[0]}; use another checkpoint") from None
     return Checkpoint(path.resolve(), parts, document["state"])
 
 
-def verify(path: Path) -> dict[str, bytes]:
-    """Checks every part of a checkpoint against its manifest and returns their bytes.
-
-    Raises:
-        CheckpointError: a part is missing or damaged; names the file and both hashes.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: there is no checkpoint")
-    try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
-        version, files = manifest["format"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path / _MANIFEST}: missing or damaged; use an earlier checkpoint") from None
-    if version != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {version}; this version reads format {FORMAT}")
-    contents = {}
-    for name, expected in files.items():
-        try:
-            data = (path / name).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{path / name}: {error.strerror}; use an earlier checkpoint") from None
-        found = hashlib.sha256(data).hexdigest()
-        count, sha256 = expected.get("bytes"), expected.get("sha256")
-        if (len(data), found) != (count, sha256):
-            raise CheckpointError(
-                f"{path / name}: damaged: {len(data)} bytes with sha256 {found}, the manifest says "
-                f"{count} bytes with {sha256}; use an earlier checkpoint"
-            )
-        contents[name] = data
-    return contents
+def bytes_needed(parts: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> int:
+    """Returns the bytes that a checkpoint of these parts takes on the disk, rounded up."""
+    return _bytes(*_take_apart(parts), state or {})
 
 
-def size(parts: Mapping[str, Any]) -> int:
-    """Returns the bytes that the tensors of a checkpoint of these parts take."""
-    tensors: dict[str, Tensor] = {}
-    _strip(parts, "", tensors)
-    return sum(tensor.nbytes for tensor in tensors.values())
+def _bytes(
+    skeletons: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> int:
+    content = sum(
+        len(name) + _HEADER_BYTES + tensor.nbytes
+        for part in tensors.values()
+        for name, tensor in part.items()
+    )
+    blocks = len(tensors) + 4  # a part begun, for each file and for both folders
+    return content + len(_document(skeletons, state)) + blocks * _BLOCK_BYTES
+
+
+def _take_apart(parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Returns the nested data of each part without the tensors, and the tensors of each part."""
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
+    return {name: _strip(part, "", tensors[name]) for name, part in parts.items()}, tensors
 
 
 def _strip(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
@@ -248,7 +293,7 @@ def _strip(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, Tensor):
         if place in tensors:  # {"a": {"b": tensor}, "a.b": tensor}
             place = f"{place}#{len(tensors)}"
-        tensors[place] = node.detach().clone()  # of its own: safetensors refuses shared memory
+        tensors[place] = node.detach()
         return {"tensor": place}
     if isinstance(node, Mapping):
         return {
@@ -285,45 +330,50 @@ def _fill(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
             return content
 
 
-def _json(document: Any) -> bytes:
-    return json.dumps(document, indent=1, allow_nan=False).encode()
-
-
-def _write(path: Path, data: bytes) -> dict[str, Any]:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _link(link: Path, target: str) -> None:
-    temporary = link.with_name(f".{link.name}.partial")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(link)
-    sync_folder(link.parent)
+def _document(skeletons: Mapping[str, Any], state: Mapping[str, Any]) -> bytes:
+    return json.dumps({"state": state, "parts": skeletons}, indent=1, allow_nan=False).encode()
 
 
 def _rotate(folder: Path, keep: int) -> None:
-    linked = {(folder / link).resolve().name for link in ("latest", "best")}
-    steps = sorted(path for path in folder.glob("step_*") if path.is_dir())
-    for path in steps[:-keep]:
+    _delete_remains(folder)  # of a process that was killed
+    linked = {(folder / name).resolve().name for name in ("latest", "best")}
+    for path in list_steps(folder)[keep:]:
         if path.name not in linked:
-            doomed = path.with_name(f".{path.name}.partial")  # a half-deleted checkpoint is never a step_*
-            path.rename(doomed)
-    for path in folder.glob(".step_*.partial"):  # and what a process that was killed has left
-        shutil.rmtree(path)
+            move(path, path.with_name(f".{path.name}.partial"))  # half deleted it is never a step_*
+    _delete_remains(folder)
+
+
+def _delete_remains(folder: Path) -> None:
+    for pattern in (".step_*.partial", ".step_*.replaced"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)  # what is in use is met again at the next save
 
 
 def restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, ema: nn.Module | None = None
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: Optimizer,
+    ema: nn.Module | None = None,
+    *,
+    force: bool = False,
 ) -> None:
     """Puts the parts of a checkpoint into a model, its optimizer and its moving average.
 
+    Args:
+        checkpoint: what was loaded.
+        model: takes the weights.
+        optimizer: takes its state.
+        ema: takes the moving average; None if the config has none.
+        force: leave a moving average out that the config does not use.
+
     Raises:
-        CheckpointError: a part is missing, or names or shapes do not fit.
+        CheckpointError: a part is missing or not used, or names or shapes do not fit.
     """
+    if ema is None and "ema" in checkpoint.parts and not force:
+        raise CheckpointError(
+            f"{checkpoint.path}: has a moving average of the weights (ema), the config has train.ema = null; "
+            "resume with the config it was saved with, or leave it out with --force"
+        )
     loaders: dict[str, Callable[[Any], Any]] = {
         "model": model.load_state_dict,
         "optimizer": lambda state: load_state(optimizer, state),
@@ -341,3 +391,24 @@ def restore(
                 f"{checkpoint.path}: {name} does not fit the config: {reason}; "
                 "resume with the config it was saved with"
             ) from None
+
+
+def restore_scaler(checkpoint: Checkpoint, scaler: GradScaler | None, *, force: bool) -> None:
+    """Puts the state of a checkpoint into the gradient scaler.
+
+    Raises:
+        CheckpointError: one of the two has a scaler and the other does not.
+    """
+    saved = checkpoint.value("scaler")
+    if scaler is not None:
+        if saved is None:
+            raise CheckpointError(
+                f"{checkpoint.path}: has no gradient scaler, which train.precision = fp16 needs; "
+                "resume with the config it was saved with"
+            )
+        scaler.load_state_dict(saved)
+    elif saved is not None and not force:
+        raise CheckpointError(
+            f"{checkpoint.path}: has a gradient scaler, which is for train.precision = fp16 alone; "
+            "resume with the config it was saved with, or leave it out with --force"
+        )

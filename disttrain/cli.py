@@ -63,6 +63,11 @@ def main() -> None:
     help="auto: go on with an unfinished run in --run-dir; PATH: from a run folder or checkpoint.",
 )
 @click.option(
+    "--force",
+    is_flag=True,
+    help="Go on although config or data set differ from the checkpoint's; the run folder keeps a record.",
+)
+@click.option(
     "--max-restarts",
     type=click.IntRange(0),
     default=0,
@@ -83,6 +88,7 @@ def run(
     master_port: int | None,
     run_dir: Path | None,
     resume: str,
+    force: bool,
     max_restarts: int,
     dry_run: bool,
     quiet: bool,
@@ -97,7 +103,15 @@ def run(
     from disttrain.errors import UsageError
     from disttrain.launcher import LaunchPlan, launch, plan_nodes, plan_processes
     from disttrain.models import check_model_name
-    from disttrain.preflight import check_device, open_index, resume_point, split_batch
+    from disttrain.preflight import (
+        check_device,
+        check_room,
+        check_shared_memory,
+        identity,
+        open_index,
+        resume_point,
+        split_batch,
+    )
     from disttrain.runfolder import RunFolder, new_run_path
     from disttrain.telemetry import visible_gpus
 
@@ -128,24 +142,38 @@ def run(
         threads=threads,
         **(node._asdict() if node else {}),
         verbosity=int(verbose) - int(quiet),
+        force=force,
     )
     check_device(config, device)
+    check_shared_memory(device, plan.processes)
     split_batch(config, plan.world_size)
     index = open_index(config, click.echo)
+    folder = RunFolder(plan.run_dir)
     if plan.node_rank == 0:
-        _, finished = resume_point(RunFolder(plan.run_dir), resume, config)
-        if finished:
+        if folder.is_run() and not dry_run:
+            folder.create()  # its lock: what a run that goes on there does meanwhile is no damage
+        unknown = config.data.on_error == "skip"  # what is skipped is found by the workers
+        start = resume_point(folder, resume, identity(config, index, None if unknown else ()), force=force)
+        if start.finished:
             click.echo(f"{run_dir}: this run has finished already; nothing to do")
             return
+        check_room(folder.path, start.checkpoint)
     if dry_run:
         from disttrain.dryrun import describe
 
         for label, text in describe(plan, config, index):
             click.echo(f"{label:<11} {text}")
+        if plan.node_rank == 0:
+            begin = [] if start.checkpoint is None else [f"going on from {start.checkpoint}"]
+            for text in (*start.notes, *start.changes, *begin):
+                click.echo(f"{'resume':<11} {text}")
         return
-    folder = RunFolder(run_dir or new_run_path(config.name))
+    if run_dir is None:
+        folder = RunFolder(new_run_path(config.name))
     if plan.node_rank == 0:
         folder.create()
+    else:
+        folder.check_writable("logs", "errors")
     outcome = launch(replace(plan, run_dir=folder.path), folder, max_restarts=max_restarts, say=click.echo)
     if outcome.detail:
         click.echo(outcome.detail.rstrip(), err=True)

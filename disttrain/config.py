@@ -285,9 +285,11 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "disttrain config"}
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Returns one `key: old -> new` line for each key in which two configs differ."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[str]:
+    """Returns one `key: old -> new` line for each key in which two configs, or documents, differ."""
+    before, after = (
+        _flatten(item.model_dump(mode="json") if isinstance(item, Config) else item) for item in (old, new)
+    )
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before | after)

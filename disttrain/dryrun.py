@@ -62,11 +62,9 @@ def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, 
 
 def _model_size(config: Config, index: Index) -> tuple[int, int]:
     """Returns the parameters of the model and the bytes of a checkpoint, by making both once on the CPU."""
-    import torch
-
-    from disttrain import checkpoint
+    from disttrain.checkpoint import bytes_needed
     from disttrain.models import build_model, parameter_count
-    from disttrain.optim import build_optimizer
+    from disttrain.optim import build_optimizer, state_bytes
 
     model = build_model(
         config.model.name,
@@ -76,10 +74,7 @@ def _model_size(config: Config, index: Index) -> tuple[int, int]:
         args=config.model.args,
     )
     optimizer, _ = build_optimizer(config.optim, config.schedule, model)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if config.train.ema is not None:
         parts["ema"] = model.state_dict()
-    return parameter_count(model), checkpoint.size(parts)
+    return parameter_count(model), bytes_needed(parts) + state_bytes(optimizer)

@@ -1,17 +1,133 @@
-"""Files that are complete or absent."""
+"""Files that are complete or absent.
+
+On disks that fill up, and on NFS, where an operation may lag or be reported as failed although it was done.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from disttrain.errors import StorageError, reason
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by a complete new one."""
+PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""Pauses before what failed in passing is tried again."""
+
+_PASSING = {
+    errno.ESTALE,
+    errno.EBUSY,
+    errno.EIO,
+    errno.ENOENT,  # another client's change is not seen yet
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EAGAIN,
+    errno.ETIMEDOUT,
+}
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replaces a file by a complete new one.
+
+    Args:
+        path: the file.
+        text: its new content.
+        durable: whether to wait until it is on the disk.
+
+    Raises:
+        StorageError: it cannot be written; the old file is as it was and nothing else is left.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    data = text.encode()
+    try:
+        partial.unlink(missing_ok=True)
+        try:
+            write_new(partial, data, durable=durable)
+            move(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(path, error, len(data)) from None
+
+
+def write_new(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Makes a file and, if it is to be durable, sees to it that its bytes are on the disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        if durable:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # who verifies reads the disk
+    finally:
+        os.close(descriptor)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a file or folder; the name of the target must be free, or be that of a file for a file."""
+    # A rename that was sent twice fails the second time although the first was done.
+    persist(lambda: source.replace(target), lambda: not os.path.lexists(source) and os.path.lexists(target))
+
+
+def link(path: Path, target: str) -> None:
+    """Makes `path` a symbolic link to `target`, in place of what link was there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    persist(lambda: partial.symlink_to(target), lambda: partial.is_symlink())
+    move(partial, path)
+
+
+def persist(action: Callable[[], object], done: Callable[[], bool] = lambda: False) -> None:
+    """Does something, and for some seconds again where it fails as things fail in passing on NFS.
+
+    Args:
+        action: raises OSError when it fails.
+        done: tells after a failure whether it was done all the same.
+
+    Raises:
+        OSError: the last failure.
+    """
+    for pause_s in (*PAUSES_S, None):
+        try:
+            action()
+            return
+        except OSError as error:
+            if done():
+                return
+            if pause_s is None or error.errno not in _PASSING:
+                raise
+        time.sleep(pause_s)
+
+
+def storage_error(path: Path, error: OSError, needed_bytes: int | None = None) -> StorageError:
+    """Returns the error to raise where a file or folder cannot be written: how much is needed and free."""
+    needed = "" if needed_bytes is None else f"{needed_bytes:,} bytes needed, "
+    free = free_bytes(path)
+    sizes = f" ({needed}{'unknown' if free is None else f'{free:,} bytes'} free)"
+    advice = {
+        errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+        errno.EDQUOT: "free some of your quota",
+        errno.ENOSPC: "free some space",
+        errno.EROFS: "make the file system writable",
+    }.get(error.errno or 0, "see to the file system")
+    return StorageError(f"{path}: cannot be written: {reason(error)}{sizes}; {advice}, then try again")
+
+
+def free_bytes(path: Path) -> int | None:
+    """Returns the space that is left where a path is or would be, or None if that is not known."""
+    for place in (path, *path.absolute().parents):
+        try:
+            return shutil.disk_usage(place).free
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None
+    return None
 
 
 def sync(file: BinaryIO) -> None:

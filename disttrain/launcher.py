@@ -50,6 +50,7 @@ class LaunchPlan:
         master_addr: address of node 0; needed for several nodes.
         master_port: port on node 0; needed for several nodes.
         verbosity: -1 quiet, 0, 1 verbose.
+        force: go on although config or data set differ from the checkpoint's.
     """
 
     config_path: Path
@@ -65,6 +66,7 @@ class LaunchPlan:
     master_addr: str | None = None
     master_port: int | None = None
     verbosity: int = 0
+    force: bool = False
 
     @property
     def world_size(self) -> int:
@@ -148,6 +150,8 @@ def worker_command(plan: LaunchPlan) -> list[str]:
     worker = ["disttrain.worker", str(plan.config_path), *plan.overrides, "--run-dir", str(plan.run_dir)]
     if plan.resume != "auto":
         worker += ["--resume", plan.resume]
+    if plan.force:
+        worker += ["--force"]
     return worker + {-1: ["--quiet"], 0: []}.get(plan.verbosity, ["--verbose"])
 
 

@@ -82,6 +82,7 @@ class RunObserver:
             self._metrics = JsonLines(folder.metrics)
             info = _run_info(config, folder, parts, index, devices, choices)
             environment = _environment(parts, index, devices, choices) | {"run": dataclasses.asdict(info)}
+            environment["forced"] = folder.status().get("forced", [])
             write_atomically(folder.env, json.dumps(environment, indent=1) + "\n")
             self._console = Console(
                 info, verbosity=verbosity, position=lambda: (position.step, position.samples_seen)
@@ -138,6 +139,12 @@ class RunObserver:
             document = {"epoch": epoch, "step": step, "ids": list(ids), "keys": sample_keys(self._index, ids)}
             write_atomically(path, json.dumps(document, indent=1) + "\n")
         return str(path)
+
+    def sync(self) -> None:
+        """Makes sure that what this rank has written is on the disk before a checkpoint that counts on it."""
+        for file in (self._metrics, self._trace):
+            if file is not None:
+                file.sync()
 
     def saved(self, path: Path, best: bool) -> None:
         """Tells of a checkpoint; only the best ones are worth a line on the screen."""

@@ -243,6 +243,20 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
+def state_bytes(optimizer: Optimizer) -> int:
+    """Returns the bytes that the state of an optimizer will take beyond what it holds already."""
+    if isinstance(optimizer, Together):
+        return sum(map(state_bytes, optimizer._parts))
+    if isinstance(optimizer, FilterMuon):
+        return state_bytes(optimizer._muon)
+    total = 0
+    for group in optimizer.param_groups:
+        averages = 2 if isinstance(optimizer, Adam) else int(group["momentum"] > 0)  # AdamW is an Adam
+        new = [parameter for parameter in group["params"] if parameter not in optimizer.state]
+        total += sum(averages * parameter.nbytes + 4 for parameter in new)  # and a step counter
+    return total
+
+
 def set_lr(optimizer: Optimizer, rates: Sequence[float]) -> None:
     """Sets the learning rate of each parameter group."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -6,17 +6,46 @@ it can be started by other launchers. Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import pydantic
 
 from disttrain.config import Config, differences, load_config
-from disttrain.errors import CheckpointError, DataError, UsageError
+from disttrain.errors import CheckpointError, DataError, StorageError, UsageError
+from disttrain.files import free_bytes
+from disttrain.manifest import (
+    MANIFEST,
+    canonical,
+    newest_sound,
+    read_state,
+    size,
+    step_of,
+    verify,
+)
 from disttrain.runfolder import RunFolder
 from disttrain.shards.index import Index, data_root, load_index, server_root
 
-_OF_THE_MACHINE = {"data.root", "data.cache", "data.workers"}
-"""Keys that may change when a run goes on: they say where the samples come from, not which ones they are."""
+_FREE = {
+    "data.root",
+    "data.cache",
+    "data.workers",
+    "checkpoint.keep",
+    "monitor.gpu_interval_s",
+    "monitor.stall_timeout_s",
+}
+"""Keys that may change when a run goes on: they say nothing about the experiment."""
+
+_SHARED_BYTES = 2 * 9_637_888
+"""What NCCL takes of /dev/shm for each process of a node: a segment in each of at least two rings, of the
+size in its messages (github.com/NVIDIA/nccl/issues/342: four GPUs do not fit into the 64 MiB of Docker)."""
+
+_LEAST_BYTES = 2**24
+"""Free space below which no run begins: records, logs and a checkpoint of the smallest network."""
 
 
 def split_batch(config: Config, world_size: int) -> int:
@@ -79,49 +108,220 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
     return index
 
 
-def resume_point(folder: RunFolder, resume: str, config: Config) -> tuple[Path | None, bool]:
-    """Decides where a run begins.
+def check_shared_memory(
+    device: Literal["cuda", "cpu"], local_processes: int, folder: Path = Path("/dev/shm")
+) -> None:
+    """Checks that NCCL finds the shared memory which it takes between the GPUs of one node.
+
+    Args:
+        device: of the processes; on the CPU none of it is used.
+        local_processes: processes on this node.
+        folder: where the shared memory is mounted.
+
+    Raises:
+        StorageError: there is too little.
+    """
+    if device == "cpu" or local_processes == 1 or os.environ.get("NCCL_SHM_DISABLE") == "1":
+        return
+    needed, free = local_processes * _SHARED_BYTES, free_bytes(folder)
+    if free is not None and free < needed:
+        raise StorageError(
+            f"{folder}: NCCL takes {needed:,} bytes for {local_processes} GPUs, {free:,} bytes are free; "
+            "start the container with --shm-size=1g or --ipc=host, or set NCCL_SHM_DISABLE=1, which is slower"
+        )
+
+
+def check_space(folder: Path, needed_bytes: int, keep: int) -> str | None:
+    """Checks that at least one more checkpoint fits.
+
+    Args:
+        folder: the checkpoints folder.
+        needed_bytes: of one checkpoint.
+        keep: checkpoints that are kept besides the best one; one more is there while it is written.
+
+    Returns:
+        What to tell the user if there is space for one but not for all that will be kept, else None.
+
+    Raises:
+        StorageError: not even one fits.
+    """
+    free = free_bytes(folder)
+    if free is None:
+        return None
+    if free < needed_bytes:
+        raise StorageError(
+            f"{folder}: a checkpoint does not fit: {needed_bytes:,} bytes needed, {free:,} bytes free; "
+            "free some space or choose another --run-dir"
+        )
+    missing = keep + 2 - sum(step_of(path) >= 0 for path in folder.glob("step_*"))
+    if free < missing * needed_bytes:
+        return (
+            f"{folder}: {free:,} bytes free are enough for {free // needed_bytes} of the {missing} further "
+            f"checkpoints of {needed_bytes:,} bytes that are kept at once"
+        )
+    return None
+
+
+def check_room(folder: Path, checkpoint: Path | None) -> None:
+    """Checks, before the size of a checkpoint is known, that a run can begin or go on at all.
+
+    Raises:
+        StorageError: the disk is as good as full.
+    """
+    needed = _LEAST_BYTES + (0 if checkpoint is None else size(checkpoint))
+    free = free_bytes(folder)
+    if free is not None and free < needed:
+        raise StorageError(
+            f"{folder}: the disk is full: {needed:,} bytes needed, {free:,} bytes free; "
+            "free some space or choose another --run-dir"
+        )
+
+
+def identity(config: Config, index: Index, skipped: Sequence[int] | None = ()) -> dict[str, Any]:
+    """Returns what tells one experiment from another; it is saved with every checkpoint.
+
+    Args:
+        config: the resolved config.
+        index: its data set.
+        skipped: ids of the train split that are left out; None where that is not known yet.
+
+    Returns:
+        `config` and its `config_digest`; `data`: name, digest, samples of each split and what is left out;
+        `order`: the digest of what decides the order of the samples of an epoch, None if not known.
+    """
+    document = config.model_dump(mode="json")
+    data: dict[str, Any] = {
+        "name": index.name,
+        "digest": index.digest,
+        **{name: split.samples for name, split in index.splits.items()},
+    }
+    order = None
+    if skipped is not None:
+        ids = [int(i) for i in skipped]
+        data |= {"skipped": len(ids), "skipped_digest": _digest(ids) if ids else None}
+        shards = [shard.samples for shard in index.splits["train"].shards]
+        served = [config.data.remainder, config.data.streams, config.data.shuffle_buffer]
+        order = _digest([config.seed, config.train.batch_size, *served, shards, ids])
+    return {"config": document, "config_digest": _digest(document), "data": data, "order": order}
+
+
+def saved_identity(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the identity that the state of a checkpoint holds.
+
+    Raises:
+        CheckpointError: it lacks a part of it.
+    """
+    for key in ("step", "config", "config_digest", "data", "order"):
+        if key not in state:
+            raise CheckpointError(f"{checkpoint}: has no {key} in its state; use another checkpoint")
+    return {key: state[key] for key in ("config", "config_digest", "data", "order")}
+
+
+def changes_since(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns a line `key: old -> new` for each difference between two identities that matters.
+
+    Args:
+        saved: of a checkpoint, or with the key `config` alone.
+        now: of this run; what it does not know is not compared.
+    """
+    try:  # keys that were added to the schema since have their defaults
+        old = Config.model_validate_json(canonical(saved["config"])).model_dump(mode="json")
+    except pydantic.ValidationError:  # of another version: its own keys are differences
+        old = dict(saved["config"])
+    new = dict(now["config"])
+    for key in now["data"].keys() & saved.get("data", {}).keys():
+        old["data"] = old["data"] | {key: saved["data"][key]}
+        new["data"] = new["data"] | {key: now["data"][key]}
+    return [line for line in differences(old, new) if line.partition(":")[0] not in _FREE]
+
+
+def refuse(what: str, changes: Sequence[str]) -> UsageError:
+    """Returns the error to raise where changes need --force."""
+    return UsageError(
+        "\n  ".join([f"{what} another config or data set:", *changes])
+        + "\nundo the change, choose another --run-dir, or go on all the same with --force"
+    )
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(canonical(document)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: to go on from, or None for the beginning.
+        step: optimizer steps taken until then.
+        finished: the run in the folder has finished already, there is nothing to do.
+        notes: lines for the user: what was found, and what was passed over and why.
+        changes: differences from what is gone on with that `--force` lets pass, as `key: old -> new`.
+    """
+
+    checkpoint: Path | None
+    step: int = 0
+    finished: bool = False
+    notes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+
+
+def resume_point(folder: RunFolder, resume: str, now: Mapping[str, Any], *, force: bool = False) -> Start:
+    """Decides where a run begins; changes nothing.
 
     Args:
         folder: the run folder; need not exist.
         resume: auto, never, or the path of a run folder or checkpoint.
-        config: the config of this run.
-
-    Returns:
-        The checkpoint to go on from, or None for the beginning; and whether the run in the folder has
-        finished already, so that there is nothing to do.
+        now: the identity of this run.
+        force: go on although config or data set have changed.
 
     Raises:
-        UsageError: the folder holds a run of another config, or one that must not be continued.
-        CheckpointError: there is no checkpoint at the path.
+        UsageError: the folder holds a run that must not be continued, or one of another config or data set.
+        CheckpointError: there is no checkpoint at the path, or none that is sound.
     """
-    if resume not in {"auto", "never"}:
-        found = find_checkpoint(Path(resume))
-        if found is None:
-            raise CheckpointError(
-                f"--resume {resume}: neither a run folder with a checkpoint nor a checkpoint"
-            )
-        if folder.config.exists() and not found.resolve().is_relative_to(folder.path.resolve()):
-            raise UsageError(f"{folder.path}: holds a run already; choose another --run-dir or --resume auto")
-        return found, False
-    if not folder.config.exists():
-        return None, False
+    saved: Mapping[str, Any] | None = None
+    if folder.config.exists():
+        if resume == "never":
+            raise UsageError(f"{folder.path}: holds a run; choose another --run-dir or --resume auto")
+        saved = {"config": load_config(folder.config).model_dump(mode="json")}
+    finished = resume == "auto" and folder.status().get("state") == "finished"
+    if saved is not None and finished and not changes_since(saved, now):
+        return Start(None, finished=True)
     if resume == "never":
-        raise UsageError(f"{folder.path}: holds a run; choose another --run-dir or --resume auto")
-    changes = differences(load_config(folder.config), config)
-    changes = [change for change in changes if change.partition(":")[0] not in _OF_THE_MACHINE]
-    if changes:
-        raise UsageError(
-            f"{folder.path}: holds a run of another config ({'; '.join(changes)}); "
-            "undo the change or choose another --run-dir"
-        )
-    return find_checkpoint(folder.path), folder.status().get("state") == "finished"
+        return Start(None)
+
+    elsewhere = None if resume == "auto" else resume
+    checkpoint, damages = (None, []) if elsewhere else newest_sound(folder.checkpoints)
+    if elsewhere is None and checkpoint is None:  # it may have begun with another run's and have none yet
+        elsewhere = folder.status().get("began_from")
+    if elsewhere is not None:
+        checkpoint, damages = _at(Path(elsewhere))
+        inside = checkpoint.resolve().is_relative_to(folder.path.resolve())
+        if resume != "auto" and saved is not None and not inside:
+            raise UsageError(f"{folder.path}: holds a run already; choose another --run-dir or --resume auto")
+
+    notes = [str(damage) for damage in damages]
+    what, step = f"{folder.path}: holds a run of", 0
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        saved = saved_identity(checkpoint, state)
+        what, step = f"{checkpoint}: was saved with", state["step"]
+    elif saved is not None:
+        notes.append(f"{folder.path}: no checkpoint yet; begins at the beginning")
+    changes = [] if saved is None else changes_since(saved, now)
+    if changes and not force:
+        raise refuse(what, changes)
+    return Start(checkpoint, step, notes=tuple(notes), changes=tuple(changes))
 
 
-def find_checkpoint(path: Path) -> Path | None:
-    """Returns the checkpoint at a path: the checkpoint itself, or the latest one of a run folder."""
-    steps = sorted((path / "checkpoints").glob("step_*"), reverse=True)
-    for candidate in (path, path / "checkpoints" / "latest", *steps):
-        if (candidate / "MANIFEST.json").exists():
-            return candidate
-    return None
+def _at(path: Path) -> tuple[Path, list[CheckpointError]]:
+    """Returns the checkpoint at a path, or the newest sound one of the run folder there."""
+    if (path / "checkpoints").is_dir():
+        found, damages = newest_sound(path / "checkpoints")
+        if found is not None:
+            return found, damages
+    elif (path / MANIFEST).exists() or step_of(path) >= 0:
+        found = path.resolve()
+        verify(found)
+        return found, []
+    raise CheckpointError(f"--resume {path}: neither a run folder with a checkpoint nor a checkpoint")

@@ -65,7 +65,7 @@ def _rank_state(parts: Parts, with_buffers: bool) -> dict[str, Tensor]:
     numpy_state = np.random.get_state(legacy=False)
     state = {
         "python": torch.tensor(words),
-        "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
         "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
         "numpy_rest": torch.tensor(
             [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]], dtype=torch.float64
@@ -83,8 +83,8 @@ def _rank_state(parts: Parts, with_buffers: bool) -> dict[str, Tensor]:
 
 
 def _set_generators(state: dict[str, Tensor], device: torch.device) -> None:
-    gauss = state["python_gauss"].item()
-    random.setstate((3, tuple(state["python"].tolist()), None if gauss != gauss else gauss))
+    has_gauss, gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
     position, has_gauss, numpy_gauss = state["numpy_rest"].tolist()
     words = state["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", words, int(position), int(has_gauss), numpy_gauss))

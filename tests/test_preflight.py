@@ -1,13 +1,28 @@
 """What is checked before anything starts."""
 
-import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from disttrain.config import Config, dump_config
-from disttrain.errors import CheckpointError, DataError, UsageError
-from disttrain.preflight import check_device, find_checkpoint, open_index, resume_point, split_batch
+from disttrain.errors import CheckpointError, DataError, StorageError, UsageError
+from disttrain.files import free_bytes
+from disttrain.manifest import STATE, canonical, entry, write_manifest
+from disttrain.preflight import (
+    Start,
+    changes_since,
+    check_device,
+    check_room,
+    check_shared_memory,
+    check_space,
+    identity,
+    open_index,
+    resume_point,
+    split_batch,
+)
 from disttrain.runfolder import RunFolder
+from disttrain.shards.index import Index
 
 
 def experiment(**changes):
@@ -21,15 +36,35 @@ def experiment(**changes):
         "optim": {"lr": 0.1},
     }
     for section, values in changes.items():
-        document[section] = document[section] | values
+        document[section] = document.get(section, {}) | values
     return Config.model_validate(document)
 
 
-def make_checkpoint(folder, step):
-    """Makes what counts as a checkpoint here: a folder with a manifest."""
+INDEX = SimpleNamespace(
+    name="digits",
+    digest="d" * 64,
+    splits={
+        "train": SimpleNamespace(
+            samples=30, shards=[SimpleNamespace(samples=10), SimpleNamespace(samples=20)]
+        ),
+        "val": SimpleNamespace(samples=5, shards=[SimpleNamespace(samples=5)]),
+    },
+)
+
+
+def now(index=INDEX, **changes):
+    """Returns the identity of a run with the experiment, changed as said."""
+    return identity(experiment(**changes), index)
+
+
+def make_checkpoint(folder, step, saved=None):
+    """Makes a sound checkpoint without weights."""
     path = folder / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True)
-    (path / "MANIFEST.json").write_text("{}")
+    state = {"step": step} | (now() if saved is None else saved)
+    data = canonical({"state": state, "parts": {}})
+    (path / STATE).write_bytes(data)
+    write_manifest(path, {STATE: entry(STATE, data)})
     return path
 
 
@@ -141,53 +176,135 @@ def test_a_config_that_just_fits_the_data(digits_root, changes):
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_folder_that_is_not_there_is_a_new_run(tmp_path, resume):
-    assert resume_point(RunFolder(tmp_path / "new"), resume, experiment()) == (None, False)
+    assert resume_point(RunFolder(tmp_path / "new"), resume, now()) == Start(None)
 
 
-def test_an_unfinished_run_goes_on_from_its_latest_checkpoint(folder):
+def test_an_unfinished_run_goes_on_from_its_newest_checkpoint(folder):
     folder.update_status(state="stopped")
-    checkpoint, finished = resume_point(folder, "auto", experiment())
-    assert checkpoint is not None
-    assert (checkpoint.resolve().name, finished) == ("step_00000020", False)
+    assert resume_point(folder, "auto", now()) == Start(folder.checkpoints / "step_00000020", 20)
+
+
+def test_a_run_without_its_config_goes_on_all_the_same(folder):
+    folder.config.unlink()
+    assert resume_point(folder, "auto", now()).checkpoint == folder.checkpoints / "step_00000020"
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(folder):
+    (folder.checkpoints / "step_00000020" / STATE).write_text("{}")
+    start = resume_point(folder, "auto", now())
+    assert start.checkpoint == folder.checkpoints / "step_00000010"
+    (note,) = start.notes
+    assert note.startswith(
+        f"{folder.checkpoints}/step_00000020/state.json: damaged: found 2 bytes with sha256 "
+    )
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(folder):
+    for step in (10, 20):
+        (folder.checkpoints / f"step_000000{step}" / STATE).unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint is sound"):
+        resume_point(folder, "auto", now())
+    with pytest.raises(CheckpointError, match="no checkpoint is sound"):
+        resume_point(RunFolder(folder.path.parent / "new"), str(folder.path), now())
 
 
 def test_a_run_without_a_checkpoint_begins_again(tmp_path):
     folder = RunFolder(tmp_path)
     folder.config.write_text(dump_config(experiment()))
-    assert resume_point(folder, "auto", experiment()) == (None, False)
+    start = resume_point(folder, "auto", now())
+    assert start == Start(None, notes=(f"{tmp_path}: no checkpoint yet; begins at the beginning",))
+
+
+def test_a_run_that_began_with_anothers_checkpoint_begins_with_it_again(folder, tmp_path):
+    new = RunFolder(tmp_path / "new")
+    new.path.mkdir()
+    new.config.write_text(dump_config(experiment()))
+    new.update_status(began_from=str(folder.checkpoints / "step_00000010"))
+    assert resume_point(new, "auto", now()).checkpoint == folder.checkpoints / "step_00000010"
+    make_checkpoint(new.path, 15)
+    assert resume_point(new, "auto", now()).checkpoint == new.checkpoints / "step_00000015"
 
 
 def test_a_finished_run_is_not_continued(folder):
     folder.update_status(state="finished")
-    assert resume_point(folder, "auto", experiment())[1]
+    assert resume_point(folder, "auto", now()) == Start(None, finished=True)
+    assert resume_point(folder, "auto", now(data={"cache": "none"})).finished
+
+
+def test_a_finished_run_is_continued_if_it_is_forced_to_change(folder):
+    folder.update_status(state="finished")
+    start = resume_point(folder, "auto", now(train={"epochs": 3}), force=True)
+    assert start.checkpoint == folder.checkpoints / "step_00000020"
+    assert start.changes == ("train.epochs: 2 -> 3",)
 
 
 def test_a_run_that_must_not_be_continued(folder):
     with pytest.raises(UsageError, match=r"run: holds a run; choose another --run-dir or --resume auto$"):
-        resume_point(folder, "never", experiment())
+        resume_point(folder, "never", now())
 
 
-def test_a_run_of_another_config(folder):
-    changed = experiment(optim={"lr": 0.2}, train={"epochs": 3})
+CHANGED = {"optim": {"lr": 0.2}, "train": {"epochs": 3}}
+
+
+@pytest.mark.parametrize("place", ["own", "elsewhere", "no checkpoint"])
+def test_another_config_is_shown_and_refused_unless_forced(folder, tmp_path, place):
+    what = f"{folder.checkpoints / 'step_00000020'}: was saved with"
+    run, resume = folder, "auto"
+    if place == "elsewhere":
+        run, resume = RunFolder(tmp_path / "new"), str(folder.path)
+    if place == "no checkpoint":
+        shutil.rmtree(folder.checkpoints)
+        what = f"{folder.path}: holds a run of"
     with pytest.raises(UsageError) as caught:
-        resume_point(folder, "auto", changed)
+        resume_point(run, resume, now(**CHANGED))
     assert str(caught.value) == (
-        f"{folder.path}: holds a run of another config (optim.lr: 0.1 -> 0.2; train.epochs: 2 -> 3); "
-        "undo the change or choose another --run-dir"
+        f"{what} another config or data set:\n  optim.lr: 0.1 -> 0.2\n  train.epochs: 2 -> 3\n"
+        "undo the change, choose another --run-dir, or go on all the same with --force"
     )
+    start = resume_point(run, resume, now(**CHANGED), force=True)
+    assert start.changes == ("optim.lr: 0.1 -> 0.2", "train.epochs: 2 -> 3")
+    assert (start.checkpoint is None) == (place == "no checkpoint")
+
+
+def test_another_data_set_is_refused(folder):
+    other = SimpleNamespace(**vars(INDEX) | {"digest": "e" * 64})
+    with pytest.raises(UsageError, match=f"\n  data.digest: {'d' * 64} -> {'e' * 64}\n"):
+        resume_point(folder, "auto", now(other))
+
+
+def test_what_says_nothing_about_the_experiment_may_change(folder):
+    free = {
+        "data": {"root": "/x", "cache": "none", "workers": 3},
+        "checkpoint": {"keep": 5},
+        "monitor": {"gpu_interval_s": 3.0},
+    }
+    assert resume_point(folder, "auto", now(**free)).changes == ()
+
+
+@pytest.mark.parametrize("key", ["config", "config_digest", "data", "order"])
+def test_a_checkpoint_that_does_not_say_what_it_is_of(folder, key):
+    saved = {name: value for name, value in now().items() if name != key}
+    make_checkpoint(folder.path, 30, saved)
+    with pytest.raises(CheckpointError, match=f"step_00000030: has no {key} in its state"):
+        resume_point(folder, "auto", now())
 
 
 @pytest.mark.parametrize("given", ["run", "run/checkpoints/step_00000020", "run/checkpoints/latest"])
 def test_a_new_run_can_begin_with_a_checkpoint_of_another(folder, given):
     new = RunFolder(folder.path.parent / "new")
-    checkpoint, finished = resume_point(new, str(folder.path.parent / given), experiment(train={"epochs": 9}))
-    assert checkpoint is not None
-    assert (checkpoint.resolve().name, finished) == ("step_00000020", False)
+    start = resume_point(new, str(folder.path.parent / given), now())
+    assert start == Start(folder.checkpoints / "step_00000020", 20)
 
 
 def test_a_run_can_go_back_to_an_earlier_checkpoint_of_its_own(folder):
     earlier = folder.checkpoints / "step_00000010"
-    assert resume_point(folder, str(earlier), experiment()) == (earlier, False)
+    assert resume_point(folder, str(earlier), now()) == Start(earlier, 10)
+
+
+def test_a_checkpoint_that_is_asked_for_is_the_only_one_that_will_do(folder):
+    (folder.checkpoints / "step_00000020" / STATE).unlink()
+    with pytest.raises(CheckpointError, match=r"step_00000020/state\.json: missing"):
+        resume_point(folder, str(folder.checkpoints / "latest"), now())
 
 
 def test_a_run_does_not_take_up_a_checkpoint_of_another(folder, tmp_path):
@@ -195,39 +312,129 @@ def test_a_run_does_not_take_up_a_checkpoint_of_another(folder, tmp_path):
     with pytest.raises(
         UsageError, match=r"run: holds a run already; choose another --run-dir or --resume auto"
     ):
-        resume_point(folder, str(other), experiment())
+        resume_point(folder, str(other), now())
 
 
-def test_a_path_without_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("name", ["", "run", "run/checkpoints"])
+def test_a_path_without_a_checkpoint(tmp_path, name):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError) as caught:
-        resume_point(RunFolder(tmp_path / "run"), str(tmp_path), experiment())
+        resume_point(RunFolder(tmp_path / "new"), str(tmp_path / name), now())
     assert (
-        str(caught.value) == f"--resume {tmp_path}: neither a run folder with a checkpoint nor a checkpoint"
+        str(caught.value)
+        == f"--resume {tmp_path / name}: neither a run folder with a checkpoint nor a checkpoint"
     )
 
 
-@pytest.mark.parametrize("target", ["step_00000099", None], ids=["dangling", "missing"])
-def test_without_a_good_link_the_newest_checkpoint_counts(folder, target):
-    link = folder.checkpoints / "latest"
-    link.unlink()
-    if target:
-        link.symlink_to(target)
-    (folder.checkpoints / "step_00000030").mkdir()  # a save that did not come to its end
-    assert find_checkpoint(folder.path) == folder.checkpoints / "step_00000020"
+# --- Identity ---------------------------------------------------------------------------------------
 
 
-def test_the_link_counts_more_than_the_number(folder):
-    link = folder.checkpoints / "latest"
-    link.unlink()
-    link.symlink_to("step_00000010")
-    found = find_checkpoint(folder.path)
-    assert found is not None
-    assert found.resolve().name == "step_00000010"
+def test_the_identity_of_a_run(digits_root):
+    config = experiment(data={"root": str(digits_root)})
+    index = open_index(config, lambda text: None)
+    found = identity(config, index)
+    assert found["config"] == config.model_dump(mode="json")
+    assert found["data"] == {
+        "name": "digits",
+        "digest": index.digest,
+        "train": 1438,
+        "val": 359,
+        "skipped": 0,
+        "skipped_digest": None,
+    }
+    assert len(found["config_digest"]) == len(found["order"]) == 64
+    assert isinstance(index, Index)
 
 
-def test_no_checkpoint_in_a_file_or_an_empty_folder(tmp_path):
-    file = tmp_path / "file"
-    file.write_text(json.dumps({}))
-    assert find_checkpoint(file) is None
-    assert find_checkpoint(tmp_path) is None
-    assert find_checkpoint(tmp_path / "missing") is None
+@pytest.mark.parametrize(
+    ("changes", "other_order"),
+    [
+        ({"optim": {"lr": 0.3}}, False),
+        ({"train": {"epochs": 9}}, False),
+        ({"train": {"batch_size": 32}}, True),
+        ({"data": {"streams": 3}}, True),
+        ({"data": {"shuffle_buffer": 3}}, True),
+        ({"data": {"remainder": "drop"}}, True),
+    ],
+)
+def test_the_digests_follow_what_they_are_of(changes, other_order):
+    before, after = now(), now(**changes)
+    assert before["config_digest"] != after["config_digest"]
+    assert (before["order"] != after["order"]) == other_order
+
+
+def test_samples_that_are_left_out_are_part_of_the_identity():
+    config = experiment()
+    nothing, two, others = (identity(config, INDEX, ids) for ids in ((), (3, 7), (3, 8)))
+    assert len({item["order"] for item in (nothing, two, others)}) == 3
+    assert [line.partition(":")[0] for line in changes_since(nothing, two)] == [
+        "data.skipped",
+        "data.skipped_digest",
+    ]
+    assert [line.partition(":")[0] for line in changes_since(two, others)] == ["data.skipped_digest"]
+    assert changes_since(two, identity(config, INDEX, None)) == [], "not known yet"
+
+
+def test_a_key_that_is_new_in_the_schema_is_no_change():
+    saved = now(optim={"betas": [0.9, 0.95], "name": "adam"})
+    del saved["config"]["monitor"]
+    assert changes_since(saved, now(optim={"betas": [0.9, 0.95], "name": "adam"})) == []
+    saved["config"]["train"]["of_old"] = 1
+    assert "train.of_old: 1 -> None" in changes_since(saved, now())
+
+
+# --- Space ------------------------------------------------------------------------------------------
+
+
+def disk(monkeypatch, free):
+    """Makes every disk as full as that."""
+    usage = shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def test_free_space_is_that_of_the_folder_or_of_where_it_will_be(tmp_path):
+    assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+
+
+def test_one_further_checkpoint_must_fit(tmp_path, monkeypatch):
+    disk(monkeypatch, 999)
+    with pytest.raises(StorageError) as caught:
+        check_space(tmp_path, 1000, 2)
+    assert str(caught.value) == (
+        f"{tmp_path}: a checkpoint does not fit: 1,000 bytes needed, 999 bytes free; "
+        "free some space or choose another --run-dir"
+    )
+    disk(monkeypatch, 1000)
+    note = check_space(tmp_path, 1000, 2)
+    assert note is not None
+    assert "1,000 bytes free are enough for 1 of the 4 further checkpoints" in note
+    make_checkpoint(tmp_path, 1)
+    make_checkpoint(tmp_path, 2)
+    disk(monkeypatch, 2000)
+    assert check_space(tmp_path / "checkpoints", 1000, 2) is None
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_no_run_begins_on_a_full_disk(folder, monkeypatch, resumed):
+    checkpoint = folder.checkpoints / "step_00000020" if resumed else None
+    needed = 2**24 + ((checkpoint / STATE).stat().st_size if checkpoint else 0)
+    disk(monkeypatch, needed)
+    check_room(folder.path, checkpoint)
+    disk(monkeypatch, needed - 1)
+    with pytest.raises(StorageError, match=f": {needed:,} bytes needed, {needed - 1:,} bytes free; "):
+        check_room(folder.path, checkpoint)
+
+
+def test_shared_memory_is_needed_between_gpus_of_a_node(tmp_path, monkeypatch):
+    disk(monkeypatch, 2**26)  # of a container of Docker
+    for device, processes in (("cpu", 8), ("cuda", 1), ("cuda", 3)):
+        check_shared_memory(device, processes, tmp_path)
+    with pytest.raises(StorageError) as caught:
+        check_shared_memory("cuda", 4, tmp_path)
+    assert str(caught.value).startswith(
+        f"{tmp_path}: NCCL takes 77,103,104 bytes for 4 GPUs, 67,108,864 bytes "
+    )
+    for word in ("--shm-size=1g", "--ipc=host", "NCCL_SHM_DISABLE=1"):
+        assert word in str(caught.value)
+    monkeypatch.setenv("NCCL_SHM_DISABLE", "1")
+    check_shared_memory("cuda", 4, tmp_path)

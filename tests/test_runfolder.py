@@ -1,21 +1,26 @@
 """The run folder: its lock, its documents and its lines."""
 
 import contextlib
+import errno
+import fcntl
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from disttrain.errors import BusyError, DataError
+from disttrain.errors import BusyError, DataError, StorageError
 from disttrain.files import write_atomically
 from disttrain.runfolder import (
     LOCKED_BY_LAUNCHER,
@@ -66,13 +71,25 @@ def error_at(time, rank, folder):
 def test_a_new_folder_is_made_with_its_parents(tmp_path):
     folder = RunFolder(tmp_path / "a" / "b")
     folder.create()
-    assert sorted(entry.name for entry in folder.path.iterdir()) == [".lock", "checkpoints", "errors", "logs"]
+    assert sorted(entry.name for entry in folder.path.iterdir()) == [
+        ".lock",
+        ".reserve",
+        "checkpoints",
+        "errors",
+        "logs",
+    ]
 
 
 def test_an_empty_folder_is_taken(folder):
     folder.path.mkdir()
     folder.create()
-    assert sorted(entry.name for entry in folder.path.iterdir()) == [".lock", "checkpoints", "errors", "logs"]
+    assert sorted(entry.name for entry in folder.path.iterdir()) == [
+        ".lock",
+        ".reserve",
+        "checkpoints",
+        "errors",
+        "logs",
+    ]
 
 
 def test_the_folder_of_an_earlier_run_is_taken_as_it_is(folder):
@@ -132,7 +149,8 @@ def test_the_lock_is_free_once_its_holder_was_killed(folder):
         process.wait()
         (folder.path / ".lock").write_text("a holder with a longer name " * 10)
         folder.create()
-        assert (folder.path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+        now = json.loads((folder.path / ".lock").read_text())
+        assert (now["pid"], now["host"]) == (os.getpid(), socket.gethostname())
 
 
 def test_a_worker_enters_the_folder_that_its_launcher_has_locked(folder, monkeypatch):
@@ -141,6 +159,107 @@ def test_a_worker_enters_the_folder_that_its_launcher_has_locked(folder, monkeyp
         assert folder.locked_by_launcher()
         folder.create()
         assert not RunFolder(folder.path.parent / "other").locked_by_launcher()
+
+
+_WITHOUT_LOCKS = """
+import errno, fcntl, os, socket
+def flock(descriptor, operation):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+"""
+
+
+@pytest.fixture(params=[errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def without_locks(request, monkeypatch):
+    """A file system without locks, in this process and in the `holder`."""
+
+    def flock(descriptor, operation):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(sys.modules[__name__], "_HOLDER", _WITHOUT_LOCKS + _HOLDER)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_a_living_holder_is_named_and_a_dead_one_replaced(folder):
+    with holder(folder.path) as process:
+        with pytest.raises(
+            BusyError, match=f"process {process.pid} on {socket.gethostname()} is running here"
+        ):
+            folder.create()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        RunFolder(folder.path).create()
+        assert json.loads((folder.path / ".lock").read_text())["pid"] == os.getpid()
+    with pytest.raises(BusyError, match=f"process {os.getpid()} on "):
+        RunFolder(folder.path).create()
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_a_holder_that_ends_gives_the_lock_back(folder):
+    with holder(folder.path) as process:
+        process.communicate("", timeout=60)
+    assert (folder.path / ".lock").read_text() == ""
+
+
+@pytest.mark.usefixtures("without_locks")
+@pytest.mark.parametrize("field", ["start", "host"])
+def test_without_locks_the_number_of_a_process_alone_says_nothing(folder, field):
+    with holder(folder.path):
+        lock = folder.path / ".lock"
+        lock.write_text(json.dumps(json.loads(lock.read_text()) | {field: 1}))
+        if field == "start":  # another process that has the same number
+            folder.create()
+        else:
+            with pytest.raises(BusyError, match=r"on 1 is running here \(as far as .* remove .*/\.lock\)"):
+                folder.create()
+
+
+def test_a_folder_of_somebody_else(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become somebody else")
+    (tmp_path / "run").mkdir(mode=0o700)
+    program = (
+        "import os, sys; from pathlib import Path\n"
+        "from disttrain.errors import BusyError; from disttrain.runfolder import RunFolder\n"
+        "os.chdir(sys.argv[1]); os.seteuid(65534)\n"
+        "for attempt in (RunFolder(Path('run')).is_run, RunFolder(Path('run')).create):\n"
+        "    try: attempt()\n"
+        "    except BusyError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "run: cannot be written: Permission denied; choose another --run-dir\n" * 2, (
+        done.stderr
+    )
+
+
+def read_only(path):
+    """Binds a folder to itself, read-only; returns how to undo that."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount")
+    if subprocess.run(["mount", "--bind", path, path], capture_output=True).returncode:
+        pytest.skip("needs a system that lets root mount")
+    subprocess.run(["mount", "-o", "remount,ro,bind", path], check=True)
+    return lambda: subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.parametrize("inside", ["", "logs", "checkpoints", "errors"])
+def test_no_run_begins_where_a_folder_is_read_only(folder, inside):
+    with holder(folder.path):
+        pass
+    unmount = read_only(folder.path / inside)
+    try:
+        with pytest.raises(BusyError) as caught:
+            folder.create()
+        path = folder.path / inside
+        assert str(caught.value) == (
+            f"{path}: cannot be written: Read-only file system; choose another --run-dir"
+        )
+    finally:
+        unmount()
+    folder.create()
 
 
 # --- Documents --------------------------------------------------------------------------------------
@@ -183,12 +302,61 @@ def test_a_reader_never_sees_half_a_status(folder):
     assert len(seen) > 1
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def full_disk(monkeypatch, times):
+    """Lets this many calls of os.write fail."""
+    real = os.write
+
+    def write(descriptor, data):
+        nonlocal times
+        times -= 1
+        if times >= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "status.json"
     write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \udcff")
+    full_disk(monkeypatch, 1)
+    with pytest.raises(StorageError) as caught:
+        write_atomically(path, "new")
+    assert caught.value.exit_code == 74
+    assert re.fullmatch(
+        rf"{path}: cannot be written: No space left on device \(3 bytes needed, [0-9,]+ bytes free\); "
+        "free some space, then try again",
+        str(caught.value),
+    )
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_how_a_run_ended_is_written_down_on_a_full_disk(folder, monkeypatch):
+    folder.create()
+    reserve = folder.path / ".reserve"
+    assert reserve.stat().st_blocks * 512 >= 2**16, "really taken"
+    full_disk(monkeypatch, 1)
+    folder.write_error(0, StorageError("full"))
+    assert not reserve.exists()
+    assert folder.first_error()["message"] == "full"
+    full_disk(monkeypatch, 2)
+    with pytest.raises(StorageError):
+        folder.update_status(state="failed")
+    monkeypatch.undo()
+    folder.create()
+    assert reserve.exists(), "there for the next attempt"
+
+
+def test_what_was_forced_is_kept(folder):
+    folder.create()
+    folder.record_forced(10, ["optim.lr: 0.1 -> 0.2"])
+    folder.update_status(state="running")
+    folder.record_forced(20, ["seed: 0 -> 1"])
+    assert [(entry["step"], entry["changes"]) for entry in folder.status()["forced"]] == [
+        (10, ["optim.lr: 0.1 -> 0.2"]),
+        (20, ["seed: 0 -> 1"]),
+    ]
 
 
 def test_the_first_error_is_the_earliest_not_that_of_the_lowest_rank(folder):
@@ -280,22 +448,93 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(folder):
     write_lines(folder.metrics, [{"step": 10}, {"step": 20}, {"step": 30}])
     write_lines(folder.trace(0), [{"step": 20, "ids": [1]}, {"step": 21, "ids": [2]}])
     write_lines(folder.trace(3), [{"step": 21, "ids": [3]}])
-    folder.forget_after(20)
+    folder.forget_after(20, 1)
     assert read_lines(folder.metrics) == [{"step": 10}, {"step": 20}]
     assert read_lines(folder.trace(0)) == [{"step": 20, "ids": [1]}]
     assert read_lines(folder.trace(3)) == []
 
 
+@pytest.mark.parametrize(("epoch", "stays"), [(2, True), (1, False)])
+def test_an_evaluation_stays_if_its_epoch_is_complete_in_the_checkpoint(folder, epoch, stays):
+    folder.create()
+    train, evaluation = {"kind": "train", "step": 20, "epoch": 2}, {"kind": "eval", "step": 20, "epoch": 2}
+    write_lines(folder.metrics, [{"kind": "eval", "step": 10, "epoch": 1}, train, evaluation])
+    folder.forget_after(20, epoch)
+    assert read_lines(folder.metrics)[1:] == [train, evaluation][: 1 + stays]
+
+
+def test_what_is_no_record_is_forgotten(folder):
+    folder.create()
+    folder.metrics.write_bytes(b'{"step": 10}\n' + bytes(100) + b'\n[]\n"text"\n{"loss": 1}\n{"step": 11}\n')
+    folder.forget_after(99, 9)
+    assert read_lines(folder.metrics) == [{"step": 10}, {"step": 11}]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2', "x" * 200_000])
+@pytest.mark.parametrize("whole", ["", '{"step": 1}\n'])
+def test_nothing_is_glued_to_a_torn_line(tmp_path, torn, whole):
+    path = tmp_path / "gpu.jsonl"
+    path.write_text(whole + torn)
+    write_lines(path, [{"step": 3}])
+    assert path.read_text() == whole + '{"step": 3}\n'
+
+
+def test_a_process_that_is_killed_while_it_writes_tears_one_line_at_most(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    program = (
+        "import sys; from pathlib import Path; from disttrain.runfolder import JsonLines\n"
+        "file = JsonLines(Path(sys.argv[1]))\n"
+        "print(flush=True)\n"
+        "for step in range(10**9): file.write({'step': step, 'ids': list(range(2000))})\n"
+    )
+    for _ in range(3):
+        with subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(0.05)
+            process.kill()
+    write_lines(path, [{"step": -1}])
+    steps = [record["step"] for record in read_lines(path)]
+    assert steps[-1] == -1
+    for before, after in itertools.pairwise(steps[:-1]):
+        assert after in {before + 1, 0}
+
+
+def test_lines_on_a_full_disk():
+    file = JsonLines(Path("/dev/full"))
+    with pytest.raises(StorageError, match=r"^/dev/full: cannot be written: No space left") as caught:
+        file.write({"step": 1})
+    assert caught.value.exit_code == 74
+    file.close()
+
+
+def test_lines_are_synced_to_the_disk(tmp_path, monkeypatch):
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    synced = []
+
+    def fsync(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        if len(synced) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    file.sync()
+    with pytest.raises(StorageError, match="Input/output error"):
+        file.sync()
+    file.close()
+    assert synced == [tmp_path / "metrics.jsonl"] * 2
+
+
 def test_a_line_that_was_torn_by_a_crash_is_forgotten(folder):
     folder.create()
     folder.metrics.write_text('{"step": 10}\n{"step": 1')
-    folder.forget_after(99)
+    folder.forget_after(99, 9)
     assert folder.metrics.read_text() == '{"step": 10}\n'
 
 
 def test_there_may_be_nothing_to_forget(folder):
     folder.create()
-    folder.forget_after(0)
+    folder.forget_after(0, 0)
     assert not folder.metrics.exists()
 
 

@@ -49,6 +49,7 @@ from disttrain.optim import build_optimizer
 from disttrain.parts import Hooks, Parts, Position
 from disttrain.preflight import open_index
 from disttrain.runfolder import RunFolder
+from disttrain.saver import RunSaver
 from disttrain.shards.index import Index
 from disttrain.train import train_epoch
 
@@ -105,7 +106,9 @@ class Ours:
         saver = Nothing()
         keys = {}
         if saving:
-            saver = worker.RunSaver(self.parts, position, self.index, folder, observer.saved)
+            saver = RunSaver(
+                self.parts, position, self.index, folder, done=observer.saved, before=observer.sync
+            )
             keys = {"checkpoint": {"every_steps": self.steps // 2 + 1}}
         with observer:
             seconds = self.epoch(observer, observer.gauges, saver, **keys)

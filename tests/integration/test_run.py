@@ -19,7 +19,7 @@ from runs import computed_records as records
 from runs import ids_per_step
 from safetensors.torch import load_file
 
-from disttrain import checkpoint
+from disttrain import manifest
 from disttrain.data.plan import Plan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -275,7 +275,7 @@ def test_a_checkpoint_that_is_being_written_outlives_a_failure(
     assert "the eighth step" in done.stderr
     latest = tmp_path / "run/checkpoints/latest"
     assert latest.resolve().name == "step_00000007"
-    assert checkpoint.verify(latest)
+    manifest.verify(latest)
 
 
 def test_compiled_model_trains(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
@@ -503,7 +503,10 @@ def test_a_run_that_began_from_a_checkpoint_goes_on_by_itself(
 ) -> None:
     assert succeeded(disttrain("run", config_file, "--procs", "1", "--run-dir", "first", "train.epochs=1"))
     arguments = ["run", config_file, "--procs", "1", "--run-dir", "second", "train.epochs=3"]
-    assert succeeded(disttrain(*arguments, "--resume", "first"))
+    refused = disttrain(*arguments, "--resume", "first")
+    assert refused.returncode == 2
+    assert "train.epochs: 1 -> 3" in refused.stderr
+    assert succeeded(disttrain(*arguments, "--resume", "first", "--force"))
     again = disttrain(*arguments)
     assert succeeded(again)
     assert "finished already" in again.stdout
@@ -516,6 +519,6 @@ def test_a_damaged_checkpoint_is_refused(disttrain: Run, tmp_path: Path, config_
     data = bytearray(weights.read_bytes())
     data[-3] ^= 1
     weights.write_bytes(data)
-    result = disttrain("run", config_file, "--procs", "1", "--resume", "run")
+    result = disttrain("run", config_file, "--procs", "1", "--resume", "run/checkpoints/latest")
     assert result.returncode == 66
-    assert "model.safetensors: damaged" in result.stderr
+    assert re.search(r"model\.safetensors: damaged: found .* sha256 [0-9a-f]{64}, the", result.stderr)

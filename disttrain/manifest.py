@@ -1,0 +1,249 @@
+"""The folder of a checkpoint as files: its manifest, whether they are what was written, and which is newest.
+
+MANIFEST.json names every part with its size, sha256 and format version. It holds a hash of itself and is one
+line of canonical JSON, so that no bit of it can change unnoticed either. What is in the parts is for
+`checkpoint.py`; nothing here imports torch, because a launcher looks before it starts anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from disttrain.errors import CheckpointError
+from disttrain.files import link, move, write_new
+
+FORMAT = 2
+"""Format of the manifest."""
+
+PART_FORMATS = {".safetensors": 1, ".json": 1}
+"""Format of each kind of part."""
+
+STATE = "state.json"
+MANIFEST = "MANIFEST.json"
+_STEP = re.compile(r"step_(\d{8,})")
+_REPLACED = re.compile(r"\.step_(\d{8,})\.replaced")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def canonical(document: Any) -> bytes:
+    """Returns the one form that a JSON document has here, whatever the order of its keys."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def entry(name: str, data: bytes) -> dict[str, Any]:
+    """Returns what the manifest says about a part."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    return {"bytes": len(data), "sha256": sha256, "format": PART_FORMATS[Path(name).suffix]}
+
+
+def write_manifest(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the manifest of parts that are in the folder already.
+
+    Args:
+        folder: of the checkpoint.
+        parts: name of each file -> its `entry`.
+    """
+    document = {"format": FORMAT, "parts": parts}
+    sha256 = hashlib.sha256(canonical(document)).hexdigest()
+    write_new(folder / MANIFEST, canonical(document | {"sha256": sha256}))
+
+
+def verify(path: Path) -> None:
+    """Reads a checkpoint and compares it with its manifest.
+
+    Raises:
+        CheckpointError: it is missing, or a part is missing or damaged; names the file and both hashes.
+    """
+    for name, expected in read_manifest(path).items():
+        _read(path / name, expected)
+
+
+def read(path: Path) -> dict[str, bytes]:
+    """Returns the bytes of every part of a checkpoint, once they are verified.
+
+    Raises:
+        CheckpointError: as `verify` does.
+    """
+    return {name: _read(path / name, expected) for name, expected in read_manifest(path).items()}
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Returns the JSON state of a checkpoint without its tensors.
+
+    Raises:
+        CheckpointError: as `verify` does, but of this part alone.
+    """
+    parts = read_manifest(path)
+    if STATE not in parts:
+        raise CheckpointError(f"{path}: has no {STATE}; use an earlier checkpoint")
+    state: dict[str, Any] = json.loads(_read(path / STATE, parts[STATE]))["state"]
+    return state
+
+
+def size(path: Path) -> int:
+    """Returns the bytes that a checkpoint takes by its manifest."""
+    return sum(part["bytes"] for part in read_manifest(path).values())
+
+
+def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the entry of each part of a checkpoint; the parts themselves are not looked at.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged or of another format.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no checkpoint")
+    file = path / MANIFEST
+    try:
+        data = file.read_bytes()
+        document = json.loads(data)
+        version = document["format"]
+    except OSError as error:
+        raise CheckpointError(f"{file}: missing: {error.strerror}; use an earlier checkpoint") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{file}: damaged: not a manifest; use an earlier checkpoint") from None
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{path}: checkpoint format {version}; this version reads format {FORMAT}: use the version of "
+            "disttrain that wrote it"
+        )
+    expected = document.pop("sha256", None)
+    found = hashlib.sha256(canonical(document)).hexdigest()
+    if found != expected or data != canonical(document | {"sha256": expected}):
+        _damaged(file, f"sha256 {found}", f"it says {expected}")
+    parts: dict[str, dict[str, Any]] = document["parts"]
+    for name, part in parts.items():
+        if not _NAME.fullmatch(name) or part["format"] != PART_FORMATS.get(Path(name).suffix):
+            raise CheckpointError(
+                f"{path}: this version does not know the part {name}, format {part['format']}: use the "
+                "version of disttrain that wrote it"
+            )
+    return parts
+
+
+def _read(path: Path, expected: Mapping[str, Any]) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: missing: {error.strerror}; expected {expected['bytes']:,} bytes with sha256 "
+            f"{expected['sha256']}; use an earlier checkpoint"
+        ) from None
+    found = entry(path.name, data)
+    if found != expected:
+        _damaged(
+            path,
+            f"{found['bytes']:,} bytes with sha256 {found['sha256']}",
+            f"the manifest says {expected['bytes']:,} bytes with {expected['sha256']}",
+        )
+    return data
+
+
+def _damaged(path: Path, found: str, expected: str) -> NoReturn:
+    raise CheckpointError(f"{path}: damaged: found {found}, {expected}; use an earlier checkpoint")
+
+
+def step_of(path: Path) -> int:
+    """Returns the step in the name of a checkpoint's folder, -1 if it is not such a name."""
+    match = _STEP.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def list_steps(folder: Path) -> list[Path]:
+    """Returns the checkpoints in a checkpoints folder, newest first, sound or not.
+
+    With a checkpoint that was being replaced when the process was killed: the old one, under the name
+    `replaced` gives it, until the new one has its name.
+    """
+    try:
+        paths = [path for path in folder.iterdir() if step_of(path) >= 0 and path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}; see to the folder") from None
+    return sorted(paths, key=lambda path: (step_of(path), not path.name.startswith(".")), reverse=True)
+
+
+def replaced(path: Path) -> Path:
+    """Returns the name of a checkpoint while another takes its place."""
+    return path.with_name(f".{path.name}.replaced")
+
+
+def newest_sound(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
+    """Finds the newest checkpoint that verifies, by its step; links are not asked.
+
+    Args:
+        folder: the checkpoints folder of a run; need not exist.
+
+    Returns:
+        The checkpoint, or None if there never was one; and why each newer one was passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, or the link to one, and none verifies.
+    """
+    damages: list[CheckpointError] = []
+    for path in list_steps(folder):
+        try:
+            verify(path)
+        except CheckpointError as damage:
+            damages.append(damage)
+        else:
+            return path, damages
+    latest = folder / "latest"
+    if latest.is_symlink() and not damages:
+        damages.append(CheckpointError(f"{latest}: leads to {latest.readlink()}, which is missing"))
+    if damages:
+        reasons = "\n".join(str(damage) for damage in damages)
+        raise CheckpointError(
+            f"{reasons}\n{folder}: no checkpoint is sound; begin a new run in another --run-dir"
+        )
+    return None, []
+
+
+def set_aside(chosen: Path, step: int) -> tuple[Path, list[str]]:
+    """Renames the checkpoints of a run that are newer than the one it goes on from.
+
+    They are kept, as `damaged_step_*` or `abandoned_step_*`, but no save, rotation or resume meets them: the
+    run that goes on writes its own checkpoints of those steps.
+
+    Args:
+        chosen: the checkpoint to go on from; gets the name of its step if it has another one.
+        step: of that checkpoint.
+
+    Returns:
+        The chosen checkpoint, and a line for each one that was set aside.
+
+    Raises:
+        OSError: one cannot be renamed.
+    """
+    lines = []
+    for path in list_steps(chosen.parent):
+        if path == chosen or step_of(path) < step:
+            continue
+        try:
+            verify(path)
+            kind = "abandoned"
+        except CheckpointError:
+            kind = "damaged"
+        base = path.with_name(f"{kind}_step_{step_of(path):08d}")
+        aside, number = base, 1
+        while os.path.lexists(aside):
+            number += 1
+            aside = base.with_name(f"{base.name}-{number}")
+        move(path, aside)
+        lines.append(f"{path} is kept as {aside.name}")
+    named = chosen.with_name(f"step_{step:08d}")
+    if chosen != named:
+        move(chosen, named)
+    latest, best = named.with_name("latest"), named.with_name("best")
+    if latest.resolve() != named.resolve():
+        link(latest, named.name)
+    if not best.exists():
+        best.unlink(missing_ok=True)
+    return named, lines
