@@ -97,6 +97,7 @@ def run(
     from disttrain.errors import UsageError
     from disttrain.launcher import LaunchPlan, launch, plan_nodes, plan_processes
     from disttrain.models import check_model_name
+    from disttrain.peers import facts
     from disttrain.preflight import check_device, open_index, resume_point, split_batch
     from disttrain.runfolder import RunFolder, new_run_path
     from disttrain.telemetry import visible_gpus
@@ -128,6 +129,7 @@ def run(
         threads=threads,
         **(node._asdict() if node else {}),
         verbosity=int(verbose) - int(quiet),
+        stall_timeout_s=config.monitor.stall_timeout_s,
     )
     check_device(config, device)
     split_batch(config, plan.world_size)
@@ -146,7 +148,13 @@ def run(
     folder = RunFolder(run_dir or new_run_path(config.name))
     if plan.node_rank == 0:
         folder.create()
-    outcome = launch(replace(plan, run_dir=folder.path), folder, max_restarts=max_restarts, say=click.echo)
+    outcome = launch(
+        replace(plan, run_dir=folder.path),
+        folder,
+        max_restarts=max_restarts,
+        say=click.echo,
+        facts=facts(config, index),
+    )
     if outcome.detail:
         click.echo(outcome.detail.rstrip(), err=True)
     if outcome.message:

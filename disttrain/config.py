@@ -226,6 +226,9 @@ class MonitorConfig(_Section):
     """Steps between two lines of metrics.jsonl."""
     gpu_interval_s: Annotated[float, Field(ge=0.1)] = 1.0
     """Seconds between two readings of the GPUs."""
+    stall_timeout_s: Annotated[float, Field(ge=1)] = 300.0
+    """Seconds without progress after which a rank is taken for hung and the run ends with 71. Longer than the
+    longest single part of a step: a compilation, a batch of evaluation, the writing of a checkpoint."""
     trackers: list[str] = Field(default_factory=list)
     """Experiment trackers; none is available in this version."""
 
@@ -294,7 +297,7 @@ def json_schema() -> dict[str, Any]:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Returns one `key: old -> new` line for each key in which two configs differ."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before | after)
@@ -669,11 +672,12 @@ def _dotted(key: _Key) -> str:
     return ".".join(str(part) for part in key)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested sections by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

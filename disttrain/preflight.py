@@ -15,8 +15,9 @@ from disttrain.errors import CheckpointError, DataError, UsageError
 from disttrain.runfolder import RunFolder
 from disttrain.shards.index import Index, data_root, load_index, server_root
 
-_OF_THE_MACHINE = {"data.root", "data.cache", "data.workers"}
-"""Keys that may change when a run goes on: they say where the samples come from, not which ones they are."""
+OF_THE_MACHINE = {"data.root", "data.cache", "data.workers", "monitor.stall_timeout_s"}
+"""Keys that may change when a run goes on and differ between nodes: they say where the samples come from and
+how patient to be, not what is trained."""
 
 
 def split_batch(config: Config, world_size: int) -> int:
@@ -109,7 +110,7 @@ def resume_point(folder: RunFolder, resume: str, config: Config) -> tuple[Path |
     if resume == "never":
         raise UsageError(f"{folder.path}: holds a run; choose another --run-dir or --resume auto")
     changes = differences(load_config(folder.config), config)
-    changes = [change for change in changes if change.partition(":")[0] not in _OF_THE_MACHINE]
+    changes = [change for change in changes if change.partition(":")[0] not in OF_THE_MACHINE]
     if changes:
         raise UsageError(
             f"{folder.path}: holds a run of another config ({'; '.join(changes)}); "

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -121,19 +121,25 @@ class RunFolder:
         self.error(rank).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.error(rank), json.dumps(document, indent=1) + "\n")
 
-    def clear_errors(self) -> None:
-        """Removes the errors of an earlier attempt."""
-        for path in (self.path / "errors").glob("rank_*.json"):
-            path.unlink()
+    def clear_errors(self, ranks: Iterable[int]) -> None:
+        """Removes the errors that an earlier attempt has left of these ranks."""
+        for rank in ranks:
+            self.error(rank).unlink(missing_ok=True)
 
-    def first_error(self) -> dict[str, Any] | None:
-        """Returns the earliest error that a rank wrote down: the cause, not its victims."""
+    def first_error(self, ranks: Iterable[int] | None = None, since: str = "") -> dict[str, Any] | None:
+        """Returns the earliest error that a rank wrote down: the cause, not its victims.
+
+        Args:
+            ranks: whose; None means all.
+            since: as `utc_now` has it; what is older is of an earlier attempt.
+        """
         errors = []
-        for path in (self.path / "errors").glob("rank_*.json"):
+        for path in self.error(0).parent.glob("rank_*.json") if ranks is None else map(self.error, ranks):
             try:
                 errors.append(json.loads(path.read_bytes()))
             except (OSError, ValueError):
                 continue
+        errors = [error for error in errors if str(error["time"]) >= since]
         return min(errors, key=lambda error: str(error["time"]), default=None)
 
     def locked_by_launcher(self) -> bool:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -32,6 +33,14 @@ from disttrain.data.batches import Batch, Loader, Window
 from disttrain.data.plan import Ids, Plan, digest, share
 from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.optim import Rate, lr_factor, set_lr
+from disttrain.pulse import Phase
+
+Beat = Callable[[Phase, int, int], None]
+
+
+def no_beat(*_: object, **__: object) -> None:
+    """Tells nobody."""
+
 
 _NOISE = 16  # the stream of random numbers that seeds dropout
 _COUNTED_AT_ONCE = 16  # forward passes whose hits are counted together
@@ -153,6 +162,7 @@ def train(
     gauges: Gauges,
     saver: Saver,
     stop_requested: Callable[[], bool],
+    beat: Beat = no_beat,
 ) -> None:
     """Trains from `position` to the end of the run. Every rank calls this.
 
@@ -163,6 +173,7 @@ def train(
         gauges: readings that go into the train records.
         saver: saves checkpoints.
         stop_requested: whether this rank was asked to stop.
+        beat: told what begins: phase, step and part of it; of the same sequence on every rank.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -173,13 +184,14 @@ def train(
     parts.model.train()
     epochs = parts.config.train.epochs
     while position.epoch < epochs:
-        train_epoch(parts, position, observer, gauges, saver, stop_requested)
-        saved = finish_epoch(parts, position, observer, saver)
+        train_epoch(parts, position, observer, gauges, saver, stop_requested, beat)
+        saved = finish_epoch(parts, position, observer, saver, beat)
         if stop_requested_anywhere(parts, stop_requested()) and position.epoch < epochs:
             if not saved:
                 saver.save(False)
             saver.wait()
             raise StoppedError(f"stopped after epoch {position.epoch}; saved, resumable")
+    beat(Phase.SAVE, position.step, 2)
     saver.wait()
 
 
@@ -190,6 +202,7 @@ def train_epoch(
     gauges: Gauges,
     saver: Saver,
     stop_requested: Callable[[], bool],
+    beat: Beat,
 ) -> None:
     """Trains from `position` to the end of its epoch. Every rank calls this; arguments as for `train`."""
     config, plan, epoch, begin = parts.config, parts.plan, position.epoch, position.samples
@@ -197,6 +210,10 @@ def train_epoch(
     steps = range(begin // plan.batch_size, plan.steps_per_epoch)
     parts.augment.start_epoch(epoch, order, *parts.image_size)
     seed = seeder(parts.accelerator.device)
+
+    def beat_in(step: int) -> Callable[[Phase, int], None]:
+        return lambda phase, part: beat(phase, step, part)
+
     meter = Meter(parts.accelerator.device)
     seen: list[Ids] = []
     with contextlib.closing(served(parts, epoch, steps, order)) as pieces:
@@ -207,7 +224,7 @@ def train_epoch(
             # Dropout depends on the step and the rank alone, so that a resumed run draws the same.
             seed(counter_rng.derive(config.seed, _NOISE, position.step, parts.rank) >> 1)
 
-            ids = train_step(parts, pieces, len(places), meter)
+            ids = train_step(parts, pieces, len(places), meter, beat_in(position.step + 1))
 
             seen.append(ids)
             position.step += 1
@@ -222,11 +239,13 @@ def train_epoch(
             if log_due or save_due or last or stopping:  # a save follows a look at the loss
                 # Collective and device synchronisation: all ranks meet here.
                 saver.check()
+                beat(Phase.REPORT, position.step, 0)
                 lr = config.optim.lr * lr_factor(config.schedule, now, config.train.epochs)
                 stopping = log_point(parts, position, lr, meter, observer, gauges, stop_requested())
                 if last or stopping:
                     prove(parts, seen, plan.ids_between(order, begin, places.stop))
                 if (save_due or stopping) and not last:
+                    beat(Phase.SAVE, position.step, 0)
                     saver.save(False)
                     meter.restart()
                 if stopping and not last:
@@ -285,7 +304,13 @@ def served(parts: Parts, epoch: int, steps: range, order: Ids) -> Generator[tupl
         yield from zip(pieces, batches, strict=True)
 
 
-def train_step(parts: Parts, pieces: Iterator[tuple[Piece, Batch]], global_batch: int, meter: Meter) -> Ids:
+def train_step(
+    parts: Parts,
+    pieces: Iterator[tuple[Piece, Batch]],
+    global_batch: int,
+    meter: Meter,
+    beat: Callable[[Phase, int], None] = no_beat,
+) -> Ids:
     """Takes one optimizer step. Every rank calls this.
 
     The loss of a rank is its sum divided by the size of the global batch, times the world size, because DDP
@@ -296,6 +321,7 @@ def train_step(parts: Parts, pieces: Iterator[tuple[Piece, Batch]], global_batch
         pieces: gives this rank's pieces of the step.
         global_batch: samples of the step over all ranks.
         meter: takes loss, hits and times.
+        beat: told the phase and the part that begins.
 
     Returns:
         The ids that this rank trained on, int64 [B].
@@ -304,20 +330,25 @@ def train_step(parts: Parts, pieces: Iterator[tuple[Piece, Batch]], global_batch
     config, scaler = parts.config.train, parts.accelerator.scaler
     ids: list[Ids] = []
     last = False
-    while not last:
+    for number in itertools.count():
+        beat(Phase.DATA, number)
         with meter.waiting():
             piece, batch = next(pieces)
             images, labels, partners = prepare(parts, piece, batch)
         last = piece.last
+        beat(Phase.COMPUTE, 2 * number)
         with contextlib.nullcontext() if last else unreduced(parts):
             with contextlib.nullcontext() if len(images) == parts.compiled_batch else as_written(parts):
                 logits = parts.model(images)
             loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
+            beat(Phase.COMPUTE, 2 * number + 1)  # the backward pass: here the ranks wait for each other
             scaled = loss * (parts.world_size / global_batch if piece.counts else 0.0)
             (scaled if scaler is None else scaler.scale(scaled)).backward()
         if piece.counts:
             meter.add(loss, logits, labels)
             ids.append(batch.ids[: len(piece.own)])
+        if last:
+            break
     if config.grad_clip is not None:
         if scaler is not None:
             scaler.unscale_(parts.optimizer)
@@ -499,7 +530,7 @@ def log_point(
     return stopping > 0
 
 
-def finish_epoch(parts: Parts, position: Position, observer: Observer, saver: Saver) -> bool:
+def finish_epoch(parts: Parts, position: Position, observer: Observer, saver: Saver, beat: Beat) -> bool:
     """Evaluates and saves as the config says, and always after the last epoch. Every rank calls this.
 
     Returns:
@@ -510,7 +541,8 @@ def finish_epoch(parts: Parts, position: Position, observer: Observer, saver: Sa
     best = False
     if last or position.epoch % config.eval.every_epochs == 0:
         tta = config.eval.tta if last or config.eval.tta_when == "always" else "none"
-        record = evaluate(parts, tta) | {"step": position.step, "epoch": position.epoch}
+        record = evaluate(parts, tta, partial(beat, Phase.EVALUATE, position.step))
+        record |= {"step": position.step, "epoch": position.epoch}
         observer.evaluate(record)
         best = position.best_accuracy is None or record["accuracy"] > position.best_accuracy
         if best:
@@ -520,16 +552,20 @@ def finish_epoch(parts: Parts, position: Position, observer: Observer, saver: Sa
     if every_steps is not None:
         due = due or position.step % every_steps == 0
     if due:
+        beat(Phase.SAVE, position.step, 1)
         saver.save(best)
     return due
 
 
-def evaluate(parts: Parts, tta: Literal["none", "flip", "multi_view"]) -> dict[str, Any]:
+def evaluate(
+    parts: Parts, tta: Literal["none", "flip", "multi_view"], beat: Callable[[int], None] = no_beat
+) -> dict[str, Any]:
     """Evaluates the model, or its moving average, on the validation split. Every rank calls this.
 
     Args:
         parts: what to evaluate with.
         tta: the test-time augmentation.
+        beat: told the number of the batch that begins.
 
     Returns:
         A record of metrics.jsonl: loss, accuracy 0..1, correct, total; with a test-time augmentation also
@@ -538,6 +574,7 @@ def evaluate(parts: Parts, tta: Literal["none", "flip", "multi_view"]) -> dict[s
     Raises:
         DataError: the ranks together did not see every sample.
     """
+    beat(0)
     average_buffers(parts, parts.bare_model)
     model: nn.Module = parts.bare_model
     if parts.ema is not None:
@@ -558,7 +595,8 @@ def evaluate(parts: Parts, tta: Literal["none", "flip", "multi_view"]) -> dict[s
         parts.accelerator.autocast(),
         contextlib.closing(parts.val_data.batches(parts.val_ids, windows)) as batches,
     ):
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            beat(number)
             plain: Tensor | None = None
             logits = torch.zeros((), device=device)
             for images, weight in views(parts.augment.plain(batch.images), tta):
