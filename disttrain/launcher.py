@@ -44,6 +44,7 @@ _DETAIL = 2**16  # characters of a traceback that are passed on
 _OF_THE_GROUP = re.compile(
     r"gloo|NCCL|TCPStore|^Dist\w*Error|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE
 )
+_ENDED_BY_TORCHRUN = {-signal.SIGTERM, 128 + signal.SIGTERM}
 _OF_TORCHRUN = re.compile(r"[IWE]\d{4} [\d:.]+ +\d+ torch/distributed/|W\d{4} .*torch")
 
 
@@ -269,10 +270,11 @@ def launch(
             folder.clear_errors(_ranks(plan))
             if plan.node_rank == 0:  # so that no earlier end is taken for the end of this attempt
                 folder.update_status(state="running", exit_code=None, reason=None, rank=None, host=None)
-            outcome = _attempt(plan, folder, signals, facts or {})
+            outcome, stopping = _attempt(plan, folder, signals, facts or {})
             if plan.node_rank == 0 and outcome.status:
                 folder.update_status(exit_code=outcome.exit_code, **outcome.status)
-            again = outcome.exit_code in {TrainingError.exit_code, HangError.exit_code} and not signals
+            failed = outcome.exit_code in {TrainingError.exit_code, HangError.exit_code}
+            again = failed and not stopping and not signals
             if not again or attempt == max_restarts:
                 break
             restarts += 1
@@ -291,8 +293,14 @@ def _ranks(plan: LaunchPlan) -> range:
     return range(first, first + plan.processes)
 
 
-def _attempt(plan: LaunchPlan, folder: RunFolder, signals: list[int], facts: Mapping[str, str]) -> Outcome:
-    """Starts this node's processes, follows them to their end and leaves none behind."""
+def _attempt(
+    plan: LaunchPlan, folder: RunFolder, signals: list[int], facts: Mapping[str, str]
+) -> tuple[Outcome, bool]:
+    """Starts this node's processes, follows them to their end and leaves none behind.
+
+    Returns:
+        How it ended, and whether a node was asked to stop.
+    """
     with contextlib.ExitStack() as stack:
         channel = None
         if plan.nodes > 1:
@@ -309,7 +317,8 @@ def _attempt(plan: LaunchPlan, folder: RunFolder, signals: list[int], facts: Map
                 )
             except DisttrainError as error:
                 state = "stopped" if isinstance(error, StoppedError) else "failed"
-                return Outcome(error.exit_code, str(error), status={"state": state, "reason": str(error)})
+                status = {"state": state, "reason": str(error)}
+                return Outcome(error.exit_code, str(error), status=status), bool(signals)
             stack.callback(channel.close)
         stack.enter_context(_adopting_orphans())
         watch = stack.enter_context(Watch(_ranks(plan).start, plan.processes))
@@ -336,7 +345,7 @@ def _attempt(plan: LaunchPlan, folder: RunFolder, signals: list[int], facts: Map
         failed_elsewhere = outcome.status.get("state") == "failed" and outcome.status.get("rank") != 0
         while plan.node_rank == 0 and failed_elsewhere and watch.saving(0) and time.monotonic() < deadline:
             watch.wait(0.02)
-        return outcome
+        return outcome, supervisor.stopping
 
 
 class _Supervisor:
@@ -360,7 +369,8 @@ class _Supervisor:
         self._channel = channel
         self._log_begin = log_begin
         self._host = socket.gethostname()
-        self._stopping = False
+        self.stopping = False
+        self._asked = False  # by another node; a signal here is still the first one
         self._remote_rows: dict[int, list[Row]] = {}
         self._done: dict[int, int] = {}  # exit codes of the nodes that have ended well
         self._final: Outcome | None = None
@@ -400,11 +410,11 @@ class _Supervisor:
 
     def _stop(self) -> Outcome | None:
         """Hands on the wish to stop; before training has begun there is nothing to save."""
-        if not self._signals or self._stopping:
+        if self.stopping or not (self._signals or self._asked):
             return None
-        self._stopping = True
+        self.stopping = True
         if self._channel:
-            self._channel.send({"stop": self._signals[0]})
+            self._channel.send({"stop": True})
         if self._plan.node_rank == 0 and not self._watch.started and not self._watch.ends:
             reason = "stopped before training began; nothing is lost, the same command goes on"
             code = StoppedError.exit_code
@@ -419,8 +429,8 @@ class _Supervisor:
             match message:
                 case {"rows": rows}:
                     self._remote_rows[node] = [Row(*row) for row in rows]
-                case {"stop": number} if not self._signals:
-                    self._signals.append(number)
+                case {"stop": True}:
+                    self._asked = True
                 case {"done": code}:
                     self._done[node] = code
                     self._remote_rows[node] = []
@@ -439,25 +449,24 @@ class _Supervisor:
         return found
 
     def _local(self) -> Outcome | None:
-        """Judges the ends of this node's ranks."""
+        """Judges the ends of this node's ranks, and of the process that started them."""
+        code = self._child.poll()
+        if code is not None and not self._watch.all_ended:
+            if code < 0 and self._plan.world_size > 1 and not self._watch.ends:
+                return self._end(code)  # its ranks die with it
+            self._watch.wait(0.1)  # what its ranks have said may come a moment later
         well = {0, StoppedError.exit_code}
         said = set(self._watch.said.values())
-        saved = self._stopping and StoppedError.exit_code in said
+        saved = self.stopping and StoppedError.exit_code in said
         for end in self._watch.ends:
-            fell = end.said is None and end.status not in {-signal.SIGTERM, 128 + signal.SIGTERM}
+            fell = end.said is None and end.status not in _ENDED_BY_TORCHRUN
             if fell and not saved:  # those that torchrun has ended died of something else
                 return self._death(end)
         if said - well and not saved:
             error = self._folder.first_error(_ranks(self._plan))
             if error is not None:
                 return _from_error(error)
-        if self._watch.all_ended:
-            return self._end()
-        code = self._child.poll()
-        if code is None:
-            return None
-        self._watch.wait(0.1)  # what its ranks have said may come a moment later
-        return self._end(code) if self._watch.ends or not self._watch.pids else None
+        return self._end(code) if self._watch.all_ended or code is not None else None
 
     def _end(self, code: int | None = None) -> Outcome:
         """Judges the end of all ranks of this node, of which none was seen to die.
@@ -472,13 +481,13 @@ class _Supervisor:
             return Outcome(max(said))
         error = self._folder.first_error(_ranks(self._plan))
         log = _read_tail(self._folder.launch_log(self._plan.node_rank), self._log_begin, 200)
-        killed = _killed_rank("\n".join(log))
-        if killed is None and error is not None:
+        rank, status = _failed_rank("\n".join(log)) or (None, code)
+        killed = rank is not None and status is not None and status < 0
+        if error is not None and not killed:
             return _from_error(error)
-        if killed is None and state in {"finished", "stopped"} and self._plan.node_rank == 0:
+        if not killed and state in {"finished", "stopped"} and self._plan.node_rank == 0:
             return Outcome(int(self._folder.status()["exit_code"]))
-        rank, status = killed or (None, code)
-        if killed is None and self._watch.ends:
+        if rank is None and self._watch.ends:
             end = min(self._watch.ends, key=lambda end: end.said is not None)
             rank, status = end.rank, end.status if end.said is None else end.said
         return self._failure(rank, _cause(status), log)
@@ -487,8 +496,8 @@ class _Supervisor:
         log = _read_tail(self._folder.launch_log(self._plan.node_rank), self._log_begin, 200)
         status = self._child.poll() if end.status is None and self._plan.world_size == 1 else end.status
         if status is None:
-            killed = dict([found] if (found := _killed_rank("\n".join(log))) else [])
-            status = killed.get(end.rank)
+            rank, code = _failed_rank("\n".join(log)) or (None, None)
+            status = code if rank == end.rank else None
         return self._failure(end.rank, f"{_cause(status)} {end.doing}", log)
 
     def _failure(self, rank: int | None, cause: str, log: Sequence[str]) -> Outcome:
@@ -627,14 +636,15 @@ def _end_all(child: subprocess.Popen[bytes], others: Container[psutil.Process]) 
         sys.stdout.flush()
 
 
-def _killed_rank(log: str) -> tuple[int, int] | None:
-    """Returns a rank that a signal ended and its (negative) exit code, from torchrun's report.
+def _failed_rank(log: str) -> tuple[int, int] | None:
+    """Returns a rank that failed and its exit code, negative for a signal, from torchrun's report.
 
     torchrun itself ends the others with SIGTERM, so that one does not count.
     """
-    failures = re.findall(r"rank\s*:\s*(\d+).*\n\s*exitcode\s*:\s*(-\d+)", log)
-    killed = [(int(rank), int(code)) for rank, code in failures if int(code) != -signal.SIGTERM]
-    return killed[0] if killed else None
+    found = re.findall(r"rank\s*:\s*(\d+).*\n\s*exitcode\s*:\s*(-?\d+)", log)
+    failures = [(int(rank), int(code)) for rank, code in found]
+    failures = [failure for failure in failures if failure[1] not in _ENDED_BY_TORCHRUN]
+    return min(failures, key=lambda failure: failure[1] > 0, default=None)
 
 
 def _own_words(log: Sequence[str]) -> list[str]:

@@ -177,10 +177,10 @@ def meet(
     }
     deadline = time.monotonic() + timeout_s
 
-    def going() -> bool:
+    def going(longer_s: float = 0) -> bool:
         if interrupted():
             raise StoppedError("stopped before the nodes had met; nothing is lost, the same command goes on")
-        return time.monotonic() < deadline
+        return time.monotonic() < deadline + longer_s
 
     if place.node_rank:
         return _join_node_0(place, hello, going, timeout_s)
@@ -294,7 +294,7 @@ def _holder(port: int) -> str:
 
 
 def _join_node_0(
-    place: Node, hello: Mapping[str, Any], going: Callable[[], bool], timeout_s: float
+    place: Node, hello: Mapping[str, Any], going: Callable[..., bool], timeout_s: float
 ) -> Channel:
     problem = "no answer"
     while going():
@@ -305,7 +305,7 @@ def _join_node_0(
             connection.sendall(json.dumps(hello).encode() + b"\n")
             connection.settimeout(_POLL_S)
             data = b""
-            while going() and b"\n" not in data:
+            while going(timeout_s) and b"\n" not in data:  # node 0 may have begun to wait later
                 with contextlib.suppress(TimeoutError):
                     part = connection.recv(2**16)
                     if not part:

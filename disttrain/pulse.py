@@ -88,11 +88,15 @@ class Pulse:
         if name is None:
             return cls()
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.connect("\0" + name.removeprefix("@"))
-        connection.send(json.dumps({"rank": rank}).encode())
-        row, descriptors, _, _ = socket.recv_fds(connection, 64, 1)
-        if not descriptors:
-            raise ConnectionRefusedError(f"the launcher at {name} expects no rank {rank}")
+        try:
+            connection.connect("\0" + name.removeprefix("@"))
+            connection.send(json.dumps({"rank": rank}).encode())
+            row, descriptors, _, _ = socket.recv_fds(connection, 64, 1)
+            if not descriptors:
+                raise ConnectionRefusedError(f"the launcher at {name} expects no rank {rank}")
+        except OSError:
+            connection.close()
+            raise
         memory = mmap.mmap(descriptors[0], 0)
         os.close(descriptors[0])
         begin = int(row) * ROW_BYTES

@@ -29,7 +29,7 @@ _FRAMES = 15  # of a stack, the latest call first
 _EXIT_S = 1.0  # from the end of the connection to that of the process
 _PF_EXITING = 4  # linux/sched.h
 _BUSY = 0.5  # of a core: a process in an endless loop takes one, one that waits takes nearly none
-_ALIVE = 0.001  # of a core: one that starts, be it slowly, takes more
+_ALIVE, _ALIVE_S = 0.01, 0.05  # of a core, and at least so much: a process that starts takes more
 
 
 class Row(NamedTuple):
@@ -346,7 +346,7 @@ class Watch:
             elif local.stopped_since is None:
                 local.stopped_since = self._clock
             starting = unpack(max(local.progress, 0))[0] is Phase.START
-            if starting and state.cpu_s - local.cpu_at > _ALIVE * (self._clock - local.since):
+            if starting and state.cpu_s - local.cpu_at > max(_ALIVE_S, _ALIVE * (self._clock - local.since)):
                 local.since, local.cpu_at = self._clock, state.cpu_s
 
     def _hear_last(self, local: _Local) -> None:
