@@ -224,10 +224,12 @@ class _Caller:
             return False
         self._data += part
         if self._data.endswith(b"\n") and not self.hello:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # some other program
-                self.hello = json.loads(self._data)
-                return isinstance(self.hello["node"], int) and {"host", "facts"} <= set(self.hello)
-        return bool(part) and len(self._data) < _LINE_BYTES and not self.hello
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                hello = json.loads(self._data)
+                if isinstance(hello["node"], int) and {"host", "facts"} <= set(hello):
+                    self.hello = hello
+            return bool(self.hello)  # else it is some other program
+        return bool(part) and len(self._data) < _LINE_BYTES
 
     def refuse(self, error: DisttrainError) -> None:
         """Tells the node why the run does not begin."""

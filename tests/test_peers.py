@@ -134,16 +134,19 @@ def test_a_stop_ends_the_waiting(port):
 
 def test_strangers_at_the_port_are_ignored(port):
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(gather, port, {}, {})
+        call = pool.submit(gather, port, {}, nodes=2)
+        deadline = time.monotonic() + 30
         for word in (b"GET / HTTP/1.1\r\n\r\n", b'{"node": "x"}\n', b"[1]\n", b""):
-            with contextlib.suppress(OSError):
-                deadline = time.monotonic() + 30
-                while time.monotonic() < deadline and not call.done():
-                    with contextlib.suppress(ConnectionRefusedError):
-                        with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
-                            stranger.sendall(word)
-                        break
-        channels = call.result()
+            stranger = None
+            while stranger is None:
+                assert time.monotonic() < deadline
+                with contextlib.suppress(ConnectionRefusedError):
+                    stranger = socket.create_connection(("127.0.0.1", port), timeout=30)
+            with stranger:
+                stranger.sendall(word)
+                if word:
+                    assert stranger.recv(99) == b"", "hung up"
+        channels = [*gather(port, {}, nodes=2, ranks=[1]), *call.result()]
     assert [type(channel) for channel in channels] == [Channel, Channel]
     for channel in channels:
         channel.close()

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from disttrain.pulse import ADDRESS, Phase, Pulse, doing, pack, unpack
+from disttrain.watch import Watch
 
 
 def test_progress_reads_back_and_orders_steps_phases_and_parts() -> None:
@@ -81,3 +82,40 @@ def test_signals_of_a_rank_that_no_launcher_watches(number: int, when: str) -> N
             assert process.wait(60) == 128 + number
         finally:
             process.kill()
+
+
+def test_a_rank_ends_with_its_launcher_even_if_its_parent_lives() -> None:
+    with Watch(0, 1) as watch:
+        command = [sys.executable, "-c", _SIGNALLED, "training"]
+        environ = os.environ | watch.environment
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+        while process.poll() is None and not watch.pids:
+            watch.wait(0.1)
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    try:
+        assert process.wait(60) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_watched_rank_takes_its_launchers_word_and_any_signal_as_the_wish_to_stop() -> None:
+    for ask in (Watch.stop, lambda _: process.terminate()):
+        with Watch(0, 1) as watch:
+            command = [sys.executable, "-c", _SIGNALLED, "training"]
+            environ = os.environ | watch.environment
+            process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+            try:
+                while process.poll() is None and not watch.pids:
+                    watch.wait(0.1)
+                assert process.stdout
+                assert process.stdout.readline() == "ready\n"
+                ask(watch)
+                assert process.stdout.readline() == "asked\n"
+                process.terminate()  # as torchrun does when another rank has left
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(1.5)
+            finally:
+                process.kill()
+                process.communicate()
