@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,16 +198,20 @@ class Writer:
         keep: number of checkpoints to keep, besides the best one.
         done: told of every complete checkpoint and whether it is the best, in the thread that calls `check`
             or `wait`.
-        before: called in the thread before each is written.
+        writing: around the writing of each, in the thread that writes.
     """
 
     def __init__(
-        self, folder: Path, keep: int, done: Callable[[Path, bool], None], before: Callable[[], None]
+        self,
+        folder: Path,
+        keep: int,
+        done: Callable[[Path, bool], None],
+        writing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._folder = folder
         self._keep = keep
         self._done = done
-        self._before = before
+        self._writing = writing
         self._pending: tuple[Future[Path], bool] | None = None
 
     def begin(self, taken: Snapshot, best: bool) -> None:
@@ -221,8 +226,8 @@ class Writer:
         thread.shutdown(wait=False)  # ends when it is written
 
     def _write(self, taken: Snapshot, best: bool) -> Path:
-        self._before()
-        return write(self._folder, taken, keep=self._keep, best=best)
+        with self._writing():
+            return write(self._folder, taken, keep=self._keep, best=best)
 
     def check(self) -> None:
         """Reports a checkpoint that has become complete.

@@ -103,6 +103,7 @@ def run(
     from disttrain.errors import UsageError
     from disttrain.launcher import LaunchPlan, launch, plan_nodes, plan_processes
     from disttrain.models import check_model_name
+    from disttrain.peers import facts
     from disttrain.preflight import (
         check_device,
         check_room,
@@ -143,6 +144,7 @@ def run(
         **(node._asdict() if node else {}),
         verbosity=int(verbose) - int(quiet),
         force=force,
+        stall_timeout_s=config.monitor.stall_timeout_s,
     )
     check_device(config, device)
     check_shared_memory(device, plan.processes)
@@ -174,7 +176,13 @@ def run(
         folder.create()
     else:
         folder.check_writable("logs", "errors")
-    outcome = launch(replace(plan, run_dir=folder.path), folder, max_restarts=max_restarts, say=click.echo)
+    outcome = launch(
+        replace(plan, run_dir=folder.path),
+        folder,
+        max_restarts=max_restarts,
+        say=click.echo,
+        facts=facts(config, index),
+    )
     if outcome.detail:
         click.echo(outcome.detail.rstrip(), err=True)
     if outcome.message:

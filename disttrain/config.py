@@ -225,6 +225,9 @@ class MonitorConfig(_Section):
     """Steps between two lines of metrics.jsonl."""
     gpu_interval_s: Annotated[float, Field(ge=0.1)] = 1.0
     """Seconds between two readings of the GPUs."""
+    stall_timeout_s: Annotated[float, Field(ge=1)] = 300.0
+    """Seconds without progress after which a rank is taken for hung and the run ends with 71. Longer than the
+    longest single part of a step: a compilation, a batch of evaluation, the writing of a checkpoint."""
     trackers: list[str] = Field(default_factory=list)
     """Experiment trackers; none is available in this version."""
 
@@ -288,7 +291,7 @@ def json_schema() -> dict[str, Any]:
 def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[str]:
     """Returns one `key: old -> new` line for each key in which two configs, or documents, differ."""
     before, after = (
-        _flatten(item.model_dump(mode="json") if isinstance(item, Config) else item) for item in (old, new)
+        flatten(item.model_dump(mode="json") if isinstance(item, Config) else item) for item in (old, new)
     )
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
@@ -536,11 +539,12 @@ def _nearest(key: Key) -> str | None:
     return None
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested sections by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -35,6 +35,12 @@ class TrainingError(DisttrainError):
     exit_code = 70
 
 
+class HangError(DisttrainError):
+    """A rank makes no progress, or a rank or node did not come."""
+
+    exit_code = 71
+
+
 class BusyError(DisttrainError):
     """A port or run folder is taken, foreign or not writable."""
 

@@ -30,7 +30,7 @@ from disttrain.manifest import (
 from disttrain.runfolder import RunFolder
 from disttrain.shards.index import Index, data_root, load_index, server_root
 
-_FREE = {
+FREE_KEYS = {
     "data.root",
     "data.cache",
     "data.workers",
@@ -38,7 +38,7 @@ _FREE = {
     "monitor.gpu_interval_s",
     "monitor.stall_timeout_s",
 }
-"""Keys that may change when a run goes on: they say nothing about the experiment."""
+"""Keys that may change when a run goes on and differ between nodes: they say nothing about the experiment."""
 
 _SHARED_BYTES = 2 * 9_637_888
 """What NCCL takes of /dev/shm for each process of a node: a segment in each of at least two rings, of the
@@ -232,7 +232,7 @@ def changes_since(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     for key in now["data"].keys() & saved.get("data", {}).keys():
         old["data"] = old["data"] | {key: saved["data"][key]}
         new["data"] = new["data"] | {key: now["data"][key]}
-    return [line for line in differences(old, new) if line.partition(":")[0] not in _FREE]
+    return [line for line in differences(old, new) if line.partition(":")[0] not in FREE_KEYS]
 
 
 def refuse(what: str, changes: Sequence[str]) -> UsageError:

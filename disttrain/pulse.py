@@ -1,10 +1,36 @@
-"""Phases (replaced at the merge)."""
+"""The rank's side of supervision: how a rank shows the launcher of its node that it lives, and how it leaves.
 
+A rank connects to the socket that its launcher names in the environment and receives memory that both sides
+see; a beat is one store in it, without a system call. Under another launcher (torchrun, srun, `accelerate
+launch`) nobody looks, and a pulse leads nowhere. The other side is `watch.py`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import socket
+from collections.abc import Mapping
 from enum import IntEnum
+
+ADDRESS = "DISTTRAIN_SUPERVISOR"
+"""Environment variable by which a launcher names its socket, an abstract one: @name."""
+
+STACKS = signal.SIGRTMIN + 7
+"""The signal that asks a rank to write the stacks of its threads into its log."""
+
+STOP = b"stop"
+"""What the launcher sends when the run is to stop."""
+
+ROW_BYTES = 64
+"""Memory of a rank: int64 [8], of which the first is its progress and the second whether it saves. As long as
+a cache line, so that ranks do not slow each other down."""
 
 
 class Phase(IntEnum):
-    """What a rank is doing, in the order of a step."""
+    """What a rank is at, in the order in which a step passes it."""
 
     START = 0
     DATA = 1
@@ -14,3 +40,93 @@ class Phase(IntEnum):
     EVALUATE = 5
     SAVE = 6
     END = 7
+
+
+def pack(phase: Phase, step: int, part: int = 0) -> int:
+    """Returns progress as one number; of two ranks the one with the lower number is behind."""
+    return step << 28 | phase << 24 | part
+
+
+def unpack(progress: int) -> tuple[Phase, int, int]:
+    """Returns phase, step and part."""
+    return Phase(progress >> 24 & 15), progress >> 28, progress & 0xFFFFFF
+
+
+def doing(progress: int) -> str:
+    """Returns what a rank is at, in words."""
+    phase, step, _ = unpack(max(progress, 0))
+    return {
+        Phase.START: "while starting",
+        Phase.DATA: f"in step {step:,} while loading data",
+        Phase.COMPUTE: f"in step {step:,} while computing",
+        Phase.OPTIMIZE: f"in step {step:,} in the optimizer",
+        Phase.REPORT: f"at the log point of step {step:,}",
+        Phase.EVALUATE: f"in the evaluation after step {step:,}",
+        Phase.SAVE: f"while saving after step {step:,}",
+        Phase.END: "at the end of the run",
+    }[phase]
+
+
+class Pulse:
+    """What a rank tells its launcher.
+
+    Args:
+        connection: to the launcher, or None if there is none.
+        row: the rank's memory, writable, of ROW_BYTES.
+    """
+
+    def __init__(self, connection: socket.socket | None = None, row: memoryview | None = None) -> None:
+        self.connection = connection
+        self._cells = memoryview(bytearray(ROW_BYTES) if row is None else row).cast("B").cast("q")
+
+    @classmethod
+    def connect(cls, environ: Mapping[str, str], rank: int) -> Pulse:
+        """Returns the pulse of a rank, connected to the launcher that the environment names, if it names one.
+
+        Raises:
+            ConnectionError: the launcher has ended.
+        """
+        name = environ.get(ADDRESS)
+        if name is None:
+            return cls()
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.connect("\0" + name.removeprefix("@"))
+            connection.send(json.dumps({"rank": rank}).encode())
+            row, descriptors, _, _ = socket.recv_fds(connection, 64, 1)
+            if not descriptors:
+                raise ConnectionRefusedError(f"the launcher at {name} expects no rank {rank}")
+        except OSError:
+            connection.close()
+            raise
+        memory = mmap.mmap(descriptors[0], 0)
+        os.close(descriptors[0])
+        begin = int(row) * ROW_BYTES
+        return cls(connection, memoryview(memory)[begin : begin + ROW_BYTES])
+
+    def beat(self, phase: Phase, step: int, part: int = 0) -> None:
+        """Shows where this rank is. All ranks of a run make the same sequence of beats.
+
+        Args:
+            phase: what it begins.
+            step: counts from 1; 0 before the first.
+            part: of the phase, such as a batch; below 2^24.
+        """
+        self._cells[0] = step << 28 | phase << 24 | part
+
+    def saving(self, active: bool) -> None:
+        """Shows whether this rank is writing a checkpoint, which is worth a short wait when others fail."""
+        self._cells[1] = active
+
+    @property
+    def place(self) -> tuple[Phase, int, int]:
+        """Phase, step and part of the last beat."""
+        return unpack(self._cells[0])
+
+    def leave(self, exit_code: int) -> None:
+        """Says that this rank ends by itself; without that its end is taken for a death."""
+        if self.connection is not None:
+            try:
+                self.connection.send(json.dumps({"exit_code": exit_code}).encode())
+            except OSError:  # the launcher has gone
+                return

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -215,19 +215,25 @@ class RunFolder:
         self.error(rank).parent.mkdir(parents=True, exist_ok=True)
         self._write(self.error(rank), document)
 
-    def clear_errors(self) -> None:
-        """Removes the errors of an earlier attempt."""
-        for path in (self.path / "errors").glob("rank_*.json"):
-            path.unlink()
+    def clear_errors(self, ranks: Iterable[int]) -> None:
+        """Removes the errors that an earlier attempt has left of these ranks."""
+        for rank in ranks:
+            self.error(rank).unlink(missing_ok=True)
 
-    def first_error(self) -> dict[str, Any] | None:
-        """Returns the earliest error that a rank wrote down: the cause, not its victims."""
+    def first_error(self, ranks: Iterable[int] | None = None, since: str = "") -> dict[str, Any] | None:
+        """Returns the earliest error that a rank wrote down: the cause, not its victims.
+
+        Args:
+            ranks: whose; None means all.
+            since: as `utc_now` has it; what is older is of an earlier attempt.
+        """
         errors = []
-        for path in (self.path / "errors").glob("rank_*.json"):
+        for path in self.error(0).parent.glob("rank_*.json") if ranks is None else map(self.error, ranks):
             try:
                 errors.append(json.loads(path.read_bytes()))
             except (OSError, ValueError):
                 continue
+        errors = [error for error in errors if str(error["time"]) >= since]
         return min(errors, key=lambda error: str(error["time"]), default=None)
 
     def locked_by_launcher(self) -> bool:

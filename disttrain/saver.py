@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class RunSaver:
         index: the data set.
         folder: the run folder.
         done: told of every complete checkpoint and whether it is the best.
-        before: called before each is written, by the thread that writes.
+        writing: around the writing of each, in the thread that writes.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class RunSaver:
         folder: RunFolder,
         *,
         done: Callable[[Path, bool], None],
-        before: Callable[[], None],
+        writing: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._parts = parts
         self._position = position
@@ -54,7 +55,7 @@ class RunSaver:
         if parts.ema is not None:
             self._buffers["ema"] = {name for name, _ in parts.ema.named_buffers()}
         keep = parts.config.checkpoint.keep
-        self._writer = Writer(folder.checkpoints, keep, done, before) if parts.rank == 0 else None
+        self._writer = Writer(folder.checkpoints, keep, done, writing) if parts.rank == 0 else None
 
     def save(self, *, best: bool, stopping: bool = False) -> None:
         """Takes a snapshot and begins to write it. Every rank calls this."""

@@ -200,23 +200,24 @@ def train_step(
     # In plain torch: the wrappers of Accelerate look for packages and signatures in every step.
     config, scaler, meter = parts.config.train, parts.accelerator.scaler, parts.meter
     ids: list[Ids] = []
-    last = False
-    while not last:
-        phases.enter(Phase.DATA, step, len(ids))
+    for number in itertools.count():
+        phases.enter(Phase.DATA, step, number)
         with meter.waiting():
             piece, batch = next(pieces)
             images, labels, partners = prepare(parts, piece, batch)
-        last = piece.last
-        phases.enter(Phase.COMPUTE, step, len(ids))
-        with contextlib.nullcontext() if last else unreduced(parts):
+        phases.enter(Phase.COMPUTE, step, 2 * number)
+        with contextlib.nullcontext() if piece.last else unreduced(parts):
             with contextlib.nullcontext() if len(images) == parts.compiled_batch else as_written(parts):
                 logits = parts.model(images)
             loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
+            phases.enter(Phase.COMPUTE, step, 2 * number + 1)  # here the ranks wait for one another
             scaled = loss * (parts.world_size / global_batch if piece.counts else 0.0)
             (scaled if scaler is None else scaler.scale(scaled)).backward()
         if piece.counts:
             meter.add(loss, logits, labels)
             ids.append(batch.ids[: len(piece.own)])
+        if piece.last:
+            break
     phases.enter(Phase.OPTIMIZE, step)
     if config.grad_clip is not None:
         if scaler is not None:

@@ -10,14 +10,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import datetime
+import faulthandler
 import gc
 import logging
 import os
+import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
+from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -26,9 +31,11 @@ import click
 from disttrain import slurm
 from disttrain.config import Config, dump_config, load_config
 from disttrain.errors import (
+    BusyError,
     CheckpointError,
     DataError,
     DisttrainError,
+    HangError,
     StoppedError,
     StorageError,
     TrainingError,
@@ -38,6 +45,7 @@ from disttrain.files import storage_error, write_atomically
 from disttrain.manifest import set_aside
 from disttrain.models import check_model_name
 from disttrain.parallel import usable_cores
+from disttrain.peers import compare_peers, facts
 from disttrain.preflight import (
     Start,
     changes_since,
@@ -51,10 +59,11 @@ from disttrain.preflight import (
     saved_identity,
     split_batch,
 )
+from disttrain.pulse import STACKS, STOP, Phase, Pulse, doing, pack
 from disttrain.runfolder import RunFolder, new_run_path, utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from accelerate import Accelerator, PartialState
     from torch import nn
@@ -67,6 +76,9 @@ if TYPE_CHECKING:
     from disttrain.shards.index import Index
 
 log = logging.getLogger("disttrain")
+
+_STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
+_SECOND_S = 1.0  # Ctrl-C in a terminal reaches a rank of torchrun twice: from the terminal and from torchrun
 
 
 @click.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
@@ -94,6 +106,7 @@ def main(
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives torchrun
     os.environ.update(slurm.task_environment(os.environ))
     rank = Rank(int(os.environ.get("RANK", "0")), run_dir)
+    rank.listen()
     try:
         config = load_config(config_path, overrides)
         check_model_name(config.model.name)
@@ -101,7 +114,7 @@ def main(
     except StoppedError as stop:
         rank.settle(state="stopped", exit_code=stop.exit_code, reason=str(stop))
         code = stop.exit_code
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a model that calls sys.exit has not finished the run
         rank.fail(error)
         code = error.exit_code if isinstance(error, DisttrainError) else TrainingError.exit_code
     else:
@@ -109,6 +122,7 @@ def main(
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
+    rank.pulse.leave(code)
     os._exit(code)  # without waiting for the threads of a broken process group
 
 
@@ -118,6 +132,11 @@ class Rank:
     Args:
         number: rank among all processes.
         run_dir: the run folder, when it was given.
+
+    Attributes:
+        folder: the run folder, once it is known.
+        stop: whether this rank was asked to stop.
+        pulse: shows the launcher that it lives.
     """
 
     def __init__(self, number: int, run_dir: Path | None) -> None:
@@ -125,9 +144,11 @@ class Rank:
         self.run_dir = run_dir
         self.folder: RunFolder | None = None
         self.stop = False
+        self._began = utc_now()
         self._terminal = os.dup(2)
         if run_dir is not None and (folder := RunFolder(run_dir)).locked_by_launcher():
             self.enter(folder)
+        self.pulse = Pulse.connect(os.environ, number)
 
     def enter(self, folder: RunFolder) -> None:
         """Begins to log into the folder; ranks but 0 send everything they print there too."""
@@ -142,27 +163,69 @@ class Rank:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.info("rank %d, process %d on %s", self.number, os.getpid(), socket.gethostname())
+        self._stacks = path.open("a")
+        faulthandler.register(STACKS, self._stacks)
         if self.number:
             with path.open("a") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
 
     def listen(self) -> None:
-        """Takes SIGTERM, SIGINT and SIGUSR2 as the wish to stop; a second one ends the process at once."""
+        """Takes SIGTERM, SIGINT, SIGUSR2 and the launcher's word as the wish to stop; ends with the launcher.
 
-        def request(number: int, _frame: object) -> None:
-            self.stop = True
-            signal.signal(number, signal.SIG_DFL)
+        A thread hears them, so that they count while the main thread waits for others.
+        """
+        here, there = socket.socketpair()
+        there.setblocking(False)
+        for number in _STOPS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+        hear = self._hear_signals if self.pulse.connection is None else self._hear_launcher
+        threading.Thread(target=hear, args=(here, there), daemon=True).start()
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            signal.signal(number, request)
+    def _hear_signals(self, here: socket.socket, _there: socket.socket) -> None:
+        asked_at = None
+        while True:
+            for number in _STOPS & set(here.recv(64)):
+                if asked_at is None and self.pulse.place[0] is Phase.START:
+                    stop = StoppedError(
+                        "stopped before training began; nothing is lost, the same command goes on"
+                    )
+                    self.settle(state="stopped", exit_code=stop.exit_code, reason=str(stop))
+                    if self.number == 0:
+                        os.write(self._terminal, f"disttrain: {stop}\n".encode())
+                    os._exit(stop.exit_code)
+                now = time.monotonic()
+                asked_at = now if asked_at is None else asked_at
+                if now - asked_at > _SECOND_S:
+                    os._exit(128 + number)
+                self.stop = True
+
+    def _hear_launcher(self, here: socket.socket, _there: socket.socket) -> None:
+        launcher = self.pulse.connection
+        assert launcher is not None
+        while True:
+            for ready in wait_for_any([here, launcher]):
+                if ready is launcher:
+                    try:
+                        word = launcher.recv(64)
+                    except OSError:
+                        word = b""
+                    if word != STOP:
+                        os.kill(os.getpid(), signal.SIGKILL)  # it has died: nobody would end this process
+                    self.stop = True
+                else:
+                    stops = _STOPS & set(here.recv(64))
+                    if signal.SIGTERM in stops and self.pulse.place[0] is Phase.START:
+                        os._exit(128 + signal.SIGTERM)  # torchrun, because another rank could not start
+                    self.stop = self.stop or bool(stops)
 
     def settle(self, **status: Any) -> None:
         """Writes the end of the run into status.json, from rank 0."""
         if self.number == 0 and self.folder is not None:
             self.folder.update_status(**status)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Writes down what ended this rank; the first rank to fail says so and settles the run."""
         text = str(error) if isinstance(error, DisttrainError) else "".join(traceback.format_exception(error))
         first = self.number == 0
@@ -170,7 +233,7 @@ class Rank:
             log.error("%s", text)
             with contextlib.suppress(StorageError):  # it is said on the terminal, and by the exit code
                 self.folder.write_error(self.number, error)
-                cause = self.folder.first_error()
+                cause = self.folder.first_error(since=self._began)
                 first = cause is not None and cause["rank"] == self.number
                 if first and cause is not None:
                     self.folder.update_status(
@@ -186,28 +249,70 @@ class Rank:
 
 
 def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int) -> None:
-    """Trains as one rank, from joining the group to leaving it."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at start; used if train.reproducible
-    import torch
+    """Trains as one rank, from joining the group to leaving it.
 
+    Raises:
+        HangError: another rank did not come, or did not answer.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at start; used if train.reproducible
+    rank.pulse.beat(Phase.START, 0, 1)
+    import torch
+    import torch.distributed as dist
+
+    rank.pulse.beat(Phase.START, 0, 2)
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(config, device)
     check_shared_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     split_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
     index = open_index(config, log.info)
-    rank.listen()
+    rank.pulse.beat(Phase.START, 0, 3)
     group = join(config, device)
+    rank.pulse.beat(Phase.START, 0, 4)
+    stopped = None
     try:
+        if rank.pulse.connection is None and group.num_processes > 1:  # else the launchers have compared
+            gathered: list[Any] = [None] * group.num_processes
+            dist.all_gather_object(gathered, (socket.gethostname(), facts(config, index)))
+            compare_peers({f"rank {i} on {host}": found for i, (host, found) in enumerate(gathered)})
         folder, checkpoint = enter_folder(config, rank, group, index, resume, force=force)
+        rank.pulse.beat(Phase.START, 0, 5)
         if folder is not None:
             train_in_folder(config, rank, folder, group, index, checkpoint, verbosity, force=force)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    except StoppedError as stop:
+        stopped = stop
+    except RuntimeError as error:
+        if (isinstance(error, dist.DistError) or "gloo" in str(error)) and _TIMED_OUT.search(str(error)):
+            raise HangError(
+                f"rank {rank.number} on {socket.gethostname()} waited {_patience_s(config):g} s for the "
+                f"others {doing(pack(*rank.pulse.place))}: one of them hangs or is gone"
+            ) from error
+        raise
+    if dist.is_initialized():
+        # Only together: torchrun ends the others as soon as one has gone, and rank 0 may still be saving. A
+        # rank that fails leaves without, because the others would hear of that before anyone knows the cause.
+        with contextlib.nullcontext() if stopped is None else contextlib.suppress(RuntimeError):
+            dist.barrier()
+            dist.destroy_process_group()
+    if stopped is not None:
+        raise stopped
+
+
+_TIMED_OUT = re.compile(r"time(d )?out", re.IGNORECASE)
+
+
+def _patience_s(config: Config) -> float:
+    """Returns the seconds for which a rank waits for others; a launcher that watches it is sooner."""
+    return config.monitor.stall_timeout_s + 30
 
 
 def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
-    """Joins the process group and sets what holds for all arithmetic of this process."""
+    """Joins the process group and sets what holds for all arithmetic of this process.
+
+    Raises:
+        BusyError: the port on which the ranks meet is taken.
+        HangError: another rank has not come.
+        UsageError: the group is smaller than promised.
+    """
     import torch
     from accelerate import PartialState
 
@@ -216,8 +321,22 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     if device == "cpu":
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // local_size)))
-    group = PartialState(cpu=device == "cpu")
     expected = int(os.environ.get("WORLD_SIZE", "1"))
+    patience = datetime.timedelta(seconds=_patience_s(config))
+    try:
+        group = PartialState(cpu=device == "cpu", timeout=patience)
+    except torch.distributed.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise BusyError(f"{address} is taken on {socket.gethostname()}; choose another port") from None
+        if not _TIMED_OUT.search(str(error)):
+            raise
+        came = re.search(r"(\d+)/\d+ clients joined", str(error))
+        who = f"{came[1]} of {expected} ranks joined; " if came else ""
+        raise HangError(
+            f"{who}rank {os.environ.get('RANK')} waited {patience.total_seconds():g} s for the others at "
+            f"{address}; look for the ranks that did not start"
+        ) from None
     if group.num_processes != expected:
         raise UsageError(
             f"the launcher promised {expected} processes, the group has {group.num_processes}; "
@@ -326,7 +445,17 @@ def train_in_folder(
             write_atomically(folder.config, dump_config(config))
         folder.forget_after(position.step, position.epoch - position.evaluation_due)
     observer = RunObserver(config, folder, parts, position, index, choices, verbosity=verbosity)
-    saver = RunSaver(parts, position, index, folder, done=observer.saved, before=observer.sync)
+
+    @contextlib.contextmanager
+    def writing() -> Iterator[None]:
+        rank.pulse.saving(True)
+        try:
+            observer.sync()
+            yield
+        finally:
+            rank.pulse.saving(False)
+
+    saver = RunSaver(parts, position, index, folder, done=observer.saved, writing=writing)
     if rank.number == 0:
         warning = check_space(folder.checkpoints, checkpoint_bytes(parts), config.checkpoint.keep)
         if warning is not None:
@@ -350,7 +479,7 @@ def train_in_folder(
         if checkpoint_path is not None:
             observer.note(f"going on from {checkpoint_path}, step {position.step:,}")
         try:
-            phases = Phases(device=group.device)
+            phases = Phases(rank.pulse.beat, group.device)
             train(parts, position, Hooks(observer, observer.gauges, saver, lambda: rank.stop, phases))
         finally:
             with contextlib.suppress(DisttrainError):  # whatever ended the run, what is being saved is kept

@@ -30,10 +30,6 @@ from disttrain.optim import build_optimizer, state_bytes
 PARTS = {"model": {"weight": torch.arange(12.0).view(3, 4)}, "optimizer": {"state": {0: {"step": 3}}}}
 
 
-def quiet() -> None:
-    """Is called before a checkpoint is written."""
-
-
 def save(
     folder: Path, step: int, parts: dict[str, Any], state: dict[str, Any], *, keep: int, best: bool
 ) -> Path:
@@ -605,9 +601,7 @@ def test_a_snapshot_keeps_the_state_of_its_moment(tmp_path: Path) -> None:
 
 def test_a_writer_writes_in_order_and_reports_in_the_thread_that_asks(tmp_path: Path) -> None:
     done: list[tuple[str, bool, int]] = []
-    writer = Writer(
-        tmp_path, 2, lambda path, best: done.append((path.name, best, threading.get_ident())), quiet
-    )
+    writer = Writer(tmp_path, 2, lambda path, best: done.append((path.name, best, threading.get_ident())))
     for step in (1, 2, 3):
         writer.begin(snapshot(step, PARTS, {"step": step}), best=step == 2)
     writer.wait()
@@ -635,7 +629,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
     monkeypatch.setattr(checkpoint, "sync_folder", slow)
     done: list[Path] = []
-    writer = Writer(tmp_path, 2, lambda path, best: done.append(path), quiet)
+    writer = Writer(tmp_path, 2, lambda path, best: done.append(path))
     writer.begin(snapshot(1, PARTS, {}), best=False)
     writer.check()
     assert done == []
@@ -647,7 +641,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
 def test_a_failure_to_write_is_told_at_the_next_look(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    writer = Writer(tmp_path / "file" / "checkpoints", 2, lambda path, best: None, quiet)
+    writer = Writer(tmp_path / "file" / "checkpoints", 2, lambda path, best: None)
     writer.begin(snapshot(1, PARTS, {}), best=False)
     with pytest.raises(StorageError, match="step_00000001: cannot be written"):
         writer.wait()

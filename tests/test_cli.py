@@ -249,7 +249,8 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(
     assert words[4:8] == [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     assert words[9:] == [
         *("--num_machines", "1", "--num_processes", "2", "--num_cpu_threads_per_process", "1"),
-        *("--main_process_port", "0", "--module", "disttrain.worker", "tiny.yaml", "seed=3"),
+        *("--log_dir", os.devnull, "--main_process_port", "0", "--module", "disttrain.worker"),
+        *("tiny.yaml", "seed=3"),
         *("--run-dir", "runs/tiny/<UTC time>"),
     ]
     assert ranks == ["rank 0 -> HOST -> cpu", "rank 1 -> HOST -> cpu"]
@@ -304,10 +305,19 @@ def test_a_dry_run_on_a_node_of_a_slurm_job(disttrain, config_file, tmp_path):
     plan = plan_of(disttrain("run", "tiny.yaml", "--procs", 1, "--dry-run", "-v", env=variables))
     words = shlex.split(plan["command"][0])
     start = words.index("--num_machines")
-    port = words[start + 11]
+    port = words[start + 13]
     assert words[start:] == [
         *("--num_machines", "2", "--num_processes", "2", "--num_cpu_threads_per_process", words[start + 5]),
-        *("--machine_rank", "1", "--main_process_ip", "gpu03", "--main_process_port", port),
+        *(
+            "--log_dir",
+            os.devnull,
+            "--machine_rank",
+            "1",
+            "--main_process_ip",
+            "gpu03",
+            "--main_process_port",
+            port,
+        ),
         *("--module", "disttrain.worker", "tiny.yaml", "--run-dir", "runs/tiny/slurm-4711", "--verbose"),
     ]
     assert 1024 < int(port) < 32768

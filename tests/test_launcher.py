@@ -33,6 +33,7 @@ ONE = LaunchPlan(
     gpus=(),
     threads=4,
 )
+TWO = replace(ONE, processes=2, threads=1)
 FOUR = replace(ONE, processes=4, threads=1)
 TWO_GPUS = replace(ONE, device="cuda", processes=2, gpus=GPUS)
 SECOND_NODE = replace(TWO_GPUS, nodes=2, node_rank=1, master_addr="gpu03", master_port=29500)
@@ -170,19 +171,20 @@ def accelerate(*arguments):
         (
             FOUR,
             accelerate("--num_machines", "1", "--num_processes", "4", "--num_cpu_threads_per_process", "1",
-                       "--main_process_port", "0", "--module", *WORKER),
+                       "--log_dir", "/dev/null", "--main_process_port", "0", "--module", *WORKER),
         ),
         (
             replace(SECOND_NODE, resume="runs/b", verbosity=1),
             accelerate("--num_machines", "2", "--num_processes", "4", "--num_cpu_threads_per_process", "4",
-                       "--machine_rank", "1", "--main_process_ip", "gpu03", "--main_process_port", "29500",
-                       "--module", *WORKER, "--resume", "runs/b", "--verbose"),
+                       "--log_dir", "/dev/null", "--machine_rank", "1", "--main_process_ip", "gpu03",
+                       "--main_process_port", "29500", "--module", *WORKER, "--resume", "runs/b",
+                       "--verbose"),
         ),
         (
             replace(SECOND_NODE, processes=1, node_rank=0),
             accelerate("--num_machines", "2", "--num_processes", "2", "--num_cpu_threads_per_process", "4",
-                       "--machine_rank", "0", "--main_process_ip", "gpu03", "--main_process_port", "29500",
-                       "--module", *WORKER),
+                       "--log_dir", "/dev/null", "--machine_rank", "0", "--main_process_ip", "gpu03",
+                       "--main_process_port", "29500", "--module", *WORKER),
         ),
     ],
 )  # fmt: skip
@@ -239,15 +241,25 @@ _STAND_IN = """
 import os, signal, sys, time
 from pathlib import Path
 from disttrain.errors import DataError
+from disttrain.pulse import Phase, Pulse
 from disttrain.runfolder import RunFolder
 
 folder = RunFolder(Path(sys.argv[1]))
+pulse = Pulse.connect(os.environ, 0)
 attempts = folder.path / "attempts"
 attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
 attempt = len(attempts.read_text())
 
 def settle(state, exit_code):
     folder.update_status(state=state, exit_code=exit_code, reason=state)
+    leave(exit_code)
+
+def fail(error):
+    folder.write_error(0, error)
+    leave(1)
+
+def leave(exit_code):
+    pulse.leave(exit_code)
     sys.exit(exit_code)
 
 """
@@ -264,8 +276,11 @@ def folder(tmp_path):
 def launch(folder, monkeypatch):
     """Returns a function that launches a program in place of the training process; it ends soon or never."""
 
-    def run(program, plan=ONE, *, max_restarts=0, say=lambda text: None):
-        command = [sys.executable, "-c", _STAND_IN + program, str(folder.path)]
+    def run(program, plan=ONE, *, max_restarts=0, say=lambda text: None, connected=True):
+        stand_in = (
+            _STAND_IN if connected else _STAND_IN.replace("pulse = Pulse.connect", "lambda: Pulse.connect")
+        )
+        command = [sys.executable, "-c", stand_in + program, str(folder.path)]
         monkeypatch.setattr(launcher, "command", lambda plan: command)
         return launcher.launch(plan, folder, max_restarts=max_restarts, say=say)
 
@@ -298,7 +313,7 @@ settle('finished', 0)
 
 
 def test_a_mistake_of_the_user_ends_the_run_with_its_message_and_code(launch, folder):
-    outcome = launch("folder.write_error(0, DataError('no such data')); sys.exit(1)")
+    outcome = launch("fail(DataError('no such data'))")
     assert outcome == Outcome(65, "no such data")
     status = folder.status()
     assert (status["state"], status["exit_code"], status["reason"]) == ("failed", 65, "no such data")
@@ -306,11 +321,13 @@ def test_a_mistake_of_the_user_ends_the_run_with_its_message_and_code(launch, fo
 
 
 def test_the_first_error_wins_over_those_of_its_victims(launch, folder):
-    outcome = launch("""
+    outcome = launch(
+        """
 folder.write_error(1, ValueError("the cause"))
-folder.write_error(0, RuntimeError("a victim"))
-sys.exit(1)
-""")
+fail(ValueError("a victim"))
+""",
+        TWO,
+    )
     assert (outcome.exit_code, outcome.message) == (70, f"rank 1 on {HOST} failed: ValueError: the cause")
     assert "ValueError: the cause" in outcome.detail
     status = folder.status()
@@ -320,24 +337,35 @@ sys.exit(1)
 def test_a_process_that_was_killed_is_named_with_its_signal(launch, folder):
     outcome = launch("print('last words', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.SIGKILL)")
     assert outcome.exit_code == 70
-    assert outcome.message == f"a process was killed by SIGKILL on {HOST}; see {folder.launch_log(0)}"
+    cause = "was killed by SIGKILL while starting"
+    assert outcome.message == f"rank 0 on {HOST} {cause}; see {folder.launch_log(0)}"
     assert outcome.detail == "last words"
     status = folder.status()
-    assert (status["state"], status["reason"]) == ("failed", "a process was killed by SIGKILL")
+    assert (status["state"], status["reason"], status["rank"]) == ("failed", f"rank 0 {cause}", 0)
 
 
 @pytest.mark.parametrize("code", [0, 1, 70])
-def test_an_end_without_a_report_is_a_failure_whatever_its_code(launch, folder, code):
-    outcome = launch(f"sys.exit({code})")
+@pytest.mark.parametrize("connected", [True, False])
+def test_an_end_without_a_report_is_a_failure_whatever_its_code(launch, folder, code, connected):
+    outcome = launch(f"sys.exit({code})", connected=connected)
+    cause = f"ended with exit code {code} and left no report"
+    if code == 0:
+        cause = "left early with exit code 0 and no report"
+    who, when = ("rank 0", " while starting") if connected else ("a process", "")
     assert outcome.exit_code == 70
-    assert outcome.message.startswith(
-        f"a process ended with exit code {code} and left no report on {HOST}; see "
-    )
+    assert outcome.message == f"{who} on {HOST} {cause}{when}; see {folder.launch_log(0)}"
     assert folder.status()["state"] == "failed"
 
 
+def test_a_rank_that_says_it_is_done_without_a_finished_run_is_a_failure(launch, folder):
+    outcome = launch("leave(0)")
+    assert outcome.exit_code == 70
+    assert "and no report" in outcome.message
+
+
 def test_the_killed_rank_of_torchruns_report_is_named_before_its_victims(launch, folder):
-    outcome = launch('''
+    outcome = launch(
+        '''
 folder.write_error(0, RuntimeError("connection closed by peer"))
 print("""
 Failures:
@@ -350,8 +378,10 @@ Root Cause (first observed failure):
   exitcode  : -9 (pid: 11)
 """, file=sys.stderr)
 sys.exit(1)
-''')
-    assert outcome.message.startswith("rank 3 was killed by SIGKILL")
+''',
+        connected=False,
+    )
+    assert outcome.message.startswith(f"rank 3 on {HOST} was killed by SIGKILL")
     assert folder.status()["rank"] == 3
 
 
@@ -362,27 +392,24 @@ def test_the_end_of_an_earlier_run_is_not_taken_for_the_end_of_this_one(launch, 
     folder.launch_log(0).write_text("Root Cause:\n  rank      : 1\n  exitcode  : -9\n")
     outcome = launch("sys.exit(3)")
     assert outcome.exit_code == 70
-    assert outcome.message.startswith("a process ended with exit code 3")
+    assert outcome.message.startswith(f"rank 0 on {HOST} ended with exit code 3")
     assert (folder.status()["state"], folder.status()["restarts"]) == ("failed", 2)
 
 
 def test_processes_that_hang_after_an_error_are_ended_in_seconds(launch, folder):
     begin = time.monotonic()
-    outcome = launch("""
+    outcome = launch(
+        """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 folder.write_error(1, ValueError("the cause"))
+pulse.leave(1)
 time.sleep(600)
-""")
+""",
+        TWO,
+    )
     assert time.monotonic() - begin < 60
     assert (outcome.exit_code, outcome.message) == (70, f"rank 1 on {HOST} failed: ValueError: the cause")
     assert folder.status()["rank"] == 1
-
-
-def test_only_node_0_settles_the_status(launch, folder):
-    folder.update_status(state="running", step=7)
-    assert launch("sys.exit(3)", replace(SECOND_NODE, gpus=())).exit_code == 70
-    assert (folder.status()["state"], folder.status()["step"]) == ("running", 7)
-    assert folder.launch_log(1).exists()
 
 
 # --- Restarts ---------------------------------------------------------------------------------------
@@ -405,14 +432,12 @@ def test_a_crash_is_followed_by_a_restart(launch, folder):
 
 
 def test_the_last_failure_is_reported_when_no_restart_is_left(launch, folder):
-    outcome = launch("folder.write_error(0, ValueError(f'attempt {attempt}')); sys.exit(1)", max_restarts=1)
+    outcome = launch("fail(ValueError(f'attempt {attempt}'))", max_restarts=1)
     assert outcome.message.endswith("ValueError: attempt 2")
     assert (attempts(folder), folder.status()["restarts"]) == (2, 1)
 
 
-@pytest.mark.parametrize(
-    "program", ["folder.write_error(0, DataError('x')); sys.exit(1)", "settle('stopped', 75)"]
-)
+@pytest.mark.parametrize("program", ["fail(DataError('x'))", "settle('stopped', 75)"])
 def test_what_a_restart_cannot_mend_is_not_restarted(launch, folder, program):
     assert launch(program, max_restarts=5).exit_code in {65, 75}
     assert attempts(folder) == 1
@@ -450,13 +475,15 @@ sys.exit(outcome.exit_code)
 _TRAINING = (
     _STAND_IN
     + """
-received = []
-signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+pulse.beat(Phase.DATA, 1)
 (folder.path / "ready").write_text(str(os.getpid()))
-while not received:
-    time.sleep(0.01)
-time.sleep(1)
-folder.update_status(received=len(received))
+received = [pulse.connection.recv(64)]
+pulse.connection.settimeout(1)
+try:
+    received.append(pulse.connection.recv(64))
+except TimeoutError:
+    pass
+folder.update_status(received=[word.decode() for word in received])
 if {polite}:
     settle("stopped", 75)
 time.sleep(600)
@@ -508,7 +535,7 @@ def test_a_stop_is_handed_on_once_and_the_run_saves(launched, tmp_path, number):
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, output) == (75, "\n")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["received"]) == ("stopped", 1)
+    assert (status["state"], status["received"]) == ("stopped", ["stop"])
     assert gone(child)
 
 
@@ -526,15 +553,17 @@ def test_a_second_signal_ends_the_run_at_once(launched, tmp_path):
     assert gone(child)
 
 
-def test_a_stop_before_training_has_begun_is_no_failure(launched, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+def test_a_stop_before_training_has_begun_loses_nothing(launched, tmp_path, number):
     process, child = launched(
         _STAND_IN + "(folder.path / 'ready').write_text(str(os.getpid())); time.sleep(600)"
     )
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert output == "ended by SIGTERM before it could save; earlier checkpoints are intact\n"
-    assert RunFolder(tmp_path / "run").status()["state"] == "stopped"
+    assert process.returncode == 75
+    assert output == "stopped before training began; nothing is lost, the same command goes on\n"
+    status = RunFolder(tmp_path / "run").status()
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
     assert gone(child)
 
 

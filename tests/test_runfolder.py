@@ -369,7 +369,14 @@ def test_the_first_error_is_the_earliest_not_that_of_the_lowest_rank(folder):
     first = folder.first_error()
     assert first is not None
     assert (first["rank"], first["message"]) == (1, "of rank 1")
-    folder.clear_errors()
+    for options, rank in (({"since": "2026-11-21T00:00:02.000000Z"}, 0), ({"ranks": [2, 3]}, 2)):
+        found = folder.first_error(**options)
+        assert found is not None
+        assert found["rank"] == rank
+    folder.clear_errors([1, 3])
+    assert folder.first_error([1, 3]) is None
+    assert folder.first_error() is not None
+    folder.clear_errors(range(4))
     assert folder.first_error() is None
 
 

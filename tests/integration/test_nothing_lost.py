@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import computed_records as records
 from runs import ids_per_step
 
 from disttrain.config import load_config
@@ -65,13 +66,6 @@ def here(tmp_path: Path) -> Path:
 def status(run: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run / "status.json").read_text())
     return content
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """Returns the records of metrics.jsonl without what is measured rather than computed."""
-    measured = {"images_per_s", "step_time_s", "data_wait_pct", "gpus", "processes"}
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in measured} for line in lines]
 
 
 def small(disttrain: Run, run: str | Path, *more: str, stop_at: int = 0) -> subprocess.CompletedProcess[str]:

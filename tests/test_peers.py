@@ -1,0 +1,171 @@
+"""How the launchers of several nodes meet, with threads as the nodes."""
+
+import contextlib
+import json
+import socket
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from disttrain.config import load_config
+from disttrain.errors import BusyError, DisttrainError, HangError, StoppedError, UsageError
+from disttrain.peers import Channel, compare_peers, facts, meet
+from disttrain.preflight import open_index
+from disttrain.slurm import Node
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number: int = server.getsockname()[1]
+    return number
+
+
+def gather(port, *known, nodes=None, timeout_s=60, interrupted=lambda: False, ranks=None):
+    """Lets nodes meet, one for each of `known`; returns a channel or an error of each."""
+    nodes = len(known) if nodes is None else nodes
+    with ThreadPoolExecutor(len(known)) as pool:
+        calls: list[Future[Channel]] = [
+            pool.submit(
+                meet,
+                Node(nodes, rank, "127.0.0.1", port),
+                2,
+                its,
+                timeout_s=timeout_s,
+                interrupted=interrupted,
+            )
+            for rank, its in zip(ranks or range(len(known)), known, strict=True)
+        ]
+    return [call.exception() or call.result() for call in calls]
+
+
+def receive(channel, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not (messages := channel.receive()) and not channel.lost:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return messages
+
+
+def test_three_nodes_meet_and_speak_with_node_0(port):
+    channels = gather(port, {"a": "1"}, {"a": "1"}, {"a": "1"})
+    try:
+        assert [channel.hosts for channel in channels] == [[socket.gethostname()] * 3] * 3
+        channels[0].send({"hello": "all"})
+        assert [receive(channel) for channel in channels[1:]] == [[(0, {"hello": "all"})]] * 2
+        channels[2].send({"from": 2, "long": "x" * 300000})
+        ((node, message),) = receive(channels[0])
+        assert (node, message["from"], len(message["long"])) == (2, 2, 300000)
+        with socket.create_server(("127.0.0.1", port)):
+            pass  # the port is free for the ranks
+    finally:
+        for channel in channels:
+            channel.close()
+
+
+def test_an_answer_does_not_swallow_other_messages(port):
+    channels = gather(port, {}, {})
+    with contextlib.closing(channels[0]), contextlib.closing(channels[1]), ThreadPoolExecutor(1) as pool:
+        channels[1].send({"rows": []})
+        answer = pool.submit(channels[0].ask, 1, "stacks", 3, 30)
+        assert receive(channels[1]) == [(0, {"stacks": 3})]
+        channels[1].send({"answer": "here"})
+        assert answer.result() == "here"
+        assert channels[0].receive() == [(1, {"rows": []})]
+        assert channels[0].ask(1, "stacks", 3, 0.1) is None
+
+
+def test_a_node_that_goes_is_missed(port):
+    channels = gather(port, {}, {})
+    channels[1].send({"last": "words"})
+    channels[1].close()
+    assert receive(channels[0]) == [(1, {"last": "words"})]
+    assert receive(channels[0]) == []
+    assert channels[0].lost == {1}
+    channels[0].send({"nobody": "hears"})
+    channels[0].close()
+
+
+def test_nodes_that_differ_are_refused_everywhere_with_both_values(port):
+    errors = gather(port, {"optim.lr": "0.1", "same": "x"}, {"optim.lr": "0.2", "same": "x"})
+    host = socket.gethostname()
+    text = (
+        f"not the same everywhere: optim.lr is 0.1 on node 0 ({host}) and 0.2 on node 1 ({host}); "
+        "make them the same"
+    )
+    assert [(type(error), str(error)) for error in errors] == [(UsageError, text)] * 2
+
+
+def test_a_node_that_does_not_come_is_named_where_it_was_waited_for(port):
+    errors = gather(port, {}, {}, nodes=4, timeout_s=1)
+    for error in errors:
+        assert isinstance(error, HangError)
+        assert str(error) == (
+            f"2 of 4 nodes joined; waited 1 s on 127.0.0.1:{port} for nodes 2, 3; "
+            "start `disttrain run` on every node"
+        )
+    (alone,) = gather(port, {}, nodes=2, timeout_s=1, ranks=[1])
+    assert isinstance(alone, HangError)
+    assert f"node 1 waited 1 s for node 0 at 127.0.0.1:{port} (Connection refused)" in str(alone)
+
+
+def test_two_nodes_of_the_same_number(port):
+    first, *others = gather(port, {}, {}, {}, nodes=3, timeout_s=3, ranks=[0, 1, 1])
+    assert isinstance(first, HangError)
+    assert {type(error) for error in others} == {HangError, UsageError}
+    assert any("--node-rank 1 is taken already" in str(error) for error in others)
+
+
+def test_a_port_that_is_taken_is_named_with_its_holder():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        (error,) = gather(port, {}, nodes=2)
+    assert isinstance(error, BusyError)
+    assert f"port {port} on {socket.gethostname()} cannot be used: Address already in use" in str(error)
+    assert "listens there" in str(error)
+
+
+def test_a_stop_ends_the_waiting(port):
+    errors = gather(port, {}, {}, nodes=3, interrupted=lambda: True)
+    assert [type(error) for error in errors] == [StoppedError] * 2
+
+
+def test_strangers_at_the_port_are_ignored(port):
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(gather, port, {}, nodes=2)
+        deadline = time.monotonic() + 30
+        for word in (b"GET / HTTP/1.1\r\n\r\n", b'{"node": "x"}\n', b"[1]\n", b""):
+            stranger = None
+            while stranger is None:
+                assert time.monotonic() < deadline
+                with contextlib.suppress(ConnectionRefusedError):
+                    stranger = socket.create_connection(("127.0.0.1", port), timeout=30)
+            with stranger:
+                stranger.sendall(word)
+                if word:
+                    assert stranger.recv(99) == b"", "hung up"
+        channels = [*gather(port, {}, nodes=2, ranks=[1]), *call.result()]
+    assert [type(channel) for channel in channels] == [Channel, Channel]
+    for channel in channels:
+        channel.close()
+
+
+def test_what_must_be_the_same(tmp_path: Path, config_file: Path, digits_root: Path):
+    def found(*overrides: str) -> dict[str, str]:
+        config = load_config(config_file, [f"data.root={digits_root}", *overrides])
+        return facts(config, open_index(config, print))
+
+    here = found()
+    assert json.loads(json.dumps(here)) == here
+    compare_peers({"a": here, "b": found("data.cache=none", "monitor.stall_timeout_s=5"), "c": here})
+    for others, words in (
+        (found("seed=3"), "seed is 0 on a and 3 on c"),
+        (here | {"the version of torch": "1.0"}, "and 1.0 on c"),
+        ({k: v for k, v in here.items() if not k.startswith("the index of")}, "the index of digits is "),
+    ):
+        with pytest.raises(DisttrainError, match="not the same everywhere") as caught:
+            compare_peers({"a": here, "b": here, "c": others})
+        assert words in str(caught.value)
+        assert caught.value.exit_code == 2

@@ -1,0 +1,126 @@
+"""What a rank shows of itself."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from disttrain.pulse import ADDRESS, Phase, Pulse, doing, pack, unpack
+from disttrain.watch import Watch
+
+
+def test_progress_reads_back_and_orders_steps_phases_and_parts() -> None:
+    places = list(itertools.product((0, 1, 2**20), Phase, (0, 1, 2**24 - 1)))
+    packed = [pack(phase, step, part) for step, phase, part in places]
+    assert packed == sorted(packed)
+    assert len(set(packed)) == len(packed)
+    assert [unpack(number) for number in packed] == [(phase, step, part) for step, phase, part in places]
+
+
+def test_a_pulse_without_a_launcher_leads_nowhere() -> None:
+    pulse = Pulse.connect({}, 3)
+    pulse.beat(Phase.COMPUTE, 12, 1)
+    pulse.saving(True)
+    pulse.leave(0)
+    assert pulse.connection is None
+    assert pulse.place == (Phase.COMPUTE, 12, 1)
+
+
+def test_a_launcher_that_has_gone_is_not_waited_for() -> None:
+    with pytest.raises(ConnectionError):
+        Pulse.connect({ADDRESS: "@disttrain-nobody"}, 0)
+
+
+def test_what_a_rank_is_at_in_words() -> None:
+    assert doing(pack(Phase.START, 0, 4)) == "while starting"
+    assert doing(pack(Phase.DATA, 1234)) == "in step 1,234 while loading data"
+    assert doing(-1) == "while starting"
+    assert len({doing(pack(phase, 1)) for phase in Phase}) == len(Phase)
+
+
+_SIGNALLED = """
+import os, signal, sys, time
+os.environ |= {"RANK": "0"}
+from disttrain.errors import StoppedError
+from disttrain.pulse import Phase
+from disttrain.worker import Rank
+
+rank = Rank(0, None)
+rank.listen()
+if sys.argv[1] == "training":
+    rank.pulse.beat(Phase.DATA, 1)
+print("ready", flush=True)
+while not rank.stop:
+    time.sleep(0.01)
+print("asked", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("when", ["starting", "training"])
+def test_signals_of_a_rank_that_no_launcher_watches(number: int, when: str) -> None:
+    command = [sys.executable, "-c", _SIGNALLED, when]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            assert process.stderr
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            if when == "starting":
+                assert process.wait(60) == 75
+                assert "stopped before training began" in process.stderr.read()
+                return
+            process.send_signal(number)  # as the terminal and torchrun do at the same time
+            assert process.stdout.readline() == "asked\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.5)
+            os.kill(process.pid, number)
+            assert process.wait(60) == 128 + number
+        finally:
+            process.kill()
+
+
+def test_a_rank_ends_with_its_launcher_even_if_its_parent_lives() -> None:
+    with Watch(0, 1) as watch:
+        command = [sys.executable, "-c", _SIGNALLED, "training"]
+        environ = os.environ | watch.environment
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+        while process.poll() is None and not watch.pids:
+            watch.wait(0.1)
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    try:
+        assert process.wait(60) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("by_launcher", [True, False])
+def test_a_watched_rank_takes_its_launchers_word_and_any_signal_as_the_wish_to_stop(
+    by_launcher: bool,
+) -> None:
+    with Watch(0, 1) as watch:
+        command = [sys.executable, "-c", _SIGNALLED, "training"]
+        environ = os.environ | watch.environment
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+        try:
+            while process.poll() is None and not watch.pids:
+                watch.wait(0.1)
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            if by_launcher:
+                watch.stop()
+            else:
+                process.terminate()
+            assert process.stdout.readline() == "asked\n"
+            process.terminate()  # as torchrun does when another rank has left
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.5)
+        finally:
+            process.kill()
+            process.communicate()
