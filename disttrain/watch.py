@@ -361,7 +361,7 @@ class Watch:
         found = {}
         with contextlib.suppress(psutil.Error, OSError):
             for process in psutil.Process(child).children(recursive=True):
-                with contextlib.suppress(psutil.Error, OSError, ValueError):
+                with contextlib.suppress(psutil.Error, OSError, ValueError, KeyError):
                     environ = process.environ()
                     if environ.get(ADDRESS) == self.environment[ADDRESS]:
                         found[int(environ["RANK"])] = process.pid
