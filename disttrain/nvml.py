@@ -299,6 +299,8 @@ class GpuReaders:
                 handle = None if nvml is None else _handle(nvml, uuid)
                 gpu = None if nvml is None else _describe(nvml, handle)
                 reader = None if gpu is None else _Reader(nvml, handle, gpu, self._pids, said)
+                if nvml is not None and gpu is None:
+                    _log.info("GPU %s: NVML does not show it to this process; it is not read", uuid)
                 self._readers.append(reader)
                 if reader is not None:
                     self._stack.callback(reader.close)
@@ -468,7 +470,7 @@ class _Reader:
 
     def _traffic(self) -> dict[str, float | None]:
         """Returns MiB per second by counters that are 64 bits wide; a narrower one wraps in a second."""
-        if self._performance is not None:
+        if self._performance is not None or "traffic" in self._unsupported:
             return {}
         nvml = self._nvml
         fields = [(getattr(nvml, name), scope) for name, scope, _ in _COUNTERS.values()]
@@ -480,6 +482,8 @@ class _Reader:
             if value.nvmlReturn == nvml.NVML_SUCCESS
             and value.valueType == nvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
         }
+        if not counts:
+            self._unsupported.add("traffic")
         (before_s, before), self._before = self._before, (now_s, counts)
         spans = {key: count - before[key] for key, count in counts.items() if key in before}
         return {key: round(span / (now_s - before_s), 1) for key, span in spans.items() if span >= 0}

@@ -88,7 +88,7 @@ class RunObserver:
         self._trace: JsonLines | None = None
         self._console: Console | None = None
         devices = _gather_devices(parts)
-        self.gauges = RunGauges(devices, parts.rank, config.monitor.gpu_interval_s, folder, self.note)
+        self.gauges = RunGauges(devices, parts.rank, config.monitor.gpu_interval_s, folder, self.alarm)
         if config.train.trace_samples:
             folder.trace(parts.rank).parent.mkdir(exist_ok=True)
             self._trace = JsonLines(folder.trace(parts.rank))
@@ -160,6 +160,12 @@ class RunObserver:
     def note(self, text: str) -> None:
         """Shows a message."""
         log.info("%s", text)
+        if self._console is not None:
+            self._console.note(text)
+
+    def alarm(self, text: str) -> None:
+        """Shows that something is broken; may be called from any thread."""
+        log.error("%s", text)
         if self._console is not None:
             self._console.note(text)
 

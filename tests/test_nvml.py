@@ -204,7 +204,8 @@ def test_a_sweep_reads_every_field_of_every_gpu(library: Path) -> None:
     assert (second[1]["utilization_pct"], second[1]["sm_activity_pct"]) == (75, 22.5)
     assert second[1]["memory_used_by_us_mib"] is None  # its processes are others'
     assert first[2] is second[2] is None
-    assert (answer["said"], answer["alarms"], answer["gone"]) == ([], [], False)
+    assert answer["said"] == ["GPU unknown: NVML does not show it to this process; it is not read"]
+    assert (answer["alarms"], answer["gone"]) == ([], False)
 
 
 def test_slow_questions_are_asked_rarely_and_nothing_is_left_allocated(library: Path) -> None:
@@ -235,8 +236,10 @@ def test_before_hopper_traffic_is_counted(library: Path) -> None:
 
 
 def test_without_counters_the_traffic_of_a_moment_stands_for_that_moment(library: Path) -> None:
-    answer = sweeps(library, UUIDS[1], FAKE_NVML_GPM="0", FAKE_NVML_COUNTERS="0")
+    settings = {"COUNTED": "nvmlDeviceGetFieldValues", "FAKE_NVML_COUNTERS": "0"}
+    answer = sweeps(library, UUIDS[1], FAKE_NVML_GPM="0", **settings)
     (first,), (second,) = answer["sweeps"]
+    assert answer["calls"] == [1]
     assert first == FIRST | {"pcie_rx_mib_per_s": 130.0, "pcie_tx_mib_per_s": 140.0}
     assert second == FIRST
 

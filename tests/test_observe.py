@@ -61,14 +61,14 @@ class Sampler:
         sink: object,
         *,
         pids: list[int],
-        alarm: object,
+        alarm: Any,
     ) -> None:
         self.gpus = list(gpus)
         self.asked.append(self.gpus)
         self.pids.append(pids)
-        assert interval_s == 0.5
+        assert interval_s in (0.5, 1.0)  # of the gauges, and of a config
         assert callable(sink) or not gpus
-        assert callable(alarm)
+        type(self).alarm = staticmethod(alarm)
 
     def start(self) -> None:
         type(self).running += 1
@@ -342,6 +342,22 @@ def test_a_stopped_run_says_so(
     with pytest.raises(StoppedError), observer:
         raise StoppedError("stopped at step 7; saved, resumable")
     assert "stopped at step 7; saved, resumable" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_lost_is_shown_at_once_and_logged_as_an_error(
+    tmp_path: Path,
+    digits_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    sampler: type[Sampler],
+) -> None:
+    for rank in (0, 1):
+        with observer_of(rank, RunFolder(tmp_path / "run"), digits_root, monkeypatch):
+            sampler.alarm(f"GPU {rank}: it has fallen off the bus")
+    assert "GPU 0: it has fallen off the bus" in capsys.readouterr().out
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert errors == ["GPU 0: it has fallen off the bus", "GPU 1: it has fallen off the bus"]
 
 
 def test_a_folder_that_is_no_repository_has_no_commit(
