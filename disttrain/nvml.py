@@ -142,18 +142,19 @@ def node_gpus() -> list[Gpu]:
     return [each for gpu in gpus for each in (gpu, *instances[gpu.uuid])]
 
 
-def gpu_of_device(uuid: str, pci_bus_id: str) -> Gpu | None:
+def gpu_of_device(uuid: str, pci_bus_id: str | None) -> Gpu | None:
     """Returns the GPU or MIG instance on which a CUDA device of this process lies; None if NVML knows none.
 
     Args:
         uuid: as CUDA gives it, without prefix.
-        pci_bus_id: `<domain>:<bus>:<device>.0` in hexadecimal, asked where the UUID is not known.
+        pci_bus_id: `<domain>:<bus>:<device>.0` in hexadecimal, asked where the UUID is not known; None if
+            CUDA does not say.
     """
     with session() as nvml:
         if nvml is None:
             return None
         handle = _handle(nvml, uuid)
-        if handle is None:
+        if handle is None and pci_bus_id is not None:
             handle = ask(nvml.nvmlDeviceGetHandleByPciBusId, pci_bus_id)
         gpu = _describe(nvml, handle)
         if gpu is None or not _instances(nvml, handle):

@@ -324,10 +324,11 @@ def _describe(device: torch.device) -> dict[str, Any]:
     described: dict[str, Any] = {"device": str(device), "name": "CPU", "uuid": None}
     if device.type != "cuda":
         return described
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's types know no PCI ids
-    place = (properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id)
+    properties = torch.cuda.get_device_properties(device)
+    place: list[Any] = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    bus = None if None in place else "{:08x}:{:02x}:{:02x}.0".format(*place)
     with nvml.session():  # the others join it
-        gpu = nvml.gpu_of_device(str(properties.uuid), "{:08x}:{:02x}:{:02x}.0".format(*place))
+        gpu = nvml.gpu_of_device(str(properties.uuid), bus)
         reach = [each.uuid for each in nvml.node_gpus()]
     known = nvml.Gpu(-1, f"GPU-{properties.uuid}", properties.name, None) if gpu is None else gpu
     return described | {

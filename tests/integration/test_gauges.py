@@ -35,9 +35,10 @@ parts = SimpleNamespace(
 for name, tasks in json.loads(os.environ["TASKS"]).items():
     task, folder, alarms = tasks[rank], Path(sys.argv[1], name), []
     os.environ.update(task["environment"])
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(
-        uuid=task["uuid"], name="as torch says", pci_domain_id=0, pci_bus_id=task["bus"], pci_device_id=0
-    )
+    said = {"uuid": task["uuid"], "name": "as torch says"}
+    if task["uuid"] == "00000000-0000-0000-0000-000000000000":  # else as by a torch that knows no bus
+        said |= {"pci_domain_id": 0, "pci_bus_id": task["bus"], "pci_device_id": 0}
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(**said)
     devices = _gather_devices(parts)
     gauges = RunGauges(devices, rank, 0.1, RunFolder(folder), alarms.append)
     gauges.start()
