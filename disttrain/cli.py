@@ -461,6 +461,20 @@ def bench(
         click.echo(line)
 
 
+@main.command()
+@click.argument("run_dir", metavar="[RUN]", type=_PATH, required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, once.")
+def top(run_dir: Path | None, as_json: bool) -> None:
+    """Show every GPU of a run, live, or the GPUs of this node.
+
+    RUN is a run folder; it is only read, and may be that of a run that has ended. Ends with Ctrl-C. Where
+    there is no terminal all is shown once.
+    """
+    from disttrain.top import show
+
+    show(run_dir, as_json=as_json)
+
+
 @main.group()
 def config() -> None:
     """About the config file."""

@@ -85,7 +85,7 @@ class Console:
         self._position = position
         self._line_interval_s = line_interval_s
         self._clock = clock
-        self._out = _Output(stream)
+        self._out = Output(stream)
         self._lock = threading.Lock()
         self._train: Record = {}
         self._eval: Record = {}
@@ -170,7 +170,7 @@ class Console:
 
     def render(self) -> RenderableType:
         """Returns the dashboard as of now; it takes the width and height of where it is printed."""
-        return _Frame(self._frame)
+        return Frame(self._frame)
 
     def _line(self, text: str) -> None:
         if self._live is None and self._verbosity >= 0:
@@ -295,7 +295,7 @@ def eval_line(record: Record, info: RunInfo) -> str:
     )
 
 
-class _Frame:
+class Frame:
     """The dashboard as rich asks for it: drawn for the place in which it is shown."""
 
     def __init__(self, draw: Callable[[int, int], list[Text]]) -> None:
@@ -310,7 +310,7 @@ class _Frame:
         yield from console.render(Group(*lines), options.update_width(width))
 
 
-class _Output:
+class Output:
     """A stream that never raises: once it fails, what is written to it is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -319,6 +319,7 @@ class _Output:
         self._glyphs = {} if self.encoding.lower().startswith("utf") else _ASCII
 
     def write(self, text: str) -> int:
+        """Writes what the stream can show of a text."""
         with self._failing_quietly() as stream:
             if stream is not None:
                 encoded = text.translate(self._glyphs).encode(self.encoding, "replace")
@@ -326,15 +327,18 @@ class _Output:
         return len(text)
 
     def write_line(self, text: str) -> None:
+        """Writes a line in which nothing moves the cursor, at once."""
         self.write(_printable(text) + "\n")
         self.flush()
 
     def flush(self) -> None:
+        """Hands on what was written."""
         with self._failing_quietly() as stream:
             if stream is not None:
                 stream.flush()
 
     def isatty(self) -> bool:
+        """Tells whether the stream is a terminal."""
         with self._failing_quietly() as stream:
             return stream is not None and stream.isatty()
         return False
@@ -450,7 +454,7 @@ def _device_rows(record: Record, width: int, room: int) -> list[Text]:
     )
     rows = sorted(rows, key=lambda row: (str(row.get("host")), row.get(index) is None, row.get(index)))
     several_hosts = len({row.get("host") for row in rows}) > 1
-    labels = [_device_label(row, f"{what} {number(row.get(index), 'd')}", several_hosts) for row in rows]
+    labels = [device_label(row, f"{what} {number(row.get(index), 'd')}", several_hosts) for row in rows]
     label_width = max([_LABEL, *(cell_len(label) + 1 for label in labels)])
     columns = max(1, width // _DEVICE_MIN) if len(rows) > room else 1
     column = width // columns
@@ -470,7 +474,8 @@ def _device_rows(record: Record, width: int, room: int) -> list[Text]:
     return lines
 
 
-def _device_label(row: Record, name: str, several_hosts: bool) -> str:
+def device_label(row: Record, name: str, several_hosts: bool) -> str:
+    """Returns the name of a row's device, after that of its host where there are several."""
     if not several_hosts:
         return name
     host = str(row.get("host") or "?").partition(".")[0]

@@ -1,13 +1,14 @@
 """Turns what happens in a run into files and a screen: the observer and the gauges that `train` is handed.
 
 Rank 0 writes metrics, status and environment and drives the console; the first rank of each node reads the
-GPUs of that node; every rank writes its own log.
+GPUs of that node, but for those that only another rank may see; every rank writes its own log.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -19,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from disttrain import __version__
+from disttrain import __version__, nvml
 from disttrain.config import Config
 from disttrain.console import Console, RunInfo
 from disttrain.errors import StoppedError
@@ -42,7 +43,20 @@ from disttrain.telemetry import GpuSampler, ProcessorSampler
 log = logging.getLogger("disttrain")
 
 _STATUS_INTERVAL_S = 1.0
-_GPU_FIELDS = ("index", "utilization_pct", "memory_used_mib", "memory_total_mib", "power_w", "temperature_c")
+_GPU_FIELDS = (
+    "utilization_pct",
+    "memory_utilization_pct",
+    "memory_used_mib",
+    "power_w",
+    "power_limit_w",
+    "temperature_c",
+    "sm_clock_mhz",
+    "throttled_power_pct",
+    "throttled_thermal_pct",
+    "sm_activity_pct",
+    "critical_events",
+)
+"""What of a GPU travels with the loss; gpu.jsonl has all that is read."""
 _PROCESS_FIELDS = ("cpu_pct", "memory_used_mib")
 
 
@@ -74,7 +88,7 @@ class RunObserver:
         self._trace: JsonLines | None = None
         self._console: Console | None = None
         devices = _gather_devices(parts)
-        self.gauges = RunGauges(devices, parts.rank, config.monitor.gpu_interval_s, folder)
+        self.gauges = RunGauges(devices, parts.rank, config.monitor.gpu_interval_s, folder, self.alarm)
         if config.train.trace_samples:
             folder.trace(parts.rank).parent.mkdir(exist_ok=True)
             self._trace = JsonLines(folder.trace(parts.rank))
@@ -156,6 +170,12 @@ class RunObserver:
         if self._console is not None:
             self._console.note(text)
 
+    def alarm(self, text: str) -> None:
+        """Shows that something is broken; may be called from any thread."""
+        log.error("%s", text)
+        if self._console is not None:
+            self._console.note(text)
+
     def finished(self) -> None:
         """Shows the outcome."""
         log.info("finished")
@@ -184,24 +204,40 @@ class RunGauges:
         rank: of this process.
         interval_s: seconds between two readings of a GPU.
         folder: takes gpu.jsonl.
+        alarm: told of GPUs that are lost and of critical errors: by the rank that reads the GPU at once, by
+            rank 0 of those that others read at the next log point.
     """
 
     def __init__(
-        self, devices: list[dict[str, Any]], rank: int, interval_s: float, folder: RunFolder
+        self,
+        devices: Sequence[Mapping[str, Any]],
+        rank: int,
+        interval_s: float,
+        folder: RunFolder,
+        alarm: Callable[[str], None],
     ) -> None:
-        self._devices = devices
         self._rank = rank
+        self._alarm = alarm
         self._on_gpu = devices[rank]["uuid"] is not None
+        # Ranks may share a GPU: it has one place, and the description by its first rank.
+        first = {device["uuid"] or device["rank"]: device for device in reversed(devices)}
+        self._rows = sorted(first.values(), key=lambda device: int(device["rank"]))
         self._fields = _GPU_FIELDS if self._on_gpu else _PROCESS_FIELDS
-        host = devices[rank]["host"]
-        own = [i for i, device in enumerate(devices) if device["host"] == host]
-        self._places = own if self._on_gpu and own[0] == rank else []
+        key = "reader" if self._on_gpu else "rank"
+        self._places = [place for place, device in enumerate(self._rows) if device[key] == rank]
+        self._told = [0] * len(self._rows)
         self._processor = ProcessorSampler()
-        self._file = JsonLines(folder.gpu) if own[0] == rank else None
+        reads = self._on_gpu and self._places
+        self._file = _SharedLines(folder.gpu) if reads or rank == 0 else None
         self._sampler = GpuSampler(
-            [devices[i]["uuid"].removeprefix("GPU-") for i in self._places],
+            [
+                {key: self._rows[place][key] for key in ("host", "index", "uuid", "name")}
+                for place in (self._places if self._on_gpu else ())
+            ],
             interval_s,
             self._file.write if self._file else None,
+            pids=[device["pid"] for device in devices if device["host"] == devices[rank]["host"]],
+            alarm=alarm,
         )
 
     def start(self) -> None:
@@ -216,60 +252,120 @@ class RunGauges:
 
     def read(self) -> list[float]:
         """Returns this rank's numbers, 0 in the places of others and NaN where a reading is unknown."""
-        values = [0.0] * (len(self._devices) * len(self._fields))
-        rows = (
-            zip(self._places, self._sampler.means(), strict=True)
-            if self._on_gpu
-            else [(self._rank, self._processor.means())]
-        )
-        for place, row in rows:
-            for i, field in enumerate(self._fields):
-                value = row[field]
-                values[place * len(self._fields) + i] = (
-                    float(value) if isinstance(value, (int, float)) else math.nan
-                )
+        width = len(self._fields)
+        values = [0.0] * (len(self._rows) * width)
+        rows = self._sampler.means() if self._on_gpu else [self._processor.means()]
+        for place, row in zip(self._places, rows, strict=True):
+            values[place * width : (place + 1) * width] = [
+                math.nan if row[field] is None else float(row[field]) for field in self._fields
+            ]
         return values
 
     def rows(self, totals: Sequence[float]) -> dict[str, Any]:
         """Returns the gpus rows of a train record, and on CPUs the processes rows."""
         width = len(self._fields)
         rows = []
-        for i, device in enumerate(self._devices):
-            numbers = totals[i * width : (i + 1) * width]
-            row = {
+        for place, device in enumerate(self._rows):
+            numbers = {
                 field: None if math.isnan(number) else round(number, 1)
-                for field, number in zip(self._fields, numbers, strict=True)
+                for field, number in zip(
+                    self._fields, totals[place * width : (place + 1) * width], strict=True
+                )
             }
-            rows.append((device, row))
-        if not self._on_gpu:
-            return {
-                "gpus": [],
-                "processes": [{"rank": d["rank"], "host": d["host"], **row} for d, row in rows],
-            }
-        gpus = {}
-        for device, row in rows:
-            index = row.pop("index")
-            gpus[device["host"], device["uuid"]] = {
-                "host": device["host"],
-                "index": None if index is None else int(index),
-                "uuid": device["uuid"],
-                "name": device["name"],
-                **row,
-            }
-        return {"gpus": list(gpus.values())}
+            if not self._on_gpu:
+                rows.append({key: device[key] for key in ("rank", "host")} | numbers)
+                continue
+            row = {key: device[key] for key in ("host", "index", "uuid", "name", "memory_total_mib")}
+            rows.append(row | numbers)
+            self._tell_of_others(place, row | numbers)
+        return {"gpus": rows} if self._on_gpu else {"gpus": [], "processes": rows}
+
+    def _tell_of_others(self, place: int, row: Mapping[str, Any]) -> None:
+        events = int(row["critical_events"] or 0)
+        if self._rank == 0 and place not in self._places and events > self._told[place]:
+            self._alarm(
+                f"GPU {row['index']} ({row['name']}, {row['uuid']}) on {row['host']}: a critical error; "
+                "gpu.jsonl has its Xid, or that the GPU is lost"
+            )
+        self._told[place] = events
+
+
+class _SharedLines:
+    """Appends records to a JSONL file to which other nodes append too.
+
+    Args:
+        path: made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Appends records, each a line, at once."""
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        # NFS appends where this node believes the end to be; with the lock it asks the server. Not every
+        # file system has locks, and those without them append to the true end.
+        with contextlib.suppress(OSError):
+            fcntl.lockf(self._file, fcntl.LOCK_EX)
+        try:
+            self._file.write(text.encode())
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 def _gather_devices(parts: Parts) -> list[dict[str, Any]]:
-    """Returns rank, host, device, name and UUID of every rank's device. Every rank calls this."""
-    device = parts.accelerator.device
-    own: dict[str, Any] = {"rank": parts.rank, "host": socket.gethostname(), "device": str(device)}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        own |= {"name": properties.name, "uuid": f"GPU-{properties.uuid}"}
-    else:
-        own |= {"name": "CPU", "uuid": None}
+    """Returns rank, host, process, device, GPU and who reads it, for every rank. Every rank calls this."""
+    own: dict[str, Any] = {"rank": parts.rank, "host": socket.gethostname(), "pid": os.getpid()}
+    own |= _describe(parts.accelerator.device)
     devices: list[dict[str, Any]] = gather_object([own]) if parts.world_size > 1 else [own]
-    return devices
+    return _assign(devices)
+
+
+def _describe(device: torch.device) -> dict[str, Any]:
+    """Returns what a rank says of its device, and in `reach` the UUIDs of all GPUs that NVML shows it."""
+    described: dict[str, Any] = {"device": str(device), "name": "CPU", "uuid": None}
+    if device.type != "cuda":
+        return described
+    properties = torch.cuda.get_device_properties(device)
+    place: list[Any] = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    bus = None if None in place else "{:08x}:{:02x}:{:02x}.0".format(*place)
+    with nvml.session():  # the others join it
+        gpu = nvml.gpu_of_device(str(properties.uuid), bus)
+        reach = [each.uuid for each in nvml.node_gpus()]
+    known = nvml.Gpu(-1, f"GPU-{properties.uuid}", properties.name, None) if gpu is None else gpu
+    return described | {
+        "name": known.name,
+        "uuid": known.uuid,
+        "index": None if gpu is None else gpu.index,
+        "minor": known.minor,
+        "memory_total_mib": known.memory_total_mib,
+        "reach": reach,
+    }
+
+
+def _assign(devices: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the devices with the rank that reads each GPU: the first one of its host that may see it.
+
+    A task that is given one GPU of a node sees no other, and to each of them it is GPU 0: then indexes are
+    the numbers of the device files.
+    """
+    assigned = []
+    for device in devices:
+        neighbours = [other for other in devices if other["host"] == device["host"]]
+        readers = [other["rank"] for other in neighbours if device["uuid"] in other.get("reach", ())]
+        own = {key: value for key, value in device.items() if key not in ("reach", "minor")}
+        if device["uuid"] is not None:
+            own["reader"] = min(readers, default=device["rank"])
+            names = {(other["index"], other["uuid"]) for other in neighbours}
+            if len({index for index, _ in names}) < len({uuid for _, uuid in names}):
+                own["index"] = device["index"] if device["minor"] is None else device["minor"]
+        assigned.append(own)
+    return assigned
 
 
 def _run_info(

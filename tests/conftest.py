@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips the tests marked gpu where there is none."""
-    from disttrain.telemetry import visible_gpus
+    from disttrain.nvml import visible_gpus
 
     if not visible_gpus():
         for item in items:

@@ -15,13 +15,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, *flags: str) -> Path:
     """Compiles the stand-in into `folder` and returns the folder; skips without a C compiler."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler (cc) to build the NVML stand-in with")
     source, library = Path(__file__).with_name("fake_nvml.c"), folder / "libnvidia-ml.so.1"
-    flags = ["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    flags = ("-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *flags)
     subprocess.run([compiler, *flags, "-o", library, source], check=True)
     return folder
 

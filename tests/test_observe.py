@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,35 +25,50 @@ from disttrain.shards.index import load_index
 from disttrain.train import Position
 
 HOSTS = ["a", "a", "b", "b"]
-GPUS = [
-    {"rank": rank, "host": host, "device": "cuda", "name": f"GPU {rank}", "uuid": f"GPU-{rank}"}
+CPUS: list[dict[str, Any]] = [
+    {"rank": rank, "host": host, "pid": 100 + rank, "device": "cpu", "name": "CPU", "uuid": None}
     for rank, host in enumerate(HOSTS)
 ]
-CPUS = [device | {"device": "cpu", "name": "CPU", "uuid": None} for device in GPUS]
+GPUS = [
+    device
+    | {
+        "device": "cuda", "name": f"GPU {rank}", "uuid": f"GPU-{rank}", "index": 3 - rank,
+        "memory_total_mib": 81920, "reader": 2 * (rank // 2),
+    }
+    for rank, device in enumerate(CPUS)
+]  # fmt: skip
 
 
 def reading(uuid: str) -> dict[str, Any]:
     """Returns what a sampler says of a GPU: numbers that tell GPUs and fields apart."""
     number = int(uuid[-1])
-    return {
-        "host": "as NVML says", "index": 3 - number, "uuid": uuid, "name": "as NVML says",
-        "utilization_pct": 10.04 + number, "memory_used_mib": 1000 + number, "memory_total_mib": 81920,
-        "power_w": 300 + number, "temperature_c": 40 + number,
-    }  # fmt: skip
+    fields = enumerate(observe._GPU_FIELDS)
+    return {field: 100.0 * place + 10.04 + number for place, field in fields} | {"critical_events": number}
 
 
 class Sampler:
     """A stand-in for telemetry.GpuSampler; `unknown` are fields that it cannot read."""
 
-    asked: list[list[str]]
+    asked: list[list[dict[str, Any]]]
+    pids: list[list[int]]
     unknown: tuple[str, ...] = ()
     running = 0
 
-    def __init__(self, uuids: Sequence[str], interval_s: float, sink: object) -> None:
-        self.uuids = list(uuids)
-        self.asked.append(self.uuids)
-        assert interval_s == 0.5
-        assert callable(sink) or not uuids
+    def __init__(
+        self,
+        gpus: Sequence[dict[str, Any]],
+        interval_s: float,
+        sink: object,
+        *,
+        pids: list[int],
+        alarm: Any,
+    ) -> None:
+        self.gpus = list(gpus)
+        self.asked.append(self.gpus)
+        self.pids.append(pids)
+        assert interval_s in (0.5, 1.0)  # of the gauges, and of a config
+        assert callable(sink) or not gpus
+        type(self).alarm = staticmethod(alarm)
 
     def start(self) -> None:
         type(self).running += 1
@@ -60,12 +77,12 @@ class Sampler:
         type(self).running -= 1
 
     def means(self) -> list[dict[str, Any]]:
-        return [reading(uuid) | dict.fromkeys(self.unknown) for uuid in self.uuids]
+        return [gpu | reading(gpu["uuid"]) | dict.fromkeys(self.unknown) for gpu in self.gpus]
 
 
 @pytest.fixture
 def sampler(monkeypatch: pytest.MonkeyPatch) -> type[Sampler]:
-    kind = type("OwnSampler", (Sampler,), {"asked": []})
+    kind = type("OwnSampler", (Sampler,), {"asked": [], "pids": []})
     monkeypatch.setattr(observe, "GpuSampler", kind)
     return kind
 
@@ -81,9 +98,11 @@ def _processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observe, "ProcessorSampler", lambda: SimpleNamespace(means=means))
 
 
-def all_ranks(devices: list[dict[str, Any]], folder: Path) -> Iterator[RunGauges]:
+def all_ranks(
+    devices: list[dict[str, Any]], folder: Path, alarms: list[str] | None = None
+) -> Iterator[RunGauges]:
     for rank in range(len(devices)):
-        gauges = RunGauges(devices, rank, 0.5, RunFolder(folder))
+        gauges = RunGauges(devices, rank, 0.5, RunFolder(folder), ([] if alarms is None else alarms).append)
         gauges.start()
         try:
             yield gauges
@@ -104,14 +123,19 @@ def read_all(devices: list[dict[str, Any]], folder: Path) -> tuple[list[list[flo
 
 def test_the_sums_of_all_ranks_are_the_rows_of_all_gpus(tmp_path: Path, sampler: type[Sampler]) -> None:
     vectors, rows = read_all(GPUS, tmp_path)
-    assert sampler.asked == [["0", "1"], [], ["2", "3"], []]  # one rank of each node reads
+    asked = [[gpu["uuid"] for gpu in gpus] for gpus in sampler.asked]
+    assert asked == [["GPU-0", "GPU-1"], [], ["GPU-2", "GPU-3"], []]  # one rank of each node reads
+    assert sampler.asked[2][1] == {"host": "b", "index": 0, "uuid": "GPU-3", "name": "GPU 3"}
+    assert sampler.pids == [[100, 101], [100, 101], [102, 103], [102, 103]]
     assert [any(vector) for vector in vectors] == [True, False, True, False]
     assert sampler.running == 0
     expected = [
         {
             "host": host, "index": 3 - rank, "uuid": f"GPU-{rank}", "name": f"GPU {rank}",
-            "utilization_pct": 10.0 + rank, "memory_used_mib": 1000 + rank, "memory_total_mib": 81920,
-            "power_w": 300 + rank, "temperature_c": 40 + rank,
+            "memory_total_mib": 81920, "utilization_pct": 10.0 + rank, "memory_utilization_pct": 110.0 + rank,
+            "memory_used_mib": 210.0 + rank, "power_w": 310.0 + rank, "power_limit_w": 410.0 + rank,
+            "temperature_c": 510.0 + rank, "sm_clock_mhz": 610.0 + rank, "throttled_power_pct": 710.0 + rank,
+            "throttled_thermal_pct": 810.0 + rank, "sm_activity_pct": 910.0 + rank, "critical_events": rank,
         }
         for rank, host in enumerate(HOSTS)
     ]  # fmt: skip
@@ -120,13 +144,15 @@ def test_the_sums_of_all_ranks_are_the_rows_of_all_gpus(tmp_path: Path, sampler:
 
 
 def test_what_is_unknown_is_none(tmp_path: Path, sampler: type[Sampler]) -> None:
-    sampler.unknown = ("index", "power_w")
-    vectors, rows = read_all(GPUS, tmp_path)
-    assert [sum(math.isnan(number) for number in vector) for vector in vectors] == [4, 0, 4, 0]
+    sampler.unknown = ("power_w",)
+    devices = [device | {"index": None, "memory_total_mib": None} for device in GPUS]
+    vectors, rows = read_all(devices, tmp_path)
+    assert [sum(math.isnan(number) for number in vector) for vector in vectors] == [2, 0, 2, 0]
     for number, row in enumerate(rows[1]["gpus"]):
         assert row["index"] is None
+        assert row["memory_total_mib"] is None
         assert row["power_w"] is None
-        assert row["temperature_c"] == 40 + number
+        assert row["temperature_c"] == 510 + number
 
 
 def test_one_unknown_gpu_leaves_the_others(tmp_path: Path, sampler: type[Sampler]) -> None:
@@ -134,21 +160,63 @@ def test_one_unknown_gpu_leaves_the_others(tmp_path: Path, sampler: type[Sampler
     values = gauges[0].read()
     values[: len(values) // 2] = [math.nan] * (len(values) // 2)
     first, second = gauges[1].rows(values)["gpus"]
-    assert {key for key, value in first.items() if value is not None} == {"host", "uuid", "name"}
+    known = {key for key, value in first.items() if value is not None}
+    assert known == {"host", "index", "uuid", "name", "memory_total_mib"}
     assert second["utilization_pct"] == 11.0
 
 
 def test_zero_is_a_reading(tmp_path: Path, sampler: type[Sampler]) -> None:
     (gauges,) = all_ranks(GPUS[:1], tmp_path)
     (row,) = gauges.rows([0.0] * len(gauges.read()))["gpus"]
-    assert (row["utilization_pct"], row["index"]) == (0.0, 0)
+    assert (row["utilization_pct"], row["critical_events"]) == (0.0, 0)
 
 
-def test_ranks_on_one_gpu_give_one_row(tmp_path: Path, sampler: type[Sampler]) -> None:
-    devices = [GPUS[0], GPUS[0] | {"rank": 1}, GPUS[1] | {"rank": 2}]
+def test_ranks_on_one_gpu_give_one_row_and_it_is_read_once(tmp_path: Path, sampler: type[Sampler]) -> None:
+    devices = [GPUS[0], GPUS[0] | {"rank": 1, "pid": 101}, GPUS[1] | {"rank": 2, "pid": 102}]
     _, rows = read_all(devices, tmp_path)
     assert [row["uuid"] for row in rows[0]["gpus"]] == ["GPU-0", "GPU-1"]
     assert rows[0]["gpus"][0]["utilization_pct"] == 10.0
+    assert [[gpu["uuid"] for gpu in gpus] for gpus in sampler.asked] == [["GPU-0", "GPU-1"], [], []]
+    assert sampler.pids[0] == [100, 101, 102]
+
+
+def test_rank_0_tells_of_the_errors_of_gpus_that_others_read(tmp_path: Path, sampler: type[Sampler]) -> None:
+    alarms: list[str] = []
+    every = list(all_ranks(GPUS, tmp_path, alarms))
+    totals = [sum(column) for column in zip(*(gauges.read() for gauges in every), strict=True)]
+    for _ in range(2):
+        for gauges in every:
+            gauges.rows(totals)
+    assert [text.partition(":")[0] for text in alarms] == [
+        "GPU 1 (GPU 2, GPU-2) on b",
+        "GPU 0 (GPU 3, GPU-3) on b",
+    ]
+    totals[-1] += 1  # of the last GPU: its critical events
+    for gauges in every:
+        gauges.rows(totals)
+    assert len(alarms) == 3
+
+
+def device(rank: int, host: str, uuid: str, index: int, minor: int, reach: list[str]) -> dict[str, Any]:
+    return {"rank": rank, "host": host, "uuid": uuid, "index": index, "minor": minor, "reach": reach}
+
+
+def test_a_gpu_is_read_by_the_first_rank_of_its_host_that_may_see_it() -> None:
+    all_seen = [device(i, "a", f"U{i}", 1 - i, 1 - i, ["U0", "U1"]) for i in range(2)]
+    assert observe._assign(all_seen) == [
+        {"rank": 0, "host": "a", "uuid": "U0", "index": 1, "reader": 0},
+        {"rank": 1, "host": "a", "uuid": "U1", "index": 0, "reader": 0},
+    ]
+    # Each task has one GPU, which is GPU 0 to it: told apart by device files.
+    confined = [device(i, "a", f"U{i}", 0, 5 - i, [f"U{i}"]) for i in range(3)]
+    assert [(each["reader"], each["index"]) for each in observe._assign(confined)] == [(0, 5), (1, 4), (2, 3)]
+    # Two machines that believe to have the same name.
+    twins = [device(0, "localhost", "U0", 0, 0, ["U0"]), device(1, "localhost", "U1", 0, 0, ["U1"])]
+    assert [each["reader"] for each in observe._assign(twins)] == [0, 1]
+    # NVML shows a rank no GPU at all.
+    blind = [device(0, "a", "U0", 0, 0, []), device(1, "a", "U1", 1, 1, ["U0"])]
+    assert [each["reader"] for each in observe._assign(blind)] == [1, 1]
+    assert observe._assign(CPUS) == CPUS
 
 
 @pytest.mark.usefixtures("_processor")
@@ -166,6 +234,23 @@ def test_on_cpus_every_rank_has_a_row(tmp_path: Path, sampler: type[Sampler]) ->
     ]
     assert rows == [{"gpus": [], "processes": processes}] * 4
     assert sampler.asked == [[], [], [], []]
+
+
+def test_the_readings_of_all_nodes_share_a_file(tmp_path: Path) -> None:
+    program = """
+import pathlib, sys
+from disttrain.observe import _SharedLines
+lines = _SharedLines(pathlib.Path(sys.argv[1]))
+for i in range(300):
+    lines.write([{"node": sys.argv[2], "i": i, "gpu": gpu, "filling": 20000 * "x"} for gpu in range(2)])
+lines.close()
+"""
+    path = tmp_path / "gpu.jsonl"
+    nodes = [subprocess.Popen([sys.executable, "-c", program, path, node]) for node in "ab"]
+    assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    for node in "ab":
+        found = [(row["i"], row["gpu"]) for row in lines(path) if row["node"] == node]
+        assert found == [(i, gpu) for i in range(300) for gpu in range(2)]
 
 
 # --- The observer -----------------------------------------------------------------------------------
@@ -257,6 +342,22 @@ def test_a_stopped_run_says_so(
     with pytest.raises(StoppedError), observer:
         raise StoppedError("stopped at step 7; saved, resumable")
     assert "stopped at step 7; saved, resumable" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_lost_is_shown_at_once_and_logged_as_an_error(
+    tmp_path: Path,
+    digits_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    sampler: type[Sampler],
+) -> None:
+    for rank in (0, 1):
+        with observer_of(rank, RunFolder(tmp_path / "run"), digits_root, monkeypatch):
+            sampler.alarm(f"GPU {rank}: it has fallen off the bus")
+    assert "GPU 0: it has fallen off the bus" in capsys.readouterr().out
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert errors == ["GPU 0: it has fallen off the bus", "GPU 1: it has fallen off the bus"]
 
 
 def test_a_folder_that_is_no_repository_has_no_commit(

@@ -1,11 +1,9 @@
-"""Readings of GPUs, through nvidia-ml-py and a stand-in for NVIDIA's library, and of the processor."""
+"""Readings of GPUs in a thread, from a stand-in for NVIDIA's library, and of the processor."""
 
 from __future__ import annotations
 
 import datetime
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,14 +11,10 @@ import nvml
 import pytest
 
 from disttrain import telemetry
-from disttrain.telemetry import Gpu, ProcessorSampler
+from disttrain.nvml import READINGS
+from disttrain.telemetry import ProcessorSampler
 
 UUIDS = [f"GPU-{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(4)]
-VISIBLE = """
-import json
-from disttrain.telemetry import visible_gpus
-print(json.dumps([[gpu.index, gpu.uuid, gpu.name, gpu.memory_total_mib] for gpu in visible_gpus()]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -28,83 +22,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return nvml.build(tmp_path_factory.mktemp("nvml"))
 
 
-def test_visible_gpus_describes_each_gpu(library: Path) -> None:
-    expected = [[i, UUIDS[i], f"NVIDIA Fake {i}", 81920] for i in range(4)]
-    assert nvml.run(VISIBLE, library) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("", []),
-        ("-1", []),
-        ("2,0", [2, 0]),
-        (" 3 , 1 ", [3, 1]),
-        ("1,-1,0", [1]),
-        ("1,4,0", [1]),
-        ("1,x,0", [1]),
-        ("1,1", []),
-        ("0,GPU-01", [0]),
-        (f"{UUIDS[3]},{UUIDS[1]}", [3, 1]),
-        ("GPU-02,GPU-00", [2, 0]),
-        ("GPU-0", []),  # four begin like this
-        ("GPU-02,GPU-ff,GPU-00", [2]),
-        ("GPU-02,0", [2]),
-        ("GPU-02,GPU-0200", []),
-        ("MIG-00", []),
-    ],
-)
-def test_visible_gpus_reads_the_variable_as_cuda_does(library: Path, value: str, expected: list[int]) -> None:
-    assert [gpu[0] for gpu in nvml.run(VISIBLE, library, CUDA_VISIBLE_DEVICES=value)] == expected
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, ["MIG-01000000"]),  # CUDA prefers a MIG instance to whole GPUs, and sees one
-        ({"CUDA_VISIBLE_DEVICES": "1"}, ["MIG-01000000"]),
-        ({"CUDA_VISIBLE_DEVICES": "2"}, ["GPU-02000000"]),
-        ({"CUDA_VISIBLE_DEVICES": "MIG-0101"}, ["MIG-01010000"]),
-    ],
-)
-def test_visible_gpus_with_mig(library: Path, variables: dict[str, str], expected: list[str]) -> None:
-    gpus = nvml.run(VISIBLE, library, FAKE_NVML_MIG="1:2", **variables)
-    assert [uuid[:12] for _, uuid, _, _ in gpus] == expected
-    if expected[0].startswith("MIG"):
-        assert gpus[0][0] == 1
-        assert gpus[0][2:] == ["NVIDIA Fake 1 MIG 1g.10gb", 10240]
-
-
-def test_without_nvml_there_are_no_gpus_and_nothing_fails() -> None:
-    program = """
-import json
-from disttrain.telemetry import GpuSampler, visible_gpus
-with GpuSampler(["GPU-1"], 0.1, print) as sampler:
-    pass
-print(json.dumps([visible_gpus(), sampler.means()]))
-"""
-    probe = "import ctypes; ctypes.CDLL('libnvidia-ml.so.1')"
-    if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode == 0:
-        pytest.skip("this machine has NVML")
-    gpus, (row,) = nvml.run(program, None)
-    assert gpus == []
-    assert {key for key, value in row.items() if value is not None} == {"host", "uuid"}
-
-
-def test_a_broken_driver_is_no_gpus(library: Path) -> None:
-    assert nvml.run(VISIBLE, library, FAKE_NVML_BROKEN="1") == []
-
-
-def test_a_broken_library_is_no_gpus(tmp_path: Path) -> None:
-    (tmp_path / "libnvidia-ml.so.1").write_bytes(b"not a library")
-    assert nvml.run(VISIBLE, tmp_path) == []
-
-
 SAMPLE = """
 import json, logging, os, threading, time
 from disttrain.telemetry import GpuSampler
-records = []
-sampler = GpuSampler(os.environ["UUIDS"].split(","), 0.1, records.append)
+records, alarms = [], []
+gpus = [{"host": "h", "index": i, "uuid": uuid} for i, uuid in enumerate(os.environ["UUIDS"].split(","))]
+sampler = GpuSampler(gpus, 0.1, records.extend, pids=[1003, 2003], alarm=alarms.append)
 def wait(count):
     limit = time.monotonic() + 60
     while len(records) < count and time.monotonic() < limit:
@@ -125,20 +48,35 @@ print(json.dumps([means, again, records, alive]))
 """
     )
     asked = f"{UUIDS[3].removeprefix('GPU-')},{UUIDS[1]},unknown"
-    means, again, records, alive = nvml.run(program, library, UUIDS=asked, FAKE_NVML_NO_POWER="1")
+    error = "nvmlDeviceGetPowerUsage:1:3"
+    means, again, records, alive = nvml.run(
+        program, library, UUIDS=asked, FAKE_NVML_ERROR=error, FAKE_NVML_THROTTLE="3:4"
+    )
     assert alive == ["MainThread"]
-    host = os.uname().nodename
     assert means == [
-        {"host": host, "index": 3, "uuid": UUIDS[3], "name": "NVIDIA Fake 3", "utilization_pct": 35,
-         "memory_used_mib": 3100, "memory_total_mib": 81920, "power_w": 350, "temperature_c": 43},
-        {"host": host, "index": 1, "uuid": UUIDS[1], "name": "NVIDIA Fake 1", "utilization_pct": 15,
-         "memory_used_mib": 1100, "memory_total_mib": 81920, "power_w": None, "temperature_c": 41},
-        {"host": host, "index": None, "uuid": "unknown", "name": None, "utilization_pct": None,
-         "memory_used_mib": None, "memory_total_mib": None, "power_w": None, "temperature_c": None},
+        {
+            "host": "h", "index": 0, "uuid": UUIDS[3].removeprefix("GPU-"), "utilization_pct": 35,
+            "memory_utilization_pct": 7, "memory_used_mib": 3100, "memory_used_by_us_mib": 1000,
+            "memory_total_mib": 81920, "power_w": 350, "power_limit_w": 700, "temperature_c": 43,
+            "sm_clock_mhz": 1903, "memory_clock_mhz": 2603, "sm_activity_pct": 10.5,
+            "tensor_activity_pct": 6.2, "pcie_rx_mib_per_s": 310, "pcie_tx_mib_per_s": 320,
+            "nvlink_rx_mib_per_s": 3100, "nvlink_tx_mib_per_s": 3200, "ecc_corrected": 3,
+            "ecc_uncorrected": 0, "throttled_power_pct": 100, "throttled_thermal_pct": 0,
+            "critical_events": 0,
+        },
+        means[1],
+        dict.fromkeys(means[0]) | {"host": "h", "index": 2, "uuid": "unknown"},
     ]  # fmt: skip
-    assert again == means  # no reading since: the last one
-    assert [record["index"] for record in records[:4]] == [3, 1, 3, 1]  # nothing is made up for the unknown
-    assert set(records[0]) == {"time", *means[0]}
+    assert (means[1]["utilization_pct"], means[1]["power_w"], means[1]["throttled_power_pct"]) == (
+        15,
+        None,
+        0,
+    )
+    # No reading since: the last one, whose numbers are all the same here.
+    assert again == means
+    assert [record["index"] for record in records[:4]] == [0, 1, 0, 1]  # nothing is made up for the unknown
+    assert set(records[0]) == {"time", "host", "index", "uuid", *READINGS}
+    assert records[0]["throttle"] == ["power"]
     assert records[0]["time"].endswith("Z")
     assert len(records[0]["time"]) == len("2026-01-31T12:00:00.000Z")
     age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(
@@ -147,12 +85,12 @@ print(json.dumps([means, again, records, alive]))
     assert abs(age.total_seconds()) < 600
 
 
-def test_a_mig_instance_is_found_by_its_bare_uuid_and_gives_what_it_has(library: Path) -> None:
-    program = SAMPLE + "with sampler: wait(1)\nprint(json.dumps(sampler.means()))"
-    bare = "01010000-aaaa-bbbb-cccc-000000000000"
-    (row,) = nvml.run(program, library, UUIDS=bare, FAKE_NVML_MIG="1:2")
-    assert (row["index"], row["uuid"], row["memory_used_mib"]) == (1, f"MIG-{bare}", 1100)
-    assert (row["utilization_pct"], row["power_w"], row["temperature_c"]) == (None, None, None)
+def test_without_nvml_the_sampler_gives_nothing_and_ends(tmp_path: Path) -> None:
+    (tmp_path / "libnvidia-ml.so.1").write_bytes(b"not a library")
+    program = SAMPLE + "with sampler: time.sleep(0.2)\nprint(json.dumps([sampler.means(), records, alarms]))"
+    (row,), records, alarms = nvml.run(program, tmp_path, UUIDS=UUIDS[0])
+    assert {key for key, value in row.items() if value is not None} == {"host", "index", "uuid"}
+    assert (records, alarms) == ([], [])
 
 
 def test_a_gpu_that_is_lost_becomes_unknown_and_the_others_go_on(library: Path) -> None:
@@ -165,14 +103,19 @@ with sampler:
     wait(len(records) + 4)
     sampler.means()
     wait(len(records) + 4)
-print(json.dumps([before, sampler.means()]))
+print(json.dumps([before, sampler.means(), records, alarms]))
 """
     )
-    before, after = nvml.run(program, library, UUIDS=f"{UUIDS[0]},{UUIDS[2]}", FAKE_NVML_LOST="2:2")
+    before, after, records, alarms = nvml.run(
+        program, library, UUIDS=f"{UUIDS[0]},{UUIDS[2]}", FAKE_NVML_LOST="2:2"
+    )
     assert [row["utilization_pct"] for row in before] == [5, 25]
     assert [row["utilization_pct"] for row in after] == [5, None]
     assert [row["memory_used_mib"] for row in after] == [100, None]
-    assert after[1]["name"] == "NVIDIA Fake 2"
+    assert [row["critical_events"] for row in after] == [0, 1]
+    assert [record["lost"] for record in records if record["index"] == 1] == [False, True]
+    assert len([record for record in records if record["index"] == 0]) > 4
+    assert len(alarms) == 1
 
 
 def test_a_failing_sink_is_reported_once_and_readings_go_on(library: Path) -> None:
@@ -184,10 +127,10 @@ class Handler(logging.Handler):
     def emit(self, record):
         messages.append(record.getMessage())
 logging.getLogger("disttrain").addHandler(Handler())
-def sink(record):
+def sink(records):
     calls.append(1)
     raise OSError(28, "No space left on device")
-with GpuSampler(["GPU-01000000-aaaa-bbbb-cccc-000000000001"], 0.1, sink) as sampler:
+with GpuSampler([{"uuid": "GPU-01000000-aaaa-bbbb-cccc-000000000001"}], 0.1, sink) as sampler:
     limit = time.monotonic() + 60
     while len(calls) < 3 and time.monotonic() < limit:
         time.sleep(0.01)
@@ -204,10 +147,10 @@ def test_readings_keep_to_the_interval(library: Path) -> None:
 import json, time
 from disttrain.telemetry import GpuSampler
 times = []
-def sink(record):
+def sink(records):
     times.append(time.monotonic())
     time.sleep(0.2)
-with GpuSampler(["00000000-aaaa-bbbb-cccc-000000000000"], 0.4, sink):
+with GpuSampler([{"uuid": "00000000-aaaa-bbbb-cccc-000000000000"}], 0.4, sink):
     time.sleep(3)
 print(json.dumps(times))
 """
@@ -218,27 +161,48 @@ print(json.dumps(times))
     assert len(on_time) >= 0.7 * len(offsets)  # half of them if it slept 0.4 s after each reading
 
 
+def test_slow_answers_skip_deadlines_and_hold_up_nobody_who_asks_for_means(library: Path) -> None:
+    program = (
+        SAMPLE
+        + """
+times = []
+sampler._sink = lambda records: times.append(time.monotonic())
+with sampler:
+    began, longest = time.monotonic(), 0.0
+    while time.monotonic() < began + 4:
+        asked = time.monotonic()
+        sampler.means()
+        longest = max(longest, time.monotonic() - asked)
+        time.sleep(0.01)
+print(json.dumps([times, longest]))
+"""
+    )
+    times, longest_s = nvml.run(
+        program, library, UUIDS=UUIDS[0], FAKE_NVML_SLOW="nvmlDeviceGetPowerUsage:1050"
+    )
+    assert 2 <= len(times) <= 4  # one each 1.1 s: the ten moments between were not made up for
+    assert longest_s < 0.9
+
+
+def window_of(**values: object) -> dict[str, object]:
+    return {**dict.fromkeys(READINGS), "lost": False, **values}
+
+
 def test_means_average_what_is_known_and_take_the_maximum_of_memory() -> None:
     window = telemetry._Window({"uuid": "u"})
-    nothing = dict.fromkeys(telemetry._READINGS)
-    assert window.take() == {"uuid": "u", **nothing}
-    window.add({**nothing, "utilization_pct": 90, "memory_used_mib": 700, "power_w": 100.0})
-    window.add({**nothing, "utilization_pct": 95, "memory_used_mib": 500})
-    window.add({**nothing, "memory_used_mib": 600, "memory_total_mib": 1000})
-    assert window.take() == {
-        "uuid": "u", "utilization_pct": 92.5, "memory_used_mib": 700, "memory_total_mib": 1000,
-        "power_w": 100.0, "temperature_c": None,
+    nothing = window.take()
+    assert {key for key, value in nothing.items() if value is not None} == {"uuid"}
+    window.add(window_of(utilization_pct=90, memory_used_mib=700, power_w=100.0, power_limit_w=500.0))
+    window.add(window_of(utilization_pct=95, memory_used_mib=500, throttle=["power", "thermal"], xids=[31]))
+    window.add(window_of(memory_used_mib=600, throttle=["clock_setting"], power_limit_w=400.0, xids=[13, 13]))
+    assert window.take() == nothing | {
+        "utilization_pct": 92.5, "memory_used_mib": 700, "power_w": 100.0, "power_limit_w": 400.0,
+        "throttled_power_pct": 50.0, "throttled_thermal_pct": 50.0, "critical_events": 3,
     }  # fmt: skip
     assert window.take()["utilization_pct"] is None  # the last reading had none
-    window.add({**nothing, "utilization_pct": 0})
+    assert window.take()["critical_events"] == 3
+    window.add(window_of(utilization_pct=0))
     assert window.take()["utilization_pct"] == 0
-
-
-def test_an_index_means_nothing_after_a_failed_gpu() -> None:
-    gpus = [Gpu(0, "GPU-a", "A", None), Gpu(2, "GPU-c", "C", None)]
-    assert telemetry._cuda_order("1", gpus, {}) == [gpus[1]]
-    assert telemetry._cuda_order(None, gpus, {}) == gpus
-    assert telemetry._cuda_order("+1abc,0", gpus, {}) == [gpus[1], gpus[0]]
 
 
 def test_processor_sampler_measures_this_process() -> None:
@@ -257,10 +221,11 @@ def test_processor_sampler_measures_this_process() -> None:
     assert sampler.means()["cpu_pct"] < 50
 
 
-def test_telemetry_imports_neither_torch_nor_nvml() -> None:
+def test_telemetry_and_top_import_neither_torch_nor_nvml() -> None:
     program = """
 import json, sys
 import disttrain.telemetry
+import disttrain.top
 print(json.dumps([name in sys.modules for name in ("torch", "pynvml")]))
 """
     assert nvml.run(program, None) == [False, False]

@@ -1,7 +1,11 @@
 """What only a GPU decides: precisions, where the data lives, and whose readings are shown."""
 
+import csv
 import json
+import os
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 from PIL import Image
 
 from disttrain import checkpoint
-from disttrain.telemetry import visible_gpus
+from disttrain.nvml import READINGS, GpuReaders, node_gpus, visible_gpus
 
 pytestmark = pytest.mark.gpu
 
@@ -94,6 +98,123 @@ def test_readings_are_those_of_the_gpu_that_trains(
     assert 0 < gpu["memory_used_mib"] <= gpu["memory_total_mib"]
     samples = [json.loads(line) for line in (tmp_path / "run/gpu.jsonl").read_text().splitlines()]
     assert {sample["uuid"] for sample in samples} == {last.uuid}
+    assert set(READINGS) <= samples[0].keys()
+    if not last.uuid.startswith("MIG-"):
+        assert 0 < gpu["power_w"] < 1.2 * gpu["power_limit_w"]
+        assert 0 <= gpu["memory_utilization_pct"] <= 100
+        assert gpu["sm_clock_mhz"] > 0
+        assert gpu["critical_events"] in (0, None)
+
+
+def nvidia_smi(*fields: str, what: str = "gpu") -> list[dict[str, str]]:
+    """Returns what nvidia-smi says, a row for each GPU or process."""
+    command = ["nvidia-smi", f"--query-{what}={','.join(fields)}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
+    return [dict(zip(fields, row, strict=True)) for row in rows]
+
+
+def known(text: str) -> float | None:
+    """Returns a number of nvidia-smi's, None for `[N/A]` and its like."""
+    return None if text.startswith(("[", "N/A")) else float(text)
+
+
+WHOLE = [gpu for gpu in node_gpus() if gpu.uuid.startswith("GPU-")]
+
+
+def test_gpus_are_those_of_nvidia_smi() -> None:
+    said = nvidia_smi("index", "uuid", "name", "memory.total")
+    ours = [[str(gpu.index), gpu.uuid, gpu.name, str(gpu.memory_total_mib)] for gpu in WHOLE]
+    assert ours == [list(row.values()) for row in said]
+
+
+def test_readings_are_those_of_nvidia_smi() -> None:
+    near = {  # what moves from one moment to the next, and how far it may
+        "memory.used": ("memory_used_mib", 256),
+        "temperature.gpu": ("temperature_c", 5),
+        "power.draw": ("power_w", 60),
+        "clocks.mem": ("memory_clock_mhz", 3000),
+        "clocks.sm": ("sm_clock_mhz", 1500),
+        "enforced.power.limit": ("power_limit_w", 0.1),
+        "memory.total": ("memory_total_mib", 0),
+        "ecc.errors.corrected.volatile.total": ("ecc_corrected", 1000),
+        "ecc.errors.uncorrected.volatile.total": ("ecc_uncorrected", 0),
+    }
+    with GpuReaders([gpu.uuid for gpu in WHOLE], (), print) as readers:
+        readers.sweep()
+        readings = readers.sweep()
+        said = nvidia_smi(*near)
+    for reading, row in zip(readings, said, strict=True):
+        assert reading is not None
+        for field, (key, distance) in near.items():
+            assert (reading[key] is None) == (known(row[field]) is None), key
+            if reading[key] is not None:
+                assert reading[key] == pytest.approx(known(row[field]), abs=distance), key
+        assert reading["lost"] is False
+
+
+@pytest.mark.skipif(len(visible_gpus()) != len(WHOLE), reason="the test chooses from all whole GPUs")
+@pytest.mark.parametrize("way", ["index", "uuid", "abbreviated"])
+def test_torch_devices_are_matched_in_any_order(way: str) -> None:
+    chosen = WHOLE[::-1]
+    spelled = {"index": "{0.index}", "uuid": "{0.uuid}", "abbreviated": "{0.uuid:.13}"}[way]
+    program = """
+import json, torch
+from disttrain import observe
+devices = [observe._describe(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+print(json.dumps([[each["index"], each["uuid"], each["memory_total_mib"]] for each in devices]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ
+        | {
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "CUDA_VISIBLE_DEVICES": ",".join(spelled.format(gpu) for gpu in chosen),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[gpu.index, gpu.uuid, gpu.memory_total_mib] for gpu in chosen]
+
+
+def test_a_busy_gpu_is_seen_to_be_busy() -> None:
+    gpu = visible_gpus()[0]
+    program = """
+import sys, torch
+a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+print(list(torch.cuda.get_device_capability()), flush=True)
+while True:
+    for _ in range(20):
+        a @ a
+    torch.cuda.synchronize()
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        capability = json.loads(child.stdout.readline())
+        with GpuReaders([gpu.uuid], [child.pid], print) as readers:
+            time.sleep(3)
+            readers.sweep()
+            time.sleep(2)
+            (reading,) = readers.sweep()
+        said = {row["pid"]: row for row in nvidia_smi("pid", "used_memory", what="compute-apps")}
+    finally:
+        child.kill()
+        child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+    assert reading is not None
+    if not gpu.uuid.startswith("MIG-"):
+        assert reading["utilization_pct"] > 80
+        assert reading["power_w"] > 0.3 * reading["power_limit_w"]
+    if capability[0] >= 9:
+        assert reading["sm_activity_pct"] > 50
+        assert reading["tensor_activity_pct"] > 10
+    ours = said.get(str(child.pid))  # nvidia-smi too sees no process from inside most containers
+    expected = None if ours is None else known(ours["used_memory"])
+    assert reading["memory_used_by_us_mib"] == (None if expected is None else pytest.approx(expected, abs=64))
 
 
 def test_gpu_and_cpu_train_alike(disttrain: Run, tmp_path: Path, config_file: Path) -> None:

@@ -473,14 +473,14 @@ def test_a_rank_whose_port_is_taken(start: Start, tmp_path: Path) -> None:
     assert f"127.0.0.1:{port} is taken on {HOST}" in output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rank_that_never_comes_without_our_launcher(start: Start, tmp_path: Path, port: int) -> None:
     code, output, _ = ended(worker(start, 0, port, "monitor.stall_timeout_s=1"), tmp_path)
     assert code == 71, output
     assert f"1 of 2 ranks joined; rank 0 waited 31 s for the others at 127.0.0.1:{port}" in output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rank_that_freezes_without_our_launcher(start: Start, tmp_path: Path, port: int) -> None:
     options = ["train.epochs=3000", "monitor.stall_timeout_s=1"]
     ranks = [worker(start, rank, port, *options) for rank in (0, 1)]
