@@ -103,6 +103,7 @@ def run(
     from disttrain.errors import UsageError
     from disttrain.launcher import LaunchPlan, launch, plan_nodes, plan_processes
     from disttrain.models import check_model_name
+    from disttrain.nvml import visible_gpus
     from disttrain.peers import facts
     from disttrain.preflight import (
         check_device,
@@ -114,7 +115,6 @@ def run(
         split_batch,
     )
     from disttrain.runfolder import RunFolder, new_run_path
-    from disttrain.telemetry import visible_gpus
 
     config = load_config(config_path, overrides)
     check_model_name(config.model.name)
@@ -425,9 +425,9 @@ def bench(
     from disttrain.config import Config, load_config
     from disttrain.launcher import LaunchPlan, plan_processes
     from disttrain.models import check_model_name
+    from disttrain.nvml import visible_gpus
     from disttrain.parallel import usable_cores
     from disttrain.preflight import check_device, open_index, split_batch
-    from disttrain.telemetry import visible_gpus
 
     config = Config.model_validate(DEFAULT) if config_path is None else load_config(config_path, overrides)
     check_model_name(config.model.name)

@@ -90,6 +90,7 @@ class Console:
         self._train: Record = {}
         self._eval: Record = {}
         self._best: Record = {}
+        self._verdict = ""
         self._losses: deque[float | None] = deque(maxlen=_LOSSES_KEPT)
         self._notes: deque[str] = deque(maxlen=3)
         self._started_s = clock()
@@ -139,6 +140,11 @@ class Console:
             self._best = record if best else self._best
         self._line(eval_line(record, self._info))
 
+    def verdict(self, text: str) -> None:
+        """Takes what holds the run back at present; the dashboard alone shows it."""
+        with self._lock:
+            self._verdict = text
+
     def note(self, text: str) -> None:
         """Shows a message, such as that a checkpoint was saved."""
         with self._lock:
@@ -180,7 +186,7 @@ class Console:
         """Returns the lines of the dashboard, at most `height`; rich crops what is wider than `width`."""
         with self._lock:
             train, evaluation, best = self._train, self._eval, self._best
-            losses, notes = list(self._losses), list(self._notes)
+            losses, notes, verdict = list(self._losses), list(self._notes), self._verdict
         elapsed = f"elapsed {duration(self._clock() - self._started_s)}"
         title = _text(f"disttrain  {self._info.name}", "bold")
         title.truncate(max(0, width - len(elapsed) - 2), overflow="ellipsis", pad=True)
@@ -193,6 +199,7 @@ class Console:
             *_train_rows(train, width),
             _row("eval", _text(_eval_summary(evaluation, best, self._info))),
             _loss_row(losses, width),
+            *([_row("verdict", _text(verdict))] if verdict else []),
         ]
         notes_rows = [_row("" if i else "notes", _text(note)) for i, note in enumerate(notes)]
         room = height - len(top) - 1 - len(notes_rows)

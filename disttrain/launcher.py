@@ -26,9 +26,9 @@ import psutil
 
 from disttrain import slurm
 from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingError, UsageError
+from disttrain.nvml import Gpu
 from disttrain.peers import Channel, meet
 from disttrain.runfolder import COMMAND, LOCKED_BY_LAUNCHER, RunFolder
-from disttrain.telemetry import Gpu
 from disttrain.watch import End, Row, Watch, describe, stalled
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 1, 36, 37  # linux/prctl.h

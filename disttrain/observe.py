@@ -20,7 +20,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,10 +41,13 @@ from disttrain.runfolder import COMMAND, JsonLines, RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.shards.reader import sample_keys
 from disttrain.telemetry import GpuSampler, ProcessorSampler
+from disttrain.verdict import Verdict, evidence, judge
 
 log = logging.getLogger("disttrain")
 
 _STATUS_INTERVAL_S = 1.0
+_LIVE_RECORDS = 10  # train records that the verdict on the screen is made from
+_JUDGED_RECORDS = 1000  # and the one at the end
 _GPU_FIELDS = (
     "utilization_pct",
     "memory_utilization_pct",
@@ -84,10 +89,18 @@ class RunObserver:
         self._index = index
         self._last_eval: dict[str, Any] = {}
         self._status_due_s = 0.0
+        self._records: deque[dict[str, Any]] = deque(maxlen=_JUDGED_RECORDS)
+        self._judge = partial(
+            evidence,
+            streamed=choices["cache"].startswith("none"),
+            precision=parts.settings.precision,
+            compiled=parts.settings.compiled,
+        )
         self._metrics: JsonLines | None = None
         self._trace: JsonLines | None = None
         self._console: Console | None = None
         devices = _gather_devices(parts)
+        self._hosts = [device["host"] for device in devices]
         self.gauges = RunGauges(devices, parts.rank, config.monitor.gpu_interval_s, folder, self.alarm)
         if config.train.trace_samples:
             folder.trace(parts.rank).parent.mkdir(exist_ok=True)
@@ -126,6 +139,9 @@ class RunObserver:
             return
         self._metrics.write(record)
         self._console.train(record)
+        self._records.append(record)
+        if verdict := self._verdict(_LIVE_RECORDS):
+            self._console.verdict(verdict.text)
         now = time.monotonic()
         if now >= self._status_due_s:
             self._status_due_s = now + _STATUS_INTERVAL_S
@@ -176,10 +192,19 @@ class RunObserver:
         if self._console is not None:
             self._console.note(text)
 
+    def _verdict(self, records: int) -> Verdict | None:
+        """Judges the last records, but not the first one, in which everything is still warming up."""
+        judged = list(self._records)[1:][-records:]
+        found = self._judge(judged, self._hosts)
+        return None if found is None else judge(found)
+
     def finished(self) -> None:
-        """Shows the outcome."""
+        """Shows the outcome, and what held the run back."""
         log.info("finished")
         if self._console is not None:
+            if verdict := self._verdict(_JUDGED_RECORDS):
+                self._console.note(f"verdict: {verdict.text}")
+                self._folder.update_status(verdict=dataclasses.asdict(verdict))
             result = self._last_eval
             accuracy = (
                 f"accuracy {100 * result['accuracy']:.2f} % ({result['correct']:,} of {result['total']:,})"

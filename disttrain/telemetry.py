@@ -21,9 +21,7 @@ from typing import Any
 
 import psutil
 
-from disttrain.nvml import READINGS, Gpu, GpuReaders, visible_gpus
-
-__all__ = ["Gpu", "GpuSampler", "ProcessorSampler", "visible_gpus"]
+from disttrain.nvml import READINGS, GpuReaders
 
 _log = logging.getLogger("disttrain")
 

@@ -41,7 +41,8 @@ class Evidence:
         compiled: whether the model is compiled.
         utilization_pct: mean over the GPUs, or None.
         memory_pct: share of the memory in use on the fullest GPU, or None.
-        throttled_pct: share of the readings in which each GPU held its clocks down; None is unknown.
+        throttled_pct: share of the readings in which each GPU held its clocks down for its temperature; None
+            is unknown. At full load the power limit does so too, and that is no fault.
         gpu_names: what to call each GPU.
     """
 
@@ -83,8 +84,8 @@ def judge(evidence: Evidence) -> Verdict:
         pct, name = max(hot)
         return Verdict(
             "throttled",
-            f"throttled: {name} held its clocks down in {pct:.0f} % of the readings; see to its cooling and "
-            "power limit, no setting here helps",
+            f"throttled: {name} was too hot for its clocks in {pct:.0f} % of the readings; see to its "
+            "cooling, no setting here helps",
             None,
         )
     if len(e.own_s) > 1:
@@ -188,7 +189,7 @@ def evidence(
         if (known := [pct for pct in used if pct is not None])
         else None,
         memory_pct=max(full, default=None),
-        throttled_pct=[_mean(rows, "throttled_pct") for rows in gpus.values()],
+        throttled_pct=[_mean(rows, "throttled_thermal_pct") for rows in gpus.values()],
         gpu_names=[f"GPU {index} on {host}" for host, index in gpus],
     )
 

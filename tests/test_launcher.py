@@ -18,9 +18,9 @@ import pytest
 from disttrain import launcher
 from disttrain.errors import DataError, UsageError
 from disttrain.launcher import LaunchPlan, Outcome, plan_nodes, plan_processes
+from disttrain.nvml import Gpu
 from disttrain.runfolder import RunFolder
 from disttrain.slurm import Node
-from disttrain.telemetry import Gpu
 
 GPUS = tuple(Gpu(index, f"GPU-{index}", "NVIDIA H100", 81559) for index in (3, 1))
 ONE = LaunchPlan(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from disttrain import observe
+from disttrain.choices import Settings
 from disttrain.config import Config
 from disttrain.data.plan import Plan
 from disttrain.errors import StoppedError
@@ -280,6 +281,7 @@ def observer_of(
         rank=rank,
         world_size=2,
         accelerator=SimpleNamespace(device=torch.device("cpu")),
+        settings=Settings("fp32", channels_last=False, compiled=False, threads=1),
         bare_model=nn.Linear(2, 3),
         plan=Plan(0, (1438,), 64),
     )

@@ -105,9 +105,9 @@ def record(data_ms: float, own_ms: list[float], **gpu: float | None) -> dict[str
 
 def test_the_evidence_is_the_means_of_the_records() -> None:
     records = [
-        record(1.0, [8.0, 4.0], utilization_pct=90.0, throttled_pct=10.0, memory_used_mib=500.0),
+        record(1.0, [8.0, 4.0], utilization_pct=90.0, throttled_thermal_pct=10.0, memory_used_mib=500.0),
         record(3.0, [9.0]),  # before the run went on on other ranks
-        record(2.0, [6.0, 6.0], utilization_pct=None, throttled_pct=30.0, memory_used_mib=990.0),
+        record(2.0, [6.0, 6.0], utilization_pct=None, throttled_thermal_pct=30.0, memory_used_mib=990.0),
     ]
     found = evidence(records, ["n1", "n2"], streamed=True, precision="bf16", compiled=False)
     assert found == Evidence(
