@@ -97,7 +97,7 @@ def run(
     from disttrain.errors import UsageError
     from disttrain.launcher import LaunchPlan, launch, plan_nodes, plan_processes
     from disttrain.models import check_model_name
-    from disttrain.preflight import check_device, open_index, resume_point, split_batch
+    from disttrain.preflight import check_device, check_trackers, open_index, resume_point, split_batch
     from disttrain.runfolder import RunFolder, new_run_path
     from disttrain.telemetry import visible_gpus
 
@@ -133,6 +133,7 @@ def run(
     split_batch(config, plan.world_size)
     index = open_index(config, click.echo)
     if plan.node_rank == 0:
+        check_trackers(config)
         _, finished = resume_point(RunFolder(plan.run_dir), resume, config)
         if finished:
             click.echo(f"{run_dir}: this run has finished already; nothing to do")

@@ -226,8 +226,12 @@ class MonitorConfig(_Section):
     """Steps between two lines of metrics.jsonl."""
     gpu_interval_s: Annotated[float, Field(ge=0.1)] = 1.0
     """Seconds between two readings of the GPUs."""
-    trackers: list[str] = Field(default_factory=list)
-    """Experiment trackers; none is available in this version."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    """Experiment trackers that get every number of metrics.jsonl, each of an extra of its name:
+    pip install "disttrain[tensorboard]"."""
+    prometheus_dir: str | None = None
+    """Folder of node_exporter's textfile collector, for a file with the last numbers while the run lasts;
+    null is off."""
 
 
 class Config(_Section):
@@ -294,7 +298,7 @@ def json_schema() -> dict[str, Any]:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Returns one `key: old -> new` line for each key in which two configs differ."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before | after)
@@ -584,9 +588,6 @@ def _conflicts(config: Config) -> list[_Problem]:
     if train.accumulate > train.batch_size:
         text = f"train.accumulate: {train.accumulate} parts of a batch of {train.batch_size}; make it smaller"
         problems.append(_Problem(("train", "accumulate"), text))
-    if config.monitor.trackers:
-        text = "monitor.trackers: no tracker is available in this version; leave the list empty"
-        problems.append(_Problem(("monitor", "trackers"), text))
     return problems
 
 
@@ -669,11 +670,12 @@ def _dotted(key: _Key) -> str:
     return ".".join(str(part) for part in key)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of sections within sections by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

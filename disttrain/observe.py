@@ -38,6 +38,7 @@ from disttrain.runfolder import COMMAND, JsonLines, RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.shards.reader import sample_keys
 from disttrain.telemetry import GpuSampler, ProcessorSampler
+from disttrain.trackers import Trackers
 
 log = logging.getLogger("disttrain")
 
@@ -73,6 +74,7 @@ class RunObserver:
         self._metrics: JsonLines | None = None
         self._trace: JsonLines | None = None
         self._console: Console | None = None
+        self._trackers: Trackers | None = None
         devices = _gather_devices(parts)
         self.gauges = RunGauges(devices, parts.rank, config.monitor.gpu_interval_s, folder)
         if config.train.trace_samples:
@@ -86,17 +88,22 @@ class RunObserver:
             self._console = Console(
                 info, verbosity=verbosity, position=lambda: (position.step, position.samples_seen)
             )
+            self._trackers = Trackers(config, folder, position.step, self.note)
 
     def __enter__(self) -> RunObserver:
         self.gauges.start()
         if self._console is not None:
             self._console.start()
+        if self._trackers is not None:
+            self._trackers.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.gauges.stop()
+        if self._trackers is not None:
+            self._trackers.close()
         if self._console is not None and isinstance(error, StoppedError):
             self._console.finish(str(error), ok=False)
         elif self._console is not None:
@@ -107,10 +114,11 @@ class RunObserver:
 
     def train(self, record: dict[str, Any]) -> None:
         """Writes and shows a train record, and keeps status.json current."""
-        if self._metrics is None or self._console is None:
+        if self._metrics is None or self._console is None or self._trackers is None:
             return
         self._metrics.write(record)
         self._console.train(record)
+        self._trackers.log(record)
         now = time.monotonic()
         if now >= self._status_due_s:
             self._status_due_s = now + _STATUS_INTERVAL_S
@@ -119,11 +127,12 @@ class RunObserver:
     def evaluate(self, record: dict[str, Any]) -> None:
         """Writes and shows an evaluation."""
         self._last_eval = record
-        if self._metrics is None or self._console is None:
+        if self._metrics is None or self._console is None or self._trackers is None:
             return
         log.info("evaluation: %s", record)
         self._metrics.write(record)
         self._console.evaluate(record)
+        self._trackers.log(record)
         self._update_status()
 
     def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
@@ -152,6 +161,8 @@ class RunObserver:
     def finished(self) -> None:
         """Shows the outcome."""
         log.info("finished")
+        if self._trackers is not None:
+            self._trackers.close()  # what it has to say comes before the outcome
         if self._console is not None:
             result = self._last_eval
             accuracy = (

@@ -6,6 +6,8 @@ it can be started by other launchers. Nothing here imports torch.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -15,8 +17,14 @@ from disttrain.errors import CheckpointError, DataError, UsageError
 from disttrain.runfolder import RunFolder
 from disttrain.shards.index import Index, data_root, load_index, server_root
 
-_OF_THE_MACHINE = {"data.root", "data.cache", "data.workers"}
-"""Keys that may change when a run goes on: they say where the samples come from, not which ones they are."""
+_OF_THE_MACHINE = {
+    "data.root",
+    "data.cache",
+    "data.workers",
+    "monitor.trackers",
+    "monitor.prometheus_dir",
+}
+"""Keys that may change when a run goes on: they say where samples come from and where numbers go, no more."""
 
 
 def split_batch(config: Config, world_size: int) -> int:
@@ -46,6 +54,22 @@ def check_device(config: Config, device: Literal["cuda", "cpu"]) -> None:
     if device == "cpu" and config.train.precision in {"fp16", "tf32"}:
         raise UsageError(
             f"train.precision = {config.train.precision} needs a GPU; use bf16, fp32 or auto on the CPU"
+        )
+
+
+def check_trackers(config: Config) -> None:
+    """Raises UsageError for a tracker that is not installed or a folder that cannot be written."""
+    for name in config.monitor.trackers:
+        found = importlib.util.find_spec(name)
+        if found is None or not found.has_location:  # a folder ./wandb is no package
+            raise UsageError(
+                f'monitor.trackers: {name} is not installed; pip install "disttrain[{name}]", or leave it out'
+            )
+    folder = config.monitor.prometheus_dir
+    if folder is not None and not (Path(folder).is_dir() and os.access(folder, os.W_OK)):
+        raise UsageError(
+            f"monitor.prometheus_dir: {folder} is not a folder that can be written; make it, and start "
+            "node_exporter with --collector.textfile.directory"
         )
 
 

@@ -37,7 +37,7 @@ from disttrain.errors import (
 from disttrain.files import write_atomically
 from disttrain.models import check_model_name
 from disttrain.parallel import usable_cores
-from disttrain.preflight import check_device, open_index, resume_point, split_batch
+from disttrain.preflight import check_device, check_trackers, open_index, resume_point, split_batch
 from disttrain.runfolder import RunFolder, new_run_path, utc_now
 
 if TYPE_CHECKING:
@@ -176,6 +176,8 @@ def run(config: Config, rank: Rank, resume: str, *, verbosity: int) -> None:
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(config, device)
     split_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if rank.number == 0:
+        check_trackers(config)
     index = open_index(config, log.info)
     rank.listen()
     group = join(config, device)

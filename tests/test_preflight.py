@@ -19,6 +19,7 @@ def experiment(**changes):
         "model": {"name": "cnn_mnist"},
         "train": {"epochs": 2, "batch_size": 64},
         "optim": {"lr": 0.1},
+        "monitor": {},
     }
     for section, values in changes.items():
         document[section] = document[section] | values
@@ -165,6 +166,11 @@ def test_a_finished_run_is_not_continued(folder):
 def test_a_run_that_must_not_be_continued(folder):
     with pytest.raises(UsageError, match=r"run: holds a run; choose another --run-dir or --resume auto$"):
         resume_point(folder, "never", experiment())
+
+
+def test_a_run_may_go_on_with_other_trackers(folder, tmp_path):
+    changed = experiment(monitor={"trackers": ["wandb"], "prometheus_dir": str(tmp_path)})
+    assert resume_point(folder, "auto", changed)[0] is not None
 
 
 def test_a_run_of_another_config(folder):
