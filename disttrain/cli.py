@@ -426,6 +426,29 @@ def bench(
         click.echo(line)
 
 
+@main.command()
+@click.argument("checks", metavar="[CHECK]...", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(checks: tuple[str, ...], as_json: bool) -> None:
+    """Show what works on this machine and what does not, each with its remedy.
+
+    CHECK chooses some of: packages, driver, gpus, machine, disk, clock, network, slurm, data, allreduce,
+    step. Ends with 1 if there is a failure; a warning is none.
+    """
+    import json
+
+    from disttrain.doctor import examine, report
+
+    found = []
+    for name, finding in examine(checks):
+        found.append({"check": name, **finding._asdict()})
+        if not as_json:
+            click.echo(report(finding))
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    sys.exit(any(finding["status"] == "failure" for finding in found))
+
+
 @main.group()
 def config() -> None:
     """About the config file."""
