@@ -162,7 +162,7 @@ def test_peer_access() -> None:
         (rules.cluster(Allocation("7", "0", 2, None), "slurm 22.05", "at a is UP"), "ok",
          "in job 7, step 0, of 2 nodes"),
         (rules.cluster(Allocation("7", None, 1, None), None, None), "warning", "in job 7 of 1 node, but"),
-        (rules.losses("cpu", [2.0, 1.5], [2.001, 1.5], 1e-3, 1.25), "ok", "takes 1.25 ms, loss 2.0000 -> 1.5"),
+        (rules.losses("cpu", [2.0, 1.5], [2.001, 1.5], 1e-3, 1.25), "ok", "1.25 ms, loss 2.0000 -> 1.5000"),
         (rules.losses("cpu", [2.0, 1.5], [2.01, 1.5], 1e-3, 1), "failure", "instead of 2.0100 -> 1.5000"),
         (rules.losses("cpu", [2.0, float("nan")], [2.0, 1.5], 1e-3, 1), "failure", "2.0000 -> nan"),
     ],
