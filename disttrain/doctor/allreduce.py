@@ -54,6 +54,7 @@ def measure(backend: str, rank: int, store: Any) -> tuple[float, float]:
     import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(1)
     device = torch.device("cpu")
     if backend == "nccl":
         device = torch.device("cuda", rank)
