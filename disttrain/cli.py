@@ -109,6 +109,7 @@ def run(
         check_device,
         check_room,
         check_shared_memory,
+        check_trackers,
         identity,
         open_index,
         resume_point,
@@ -152,6 +153,7 @@ def run(
     index = open_index(config, click.echo)
     folder = RunFolder(plan.run_dir)
     if plan.node_rank == 0:
+        check_trackers(config)
         if folder.is_run() and not dry_run:
             folder.create()  # its lock: what a run that goes on there does meanwhile is no damage
         unknown = config.data.on_error == "skip"  # what is skipped is found by the workers
@@ -473,6 +475,29 @@ def top(run_dir: Path | None, as_json: bool) -> None:
     from disttrain.top import show
 
     show(run_dir, as_json=as_json)
+
+
+@main.command()
+@click.argument("checks", metavar="[CHECK]...", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(checks: tuple[str, ...], as_json: bool) -> None:
+    """Show what works on this machine and what does not, each with its remedy.
+
+    CHECK chooses some of: packages, driver, gpus, machine, disk, clock, network, slurm, data, allreduce,
+    step. Ends with 1 if there is a failure; a warning is none.
+    """
+    import json
+
+    from disttrain.doctor import examine, report
+
+    found = []
+    for name, finding in examine(checks):
+        found.append({"check": name, **finding._asdict()})
+        if not as_json:
+            click.echo(report(finding))
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    sys.exit(any(finding["status"] == "failure" for finding in found))
 
 
 @main.group()

@@ -228,8 +228,12 @@ class MonitorConfig(_Section):
     stall_timeout_s: Annotated[float, Field(ge=1)] = 300.0
     """Seconds without progress after which a rank is taken for hung and the run ends with 71. Longer than the
     longest single part of a step: a compilation, a batch of evaluation, the writing of a checkpoint."""
-    trackers: list[str] = Field(default_factory=list)
-    """Experiment trackers; none is available in this version."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    """Experiment trackers that get every number of metrics.jsonl, each of an extra of its name:
+    pip install "disttrain[tensorboard]"."""
+    prometheus_dir: str | None = None
+    """Folder of node_exporter's textfile collector, for a file with the last numbers while the run lasts;
+    null is off."""
 
 
 class Config(_Section):
@@ -458,9 +462,6 @@ def _conflicts(config: Config) -> list[_Problem]:
     if train.accumulate > train.batch_size:
         text = f"train.accumulate: {train.accumulate} parts of a batch of {train.batch_size}; make it smaller"
         problems.append(_Problem(("train", "accumulate"), text))
-    if config.monitor.trackers:
-        text = "monitor.trackers: no tracker is available in this version; leave the list empty"
-        problems.append(_Problem(("monitor", "trackers"), text))
     return problems
 
 

@@ -41,6 +41,7 @@ from disttrain.runfolder import COMMAND, JsonLines, RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.shards.reader import sample_keys
 from disttrain.telemetry import GpuSampler, ProcessorSampler
+from disttrain.trackers import Trackers
 from disttrain.verdict import Verdict, evidence, judge
 
 log = logging.getLogger("disttrain")
@@ -99,6 +100,7 @@ class RunObserver:
         self._metrics: JsonLines | None = None
         self._trace: JsonLines | None = None
         self._console: Console | None = None
+        self._trackers: Trackers | None = None
         devices = _gather_devices(parts)
         self._hosts = [device["host"] for device in devices]
         self.gauges = RunGauges(devices, parts.rank, config.monitor.gpu_interval_s, folder, self.alarm)
@@ -114,17 +116,22 @@ class RunObserver:
             self._console = Console(
                 info, verbosity=verbosity, position=lambda: (position.step, position.samples_seen)
             )
+            self._trackers = Trackers(config, folder, position.step, self.note)
 
     def __enter__(self) -> RunObserver:
         self.gauges.start()
         if self._console is not None:
             self._console.start()
+        if self._trackers is not None:
+            self._trackers.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.gauges.stop()
+        if self._trackers is not None:
+            self._trackers.close()
         if self._console is not None and isinstance(error, StoppedError):
             self._console.finish(str(error), ok=False)
         elif self._console is not None:
@@ -135,10 +142,11 @@ class RunObserver:
 
     def train(self, record: dict[str, Any]) -> None:
         """Writes and shows a train record, and keeps status.json current."""
-        if self._metrics is None or self._console is None:
+        if self._metrics is None or self._console is None or self._trackers is None:
             return
         self._metrics.write(record)
         self._console.train(record)
+        self._trackers.log(record)
         self._records.append(record)
         if verdict := self._verdict(_LIVE_RECORDS):
             self._console.verdict(verdict.text)
@@ -150,11 +158,12 @@ class RunObserver:
     def evaluate(self, record: dict[str, Any]) -> None:
         """Writes and shows an evaluation."""
         self._last_eval = record
-        if self._metrics is None or self._console is None:
+        if self._metrics is None or self._console is None or self._trackers is None:
             return
         log.info("evaluation: %s", record)
         self._metrics.write(record)
         self._console.evaluate(record)
+        self._trackers.log(record)
         self._update_status()
 
     def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
@@ -201,6 +210,8 @@ class RunObserver:
     def finished(self) -> None:
         """Shows the outcome, and what held the run back."""
         log.info("finished")
+        if self._trackers is not None:
+            self._trackers.close()  # what it has to say comes before the outcome
         if self._console is not None:
             if verdict := self._verdict(_JUDGED_RECORDS):
                 self._console.note(f"verdict: {verdict.text}")

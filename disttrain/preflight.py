@@ -7,6 +7,7 @@ it can be started by other launchers. Nothing here imports torch.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ FREE_KEYS = {
     "checkpoint.keep",
     "monitor.gpu_interval_s",
     "monitor.stall_timeout_s",
+    "monitor.trackers",
+    "monitor.prometheus_dir",
 }
 """Keys that may change when a run goes on and differ between nodes: they say nothing about the experiment."""
 
@@ -75,6 +78,22 @@ def check_device(config: Config, device: Literal["cuda", "cpu"]) -> None:
     if device == "cpu" and config.train.precision in {"fp16", "tf32"}:
         raise UsageError(
             f"train.precision = {config.train.precision} needs a GPU; use bf16, fp32 or auto on the CPU"
+        )
+
+
+def check_trackers(config: Config) -> None:
+    """Raises UsageError for a tracker that is not installed or a folder that cannot be written."""
+    for name in config.monitor.trackers:
+        found = importlib.util.find_spec(name)
+        if found is None or not found.has_location:  # a folder ./wandb is no package
+            raise UsageError(
+                f'monitor.trackers: {name} is not installed; pip install "disttrain[{name}]", or leave it out'
+            )
+    folder = config.monitor.prometheus_dir
+    if folder is not None and not (Path(folder).is_dir() and os.access(folder, os.W_OK)):
+        raise UsageError(
+            f"monitor.prometheus_dir: {folder} is not a folder that can be written; make it, and start "
+            "node_exporter with --collector.textfile.directory"
         )
 
 

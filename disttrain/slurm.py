@@ -18,6 +18,32 @@ class Node(NamedTuple):
     master_port: int
 
 
+class Allocation(NamedTuple):
+    """The job that this process belongs to.
+
+    Attributes:
+        job: its number.
+        step: number of the job step, or None in the batch script and in a shell of salloc.
+        nodes: of the job.
+        cpus_per_task: that were asked for, or None.
+    """
+
+    job: str
+    step: str | None
+    nodes: int
+    cpus_per_task: int | None
+
+
+def allocation(environ: Mapping[str, str]) -> Allocation | None:
+    """Returns the job that this process belongs to, or None outside of one."""
+    job = environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    cpus = environ.get("SLURM_CPUS_PER_TASK")
+    nodes = int(environ.get("SLURM_JOB_NUM_NODES", environ.get("SLURM_NNODES", "1")))
+    return Allocation(job, environ.get("SLURM_STEP_ID"), nodes, int(cpus) if cpus else None)
+
+
 def node(environ: Mapping[str, str]) -> Node | None:
     """Returns this node's place in a job step of one task per node, or None outside of one.
 

@@ -52,6 +52,7 @@ from disttrain.preflight import (
     check_device,
     check_shared_memory,
     check_space,
+    check_trackers,
     identity,
     open_index,
     refuse,
@@ -264,6 +265,8 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
     check_device(config, device)
     check_shared_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     split_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if rank.number == 0:
+        check_trackers(config)
     index = open_index(config, log.info)
     rank.pulse.beat(Phase.START, 0, 3)
     group = join(config, device)

@@ -10,6 +10,9 @@
  *   FAKE_NVML_GPUS=N          number of GPUs (default 4)
  *   FAKE_NVML_SEEN=i,j,..     the GPUs that this process may see, in NVML's order
  *   FAKE_NVML_BROKEN=1        nvmlInit fails: the driver is not loaded
+ *   FAKE_NVML_CRASH=1         nvmlInit crashes
+ *   FAKE_NVML_HANG=1          nvmlInit never returns
+ *   FAKE_NVML_NVLINK=n        n active NVLinks between the GPUs, one less on the last; PCIe alone without
  *   FAKE_NVML_LOST=i:n        GPU i is lost after n readings of its utilisation
  *   FAKE_NVML_XID=i:n:x       GPU i has a critical error x after n readings of its utilisation
  *   FAKE_NVML_MIG=i:n         GPU i is split into n MIG instances, of which memory and activity can be read
@@ -27,6 +30,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { OK = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7,
        DRIVER_NOT_LOADED = 9, TIMEOUT = 10, LOST = 15 };
@@ -130,6 +134,8 @@ static Device *device_at(int gpu, int slot) {
 
 int nvmlInitWithFlags(unsigned int flags) {
     (void)flags;
+    if (number("FAKE_NVML_CRASH", 0)) abort();
+    while (number("FAKE_NVML_HANG", 0)) sleep(1);
     return number("FAKE_NVML_BROKEN", 0) ? DRIVER_NOT_LOADED : OK;
 }
 
@@ -139,6 +145,34 @@ const char *nvmlErrorString(int code) {
     static char text[32];
     snprintf(text, sizeof text, "error %d", code);
     return text;
+}
+
+int nvmlSystemGetDriverVersion(char *text, unsigned int length) {
+    snprintf(text, length, "999.10.05");
+    return OK;
+}
+
+int nvmlSystemGetCudaDriverVersion(int *version) {
+    *version = 99010; /* 99.1 */
+    return OK;
+}
+
+int nvmlDeviceGetP2PStatus(Device *a, Device *b, int capability, int *status) {
+    (void)a, (void)b;
+    *status = capability == 2 && number("FAKE_NVML_NVLINK", 0) ? 0 : 5;
+    return OK;
+}
+
+int nvmlDeviceGetTopologyCommonAncestor(Device *a, Device *b, int *level) {
+    *level = a->gpu / 2 == b->gpu / 2 ? 30 : 50; /* pairs behind one host bridge */
+    return OK;
+}
+
+int nvmlDeviceGetNvLinkState(Device *device, unsigned int link, unsigned int *active) {
+    int links = number("FAKE_NVML_NVLINK", 0);
+    if ((int)link >= links) return NOT_SUPPORTED;
+    *active = gpu_at(device->gpu + 1) >= 0 || (int)link < links - 1;
+    return OK;
 }
 
 int nvmlDeviceGetCount_v2(unsigned int *n) {

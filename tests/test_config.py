@@ -316,7 +316,11 @@ def block_style(settings):
             "optim.groups=[{parameters: a, schedule: {nam: step}}]",
             "optim.groups.0.schedule.nam: unknown key; did you mean optim.groups.schedule.name?",
         ),
-        ("monitor.trackers=[1]", "monitor.trackers.0: expected text, got 1 (put it in quotes)"),
+        (
+            "monitor.trackers=[wandbb]",
+            "monitor.trackers.0: expected 'tensorboard', 'wandb', 'mlflow' or 'trackio', got 'wandbb'; "
+            "did you mean wandb?",
+        ),
     ],
 )
 def test_wrong_items_of_lists_are_named(file, override, message):
@@ -395,10 +399,6 @@ def test_all_mistakes_are_reported_at_once(file):
             "position 0",
         ),
         (["train.accumulate=65"], "train.accumulate: 65 parts of a batch of 64; make it smaller"),
-        (
-            ["monitor.trackers=[wandb]"],
-            "monitor.trackers: no tracker is available in this version; leave the list empty",
-        ),
     ],
 )
 def test_conflicts_between_settings(file, overrides, message):
@@ -574,7 +574,11 @@ _documents = section(
     seed=st.integers(0, 2**63 - 1),
     schedule=_schedules(),
     augment=section(flip=st.booleans(), cutout=st.integers(0, 99), mixup=st.floats(0, 9)),
-    monitor=section(gpu_interval_s=st.floats(0.1, 100), trackers=st.just([])),
+    monitor=section(
+        gpu_interval_s=st.floats(0.1, 100),
+        trackers=st.lists(st.sampled_from(["wandb", "mlflow"])),
+        prometheus_dir=st.none() | _texts,
+    ),
 )
 
 

@@ -34,6 +34,7 @@ def experiment(**changes):
         "model": {"name": "cnn_mnist"},
         "train": {"epochs": 2, "batch_size": 64},
         "optim": {"lr": 0.1},
+        "monitor": {},
     }
     for section, values in changes.items():
         document[section] = document.get(section, {}) | values
@@ -276,7 +277,7 @@ def test_what_says_nothing_about_the_experiment_may_change(folder):
     free = {
         "data": {"root": "/x", "cache": "none", "workers": 3},
         "checkpoint": {"keep": 5},
-        "monitor": {"gpu_interval_s": 3.0},
+        "monitor": {"gpu_interval_s": 3.0, "trackers": ["wandb"], "prometheus_dir": "/y"},
     }
     assert resume_point(folder, "auto", now(**free)).changes == ()
 

@@ -1,0 +1,455 @@
+"""The checks of `disttrain doctor`: each gathers facts and hands them to a rule.
+
+`python -m disttrain.doctor.checks NAME [ARGUMENT]` runs one of them, and prints a finding as JSON on each
+line. A check may crash or hang: it runs alone in its process, which ends at the time limit with a word on
+where it was. Heavy imports are in the bodies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import disttrain
+from disttrain import slurm
+from disttrain.doctor import rules
+from disttrain.doctor.rules import Finding, failure, ok, warning
+from disttrain.errors import DisttrainError, reason
+from disttrain.parallel import usable_cores
+from disttrain.userdirs import cache_folder
+
+
+class Check(NamedTuple):
+    """A check and how it is run.
+
+    Attributes:
+        run: yields what it finds.
+        limit_s: seconds that it may take; importing torch from a network disk can take a minute.
+        arguments: from the usable GPUs (cuda:0, ...) to the arguments that it is run with, each in a process
+            of its own; None runs it once, without.
+    """
+
+    run: Callable[[str], Iterator[Finding]]
+    limit_s: float = 30.0
+    arguments: Callable[[Sequence[str]], list[str]] | None = None
+
+
+def packages(_: str) -> Iterator[Finding]:
+    """Versions of what training needs, and whether they fit one another."""
+    import torch
+    import torchvision  # fails to import beside another torch than its own
+    from packaging.utils import canonicalize_name
+
+    yield ok("disttrain", f"{disttrain.__version__}, Python {platform.python_version()}, {sys.prefix}")
+    yield ok(
+        "torch",
+        f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}, "
+        f"torchvision {torchvision.__version__}",
+    )
+    versions: dict[str, str] = {}
+    for one in importlib.metadata.distributions():  # the first of a name is the one that is imported
+        versions.setdefault(canonicalize_name(one.name), one.version)
+    requirements, todo, done = [], ["disttrain"], set[str]()
+    while todo:  # what disttrain needs, what that needs, and so on
+        name = todo.pop()
+        if name in done or name not in versions:
+            continue
+        done.add(name)
+        for text in importlib.metadata.requires(name) or []:
+            if "extra ==" not in text:
+                requirements.append((name, text))
+                todo.append(canonicalize_name(rules.requirement_name(text)))
+    problems = rules.unmet(requirements, versions)
+    for problem in problems:
+        yield warning("requirement", problem, "pip install --upgrade disttrain, in an environment of its own")
+    if not problems:
+        yield ok("requirements", f"{len(done)} packages fit one another")
+    loaded = None
+    with contextlib.suppress(RuntimeError, AttributeError):
+        loaded = ".".join(map(str, torch.cuda.nccl.version()))
+    nccls = {name: version for name, version in versions.items() if name.startswith("nvidia-nccl-cu")}
+    yield rules.nccl(nccls, loaded, torch.version.cuda)
+
+
+def driver(_: str) -> Iterator[Finding]:
+    """The NVIDIA driver, its GPUs and how they are connected, by NVML."""
+    import pynvml
+
+    from disttrain.nvml import visible_gpus
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        devices = [*_device_files(), *_pci_devices()]
+        if devices:
+            yield warning(
+                "NVIDIA driver", f"NVML: {error}; but there is {', '.join(devices)}",
+                "load the driver (nvidia-smi must work), reboot after an update of it; in a container: "
+                "--gpus all with NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+            )  # fmt: skip
+        else:
+            yield ok("NVIDIA driver", "none, and no NVIDIA GPU")
+        return
+    yield ok("NVIDIA driver", f"{pynvml.nvmlSystemGetDriverVersion()}, {pynvml.nvmlDeviceGetCount()} GPUs")
+    gpus = visible_gpus()
+    for gpu in gpus:
+        memory = (
+            "memory unknown" if gpu.memory_total_mib is None else f"{gpu.memory_total_mib / 1024:,.0f} GiB"
+        )
+        yield ok(f"GPU {gpu.index}", f"{gpu.name}, {memory}, {gpu.uuid}")
+    if len(gpus) > 1:
+        handles = [pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid) for gpu in gpus]
+        ways = {pair: _way(*(handles[i] for i in pair)) for pair in _pairs(len(gpus))}
+        yield rules.topology(ways, [_active_nvlinks(handle) for handle in handles])
+
+
+def gpus(_: str) -> Iterator[Finding]:
+    """What torch can use of the GPUs."""
+    from disttrain.nvml import visible_gpus
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    known = visible_gpus()
+    if not known and (hidden is not None or not _device_files()):
+        why = "" if hidden is None else f" (CUDA_VISIBLE_DEVICES={hidden})"
+        yield ok("GPUs", f"none to train on{why}: runs take the CPU")
+        return
+    import torch
+
+    problem = "torch is a build without CUDA"
+    if torch.version.cuda is not None:
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:
+            problem = reason(error)
+    count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    with contextlib.suppress(ImportError):
+        import pynvml
+
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            cuda = divmod(pynvml.nvmlSystemGetCudaDriverVersion(), 1000)
+            supported = (cuda[0], cuda[1] // 10)
+            version = pynvml.nvmlSystemGetDriverVersion()
+            yield rules.driver(version, supported, torch.version.cuda, usable=count > 0)
+    if count != len(known) or count == 0:
+        why = f": {problem}" if count == 0 else ""
+        yield failure(
+            "GPUs", f"NVML shows {len(known)}, torch can use {count}{why}",
+            "see the lines on driver and packages; in a container: --gpus all",
+        )  # fmt: skip
+    archs = torch.cuda.get_arch_list()
+    for i in range(count):
+        device = torch.cuda.get_device_properties(i)
+        found = f"{device.name}, compute capability {device.major}.{device.minor}, GPU-{device.uuid}"
+        if rules.has_kernels((device.major, device.minor), archs):
+            yield ok(f"cuda:{i}", found)
+        else:
+            yield failure(
+                f"cuda:{i}", f"{found}: torch has kernels for {', '.join(archs)} only",
+                "install a torch for this GPU (https://pytorch.org/get-started/locally)",
+            )  # fmt: skip
+    if count > 1:
+        both = [(a, b) for a in range(count) for b in range(count) if a != b]
+        access = {(a, b): torch.cuda.can_device_access_peer(a, b) for a, b in both}
+        uuids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(count)]
+        yield rules.peers(access, [(a, b) for a, b in both if _linked(uuids[a], uuids[b])])
+
+
+def _device_files() -> list[str]:
+    """Returns the device files of GPUs that this process may open; Slurm hides those of other jobs so."""
+    usable = []
+    for path in sorted(Path("/dev").glob("nvidia[0-9]*")):
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_RDWR))
+            usable.append(str(path))
+    return usable
+
+
+def _pci_devices() -> list[str]:
+    """Returns the NVIDIA GPUs on the bus, with a driver or without."""
+    found = []
+    for path in sorted(Path("/sys/bus/pci/devices").glob("*")):
+        with contextlib.suppress(OSError):
+            display = (path / "class").read_text().startswith("0x03")
+            if display and (path / "vendor").read_text().strip() == "0x10de":
+                found.append(f"PCI device {path.name}")
+    return found
+
+
+def _pairs(count: int) -> list[tuple[int, int]]:
+    return [(a, b) for a in range(count) for b in range(a + 1, count)]
+
+
+def _linked(uuid_a: str, uuid_b: str) -> bool:
+    """Tells whether NVLink connects two GPUs; False where NVML cannot say."""
+    import pynvml
+
+    with contextlib.suppress(pynvml.NVMLError):
+        a, b = (pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in (uuid_a, uuid_b))
+        return bool(_way(a, b) == "NVLink")
+    return False
+
+
+def _way(a: Any, b: Any) -> str:
+    """Returns how two GPUs are connected, as nvidia-smi topo names it."""
+    import pynvml
+
+    with contextlib.suppress(pynvml.NVMLError):
+        state = pynvml.nvmlDeviceGetP2PStatus(a, b, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
+        if state == pynvml.NVML_P2P_STATUS_OK:
+            return "NVLink"
+    with contextlib.suppress(pynvml.NVMLError):
+        level = pynvml.nvmlDeviceGetTopologyCommonAncestor(a, b)
+        return {0: "one board", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}.get(level, "unknown")
+    return "unknown"
+
+
+def _active_nvlinks(handle: Any) -> int:
+    import pynvml
+
+    active = 0
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        with contextlib.suppress(pynvml.NVMLError):
+            active += pynvml.nvmlDeviceGetNvLinkState(handle, link)
+    return active
+
+
+def machine(_: str) -> Iterator[Finding]:
+    """Cores, memory, shared memory and limits."""
+    import psutil
+
+    from disttrain.nvml import visible_gpus
+
+    yield rules.cores(usable_cores(), os.cpu_count() or 1, slurm.allocation(os.environ))
+    memory = psutil.virtual_memory()
+    yield ok("memory", f"{memory.available / 2**30:,.1f} of {memory.total / 2**30:,.1f} GiB available")
+    size = None
+    with contextlib.suppress(OSError):
+        size = shutil.disk_usage("/dev/shm").total
+    yield rules.shared_memory(size, len(visible_gpus()))
+    yield rules.open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
+    infiniband = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
+    yield rules.locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], infiniband)
+
+
+def disk(_: str) -> Iterator[Finding]:
+    """Room for runs, caches and data sets."""
+    from disttrain.shards.index import data_root, server_root
+
+    folders = {"disk of runs": Path.cwd(), "disk of the cache": cache_folder()}
+    if server_root(None) is None:
+        folders["disk of data"] = data_root(None)
+    for subject, folder in folders.items():
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        state = os.statvfs(place)
+        free_files = state.f_favail if state.f_files else None
+        yield rules.disk(subject, str(folder), state.f_bavail * state.f_frsize, free_files)
+
+
+def clock(_: str) -> Iterator[Finding]:
+    """Whether time goes on, and is that of the file system."""
+    before = (time.monotonic(), time.time())
+    time.sleep(0.1)
+    elapsed = (time.monotonic() - before[0], time.time() - before[1])
+    newest = max(path.stat().st_mtime for path in Path(disttrain.__file__).parent.glob("*.py"))
+    now = file_time = time.time()
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=".") as file:
+        file.write(b"now")
+        file.flush()
+        file_time = os.fstat(file.fileno()).st_mtime
+        now = time.time()
+    yield rules.clock(elapsed, now, newest, file_time)
+
+
+def network(_: str) -> Iterator[Finding]:
+    """The interfaces over which processes of several nodes would talk."""
+    import psutil
+
+    up = [name for name, state in psutil.net_if_stats().items() if state.isup]
+    every = psutil.net_if_addrs()
+    addresses = {
+        name: [one.address for one in every.get(name, []) if one.family in (socket.AF_INET, socket.AF_INET6)]
+        for name in up
+    }
+    host = socket.gethostname()
+    allocation = slurm.allocation(os.environ)
+    nodes = 1 if allocation is None else allocation.nodes
+    setting = os.environ.get("GLOO_SOCKET_IFNAME")
+    yield rules.gloo_network(addresses, setting, host, _own_address(host), nodes)
+    yield rules.nccl_network([name for name in up if addresses[name]], os.environ.get("NCCL_SOCKET_IFNAME"))
+
+
+def _own_address(host: str) -> str | None:
+    """Returns the first address that a host name leads to and that is of this host, as gloo looks for it."""
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                probe.bind(address)
+                return str(address[0])
+    return None
+
+
+def slurm_(_: str) -> Iterator[Finding]:
+    """Slurm and the job that this process belongs to."""
+    version = ping = None
+    if shutil.which("srun") is not None:
+        version = _output("srun", "--version")
+        ping = _output("scontrol", "ping")
+    yield rules.cluster(slurm.allocation(os.environ), version, ping)
+
+
+def _output(*command: str) -> str:
+    """Returns what a command says within ten seconds, on one line."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return " ".join((done.stdout or done.stderr).split())
+
+
+def data(_: str) -> Iterator[Finding]:
+    """The data root with its data sets, and the cache."""
+    from disttrain.shards.index import data_root, load_index, server_root
+
+    server = server_root(None)
+    if server is not None:
+        yield ok("data root", f"{server}, on a server and not looked into")
+    else:
+        root = data_root(None)
+        yield _folder("data root", root, "set DISTTRAIN_DATA to a folder of yours", needed=False)
+        names = sorted(path.parent.name for path in root.glob("*/index.json"))
+        for name in names:
+            try:
+                splits = load_index(name, None).splits.items()
+            except DisttrainError as error:
+                more = f"`disttrain data verify {name}` lists all that is wrong"
+                yield warning(f"data set {name}", reason(error), more)
+            else:
+                counts = ", ".join(f"{split.samples:,} {part}" for part, split in splits)
+                yield ok(f"data set {name}", counts)
+        if not names:
+            yield ok("data sets", "none yet; `disttrain data prepare digits|mnist|cifar10` makes one")
+    yield _folder("cache", cache_folder(), "set DISTTRAIN_CACHE to a folder of yours", needed=True)
+
+
+def _folder(subject: str, folder: Path, remedy: str, *, needed: bool) -> Finding:
+    """Judges whether a folder can be written or made; one that is not needed may be there to be read only."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    new = "" if place == folder else " (will be made)"
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"disttrain")
+            file.flush()
+    except OSError as error:
+        found = f"{folder}{new}: cannot be written: {reason(error)}"
+        if needed:
+            return failure(subject, found, remedy)
+        if new:
+            return warning(subject, found, remedy)
+        return ok(subject, f"{found}; data sets can be used, not made")
+    return ok(subject, f"{folder}{new}")
+
+
+def allreduce(backend: str) -> Iterator[Finding]:
+    """Two processes that add up their numbers."""
+    from disttrain.doctor.allreduce import measure_as_first
+
+    latency_s, bytes_per_s = measure_as_first(backend)
+    yield ok(
+        f"all-reduce, {backend}",
+        f"2 processes: {1e6 * latency_s:,.0f} us for one number, {bytes_per_s / 1e9:.2f} GB/s for many",
+    )
+
+
+def step(device_name: str) -> Iterator[Finding]:
+    """A training step on a device in fp32 and bf16, against the same in float64 on the CPU."""
+    import copy
+
+    import torch
+    import torch.nn.functional as F
+
+    from disttrain.models import build_model
+
+    torch.set_num_threads(1)  # several would measure what else runs here
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    model = build_model("cnn_mnist", num_classes=10, in_channels=1, image_size=(28, 28), args={})
+    images, labels = torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
+
+    def train(device: torch.device, dtype: torch.dtype, steps: int) -> tuple[list[float], float]:
+        """Returns the losses of the first two steps, and the median of seconds of the later ones."""
+        low = dtype == torch.bfloat16
+        own = copy.deepcopy(model).to(device, torch.float32 if low else dtype)
+        inputs, targets = images.to(device, torch.float32 if low else dtype), labels.to(device)
+        optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+        found, times = [], []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
+                scores = own(inputs)
+            loss = F.cross_entropy(scores if dtype == torch.float64 else scores.float(), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())  # waits for the device
+            times.append(time.perf_counter() - begin)
+        return found[:2], statistics.median(times[1:])
+
+    expected, _ = train(torch.device("cpu"), torch.float64, 2)
+    device = torch.device(device_name)
+    for name, dtype, tolerance in (("fp32", torch.float32, 1e-3), ("bf16", torch.bfloat16, 3e-2)):
+        if name == "bf16" and device.type == "cuda":
+            torch.cuda.set_device(device)
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                yield ok(f"{device_name} bf16", "this GPU has none; train.precision=auto takes fp16")
+                continue
+        found, seconds = train(device, dtype, 6)
+        yield rules.losses(f"{device_name} {name}", found, expected, tolerance, 1e3 * seconds)
+
+
+CHECKS = {
+    "packages": Check(packages, 120),
+    "driver": Check(driver),
+    "gpus": Check(gpus, 120),
+    "machine": Check(machine),
+    "disk": Check(disk),
+    "clock": Check(clock),
+    "network": Check(network),
+    "slurm": Check(slurm_, 30),
+    "data": Check(data),
+    "allreduce": Check(allreduce, 120, lambda gpus: ["gloo", *(["nccl"] if len(gpus) > 1 else [])]),
+    "step": Check(step, 120, lambda gpus: ["cpu", *gpus]),
+}
+
+
+def main() -> None:
+    """Runs the check that the command line names."""
+    name, argument = (*sys.argv[1:], "")[:2]
+    check = CHECKS[name]
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(check.limit_s, exit=True)
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print is not a finding
+    for finding in check.run(argument):
+        print(json.dumps(finding._asdict()), file=out)
+    out.close()
+
+
+if __name__ == "__main__":
+    main()

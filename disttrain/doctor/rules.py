@@ -1,0 +1,415 @@
+"""What the facts that a check finds are worth: pure functions, from facts to findings.
+
+A finding is a failure where training as asked for cannot work, a warning where it works worse or only by
+luck. A machine without a GPU is fine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from disttrain.slurm import Allocation
+
+_GIB = 2**30
+
+
+class Finding(NamedTuple):
+    """One line of the report.
+
+    Attributes:
+        subject: what was looked at.
+        status: what it is worth.
+        found: the facts, with their units.
+        remedy: what to do; empty where nothing is to be done.
+    """
+
+    subject: str
+    status: Literal["ok", "warning", "failure"]
+    found: str
+    remedy: str = ""
+
+
+def ok(subject: str, found: str) -> Finding:
+    """Returns a finding that needs nothing."""
+    return Finding(subject, "ok", found)
+
+
+def warning(subject: str, found: str, remedy: str) -> Finding:
+    """Returns a finding that makes training worse, or may."""
+    return Finding(subject, "warning", found, remedy)
+
+
+def failure(subject: str, found: str, remedy: str) -> Finding:
+    """Returns a finding that keeps training from working."""
+    return Finding(subject, "failure", found, remedy)
+
+
+# --- Versions ---------------------------------------------------------------------------------------
+
+
+def requirement_name(requirement: str) -> str:
+    """Returns the package that a requirement in the form of PEP 508 names."""
+    from packaging.requirements import Requirement
+
+    return Requirement(requirement).name
+
+
+def unmet(requirements: Iterable[tuple[str, str]], versions: Mapping[str, str]) -> list[str]:
+    """Returns what the installed packages lack of what they ask for.
+
+    Args:
+        requirements: (package, what it requires in the form of PEP 508).
+        versions: of the installed packages, by their names in lower case with hyphens.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    problems = []
+    for package, text in requirements:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = versions.get(canonicalize_name(requirement.name))
+        if version is None:
+            problems.append(f"{package} needs {requirement.name}, which is not installed")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{package} needs {requirement.name}{requirement.specifier}, here is {version}")
+    return problems
+
+
+def nccl(packages: Mapping[str, str], loaded: str | None, torch_cuda: str | None) -> Finding:
+    """Judges the NCCL that torch has loaded.
+
+    Args:
+        packages: the installed packages nvidia-nccl-cu*, with their versions.
+        loaded: version of the library in use; None where torch has none.
+        torch_cuda: CUDA version that torch was built for; None for a build without.
+    """
+    if loaded is None or torch_cuda is None:
+        return ok("NCCL", "none in this build of torch; only GPUs need it")
+    own = f"nvidia-nccl-cu{torch_cuda.partition('.')[0]}"
+    others = sorted(set(packages) - {own})
+    if own in packages and others:
+        return warning(
+            "NCCL", f"{own} and {', '.join(others)} write into one folder; {loaded} is in use",
+            f"pip uninstall -y {own} {' '.join(others)} && pip install {own}=={packages[own]}",
+        )  # fmt: skip
+    if own in packages and packages[own] != loaded:
+        return warning(
+            "NCCL", f"{loaded} is in use, {own} {packages[own]} is installed",
+            "unset LD_LIBRARY_PATH and LD_PRELOAD, or take the other NCCL out of them",
+        )  # fmt: skip
+    return ok("NCCL", loaded)
+
+
+_LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # CUDA release notes, table 2
+
+
+def driver(version: str, driver_cuda: tuple[int, int], torch_cuda: str | None, *, usable: bool) -> Finding:
+    """Judges whether a driver runs what torch was built for.
+
+    Within a major version of CUDA any driver of that version does (CUDA compatibility guide).
+
+    Args:
+        version: of the driver.
+        driver_cuda: highest CUDA version that it supports: major, minor.
+        torch_cuda: CUDA version that torch was built for; None for a build without.
+        usable: whether torch can use a GPU.
+    """
+    has = f"driver {version}, CUDA up to {driver_cuda[0]}.{driver_cuda[1]}"
+    if torch_cuda is None:
+        return failure(
+            "torch for CUDA", f"{has}, but torch is a build without CUDA",
+            "pip install --force-reinstall torch torchvision",
+        )  # fmt: skip
+    major = int(torch_cuda.partition(".")[0])
+    if driver_cuda[0] >= major:
+        return ok("torch for CUDA", f"{has}; torch is built for CUDA {torch_cuda}")
+    if usable:
+        return ok("torch for CUDA", f"{has}; CUDA {torch_cuda} runs by forward compatibility libraries")
+    least = _LEAST_DRIVER.get(major)
+    return failure(
+        "torch for CUDA", f"{has}, but torch is built for CUDA {torch_cuda}",
+        f"update the driver{f' to {least} or later' if least else ''}, or install a torch for CUDA "
+        f"{driver_cuda[0]} (https://pytorch.org/get-started/locally)",
+    )  # fmt: skip
+
+
+def has_kernels(capability: tuple[int, int], archs: Sequence[str]) -> bool:
+    """Tells whether a build of torch has kernels for a GPU.
+
+    Args:
+        capability: compute capability of the GPU.
+        archs: as torch.cuda.get_arch_list returns them: sm_80, sm_90a, compute_90.
+    """
+    for arch in archs:
+        found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
+        if found is None:
+            continue
+        kind, built, suffix = found[1], (int(found[2]), int(found[3])), found[4]
+        if suffix == "a":  # for this architecture alone
+            fits = built == capability
+        elif kind == "compute" and not suffix:  # PTX, which the driver compiles for any later GPU
+            fits = built <= capability
+        else:
+            fits = built[0] == capability[0] and built[1] <= capability[1]
+        if fits:
+            return True
+    return False
+
+
+# --- GPUs -------------------------------------------------------------------------------------------
+
+
+def topology(pairs: Mapping[tuple[int, int], str], nvlinks: Sequence[int]) -> Finding:
+    """Judges how GPUs are connected.
+
+    Args:
+        pairs: the way between two GPUs by their places: NVLink, or PIX, PXB, PHB, NODE, SYS as nvidia-smi
+            calls the paths over PCIe.
+        nvlinks: active NVLinks of each GPU.
+    """
+    ways: dict[str, list[str]] = {}
+    for (a, b), way in sorted(pairs.items()):
+        ways.setdefault(way, []).append(f"{a}-{b}")
+    if len(ways) == 1:
+        found = f"{next(iter(ways))} between all {len(nvlinks)} GPUs"
+    else:
+        found = "; ".join(f"{way} between {', '.join(names)}" for way, names in ways.items())
+    if any(nvlinks):
+        found += f", {'/'.join(map(str, sorted(set(nvlinks))))} NVLinks each"
+    if len(set(nvlinks)) > 1:
+        fewer = [str(i) for i, count in enumerate(nvlinks) if count < max(nvlinks)]
+        return warning(
+            "topology", found,
+            f"GPU {', '.join(fewer)} has fewer active NVLinks than others: see `nvidia-smi nvlink -s`, check "
+            "bridges and, with NVSwitch, that nvidia-fabricmanager runs",
+        )  # fmt: skip
+    return ok("topology", found)
+
+
+def peers(access: Mapping[tuple[int, int], bool], linked: Iterable[tuple[int, int]]) -> Finding:
+    """Judges whether GPUs reach the memory of one another.
+
+    Args:
+        access: whether the first GPU of a pair reaches the second.
+        linked: pairs that NVLink connects.
+    """
+    without = sorted(pair for pair, reached in access.items() if not reached)
+    broken = sorted(set(without) & set(linked))
+    if broken:
+        names = ", ".join(f"{a}-{b}" for a, b in broken)
+        return warning(
+            "peer access", f"none between {names}, although NVLink connects them",
+            "see `nvidia-smi topo -p2p r`; switch off ACS or IOMMU in the host, start nvidia-fabricmanager",
+        )  # fmt: skip
+    if not without:
+        return ok("peer access", "between all GPUs")
+    if len(without) == len(access):
+        return ok("peer access", "none, as usual for these GPUs; NCCL goes through the memory of the host")
+    return ok("peer access", f"none between {', '.join(f'{a}-{b}' for a, b in without)}")
+
+
+# --- Machine ----------------------------------------------------------------------------------------
+
+
+def cores(usable: int, present: int, allocation: Allocation | None) -> Finding:
+    """Judges the CPU cores that this process may use."""
+    found = f"{usable} of {present} usable" if usable < present else str(present)
+    if allocation is not None and allocation.cpus_per_task is not None and usable < allocation.cpus_per_task:
+        return warning(
+            "cores", f"{found}, the job asked for {allocation.cpus_per_task} per task",
+            f"srun --cpus-per-task={allocation.cpus_per_task}: srun does not take it over from sbatch",
+        )  # fmt: skip
+    return ok("cores", found)
+
+
+def shared_memory(total_bytes: int | None, gpus: int) -> Finding:
+    """Judges /dev/shm, through which NCCL connects processes of a node; None where there is none."""
+    found = "not there" if total_bytes is None else f"{total_bytes / _GIB:,.2f} GiB"
+    if gpus > 1 and (total_bytes or 0) <= 64 * 2**20:
+        return warning(
+            "/dev/shm", f"{found}: too small for NCCL between {gpus} GPUs",
+            "start the container with --shm-size=1g or --ipc=host",
+        )  # fmt: skip
+    return ok("/dev/shm", found)
+
+
+def open_files(soft: int, hard: int) -> Finding:
+    """Judges the limit of open files; -1 is none."""
+    if 0 <= soft < 1024:
+        return warning(
+            "open files", f"at most {soft:,}", f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}"
+        )
+    return ok("open files", "no limit" if soft < 0 else f"at most {soft:,}")
+
+
+def locked_memory(soft_bytes: int, infiniband: Sequence[str]) -> Finding:
+    """Judges the limit of locked memory, which InfiniBand needs; -1 is none."""
+    found = "no limit" if soft_bytes < 0 else f"at most {soft_bytes / 2**20:,.0f} MiB"
+    if infiniband and 0 <= soft_bytes < _GIB:
+        return warning(
+            "locked memory", f"{found}, with {', '.join(infiniband)}: NCCL cannot use it",
+            "ulimit -l unlimited, or LimitMEMLOCK=infinity for slurmd or the container",
+        )  # fmt: skip
+    return ok("locked memory", found)
+
+
+def cluster(job: Allocation | None, version: str | None, ping: str | None) -> Finding:
+    """Judges Slurm.
+
+    Args:
+        job: that this process belongs to, or None.
+        version: what `srun --version` says; None where there is no srun.
+        ping: what `scontrol ping` says; None likewise.
+    """
+    place = "outside of a job"
+    if job is not None:
+        step = "" if job.step is None else f", step {job.step},"
+        place = f"in job {job.job}{step} of {job.nodes} node{'s' * (job.nodes > 1)}"
+    if version is None or ping is None:
+        if job is None:
+            return ok("Slurm", "none here")
+        return warning("Slurm", f"{place}, but there is no srun", "put Slurm's commands into PATH")
+    if " is UP" in ping:
+        return ok("Slurm", f"{version}, {place}")
+    if job is None and " is DOWN" not in ping:
+        return ok("Slurm", "its commands are here, but know of no cluster")
+    return warning("Slurm", f"{place}; scontrol ping: {ping}", "no job can start until slurmctld is back")
+
+
+def disk(subject: str, path: str, free_bytes: int, free_files: int | None) -> Finding:
+    """Judges the room on the disk of a folder; free_files is None where there is no such limit."""
+    found = f"{free_bytes / _GIB:,.1f} GiB free in {path}"
+    remedy = "delete old runs and caches, or choose another disk: --run-dir, DISTTRAIN_DATA, DISTTRAIN_CACHE"
+    if free_files is not None and free_files < 100:
+        return failure(subject, f"{found}, but only {free_files} files can be made", remedy)
+    if free_bytes < 2**30 // 10:
+        return failure(subject, found, remedy)
+    if free_bytes < _GIB:
+        return warning(subject, found, remedy)
+    return ok(subject, found)
+
+
+def clock(elapsed_s: Sequence[float], now_s: float, newest_s: float, file_s: float) -> Finding:
+    """Judges the clocks.
+
+    Args:
+        elapsed_s: what the monotonic and the wall clock say of one and the same pause.
+        now_s: wall clock, seconds since 1970.
+        newest_s: time of the newest file of this installation.
+        file_s: time that a file system gives to a file made just now.
+    """
+    monotonic, wall = elapsed_s
+    set_it = "start chrony or another NTP client"
+    if monotonic <= 0:
+        return failure(
+            "clock", f"the monotonic clock went {monotonic:.3f} s in a pause", "reboot; mend the host"
+        )
+    if now_s < newest_s - 86400:
+        return failure("clock", f"is {(newest_s - now_s) / 86400:,.0f} days before this installation", set_it)
+    if abs(wall - monotonic) > 1:
+        return warning("clock", f"the wall clock jumped by {wall - monotonic:.1f} s meanwhile", set_it)
+    if abs(file_s - now_s) > 5:
+        return warning(
+            "clock", f"files in the current folder are dated {file_s - now_s:+.0f} s from now",
+            f"{set_it}, here and on the file server",
+        )  # fmt: skip
+    return ok("clock", "steady, as the file system has it")
+
+
+# --- Network ----------------------------------------------------------------------------------------
+
+
+def nccl_interfaces(names: Sequence[str], setting: str | None) -> list[str]:
+    """Returns the interfaces that NCCL may take, the first of them first (NCCL_SOCKET_IFNAME).
+
+    Args:
+        names: interfaces that are up, in the system's order.
+        setting: of the variable: prefixes, with ^ in front those to leave out, with = whole names.
+    """
+    if setting:
+        mark = re.match(r"\^?=?", setting)
+        assert mark is not None
+        listed = [part for part in setting[mark.end() :].split(",") if part]
+        exact, excluded = "=" in mark[0], "^" in mark[0]
+        return [
+            name
+            for name in names
+            if any(name == one if exact else name.startswith(one) for one in listed) != excluded
+        ]
+    rest = [name for name in names if not name.startswith(("ib", "docker", "lo"))]
+    groups = [[name for name in names if name.startswith(prefix)] for prefix in ("ib", "docker", "lo")]
+    return next((group for group in (groups[0], rest, groups[1], groups[2]) if group), [])
+
+
+def nccl_network(names: Sequence[str], setting: str | None) -> Finding:
+    """Judges the interface that NCCL takes between nodes; arguments as for `nccl_interfaces`."""
+    taken = nccl_interfaces(names, setting)
+    given = f" (NCCL_SOCKET_IFNAME={setting})" if setting else ""
+    if not taken:
+        return failure(
+            "NCCL network", f"no interface of {', '.join(names) or 'none that is up'}{given}",
+            "unset NCCL_SOCKET_IFNAME or name one of these",
+        )  # fmt: skip
+    return ok("NCCL network", f"{', '.join(taken)}{given}")
+
+
+def gloo_network(
+    addresses: Mapping[str, Sequence[str]], setting: str | None, host: str, own: str | None, nodes: int
+) -> Finding:
+    """Judges the interface that gloo takes.
+
+    Args:
+        addresses: of the interfaces that are up.
+        setting: GLOO_SOCKET_IFNAME.
+        host: name of this host.
+        own: address of this host that its name leads to; None where it leads to none.
+        nodes: of the job.
+    """
+    others = [name for name in addresses if name != "lo"]
+    if setting:
+        missing = [name for name in setting.split(",") if name not in addresses]
+        if missing:
+            return failure(
+                "gloo network", f"GLOO_SOCKET_IFNAME={setting}: {', '.join(missing)} is not there or not up",
+                f"unset it or name one of {', '.join(addresses)}",
+            )  # fmt: skip
+        return ok("gloo network", f"{setting} (GLOO_SOCKET_IFNAME)")
+    by_address = {address: name for name, owned in addresses.items() for address in owned}
+    taken = by_address.get(own or "", "lo")
+    leads = f"{host} is {own}" if own else f"the name {host} leads to no address of this host"
+    found = f"{taken} ({leads})"
+    if taken != "lo":
+        return ok("gloo network", found)
+    remedy = f"export GLOO_SOCKET_IFNAME={others[0] if others else 'INTERFACE'} on every node"
+    if nodes > 1:
+        return warning("gloo network", f"{found}: no other node can reach this one", remedy)
+    return ok("gloo network", f"{found}; for CPU runs on several nodes: {remedy}")
+
+
+# --- Computing --------------------------------------------------------------------------------------
+
+
+def losses(
+    subject: str, found: Sequence[float], expected: Sequence[float], tolerance: float, step_ms: float
+) -> Finding:
+    """Judges a training step by the losses before and after it.
+
+    Args:
+        subject: device and precision.
+        found: losses on the device.
+        expected: the same in float64 on the CPU.
+        tolerance: greatest difference, as a share of what is expected.
+        step_ms: milliseconds of a step.
+    """
+    text = " -> ".join(f"{loss:.4f}" for loss in found)
+    if any(not abs(a - b) <= tolerance * abs(b) for a, b in zip(found, expected, strict=True)):
+        right = " -> ".join(f"{loss:.4f}" for loss in expected)
+        return failure(
+            subject, f"computes wrong: loss {text} instead of {right}",
+            "take the device out of use; on a GPU see `nvidia-smi -q -d ECC` and reinstall torch",
+        )  # fmt: skip
+    return ok(subject, f"a training step takes {step_ms:.3g} ms, loss {text} as it should be")
