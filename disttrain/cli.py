@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -422,6 +422,51 @@ def bench(
         console.print(table)
         console.print()
     for line in summary(results):
+        click.echo(line)
+
+
+_RUN = click.argument("run_path", metavar="RUN", type=_PATH)
+_CHECKPOINT = click.option(
+    "--checkpoint", default="best", show_default=True, metavar="best|latest|PATH", help="Which weights."
+)
+
+
+@main.command("eval")
+@_RUN
+@_CHECKPOINT
+@click.option("--data", metavar="NAME", help="Another data set with the same classes.")
+@_ROOT
+@click.option("--gpus", type=click.IntRange(1), help="GPUs to use (default: all visible).")
+@click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (default: 1).")
+@click.option(
+    "--tta",
+    type=click.Choice(["none", "flip", "multi_view"]),
+    default="none",
+    show_default=True,
+    help="Test-time augmentation.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def eval_(
+    run_path: Path,
+    checkpoint: str,
+    data: str | None,
+    root: str | None,
+    gpus: int | None,
+    procs: int | None,
+    tta: Literal["none", "flip", "multi_view"],
+    as_json: bool,
+) -> None:
+    """Evaluate the network of a run on a validation split.
+
+    Shows accuracy, loss, the accuracy of each class and the confusion matrix. Every sample counts exactly
+    once, on any number of processes.
+    """
+    import json
+
+    from disttrain.eval import evaluate, report
+
+    result = evaluate(run_path, checkpoint, data=data, root=root, tta=tta, gpus=gpus, procs=procs)
+    for line in [json.dumps(result)] if as_json else report(result):
         click.echo(line)
 
 
