@@ -470,6 +470,36 @@ def eval_(
         click.echo(line)
 
 
+@main.command()
+@_RUN
+@click.argument("images", metavar="IMAGE|FOLDER|-...", nargs=-1, required=True)
+@_CHECKPOINT
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes for each image.")
+@click.option("--grid", type=_PATH, metavar="FILE.png", help="Also draw the images with their predictions.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document on each line.")
+def predict(
+    run_path: Path, images: tuple[str, ...], checkpoint: str, top: int, grid: Path | None, as_json: bool
+) -> None:
+    """Show what the network of a run takes images for.
+
+    RUN may also be a file of `disttrain export --format safetensors`. A FOLDER stands for all image files
+    below it; `-` reads names from standard input, one on each line, or separated by NUL as `find -print0`
+    prints them. A file that cannot be used is named on standard error; the others go on, and the end is 65.
+    """
+    from disttrain.predict_command import predict as show
+
+    with _progress(disable=sys.stdout.isatty()) as on_progress:
+        show(
+            run_path,
+            images,
+            checkpoint,
+            top=top,
+            grid=grid,
+            as_json=as_json,
+            on_progress=on_progress,
+        )
+
+
 @main.group()
 def config() -> None:
     """About the config file."""
@@ -516,8 +546,8 @@ def _show_index(index: Index, *, classes: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int | None], None]]:
-    """Shows a bar, a count of images and the time left on a terminal, nothing elsewhere."""
+def _progress(*, disable: bool = False) -> Iterator[Callable[[int, int | None], None]]:
+    """Shows a bar, a count of images and the time left on a terminal, nothing elsewhere or if disabled."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -528,7 +558,13 @@ def _progress() -> Iterator[Callable[[int, int | None], None]]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # what goes to a file or a pipe is not for the console
+        disable=disable or not console.is_terminal,
+    ) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
