@@ -500,6 +500,36 @@ def predict(
         )
 
 
+@main.command()
+@_RUN
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["safetensors", "torch-export", "onnx"]),
+    required=True,
+    help="Of the file.",
+)
+@click.option("--output", type=_PATH, metavar="FILE", help="Default: RUN/export/FORMAT/model.*")
+@_CHECKPOINT
+@_ROOT
+def export(
+    run_path: Path,
+    file_format: Literal["safetensors", "torch-export", "onnx"],
+    output: Path | None,
+    checkpoint: str,
+    root: str | None,
+) -> None:
+    """Write the network of a run as a file for other programs.
+
+    The file is checked against the network on images of the validation split; a model card, README.md, is
+    written beside it.
+    """
+    from disttrain.exporting import export
+
+    done = export(run_path, file_format, output, checkpoint=checkpoint, root=root)
+    click.echo(f"{done.path}: largest difference of a score {done.difference:.3g} on {done.images} images")
+
+
 @main.group()
 def config() -> None:
     """About the config file."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from disttrain.config import AugmentConfig, Config
 from disttrain.errors import DataError
@@ -20,6 +20,9 @@ from disttrain.preflight import open_index
 from disttrain.shards.index import Index
 from disttrain.telemetry import visible_gpus
 from disttrain.trained import Facts, open_run
+
+if TYPE_CHECKING:
+    from disttrain.data.plan import Ids
 
 _MOST_SHOWN = 20  # classes in a confusion matrix on a screen
 _PAIRS_SHOWN = 10
@@ -118,6 +121,19 @@ def open_data(config: Config, facts: Facts, data: str | None, root: str | None) 
             f"pack it again{f' with --size {facts.height}' if facts.height == facts.width else ''}"
         )
     return index
+
+
+def usable_samples(config: Config, index: Index) -> Ids:
+    """Returns the ids of the validation split that can be evaluated: int64, without those to be skipped."""
+    import numpy as np
+
+    from disttrain.data.plan import usable_ids
+    from disttrain.shards.verify import survey
+
+    skipped = np.empty(0, np.int64)
+    if config.data.on_error == "skip":
+        skipped = survey(index, "val", lambda text: None)
+    return usable_ids(index.splits["val"].samples, skipped)
 
 
 def report(result: dict[str, Any]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from disttrain.eval import open_data
+from disttrain.eval import open_data, usable_samples
 from disttrain.jobs import serve
 from disttrain.trained import open_run
 from disttrain.worker import join
@@ -18,27 +18,21 @@ if TYPE_CHECKING:
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Evaluates as one rank of the group that the environment describes. Every rank calls this."""
-    import numpy as np
     import torch
     import torch.distributed as dist
 
     from disttrain.classifier import load_model
-    from disttrain.data.plan import usable_ids
     from disttrain.data.streamed import Streamed
     from disttrain.evaluation import Subject, Tally, batch_size, prove, score, summary
     from disttrain.parallel import usable_cores
     from disttrain.shards.images import expect_images
-    from disttrain.shards.verify import survey
 
     _, config, facts, checkpoint = open_run(Path(request["run"]), request["checkpoint"])
     group = join(config, "cuda" if torch.cuda.is_available() else "cpu")
     rank, world_size, device = group.process_index, group.num_processes, group.device
     classifier = load_model(request["run"], checkpoint, device=device)
     index = open_data(config, facts, request["data"], request["root"])
-    skipped = np.empty(0, np.int64)
-    if config.data.on_error == "skip":
-        skipped = survey(index, "val", lambda text: None)
-    ids = usable_ids(index.splits["val"].samples, skipped)
+    ids = usable_samples(config, index)
     size = batch_size(config.train, world_size)
     workers = config.data.workers
     if workers is None:
@@ -77,7 +71,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return result | {
         "top5_correct": top5,
         "top5_accuracy": None if top5 is None else top5 / result["total"],
-        "skipped": len(skipped),
+        "skipped": index.splits["val"].samples - len(ids),
         "per_class": [_row(name, i, confusion[i]) for i, name in enumerate(facts.classes)],
         "classes": facts.classes,
         "confusion": confusion,
