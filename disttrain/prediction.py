@@ -94,12 +94,8 @@ def predictions(
         images: taken some batches ahead.
         top: classes in each prediction.
     """
-    facts, classes = classifier.facts, classifier.classes
-
-    def prepare(batch: Sequence[ImageSource]) -> list[tuple[ImageSource, Pixels | str]]:
-        return [(image, _prepared_or_reason(image, facts)) for image in batch]
-
-    for batch in in_order(prepare, _batches(images, _BATCH), usable_cores()):
+    classes = classifier.classes
+    for batch in decoded(images, classifier.facts):
         sound = [pixels for _, pixels in batch if not isinstance(pixels, str)]
         rows: Iterator[tuple[list[float], list[int]]] = iter(())
         if sound:
@@ -115,6 +111,15 @@ def predictions(
                 values, labels = next(rows)
                 found = tuple((classes[label], value) for label, value in zip(labels, values, strict=True))
                 yield Prediction(name, found), pixels
+
+
+def decoded(images: Iterable[ImageSource], facts: Facts) -> Iterator[list[tuple[ImageSource, Pixels | str]]]:
+    """Yields batches of images with their pixels, prepared by threads, or why they cannot be used."""
+
+    def prepare(batch: Sequence[ImageSource]) -> list[tuple[ImageSource, Pixels | str]]:
+        return [(image, _prepared_or_reason(image, facts)) for image in batch]
+
+    return in_order(prepare, _batches(images, _BATCH), usable_cores())
 
 
 def _prepared_or_reason(image: ImageSource, facts: Facts) -> Pixels | str:

@@ -16,12 +16,14 @@ from conftest import Run
 
 from disttrain.classifier import load_model
 from disttrain.datasets import CIFAR10_CLASSES
+from disttrain.errors import UsageError
 from disttrain.eval import report
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Listed, pack
 from disttrain.shards.reader import read_split
 from disttrain.shards.writer import Sample
+from disttrain.trained import open_run
 
 DIGITS = tuple("0123456789")
 
@@ -156,6 +158,19 @@ def test_a_mistake_is_one_line(
     assert (done.returncode, done.stdout) == (code, "")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"data": {"shape": [1, 8, 8], "name": "digits"}}'])
+def test_a_run_without_the_facts_of_its_images_says_where_they_come_from(
+    trained_run: Path, tmp_path: Path, content: str | None
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run, symlinks=True)
+    (run / "env.json").unlink()
+    if content is not None:
+        (run / "env.json").write_text(content)
+    with pytest.raises(UsageError, match=r"env\.json: does not say what the images of the run are"):
+        open_run(run)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
