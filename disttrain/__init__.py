@@ -1,3 +1,65 @@
-"""disttrain trains image classifiers on one GPU, many GPUs or many nodes from one YAML file."""
+"""disttrain trains image classifiers on one GPU, many GPUs or many nodes from one YAML file.
+
+The names below are what other programs use; docs/python.md shows how. Importing this imports none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from disttrain.classifier import Classifier, load_model
+    from disttrain.config import Config, load_config
+    from disttrain.data.opened import OpenData, open_data
+    from disttrain.errors import DisttrainError
+    from disttrain.eval import evaluate
+    from disttrain.exporting import Exported, export
+    from disttrain.prediction import Prediction, predict
+    from disttrain.start import run
+
+__all__ = [
+    "Classifier",
+    "Config",
+    "DisttrainError",
+    "Exported",
+    "OpenData",
+    "Prediction",
+    "__version__",
+    "evaluate",
+    "export",
+    "load_config",
+    "load_model",
+    "open_data",
+    "predict",
+    "run",
+]
+
+_HOMES = {
+    "Classifier": "classifier",
+    "Config": "config",
+    "DisttrainError": "errors",
+    "Exported": "exporting",
+    "OpenData": "data.opened",
+    "Prediction": "prediction",
+    "evaluate": "eval",
+    "export": "exporting",
+    "load_config": "config",
+    "load_model": "classifier",
+    "open_data": "data.opened",
+    "predict": "prediction",
+    "run": "start",
+}
+"""Name -> its module. None is the name of a module too: that would take its place once it is imported."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'disttrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"disttrain.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

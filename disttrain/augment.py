@@ -6,6 +6,7 @@ so that an image is augmented the same way on any number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,9 +61,7 @@ class Augment:
         self._seed = seed
         self._device = device
         self._channels_last = channels_last
-        divisor = torch.tensor([value or 1.0 for value in std])
-        self._scale = (1 / (255 * divisor)).to(device)
-        self._offset = -(torch.tensor(mean) / divisor).to(device)
+        self._offset, self._scale = (values.to(device) for values in offset_and_scale(mean, std))
         self._rows: tuple[Tensor, Tensor] | None = None  # offset and scale of every value of a row
         self._draws: dict[int, Tensor] = {}
 
@@ -170,6 +169,12 @@ class Augment:
         lines = torch.arange(0, batch * height, height, device=self._device)[:, None] + rows
         pixels = (lines[:, :, None] * width + columns.expand(batch, -1)[:, None, :]).view(-1)
         return images.reshape(-1, channels).index_select(0, pixels).view(batch, height, width, channels)
+
+
+def offset_and_scale(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Returns what normalises pixel values 0..255 by offset + scale * value: float32 [C] each."""
+    divisor = torch.tensor([value or 1.0 for value in std])
+    return -(torch.tensor(mean) / divisor), 1 / (255 * divisor)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

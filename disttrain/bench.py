@@ -6,9 +6,6 @@ found. Nothing here imports torch.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +15,8 @@ from typing import Any
 from rich.table import Table
 
 from disttrain.config import Config, dump_config
-from disttrain.errors import TrainingError
-from disttrain.launcher import LaunchPlan, command, environment, plan_processes
+from disttrain.jobs import run_job
+from disttrain.launcher import LaunchPlan, plan_processes
 
 DEFAULT = {
     "name": "bench",
@@ -47,7 +44,7 @@ def bench(
         What `disttrain bench --json` prints.
 
     Raises:
-        TrainingError: a process failed.
+        DisttrainError: a process failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
@@ -56,7 +53,7 @@ def bench(
         counts = [n for n in range(1, most + 1) if n in {plan.processes, most} or n & (n - 1) == 0]
         parts = config.train.batch_size // config.train.accumulate
         say(f"measuring a step of {config.model.name} in {_many(plan.processes)}")
-        results = _measured(replace(plan, config_path=path), "all", seconds, Path(folder))
+        results = _measured(replace(plan, config_path=path), "all", seconds)
         scaling = []
         for count in counts:
             if parts % count:
@@ -73,7 +70,7 @@ def bench(
                     environ={},
                 )
                 fewer = replace(plan, config_path=path, processes=count, gpus=gpus, threads=threads)
-                found = _measured(fewer, "step", seconds, Path(folder))
+                found = _measured(fewer, "step", seconds)
             rate = config.train.batch_size / found["step_s"]
             scaling.append({"processes": count, "threads": found["threads"], "images_per_s": rate})
     return {"model": config.model.name, "data": config.data.name, **results, "scaling": scaling}
@@ -138,22 +135,9 @@ def summary(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _measured(plan: LaunchPlan, what: str, seconds: float, folder: Path) -> dict[str, Any]:
-    target = folder / "results.json"
-    worker = ["disttrain.bench_worker", str(plan.config_path), what, str(seconds), str(target)]
-    done = subprocess.run(
-        command(plan, worker),
-        env=os.environ | environment(plan),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        last = "\n".join(done.stderr.splitlines()[-30:])
-        raise TrainingError(f"measuring failed with exit code {done.returncode}\n{last}")
-    results: dict[str, Any] = json.loads(target.read_text())
-    target.unlink()
-    return results
+def _measured(plan: LaunchPlan, what: str, seconds: float) -> dict[str, Any]:
+    request = {"config": str(plan.config_path), "what": what, "seconds": seconds}
+    return run_job(plan, "disttrain.bench_worker", request)
 
 
 def _many(processes: int) -> str:

@@ -1,15 +1,13 @@
 """What every rank of `disttrain bench` runs: the parts of a training step, measured on the real thing.
 
 Builds what a run builds, from the same functions, and leaves nothing behind: no run folder, no checkpoint.
-Rank 0 writes what was measured as JSON to the file that it is given.
+What was measured is the answer to the job that `disttrain bench` has given (`disttrain.jobs`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from disttrain.config import Config, load_config
+from disttrain.jobs import serve
 from disttrain.preflight import check_device, open_index, split_batch
 from disttrain.runfolder import RunFolder
 from disttrain.worker import Rank, build, join
@@ -43,16 +42,10 @@ PEAK_TFLOPS = {
 }
 
 
-def main() -> None:
-    """Measures as one rank of the group that the environment describes: CONFIG WHAT SECONDS FILE."""
-    config_path, what, seconds, target = sys.argv[1:]
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Measures as one rank of the group that the environment describes."""
     rank = Rank(int(os.environ.get("RANK", "0")), None)
-    config = load_config(Path(config_path))
-    results = measure(config, rank, what, float(seconds))
-    if rank.number == 0:
-        Path(target).write_text(json.dumps(results))
-    sys.stdout.flush()
-    os._exit(0)
+    return measure(load_config(Path(request["config"])), rank, request["what"], request["seconds"])
 
 
 def measure(config: Config, rank: Rank, what: str, seconds: float) -> dict[str, Any]:
@@ -397,4 +390,4 @@ def _peak(parts: Parts) -> tuple[float | None, str]:
 
 
 if __name__ == "__main__":
-    main()
+    serve(answer)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -500,6 +500,111 @@ def doctor(checks: tuple[str, ...], as_json: bool) -> None:
     sys.exit(any(finding["status"] == "failure" for finding in found))
 
 
+_RUN = click.argument("run_path", metavar="RUN", type=_PATH)
+_CHECKPOINT = click.option(
+    "--checkpoint", default="best", show_default=True, metavar="best|latest|PATH", help="Which weights."
+)
+
+
+@main.command("eval")
+@_RUN
+@_CHECKPOINT
+@click.option("--data", metavar="NAME", help="Another data set with the same classes.")
+@_ROOT
+@click.option("--gpus", type=click.IntRange(1), help="GPUs to use (default: all visible).")
+@click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (default: 1).")
+@click.option(
+    "--tta",
+    type=click.Choice(["none", "flip", "multi_view"]),
+    default="none",
+    show_default=True,
+    help="Test-time augmentation.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def eval_(
+    run_path: Path,
+    checkpoint: str,
+    data: str | None,
+    root: str | None,
+    gpus: int | None,
+    procs: int | None,
+    tta: Literal["none", "flip", "multi_view"],
+    as_json: bool,
+) -> None:
+    """Evaluate the network of a run on a validation split.
+
+    Shows accuracy, loss, the accuracy of each class and the confusion matrix. Every sample counts exactly
+    once, on any number of processes.
+    """
+    import json
+
+    from disttrain.eval import evaluate, report
+
+    result = evaluate(run_path, checkpoint, data=data, root=root, tta=tta, gpus=gpus, procs=procs)
+    for line in [json.dumps(result)] if as_json else report(result):
+        click.echo(line)
+
+
+@main.command()
+@_RUN
+@click.argument("images", metavar="IMAGE|FOLDER|-...", nargs=-1, required=True)
+@_CHECKPOINT
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes for each image.")
+@click.option("--grid", type=_PATH, metavar="FILE.png", help="Also draw the images with their predictions.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document on each line.")
+def predict(
+    run_path: Path, images: tuple[str, ...], checkpoint: str, top: int, grid: Path | None, as_json: bool
+) -> None:
+    """Show what the network of a run takes images for.
+
+    RUN may also be a file of `disttrain export --format safetensors`. A FOLDER stands for all image files
+    below it; `-` reads names from standard input, one on each line, or separated by NUL as `find -print0`
+    prints them. A file that cannot be used is named on standard error; the others go on, and the end is 65.
+    """
+    from disttrain.predict_command import predict as show
+
+    with _progress(disable=sys.stdout.isatty()) as on_progress:
+        show(
+            run_path,
+            images,
+            checkpoint,
+            top=top,
+            grid=grid,
+            as_json=as_json,
+            on_progress=on_progress,
+        )
+
+
+@main.command()
+@_RUN
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["safetensors", "torch-export", "onnx"]),
+    required=True,
+    help="Of the file.",
+)
+@click.option("--output", type=_PATH, metavar="FILE", help="Default: RUN/export/FORMAT/model.*")
+@_CHECKPOINT
+@_ROOT
+def export(
+    run_path: Path,
+    file_format: Literal["safetensors", "torch-export", "onnx"],
+    output: Path | None,
+    checkpoint: str,
+    root: str | None,
+) -> None:
+    """Write the network of a run as a file for other programs.
+
+    The file is checked against the network on images of the validation split; a model card, README.md, is
+    written beside it.
+    """
+    from disttrain.exporting import export
+
+    done = export(run_path, file_format, output, checkpoint=checkpoint, root=root)
+    click.echo(f"{done.path}: largest difference of a score {done.difference:.3g} on {done.images} images")
+
+
 @main.group()
 def config() -> None:
     """About the config file."""
@@ -546,8 +651,8 @@ def _show_index(index: Index, *, classes: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int | None], None]]:
-    """Shows a bar, a count of images and the time left on a terminal, nothing elsewhere."""
+def _progress(*, disable: bool = False) -> Iterator[Callable[[int, int | None], None]]:
+    """Shows a bar, a count of images and the time left on a terminal, nothing elsewhere or if disabled."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -558,7 +663,13 @@ def _progress() -> Iterator[Callable[[int, int | None], None]]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # what goes to a file or a pipe is not for the console
+        disable=disable or not console.is_terminal,
+    ) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

@@ -254,7 +254,7 @@ class Config(_Section):
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `a.b=c` overrides and checks the result.
 
     Args:
@@ -264,6 +264,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UsageError: the file or an override is wrong; the message names file and line, or the override.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -65,6 +65,12 @@ class UnsafeError(DisttrainError):
     exit_code = 77
 
 
+def error_of(exit_code: int, message: str) -> DisttrainError:
+    """Returns the error that another process ended with."""
+    kinds = {kind.exit_code: kind for kind in DisttrainError.__subclasses__()}
+    return kinds.get(exit_code, DisttrainError)(message)
+
+
 def reason(error: BaseException) -> str:
     """Returns why an operation failed, on one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

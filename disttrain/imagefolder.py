@@ -13,14 +13,21 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from disttrain.errors import DataError, UsageError, reason
-from disttrain.shards.images import as_picture, decode_image, encode_image, map_in_threads, open_image
+from disttrain.shards.images import (
+    Pixels,
+    as_picture,
+    decode_image,
+    encode_image,
+    map_in_threads,
+    open_image,
+)
 from disttrain.shards.index import Index, data_folder
 from disttrain.shards.pack import Progress, pack
 from disttrain.shards.writer import Sample
 
 Say = Callable[[str], None]
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: JPEG files of some phones
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
 _LAYOUT = (
@@ -228,7 +235,7 @@ def _entries(
 
 
 def _is_image_file(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(_SUFFIXES) and entry.is_file()
+    return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
 
 
 def _split_off(
@@ -337,10 +344,16 @@ def _load(picture: _Picture, channels: int, size: int | None) -> Sample:
         return kept._replace(image=encode_image(pixels, "PNG"), extension="png")
     if picture.plain and pixels.shape[:2] == (size, size):
         return kept
-    pixels = np.asarray(ImageOps.fit(as_picture(pixels), (size, size), Image.Resampling.BICUBIC))
+    pixels = fitted(pixels, size, size)
     if picture.extension == "jpg":
         return kept._replace(image=encode_image(pixels, "JPEG"))
     return kept._replace(image=encode_image(pixels, "PNG"), extension="png")
+
+
+def fitted(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Returns an image, uint8 [H, W, C], in another size: resized to cover that, the middle cut out."""
+    picture = ImageOps.fit(as_picture(pixels), (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture).reshape(height, width, -1)
 
 
 def _broken(file: str, error: Exception) -> DataError:

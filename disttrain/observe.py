@@ -459,6 +459,9 @@ def _environment(
             "name": index.name,
             "digest": index.digest,
             "shape": [index.channels, index.height, index.width],
+            "classes": index.classes,
+            "mean": index.mean,
+            "std": index.std,
             **{name: split.samples for name, split in index.splits.items()},
         },
     }

@@ -155,3 +155,26 @@ def config_file(tmp_path: Path) -> Path:
         "monitor: {log_every_steps: 5}\n"
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, digits_root: Path, decoded_cache: Path) -> Path:
+    """The folder of a finished run on the digits with a moving average; never written by a test."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(
+        "name: tiny\n"
+        f"data: {{name: digits, root: {digits_root}}}\n"
+        "model: {name: cnn_mnist}\n"
+        "train: {epochs: 3, batch_size: 64, ema: 0.9, precision: fp32, channels_last: false}\n"
+        "optim: {name: adam, lr: 1e-2}\n"
+    )
+    done = subprocess.run(
+        [*(sys.executable, "-m", "disttrain", "run", "tiny.yaml"), "--procs", "1", "--run-dir", "run"],
+        cwd=folder,
+        env=os.environ | {"DISTTRAIN_CACHE": str(decoded_cache)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run"

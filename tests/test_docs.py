@@ -9,7 +9,7 @@ import pytest
 from disttrain.config import load_config
 
 REPOSITORY = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "slurm/README.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "slurm/README.md", "benchmarks/README.md", "docs/python.md"]
 
 
 def test_config_reference_is_that_of_the_schema() -> None:

@@ -555,11 +555,12 @@ def test_an_epoch_over_other_samples_than_those_of_the_index_is_an_error(how: st
     assert recorder.evaluations == []
 
 
-def test_an_evaluation_of_too_few_samples_is_an_error() -> None:
+@pytest.mark.parametrize(("how", "seen"), [("repeats", 40), ("drops", 39)])
+def test_an_evaluation_of_other_samples_is_an_error(how: str, seen: int) -> None:
     parts = make_parts(batch_size=4)
-    parts.val_data = Careless("drops")
+    parts.val_data = Careless(how)
     parts.val_ids = np.arange(40)
-    with pytest.raises(DataError, match=r"saw 39 samples, the index has 40"):
+    with pytest.raises(DataError, match=rf"saw {seen} samples, the index has 40, or not the same ones"):
         evaluate(parts, "none", step=0, hooks=QUIET)
 
 

@@ -1,0 +1,107 @@
+"""How fast `disttrain predict` goes over 10,000 files, beside the decoder alone and the usual script.
+
+    python benchmarks/predict.py --data ROOT [--runs 5] [--threads 2]
+
+The files are the validation split of CIFAR-10 as JPEG, one file each, the network is lenet_bn.
+
+decoder   threads that read and decode the files, and nothing else
+predict   `disttrain.prediction.predictions` over the same files, network and top 5 included
+command   `disttrain predict RUN FOLDER --json`, the whole process, less one over a single file
+usual     torchvision's ImageFolder, ToTensor, Normalize and a DataLoader with two workers, the same network
+
+Everything goes round robin in this process, but for the command and the workers; the files are in the page
+cache. The medians of images per second and their ratios are printed.
+"""
+
+import subprocess
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+from common import Claim, config, disttrain, interleaved, parser, report, variables
+
+CLAIMS = (
+    Claim("predict / decoder alone", "predict", "decoder", 0.8, "at least"),
+    Claim("command / decoder alone", "command", "decoder", 0.7, "at least"),
+    Claim("predict / usual script", "predict", "usual", 2, "at least"),
+)
+
+
+def write_files(data: Path, folder: Path) -> list[str]:
+    """Writes the validation split of CIFAR-10 as <class>/<key>.jpg."""
+    from disttrain.shards.index import load_index
+    from disttrain.shards.reader import read_split
+
+    index = load_index("cifar10", str(data))
+    files = []
+    for key, image, label in read_split(index, "val"):
+        path = folder / index.classes[label] / f"{key.replace('/', '_')}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+        files.append(str(path))
+    return sorted(files)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--threads", type=int, help="of torch (default: its own)")
+    options = arguments.parse_args()
+    import torch
+
+    from disttrain.classifier import load_model
+    from disttrain.prediction import decoded, predictions
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    env = variables(options.data, options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = write_files(options.data, Path(scratch) / "files")
+        run = Path(scratch) / "run"
+        settings = ("train.epochs=1", "train.batch_size=5000", "train.precision=fp32")
+        train = disttrain("run", "-q", "--procs", 1, config("lenet_bn_cifar"), *settings, "--run-dir", run)
+        subprocess.run(train, env=env, check=True, stdout=subprocess.DEVNULL)
+        model = load_model(run)
+
+        def rate(work) -> float:
+            began = time.perf_counter()
+            count = sum(1 for _ in work())
+            assert count == len(files), f"{count} of {len(files)}"
+            return count / (time.perf_counter() - began)
+
+        def decode():
+            return (image for batch in decoded(iter(files), model.facts) for image in batch)
+
+        def command_s(*names: str) -> float:
+            began = time.perf_counter()
+            subprocess.run(
+                disttrain("predict", run, *names, "--json"), env=env, check=True, stdout=subprocess.DEVNULL
+            )
+            return time.perf_counter() - began
+
+        def command() -> float:
+            return len(files) / (command_s(str(Path(scratch) / "files")) - command_s(files[0]))
+
+        def usual():
+            from torchvision import datasets, transforms
+
+            steps = [transforms.ToTensor(), transforms.Normalize(model.facts.mean, model.facts.std)]
+            data = datasets.ImageFolder(str(Path(scratch) / "files"), transforms.Compose(steps))
+            with torch.inference_mode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for images, _ in torch.utils.data.DataLoader(data, batch_size=64, num_workers=2):
+                    yield from model.network(images).softmax(1).topk(5).values
+
+        measured = {
+            "decoder": partial(rate, decode),
+            "predict": partial(rate, partial(predictions, model, files, 5)),
+            "command": command,
+            "usual": partial(rate, usual),
+        }
+        values = interleaved(measured, options.runs)
+    report(options, values, CLAIMS, unit="images/s", digits=0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""A packed data set for loops of one's own: the epochs of the data engine, as an ordinary iterable."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Generator, Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from disttrain.data.batches import Batch, Loader, choose_place
+from disttrain.data.cached import Cached, open_split
+from disttrain.data.plan import Ids, Plan, share
+from disttrain.data.streamed import Streamed
+from disttrain.errors import DataError, UsageError
+from disttrain.parallel import usable_cores
+from disttrain.shards.index import Index, load_index
+
+
+class OpenData:
+    """A split of a data set, served to one rank.
+
+    Each iteration over it is the next epoch; `epoch` gives a certain one. An epoch has every sample exactly
+    once, over all ranks together, in an order that depends on the seed and its number alone. All ranks get
+    the same number of batches.
+
+    Args:
+        index: the data set.
+        loader: serves the split to this rank.
+        plan: the order of its samples.
+        device: where the loader puts them.
+        shuffle: False keeps the order of the index.
+        rank: this one.
+        world_size: of them.
+
+    Attributes:
+        index: classes, channels, height, width, mean, std, and the number of samples of each split.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        loader: Loader,
+        plan: Plan,
+        device: torch.device,
+        *,
+        shuffle: bool,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.index = index
+        self._loader = loader
+        self._plan = plan
+        self._device = device
+        self._shuffle = shuffle
+        self._rank = rank
+        self._world_size = world_size
+        self._next = 0
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; labels are positions in it."""
+        return self.index.classes
+
+    def __len__(self) -> int:
+        """Returns the batches in an epoch, the same on all ranks."""
+        return self._plan.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches of the next epoch."""
+        number, self._next = self._next, self._next + 1
+        return self.epoch(number)
+
+    def epoch(self, number: int, first: int = 0) -> Generator[Batch, None, None]:
+        """Yields this rank's batches of an epoch: images uint8 [B, H, W, C], labels and ids int64 [B].
+
+        Args:
+            number: of the epoch, from 0.
+            first: batches to leave out, to go on in the middle of an epoch.
+        """
+        order: Ids = self._plan.order(number) if self._shuffle else self._plan.ids
+        places = (self._plan.batch(step) for step in range(first, len(self)))
+        shares = [share(batch, self._rank, self._world_size) for batch in places]
+        windows = (slice(own.start, own.stop) for own in shares if own)
+        with contextlib.closing(self._loader.batches(order, windows)) as batches:
+            yield from batches
+        if shares and not shares[-1]:  # only the last batch can be smaller than the number of ranks
+            shape = (0, self.index.height, self.index.width, self.index.channels)
+            images = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            yield Batch(images, torch.empty(0, dtype=torch.int64, device=self._device), order[:0])
+
+
+def open_data(
+    name: str,
+    split: str = "train",
+    *,
+    batch_size: int,
+    root: str | None = None,
+    seed: int = 0,
+    shuffle: bool | None = None,
+    drop_remainder: bool = False,
+    cache: Literal["auto", "device", "host", "none"] = "auto",
+    device: str | torch.device = "cpu",
+    rank: int | None = None,
+    world_size: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> OpenData:
+    """Opens a packed data set for a loop of one's own. Every rank calls this.
+
+    Args:
+        name: of the data set, as in `data.name`.
+        split: train or val.
+        batch_size: over all ranks together; each gets its share of it.
+        root: where the data sets lie, as `data.root`.
+        seed: of the order.
+        shuffle: None shuffles train alone.
+        drop_remainder: leave out the samples that do not fill a last batch. Otherwise that is smaller, and on
+            some ranks it may be empty.
+        cache: where the decoded images live, as `data.cache`.
+        device: where batches are wanted.
+        rank: this one; None asks torch.distributed, else $RANK.
+        world_size: of them; None asks torch.distributed, else $WORLD_SIZE.
+        say: told of decoding and downloads.
+
+    Raises:
+        UsageError: the batch or the rank is impossible.
+        DataError: the data set is missing or damaged, or has no such split.
+    """
+    group = dist.is_available() and dist.is_initialized()
+    if rank is None:
+        rank = dist.get_rank() if group else int(os.environ.get("RANK", "0"))
+    if world_size is None:
+        world_size = dist.get_world_size() if group else int(os.environ.get("WORLD_SIZE", "1"))
+    if not 0 <= rank < world_size <= batch_size:
+        raise UsageError(
+            f"rank {rank} of {world_size} with batch_size = {batch_size}: every rank needs a share of a batch"
+        )
+    index = load_index(name, root)
+    if split not in index.splits:
+        raise DataError(f"{name}: has no split {split!r}; it has {', '.join(index.splits)}")
+    device = torch.device(device)
+    none = np.empty(0, np.int64)
+    shards = tuple(shard.samples for shard in index.splits[split].shards)
+    place, _ = choose_place(cache, index.decoded_bytes, device)
+    loader: Loader
+    if place == "none":
+        size = -(-batch_size // world_size)
+        loader = Streamed(index, split, device, batch_size=size, workers=min(8, usable_cores()), say=say)
+    else:
+        loader = Cached(open_split(index, split, none, say), device, place)
+    return OpenData(
+        index,
+        loader,
+        Plan(seed, shards, batch_size, drop_remainder),
+        device,
+        shuffle=split == "train" if shuffle is None else shuffle,
+        rank=rank,
+        world_size=world_size,
+    )
