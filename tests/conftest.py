@@ -97,6 +97,7 @@ def _own_folders(
             "MASTER_ADDR",
             "MASTER_PORT",
             "OMP_NUM_THREADS",
+            "DISTTRAIN_SUPERVISOR",
         }:
             monkeypatch.delenv(name)
 

@@ -412,6 +412,28 @@ time.sleep(600)
     assert folder.status()["rank"] == 1
 
 
+@pytest.mark.parametrize("seconds", [0.5, 600])
+def test_a_checkpoint_that_rank_0_is_writing_gets_a_moment(launch, folder, seconds):
+    begin = time.monotonic()
+    outcome = launch(
+        f"""
+pulse.saving(True)
+if os.fork() == 0:
+    Pulse.connect(os.environ, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep({seconds})
+(folder.path / "saved").touch()
+pulse.saving(False)
+time.sleep(600)
+""",
+        TWO,
+    )
+    assert (outcome.exit_code, folder.status()["rank"]) == (70, 1)
+    assert "SIGKILL" in outcome.message
+    assert (folder.path / "saved").exists() == (seconds < 2)
+    assert time.monotonic() - begin < 60
+
+
 # --- Restarts ---------------------------------------------------------------------------------------
 
 

@@ -318,22 +318,14 @@ def port() -> int:
     return number
 
 
-def node(start: Start, rank: int, port: int, *arguments: str, **fault: Any) -> Any:
-    place = [
-        "--nodes",
-        "2",
-        "--node-rank",
-        str(rank),
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        str(port),
-    ]
+def node(start: Start, number: int, port: int, *arguments: str, **fault: Any) -> Any:
+    place = ["--nodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1"]
+    place += ["--master-port", str(port)]
     return run(start, "--procs", "1", "-q", *place, *arguments, **fault)
 
 
 def two_nodes(start: Start, port: int, *arguments: str, **fault: Any) -> list[subprocess.Popen[str]]:
-    return [node(start, rank, port, *arguments, **fault) for rank in (0, 1)]
+    return [node(start, number, port, *arguments, **fault) for number in (0, 1)]
 
 
 def both(processes: list[subprocess.Popen[str]], tmp_path: Path) -> tuple[list[int], list[str]]:
@@ -488,5 +480,6 @@ def test_a_rank_that_freezes_without_our_launcher(start: Start, tmp_path: Path, 
     ranks[1].send_signal(signal.SIGSTOP)
     output, _ = ranks[0].communicate(timeout=120)
     ranks[1].kill()
+    ranks[1].wait()
     assert ranks[0].returncode == 71, output
     assert f"rank 0 on {HOST} waited 31 s for the others in step" in output
