@@ -43,8 +43,9 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then step+=(--cpus-per-task="$SLURM_CPUS_P
 said() { sed -n 's/^ *"\(exit_code\|updated_at\)": *\(.*[^,]\),\{0,1\}$/\1=\2/p' "$run_dir/status.json" 2>/dev/null; }
 said_before=$(said)
 
+out_of_time=
 # srun hands USR2 on to the launchers; TERM would make it end the step at once.
-trap 'kill -USR2 "$srun"' USR2
+trap 'out_of_time=1; kill -USR2 "$srun"' USR2
 # In the background, because bash runs no trap while it waits for a command in the foreground. The number of a node
 # is known inside its task alone.
 # shellcheck disable=SC2016
@@ -60,7 +61,7 @@ said_now=$(said)
 if [[ $said_now != "$said_before" && $said_now =~ exit_code=([0-9]+) ]]; then
   code=${BASH_REMATCH[1]}
 fi
-if [[ $code == 75 ]]; then
+if [[ $code == 75 && -n $out_of_time ]]; then # a stop that somebody else has asked for is meant to last
   if ((${SLURM_RESTART_COUNT:-0} < max_requeues)); then
     echo "$(date -u +%H:%M:%S)  saved and stopped: back into the queue"
     scontrol requeue "$SLURM_JOB_ID"

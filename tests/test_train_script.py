@@ -24,6 +24,11 @@ STAND_INS = {
         printf 'srun' >>"$CALLS"
         while [[ $1 == --* ]]; do printf ' %s' "$1" >>"$CALLS"; shift; done
         echo >>"$CALLS"
+        trap 'echo "srun has USR2" >>"$CALLS"' USR2
+        if [[ -n $OUT_OF_TIME ]]; then
+          kill -USR2 "$PPID"
+          until grep -q "srun has USR2" "$CALLS"; do sleep 0.02; done
+        fi
         code=0
         for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
           SLURM_NODEID=$node "$@"; got=$?; ((got > code)) && code=$got
@@ -46,6 +51,7 @@ def run(
     code: int = 0,
     code_elsewhere: int = 0,
     status: dict[str, object] | None = None,
+    out_of_time: bool = True,
     **variables: str,
 ) -> tuple[int, str]:
     """Runs the script as Slurm's batch shell would; returns its exit code and the calls that it made."""
@@ -57,7 +63,7 @@ def run(
         (programs / name).chmod(0o755)
     calls.write_text("")
     env = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(calls), "RUN_DIR": str(run_dir)}
-    env |= {"CODE": str(code), "CODE_ELSEWHERE": str(code_elsewhere)}
+    env |= {"CODE": str(code), "CODE_ELSEWHERE": str(code_elsewhere), "OUT_OF_TIME": "yes" * out_of_time}
     env |= {"STATUS": json.dumps(status, indent=1) if status else ""}
     ended = subprocess.run(
         ["bash", REPOSITORY / "slurm/train.sh", *arguments],
@@ -82,7 +88,7 @@ def test_what_it_runs(tmp_path):
         ("a job array", ("a.yaml", "seed=%a", "name=a b"), {"SLURM_ARRAY_TASK_ID": "7"}),
         ("one node", ("a.yaml", "--gpus", "4"), {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "4712"}),
     ]:
-        code, made = run(tmp_path, *arguments, **variables)
+        code, made = run(tmp_path, *arguments, out_of_time=False, **variables)
         assert code == 0
         calls.append(f"{title}\n{made}")
     text = "\n".join(calls)
@@ -108,6 +114,8 @@ def test_what_it_runs(tmp_path):
         ({"code": 137, "status": ended(None)}, 137, False),
         ({"code": 127}, 127, False),
         ({"code": 75, "status": ended(75, reason='"exit_code": 0,', error='a\n"exit_code": 0')}, 75, True),
+        # Somebody has asked the run itself to stop.
+        ({"code": 75, "status": ended(75), "out_of_time": False}, 75, False),
         ({"code": 75, "status": ended(75), "SLURM_RESTART_COUNT": "19"}, 75, True),
         ({"code": 75, "status": ended(75), "SLURM_RESTART_COUNT": "20"}, 75, False),
         ({"code": 75, "status": ended(75), "MAX_REQUEUES": "0"}, 75, False),

@@ -49,7 +49,7 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 SlurmdParameters=config_overrides
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/none
 MpiDefault=none
 ReturnToService=2
@@ -120,7 +120,7 @@ def why_no_hosts() -> str | None:
     if reason := _missing(HOST_PROGRAMS):
         return reason
     probe = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "ip", "link", "add", "type", "bridge"]
-    tried = subprocess.run(probe, capture_output=True, text=True, env={"PATH": _search_path()})
+    tried = subprocess.run(probe, capture_output=True, text=True, env={"PATH": search_path()})
     return f"needs network namespaces: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -144,7 +144,7 @@ def hosts(folder: Path, count: int = 2, env: Mapping[str, str] | None = None) ->
     lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
     (folder / "hosts").write_text("\n".join(lines) + "\n")
     made = Hosts(names, folder / "local", os.environ | (env or {}), {})
-    made.env["PATH"] = _search_path(made.env["PATH"])
+    made.env["PATH"] = search_path(made.env["PATH"])
     with contextlib.ExitStack() as stack:
         for name, address in addresses.items():
             made._pids[name] = stack.enter_context(_namespaces(name, folder, made.env))
@@ -163,7 +163,12 @@ def hosts(folder: Path, count: int = 2, env: Mapping[str, str] | None = None) ->
 
 @contextlib.contextmanager
 def slurm(
-    folder: Path, count: int = 2, env: Mapping[str, str] | None = None, settings: str = ""
+    folder: Path,
+    count: int = 2,
+    env: Mapping[str, str] | None = None,
+    *,
+    proctrack: str = "pgid",
+    settings: str = "",
 ) -> Iterator[Hosts]:
     """Makes hosts with a Slurm on them, of 8 CPUs and 4 GPUs each, and waits until all are idle.
 
@@ -171,12 +176,15 @@ def slurm(
         folder: new; for the files of the hosts and of Slurm.
         count: nodes.
         env: added to the variables of all commands.
+        proctrack: how Slurm finds the processes of a task. With pgid a signal reaches the task alone, as it
+            does with the cgroup of real clusters; with linuxproc all that the task has started, too.
         settings: more lines of slurm.conf.
     """
     with hosts(folder, count, {"SLURM_CONF": str(folder / "slurm.conf")} | dict(env or {})) as made:
         (folder / "state").mkdir()
         nodes = ",".join(made.names)
-        (folder / "slurm.conf").write_text(_SLURM_CONF.format(folder=folder, nodes=nodes, settings=settings))
+        config = _SLURM_CONF.format(folder=folder, nodes=nodes, proctrack=proctrack, settings=settings)
+        (folder / "slurm.conf").write_text(config)
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-3]\n")
         for number in range(4):
             os.mknod(folder / f"gpu{number}", stat.S_IFCHR, os.makedev(1, 3))  # Slurm only counts them
@@ -229,10 +237,11 @@ def _namespaces(name: str, folder: Path, env: Mapping[str, str]) -> Iterator[int
 
 
 def _missing(programs: Mapping[str, str]) -> str | None:
-    missing = [name for name in programs if shutil.which(name, path=_search_path()) is None]
+    missing = [name for name in programs if shutil.which(name, path=search_path()) is None]
     packages = sorted({programs[name] for name in missing})
     return f"needs {', '.join(missing)} (Debian: {', '.join(packages)})" if missing else None
 
 
-def _search_path(path: str | None = None) -> str:
+def search_path(path: str | None = None) -> str:
+    """Returns PATH with the folders of the system's daemons."""
     return (path or os.environ["PATH"]) + ":/usr/local/sbin:/usr/sbin:/sbin"
