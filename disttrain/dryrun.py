@@ -8,7 +8,7 @@ from disttrain.config import Config
 from disttrain.launcher import LaunchPlan, rank_map, shell_line
 from disttrain.preflight import split_batch
 from disttrain.shards.index import Index
-from disttrain.userdirs import cache_folder
+from disttrain.userdirs import decoded_folder
 
 
 def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, str]]:
@@ -40,7 +40,7 @@ def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, 
             "read and decoded in every epoch"
         )
     else:
-        decoded = f"{index.decoded_bytes / 2**20:,.1f} MiB in {cache_folder()}/decoded"
+        decoded = f"{index.decoded_bytes / 2**20:,.1f} MiB in {decoded_folder()}"
         shards_line = f"every node decodes all shards once: {decoded}"
         if config.data.cache == "auto":
             shards_line += ", or streams them if that does not fit"

@@ -33,24 +33,25 @@ main_port=$((20000 + SLURM_JOB_ID * 8 % 12000)) # jobs that share a node do not 
 
 run=(disttrain run "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}" --run-dir "$run_dir" --nodes "$SLURM_JOB_NUM_NODES")
 run+=(--master-addr "$main_host" --master-port "$main_port")
-# One task per node, whatever sbatch was told. srun takes no --cpus-per-task from sbatch; without one the task may
-# use all that the job has.
+# One task per node, whatever sbatch was told. srun takes no --cpus-per-task from sbatch, so it is told: what the job
+# has on the node where it has least, if sbatch was not told either.
+fewest_cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
 step=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
-step+=(--kill-on-bad-exit=1)
-if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); else step+=(--cpu-bind=none); fi
+step+=(--cpus-per-task="${SLURM_CPUS_PER_TASK:-$fewest_cpus}" --kill-on-bad-exit=1)
 
 # What the run says of itself: srun has only the highest code of its tasks, and those of the others are no verdict.
 said() { sed -n 's/^ *"\(exit_code\|updated_at\)": *\(.*[^,]\),\{0,1\}$/\1=\2/p' "$run_dir/status.json" 2>/dev/null; }
 said_before=$(said)
 
-out_of_time=
+out_of_time='' srun=''
 # srun hands USR2 on to the launchers; TERM would make it end the step at once.
-trap 'out_of_time=1; kill -USR2 "$srun"' USR2
+trap 'out_of_time=1; [[ -z $srun ]] || kill -USR2 "$srun"' USR2
 # In the background, because bash runs no trap while it waits for a command in the foreground. The number of a node
 # is known inside its task alone.
 # shellcheck disable=SC2016
 "${step[@]}" "${srun_options[@]}" bash -c 'exec "$@" --node-rank "$SLURM_NODEID"' task "${inside[@]}" "${run[@]}" &
 srun=$!
+[[ -z $out_of_time ]] || kill -USR2 "$srun" # the trap came before there was an srun
 while true; do
   wait "$srun"
   code=$?

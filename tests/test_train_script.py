@@ -14,6 +14,7 @@ JOB = {
     "SLURM_JOB_ID": "4711",
     "SLURM_JOB_NODELIST": "gpu[03-04]",
     "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_JOB_CPUS_PER_NODE": "32,16(x3),64",
 }
 STAND_INS = {
     "scontrol": """

@@ -29,7 +29,7 @@ set -e
 hostname "$1"
 mount --bind "$2" /etc/hosts
 if [ -e /etc/resolv.conf ]; then mount --bind /dev/null /etc/resolv.conf; fi  # no name server to wait for
-mount -t tmpfs none "$3"
+mount -t tmpfs -o mode=700 none "$3"
 ip link set lo up
 echo ready
 while sleep 3600; do :; done

@@ -1,5 +1,7 @@
 """slurm/train.sh, and workers as tasks, under a real Slurm of two nodes with a network each."""
 
+from __future__ import annotations
+
 import json
 import re
 import sys
@@ -27,19 +29,22 @@ pytestmark = [
 def cluster(tmp_path_factory: pytest.TempPathFactory, digits_root: Path) -> Iterator[Hosts]:
     own_bin = str(Path(sys.executable).parent)
     variables = {"PATH": f"{own_bin}:{slurm_cluster.search_path()}", "DISTTRAIN_DATA": str(digits_root)}
+    variables["OMP_NUM_THREADS"] = "1"
     with slurm_cluster.slurm(tmp_path_factory.mktemp("slurm"), env=variables) as hosts:
         yield hosts
 
 
-class Job:
-    """A job that is submitted with slurm/train.sh from a folder."""
+def submit(cluster: Hosts, folder: Path, options: tuple[str, ...], *arguments: str | Path) -> Job:
+    """Submits slurm/train.sh from a folder; the options are those of sbatch."""
+    command = ["sbatch", "--parsable", *options, SCRIPT, *arguments]
+    return Job(cluster, folder, cluster.on(CONTROL, *command, cwd=folder).strip())
 
-    def __init__(
-        self, cluster: Hosts, folder: Path, options: tuple[str, ...], *arguments: str | Path
-    ) -> None:
-        self._cluster, self._folder = cluster, folder
-        command = ["sbatch", "--parsable", *options, SCRIPT, *arguments]
-        self.number = cluster.on(CONTROL, *command, cwd=folder).strip()
+
+class Job:
+    """A job with slurm/train.sh that was submitted from a folder."""
+
+    def __init__(self, cluster: Hosts, folder: Path, number: str) -> None:
+        self._cluster, self._folder, self.number = cluster, folder, number
 
     @property
     def run_dir(self) -> Path:
@@ -83,7 +88,7 @@ def assert_every_sample_once_an_epoch(run_dir: Path, epochs: int) -> None:
 
 
 def test_two_processes_on_each_of_two_nodes(cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
-    job = Job(cluster, tmp_path, FOUR_RANKS, config_file, "train.trace_samples=true", "--procs", "2")
+    job = submit(cluster, tmp_path, FOUR_RANKS, config_file, "train.trace_samples=true", "--procs", "2")
     job.wait_for_state("COMPLETED", "FAILED")
     assert "finished: accuracy" in job.output()
     assert job.facts()["JobState"] == "COMPLETED"
@@ -100,7 +105,7 @@ def test_a_job_out_of_time_saves_requeues_and_goes_on_where_it_was(
 ) -> None:
     epochs = 40
     settings = (f"train.epochs={epochs}", "train.trace_samples=true", "eval.every_epochs=20")
-    job = Job(cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")
+    job = submit(cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")
     job.wait_for_records(2)
     cluster.on(CONTROL, "scancel", "--signal=USR2", "--batch", job.number)  # as at the limit
     job.wait_for_state("PENDING", "COMPLETED", "FAILED")
@@ -127,7 +132,7 @@ def wait_for_slurmstepd() -> None:
 
 
 def test_a_job_that_fails_is_not_requeued(cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
-    job = Job(cluster, tmp_path, ("--nodes=1",), config_file, "data.name=nothing")
+    job = submit(cluster, tmp_path, ("--nodes=1",), config_file, "data.name=nothing")
     job.wait_for_state("FAILED")
     assert job.facts()["ExitCode"] == "65:0"
     assert job.facts()["Restarts"] == "0"
@@ -135,7 +140,7 @@ def test_a_job_that_fails_is_not_requeued(cluster: Hosts, tmp_path: Path, config
 
 
 def test_a_job_that_is_cancelled_stays_so(cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
-    job = Job(cluster, tmp_path, ("--nodes=1",), config_file, "train.epochs=100000", "--procs", "1")
+    job = submit(cluster, tmp_path, ("--nodes=1",), config_file, "train.epochs=100000", "--procs", "1")
     job.wait_for_records(10)
     cluster.on(CONTROL, "scancel", job.number)
     job.wait_for_state("CANCELLED")
@@ -143,3 +148,57 @@ def test_a_job_that_is_cancelled_stays_so(cluster: Hosts, tmp_path: Path, config
     facts = job.facts()
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
     assert list((job.run_dir / "checkpoints").glob("step_*/MANIFEST.json"))
+
+
+def test_two_jobs_of_an_array_at_once_on_the_same_nodes(
+    cluster: Hosts, tmp_path: Path, config_file: Path
+) -> None:
+    array = submit(
+        *(cluster, tmp_path, ("--nodes=2", "--array=0-1"), config_file),
+        *("seed=%a", "train.epochs=15", "eval.every_epochs=5", "--procs", "1"),
+    )
+
+    def numbers() -> list[str]:
+        return sorted(
+            re.findall(r"\bJobId=(\d+)", cluster.on(CONTROL, "scontrol", "show", "job", array.number))
+        )
+
+    array.wait_until(lambda: len(numbers()) == 2, "for two jobs")
+    jobs = [Job(cluster, tmp_path, number) for number in numbers()]
+    for job in jobs:
+        job.wait_for_state("COMPLETED", "FAILED")
+        assert "finished: accuracy" in job.output()
+    statuses = [job.status() for job in jobs]
+    assert [status["world_size"] for status in statuses] == [2, 2]
+    assert max(str(status["started_at"]) for status in statuses) < min(
+        str(status["updated_at"]) for status in statuses
+    ), "they were to run at the same time"
+    seeds = {re.findall(r"^seed: (.*)", (job.run_dir / "config.yaml").read_text(), re.M)[0] for job in jobs}
+    assert seeds == {"0", "1"}
+
+
+def test_one_task_per_gpu_and_one_launcher_per_node_write_the_same(
+    cluster: Hosts, tmp_path: Path, config_file: Path
+) -> None:
+    settings = (config_file, "train.trace_samples=true")
+    worker = 'echo sees $SLURM_LOCALID:$CUDA_VISIBLE_DEVICES; exec "$0" -m disttrain.worker "$@"'
+    options = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1", "--cpus-per-task=2")
+    command = ("srun", *options, "bash", "-c", worker, sys.executable, *settings, "--run-dir", "tasks")
+    output = cluster.on(CONTROL, *command, cwd=tmp_path, timeout=240, env={"OMP_NUM_THREADS": ""})
+    assert sorted(re.findall(r"^sees (\d:.*)", output, re.M)) == ["0:0", "0:0", "1:1", "1:1"]
+
+    launch = [sys.executable, "-m", "disttrain", "run", *settings, "--procs", "2", "--run-dir", "launchers"]
+    launch += ["--nodes", "2", "--master-addr", "node0", "--master-port", "29500", "--node-rank"]
+    launchers = [
+        cluster.start(host, [*launch, str(rank)], cwd=tmp_path, env={"OMP_NUM_THREADS": "2"})
+        for rank, host in enumerate(cluster.names)
+    ]
+    assert [launcher.wait(timeout=240) for launcher in launchers] == [0, 0]
+
+    for name in ("tasks", "launchers"):
+        facts = json.loads((tmp_path / name / "env.json").read_text())
+        assert [device["host"] for device in facts["devices"]] == ["node0", "node0", "node1", "node1"]
+        assert facts["threads"] == 2
+        assert_every_sample_once_an_epoch(tmp_path / name, epochs=2)
+    assert runs.ids_per_step(tmp_path / "tasks") == runs.ids_per_step(tmp_path / "launchers")
+    assert runs.computed_records(tmp_path / "tasks") == runs.computed_records(tmp_path / "launchers")
