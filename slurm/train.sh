@@ -52,11 +52,9 @@ trap 'out_of_time=1; [[ -z $srun ]] || kill -USR2 "$srun"' USR2
 "${step[@]}" "${srun_options[@]}" bash -c 'exec "$@" --node-rank "$SLURM_NODEID"' task "${inside[@]}" "${run[@]}" &
 srun=$!
 [[ -z $out_of_time ]] || kill -USR2 "$srun" # the trap came before there was an srun
-while true; do
-  wait "$srun"
-  code=$?
-  kill -0 "$srun" 2>/dev/null || break # wait also returns when the trap has run
-done
+while wait "$srun"; kill -0 "$srun" 2>/dev/null; do :; done # wait also returns when the trap has run
+wait "$srun"
+code=$?
 
 said_now=$(said)
 if [[ $said_now != "$said_before" && $said_now =~ exit_code=([0-9]+) ]]; then
