@@ -56,7 +56,7 @@ class Step(NamedTuple):
     sample_s: float
 
 
-SHARED_MEMORY = Link(60e-6, 1.0e9, "gloo within a machine, as measured on 2 cores")
+SHARED_MEMORY = Link(250e-6, 0.5e9, "gloo within a machine of two busy cores, measured")
 ETHERNET = Link(100e-6, 1.2e9, "gloo over 10 Gbit/s, assumed")
 NVLINK = Link(5e-6, 200e9, "NVLink, assumed")
 INFINIBAND = Link(15e-6, 12e9, "100 Gbit/s for each GPU, assumed")
