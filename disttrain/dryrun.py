@@ -7,8 +7,9 @@ import socket
 from disttrain.config import Config
 from disttrain.launcher import LaunchPlan, rank_map, shell_line
 from disttrain.preflight import split_batch
+from disttrain.scaling import LINKS, Ranks, estimate
 from disttrain.shards.index import Index
-from disttrain.userdirs import cache_folder
+from disttrain.userdirs import decoded_folder
 
 
 def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, str]]:
@@ -40,7 +41,7 @@ def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, 
             "read and decoded in every epoch"
         )
     else:
-        decoded = f"{index.decoded_bytes / 2**20:,.1f} MiB in {cache_folder()}/decoded"
+        decoded = f"{index.decoded_bytes / 2**20:,.1f} MiB in {decoded_folder()}"
         shards_line = f"every node decodes all shards once: {decoded}"
         if config.data.cache == "auto":
             shards_line += ", or streams them if that does not fit"
@@ -57,7 +58,20 @@ def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, 
         ("checkpoint", f"{checkpoint_bytes / 2**20:,.2f} MiB each, {config.checkpoint.keep} + the best"),
         ("run folder", str(plan.run_dir)),
     ]  # fmt: skip
+    if plan.world_size > 1:
+        lines.append(("scaling", _scaling(plan, parameters)))
     return lines
+
+
+def _scaling(plan: LaunchPlan, parameters: int) -> str:
+    """Returns what the ranks have to sum up, over the link that is usual for their device."""
+    import torch
+
+    from disttrain.choices import bucket_mib
+
+    bucket, _ = bucket_mib(parameters, torch.device(plan.device))
+    ranks = Ranks(plan.nodes, plan.processes, *LINKS[plan.device])
+    return estimate(4 * parameters, bucket * 2**20, ranks)
 
 
 def _model_size(config: Config, index: Index) -> tuple[int, int]:

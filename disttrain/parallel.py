@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from disttrain import slurm
+
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 def usable_cores() -> int:
-    """Returns the cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Returns the cores that this process may use; of those of a Slurm job, its task's."""
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, slurm.task_cores(os.environ) or cores)
 
 
 def in_order(

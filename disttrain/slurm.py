@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from disttrain.errors import UsageError
@@ -66,7 +67,8 @@ def node(environ: Mapping[str, str]) -> Node | None:
 def task_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables that torch reads, for a worker that srun started as one of several tasks.
 
-    Empty when torch's variables are already there or this is no task of several.
+    Empty when torch's variables are already there or this is no task of several. LOCAL_RANK counts the tasks
+    of the node also where each sees a GPU of its own: Accelerate takes it modulo the GPUs that it sees.
     """
     if "RANK" in environ or "SLURM_STEP_ID" not in environ or _tasks(environ) < 2:
         return {}
@@ -78,7 +80,24 @@ def task_environment(environ: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(local_size),
         "MASTER_ADDR": environ.get("MASTER_ADDR", _first_host(environ)),
         "MASTER_PORT": environ.get("MASTER_PORT", str(_port(environ))),
+        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or environ.get("SLURM_CPUS_PER_TASK", "1"),
     }
+
+
+def task_cores(environ: Mapping[str, str]) -> int | None:
+    """Returns the CPU cores that Slurm counts for this task, or None if it does not say.
+
+    Not every cluster confines a task to them.
+    """
+    cores = environ.get("SLURM_CPUS_PER_TASK")
+    return int(cores) if cores else None
+
+
+def job_folders(environ: Mapping[str, str]) -> list[Path]:
+    """Returns the folders that a job may have been given on its node, the better one first; none outside."""
+    if "SLURM_JOB_ID" not in environ:
+        return []
+    return [Path(environ[name]) for name in ("SLURM_TMPDIR", "TMPDIR") if environ.get(name)]
 
 
 def _tasks(environ: Mapping[str, str]) -> int:
@@ -89,9 +108,8 @@ def _tasks(environ: Mapping[str, str]) -> int:
 def _first_host(environ: Mapping[str, str]) -> str:
     """Returns the first host of a list such as gpu[03-05,9],login1 as `scontrol show hostnames` would."""
     hosts = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "localhost"))
-    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,]*))?", hosts)
-    assert found
-    return "".join(part or "" for part in found.groups())
+    first_of_each = re.sub(r"\[(\w+)[^\]]*\]", r"\1", hosts)
+    return first_of_each.partition(",")[0]
 
 
 def _port(environ: Mapping[str, str]) -> int:

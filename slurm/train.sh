@@ -1,8 +1,8 @@
 #!/bin/bash
 # Trains an experiment on the nodes of a Slurm job:
 #
-#   sbatch [options of sbatch] slurm/train.sh CONFIG [KEY=VALUE ...]
-#   sbatch --gpus-per-node=4 --time=02:00:00 slurm/train.sh configs/resnet18_cifar.yaml
+#   sbatch [options of sbatch] slurm/train.sh CONFIG [KEY=VALUE ...] [options of disttrain run]
+#   sbatch --nodes=2 --gpus-per-node=4 --cpus-per-task=32 --time=02:00:00 slurm/train.sh configs/resnet18_cifar.yaml
 #
 # One task per node: `disttrain run` starts one process per GPU of its node. Before the time limit the run saves
 # and stops (exit 75) and the job puts itself back into the queue, where it goes on in the same run folder.
@@ -14,34 +14,59 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR2@120
 
-# What your cluster needs before `disttrain` is found, unless the job inherits it from where you call sbatch:
+# What your cluster needs, as far as the job does not inherit it from where you call sbatch. The rest stays as it is.
 # module load cuda
 # source ~/venvs/disttrain/bin/activate
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0  # where a node has several networks
+inside=()       # (apptainer exec --nv ~/disttrain.sif) runs disttrain in a container
+srun_options=() # (--container-image=disttrain.sqsh) or whatever else your srun needs
 
-run_dir=${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}
-max_requeues=${MAX_REQUEUES:-20}
-
+set -u
 if (($# == 0)); then
   echo "usage: sbatch slurm/train.sh CONFIG [KEY=VALUE ...]" >&2
   exit 2
 fi
+run_dir=${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}
+max_requeues=${MAX_REQUEUES:-20}
+main_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+main_port=$((20000 + SLURM_JOB_ID * 8 % 12000)) # jobs that share a node do not meet; below the kernel's own ports
 
-stopping=
+run=(disttrain run "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}" --run-dir "$run_dir" --nodes "$SLURM_JOB_NUM_NODES")
+run+=(--master-addr "$main_host" --master-port "$main_port")
+# One task per node, whatever sbatch was told. srun takes no --cpus-per-task from sbatch, so it is told: what the job
+# has on the node where it has least, if sbatch was not told either.
+fewest_cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
+step=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+step+=(--cpus-per-task="${SLURM_CPUS_PER_TASK:-$fewest_cpus}" --kill-on-bad-exit=1)
+
+# What the run says of itself: srun has only the highest code of its tasks, and those of the others are no verdict.
+said() { sed -n 's/^ *"\(exit_code\|updated_at\)": *\(.*[^,]\),\{0,1\}$/\1=\2/p' "$run_dir/status.json" 2>/dev/null; }
+said_before=$(said)
+
+out_of_time='' srun=''
 # srun hands USR2 on to the launchers; TERM would make it end the step at once.
-trap 'stopping=1; kill -USR2 "$srun"' USR2
-
-# In the background, because bash runs no trap while it waits for a command in the foreground.
-srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-  disttrain run "$@" --run-dir "$run_dir" &
+trap 'out_of_time=1; [[ -z $srun ]] || kill -USR2 "$srun"' USR2
+# In the background, because bash runs no trap while it waits for a command in the foreground. The number of a node
+# is known inside its task alone.
+# shellcheck disable=SC2016
+"${step[@]}" "${srun_options[@]}" bash -c 'exec "$@" --node-rank "$SLURM_NODEID"' task "${inside[@]}" "${run[@]}" &
 srun=$!
-while true; do
-  wait "$srun"
-  code=$?
-  kill -0 "$srun" 2>/dev/null || break # wait also returns when the trap has run
-done
+[[ -z $out_of_time ]] || kill -USR2 "$srun" # the trap came before there was an srun
+while wait "$srun"; kill -0 "$srun" 2>/dev/null; do :; done # wait also returns when the trap has run
+wait "$srun"
+code=$?
 
-if [[ $code == 75 && -n $stopping && ${SLURM_RESTART_COUNT:-0} -lt $max_requeues ]]; then
-  echo "$(date -u +%H:%M:%S)  out of time: back into the queue"
-  scontrol requeue "$SLURM_JOB_ID"
+said_now=$(said)
+if [[ $said_now != "$said_before" && $said_now =~ exit_code=([0-9]+) ]]; then
+  code=${BASH_REMATCH[1]}
+fi
+if [[ $code == 75 && -n $out_of_time ]]; then # a stop that somebody else has asked for is meant to last
+  if ((${SLURM_RESTART_COUNT:-0} < max_requeues)); then
+    echo "$(date -u +%H:%M:%S)  saved and stopped: back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+  else
+    echo "$(date -u +%H:%M:%S)  saved and stopped after $max_requeues requeues (MAX_REQUEUES); go on with" \
+      "RUN_DIR=$run_dir sbatch ..." >&2
+  fi
 fi
 exit "$code"

@@ -166,6 +166,35 @@ def test_who_waits_for_another_process_says_so(cache: Path, digits: Index) -> No
     assert ["waiting" in text for text in said] == [True, False]
 
 
+def test_a_process_that_is_killed_while_it_decodes_holds_nobody_up(
+    cache: Path, digits: Index, digits_root: Path
+) -> None:
+    decodes_forever = (
+        "import sys, time, numpy as np\n"
+        "from disttrain.data.cached import open_split\n"
+        "from disttrain.shards.index import load_index\n"
+        "def say(text):\n"
+        "    print(text, flush=True)\n"
+        "    time.sleep(600)\n"
+        "open_split(load_index('digits', sys.argv[1]), 'val', np.empty(0, np.int64), say)\n"
+    )
+    command = [sys.executable, "-c", decodes_forever, str(digits_root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert "decoding" in process.stdout.readline()
+            said: list[str] = []
+
+            def say(text: str) -> None:
+                said.append(text)
+                process.kill()
+
+            assert_is_source(open_split(digits, "val", NONE, say), digits, "val")
+        finally:
+            process.kill()
+    assert ["waiting" in text for text in said] == [True, False]
+
+
 def damage(path: Path, how: str) -> None:
     array = np.load(path)
     if how == "empty":

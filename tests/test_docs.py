@@ -3,24 +3,42 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from disttrain.config import load_config
 
 REPOSITORY = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "slurm/README.md", "benchmarks/README.md", "docs/python.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "slurm/README.md",
+    "benchmarks/README.md",
+    "docs/python.md",
+    "docs/scaling.md",
+]
 
 
-def test_config_reference_is_that_of_the_schema() -> None:
-    path = REPOSITORY / "docs" / "config_reference.py"
-    spec = importlib.util.spec_from_file_location("config_reference", path)
+def load(script: str) -> Any:
+    """Returns a script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(script, REPOSITORY / "docs" / f"{script}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (REPOSITORY / "docs/config.md").read_text() == module.reference(), (
+    return module
+
+
+def test_config_reference_is_that_of_the_schema() -> None:
+    assert (REPOSITORY / "docs/config.md").read_text() == load("config_reference").reference(), (
         "run python docs/config_reference.py"
+    )
+
+
+def test_the_table_of_scaling_is_that_of_the_model() -> None:
+    assert load("scaling_tables").table() in (REPOSITORY / "docs/scaling.md").read_text(), (
+        "run python docs/scaling_tables.py and put what it prints into docs/scaling.md"
     )
 
 

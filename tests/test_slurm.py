@@ -4,6 +4,7 @@ import pytest
 
 from disttrain import slurm
 from disttrain.errors import UsageError
+from disttrain.parallel import usable_cores
 
 # What `env | grep SLURM` shows in the second of two tasks, one on each of two nodes.
 TASK = {
@@ -71,6 +72,7 @@ def test_several_tasks_on_a_node_are_refused():
         ("login1,gpu[03-05]", "login1"),
         ("gpu-a[001-128]", "gpu-a001"),
         ("rack1-node[3,5],rack2-node[1-2]", "rack1-node3"),
+        ("rack[2-3]node[07,9-12]-ib,login1", "rack2node07-ib"),
         ("gpu07.cluster.example.org,gpu[08-09]", "gpu07.cluster.example.org"),
     ],
 )
@@ -96,7 +98,20 @@ def test_a_task_gets_the_variables_of_torch():
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "gpu03",
         "MASTER_PORT": str(node.master_port),
+        "OMP_NUM_THREADS": "1",
     }
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "6"}, "6"),
+        ({"SLURM_CPUS_PER_TASK": "6", "OMP_NUM_THREADS": "2"}, "2"),
+        ({"SLURM_CPUS_PER_TASK": "6", "OMP_NUM_THREADS": ""}, "6"),
+    ],
+)
+def test_the_threads_of_a_task(variables, threads):
+    assert slurm.task_environment(TASK | variables)["OMP_NUM_THREADS"] == threads
 
 
 @pytest.mark.parametrize(
@@ -147,3 +162,12 @@ def test_ports_are_below_those_that_the_kernel_hands_out(job, step):
     node = slurm.node(TASK | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step})
     assert node is not None
     assert 1024 < node.master_port < 32768
+
+
+def test_the_cores_of_a_task(monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    cores = usable_cores()
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert usable_cores() == 1
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", str(cores + 1))
+    assert usable_cores() == cores, "where Slurm counts more than there are"

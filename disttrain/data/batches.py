@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from disttrain.data.plan import Ids
-from disttrain.userdirs import cache_folder
+from disttrain.userdirs import decoded_folder
 
 Window = slice | Ids
 """Places in the order of an epoch: a slice, or int64 [B]."""
@@ -64,7 +64,7 @@ def choose_place(
         if needed > 0.5 * memory:
             return "none", f"{size}, more than half of the {memory / 2**20:,.0f} MiB of free memory"
         if needed > 0.8 * disk:
-            return "none", f"{size}, more than 80 % of the {disk / 2**20:,.0f} MiB free in {cache_folder()}"
+            return "none", f"{size}, more than 80 % of the {disk / 2**20:,.0f} MiB free in {decoded_folder()}"
     if device.type == "cpu":
         return (
             "host",
@@ -80,7 +80,7 @@ def choose_place(
 
 
 def _free_disk() -> int:
-    folder = cache_folder()
+    folder = decoded_folder()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -26,7 +26,7 @@ from disttrain.parallel import usable_cores
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index, again
 from disttrain.shards.reader import decoded
-from disttrain.userdirs import cache_folder, turn
+from disttrain.userdirs import decoded_folder, turn
 
 _FILES = ("images.npy", "labels.npy")
 _SEAL = "seal.json"  # the hashes of the files, and their size and times when it was written
@@ -60,7 +60,7 @@ def open_split(index: Index, split: str, skipped: Ids, say: Callable[[str], None
         DataError: a shard is damaged or does not hold what the index says.
         StorageError: the decoded copy does not fit on the disk.
     """
-    folder = cache_folder() / "decoded"
+    folder = decoded_folder()
     name = f"{index.name}-{index.digest[:16]}-{split}"
     if len(skipped):
         name += f"-without-{hashlib.sha256(skipped.tobytes()).hexdigest()[:16]}"

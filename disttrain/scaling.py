@@ -1,0 +1,152 @@
+"""Where data-parallel training stops scaling: a step's arithmetic and its all-reduce, as a pure model.
+
+The global batch stays as it is, so more ranks compute less each while the gradients to be summed up stay the
+same. How well the model holds is measured by benchmarks/scaling.py; docs/scaling.md has the results.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Link(NamedTuple):
+    """What connects neighbours of a ring.
+
+    Attributes:
+        latency_s: of one message, software included.
+        bytes_per_s: of one rank to its neighbour, while all ranks send.
+        what: in words.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+    what: str = ""
+
+
+class Ranks(NamedTuple):
+    """The ranks of a run and what lies between them.
+
+    Attributes:
+        nodes: number of nodes.
+        per_node: ranks on each.
+        inside: the link between ranks of a node.
+        between: the link between nodes, as much of it as one rank has.
+    """
+
+    nodes: int
+    per_node: int
+    inside: Link
+    between: Link
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all nodes."""
+        return self.nodes * self.per_node
+
+
+class Step(NamedTuple):
+    """What one rank computes in a step, as measured.
+
+    Attributes:
+        fixed_s: whatever the batch: kernel launches, the optimizer.
+        sample_s: of each sample of the rank.
+    """
+
+    fixed_s: float
+    sample_s: float
+
+
+SHARED_MEMORY = Link(250e-6, 0.5e9, "gloo within a machine of two busy cores, measured")
+ETHERNET = Link(100e-6, 1.2e9, "gloo over 10 Gbit/s, assumed")
+NVLINK = Link(5e-6, 200e9, "NVLink, assumed")
+INFINIBAND = Link(15e-6, 12e9, "100 Gbit/s for each GPU, assumed")
+LINKS = {"cpu": (SHARED_MEMORY, ETHERNET), "cuda": (NVLINK, INFINIBAND)}
+"""What lies between the ranks of a node and between nodes, where nobody has measured it."""
+
+_BACKWARD = 2 / 3  # of a step's arithmetic: gradients of the inputs and of the weights, after the outputs
+
+
+def all_reduce_s(size_bytes: float, ranks: Ranks) -> float:
+    """Returns the time of one all-reduce: rings within the nodes, with a ring over the nodes between them.
+
+    A ring of n passes the data on 2 (n - 1) times in pieces of 1/n (Patarasuk & Yuan 2009).
+
+    Args:
+        size_bytes: what each rank has.
+        ranks: that take part.
+    """
+
+    def ring(size: float, members: int, link: Link) -> float:
+        return 2 * (members - 1) * (link.latency_s + size / members / link.bytes_per_s)
+
+    share = size_bytes / ranks.per_node
+    return ring(size_bytes, ranks.per_node, ranks.inside) + ring(share, ranks.nodes, ranks.between)
+
+
+def step_s(compute_s: float, gradient_bytes: float, bucket_bytes: float, ranks: Ranks) -> float:
+    """Returns the time of a step whose buckets are reduced one after the other while later ones are computed.
+
+    A single bucket is complete when all is computed: nothing overlaps.
+
+    Args:
+        compute_s: the step of one rank without communication.
+        gradient_bytes: of all parameters that are trained.
+        bucket_bytes: the size from which DDP sends a bucket.
+        ranks: of the run.
+    """
+    if ranks.world_size == 1:
+        return compute_s
+    done, sent = 0.0, 0.0
+    while sent < gradient_bytes:
+        bucket = min(bucket_bytes, gradient_bytes - sent)
+        sent += bucket
+        ready = compute_s * (1 - _BACKWARD * (1 - sent / gradient_bytes))
+        done = max(ready, done) + all_reduce_s(bucket, ranks)
+    return done
+
+
+def efficiency(step: Step, batch: int, gradient_bytes: float, bucket_bytes: float, ranks: Ranks) -> float:
+    """Returns the speed-up over one rank divided by the number of ranks, 0..1.
+
+    Args:
+        step: what a rank computes.
+        batch: the global batch.
+        gradient_bytes: of all parameters that are trained.
+        bucket_bytes: the size of DDP's buckets.
+        ranks: of the run.
+    """
+    alone = step.fixed_s + step.sample_s * batch
+    own = step.fixed_s + step.sample_s * batch / ranks.world_size
+    return alone / (ranks.world_size * step_s(own, gradient_bytes, bucket_bytes, ranks))
+
+
+def least_compute_s(share: float, gradient_bytes: float, bucket_bytes: float, ranks: Ranks) -> float:
+    """Returns what a rank must compute in a step at least, for that share of the step to be arithmetic."""
+    low, high = (
+        0.0,
+        all_reduce_s(gradient_bytes, ranks) * _buckets(gradient_bytes, bucket_bytes) / (1 - share),
+    )
+    for _ in range(60):
+        middle = (low + high) / 2
+        if middle < share * step_s(middle, gradient_bytes, bucket_bytes, ranks):
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def estimate(gradient_bytes: float, bucket_bytes: float, ranks: Ranks) -> str:
+    """Returns what is known of the communication of a run before it is measured, in one line."""
+    link = ranks.between if ranks.nodes > 1 else ranks.inside
+    time_s = all_reduce_s(gradient_bytes, ranks)
+    compute_s = least_compute_s(0.9, gradient_bytes, bucket_bytes, ranks)
+    speed = f"{1e6 * link.latency_s:,.0f} us and {link.bytes_per_s / 1e9:,.3g} GB/s: {link.what}"
+    gradients = f"{gradient_bytes / 2**20:,.2f} MiB of gradients per step"
+    return (
+        f"{gradients}, summed up in about {1000 * time_s:,.3g} ms "
+        f"({speed}); 90 % of a step is arithmetic if a rank computes for {1000 * compute_s:,.3g} ms or more"
+    )
+
+
+def _buckets(gradient_bytes: float, bucket_bytes: float) -> int:
+    return max(1, -int(-gradient_bytes // bucket_bytes))
