@@ -28,7 +28,10 @@ STAND_INS = {
         trap 'echo "srun has USR2" >>"$CALLS"' USR2
         if [[ -n $OUT_OF_TIME ]]; then
           kill -USR2 "$PPID"
-          until grep -q "srun has USR2" "$CALLS"; do sleep 0.02; done
+          for ((look = 0; look < 1000; look++)); do
+            grep -q "srun has USR2" "$CALLS" && break
+            sleep 0.02
+          done
         fi
         code=0
         for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
