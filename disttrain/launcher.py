@@ -25,7 +25,7 @@ from typing import Any, Literal
 import psutil
 
 from disttrain import slurm
-from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingError, UsageError
+from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingError, UsageError, error_of
 from disttrain.nvml import Gpu
 from disttrain.peers import Channel, meet
 from disttrain.runfolder import COMMAND, LOCKED_BY_LAUNCHER, RunFolder
@@ -494,6 +494,9 @@ class _Supervisor:
         if rank is None and self._watch.ends:
             end = min(self._watch.ends, key=lambda end: end.said is not None)
             rank, status = end.rank, end.status if end.said is None else end.said
+            if end.said not in {None, 0, StoppedError.exit_code}:  # its error file could not be written
+                code = type(error_of(end.said or 0, "")).exit_code
+                return replace(self._failure(rank, _cause(status), log), exit_code=code)
         return self._failure(rank, _cause(status), log)
 
     def _death(self, end: End) -> Outcome:

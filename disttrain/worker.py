@@ -113,8 +113,12 @@ def main(
         check_model_name(config.model.name)
         run(config, rank, resume, force=force, verbosity=int(verbose) - int(quiet))
     except StoppedError as stop:
-        rank.settle(state="stopped", exit_code=stop.exit_code, reason=str(stop))
         code = stop.exit_code
+        try:
+            rank.settle(state="stopped", exit_code=code, reason=str(stop))
+        except StorageError as error:
+            rank.fail(error)
+            code = error.exit_code
     except (Exception, SystemExit) as error:  # a model that calls sys.exit has not finished the run
         rank.fail(error)
         code = error.exit_code if isinstance(error, DisttrainError) else TrainingError.exit_code

@@ -320,6 +320,12 @@ def test_a_mistake_of_the_user_ends_the_run_with_its_message_and_code(launch, fo
     assert (status["rank"], status["host"]) == (0, HOST)
 
 
+def test_a_rank_that_could_not_write_down_its_error_ends_the_run_with_its_code(launch, folder):
+    outcome = launch("print('disttrain: the disk is full', file=sys.stderr, flush=True); leave(74)")
+    assert (outcome.exit_code, outcome.detail) == (74, "disttrain: the disk is full")
+    assert folder.status()["exit_code"] == 74
+
+
 def test_the_first_error_wins_over_those_of_its_victims(launch, folder):
     outcome = launch(
         """
