@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import runs
 import slurm_cluster
@@ -128,7 +127,7 @@ def test_a_job_out_of_time_saves_requeues_and_goes_on_where_it_was(
     assert "saved, resumable" in job.output()
     assert "back into the queue" in job.output()
     stopped_at = job.status()["step"]
-    wait_for_slurmstepd()
+    wait_for_slurmstepd(cluster, job)
     cluster.on(CONTROL, "scontrol", "update", f"JobId={job.number}", "StartTime=now")
     job.wait_for_state("COMPLETED", "FAILED")
     assert job.facts()["Restarts"] == "1"
@@ -140,10 +139,10 @@ def test_a_job_out_of_time_saves_requeues_and_goes_on_where_it_was(
     assert steps == sorted(steps)
 
 
-def wait_for_slurmstepd() -> None:
+def wait_for_slurmstepd(cluster: Hosts, job: Job) -> None:
     """Returns when slurmd takes the next batch script of a job: not in the second in which its last ended."""
-    while "slurmstepd" in {process.info["name"] for process in psutil.process_iter(["name"])}:
-        time.sleep(0.1)
+    look = ("bash", "-c", "cat /proc/[0-9]*/comm")
+    job.wait_until(lambda: "slurmstepd" not in cluster.on("node0", *look, check=False), "for slurmstepd")
     time.sleep(2)
 
 
@@ -160,7 +159,7 @@ def test_a_job_that_is_cancelled_stays_so(cluster: Hosts, tmp_path: Path, config
     job.wait_for_records(10)
     cluster.on(CONTROL, "scancel", job.number)
     job.wait_for_state("CANCELLED")
-    wait_for_slurmstepd()
+    wait_for_slurmstepd(cluster, job)
     facts = job.facts()
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
     assert list((job.run_dir / "checkpoints").glob("step_*/MANIFEST.json"))
