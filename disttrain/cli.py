@@ -104,6 +104,7 @@ def run(
     from disttrain.launcher import LaunchPlan, launch, plan_nodes, plan_processes
     from disttrain.models import check_model_name
     from disttrain.nvml import visible_gpus
+    from disttrain.parallel import usable_cores
     from disttrain.peers import facts
     from disttrain.preflight import (
         check_device,
@@ -123,7 +124,7 @@ def run(
         gpus=gpus,
         procs=procs,
         visible=[] if procs else visible_gpus(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         environ=os.environ,
     )
     node = plan_nodes(

@@ -26,6 +26,7 @@ import psutil
 
 from disttrain import slurm
 from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingError, UsageError, error_of
+from disttrain.manifest import list_steps, step_of
 from disttrain.nvml import Gpu
 from disttrain.peers import Channel, meet
 from disttrain.runfolder import COMMAND, LOCKED_BY_LAUNCHER, RunFolder
@@ -33,6 +34,7 @@ from disttrain.watch import End, Row, Watch, describe, stalled
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 1, 36, 37  # linux/prctl.h
 _POLL_S = 0.2
+_MOST_IDLE_RESTARTS = 3  # in a row without progress
 _SAVING_S = 2.0  # for a checkpoint that is being written when another rank fails
 _CAUSE_S = 1.0  # for the cause of an error that may be a consequence
 _REPORT_S = 1.0  # between two reports of a node on its ranks
@@ -269,11 +271,20 @@ def launch(
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
     previous = {number: signal.signal(number, lambda got, _: signals.append(got)) for number in numbers}
     restarts = int(folder.status().get("restarts") or 0)
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
     try:
         for attempt in range(max_restarts + 1):
             folder.clear_errors(_ranks(plan))
-            if plan.node_rank == 0:  # so that no earlier end is taken for the end of this attempt
-                folder.update_status(state="running", exit_code=None, reason=None, rank=None, host=None)
+            if plan.node_rank == 0:
+                outcome_, changes = _begin(folder, by_itself=attempt > 0 or requeued)
+                if outcome_ is not None:
+                    outcome = outcome_
+                    folder.update_status(exit_code=outcome.exit_code, **outcome.status)
+                    break
+                restarts += requeued and attempt == 0
+                # So that no earlier end is taken for the end of this attempt.
+                clean = dict.fromkeys(("exit_code", "reason", "rank", "host"))
+                folder.update_status(state="running", restarts=restarts, **clean, **changes)
             outcome, stopping = _attempt(plan, folder, signals, facts or {})
             if plan.node_rank == 0 and outcome.status:
                 folder.update_status(exit_code=outcome.exit_code, **outcome.status)
@@ -290,6 +301,28 @@ def launch(
         for number, handler in previous.items():
             signal.signal(number, handler)
     return outcome
+
+
+def _begin(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[str, Any]]:
+    """Looks whether a run gets on at all.
+
+    Args:
+        folder: the run folder.
+        by_itself: whether nobody asked for this attempt: it follows a failure, or Slurm has requeued the job.
+
+    Returns:
+        The outcome if it is of no use to begin again; and what to keep in status.json for the next time.
+    """
+    status = folder.status()
+    step = max(map(step_of, list_steps(folder.checkpoints)), default=0)
+    idle = int(status.get("idle_restarts") or 0) + 1 if by_itself and status.get("began_at") == step else 0
+    if idle <= _MOST_IDLE_RESTARTS:
+        return None, {"began_at": step, "idle_restarts": idle}
+    reason = (
+        f"no progress in {_MOST_IDLE_RESTARTS} restarts: each began at step {step:,} and saved nothing; see "
+        "to the failure, or save more often (checkpoint.every_steps), then start it again"
+    )
+    return Outcome(TrainingError.exit_code, reason, status={"state": "failed", "reason": reason}), {}
 
 
 def _ranks(plan: LaunchPlan) -> range:
@@ -597,6 +630,8 @@ def _dying_with_this_process() -> Callable[[], None]:
     launcher = os.getpid()
 
     def die_with_launcher() -> None:
+        # Slurm may send it to every process of a step; those between this one and the ranks know it not.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != launcher:
             os._exit(1)

@@ -44,6 +44,7 @@ from disttrain.errors import (
 from disttrain.files import storage_error, write_atomically
 from disttrain.manifest import set_aside
 from disttrain.models import check_model_name
+from disttrain.network import interface_to, own_name_leads_here
 from disttrain.parallel import usable_cores
 from disttrain.peers import compare_peers, facts
 from disttrain.preflight import (
@@ -330,6 +331,10 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // local_size)))
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     patience = datetime.timedelta(seconds=_patience_s(config))
+    if expected > int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and not own_name_leads_here():
+        interface = interface_to(os.environ["MASTER_ADDR"])
+        if interface is not None and os.environ.setdefault("GLOO_SOCKET_IFNAME", interface) == interface:
+            log.info("gloo listens on %s, because the name of this host leads nowhere", interface)
     try:
         group = PartialState(cpu=device == "cpu", timeout=patience)
     except torch.distributed.DistError as error:

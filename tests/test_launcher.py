@@ -459,6 +459,31 @@ def test_a_crash_is_followed_by_a_restart(launch, folder):
     assert "SIGKILL" in said[0]
 
 
+def test_a_run_that_makes_no_progress_is_not_restarted_for_ever(launch, folder):
+    outcome = launch("os.kill(os.getpid(), signal.SIGKILL)", max_restarts=9)
+    assert (outcome.exit_code, attempts(folder)) == (70, 4)
+    assert outcome.message.startswith("no progress in 3 restarts: each began at step 0 and saved nothing")
+    assert folder.status()["reason"] == outcome.message
+    launch("os.kill(os.getpid(), signal.SIGKILL)")
+    assert attempts(folder) == 5, "a person may try again"
+
+
+def test_a_run_that_gets_on_is_restarted_as_often_as_it_needs(launch, folder):
+    program = """
+(folder.checkpoints / f"step_{attempt:08d}").mkdir(parents=True)
+settle('finished', 0) if attempt == 7 else os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert launch(program, max_restarts=9) == Outcome(0)
+    assert (attempts(folder), folder.status()["restarts"]) == (7, 6)
+
+
+def test_a_requeued_job_counts_as_a_restart(launch, folder, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    codes = [launch("settle('stopped', 75)").exit_code for _ in range(5)]
+    assert codes == [75, 75, 75, 75, 70]
+    assert (attempts(folder), folder.status()["restarts"]) == (4, 4)
+
+
 def test_the_last_failure_is_reported_when_no_restart_is_left(launch, folder):
     outcome = launch("fail(ValueError(f'attempt {attempt}'))", max_restarts=1)
     assert outcome.message.endswith("ValueError: attempt 2")

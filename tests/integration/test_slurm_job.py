@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import runs
 import slurm_cluster
 from slurm_cluster import CONTROL, Hosts
 
+REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA") or "/nonexistent")
 SCRIPT = Path(__file__).parents[2] / "slurm/train.sh"
 SAMPLES = 1438  # of the digits, to train on
 FOUR_RANKS = ("--nodes=2", "--cpus-per-task=2")
@@ -80,11 +81,11 @@ class Job:
             time.sleep(0.2)
 
 
-def assert_every_sample_once_an_epoch(run_dir: Path, epochs: int) -> None:
+def assert_every_sample_once_an_epoch(run_dir: Path, epochs: int, samples: int = SAMPLES) -> None:
     seen: dict[int, list[int]] = {}
     for (epoch, _), ids in runs.ids_per_step(run_dir).items():
         seen.setdefault(epoch, []).extend(ids)
-    assert [sorted(ids) for _, ids in sorted(seen.items())] == [list(range(SAMPLES))] * epochs
+    assert [sorted(ids) for _, ids in sorted(seen.items())] == [list(range(samples))] * epochs
 
 
 def test_two_processes_on_each_of_two_nodes(cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
@@ -100,6 +101,20 @@ def test_two_processes_on_each_of_two_nodes(cluster: Hosts, tmp_path: Path, conf
     assert [device["host"] for device in devices] == ["node0", "node0", "node1", "node1"]
 
 
+@pytest.mark.skipif(not REAL.is_dir(), reason="DISTTRAIN_TEST_DATA is not set")
+def test_mnist_on_two_nodes(cluster: Hosts, tmp_path: Path) -> None:
+    cluster.env["DISTTRAIN_DATA"] = str(tmp_path / "data")
+    prepare = ("data", "prepare", "mnist", "--source", REAL / "mnist")
+    cluster.on("node0", sys.executable, "-m", "disttrain", *prepare, timeout=240)
+    settings = ("train.epochs=1", "train.trace_samples=true", "train.precision=fp32", "--procs", "2")
+    job = submit(cluster, tmp_path, FOUR_RANKS, SCRIPT.parents[1] / "configs/cnn_mnist.yaml", *settings)
+    job.wait_for_state("COMPLETED", "FAILED")
+    last = json.loads((job.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["total"] == 10_000
+    assert last["accuracy"] > 0.9
+    assert_every_sample_once_an_epoch(job.run_dir, epochs=1, samples=60_000)
+
+
 def test_a_job_out_of_time_saves_requeues_and_goes_on_where_it_was(
     cluster: Hosts, tmp_path: Path, config_file: Path
 ) -> None:
@@ -112,7 +127,7 @@ def test_a_job_out_of_time_saves_requeues_and_goes_on_where_it_was(
     assert "saved, resumable" in job.output()
     assert "back into the queue" in job.output()
     stopped_at = job.status()["step"]
-    wait_for_slurmstepd()
+    wait_for_slurmstepd(cluster, job)
     cluster.on(CONTROL, "scontrol", "update", f"JobId={job.number}", "StartTime=now")
     job.wait_for_state("COMPLETED", "FAILED")
     assert job.facts()["Restarts"] == "1"
@@ -124,10 +139,10 @@ def test_a_job_out_of_time_saves_requeues_and_goes_on_where_it_was(
     assert steps == sorted(steps)
 
 
-def wait_for_slurmstepd() -> None:
+def wait_for_slurmstepd(cluster: Hosts, job: Job) -> None:
     """Returns when slurmd takes the next batch script of a job: not in the second in which its last ended."""
-    while "slurmstepd" in {process.info["name"] for process in psutil.process_iter(["name"])}:
-        time.sleep(0.1)
+    look = ("bash", "-c", "cat /proc/[0-9]*/comm")
+    job.wait_until(lambda: "slurmstepd" not in cluster.on("node0", *look, check=False), "for slurmstepd")
     time.sleep(2)
 
 
@@ -144,7 +159,7 @@ def test_a_job_that_is_cancelled_stays_so(cluster: Hosts, tmp_path: Path, config
     job.wait_for_records(10)
     cluster.on(CONTROL, "scancel", job.number)
     job.wait_for_state("CANCELLED")
-    wait_for_slurmstepd()
+    wait_for_slurmstepd(cluster, job)
     facts = job.facts()
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
     assert list((job.run_dir / "checkpoints").glob("step_*/MANIFEST.json"))
