@@ -109,7 +109,7 @@ class RunObserver:
         """Writes and shows a train record, and keeps status.json current."""
         if self._metrics is None or self._console is None:
             return
-        self._metrics.write(record)
+        self._metrics.write({"time": utc_now(), **record})
         self._console.train(record)
         now = time.monotonic()
         if now >= self._status_due_s:
@@ -122,7 +122,7 @@ class RunObserver:
         if self._metrics is None or self._console is None:
             return
         log.info("evaluation: %s", record)
-        self._metrics.write(record)
+        self._metrics.write({"time": utc_now(), **record})
         self._console.evaluate(record)
         self._update_status()
 

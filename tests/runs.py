@@ -4,7 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-MEASURED = {"images_per_s", "step_time_s", "data_wait_pct", "gpus", "processes"}  # differ from run to run
+MEASURED = {
+    "time",
+    "images_per_s",
+    "step_time_s",
+    "data_wait_pct",
+    "gpus",
+    "processes",
+}  # differ from run to run
 
 
 def ids_per_step(run_dir: Path) -> dict[tuple[int, int], list[int]]:
