@@ -292,9 +292,14 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "disttrain config"}
 
 
+def settings(config: Config) -> dict[str, Any]:
+    """Returns every setting by its dotted key, such as optim.lr."""
+    return _flatten(config.model_dump(mode="json"))
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """Returns one `key: old -> new` line for each key in which two configs differ."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    before, after = settings(old), settings(new)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before | after)
