@@ -19,6 +19,7 @@ from bokeh.models import (
     HoverTool,
     LinearAxis,
     NumeralTickFormatter,
+    PrintfTickFormatter,
     Range1d,
 )
 from bokeh.plotting import figure
@@ -81,14 +82,16 @@ def learning(charts: Charts, run: Run, steps_per_epoch: int | None) -> None:
     curves = (
         ("loss", "loss", 1.0, "0.0000"),
         ("accuracy", "accuracy, %", 100.0, "0.00"),
-        ("lr", "learning rate", 1.0, "0.0e+0"),
+        ("lr", "learning rate", 1.0, "%.3g"),
         ("images_per_s", "images per second", 1.0, "0,0"),
         ("data_wait_pct", "data wait, % of the time", 1.0, "0.0"),
     )
     for name, label, scale, form in curves:
         fig = charts.add(name, "steps", label, x_axis_label="step")
         fig.xaxis.formatter = NumeralTickFormatter(format="0,0")
-        fig.yaxis.formatter = NumeralTickFormatter(format="0.0e+0" if name == "lr" else "0,0.[00]")
+        fig.yaxis.formatter = (
+            PrintfTickFormatter(format="%.3g") if name == "lr" else NumeralTickFormatter(format="0,0.[00]")
+        )
         if steps_per_epoch:
             _epoch_axis(fig, steps_per_epoch)
         values = scale * run.train[name]
@@ -103,7 +106,8 @@ def learning(charts: Charts, run: Run, steps_per_epoch: int | None) -> None:
         else:
             raw = _line(fig, run, values)
             fig.y_range.start = 0
-        _hover(fig, raw, [("step", "@x{0,0}"), ("epoch", "@epoch{0,0}"), (label, f"@y{{{form}}}")])
+        tips = [("step", "@x{0,0}"), ("epoch", "@epoch{0,0}"), (label, f"@y{{{form}}}")]
+        _hover(fig, raw, tips, formatters={"@y": "printf" if name == "lr" else "numeral"})
 
 
 def timeline(charts: Charts, run: Run, devices: Sequence[Device], events: Sequence[Event]) -> list[str]:
@@ -113,25 +117,27 @@ def timeline(charts: Charts, run: Run, devices: Sequence[Device], events: Sequen
         The names of the charts.
     """
     measures = [key for key in MEASURES if any(key in device.values for device in devices)]
-    if not np.isfinite(run.train["time_s"]).any() and not measures:
-        return []
     points = max(100, min(_POINTS, _ALL_POINTS // max(1, len(devices) * len(measures))))
     throughput = Device("all ranks", "", run.train["time_s"], {"images_per_s": run.train["images_per_s"]})
     rows = [("throughput", "images per second", [throughput], "images_per_s")]
     rows += [(key, ", ".join(MEASURES[key]), list(devices), key) for key in measures]
     names = []
     for name, label, shown, key in rows:
-        shown = [device for device in shown if np.isfinite(device.values.get(key, np.empty(0))).any()]
+        shown = [device for device in shown if key in device.values and _drawable(device, key)]
         if not shown:
             continue
         fig = charts.add(f"time_{name}", "time", label, x_axis_type="datetime", x_axis_label="time, UTC")
         fig.y_range.start = 0
-        fig.yaxis.formatter = NumeralTickFormatter(format="0,0")
+        fig.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
         _device_lines(fig, shown, key, points)
         _marks(fig, events)
         _legend(fig)
         names.append(f"time_{name}")
     return names
+
+
+def _drawable(device: Device, key: str) -> bool:
+    return bool((np.isfinite(device.time_s) & np.isfinite(device.values[key])).any())
 
 
 def overlay(charts: Charts, runs: Mapping[str, Run]) -> None:
@@ -199,7 +205,7 @@ def _validation(fig: Any, evals: Sequence[Record], name: str, scale: float, form
 
 
 def _device_lines(fig: Any, devices: Sequence[Device], key: str, points: int) -> None:
-    unit = [("time", "$snap_x{%F %T}"), (key.rpartition("_")[0], "$snap_y{0,0.[0]}")]
+    unit = [("time", "$snap_x{%F %T}"), (key.rpartition("_")[0], "$snap_y{0,0.[00]}")]
     curves = [_curve(device.time_s, device.values[key], points) for device in devices]
     colors = [PALETTE[number % len(PALETTE)] for number in range(len(devices))]
     labels = [device.label for device in devices]

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from disttrain.config import settings
 from disttrain.errors import UsageError
-from disttrain.report.page import outcome, render, wall_s
+from disttrain.report.page import environment_rows, outcome, render, wall_s
 from disttrain.report.records import Run, reached, read_run
 
 CONFIDENCE = 0.95
@@ -274,26 +274,9 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _environment(run: Run) -> dict[str, str]:
-    """Returns what the result or its speed may depend on besides the config."""
-    env = run.env
-    devices = sorted({str(device.get("name")) for device in env.get("devices") or []})
-    data, git = env.get("data") or {}, env.get("git") or {}
-    named = {
-        "world size": env.get("world_size"),
-        "device": " / ".join(devices) or None,
-        "disttrain": env.get("disttrain"),
-        "python": env.get("python"),
-        "platform": env.get("platform"),
-        "cuda": env.get("cuda"),
-        "threads": env.get("threads"),
-        "data digest": str(data.get("digest"))[:16] if data else None,
-        "git commit": f"{git.get('commit')}{', with changes' if git.get('modified') else ''}"
-        if git
-        else None,
-        **(env.get("packages") or {}),
-        **{f"chosen {key}": str(why).partition(":")[0] for key, why in (env.get("choices") or {}).items()},
-    }
-    return {key: "n/a" if value is None else str(value) for key, value in named.items()}
+    """Returns the environment, of the choices what was chosen but not why."""
+    rows = environment_rows(run)
+    return {key: value.partition(":")[0] if key.startswith("choice") else value for key, value in rows}
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -320,7 +303,7 @@ def _groups(runs: Mapping[str, Run]) -> list[Group]:
         accuracy = run.evals[-1].accuracy
         if accuracy is not None:
             kept = {k: v for k, v in _settings(run).items() if not k.startswith(_OF_NO_EXPERIMENT)}
-            kept["data digest"] = _environment(run)["data digest"]
+            kept["data digest"] = _environment(run).get("data digest", "n/a")
             members.setdefault(tuple(sorted(kept.items())), []).append((title, accuracy))
     keys = [dict(key) for key in members]
     telling = [

@@ -74,7 +74,7 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
     drawn = charts.Charts()
     charts.learning(drawn, run, _steps_per_epoch(run))
     times = charts.timeline(drawn, run, devices, run.events)
-    index = _index(run)
+    index, info = _index(run), run.env.get("run") or {}
     inside = _inside(run, index.content, inside_s)
     return render(
         "report.html",
@@ -82,6 +82,9 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         drawn,
         run=run,
         outcome=outcome(run),
+        subject=", ".join(
+            str(part) for part in (info.get("model"), info.get("data"), run.folder.path) if part
+        ),
         facts=_facts(run, gpus),
         epochs=_epoch_rows(run),
         summaries=_summaries(run),
@@ -98,7 +101,9 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         class_rows=_class_rows(inside.content, index.content),
         confused=_confused(inside.content),
         matrix=_matrix(inside.content),
+        command=f"cd {run.env.get('directory')}\n{run.env['command']}" if "command" in run.env else "",
         config_text=_config_text(run),
+        environment=environment_rows(run),
         unread=run.unread + unread,
     )
 
@@ -178,6 +183,20 @@ def wall_s(run: Run) -> float | None:
     return end - begin if math.isfinite(end - begin) else None
 
 
+def environment_rows(run: Run) -> list[tuple[str, str]]:
+    """Returns what the result of a run or its speed may depend on besides the config."""
+    env = run.env
+    devices, data, git = env.get("devices") or [], env.get("data") or {}, env.get("git") or {}
+    rows = {key: env.get(key) for key in ("disttrain", "python", "platform", "cuda", "cudnn", "world_size")}
+    rows |= {"device": " / ".join(sorted({str(device.get("name")) for device in devices})) or None}
+    rows |= {"hosts": ", ".join(dict.fromkeys(str(device.get("host")) for device in devices)) or None}
+    changes = ", with changes" if git.get("modified") else ""
+    rows |= {"data digest": data.get("digest"), "git commit": f"{git['commit']}{changes}" if git else None}
+    rows |= env.get("packages") or {}
+    rows |= {f"choice of {key}": why for key, why in (env.get("choices") or {}).items()}
+    return [(key, str(value)) for key, value in rows.items() if value is not None]
+
+
 def _percent(share: float | None) -> str:
     return number(share, ".2f", " %", 100)
 
@@ -210,7 +229,7 @@ def _facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
     best, train = run.best, run.train
     speed = train["images_per_s"]
     spent = run.training_s
-    peak = [np.nanmax(v) for gpu in gpus if np.isfinite(v := gpu.values["memory_used_mib"]).any()]
+    peak = [np.nanmax(v) for gpu in gpus if np.isfinite(v := gpu.values["memory_gib"]).any()]
     facts = [
         ("best accuracy", _percent(best.accuracy) if best else "n/a"),
         ("lowest validation loss", _least([record.loss for record in run.evals])),
@@ -226,7 +245,7 @@ def _facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
         ("restarts", number(run.status.get("restarts"), ",d")),
     ]
     if peak:
-        facts.append(("most GPU memory", f"{max(peak) / 1024:,.1f} GiB"))
+        facts.append(("most GPU memory", f"{max(peak):,.1f} GiB"))
     return facts
 
 

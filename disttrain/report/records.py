@@ -6,15 +6,18 @@ module imports neither torch nor the plotting library.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import multiprocessing
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,12 +25,14 @@ import numpy.typing as npt
 
 from disttrain.config import Config, load_config
 from disttrain.errors import UsageError
+from disttrain.parallel import usable_cores
 from disttrain.runfolder import RunFolder
 
 Array = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
 _CHUNK_BYTES = 2**25
+_PART_BYTES = 2**27  # of gpu.jsonl that are worth a process
 _STALL_FACTOR = 5.0  # a step this much slower than the median
 _STALL_S = 10.0  # that costs at least so long
 _LOGGED = re.compile(
@@ -75,18 +80,16 @@ class GpuSample(msgspec.Struct, gc=False):
     name: str | None = None
     utilization_pct: float | None = None
     memory_used_mib: float | None = None
-    memory_total_mib: float | None = None
     power_w: float | None = None
     temperature_c: float | None = None
 
 
 MEASURES = {
-    "utilization_pct": ("GPU utilisation", "%"),
-    "memory_used_mib": ("GPU memory", "MiB"),
+    "utilization_pct": ("Utilisation of the GPU", "%"),
+    "cpu_pct": ("Processor, 100 % is one core", "%"),
+    "memory_gib": ("Memory", "GiB"),
     "power_w": ("Power", "W"),
     "temperature_c": ("Temperature", "°C"),
-    "cpu_pct": ("Processor, 100 % is one core", "%"),
-    "memory_mib": ("Memory", "MiB"),
 }
 """What is measured of a device over time: title and unit."""
 
@@ -94,7 +97,7 @@ _TRAIN_COLUMNS = (
     "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s", "data_wait_pct",
 )  # fmt: skip
 _GPU_COLUMNS = ("utilization_pct", "memory_used_mib", "power_w", "temperature_c")
-_PROCESS_COLUMNS = {"cpu_pct": "cpu_pct", "memory_mib": "memory_used_mib"}
+_PROCESS_COLUMNS = ("cpu_pct", "memory_used_mib")
 
 
 class Event(NamedTuple):
@@ -121,14 +124,12 @@ class Device:
         name: product name, or "CPU".
         time_s: UTC, seconds since 1970, increasing; float64 [n].
         values: key of MEASURES -> float64 [n], NaN where unknown.
-        capacity_mib: memory of the GPU, or None.
     """
 
     label: str
     name: str
     time_s: Array
     values: dict[str, Array]
-    capacity_mib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -211,28 +212,32 @@ def read_run(path: Path) -> Run:
 
 
 def read_gpus(path: Path) -> tuple[list[Device], int]:
-    """Reads gpu.jsonl.
+    """Reads gpu.jsonl; a large one in several processes, as a day of 64 GPUs is 5.5 million readings.
 
     Returns:
         The GPUs in order of host and index, and the number of lines that could not be read.
     """
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return [], 0
+    count = min(usable_cores(), max(1, size // _PART_BYTES))
+    cuts = [size * number // count for number in range(count + 1)]
+    ranges = (itertools.repeat(path), cuts, cuts[1:])
+    if count == 1:
+        parts = [_read_readings(path, 0, size)]
+    else:
+        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+            parts = list(pool.map(_read_readings, *ranges))
     first: dict[str, GpuSample] = {}
-    numbers: dict[str, int] = {}
-    parts: list[tuple[Ids, Array, Array]] = []
-    unread = 0
-    for samples, bad in _chunks(path, GpuSample):
-        unread += bad
-        uuids = [sample.uuid for sample in samples]
-        for uuid, sample in zip(uuids, samples, strict=True):
-            if uuid not in numbers:
-                numbers[uuid] = len(numbers)
-                first[uuid] = sample
-        whose = np.fromiter(map(numbers.__getitem__, uuids), np.int64, len(uuids))
-        parts.append((whose, _seconds([s.time for s in samples]), _columns(samples, _GPU_COLUMNS)))
+    for part in parts:
+        first = part.first | first
+    numbers = {uuid: number for number, uuid in enumerate(first)}
     if not numbers:
-        return [], unread
-    whose, times, values = (np.concatenate(column) for column in zip(*parts, strict=True))
-    parts.clear()
+        return [], sum(part.unread for part in parts)
+    whose = np.concatenate([np.array([numbers[u] for u in p.first], np.int64)[p.whose] for p in parts])
+    times = np.concatenate([part.times_s for part in parts])
+    values = np.concatenate([part.values for part in parts])
     order = np.argsort(whose, kind="stable")
     ends = np.cumsum(np.bincount(whose, minlength=len(numbers)))
     several_hosts = len({sample.host for sample in first.values()}) > 1
@@ -240,11 +245,38 @@ def read_gpus(path: Path) -> tuple[list[Device], int]:
     for (uuid, sample), own in zip(first.items(), np.split(order, ends[:-1]), strict=True):
         index = uuid if sample.index is None else f"GPU {sample.index}"
         label = f"{sample.host} {index}" if several_hosts else index
-        columns = dict(zip(_GPU_COLUMNS, values[own].T, strict=True))
-        capacity = sample.memory_total_mib
-        device = Device(label, sample.name or "unknown GPU", times[own], columns, capacity)
+        measured = _measured(_GPU_COLUMNS, values[own])
+        device = Device(label, sample.name or "unknown GPU", times[own], measured)
         devices.append(((sample.host, sample.index is None, sample.index or 0), device))
-    return [device for _, device in sorted(devices, key=lambda pair: pair[0])], unread
+    ordered = [device for _, device in sorted(devices, key=lambda pair: pair[0])]
+    return ordered, sum(part.unread for part in parts)
+
+
+class _Readings(NamedTuple):
+    """A part of gpu.jsonl: the GPUs with their first reading; of each line whose it is, when, and what."""
+
+    first: dict[str, GpuSample]
+    whose: npt.NDArray[np.int16]
+    times_s: Array
+    values: npt.NDArray[np.float32]
+    unread: int
+
+
+def _read_readings(path: Path, begin: int, end: int) -> _Readings:
+    first: dict[str, GpuSample] = {}
+    numbers: dict[str, int] = {}
+    whose, times_s = [np.empty(0, np.int16)], [np.empty(0)]
+    values, unread = [np.empty((0, len(_GPU_COLUMNS)), np.float32)], 0
+    for samples, bad in _chunks(path, GpuSample, begin, end):
+        unread += bad
+        uuids = [sample.uuid for sample in samples]
+        for uuid in set(uuids) - set(numbers):
+            numbers[uuid] = len(numbers)
+            first[uuid] = samples[uuids.index(uuid)]
+        whose.append(np.fromiter(map(numbers.__getitem__, uuids), np.int16, len(uuids)))
+        times_s.append(_seconds([sample.time for sample in samples]))
+        values.append(_columns(samples, _GPU_COLUMNS).astype(np.float32))
+    return _Readings(first, np.concatenate(whose), np.concatenate(times_s), np.concatenate(values), unread)
 
 
 def thin(values: Array, points: int) -> Ids:
@@ -294,26 +326,53 @@ def _read_lines(path: Path, kind: type[_Row]) -> tuple[list[_Row], int]:
     return rows, unread
 
 
-def _chunks(path: Path, kind: type[_Row]) -> Iterator[tuple[list[_Row], int]]:
-    """Yields the rows of a JSONL file, some megabytes at a time, and how many lines could not be read."""
+def _chunks(
+    path: Path, kind: type[_Row], begin: int = 0, end: int | None = None
+) -> Iterator[tuple[list[_Row], int]]:
+    """Yields the rows of a JSONL file, some megabytes at a time, and how many lines could not be read.
+
+    Args:
+        path: of the file.
+        kind: of the rows.
+        begin: the lines that begin after this byte and not after `end` are read, but the first one of all.
+        end: None is the end of the file.
+    """
     decoder = msgspec.json.Decoder(kind)
     try:
-        file = path.open("rb")
+        file = path.open("rb", buffering=0)
     except OSError:
         return
     with file:
-        while data := file.read(_CHUNK_BYTES) + file.readline():
-            data = data[: data.rfind(b"\n") + 1]  # the rest is being written
+        if begin:
+            begin = _next_line(file, begin)
+        end = _next_line(file, end) if end is not None else None
+        while end is None or begin < end:
+            file.seek(begin)
+            data = file.read(_CHUNK_BYTES if end is None else min(_CHUNK_BYTES, end - begin))
+            lines = memoryview(data)[: data.rfind(b"\n") + 1]  # of a line that is being written, nothing
+            if not lines:
+                return
+            begin += len(lines)
             try:
-                yield decoder.decode_lines(data), 0
+                yield decoder.decode_lines(lines), 0
             except msgspec.MsgspecError:
-                rows, bad = [], 0
-                for line in data.splitlines():
-                    try:
-                        rows.append(decoder.decode(line))
-                    except (msgspec.MsgspecError, UnicodeDecodeError):
-                        bad += 1
-                yield rows, bad
+                yield _readable(decoder, bytes(lines))
+
+
+def _next_line(file: BinaryIO, place: int) -> int:
+    """Returns where the first line begins that does not begin before a place."""
+    file.seek(place - 1)
+    return place - 1 + len(file.readline())
+
+
+def _readable(decoder: msgspec.json.Decoder[_Row], lines: bytes) -> tuple[list[_Row], int]:
+    rows, bad = [], 0
+    for line in lines.splitlines():
+        try:
+            rows.append(decoder.decode(line))
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            bad += 1
+    return rows, bad
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -328,7 +387,7 @@ def _columns(rows: Sequence[object], names: Sequence[str]) -> Array:
     """Returns attributes of rows as float64 [rows, names], NaN for None."""
     if not rows:
         return np.empty((0, len(names)))
-    return np.array(list(map(attrgetter(*names), rows)), np.float64)
+    return np.array([list(map(attrgetter(name), rows)) for name in names], np.float64).T
 
 
 def _seconds(times: Sequence[str]) -> Array:
@@ -362,10 +421,17 @@ def _processes(records: Sequence[Record], times: Array) -> list[Device]:
             ranks.setdefault(process.rank, []).append((time_s, process))
     devices = []
     for rank, rows in sorted(ranks.items()):
-        columns = _columns([process for _, process in rows], list(_PROCESS_COLUMNS.values()))
-        values = dict(zip(_PROCESS_COLUMNS, columns.T, strict=True))
-        devices.append(Device(f"rank {rank}", "CPU", np.array([time for time, _ in rows]), values))
+        values = _columns([process for _, process in rows], _PROCESS_COLUMNS)
+        times_s = np.array([time for time, _ in rows])
+        devices.append(Device(f"rank {rank}", "CPU", times_s, _measured(_PROCESS_COLUMNS, values)))
     return devices
+
+
+def _measured(names: Sequence[str], values: npt.NDArray[Any]) -> dict[str, Array]:
+    """Returns columns of readings by their key in MEASURES."""
+    columns = dict(zip(names, values.T.astype(np.float64), strict=True))
+    return {"memory_gib" if k == "memory_used_mib" else k: v / (1024 if k == "memory_used_mib" else 1)
+            for k, v in columns.items()}  # fmt: skip
 
 
 def _logged(log: Path) -> Iterator[Event]:
