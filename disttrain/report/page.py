@@ -72,7 +72,8 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
     gpus, unread = read_gpus(run.folder.gpu)
     devices = gpus or run.processes
     drawn = charts.Charts()
-    charts.learning(drawn, run, _steps_per_epoch(run))
+    if len(run.train["step"]):
+        charts.learning(drawn, run, _steps_per_epoch(run))
     times = charts.timeline(drawn, run, devices, run.events)
     index, info = _index(run), run.env.get("run") or {}
     inside = _inside(run, index.content, inside_s)
@@ -348,12 +349,10 @@ def _device_rows(devices: Sequence[Device]) -> list[tuple[str, str, list[tuple[s
         cells = []
         for key, values in device.values.items():
             title, unit = MEASURES[key]
-            known = values[np.isfinite(values)]
-            text = (
-                f"{known.mean():,.0f} ({known.min():,.0f} to {known.max():,.0f}) {unit}"
-                if len(known)
-                else "n/a"
-            )
+            known, form = values[np.isfinite(values)], ",.2f" if unit == "GiB" else ",.0f"
+            text = "n/a"
+            if len(known):
+                text = f"{known.mean():{form}} ({known.min():{form}} to {known.max():{form}}) {unit}"
             cells.append((title, text))
         rows.append((device.label, device.name, cells))
     return rows

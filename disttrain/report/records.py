@@ -343,8 +343,7 @@ def _chunks(
     except OSError:
         return
     with file:
-        if begin:
-            begin = _next_line(file, begin)
+        begin = _next_line(file, begin)
         end = _next_line(file, end) if end is not None else None
         while end is None or begin < end:
             file.seek(begin)
@@ -361,6 +360,8 @@ def _chunks(
 
 def _next_line(file: BinaryIO, place: int) -> int:
     """Returns where the first line begins that does not begin before a place."""
+    if place == 0:
+        return 0
     file.seek(place - 1)
     return place - 1 + len(file.readline())
 
