@@ -606,6 +606,68 @@ def export(
     click.echo(f"{done.path}: largest difference of a score {done.difference:.3g} on {done.images} images")
 
 
+_RUNS = click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=_PATH)
+_TARGET = click.option(
+    "--target",
+    type=click.FloatRange(0, 100),
+    metavar="PCT",
+    help="Accuracy to which a comparison gives times (default: the best that all runs reached).",
+)
+_PAGE = click.option(
+    "--output",
+    type=_PATH,
+    help="The page to write (default: RUN/report.html; of a comparison ./comparison.html).",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+
+
+@main.command()
+@_RUNS
+@_PAGE
+@_TARGET
+@_JSON
+def report(runs: tuple[Path, ...], output: Path | None, target: float | None, as_json: bool) -> None:
+    """Write a run's report as one HTML file that needs no network; of several runs, their comparison.
+
+    Works while a run goes on and after it has failed. The best checkpoint and the data set are looked into
+    if they are there.
+    """
+    if len(runs) > 1:
+        _compare(runs, output, target, as_json)
+        return
+    from disttrain.report.page import write_report
+
+    click.echo(write_report(runs[0], output))
+
+
+@main.command()
+@_RUNS
+@_PAGE
+@_TARGET
+@_JSON
+def compare(runs: tuple[Path, ...], output: Path | None, target: float | None, as_json: bool) -> None:
+    """Compare runs: a table here, curves over one another and all that differs in an HTML file."""
+    _compare(runs, output, target, as_json)
+
+
+def _compare(runs: tuple[Path, ...], output: Path | None, target: float | None, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+
+    from disttrain.report import compare
+
+    comparison = compare.compare(runs, None if target is None else target / 100)
+    page = compare.write_comparison(comparison, output or Path("comparison.html"))
+    if as_json:
+        click.echo(json.dumps(compare.to_json(comparison), indent=1))
+        return
+    Console(highlight=False).print(compare.table(comparison))
+    for contrast in comparison.contrasts:
+        click.echo(f"{contrast.second} against {contrast.first}: {contrast.verdict}")
+    click.echo(page)
+
+
 @main.group()
 def config() -> None:
     """About the config file."""

@@ -293,11 +293,14 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "disttrain config"}
 
 
+def settings(config: Config) -> dict[str, Any]:
+    """Returns every setting by its dotted key, such as optim.lr."""
+    return flatten(config.model_dump(mode="json"))
+
+
 def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[str]:
     """Returns one `key: old -> new` line for each key in which two configs, or documents, differ."""
-    before, after = (
-        flatten(item.model_dump(mode="json") if isinstance(item, Config) else item) for item in (old, new)
-    )
+    before, after = (settings(item) if isinstance(item, Config) else flatten(item) for item in (old, new))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before | after)

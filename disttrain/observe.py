@@ -144,7 +144,7 @@ class RunObserver:
         """Writes and shows a train record, and keeps status.json current."""
         if self._metrics is None or self._console is None or self._trackers is None:
             return
-        self._metrics.write(record)
+        self._metrics.write({"time": utc_now(), **record})
         self._console.train(record)
         self._trackers.log(record)
         self._records.append(record)
@@ -161,7 +161,7 @@ class RunObserver:
         if self._metrics is None or self._console is None or self._trackers is None:
             return
         log.info("evaluation: %s", record)
-        self._metrics.write(record)
+        self._metrics.write({"time": utc_now(), **record})
         self._console.evaluate(record)
         self._trackers.log(record)
         self._update_status()

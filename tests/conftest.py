@@ -107,10 +107,11 @@ def _nothing_left_behind() -> Iterator[None]:
     """Fails a test that changes the environment or leaves a child process or a thread."""
     environment = dict(os.environ)
     threads = set(threading.enumerate())
+    before = set(psutil.Process().children())  # such as a browser that serves the tests of a module
     yield
     leftover = [
         child
-        for child in psutil.Process().children()
+        for child in set(psutil.Process().children()) - before
         if child.status() != psutil.STATUS_ZOMBIE
         # Python's own, which watches over the semaphores of other processes and ends with this one.
         and not any("resource_tracker" in word for word in child.cmdline())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 MEASURED = {  # differ from run to run
-    "images_per_s", "step_time_s", "data_wait_pct", "phases_ms", "own_ms", "gpus", "processes"
+    "time", "images_per_s", "step_time_s", "data_wait_pct", "phases_ms", "own_ms", "gpus", "processes"
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from disttrain.config import Config
 from disttrain.data.plan import Plan
 from disttrain.errors import StoppedError
 from disttrain.observe import RunGauges, RunObserver
-from disttrain.runfolder import RunFolder
+from disttrain.runfolder import RunFolder, utc_now
 from disttrain.shards.index import load_index
 from disttrain.train import Position
 
@@ -304,12 +304,15 @@ def test_rank_0_writes_the_story_of_the_run(
     tmp_path: Path, digits_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = RunFolder(tmp_path / "run")
+    before = utc_now()
     with observer_of(0, folder, digits_root, monkeypatch) as observer:
         observer.trace(1, 1, [3, 4])
         observer.train(TRAIN_RECORD)
         observer.evaluate(EVAL_RECORD)
         observer.finished()
-    assert lines(folder.metrics) == [TRAIN_RECORD, EVAL_RECORD]
+    times, written = zip(*((record.pop("time"), record) for record in lines(folder.metrics)), strict=True)
+    assert written == (TRAIN_RECORD, EVAL_RECORD)
+    assert before <= times[0] <= times[1] <= utc_now()
     assert lines(folder.trace(0)) == [{"epoch": 1, "step": 1, "ids": [3, 4]}]
     status = folder.status()
     assert (status["step"], status["samples_seen"]) == (5, 320)

@@ -562,7 +562,8 @@ monitor: {log_every_steps: 1}
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{key: value for key, value in record.items() if key != "time"} for record in found]
 
 
 @pytest.fixture

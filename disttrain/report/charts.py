@@ -1,0 +1,320 @@
+"""The charts of a report: Bokeh figures, thinned so that a long run stays a small page.
+
+Colours hold on a light and on a dark page alike; text, axes and grids take theirs from the page, by the
+script in assets/report/report.js. Nothing here knows of HTML.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from bokeh.models import (
+    ColumnDataSource,
+    CustomJS,
+    DataRange1d,
+    HoverTool,
+    LinearAxis,
+    NumeralTickFormatter,
+    PrintfTickFormatter,
+    Range1d,
+)
+from bokeh.plotting import figure
+
+from disttrain.report.records import MEASURES, Array, Device, Event, Record, Run, thin
+
+PALETTE = (
+    "#2f7fd1", "#d2691e", "#1f9254", "#a35bd6", "#e0443e", "#138a96", "#d4509b", "#86800a",
+)  # fmt: skip
+"""Told apart on white and on black, and with the usual kinds of colour blindness."""
+
+_POINTS = 2400  # of one curve
+_ALL_POINTS = 120_000  # of all curves of the devices together
+_MOST_LEGEND = 8
+_MOST_MARKS = 2000
+_TOOLS = "xbox_zoom,xpan,xwheel_zoom,reset,save"
+_EVENTS = {
+    "start": ("start", "#e0443e", "solid"),
+    "evaluation": ("evaluation", "#1f9254", "dotted"),
+    "checkpoint": ("checkpoint", "#86800a", "dashed"),
+}
+
+
+@dataclass
+class Charts:
+    """The charts of a page by name, which share their axes within a group.
+
+    Attributes:
+        figures: what `bokeh.embed.components` takes.
+    """
+
+    figures: dict[str, Any] = field(default_factory=dict)
+    _ranges: dict[str, DataRange1d] = field(default_factory=dict)
+
+    def add(self, name: str, group: str, label: str, **options: Any) -> Any:
+        """Makes an empty chart; charts of a group zoom together."""
+        shared = self._ranges.setdefault(group, DataRange1d(range_padding=0.02))
+        fig = figure(
+            height=290,
+            min_width=250,
+            sizing_mode="stretch_width",
+            x_range=shared,
+            y_axis_label=label,
+            tools=_TOOLS,
+            active_drag="xbox_zoom",
+            active_scroll=None,
+            background_fill_color=None,
+            border_fill_color=None,
+            outline_line_color=None,
+            output_backend="canvas",
+            **options,
+        )
+        fig.toolbar.logo = None
+        self.figures[name] = fig
+        return fig
+
+
+def learning(charts: Charts, run: Run, steps_per_epoch: int | None) -> None:
+    """Adds loss, accuracy, learning rate, throughput and data wait over the steps, with the epochs above."""
+    curves = (
+        ("loss", "loss", 1.0, "0.0000"),
+        ("accuracy", "accuracy, %", 100.0, "0.00"),
+        ("lr", "learning rate", 1.0, "%.3g"),
+        ("images_per_s", "images per second", 1.0, "0,0"),
+        ("data_wait_pct", "data wait, % of the time", 1.0, "0.0"),
+    )
+    for name, label, scale, form in curves:
+        fig = charts.add(name, "steps", label, x_axis_label="step")
+        fig.xaxis.formatter = NumeralTickFormatter(format="0,0")
+        fig.yaxis.formatter = (
+            PrintfTickFormatter(format="%.3g") if name == "lr" else NumeralTickFormatter(format="0,0.[00]")
+        )
+        if steps_per_epoch:
+            _epoch_axis(fig, steps_per_epoch)
+        values = scale * run.train[name]
+        if name in ("loss", "accuracy"):
+            raw = _line(fig, run, values, legend_label="training")
+            if (window := len(values) // 40) > 1:
+                raw.glyph.line_alpha = 0.4
+                label_text = f"mean of {window} log points"
+                _line(fig, run, _rolling_mean(values, window), line_width=2.2, legend_label=label_text)
+            _validation(fig, run.evals, name, scale, form)
+            _legend(fig)
+        else:
+            raw = _line(fig, run, values)
+            fig.y_range.start = 0
+        tips = [("step", "@x{0,0}"), ("epoch", "@epoch{0,0}"), (label, f"@y{{{form}}}")]
+        _hover(fig, raw, tips, formatters={"@y": "printf" if name == "lr" else "numeral"})
+
+
+def timeline(charts: Charts, run: Run, devices: Sequence[Device], events: Sequence[Event]) -> list[str]:
+    """Adds throughput and every measure of the devices over the time of day, with what happened marked.
+
+    Returns:
+        The names of the charts.
+    """
+    measures = [key for key in MEASURES if any(key in device.values for device in devices)]
+    points = max(100, min(_POINTS, _ALL_POINTS // max(1, len(devices) * len(measures))))
+    throughput = Device("all ranks", "", run.train["time_s"], {"images_per_s": run.train["images_per_s"]})
+    rows = [("throughput", "images per second", [throughput], "images_per_s")]
+    rows += [(key, ", ".join(MEASURES[key]), list(devices), key) for key in measures]
+    names = []
+    for name, label, shown, key in rows:
+        shown = [device for device in shown if key in device.values and _drawable(device, key)]
+        if not shown:
+            continue
+        fig = charts.add(f"time_{name}", "time", label, x_axis_type="datetime", x_axis_label="time, UTC")
+        fig.y_range.start = 0
+        fig.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
+        _device_lines(fig, shown, key, points)
+        _marks(fig, events)
+        _legend(fig)
+        names.append(f"time_{name}")
+    return names
+
+
+def _drawable(device: Device, key: str) -> bool:
+    return bool((np.isfinite(device.time_s) & np.isfinite(device.values[key])).any())
+
+
+def overlay(charts: Charts, runs: Mapping[str, Run]) -> None:
+    """Adds loss and accuracy of several runs over one another, over epochs and over the time of training."""
+    x_axes = (("epochs", "epoch"), ("seconds", "training time, s, without evaluations and pauses"))
+    for (axis, x_label), (name, scale, form) in itertools.product(
+        x_axes, (("accuracy", 100.0, "0.00"), ("loss", 1.0, "0.0000"))
+    ):
+        label = f"{name}, %" if name == "accuracy" else name
+        fig = charts.add(f"{axis}_{name}", axis, label, x_axis_label=x_label)
+        for number, (title, run) in enumerate(runs.items()):
+            color = PALETTE[number % len(PALETTE)]
+            x = run.training_s if axis == "seconds" else _epochs(run)
+            ids = thin(run.train[name], _POINTS // 2)
+            trained = {"x": x[ids], "y": scale * run.train[name][ids], "run": [title] * len(ids)}
+            fig.line("x", "y", source=ColumnDataSource(trained), color=color, line_alpha=0.4, line_width=1)
+            steps = run.train["step"]
+            known = [r for r in run.evals if getattr(r, name) is not None]
+            at = np.searchsorted(steps, [r.step for r in known], side="right") - 1
+            known = [record for record, place in zip(known, at, strict=True) if place >= 0]
+            source = ColumnDataSource(
+                {
+                    "x": x[at[at >= 0]],
+                    "y": [scale * getattr(record, name) for record in known],
+                    "run": [title] * len(known),
+                }
+            )
+            dash = ("solid", "dashed", "dotdash", "dotted")[number // len(PALETTE) % 4]
+            points = fig.scatter("x", "y", source=source, color=color, size=6, legend_label=title)
+            fig.line("x", "y", source=source, color=color, line_width=2, line_dash=dash, legend_label=title)
+            _hover(fig, points, [("run", "@run"), (x_label.partition(",")[0], "@x{0.[00]}"),
+                                 (f"validation {label}", f"@y{{{form}}}")], mode="mouse")  # fmt: skip
+        _legend(fig)
+
+
+def _epochs(run: Run) -> Array:
+    """Returns how many epochs were trained at each train record, as far as the records tell."""
+    whole = (run.env.get("run") or {}).get("samples_per_epoch")
+    if isinstance(whole, (int, float)) and whole > 0:
+        return run.train["samples"] / whole
+    return run.train["epoch"]
+
+
+def _line(fig: Any, run: Run, values: Array, **options: Any) -> Any:
+    ids = thin(values, _POINTS)
+    data = {"x": run.train["step"][ids], "y": values[ids], "epoch": run.train["epoch"][ids]}
+    return fig.line("x", "y", source=ColumnDataSource(data), color=PALETTE[0], **options)
+
+
+def _validation(fig: Any, evals: Sequence[Record], name: str, scale: float, form: str) -> None:
+    known = [record for record in evals if getattr(record, name) is not None]
+    if not known:
+        return
+    values = np.array([scale * getattr(record, name) for record in known])
+    ids = thin(values, _POINTS)
+    data = {
+        "x": [known[i].step for i in ids],
+        "y": values[ids],
+        "epoch": [known[i].epoch for i in ids],
+    }
+    source = ColumnDataSource(data)
+    fig.line("x", "y", source=source, color=PALETTE[1], line_width=2, legend_label="validation")
+    points = fig.scatter("x", "y", source=source, color=PALETTE[1], size=6, legend_label="validation")
+    _hover(fig, points, [("epoch", "@epoch{0,0}"), (f"validation {name}", f"@y{{{form}}}")])
+
+
+def _device_lines(fig: Any, devices: Sequence[Device], key: str, points: int) -> None:
+    unit = [("time", "$snap_x{%F %T}"), (key.rpartition("_")[0], "$snap_y{0,0.[00]}")]
+    curves = [_curve(device.time_s, device.values[key], points) for device in devices]
+    colors = [PALETTE[number % len(PALETTE)] for number in range(len(devices))]
+    labels = [device.label for device in devices]
+    if len(devices) > _MOST_LEGEND:  # one glyph for all: a page with 64 of each chart would be slow
+        data = {
+            "xs": [1e3 * x for x, _ in curves],
+            "ys": [y.astype(np.float32) for _, y in curves],
+            "color": colors,
+            "label": labels,
+        }
+        lines = fig.multi_line(
+            "xs", "ys", source=ColumnDataSource(data), color="color", line_width=0.8, line_alpha=0.5
+        )
+        _hover(fig, lines, [("device", "@label"), *unit], "mouse", formatters={"$snap_x": "datetime"})
+        return
+    for (x, y), color, label in zip(curves, colors, labels, strict=True):
+        data = {"x": 1e3 * x, "y": y.astype(np.float32)}
+        line = fig.line(
+            "x",
+            "y",
+            source=ColumnDataSource(data),
+            color=color,
+            line_width=1.3,
+            name=label,
+            legend_label=label,
+        )
+        _hover(fig, line, [("", "$name"), *unit], formatters={"$snap_x": "datetime"})
+
+
+def _curve(x: Array, y: Array, points: int) -> tuple[Array, Array]:
+    """Returns a thinned curve that is broken where the times have a gap far longer than usual."""
+    ids = thin(y, points)
+    steps = np.diff(x)
+    if len(steps) < 3:
+        return x[ids], y[ids]
+    gaps = np.flatnonzero(steps > max(10.0, 20 * float(np.nanmedian(steps)))) + 1
+    places = np.searchsorted(ids, gaps)
+    return np.insert(x[ids], places, x[gaps - 1]), np.insert(y[ids], places, np.nan)
+
+
+def _marks(fig: Any, events: Sequence[Event]) -> None:
+    for kind, (label, color, dash) in _EVENTS.items():
+        own = [event for event in events if event.kind == kind][-_MOST_MARKS:]
+        if kind == "start" and len(own) > 1:
+            label = "start and restarts"
+        if own:
+            data = {"x": [1e3 * event.time_s for event in own], "text": [event.text for event in own]}
+            spans = fig.vspan(
+                x="x", source=ColumnDataSource(data), line_color=color, line_dash=dash, line_width=1.4,
+                line_alpha=0.8, legend_label=label,
+            )  # fmt: skip
+            _hover(fig, spans, [("", "@text")], mode="mouse")
+    stalls = [event for event in events if event.kind == "stall"]
+    if stalls:
+        data = {
+            "x0": [1e3 * (event.time_s - (event.seconds or 0.0)) for event in stalls],
+            "x1": [1e3 * event.time_s for event in stalls],
+            "text": [event.text for event in stalls],
+        }
+        strips = fig.vstrip(
+            x0="x0", x1="x1", source=ColumnDataSource(data), fill_color="#e0443e", fill_alpha=0.25,
+            line_color=None, legend_label="stall",
+        )  # fmt: skip
+        _hover(fig, strips, [("stall", "@text")], mode="mouse")
+
+
+def _hover(
+    fig: Any,
+    renderer: Any,
+    tips: list[tuple[str, str]],
+    mode: Literal["mouse", "vline"] = "vline",
+    **options: Any,
+) -> None:
+    fig.add_tools(
+        HoverTool(
+            tooltips=tips, mode=mode, line_policy="nearest", visible=False, renderers=[renderer], **options
+        )
+    )
+
+
+def _legend(fig: Any) -> None:
+    legend = fig.legend[0] if fig.legend else None
+    if legend is None:
+        return
+    fig.add_layout(legend, "above")
+    legend.update(
+        orientation="horizontal", click_policy="hide", ncols="auto", nrows="auto", border_line_color=None,
+        background_fill_color=None, label_text_font_size="0.85em", padding=0, spacing=10,
+    )  # fmt: skip
+
+
+def _epoch_axis(fig: Any, steps_per_epoch: int) -> None:
+    """Adds the epochs above a chart over the steps; they follow its zoom."""
+    epochs = Range1d(start=0, end=1)
+    fig.extra_x_ranges = {"epochs": epochs}
+    axis = LinearAxis(x_range_name="epochs", axis_label="epoch", axis_label_standoff=0)
+    fig.add_layout(axis, "above")
+    code = f"epochs.setv({{start: cb_obj.start / {steps_per_epoch}, end: cb_obj.end / {steps_per_epoch}}})"
+    follow = CustomJS(args={"epochs": epochs}, code=code)
+    fig.x_range.js_on_change("start", follow)
+    fig.x_range.js_on_change("end", follow)
+
+
+def _rolling_mean(values: Array, window: int) -> Array:
+    """Returns the mean of each value and the ones before it, up to `window`; unknown values do not count."""
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0.0], np.cumsum(known)])
+    end = np.arange(1, len(values) + 1)
+    begin = np.maximum(0, end - window)
+    count = counts[end] - counts[begin]
+    return np.where(count > 0, (sums[end] - sums[begin]) / np.maximum(count, 1), np.nan)

@@ -1,0 +1,337 @@
+"""Several runs beside one another: what differs, what came of it, and whether that is more than chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from disttrain.config import settings
+from disttrain.errors import UsageError
+from disttrain.report.page import environment_rows, outcome, render, wall_s
+from disttrain.report.records import Run, reached, read_run
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed only.
+
+    Attributes:
+        setting: what tells them from the other groups.
+        titles: of the runs.
+        accuracies: the last one of each run, 0..1.
+        interval: half the width of the 95 % interval of the mean; None for a single run.
+    """
+
+    setting: str
+    titles: list[str]
+    accuracies: list[float]
+    interval: float | None
+
+    @property
+    def mean(self) -> float:
+        """The mean accuracy."""
+        return float(np.mean(self.accuracies))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two groups of runs, by Welch's t test of their last accuracies.
+
+    Attributes:
+        difference: second mean minus first, 0..1.
+        interval: half the width of its 95 % interval; None where a group has a single run.
+        p_value: two-sided; None where a group has a single run.
+        verdict: one sentence.
+    """
+
+    first: str
+    second: str
+    difference: float
+    interval: float | None
+    p_value: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is known of several runs beside one another.
+
+    Attributes:
+        runs: by title, the shortest end of the paths that tells them apart.
+        target: the accuracy, 0..1, to which times are given; None if no run was evaluated.
+        rows: name of a result -> its value in each run, None where unknown.
+        differences: (what, value in each run) of config and environment, where they are not all the same.
+        groups: runs that differ in their seed only.
+        contrasts: of the groups with one another.
+    """
+
+    runs: dict[str, Run]
+    target: float | None
+    rows: dict[str, list[float | str | None]]
+    differences: list[tuple[str, list[str]]]
+    groups: list[Group]
+    contrasts: list[Contrast]
+
+
+def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
+    """Reads the runs and compares them.
+
+    Args:
+        paths: run folders.
+        target: accuracy, 0..1, to which times are given; None is the best that all runs have reached.
+
+    Raises:
+        UsageError: one is no run folder, or they are the same.
+    """
+    folders = [path.resolve() for path in paths]
+    if len(set(folders)) < len(folders):
+        raise UsageError(f"{', '.join(map(str, paths))}: the same run twice; give different run folders")
+    runs = dict(zip(_titles(folders), map(read_run, paths), strict=True))
+    if target is None:
+        best = [run.best.accuracy for run in runs.values() if run.best and run.best.accuracy is not None]
+        target = min(best, default=None)
+    groups = _groups(runs)
+    return Comparison(
+        runs=runs,
+        target=target,
+        rows=_rows(list(runs.values()), target),
+        differences=_differences(list(runs.values())),
+        groups=groups,
+        contrasts=[_contrast(a, b) for i, a in enumerate(groups) for b in groups[i + 1 :]],
+    )
+
+
+def write_comparison(comparison: Comparison, output: Path) -> Path:
+    """Writes the page of a comparison.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    from disttrain.report import charts
+
+    drawn = charts.Charts()
+    charts.overlay(drawn, comparison.runs)
+    return render("comparison.html", output, drawn, comparison=comparison, cell=cell, heading=heading)
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Returns the comparison as JSON values; accuracies are 0..1, times in seconds."""
+    return {
+        "target_accuracy": comparison.target,
+        "runs": [
+            {"run": title, "folder": str(run.folder.path)}
+            | {name: values[number] for name, values in comparison.rows.items()}
+            for number, (title, run) in enumerate(comparison.runs.items())
+        ],
+        "differences": {
+            what: dict(zip(comparison.runs, values, strict=True)) for what, values in comparison.differences
+        },
+        "groups": [vars(group) | {"mean": group.mean} for group in comparison.groups],
+        "contrasts": [vars(contrast) for contrast in comparison.contrasts],
+    }
+
+
+def table(comparison: Comparison) -> Table:
+    """Returns the results that fit on a terminal."""
+    runs = Table(box=None, pad_edge=False)
+    runs.add_column("run", overflow="fold")
+    shown = {name: comparison.rows[name] for name in _ON_TERMINAL if name in comparison.rows}
+    texts = {name: [cell(name, value) for value in values] for name, values in shown.items()}
+    for name, values in texts.items():
+        runs.add_column(heading(name), justify="right", min_width=max(map(len, values)))
+    for row in zip(comparison.runs, *texts.values(), strict=True):
+        runs.add_row(*map(Text, row))
+    return runs
+
+
+_ON_TERMINAL = (
+    "last_accuracy",
+    "best_accuracy",
+    "training_s",
+    "images_per_s",
+    "epochs_to_target",
+    "images_to_target",
+    "training_to_target_s",
+)
+
+
+def heading(name: str) -> str:
+    """Returns the title of a row of `Comparison.rows`, with its unit."""
+    if name == "images_per_s":
+        return "images/s"
+    return name.removesuffix("_s").replace("_", " ") + ", s" * name.endswith("_s")
+
+
+def cell(name: str, value: float | str | None) -> str:
+    """Returns a value of a row of `Comparison.rows` as people read it."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, str):
+        return value
+    if "accuracy" in name:
+        return f"{100 * value:.2f} %"
+    precise = name.endswith("_s") and name != "images_per_s"
+    return f"{value:.4f}" if "loss" in name else f"{value:,.1f}" if precise else f"{value:,.0f}"
+
+
+def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Returns the two-sided p value of Welch's t test, and half the width of the 95 % interval.
+
+    Args:
+        first: at least two values.
+        second: at least two values. (Welch 1947, "The generalization of Student's problem".)
+    """
+    sizes = np.array([len(first), len(second)])
+    errors = np.array([np.var(first, ddof=1), np.var(second, ddof=1)]) / sizes
+    total = float(errors.sum())
+    difference = float(np.mean(second) - np.mean(first))
+    if total == 0:  # no spread at all: any difference is certain
+        return (1.0 if difference == 0 else 0.0), 0.0
+    freedom = total**2 / float((errors**2 / (sizes - 1)).sum())
+    return student_p(difference / math.sqrt(total), freedom), student_quantile(freedom) * math.sqrt(total)
+
+
+def student_p(t: float, freedom: float) -> float:
+    """Returns the chance that Student's t is at least so far from 0.
+
+    With t = sqrt(freedom) tan(u) the density becomes cos(u) ** (freedom - 1), which is smooth on a finite
+    interval, so that Gauss-Legendre quadrature is exact to many digits.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+
+    def integral(begin: float) -> float:
+        half = (math.pi / 2 - begin) / 2
+        return half * float(weights @ np.cos(begin + half * (nodes + 1)) ** (freedom - 1))
+
+    return integral(math.atan(abs(t) / math.sqrt(freedom))) / integral(0.0)
+
+
+def student_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
+    """Returns the distance from 0 that Student's t exceeds with a chance of 1 - confidence, by bisection."""
+    low, high = 0.0, 1.0
+    while student_p(high, freedom) > 1 - confidence:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(middle, freedom) > 1 - confidence else (low, middle)
+    return high
+
+
+def _titles(folders: Sequence[Path]) -> list[str]:
+    """Returns the shortest ends of the paths that differ from one another."""
+    depth = 1
+    while True:
+        titles = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(titles)) == len(titles):
+            return titles
+        depth += 1
+
+
+def _rows(runs: Sequence[Run], target: float | None) -> dict[str, list[float | str | None]]:
+    rows: dict[str, list[float | str | None]] = {}
+
+    def add(name: str, values: list[float | str | None]) -> None:
+        rows[name] = [
+            None if isinstance(value, float) and not math.isfinite(value) else value for value in values
+        ]
+
+    add("state", [outcome(run)[0] for run in runs])
+    add("last_accuracy", [run.evals[-1].accuracy if run.evals else None for run in runs])
+    add("best_accuracy", [run.best.accuracy if run.best else None for run in runs])
+    add("last_loss", [run.evals[-1].loss if run.evals else None for run in runs])
+    add("samples_seen", [run.status.get("samples_seen") for run in runs])
+    add("training_s", [float(run.training_s[-1]) if len(run.training_s) else None for run in runs])
+    add("start_to_end_s", [wall_s(run) for run in runs])
+    speeds = [run.train["images_per_s"] for run in runs]
+    add("images_per_s", [float(np.nanmedian(s)) if np.isfinite(s).any() else None for s in speeds])
+    if target is not None:
+        found = [reached(run, target) for run in runs]
+        samples = [
+            _samples_at(run, hit[0].step) if hit else None for run, hit in zip(runs, found, strict=True)
+        ]
+        add("epochs_to_target", [hit[0].epoch if hit else None for hit in found])
+        add("images_to_target", list(samples))
+        add("training_to_target_s", [hit[1] if hit else None for hit in found])
+    return rows
+
+
+def _samples_at(run: Run, step: int) -> float | None:
+    before = int(np.searchsorted(run.train["step"], step, side="right"))
+    return float(run.train["samples"][before - 1]) if before else None
+
+
+def _settings(run: Run) -> dict[str, str]:
+    return {key: str(value) for key, value in settings(run.config).items()} if run.config else {}
+
+
+def _environment(run: Run) -> dict[str, str]:
+    """Returns the environment, of the choices what was chosen but not why."""
+    rows = environment_rows(run)
+    return {key: value.partition(":")[0] if key.startswith("choice") else value for key, value in rows}
+
+
+def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    found = []
+    for of_run in (_settings, _environment):
+        tables = [of_run(run) for run in runs]
+        for key in dict.fromkeys(key for table in tables for key in table):
+            values = [table.get(key, "n/a") for table in tables]
+            if len(set(values)) > 1:
+                found.append((key, values))
+    return found
+
+
+_OF_NO_EXPERIMENT = ("seed", "name", "data.root", "data.cache", "data.workers", "monitor.", "checkpoint.")
+"""Settings that make no other experiment; by seed alone the runs of a group may differ otherwise."""
+
+
+def _groups(runs: Mapping[str, Run]) -> list[Group]:
+    """Returns the finished runs by what is set in them apart from the seed."""
+    members: dict[tuple[tuple[str, str], ...], list[tuple[str, float]]] = {}
+    for title, run in runs.items():
+        if run.config is None or run.status.get("state") != "finished" or not run.evals:
+            continue
+        accuracy = run.evals[-1].accuracy
+        if accuracy is not None:
+            kept = {k: v for k, v in _settings(run).items() if not k.startswith(_OF_NO_EXPERIMENT)}
+            kept["data digest"] = _environment(run).get("data digest", "n/a")
+            members.setdefault(tuple(sorted(kept.items())), []).append((title, accuracy))
+    keys = [dict(key) for key in members]
+    telling = [
+        k for k in dict.fromkeys(k for key in keys for k in key) if len({key.get(k) for key in keys}) > 1
+    ]
+    groups = []
+    for key, own in zip(keys, members.values(), strict=True):
+        accuracies = [accuracy for _, accuracy in own]
+        interval = None
+        if len(own) > 1:
+            error = float(np.std(accuracies, ddof=1)) / math.sqrt(len(own))
+            interval = student_quantile(len(own) - 1) * error
+        setting = ", ".join(f"{k}={key.get(k, 'n/a')}" for k in telling) or "all runs"
+        groups.append(Group(setting, [title for title, _ in own], accuracies, interval))
+    return groups
+
+
+def _contrast(first: Group, second: Group) -> Contrast:
+    difference = second.mean - first.mean
+    sizes = f"n = {len(first.accuracies)} and {len(second.accuracies)}"
+    points = f"{100 * difference:+.2f} points ({sizes})"
+    if min(len(first.accuracies), len(second.accuracies)) < 2:
+        verdict = f"{points}: no claim, each setting needs at least two seeds"
+        return Contrast(first.setting, second.setting, difference, None, None, verdict)
+    p_value, interval = welch(first.accuracies, second.accuracies)
+    known = "more than the seeds explain" if p_value < 1 - CONFIDENCE else "no more than the seeds explain"
+    low, high = 100 * (difference - interval), 100 * (difference + interval)
+    verdict = (
+        f"{points}, 95 % interval {low:+.2f} to {high:+.2f}, p = {p_value:.2g} (Welch's t test): {known}"
+    )
+    return Contrast(first.setting, second.setting, difference, interval, p_value, verdict)

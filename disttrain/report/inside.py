@@ -1,0 +1,353 @@
+"""What the best checkpoint of a run does with its data set: the part of the report that needs torch."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from disttrain.config import Config
+from disttrain.errors import CheckpointError, DisttrainError
+from disttrain.shards.images import Pixels, as_picture
+from disttrain.shards.index import Index
+
+_BATCH = 256
+_MISTAKES = 24
+_GRID = 40
+_SAMPLES = 40
+_MOST_SIDE = 96  # pixels of a picture
+_MAPS = 16  # of a layer
+_FILTERS = 64
+_LAYERS = 12
+
+
+class Picture(NamedTuple):
+    """An image for a page.
+
+    Attributes:
+        uri: the file as a data: address.
+        width: in pixels.
+        height: in pixels.
+    """
+
+    uri: str
+    width: int
+    height: int
+
+
+class Shot(NamedTuple):
+    """An image of the data set; `predicted` and its probability (0..1) are None where no model looked."""
+
+    picture: Picture
+    label: int
+    predicted: int | None = None
+    probability: float | None = None
+
+
+class Layer(NamedTuple):
+    """What a layer makes of an image: up to 16 of its `maps` of width x height."""
+
+    name: str
+    kind: str
+    picture: Picture
+    maps: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a look into a checkpoint shows.
+
+    Attributes:
+        checkpoint: its name.
+        step: optimizer steps taken until then.
+        confusion: int64 [true class, predicted class].
+        samples: validation samples there are; the confusion counts fewer if the time ran out.
+        mistakes: the most confident ones.
+        grid: some images as they come.
+        filters: of the first convolution, or None; with their number.
+        image: what the layers were shown, or None.
+        layers: in the order in which they run.
+    """
+
+    checkpoint: str
+    step: int
+    confusion: npt.NDArray[np.int64]
+    samples: int
+    mistakes: list[Shot]
+    grid: list[Shot]
+    filters: tuple[Picture, int] | None
+    image: Shot | None
+    layers: list[Layer]
+
+
+def look_inside(run_dir: Any, config: Config, index: Index, *, budget_s: float) -> Inside:
+    """Puts validation images through the best checkpoint, in fp32, in a fixed random order.
+
+    Args:
+        run_dir: the run folder, a Path.
+        config: of the run.
+        index: its data set.
+        budget_s: after this many seconds no further batch is begun, so that a large network on a CPU does not
+            hold up the report.
+
+    Raises:
+        DisttrainError: the checkpoint or the data set cannot be used.
+    """
+    import torch
+
+    from disttrain.augment import Augment
+    from disttrain.data.plan import usable_ids
+    from disttrain.shards.images import expect_images
+    from disttrain.shards.reader import Reader
+    from disttrain.shards.verify import survey
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, name, step = _load(run_dir, config, index)
+    model.to(device).eval()
+    unit = config.data.normalize != "mean_std"
+    augment = Augment(
+        config.augment,
+        seed=config.seed,
+        mean=(0.0,) * index.channels if unit else index.mean,
+        std=(1.0,) * index.channels if unit else index.std,
+        device=device,
+        channels_last=False,
+    )
+    skipped = np.empty(0, np.int64)
+    if config.data.on_error == "skip":
+        skipped = survey(index, "val", lambda text: None)
+    usable = usable_ids(index.splits["val"].samples, skipped)
+    ids = np.random.default_rng(0).permutation(usable)
+    expect_images(len(ids))
+    reader = Reader(index, "val")
+
+    def scores(pixels: Pixels) -> torch.Tensor:
+        images = augment.plain(torch.from_numpy(pixels).to(device))
+        probabilities: torch.Tensor = model(images).float().softmax(1)
+        return probabilities
+
+    labels = np.empty(len(ids), np.int64)
+    predicted = np.empty(len(ids), np.int64)
+    probability = np.empty(len(ids), np.float64)
+    done, began = 0, time.monotonic()
+    with torch.inference_mode():
+        while done < len(ids) and (done == 0 or time.monotonic() - began < budget_s):
+            part = slice(done, min(done + _BATCH, len(ids)))
+            pixels, labels[part] = _read(reader, index, ids[part])
+            best, chosen = scores(pixels).max(1)
+            probability[part], predicted[part] = best.cpu().numpy(), chosen.cpu().numpy()
+            done = part.stop
+        classes = len(index.classes)
+        cells = labels[:done] * classes + predicted[:done]
+        wrong = np.flatnonzero(predicted[:done] != labels[:done])
+        wrong = wrong[np.argsort(-probability[wrong], kind="stable")][:_MISTAKES]
+
+        def shots(places: npt.NDArray[np.int64]) -> list[Shot]:
+            pixels, _ = _read(reader, index, ids[places])
+            return [
+                Shot(picture_of(image), int(labels[at]), int(predicted[at]), float(probability[at]))
+                for image, at in zip(pixels, places, strict=True)
+            ]
+
+        grid = shots(np.arange(min(_GRID, done)))
+        right = next((n for n, shot in enumerate(grid) if shot.label == shot.predicted), 0)
+        pixels, _ = _read(reader, index, ids[right : right + 1])
+        layers = _layers(model, lambda: scores(pixels))
+    return Inside(
+        checkpoint=name,
+        step=step,
+        confusion=np.bincount(cells, minlength=classes**2).reshape(classes, classes),
+        samples=len(ids),
+        mistakes=shots(wrong),
+        grid=grid,
+        filters=_filters(model),
+        image=grid[right],
+        layers=layers,
+    )
+
+
+def sample_grid(index: Index) -> list[Shot]:
+    """Returns training images, as many of each class as there is room for, in the order of the classes.
+
+    Raises:
+        DisttrainError: the data set cannot be read.
+    """
+    from disttrain.shards.reader import Reader
+
+    split = index.splits["train"]
+    count = min(split.samples, 2048)
+    ids = np.sort(np.random.default_rng(0).choice(split.samples, count, replace=False))
+    reader = Reader(index, "train")
+    kept: dict[int, list[Shot]] = {}
+    each = max(1, _SAMPLES // len(index.classes))
+    for place in range(0, count, 64):
+        for sample in ids[place : place + 64]:
+            try:
+                pixels, labels = _read(reader, index, np.array([sample]))
+            except DisttrainError:
+                continue  # a bad sample is no reason to show none
+            of_class = kept.setdefault(int(labels[0]), [])
+            if len(of_class) < each:
+                of_class.append(Shot(picture_of(pixels[0]), int(labels[0])))
+        shown = sum(map(len, kept.values()))
+        if shown >= min(_SAMPLES, each * len(index.classes)):
+            break
+    return [shot for label in sorted(kept) for shot in kept[label]][:_SAMPLES]
+
+
+def picture_of(pixels: Pixels) -> Picture:
+    """Returns an image of uint8 [H, W] or [H, W, C], made smaller if it is large."""
+    image = as_picture(pixels)
+    large = max(image.size) > _MOST_SIDE
+    if large:
+        image.thumbnail((_MOST_SIDE, _MOST_SIDE))
+    file = io.BytesIO()
+    if large:
+        image.convert("RGB").save(file, "JPEG", quality=85)
+    else:
+        image.save(file, "PNG", optimize=True)
+    kind = "jpeg" if large else "png"
+    data = base64.b64encode(file.getvalue()).decode()
+    return Picture(f"data:image/{kind};base64,{data}", *image.size)
+
+
+def mosaic(tiles: npt.NDArray[np.float64], columns: int = 8) -> Picture:
+    """Returns tiles as one picture, one pixel of nothing between them.
+
+    Args:
+        tiles: 0..1, [N, H, W] or [N, H, W, 3].
+        columns: tiles in a row.
+    """
+    count, height, width = tiles.shape[:3]
+    rows = -(-count // columns)
+    columns = min(columns, count)
+    sheet = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, 4), np.uint8)
+    values = np.rint(255 * tiles.clip(0, 1)).astype(np.uint8)
+    if tiles.ndim == 3:
+        values = np.repeat(values[..., None], 3, axis=3)
+    for number, tile in enumerate(values):
+        top, left = number // columns * (height + 1), number % columns * (width + 1)
+        sheet[top : top + height, left : left + width, :3] = tile
+        sheet[top : top + height, left : left + width, 3] = 255
+    file = io.BytesIO()
+    Image.fromarray(sheet).save(file, "PNG", optimize=True)
+    data = base64.b64encode(file.getvalue()).decode()
+    return Picture(f"data:image/png;base64,{data}", sheet.shape[1], sheet.shape[0])
+
+
+def _load(run_dir: Any, config: Config, index: Index) -> tuple[Any, str, int]:
+    """Returns the network of the best checkpoint, or of the latest, with its name and step.
+
+    Raises:
+        DisttrainError: there is none, it is damaged or does not fit the config.
+    """
+    from disttrain.checkpoint import load
+    from disttrain.models import build_model
+
+    checkpoints = run_dir / "checkpoints"
+    link = "best" if (checkpoints / "best").exists() else "latest"
+    if not (checkpoints / link).exists():
+        raise CheckpointError(f"{checkpoints}: there is no checkpoint yet")
+    try:
+        found = load(checkpoints / link)
+    except CheckpointError:
+        found = load(checkpoints / link)  # a run that goes on may have replaced it meanwhile
+    model = build_model(
+        config.model.name,
+        num_classes=len(index.classes),
+        in_channels=index.channels,
+        image_size=(index.height, index.width),
+        args=config.model.args,
+    )
+    weights: Mapping[str, Any] = found.parts["model"]
+    if config.train.ema is not None and "ema" in found.parts:
+        prefix = "module."
+        weights = {
+            key.removeprefix(prefix): value
+            for key, value in found.parts["ema"].items()
+            if key.startswith(prefix)
+        }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{found.path}: does not fit the config: {' '.join(str(error).split())}"
+        ) from None
+    return model, found.path.name, int(found.state["step"])
+
+
+def _read(reader: Any, index: Index, ids: npt.NDArray[np.int64]) -> tuple[Pixels, npt.NDArray[np.int64]]:
+    pixels = np.empty((len(ids), index.height, index.width, index.channels), np.uint8)
+    labels = np.empty(len(ids), np.int64)
+    if len(ids):
+        reader.decode(ids, pixels, labels)
+    return pixels, labels
+
+
+def _filters(model: Any) -> tuple[Picture, int] | None:
+    """Returns the filters of the first convolution, in colour if it reads colours, and their number."""
+    from torch import nn
+
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        return None
+    weights = first.weight.detach().float().cpu().numpy()[:_FILTERS].astype(np.float64)
+    tiles = weights.transpose(0, 2, 3, 1) if weights.shape[1] == 3 else weights[:, 0]
+    each = tuple(range(1, tiles.ndim))
+    low, high = tiles.min(each, keepdims=True), tiles.max(each, keepdims=True)
+    return mosaic((tiles - low) / np.maximum(high - low, 1e-12)), len(first.weight)
+
+
+def _layers(model: Any, forward: Callable[[], object]) -> list[Layer]:
+    """Returns the maps of the layers that make some, the convolutions alone if there are many."""
+    from torch import Tensor, nn
+
+    seen: list[tuple[str, Any, npt.NDArray[np.float64]]] = []
+
+    def hook(name: str) -> Callable[[Any, Any, Any], None]:
+        def keep(module: Any, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
+                seen.append((name, module, output[0].detach().float().cpu().numpy().astype(np.float64)))
+
+        return keep
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(seen) > _LAYERS:
+        seen = [entry for entry in seen if isinstance(entry[1], nn.Conv2d)] or seen
+    if len(seen) > _LAYERS:
+        seen = [seen[i] for i in np.linspace(0, len(seen) - 1, _LAYERS).round().astype(int)]
+    return [_layer(name, module, maps) for name, module, maps in seen]
+
+
+def _layer(name: str, module: Any, maps: npt.NDArray[np.float64]) -> Layer:
+    count, height, width = maps.shape
+    shown = maps[:_MAPS]
+    step = max(1, max(height, width) // _MOST_SIDE)
+    shown = shown[:, ::step, ::step]
+    low, high = shown.min((1, 2), keepdims=True), shown.max((1, 2), keepdims=True)
+    picture = mosaic((shown - low) / np.maximum(high - low, 1e-12))
+    return Layer(name, type(module).__name__, picture, count, width, height)
+
+
+def most_confused(confusion: npt.NDArray[np.int64], most: int = 10) -> list[tuple[int, int, int]]:
+    """Returns (true class, predicted class, count) of the mistakes that are made most often."""
+    off = confusion.copy()
+    np.fill_diagonal(off, 0)
+    order = np.argsort(-off, axis=None, kind="stable")[:most]
+    pairs = ((int(cell) // len(off), int(cell) % len(off)) for cell in order)
+    return [(true, guess, int(off[true, guess])) for true, guess in pairs if off[true, guess]]

@@ -1,0 +1,138 @@
+"""Tests of the comparison of runs."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import Run as Command
+from run_files import CONFIG, write_run
+
+from disttrain.errors import UsageError
+from disttrain.report.compare import compare, student_p, student_quantile, to_json, welch, write_comparison
+
+
+def runs(folder: Path, settings: dict[str, tuple[float, float]]) -> list[Path]:
+    """Writes a run for each name: its learning rate and its last accuracy; the seed is its place."""
+    paths = []
+    for seed, (name, (lr, accuracy)) in enumerate(settings.items()):
+        config = CONFIG.replace("lr: 0.1", f"lr: {lr}") + f"seed: {seed}\n"
+        paths.append(write_run(folder / name, accuracies=(0.5, 0.6, accuracy), config=config))
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "p_value"),  # from the usual tables of Student's distribution
+    [
+        (0, 5, 1.0),
+        (12.706, 1, 0.05),
+        (2.776, 4, 0.05),
+        (-2.776, 4, 0.05),
+        (4.604, 4, 0.01),
+        (1.96, 1e6, 0.05),
+    ],
+)
+def test_students_distribution(t: float, freedom: float, p_value: float) -> None:
+    assert student_p(t, freedom) == pytest.approx(p_value, rel=1e-3)
+    if 0 < p_value < 1:
+        assert student_quantile(freedom, 1 - p_value) == pytest.approx(abs(t), rel=1e-3)
+
+
+def test_welchs_test_where_the_answer_has_a_closed_form() -> None:
+    # equal spreads and sizes: Student's t at 4 degrees of freedom
+    p_value, interval = welch([1, 2, 3], [2, 3, 4])
+    t = 1 / math.sqrt(2 / 3)
+    u = t / math.sqrt(1 + t**2 / 4)
+    assert p_value == pytest.approx(2 * (0.5 - 3 / 8 * u * (1 - u**2 / 12)))
+    assert interval == pytest.approx(2.776445 * math.sqrt(2 / 3))
+    # one group without spread: that of the other alone, at 1 degree of freedom (Cauchy)
+    p_value, interval = welch([0, 0, 0], [1, 3])
+    assert p_value == pytest.approx(1 - 2 / math.pi * math.atan(2))
+    assert interval == pytest.approx(12.7062, rel=1e-5)
+    assert welch([1, 1], [1, 1]) == (1.0, 0.0)
+    assert welch([1, 1], [2, 2]) == (0.0, 0.0)
+
+
+def test_seeds_of_one_setting_are_one_group_and_the_difference_is_judged(tmp_path: Path) -> None:
+    settings = {"a0": (0.1, 0.70), "a1": (0.1, 0.71), "a2": (0.1, 0.72)}
+    settings |= {"b0": (0.2, 0.80), "b1": (0.2, 0.81), "b2": (0.2, 0.82)}
+    found = compare(runs(tmp_path, settings))
+    assert [(group.setting, group.titles) for group in found.groups] == [
+        ("optim.lr=0.1", ["a0", "a1", "a2"]), ("optim.lr=0.2", ["b0", "b1", "b2"]),
+    ]  # fmt: skip
+    # standard error 0.01 / sqrt(3), t = 4.303 at 2 degrees of freedom
+    assert found.groups[0].interval == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+    (contrast,) = found.contrasts
+    assert contrast.difference == pytest.approx(0.1)
+    assert contrast.p_value is not None
+    assert contrast.p_value < 0.001
+    assert "+10.00 points (n = 3 and 3)" in contrast.verdict
+    assert contrast.verdict.endswith("more than the seeds explain")
+    assert dict(found.differences)["optim.lr"] == ["0.1"] * 3 + ["0.2"] * 3
+    assert dict(found.differences)["seed"] == list("012345")
+    assert "train.epochs" not in dict(found.differences)
+
+
+def test_noise_is_not_sold_as_a_difference(tmp_path: Path) -> None:
+    settings = {"a0": (0.1, 0.70), "a1": (0.1, 0.80), "b0": (0.2, 0.72), "b1": (0.2, 0.83)}
+    (contrast,) = compare(runs(tmp_path, settings)).contrasts
+    assert contrast.verdict.endswith("no more than the seeds explain")
+
+
+def test_nothing_is_claimed_of_a_single_run(tmp_path: Path) -> None:
+    found = compare(runs(tmp_path, {"a": (0.1, 0.7), "b": (0.2, 0.9), "c": (0.2, 0.91)}))
+    (contrast,) = found.contrasts
+    assert (contrast.p_value, contrast.interval) == (None, None)
+    assert "(n = 1 and 2): no claim" in contrast.verdict
+    assert found.groups[0].interval is None
+
+
+def test_time_and_images_to_an_accuracy(tmp_path: Path) -> None:
+    paths = runs(tmp_path, {"a": (0.1, 0.7), "b": (0.2, 0.9)})
+    found = compare(paths)
+    assert found.target == 0.7  # the best that both have reached
+    assert found.rows["images_to_target"] == [300, 300]
+    found = compare(paths, 0.55)
+    assert found.rows["epochs_to_target"] == [2, 2]
+    assert found.rows["images_to_target"] == [200, 200]
+    assert found.rows["training_to_target_s"] == pytest.approx([20, 20])
+    assert compare(paths, 0.8).rows["training_to_target_s"][0] is None
+
+
+def test_runs_that_failed_or_tell_nothing_are_shown_but_not_judged(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / "x" / "run", status={"state": "failed", "exit_code": 70}),
+        write_run(tmp_path / "y" / "run", accuracies=()),
+    ]
+    (paths[1] / "env.json").unlink()
+    found = compare(paths)
+    assert list(found.runs) == ["x/run", "y/run"]
+    assert found.rows["state"] == ["failed", "finished"]
+    assert found.rows["last_accuracy"] == [0.75, None]
+    assert found.groups == []
+    json.dumps(to_json(found), allow_nan=False)
+    page = write_comparison(found, tmp_path / "page.html")
+    assert "No run has finished with an evaluation" in page.read_text()
+
+
+def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with pytest.raises(UsageError, match="the same run twice"):
+        compare([run, tmp_path / "other" / ".." / "run"])
+
+
+def test_the_command_prints_a_table_or_json_and_writes_the_page(tmp_path: Path, disttrain: Command) -> None:
+    paths = runs(tmp_path, {"a": (0.1, 0.7), "<b>": (0.2, 0.9)})
+    result = disttrain("compare", *paths, "--target", "55")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "last" in result.stdout
+    assert "90.00 %" in result.stdout
+    assert "no claim" in result.stdout
+    assert result.stdout.splitlines()[-1] == "comparison.html"
+    page = (tmp_path / "comparison.html").read_text()
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page.split("<script>")[0]
+    same = disttrain("report", *paths, "--json", "--output", "page.html")
+    assert (tmp_path / "page.html").exists()
+    rows = json.loads(same.stdout)["runs"]
+    assert [row["last_accuracy"] for row in rows] == [0.7, 0.9]

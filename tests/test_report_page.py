@@ -1,0 +1,251 @@
+"""Tests of the pages of `disttrain report` and `disttrain compare` in a real browser, Debian's Chromium."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+from run_files import CONFIG, stamp, write_run
+
+from disttrain.report import compare, write_report
+from disttrain.shards.pack import Listed
+from disttrain.shards.pack import pack as pack_samples
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+
+SECTIONS = ("summary", "learning", "speed", "devices", "classes", "examples", "network", "data", "setup")
+EVIL = ("<script>alert(1)</script>", "$$\\frac{x}{y}$$", "emu & 'co'")
+DRAWN = "window.Bokeh && Bokeh.documents.length > 0 && Bokeh.documents.every((page) => page.is_idle)"
+
+AXIS = "[...Bokeh.documents[0].all_models].find((m) => m.type === 'LinearAxis').major_label_text_color"
+"""The colour of the text at an axis, in the browser."""
+TEXT = {"light": "#1a1d21", "dark": "#e8eaed"}
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Open]:
+    """Opens a page and fails the test if the page complains or asks for anything but itself."""
+    contexts = []
+    complaints: list[str] = []
+
+    def open_page(path: Path, **options: Any) -> Any:
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(120_000)
+        page.on("console", lambda m: m.type in ("error", "warning") and complaints.append(m.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}") or dialog.dismiss())
+        page.on("request", lambda r: r.url.startswith(("data:", path.as_uri())) or complaints.append(r.url))
+        page.goto(path.as_uri())
+        page.wait_for_function(DRAWN)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run on two GPUs with restarts, checkpoints and a stall, on classes with evil names."""
+    from disttrain import checkpoint
+    from disttrain.models import build_model
+
+    root = tmp_path_factory.mktemp("page")
+    splits = {
+        name: Listed(toy.samples(toy.images(count, seed, (8, 8, 3))))
+        for seed, (name, count) in enumerate({"train": 30, "val": 12}.items())
+    }
+    pack_samples("evil", str(root / "data"), splits, EVIL, channels=3)
+    config = CONFIG.replace("{name: none}", f"{{name: evil, root: {root / 'data'}}}")
+    run = write_run(root / "run", config=config, gpus=4, status={"restarts": 1})
+    (run / "logs").mkdir()
+    events = (
+        (0, "rank 0, process 17 on a"),
+        (9, "saved x/step_00000010, the best"),
+        (12, "rank 0, process 18 on a"),
+    )
+    text = "".join(f"{stamp(second)} INFO {what}\n" for second, what in events)
+    (run / "logs/rank_00000.log").write_text(text)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[14]["step_time_s"] = 12.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = build_model("cnn_mnist", num_classes=3, in_channels=3, image_size=(8, 8), args={})
+    taken = checkpoint.snapshot(30, {"model": model.state_dict()}, {"step": 30})
+    checkpoint.write(run / "checkpoints", taken, keep=1, best=True)
+    return write_report(run)
+
+
+def chart_range(page: Any, name: str) -> tuple[float, float]:
+    """Returns what a chart shows of its x axis."""
+    script = """(name) => {
+        const model = document.querySelector(`#chart-${name} [data-root-id]`).dataset.rootId;
+        const range = Bokeh.documents[0].get_model_by_id(model).x_range;
+        return [range.start, range.end];
+    }"""
+    start, end = page.evaluate(script, name)
+    return start, end
+
+
+def plot_area(page: Any, name: str) -> dict[str, float]:
+    """Returns the place of a chart's canvas on the screen."""
+    page.locator(f"#chart-{name}").scroll_into_view_if_needed()
+    box: dict[str, float] = page.locator(
+        f"#chart-{name} .bk-CanvasPanel, #chart-{name} .bk-Canvas"
+    ).first.bounding_box()
+    return box
+
+
+def tooltips(page: Any) -> str:
+    """Returns what the tooltips of all charts say; they live in shadow trees."""
+    script = """() => {
+        const texts = [];
+        const visit = (root) => root.querySelectorAll("*").forEach((node) => {
+            if (!node.shadowRoot) return;
+            if (node.classList.contains("bk-Tooltip")) texts.push(node.shadowRoot.textContent);
+            visit(node.shadowRoot);
+        });
+        visit(document);
+        return texts.join(" | ");
+    }"""
+    text: str = page.evaluate(script)
+    return text
+
+
+def test_every_section_and_chart_is_there_and_evil_names_are_text(report: Path, open_page: Open) -> None:
+    page = open_page(report)
+    for name in SECTIONS:
+        assert page.locator(f"section#{name} h2").is_visible()
+    charts = page.locator(".chart").evaluate_all("(all) => all.map((one) => one.parentElement.id)")
+    assert charts == [
+        f"chart-{name}"
+        for name in ("loss", "accuracy", "lr", "images_per_s", "data_wait_pct", "time_throughput",
+                     "time_utilization_pct", "time_memory_gib", "time_power_w", "time_temperature_c")
+    ]  # fmt: skip
+    for chart in charts:
+        assert page.locator(f"#{chart} canvas").count() > 0
+    for name in EVIL:
+        assert page.locator("#data th", has_text=name).is_visible()
+        assert page.locator(f"#examples img[alt^={json.dumps(name)}]").count() > 0
+    assert page.locator("h1").inner_text() == "demo"
+    assert page.locator("img:not([alt]), img[alt='']").count() == 0
+    broken = "(all) => all.filter((one) => one.naturalWidth === 0).length"
+    assert page.locator("img").evaluate_all(broken) == 0
+    assert page.locator("#devices summary", has_text="What happened").is_visible()
+    assert "step 14 took 12 s, 12 times" in page.locator("#devices").evaluate("(all) => all.textContent")
+
+
+def test_hover_tells_the_values_and_dragging_zooms_all_charts_of_a_group(
+    report: Path, open_page: Open
+) -> None:
+    page = open_page(report)
+    before = chart_range(page, "loss")
+    epochs = (
+        """() => [...Bokeh.documents[0].all_models].filter((m) => m.type === "Range1d").map((m) => m.end)"""
+    )
+    whole_epochs = page.evaluate(epochs)
+    box = plot_area(page, "loss")
+    middle = box["y"] + 0.6 * box["height"]
+    page.mouse.move(box["x"] + 0.5 * box["width"], middle)
+    page.wait_for_timeout(500)
+    assert "step" in tooltips(page)
+    assert "loss" in tooltips(page)
+    page.mouse.move(box["x"] + 0.3 * box["width"], middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.45 * box["width"], middle, steps=5)
+    page.mouse.move(box["x"] + 0.6 * box["width"], middle, steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    after = chart_range(page, "loss")
+    assert before[0] < after[0] < after[1] < before[1]
+    assert after[1] - after[0] < 0.5 * (before[1] - before[0])
+    assert chart_range(page, "images_per_s") == after
+    assert all(now < then for now, then in zip(page.evaluate(epochs), whole_epochs, strict=True))
+    assert chart_range(page, "time_power_w")[0] > 1e12  # another group: milliseconds since 1970
+
+
+def luminance(color: str) -> float:
+    """Returns how bright a CSS colour is, 0..1; colours as rgb(r, g, b)."""
+    return sum(map(float, color.removeprefix("rgb(").rstrip(")").split(","))) / 3 / 255
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280, 2200])
+def test_it_fits_the_screen_and_follows_the_colours(
+    scheme: str, width: int, report: Path, open_page: Open
+) -> None:
+    page = open_page(report, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    back = luminance(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    text = luminance(page.evaluate("getComputedStyle(document.body).color"))
+    assert (back > 0.9, text < 0.2) == ((True, True) if scheme == "light" else (False, False))
+    page.wait_for_function(
+        f"{AXIS} === getComputedStyle(document.documentElement).getPropertyValue('--text')"
+    )
+    for chart in page.locator(".chart").all():
+        box = chart.bounding_box()
+        assert box["width"] >= min(300, width - 60)
+        assert box["x"] + box["width"] <= width
+        assert box["height"] >= 250
+
+
+def test_the_charts_turn_with_the_colours_and_for_the_printer(report: Path, open_page: Open) -> None:
+    page = open_page(report, color_scheme="light")
+    page.wait_for_function(f"{AXIS} === '{TEXT['light']}'")
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"{AXIS} === '{TEXT['dark']}'")
+    page.emulate_media(color_scheme="dark", media="print")
+    page.wait_for_function(f"{AXIS} === '{TEXT['light']}'")
+    assert not page.locator("nav").is_visible()
+    assert luminance(page.evaluate("getComputedStyle(document.body).backgroundColor")) == 1
+    assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_a_finger_scrolls_the_page_over_a_chart(report: Path, open_page: Open) -> None:
+    page = open_page(report, viewport={"width": 360, "height": 800}, has_touch=True, is_mobile=True)
+    box = plot_area(page, "loss")
+    page.wait_for_function(f"{AXIS} === '{TEXT['light']}'")
+    script = """([x, y]) => {
+        let node = document.elementFromPoint(x, y);
+        for (let inner = node; inner; inner = inner.shadowRoot?.elementFromPoint(x, y)) {
+            if (inner === node && node !== document.elementFromPoint(x, y)) break;
+            node = inner;
+        }
+        return getComputedStyle(node).touchAction;
+    }"""
+    middle = [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2]
+    assert page.evaluate(script, middle) == "auto"
+
+
+def test_the_comparison_in_the_browser(tmp_path: Path, open_page: Open) -> None:
+    names = ("a", EVIL[1].replace("/", "|"), "c <script>alert(3)<|script>")
+    paths = [
+        write_run(tmp_path / name, accuracies=(0.5, 0.6, 0.7 + n / 100), config=f"{CONFIG}seed: {n}\n")
+        for n, name in enumerate(names)
+    ]
+    page = open_page(compare.write_comparison(compare.compare(paths), tmp_path / "page.html"))
+    for name in ("results", "curves", "seeds", "differences"):
+        assert page.locator(f"section#{name} h2").is_visible()
+    assert page.locator("#curves canvas").count() >= 4
+    assert page.locator("#seeds td", has_text="71.00 % ± 2.48").is_visible()
+    assert page.locator("#differences tr", has_text="seed").is_visible()
+    assert page.locator("#results th", has_text=names[2]).is_visible()

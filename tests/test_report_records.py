@@ -1,0 +1,180 @@
+"""Tests of reading a run folder for the report."""
+
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_files import BEGIN, gpu_record, stamp, train_record, write_lines, write_run
+
+from disttrain.errors import UsageError
+from disttrain.report import records
+from disttrain.report.records import reached, read_gpus, read_run, thin, utc
+
+
+@given(
+    st.lists(st.floats(-1e9, 1e9) | st.just(math.nan), min_size=1, max_size=400),
+    st.integers(4, 60),
+)
+def test_thinning_keeps_both_ends_and_every_extreme(values: list[float], points: int) -> None:
+    array = np.array(values)
+    kept = thin(array, points)
+    assert (np.diff(kept) > 0).all()
+    assert (kept[0], kept[-1]) == (0, len(values) - 1)
+    assert len(kept) <= max(points, 4)
+    known = array[np.isfinite(array)]
+    if len(known):
+        assert (np.nanmin(array[kept]), np.nanmax(array[kept])) == (known.min(), known.max())
+
+
+def test_thinning_keeps_the_extremes_of_every_part_and_the_gaps() -> None:
+    values = np.sin(np.linspace(0, 20, 100_000))
+    values[40_000] = 7
+    values[50_000:60_000] = np.nan
+    kept = thin(values, 1000)
+    assert len(kept) <= 1000
+    assert 40_000 in kept
+    drawn = values[kept]
+    for begin in range(0, 100_000, 10_000):
+        part = drawn[(kept >= begin) & (kept < begin + 10_000)]
+        whole = values[begin : begin + 10_000]
+        if begin == 50_000:
+            assert len(part)
+            assert np.isnan(part[1:-1]).all()
+        else:
+            assert np.nanmax(part) == pytest.approx(np.nanmax(whole), abs=0.05)
+            assert np.nanmin(part) == pytest.approx(np.nanmin(whole), abs=0.05)
+
+
+def test_columns_events_and_the_best_evaluation_of_a_run(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    assert run.name == "demo"
+    assert run.train["step"].tolist() == list(range(1, 31))
+    assert run.training_s[-1] == pytest.approx(30)
+    assert run.train["time_s"][:2].tolist() == pytest.approx([BEGIN + 1, BEGIN + 2])
+    assert run.best is not None
+    assert (run.best.epoch, run.best.accuracy) == (2, 0.8)
+    assert [event.kind for event in run.events] == ["evaluation"] * 3
+    assert [event.seconds for event in run.events] == pytest.approx([0.5] * 3)
+    assert reached(run, 0.6) == (run.evals[1], pytest.approx(20))
+    assert reached(run, 0.9) is None
+    assert utc(BEGIN) == "2026-11-20 23:59:30 UTC"
+
+
+def test_times_across_midnight_and_broken_ones() -> None:
+    texts = [stamp(second) for second in (0, 29.999, 30, 86429.5)]
+    expected = [BEGIN, BEGIN + 29.999, BEGIN + 30, BEGIN + 86429.5]
+    assert records._seconds(texts).tolist() == pytest.approx(expected, abs=1e-4)
+    assert records._seconds(texts[:2]).tolist() == pytest.approx(expected[:2], abs=1e-4)
+    micro = ["2026-11-21T00:45:12.123456Z", "2026-11-21T00:45:13Z", "yesterday", ""]
+    first, second, *rest = records._seconds(micro).tolist()
+    assert first == pytest.approx(datetime(2026, 11, 21, 0, 45, 12, 123000, UTC).timestamp(), abs=1e-4)
+    assert math.isnan(second) or second == datetime(2026, 11, 21, 0, 45, 13, tzinfo=UTC).timestamp()
+    assert all(map(math.isnan, rest))
+
+
+def test_starts_and_checkpoints_are_read_from_the_log(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "logs").mkdir()
+    lines = [
+        f"{stamp(0)} INFO rank 0, process 17 on node0",
+        f"{stamp(9)} INFO saved {run}/checkpoints/step_00000010, the best",
+        f"{stamp(10)} WARNING saved nothing step_00000010",
+        f"{stamp(12)} INFO rank 0, process 18 on node0",
+        f"{stamp(20)} INFO saved {run}/checkpoints/step_00000020",
+    ]
+    (run / "logs/rank_00000.log").write_text("\n".join(lines))
+    events = [event for event in read_run(run).events if event.kind != "evaluation"]
+    assert [(event.kind, event.text) for event in events] == [
+        ("start", "start"),
+        ("checkpoint", "checkpoint of step 10, the best so far"),
+        ("start", "start number 2"),
+        ("checkpoint", "checkpoint of step 20"),
+    ]
+    assert [event.time_s - BEGIN for event in events] == pytest.approx([0, 9, 12, 20], abs=1e-3)
+
+
+def test_an_interval_of_slow_steps_is_a_stall(tmp_path: Path) -> None:
+    steps = [train_record(10 * n, step_time_s=0.1) for n in range(1, 21)]
+    steps[11] |= {"step_time_s": 4.0}
+    steps[15] |= {"step_time_s": 0.6}  # six times as slow, but 5 s in all
+    write_lines(tmp_path / "metrics.jsonl", steps)
+    (stall,) = read_run(tmp_path).events
+    assert (stall.kind, stall.seconds) == ("stall", pytest.approx(40))
+    assert stall.text == "steps 111 to 120 took 40 s, 40 times as long as usual"
+
+
+def test_lines_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", gpus=2)
+    for name in ("metrics.jsonl", "gpu.jsonl"):
+        text = (run / name).read_text()
+        lines = text.splitlines()
+        broken = [*lines[:3], '{"kind": "train", "st', "\xff\x00", '{"step": "many", "kind": 3}', *lines[3:]]
+        (run / name).write_bytes("\n".join([*broken, lines[0][:40]]).encode("latin-1"))
+    found = read_run(run)
+    assert len(found.train["step"]) == 30
+    assert found.unread == 3  # the last line is being written
+    devices, unread = read_gpus(run / "gpu.jsonl")
+    assert [len(device.time_s) for device in devices] == [30, 30]
+    assert unread == 3
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"not a run folder"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "env.json", "status.json", "metrics.jsonl", "gpu.jsonl"])
+def test_a_run_is_read_without_any_of_its_files(missing: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", gpus=1)
+    (run / missing).unlink()
+    found = read_run(run)
+    devices, _ = read_gpus(run / "gpu.jsonl")
+    assert (found.config is None) == (missing == "config.yaml")
+    assert (found.env == {}) == (missing == "env.json")
+    assert (found.status == {}) == (missing == "status.json")
+    assert (found.evals == []) == (missing == "metrics.jsonl")
+    assert (devices == []) == (missing == "gpu.jsonl")
+
+
+def test_gpus_are_told_apart_and_their_unknown_readings_stay_unknown(tmp_path: Path) -> None:
+    rows = [gpu_record(second, number) for second in range(40) for number in (2, 0, 1)]
+    rows[0] |= {"power_w": None}
+    write_lines(tmp_path / "gpu.jsonl", rows)
+    devices, _ = read_gpus(tmp_path / "gpu.jsonl")
+    assert [device.label for device in devices] == ["node0 GPU 0", "node0 GPU 1", "node1 GPU 0"]
+    assert [device.values["utilization_pct"][0] for device in devices] == [90, 91, 92]
+    assert [device.values["memory_gib"][0] for device in devices] == [2, 4, 6]
+    assert np.isnan(devices[2].values["power_w"]).tolist() == [True, *[False] * 39]
+    assert devices[0].time_s.tolist() == pytest.approx([BEGIN + s for s in range(40)], abs=1e-3)
+
+
+def test_a_large_file_is_read_by_several_processes_line_for_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gpu.jsonl"
+    rows = [json.dumps(gpu_record(second / 10, number)) for second in range(500) for number in range(3)]
+    rows.insert(700, "no JSON")
+    path.write_text("\n".join(rows) + "\n" + rows[0][:20])
+    whole = read_gpus(path)
+    monkeypatch.setattr(records, "_PART_BYTES", 1)
+    monkeypatch.setattr(records, "usable_cores", lambda: 3)
+    parts = read_gpus(path)
+    assert parts[1] == whole[1] == 1
+    for one, other in zip(whole[0], parts[0], strict=True):
+        assert one.label == other.label
+        assert len(one.time_s) == 500
+        np.testing.assert_array_equal(one.time_s, other.time_s)
+        for key, values in one.values.items():
+            np.testing.assert_array_equal(values, other.values[key])
+
+
+@pytest.mark.parametrize("chunk", [1000, 4096, 2**20])
+def test_chunks_end_at_lines(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run")
+    monkeypatch.setattr(records, "_CHUNK_BYTES", chunk)
+    assert read_run(run).train["step"].tolist() == list(range(1, 31))
