@@ -130,4 +130,5 @@ def test_a_data_set_that_changed_since_the_checkpoint_is_refused(
         env=env,
     )  # fmt: skip
     assert result.returncode == 2
-    assert "digits is not the data set it was trained on" in result.stderr
+    assert "was saved with another config or data set:" in result.stderr
+    assert "data.digest: " in result.stderr

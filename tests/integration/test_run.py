@@ -150,7 +150,8 @@ name: tiny
 data: {name: digits}
 augment: {crop_padding: 1, flip: true, cutout: 2}
 model: {name: cnn_mnist}
-train: {epochs: 2, batch_size: 48, trace_samples: true, label_smoothing: 0.1}
+train: {epochs: 2, batch_size: 48, trace_samples: true, label_smoothing: 0.1, precision: fp32,
+        channels_last: true}
 optim: {name: sgd, lr: 0.05}
 schedule: {name: cosine, warmup_epochs: 1}
 monitor: {log_every_steps: 5}

@@ -135,6 +135,12 @@ def ended(process: subprocess.Popen[str], tmp_path: Path) -> tuple[int, str, flo
     return process.returncode, output, now - float(failed.read_text()) if failed.exists() else 0.0
 
 
+def trains(tmp_path: Path) -> bool:
+    """Tells whether the first log point is behind the run: the file is made before training begins."""
+    metrics = tmp_path / "run/metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
 def status(tmp_path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((tmp_path / "run/status.json").read_text())
     return content
@@ -373,7 +379,7 @@ def test_a_failure_on_the_first_node_is_not_blamed_on_the_second(
 
 def test_a_node_that_is_lost_ends_the_run(start: Start, tmp_path: Path, port: int) -> None:
     first, second = two_nodes(start, port)
-    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists(), first)
+    wait_for(lambda: trains(tmp_path), first)
     second.kill()
     codes, outputs = both([first, second], tmp_path)
     assert codes == [70, -signal.SIGKILL], outputs
@@ -386,7 +392,7 @@ def test_a_stop_of_one_node_stops_and_saves_on_both(
     rank: int, start: Start, tmp_path: Path, port: int
 ) -> None:
     processes = two_nodes(start, port)
-    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists(), processes[0])
+    wait_for(lambda: trains(tmp_path), processes[0])
     processes[rank].send_signal(signal.SIGUSR2)
     codes, outputs = both(processes, tmp_path)
     assert codes == [75, 75], outputs
@@ -476,7 +482,7 @@ def test_a_rank_that_never_comes_without_our_launcher(start: Start, tmp_path: Pa
 def test_a_rank_that_freezes_without_our_launcher(start: Start, tmp_path: Path, port: int) -> None:
     options = ["train.epochs=3000", "monitor.stall_timeout_s=1"]
     ranks = [worker(start, rank, port, *options) for rank in (0, 1)]
-    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists(), ranks[0])
+    wait_for(lambda: trains(tmp_path), ranks[0])
     ranks[1].send_signal(signal.SIGSTOP)
     output, _ = ranks[0].communicate(timeout=120)
     ranks[1].kill()
