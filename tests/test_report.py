@@ -18,10 +18,9 @@ from run_files import CONFIG, stamp, write_run
 from disttrain import checkpoint
 from disttrain.config import load_config
 from disttrain.errors import StorageError
-from disttrain.report import write_report
 from disttrain.report.charts import PALETTE
 from disttrain.report.inside import look_inside, mosaic, most_confused
-from disttrain.report.page import outcome
+from disttrain.report.page import outcome, write_report
 from disttrain.report.records import read_run
 from disttrain.shards.index import load_index
 

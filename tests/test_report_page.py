@@ -12,7 +12,8 @@ import pytest
 import toy
 from run_files import CONFIG, stamp, write_run
 
-from disttrain.report import compare, write_report
+from disttrain.report import compare
+from disttrain.report.page import write_report
 from disttrain.shards.pack import Listed
 from disttrain.shards.pack import pack as pack_samples
 

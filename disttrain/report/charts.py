@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, Literal
 
 import numpy as np
@@ -119,17 +120,17 @@ def timeline(charts: Charts, run: Run, devices: Sequence[Device], events: Sequen
     measures = [key for key in MEASURES if any(key in device.values for device in devices)]
     points = max(100, min(_POINTS, _ALL_POINTS // max(1, len(devices) * len(measures))))
     throughput = Device("all ranks", "", run.train["time_s"], {"images_per_s": run.train["images_per_s"]})
-    rows = [("throughput", "images per second", [throughput], "images_per_s")]
-    rows += [(key, ", ".join(MEASURES[key]), list(devices), key) for key in measures]
+    rows = [("throughput", "images/s", [throughput], "images_per_s")]
+    rows += [(key, MEASURES[key][1], list(devices), key) for key in measures]
     names = []
-    for name, label, shown, key in rows:
+    for name, unit, shown, key in rows:
         shown = [device for device in shown if key in device.values and _drawable(device, key)]
         if not shown:
             continue
-        fig = charts.add(f"time_{name}", "time", label, x_axis_type="datetime", x_axis_label="time, UTC")
+        fig = charts.add(f"time_{name}", "time", unit, x_axis_type="datetime", x_axis_label="time, UTC")
         fig.y_range.start = 0
         fig.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
-        _device_lines(fig, shown, key, points)
+        _device_lines(fig, shown, key, unit, points)
         _marks(fig, events)
         _legend(fig)
         names.append(f"time_{name}")
@@ -204,8 +205,8 @@ def _validation(fig: Any, evals: Sequence[Record], name: str, scale: float, form
     _hover(fig, points, [("epoch", "@epoch{0,0}"), (f"validation {name}", f"@y{{{form}}}")])
 
 
-def _device_lines(fig: Any, devices: Sequence[Device], key: str, points: int) -> None:
-    unit = [("time", "$snap_x{%F %T}"), (key.rpartition("_")[0], "$snap_y{0,0.[00]}")]
+def _device_lines(fig: Any, devices: Sequence[Device], key: str, unit: str, points: int) -> None:
+    tips = [("", f"$snap_y{{0,0.[00]}} {unit}"), ("", "$snap_x{%F %T}")]
     curves = [_curve(device.time_s, device.values[key], points) for device in devices]
     colors = [PALETTE[number % len(PALETTE)] for number in range(len(devices))]
     labels = [device.label for device in devices]
@@ -219,7 +220,7 @@ def _device_lines(fig: Any, devices: Sequence[Device], key: str, points: int) ->
         lines = fig.multi_line(
             "xs", "ys", source=ColumnDataSource(data), color="color", line_width=0.8, line_alpha=0.5
         )
-        _hover(fig, lines, [("device", "@label"), *unit], "mouse", formatters={"$snap_x": "datetime"})
+        _hover(fig, lines, [("device", "@label"), *tips], "mouse", formatters={"$snap_x": "datetime"})
         return
     for (x, y), color, label in zip(curves, colors, labels, strict=True):
         data = {"x": 1e3 * x, "y": y.astype(np.float32)}
@@ -232,7 +233,7 @@ def _device_lines(fig: Any, devices: Sequence[Device], key: str, points: int) ->
             name=label,
             legend_label=label,
         )
-        _hover(fig, line, [("", "$name"), *unit], formatters={"$snap_x": "datetime"})
+        _hover(fig, line, [("", "$name"), *tips], formatters={"$snap_x": "datetime"})
 
 
 def _curve(x: Array, y: Array, points: int) -> tuple[Array, Array]:
@@ -279,9 +280,11 @@ def _hover(
     mode: Literal["mouse", "vline"] = "vline",
     **options: Any,
 ) -> None:
+    # As HTML, in which Bokeh escapes the values: the colours of its own table are too pale on white.
+    rows = "".join(f"<div><b>{escape(name)}</b> {value}</div>" for name, value in tips)
     fig.add_tools(
         HoverTool(
-            tooltips=tips, mode=mode, line_policy="nearest", visible=False, renderers=[renderer], **options
+            tooltips=rows, mode=mode, line_policy="nearest", visible=False, renderers=[renderer], **options
         )
     )
 
@@ -292,9 +295,15 @@ def _legend(fig: Any) -> None:
         return
     fig.add_layout(legend, "above")
     legend.update(
-        orientation="horizontal", click_policy="hide", ncols="auto", nrows="auto", border_line_color=None,
-        background_fill_color=None, label_text_font_size="0.85em", padding=0, spacing=10,
-    )  # fmt: skip
+        orientation="horizontal",
+        ncols=min(3, len(legend.items)),  # rows that fit on a phone
+        click_policy="hide",
+        border_line_color=None,
+        background_fill_color=None,
+        label_text_font_size="0.85em",
+        padding=0,
+        spacing=10,
+    )
 
 
 def _epoch_axis(fig: Any, steps_per_epoch: int) -> None:

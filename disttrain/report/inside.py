@@ -7,7 +7,7 @@ import io
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from disttrain.config import Config
 from disttrain.errors import CheckpointError, DisttrainError
 from disttrain.shards.images import Pixels, as_picture
 from disttrain.shards.index import Index
+
+if TYPE_CHECKING:
+    from disttrain.checkpoint import Checkpoint
 
 _BATCH = 256
 _MISTAKES = 24
@@ -69,6 +72,7 @@ class Inside:
     Attributes:
         checkpoint: its name.
         step: optimizer steps taken until then.
+        precision: of the computation.
         confusion: int64 [true class, predicted class].
         samples: validation samples there are; the confusion counts fewer if the time ran out.
         mistakes: the most confident ones.
@@ -80,6 +84,7 @@ class Inside:
 
     checkpoint: str
     step: int
+    precision: str
     confusion: npt.NDArray[np.int64]
     samples: int
     mistakes: list[Shot]
@@ -90,7 +95,7 @@ class Inside:
 
 
 def look_inside(run_dir: Any, config: Config, index: Index, *, budget_s: float) -> Inside:
-    """Puts validation images through the best checkpoint, in fp32, in a fixed random order.
+    """Puts validation images through the best checkpoint, in a fixed random order, as the run evaluated them.
 
     Args:
         run_dir: the run folder, a Path.
@@ -111,8 +116,13 @@ def look_inside(run_dir: Any, config: Config, index: Index, *, budget_s: float) 
     from disttrain.shards.verify import survey
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, name, step = _load(run_dir, config, index)
-    model.to(device).eval()
+    model, found = _load(run_dir, config, index)
+    arithmetic = found.state.get("arithmetic", {})
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arithmetic.get("precision"))
+    if device.type == "cpu" and dtype is torch.float16:
+        dtype = None
+    order = torch.channels_last if arithmetic.get("channels_last") else torch.contiguous_format
+    model.to(device, memory_format=order).eval()
     unit = config.data.normalize != "mean_std"
     augment = Augment(
         config.augment,
@@ -120,7 +130,7 @@ def look_inside(run_dir: Any, config: Config, index: Index, *, budget_s: float) 
         mean=(0.0,) * index.channels if unit else index.mean,
         std=(1.0,) * index.channels if unit else index.std,
         device=device,
-        channels_last=False,
+        channels_last=order is torch.channels_last,
     )
     skipped = np.empty(0, np.int64)
     if config.data.on_error == "skip":
@@ -132,7 +142,8 @@ def look_inside(run_dir: Any, config: Config, index: Index, *, budget_s: float) 
 
     def scores(pixels: Pixels) -> torch.Tensor:
         images = augment.plain(torch.from_numpy(pixels).to(device))
-        probabilities: torch.Tensor = model(images).float().softmax(1)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            probabilities: torch.Tensor = model(images).float().softmax(1)
         return probabilities
 
     labels = np.empty(len(ids), np.int64)
@@ -163,8 +174,9 @@ def look_inside(run_dir: Any, config: Config, index: Index, *, budget_s: float) 
         pixels, _ = _read(reader, index, ids[right : right + 1])
         layers = _layers(model, lambda: scores(pixels))
     return Inside(
-        checkpoint=name,
-        step=step,
+        checkpoint=found.path.name,
+        step=int(found.state["step"]),
+        precision="fp32" if dtype is None else str(arithmetic["precision"]),
         confusion=np.bincount(cells, minlength=classes**2).reshape(classes, classes),
         samples=len(ids),
         mistakes=shots(wrong),
@@ -244,8 +256,8 @@ def mosaic(tiles: npt.NDArray[np.float64], columns: int = 8) -> Picture:
     return Picture(f"data:image/png;base64,{data}", sheet.shape[1], sheet.shape[0])
 
 
-def _load(run_dir: Any, config: Config, index: Index) -> tuple[Any, str, int]:
-    """Returns the network of the best checkpoint, or of the latest, with its name and step.
+def _load(run_dir: Any, config: Config, index: Index) -> tuple[Any, Checkpoint]:
+    """Returns the network of the best checkpoint, or of the latest, and the checkpoint.
 
     Raises:
         DisttrainError: there is none, it is damaged or does not fit the config.
@@ -282,7 +294,7 @@ def _load(run_dir: Any, config: Config, index: Index) -> tuple[Any, str, int]:
         raise CheckpointError(
             f"{found.path}: does not fit the config: {' '.join(str(error).split())}"
         ) from None
-    return model, found.path.name, int(found.state["step"])
+    return model, found
 
 
 def _read(reader: Any, index: Index, ids: npt.NDArray[np.int64]) -> tuple[Pixels, npt.NDArray[np.int64]]:

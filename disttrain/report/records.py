@@ -396,15 +396,15 @@ def _columns(rows: Sequence[object], names: Sequence[str]) -> Array:
 
 def _seconds(times: Sequence[str]) -> Array:
     """Returns ISO times in UTC with milliseconds or better as seconds since 1970, NaN for what is no time."""
-    cut = [time[:23] for time in times]
-    text = np.frombuffer("".join(cut).encode("ascii", "replace"), np.uint8)
-    if cut and len(text) == 23 * len(cut):
-        table = text.reshape(-1, 23)
+    text = np.frombuffer("".join(times).encode("ascii", "replace"), np.uint8)
+    width = len(times[0]) if times else 0
+    if width >= 23 and len(text) == width * len(times):
+        table = text.reshape(-1, width)
         digits = table[:, _DIGITS] - np.uint8(ord("0"))
         if (table[:, :11] == table[0, :11]).all() and (digits <= 9).all():  # the same day, as in most chunks
-            parsed: Array = _parse(f"{cut[0][:11]}00:00:00.000") + digits @ _WEIGHTS_S
+            parsed: Array = _parse(f"{times[0][:11]}00:00:00.000") + digits @ _WEIGHTS_S
             return parsed
-    return np.array([_parse(time) for time in cut], np.float64)
+    return np.array([_parse(time[:23]) for time in times], np.float64)
 
 
 _DIGITS = [11, 12, 14, 15, 17, 18, 20, 21, 22]  # of hours, minutes, seconds and milliseconds
