@@ -57,6 +57,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / STATE}: has no {key}; use another checkpoint")
         return self.state[key]
 
+    def part(self, name: str) -> Any:
+        """Returns the data of a part.
+
+        Raises:
+            CheckpointError: it was not saved.
+        """
+        if name not in self.parts:
+            raise CheckpointError(f"{self.path}: has no {name}; use another checkpoint")
+        return self.parts[name]
+
 
 @dataclass(frozen=True)
 class Snapshot:

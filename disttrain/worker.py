@@ -604,7 +604,7 @@ def build(
         settle_buckets(parts, (index.channels, index.height, index.width))
     seed_own_code(config.seed, rank.number)
     if checkpoint is not None:
-        restore_rank_state(parts, checkpoint.parts["ranks"])
+        restore_rank_state(parts, checkpoint.part("ranks"))
     return parts, position, choices
 
 

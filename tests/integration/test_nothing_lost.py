@@ -250,7 +250,7 @@ def test_a_run_goes_back_to_an_earlier_checkpoint_and_forgets_what_came_after(
     assert "abandoned_step_00000037" in done.stdout
     found, _ = newest_sound(copy / "checkpoints")
     assert found == copy / "checkpoints/step_00000033", "and not the 37 of the other attempt"
-    assert [record["step"] for record in records(copy) if record["kind"] == "train"][-2:] == [30, 33]
+    assert [record["step"] for record in records(copy) if record["kind"] == "train"][-2:] == [25, 30]
 
 
 def test_no_part_can_be_left_out(stopped: Path, digits_root: Path) -> None:
@@ -379,7 +379,7 @@ def test_a_disk_that_metrics_fill_up_ends_the_run_too(disttrain: Run, here: Path
     arguments = ["run", "small.yaml", "model.name=filling:Net", "--procs", "1", "--run-dir", run]
     full = disttrain(*arguments, "train.epochs=1", env={"FILL": str(tiny_disk / "fill")})
     assert full.returncode == 74, full.stderr
-    assert re.search(r"jsonl: cannot be written: No space left on device \(", full.stderr)
+    assert re.search(r"jsonl?: cannot be written: No space left on device \(", full.stderr)
     assert "Traceback" not in full.stderr
     assert (status(run)["state"], status(run)["exit_code"]) == ("failed", 74), "told on a full disk"
 
