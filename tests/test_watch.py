@@ -184,8 +184,10 @@ def test_a_stopped_rank_is_seen_as_stopped_until_it_goes_on(watch: Watch, start:
     process = start(4)
     process.send_signal(signal.SIGSTOP)
     until(watch, lambda: watch.rows()[0].stopped_s > 0.5)
+    assert stalled(watch.rows(), 0.5, cpu_tells=True) == [row for row in watch.rows() if row.rank == 4]
     process.send_signal(signal.SIGCONT)
     until(watch, lambda: watch.rows()[0].stopped_s == 0)
+    assert watch.ends == []
 
 
 def test_the_stack_of_a_rank(watch: Watch, start: Start, tmp_path: Path) -> None:

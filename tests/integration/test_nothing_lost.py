@@ -90,12 +90,16 @@ def killed_saves(*arguments: object, timeout_s: float = 500) -> Any:
     return json.loads(done.stdout)
 
 
-def survive(folder: Path, kills: int, seed: int, timeout_s: float) -> None:
+def survived(folder: Path, kills: int, seed: int, timeout_s: float) -> int:
+    """Kills a process that saves so many times; returns after how many of them nothing was lost."""
     found = killed_saves("kills", folder, kills, seed, timeout_s=timeout_s)
     assert len(found["trials"]) == kills
-    for trial in found["trials"]:
-        assert trial["damages"] == []
-        assert trial["step"] in {max(trial["told"], trial["begin"]), trial["told"] + 1}, trial
+    lost = [
+        trial
+        for trial in found["trials"]
+        if trial["damages"] or trial["step"] not in {max(trial["told"], trial["begin"]), trial["told"] + 1}
+    ]
+    assert not lost
     begun = sum(trial["new"] for trial in found["trials"])
     assert 0 < begun < kills or kills < 50, "killed both before the first save was complete and after that"
     step, value, _ = found["last"]
@@ -103,16 +107,17 @@ def survive(folder: Path, kills: int, seed: int, timeout_s: float) -> None:
     assert [name for name in found["left"] if name.startswith(".")] == []
     assert f"step_{step:08d}" in found["left"]
     print(f"{kills} of {kills} kills survived, {begun} of them after a save was complete")
+    return kills - len(lost)
 
 
 def test_kills_at_random_moments_of_a_save_lose_nothing(tmp_path: Path) -> None:
-    survive(tmp_path, 100, random.randrange(10**9), 500)
+    assert survived(tmp_path, 100, random.randrange(10**9), 500) == 100
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_a_thousand_kills_lose_nothing(tmp_path: Path) -> None:
-    survive(tmp_path, 1000, random.randrange(10**9), 3500)
+    assert survived(tmp_path, 1000, random.randrange(10**9), 3500) == 1000
 
 
 @pytest.mark.parametrize(
