@@ -6,7 +6,7 @@ The files are the validation split of CIFAR-10 as JPEG, one file each, the netwo
 
 decoder   threads that read and decode the files, and nothing else
 in turn   first the decoder over all files, then the network over all images
-predict   `disttrain.prediction.predictions` over the same files, network and top 5 included
+predict   `disttrain.trained.prediction.predictions` over the same files, network and top 5 included
 command   `disttrain predict RUN FOLDER --json`, the whole process, less one over a single file
 usual     torchvision's ImageFolder, ToTensor, Normalize and a DataLoader with two workers, the same network
 
@@ -53,8 +53,8 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from disttrain.classifier import load_model
-    from disttrain.prediction import decoded, predictions
+    from disttrain.trained.classifier import load_model
+    from disttrain.trained.prediction import decoded, predictions
 
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -20,7 +20,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from disttrain.runfolder import RunFolder
+from disttrain.runs.runfolder import RunFolder
 
 START_S = datetime(2026, 11, 20, tzinfo=UTC).timestamp()
 

@@ -1,4 +1,4 @@
-"""The model of disttrain/scaling.py beside measurements: steps and all-reduces on 1, 2 and 4 processes.
+"""The model of disttrain/launch/scaling.py beside measurements: steps, all-reduces on 1, 2 and 4 processes.
 
     python benchmarks/scaling.py [--models cnn_mnist alexnet_cifar] [--processes 2 4] [--batch 64] [--runs 5]
 
@@ -26,7 +26,7 @@ from functools import partial
 
 from common import machine, print_json_or, torchrun
 
-from disttrain import scaling
+from disttrain.launch import scaling
 
 SHAPES = {
     "cnn_mnist": (1, 28, 28),

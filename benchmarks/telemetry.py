@@ -26,9 +26,9 @@ import torch
 from common import REPOSITORY, Claim, interleaved, machine, print_json_or
 from torch import nn
 
-from disttrain import nvml
-from disttrain.observe import RunGauges
-from disttrain.runfolder import RunFolder
+from disttrain.monitor import nvml
+from disttrain.monitor.observe import RunGauges
+from disttrain.runs.runfolder import RunFolder
 
 SLOW = "nvmlDeviceGetComputeRunningProcesses_v3:4"  # milliseconds, of one GPU
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from disttrain.classifier import Classifier, load_model
     from disttrain.config import Config, load_config
     from disttrain.data.opened import OpenData, open_data
     from disttrain.errors import DisttrainError
-    from disttrain.eval import evaluate
-    from disttrain.exporting import Exported, export
-    from disttrain.prediction import Prediction, predict
-    from disttrain.start import run
+    from disttrain.launch.start import train
+    from disttrain.trained.classifier import Classifier, load_model
+    from disttrain.trained.eval import evaluate
+    from disttrain.trained.exporting import Exported, export
+    from disttrain.trained.prediction import Prediction, predict
 
 __all__ = [
     "Classifier",
@@ -34,23 +34,23 @@ __all__ = [
     "load_model",
     "open_data",
     "predict",
-    "run",
+    "train",
 ]
 
 _HOMES = {
-    "Classifier": "classifier",
+    "Classifier": "trained.classifier",
     "Config": "config",
     "DisttrainError": "errors",
-    "Exported": "exporting",
+    "Exported": "trained.exporting",
     "OpenData": "data.opened",
-    "Prediction": "prediction",
-    "evaluate": "eval",
-    "export": "exporting",
+    "Prediction": "trained.prediction",
+    "evaluate": "trained.eval",
+    "export": "trained.exporting",
     "load_config": "config",
-    "load_model": "classifier",
+    "load_model": "trained.classifier",
     "open_data": "data.opened",
-    "predict": "prediction",
-    "run": "start",
+    "predict": "trained.prediction",
+    "train": "launch.start",
 }
 """Name -> its module. None is the name of a module too: that would take its place once it is imported."""
 

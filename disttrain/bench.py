@@ -15,8 +15,8 @@ from typing import Any
 from rich.table import Table
 
 from disttrain.config import Config, dump_config
-from disttrain.jobs import run_job
-from disttrain.launcher import LaunchPlan, plan_processes
+from disttrain.launch.jobs import run_job
+from disttrain.launch.plan import LaunchPlan, plan_processes
 
 DEFAULT = {
     "name": "bench",

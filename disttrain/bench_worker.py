@@ -1,7 +1,7 @@
 """What every rank of `disttrain bench` runs: the parts of a training step, measured on the real thing.
 
 Builds what a run builds, from the same functions, and leaves nothing behind: no run folder, no checkpoint.
-What was measured is the answer to the job that `disttrain bench` has given (`disttrain.jobs`).
+What was measured is the answer to the job that `disttrain bench` has given (`disttrain.launch.jobs`).
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from disttrain.config import Config, load_config
-from disttrain.jobs import serve
-from disttrain.preflight import check_device, open_index, split_batch
-from disttrain.runfolder import RunFolder
-from disttrain.worker import Rank, build, join
+from disttrain.launch.jobs import serve
+from disttrain.launch.preflight import check_device, open_index, split_batch
+from disttrain.runs.runfolder import RunFolder
+from disttrain.training.build import build
+from disttrain.training.group import join
+from disttrain.training.rank import Rank
 
 if TYPE_CHECKING:
-    from disttrain.choices import Settings, Workload
     from disttrain.data.batches import Batch, Loader, Window
     from disttrain.data.plan import Ids
-    from disttrain.parts import Parts, Saver
     from disttrain.shards.index import Index
-    from disttrain.train import Piece
+    from disttrain.training.choices import Settings, Workload
+    from disttrain.training.parts import Parts, Saver
+    from disttrain.training.train import Piece
 
 PEAK_TFLOPS = {
     # Dense, as the makers' data sheets have them: bf16 or fp16, tf32, fp32.
@@ -92,7 +94,7 @@ def measure(config: Config, rank: Rank, what: str, seconds: float) -> dict[str, 
 
 def workload(parts: Parts, index: Index) -> Workload:
     """Returns what one rank computes in a pass."""
-    from disttrain.choices import Workload
+    from disttrain.training.choices import Workload
 
     return Workload(
         parts.bare_model,
@@ -141,8 +143,8 @@ class StepBench:
 
     def step(self, loader: Loader) -> float:
         """Returns the seconds of a training step of the ordinary loop with samples from a loader."""
-        from disttrain.phases import Phases
-        from disttrain.train import train_step
+        from disttrain.training.phases import Phases
+        from disttrain.training.train import train_step
 
         parts = self._parts
 
@@ -159,7 +161,7 @@ class StepBench:
         """
         import torch
 
-        from disttrain.train import loss_sum, prepare, unreduced
+        from disttrain.training.train import loss_sum, prepare, unreduced
 
         parts, config = self._parts, self._parts.config.train
         sums: dict[str, float] = {}
@@ -217,9 +219,9 @@ class StepBench:
 
     def logging(self, config: Config, index: Index, choices: dict[str, str]) -> float:
         """Returns the seconds of a log point, metrics written and shown, divided by the steps between two."""
-        from disttrain.observe import RunObserver
-        from disttrain.parts import Hooks, Position
-        from disttrain.train import log_point
+        from disttrain.monitor.observe import RunObserver
+        from disttrain.training.parts import Hooks, Position
+        from disttrain.training.train import log_point
 
         position = Position(step=1, samples_seen=1)
         every = config.monitor.log_every_steps
@@ -247,7 +249,7 @@ class StepBench:
         Returns:
             Seconds a step.
         """
-        from disttrain.train import served
+        from disttrain.training.train import served
 
         parts, plan = self._parts, self._parts.plan
         parts.meter.restart()
@@ -289,8 +291,8 @@ class StepBench:
         return (time.perf_counter() - began) / count
 
     def _all(self, more: bool) -> bool:
-        from disttrain.collectives import reduce_sum
-        from disttrain.pulse import Phase
+        from disttrain.training.collectives import reduce_sum
+        from disttrain.training.pulse import Phase
 
         return reduce_sum(self._parts, Phase.COMPUTE, 0, [float(more)])[0] == self._parts.world_size
 
@@ -309,7 +311,7 @@ def settings_table(work: Workload, seconds: float, *, compiling: bool) -> list[d
         seconds: that a measurement takes.
         compiling: also compile, which takes long.
     """
-    from disttrain.choices import Probe, ProbeError
+    from disttrain.training.choices import Probe, ProbeError
 
     probe = Probe(work)
     rows = []
@@ -331,7 +333,7 @@ def settings_table(work: Workload, seconds: float, *, compiling: bool) -> list[d
 def _all_settings(on_gpu: bool, compiling: bool) -> Iterator[Settings]:
     import torch
 
-    from disttrain.choices import Settings
+    from disttrain.training.choices import Settings
 
     for compiled in (False, True) if compiling else (False,):
         for precision in ("fp32", "tf32", "bf16", "fp16") if on_gpu else ("fp32", "bf16"):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from disttrain import slurm
+from disttrain.launch import slurm
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -18,6 +18,12 @@ def usable_cores() -> int:
     """Returns the cores that this process may use; of those of a Slurm job, its task's."""
     cores = len(os.sched_getaffinity(0))
     return min(cores, slurm.task_cores(os.environ) or cores)
+
+
+def cores_of_a_rank() -> int:
+    """Returns the cores for this rank alone: its share of those of the processes started with it."""
+    together = 1 if slurm.task_is_rank(os.environ) else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, usable_cores() // together)
 
 
 def in_order(

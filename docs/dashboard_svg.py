@@ -12,7 +12,7 @@ from typing import Any
 
 import rich.console
 
-from disttrain.console import Console, RunInfo
+from disttrain.monitor.console import Console, RunInfo
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ python docs/scaling_tables.py --images-per-s 30000 --fixed-ms 3 --link-us 20 --l
 
 import argparse
 
-from disttrain.choices import bucket_mib
+from disttrain.launch.scaling import INFINIBAND, NVLINK, Link, Ranks, Step, efficiency
 from disttrain.models import build_model, parameter_count
-from disttrain.scaling import INFINIBAND, NVLINK, Link, Ranks, Step, efficiency
+from disttrain.training.choices import bucket_mib
 
 MODELS = {
     "cnn_mnist": (1, 28),

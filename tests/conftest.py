@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -15,9 +16,13 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 
 
+# A shell ignores it in what it runs in the background, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips the tests marked gpu where there is none."""
-    from disttrain.nvml import visible_gpus
+    from disttrain.monitor.nvml import visible_gpus
 
     if not visible_gpus():
         for item in items:
@@ -28,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with the digits packed in it; shared by all tests, never written by them."""
-    from disttrain.datasets import prepare
+    from disttrain.shards.datasets import prepare
 
     root = tmp_path_factory.mktemp("data")
     prepare("digits", source=None, root=str(root), say=lambda text: None)
@@ -96,10 +101,10 @@ def _own_folders(
             "LOCAL_WORLD_SIZE",
             "MASTER_ADDR",
             "MASTER_PORT",
-            "OMP_NUM_THREADS",
             "DISTTRAIN_SUPERVISOR",
         }:
             monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more than one collapse where tests run side by side
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from disttrain.augment import Augment, Mix
 from disttrain.config import AugmentConfig
+from disttrain.training.augment import Augment, Mix
 
 EVERYTHING = {"crop_padding": 2, "flip": True, "cutout": 3}
 

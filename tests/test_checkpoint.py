@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.swa_utils import AveragedModel
 
-from disttrain import checkpoint, files
-from disttrain.checkpoint import Writer, bytes_needed, load, restore, restore_scaler, snapshot, write
+from disttrain import files
 from disttrain.config import OptimConfig, ScheduleConfig
 from disttrain.errors import CheckpointError, StorageError, TrainingError
-from disttrain.manifest import newest_sound, verify, write_manifest
-from disttrain.optim import build_optimizer, state_bytes
+from disttrain.runs import checkpoint
+from disttrain.runs.checkpoint import Writer, bytes_needed, load, restore, restore_scaler, snapshot, write
+from disttrain.runs.manifest import newest_sound, verify, write_manifest
+from disttrain.training.optim import build_optimizer, state_bytes
 
 PARTS = {"model": {"weight": torch.arange(12.0).view(3, 4)}, "optimizer": {"state": {0: {"step": 3}}}}
 

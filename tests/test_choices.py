@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain import choices
-from disttrain.choices import Choice, Settings, Workload, bucket_mib, choose
 from disttrain.config import TrainConfig
+from disttrain.training import choices
+from disttrain.training.choices import Choice, Settings, Workload, bucket_mib, choose
 
 CPU = torch.device("cpu")
 

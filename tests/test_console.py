@@ -23,7 +23,17 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
-from disttrain.console import Console, RunInfo, bar, duration, eta, eval_line, number, sparkline, train_line
+from disttrain.monitor.console import (
+    Console,
+    RunInfo,
+    bar,
+    duration,
+    eta,
+    eval_line,
+    number,
+    sparkline,
+    train_line,
+)
 
 ROOT = Path(__file__).parent.parent
 INFO = RunInfo(
@@ -374,7 +384,7 @@ def test_a_terminal_without_utf8_gets_ascii(monkeypatch: pytest.MonkeyPatch) -> 
 
 PROGRAM = """
 import sys
-from disttrain.console import Console, RunInfo
+from disttrain.monitor.console import Console, RunInfo
 info = RunInfo("demo", "runs/demo", "cnn", 10, "digits", "1 process, CPU", "fp32", 64, 2, 10, 640)
 step = 0
 shown = Console(info, verbosity=0, position=lambda: (step, 64 * step))
@@ -482,9 +492,8 @@ def test_a_reader_that_leaves_does_not_change_the_exit_code() -> None:
 
 
 def test_console_imports_nothing_heavy() -> None:
-    program = (
-        "import sys, disttrain.console; print([m for m in ('torch', 'pynvml', 'psutil') if m in sys.modules])"
-    )
+    heavy = "{'torch', 'pynvml', 'psutil'}"
+    program = f"import sys, disttrain.monitor.console; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disttrain import datasets, imagefolder
 from disttrain.errors import DataError, UsageError
+from disttrain.shards import datasets, imagefolder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.reader import read_split
@@ -80,7 +80,7 @@ def test_digits_are_the_1797(root):
 
 
 def test_digits_carry_their_attribution():
-    path = Path(datasets.__file__).parent / "assets" / "digits.npz"
+    path = Path(datasets.__file__).parents[1] / "assets" / "digits.npz"
     with np.load(path, allow_pickle=False) as arrays:
         attribution = " ".join(arrays["attribution"].tolist())
     assert "Alpaydin" in attribution

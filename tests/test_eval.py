@@ -13,17 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Run
+from marks import nightly
 
-from disttrain.classifier import load_model
-from disttrain.datasets import CIFAR10_CLASSES
 from disttrain.errors import UsageError
-from disttrain.eval import report
+from disttrain.shards.datasets import CIFAR10_CLASSES
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Listed, pack
 from disttrain.shards.reader import read_split
 from disttrain.shards.writer import Sample
-from disttrain.trained import open_run
+from disttrain.trained.classifier import load_model
+from disttrain.trained.eval import report
+from disttrain.trained.run import open_run
 
 DIGITS = tuple("0123456789")
 
@@ -54,7 +55,7 @@ def by_hand(trained_run: Path, digits_root: Path) -> tuple[torch.Tensor, torch.T
     return scores, torch.tensor([label for _, _, label in samples])
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 3, *nightly(2)])
 def test_every_number_is_that_of_the_run_and_of_plain_torch(
     disttrain: Run, trained_run: Path, by_hand: tuple[torch.Tensor, torch.Tensor], processes: int
 ) -> None:
@@ -173,7 +174,7 @@ def test_a_run_without_the_facts_of_its_images_says_where_they_come_from(
         open_run(run)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [2, *nightly(1)])
 def test_a_damaged_checkpoint_is_named_by_any_number_of_processes(
     disttrain: Run, trained_run: Path, tmp_path: Path, processes: int
 ) -> None:

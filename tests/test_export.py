@@ -20,14 +20,15 @@ from conftest import Run
 from PIL import Image
 from safetensors.torch import load_file
 
-from disttrain import checkpoint, exporting
-from disttrain.classifier import load_model
 from disttrain.errors import DisttrainError, UsageError
-from disttrain.exporting import SUFFIXES, export
-from disttrain.prediction import predict
+from disttrain.runs import checkpoint
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.reader import read_split
+from disttrain.trained import exporting
+from disttrain.trained.classifier import load_model
+from disttrain.trained.exporting import SUFFIXES, export
+from disttrain.trained.prediction import predict
 
 needs_onnx = pytest.mark.skipif(
     importlib.util.find_spec("onnxscript") is None, reason="needs the extra disttrain[onnx]"

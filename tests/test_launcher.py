@@ -1,9 +1,8 @@
-"""Plans and their command lines by exact values; `launch` with small stand-ins for the training processes."""
+"""`launch`, with small stand-ins for the training processes."""
 
 import contextlib
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -15,12 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from disttrain import launcher
-from disttrain.errors import DataError, UsageError
-from disttrain.launcher import LaunchPlan, Outcome, plan_nodes, plan_processes
-from disttrain.nvml import Gpu
-from disttrain.runfolder import RunFolder
-from disttrain.slurm import Node
+from disttrain.errors import DataError
+from disttrain.launch import launcher
+from disttrain.launch.plan import LaunchPlan
+from disttrain.launch.supervisor import Outcome
+from disttrain.monitor.nvml import Gpu
+from disttrain.runs.runfolder import RunFolder
 
 GPUS = tuple(Gpu(index, f"GPU-{index}", "NVIDIA H100", 81559) for index in (3, 1))
 ONE = LaunchPlan(
@@ -41,208 +40,14 @@ WORKER = ["disttrain.worker", "a.yaml", "--run-dir", "runs/a"]
 HOST = socket.gethostname()
 
 
-# --- Plans ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("gpus", "procs", "visible", "environ", "expected"),
-    [
-        (None, None, (), {}, ("cpu", 1, (), 8)),
-        (None, None, GPUS, {}, ("cuda", 2, GPUS, 4)),
-        (1, None, GPUS, {}, ("cuda", 1, GPUS[:1], 8)),
-        (2, None, GPUS, {}, ("cuda", 2, GPUS, 4)),
-        (None, 2, GPUS, {}, ("cpu", 2, (), 4)),
-        (None, 3, (), {}, ("cpu", 3, (), 2)),
-        (None, 16, (), {}, ("cpu", 16, (), 1)),
-        (None, 2, (), {"OMP_NUM_THREADS": "3"}, ("cpu", 2, (), 3)),
-        (None, 2, (), {"OMP_NUM_THREADS": ""}, ("cpu", 2, (), 4)),
-    ],
-)
-def test_processes_of_a_node(gpus, procs, visible, environ, expected):
-    assert plan_processes(gpus=gpus, procs=procs, visible=visible, cores=8, environ=environ) == expected
-
-
-@pytest.mark.parametrize(
-    ("gpus", "procs", "visible", "environ", "message"),
-    [
-        (1, 1, GPUS, {}, "--gpus and --procs exclude each other: give --gpus N or, "
-                         "to train on the CPU, --procs N"),
-        (1, None, (), {}, "--gpus 1: this machine has no usable GPU; train on the CPU with --procs N"),
-        (4, None, GPUS, {}, "--gpus 4: only 2 visible on this machine; lower --gpus, "
-                            "or use --procs N to train on the CPU"),
-        (4, None, GPUS, {"CUDA_VISIBLE_DEVICES": "3,1"},
-         "--gpus 4: only 2 visible on this machine (CUDA_VISIBLE_DEVICES=3,1); lower --gpus, "
-         "or use --procs N to train on the CPU"),
-        (None, 1, (), {"OMP_NUM_THREADS": "4,2"},
-         "OMP_NUM_THREADS=4,2: expected one whole number; correct it or unset it"),
-        (None, 1, (), {"OMP_NUM_THREADS": "0"},
-         "OMP_NUM_THREADS=0: expected one whole number; correct it or unset it"),
-    ],
-)  # fmt: skip
-def test_what_a_node_does_not_have(gpus, procs, visible, environ, message):
-    with pytest.raises(UsageError) as caught:
-        plan_processes(gpus=gpus, procs=procs, visible=visible, cores=8, environ=environ)
-    assert str(caught.value) == message
-
-
-def nodes(nodes=None, node_rank=None, master_addr=None, master_port=None, environ=()):
-    return plan_nodes(
-        nodes=nodes,
-        node_rank=node_rank,
-        master_addr=master_addr,
-        master_port=master_port,
-        environ=dict(environ),
-    )
-
-
-def slurm_step(nodes, rank):
-    """Returns the variables of a task on one of several nodes."""
-    return {
-        "SLURM_JOB_ID": "4711",
-        "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NODELIST": "gpu[03-09]",
-        "SLURM_STEP_NUM_NODES": str(nodes),
-        "SLURM_STEP_NUM_TASKS": str(nodes),
-        "SLURM_NODEID": str(rank),
-    }
-
-
-def test_a_single_node_needs_no_place():
-    assert nodes() is None
-    assert nodes(nodes=1) is None
-    assert nodes(nodes=1, node_rank=0, master_addr="gpu03") is None
-    assert nodes(environ=slurm_step(1, 0)) is None
-    assert nodes(nodes=1, environ=slurm_step(2, 1)) is None
-
-
-def test_the_place_of_a_node_from_the_flags():
-    assert nodes(2, 1, "gpu03", 1234) == Node(2, 1, "gpu03", 1234)
-    assert nodes(2, 0, "gpu07", 1234, environ=slurm_step(3, 1)) == Node(2, 0, "gpu07", 1234)
-
-
-def test_the_place_of_a_node_from_slurm():
-    place = nodes(environ=slurm_step(2, 1))
-    assert place is not None
-    assert place[:3] == (2, 1, "gpu03")
-    assert nodes(master_port=1234, environ=slurm_step(2, 1)) == place._replace(master_port=1234)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"node_rank": 1}, "--node-rank and --master-addr need --nodes N"),
-        ({"master_addr": "gpu03"}, "--node-rank and --master-addr need --nodes N"),
-        ({"nodes": 2},
-         "--nodes 2 needs --node-rank R (0..1), --master-addr HOST (node 0) and --master-port PORT"),
-        ({"nodes": 2, "node_rank": 0, "master_addr": "gpu03"},
-         "--nodes 2 needs --node-rank R (0..1), --master-addr HOST (node 0) and --master-port PORT"),
-        ({"nodes": 2, "node_rank": 2, "master_addr": "gpu03", "master_port": 1234},
-         "--node-rank 2: with --nodes 2 it must be below 2"),
-        ({"nodes": 1, "node_rank": 1}, "--node-rank 1: with --nodes 1 it must be below 1"),
-    ],
-)  # fmt: skip
-def test_flags_of_nodes_that_do_not_fit(flags, message):
-    with pytest.raises(UsageError) as caught:
-        nodes(**flags)
-    assert str(caught.value) == message
-
-
-# --- Command lines ----------------------------------------------------------------------------------
-
-
-def accelerate(*arguments):
-    config_file = Path(launcher.__file__).parent / "assets" / "accelerate.yaml"
-    assert config_file.exists()
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file), *arguments]
-
-
-@pytest.mark.parametrize(
-    ("plan", "command"),
-    [
-        (ONE, [sys.executable, "-m", *WORKER]),
-        (replace(ONE, device="cuda", gpus=GPUS[:1]), [sys.executable, "-m", *WORKER]),
-        (replace(ONE, verbosity=-1), [sys.executable, "-m", *WORKER, "--quiet"]),
-        (replace(ONE, verbosity=1), [sys.executable, "-m", *WORKER, "--verbose"]),
-        (replace(ONE, resume="never"), [sys.executable, "-m", *WORKER, "--resume", "never"]),
-        (
-            replace(ONE, overrides=("optim.lr=0.1", "name=x y")),
-            [sys.executable, "-m", "disttrain.worker", "a.yaml", "optim.lr=0.1", "name=x y", *WORKER[2:]],
-        ),
-        (
-            FOUR,
-            accelerate("--num_machines", "1", "--num_processes", "4", "--num_cpu_threads_per_process", "1",
-                       "--log_dir", "/dev/null", "--main_process_port", "0", "--module", *WORKER),
-        ),
-        (
-            replace(SECOND_NODE, resume="runs/b", verbosity=1),
-            accelerate("--num_machines", "2", "--num_processes", "4", "--num_cpu_threads_per_process", "4",
-                       "--log_dir", "/dev/null", "--machine_rank", "1", "--main_process_ip", "gpu03",
-                       "--main_process_port", "29500", "--module", *WORKER, "--resume", "runs/b",
-                       "--verbose"),
-        ),
-        (
-            replace(SECOND_NODE, processes=1, node_rank=0),
-            accelerate("--num_machines", "2", "--num_processes", "2", "--num_cpu_threads_per_process", "4",
-                       "--log_dir", "/dev/null", "--machine_rank", "0", "--main_process_ip", "gpu03",
-                       "--main_process_port", "29500", "--module", *WORKER),
-        ),
-    ],
-)  # fmt: skip
-def test_the_command_of_a_plan(plan, command):
-    assert launcher.command(plan) == command
-
-
-@pytest.mark.parametrize(
-    ("plan", "variables"),
-    [
-        (ONE, {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": ""}),
-        (replace(ONE, device="cuda", gpus=GPUS[:1]), {"OMP_NUM_THREADS": "4"}),
-        (TWO_GPUS, {"OMP_NUM_THREADS": "4", "PET_STANDALONE": "1", "PET_LOCAL_ADDR": "127.0.0.1"}),
-        (SECOND_NODE, {"OMP_NUM_THREADS": "4"}),
-        (
-            FOUR,
-            {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PET_STANDALONE": "1",
-             "PET_LOCAL_ADDR": "127.0.0.1"},
-        ),
-    ],
-)  # fmt: skip
-def test_the_environment_of_a_plan(plan, variables):
-    assert launcher.environment(plan) == variables
-
-
-def test_the_shell_line_reads_back_as_command_and_environment():
-    plan = replace(FOUR, overrides=("name=it's $HOME", "model.args.x=[1, 2]"), run_dir=Path("my runs/<now>"))
-    words = shlex.split(launcher.shell_line(plan))
-    variables, command = words[:4], words[4:]
-    assert command == launcher.command(plan)
-    assert dict(word.split("=", 1) for word in variables) == launcher.environment(plan)
-
-
-def test_the_ranks_of_a_node_and_their_gpus():
-    assert launcher.rank_map(ONE) == [(0, HOST, "cpu")]
-    assert launcher.rank_map(TWO_GPUS) == [
-        (0, HOST, "cuda:0 (NVML 3, NVIDIA H100, GPU-3)"),
-        (1, HOST, "cuda:1 (NVML 1, NVIDIA H100, GPU-1)"),
-    ]
-
-
-def test_the_ranks_of_other_nodes():
-    assert launcher.rank_map(SECOND_NODE) == [
-        (0, "node 0", "cuda:0"),
-        (1, "node 0", "cuda:1"),
-        (2, HOST, "cuda:0 (NVML 3, NVIDIA H100, GPU-3)"),
-        (3, HOST, "cuda:1 (NVML 1, NVIDIA H100, GPU-1)"),
-    ]
-
-
 # --- Launching --------------------------------------------------------------------------------------
 
 _STAND_IN = """
 import os, signal, sys, time
 from pathlib import Path
 from disttrain.errors import DataError
-from disttrain.pulse import Phase, Pulse
-from disttrain.runfolder import RunFolder
+from disttrain.training.pulse import Phase, Pulse
+from disttrain.runs.runfolder import RunFolder
 
 folder = RunFolder(Path(sys.argv[1]))
 pulse = Pulse.connect(os.environ, 0)
@@ -303,13 +108,13 @@ def test_a_run_that_was_stopped_ends_with_its_own_code(launch):
 
 def test_the_command_gets_environment_folder_and_log(launch, folder):
     program = """
-from disttrain.runfolder import COMMAND
+from disttrain.runs.runfolder import COMMAND
 print(os.environ["OMP_NUM_THREADS"], COMMAND in os.environ, folder.locked_by_launcher(), file=sys.stderr)
 settle('finished', 0)
 """
     assert launch(program).exit_code == 0
     assert folder.launch_log(0).read_text() == "4 True True\n"
-    assert "OMP_NUM_THREADS" not in os.environ
+    assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_mistake_of_the_user_ends_the_run_with_its_message_and_code(launch, folder):
@@ -513,13 +318,14 @@ def test_a_restart_goes_on_where_the_run_was(folder, monkeypatch):
 _LAUNCHER = """
 import sys
 from pathlib import Path
-from disttrain import launcher
-from disttrain.runfolder import RunFolder
+from disttrain.launch import launcher
+from disttrain.launch.plan import LaunchPlan
+from disttrain.runs.runfolder import RunFolder
 
 folder = RunFolder(Path(sys.argv[1]))
 folder.create()
 launcher.command = lambda plan: [sys.executable, "-c", sys.argv[2], sys.argv[1]]
-plan = launcher.LaunchPlan(Path("a.yaml"), (), folder.path, "auto", "cpu", 1, (), 1)
+plan = LaunchPlan(Path("a.yaml"), (), folder.path, "auto", "cpu", 1, (), 1)
 outcome = launcher.launch(plan, folder, max_restarts=3, say=print)
 print(outcome.message)
 sys.exit(outcome.exit_code)

@@ -10,12 +10,12 @@ from typing import Any
 import nvml
 import pytest
 
-from disttrain.nvml import READINGS, Gpu, _cuda_order
+from disttrain.monitor.nvml import READINGS, Gpu, _cuda_order
 
 UUIDS = [f"GPU-{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(8)]
 VISIBLE = """
 import json
-from disttrain.nvml import visible_gpus
+from disttrain.monitor.nvml import visible_gpus
 print(json.dumps([[gpu.index, gpu.uuid, gpu.name, gpu.memory_total_mib] for gpu in visible_gpus()]))
 """
 
@@ -93,7 +93,7 @@ def test_the_gpus_of_a_node_are_those_that_cuda_does_not_see_too(library: Path) 
 def test_without_nvml_there_are_no_gpus_and_nothing_fails() -> None:
     program = """
 import json
-from disttrain.nvml import GpuReaders, gpu_of_device, node_gpus, visible_gpus
+from disttrain.monitor.nvml import GpuReaders, gpu_of_device, node_gpus, visible_gpus
 with GpuReaders(["GPU-1"], [], print) as readers:
     sweep = readers.sweep()
 print(json.dumps([visible_gpus(), node_gpus(), gpu_of_device("1", "00000000:10:00.0"), sweep, readers.gone]))
@@ -122,7 +122,7 @@ def test_an_index_means_nothing_after_a_failed_gpu() -> None:
 
 DEVICE = """
 import json, os
-from disttrain.nvml import gpu_of_device
+from disttrain.monitor.nvml import gpu_of_device
 gpu = gpu_of_device(os.environ["UUID"], os.environ["BUS"])
 print(json.dumps(gpu and [gpu.index, gpu.uuid, gpu.minor]))
 """
@@ -157,7 +157,7 @@ def test_a_cuda_device_is_found_by_uuid_else_by_its_bus(
 SWEEPS = """
 import json, logging, os, time
 import pynvml
-from disttrain import nvml
+from disttrain.monitor import nvml
 
 said, alarms = [], []
 class Handler(logging.Handler):

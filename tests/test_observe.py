@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain import observe
-from disttrain.choices import Settings
 from disttrain.config import Config
 from disttrain.data.plan import Plan
 from disttrain.errors import StoppedError
-from disttrain.observe import RunGauges, RunObserver
-from disttrain.runfolder import RunFolder, utc_now
+from disttrain.monitor import observe
+from disttrain.monitor.observe import RunGauges, RunObserver
+from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import load_index
-from disttrain.train import Position
+from disttrain.training.choices import Settings
+from disttrain.training.train import Position
 
 HOSTS = ["a", "a", "b", "b"]
 CPUS: list[dict[str, Any]] = [
@@ -240,7 +240,7 @@ def test_on_cpus_every_rank_has_a_row(tmp_path: Path, sampler: type[Sampler]) ->
 def test_the_readings_of_all_nodes_share_a_file(tmp_path: Path) -> None:
     program = """
 import pathlib, sys
-from disttrain.observe import _SharedLines
+from disttrain.monitor.observe import _SharedLines
 lines = _SharedLines(pathlib.Path(sys.argv[1]))
 for i in range(300):
     lines.write([{"node": sys.argv[2], "i": i, "gpu": gpu, "filling": 20000 * "x"} for gpu in range(2)])

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from disttrain.config import OptimConfig, ScheduleConfig
 from disttrain.errors import UsageError
-from disttrain.optim import FilterMuon, Rate, build_optimizer, lr_factor, set_lr
+from disttrain.training.optim import FilterMuon, Rate, build_optimizer, lr_factor, set_lr
 
 
 def network(channels_last: bool = False) -> nn.Sequential:

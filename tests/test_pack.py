@@ -18,8 +18,8 @@ import pytest
 from toy import CLASSES, encode, images, pack, samples, tree
 
 from disttrain.errors import DataError, StorageError
-from disttrain.imagefolder import pack_folder
 from disttrain.shards import pack as packing
+from disttrain.shards.imagefolder import pack_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Listed
@@ -439,7 +439,8 @@ def test_a_full_disk_is_told_before_packing(root, photos, monkeypatch):
 
 
 def test_import_is_light():
-    code = "import disttrain.datasets, sys; print({'torch', 'torchvision', 'webdataset'} & set(sys.modules))"
+    heavy = "{'torch', 'torchvision', 'webdataset'}"
+    code = f"import disttrain.shards.datasets, sys; print({heavy} & set(sys.modules))"
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert run.stdout.strip() == "set()"

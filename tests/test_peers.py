@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from disttrain.config import load_config
-from disttrain.errors import BusyError, DisttrainError, HangError, StoppedError, UsageError
-from disttrain.peers import Channel, compare_peers, facts, meet
-from disttrain.preflight import open_index
-from disttrain.slurm import Node
+from disttrain.errors import BusyError, DataError, DisttrainError, HangError, StoppedError, UsageError
+from disttrain.launch.peers import Channel, compare_peers, facts, meet, telling_nodes
+from disttrain.launch.preflight import open_index
+from disttrain.launch.slurm import Node
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_node_that_does_not_come_is_named_where_it_was_waited_for(port):
         assert isinstance(error, HangError)
         assert str(error) == (
             f"2 of 4 nodes joined; waited 1 s on 127.0.0.1:{port} for nodes 2, 3; "
-            "start `disttrain run` on every node"
+            "start the same command on every node"
         )
     (alone,) = gather(port, {}, nodes=2, timeout_s=1, ranks=[1])
     assert isinstance(alone, HangError)
@@ -130,6 +130,35 @@ def test_a_port_that_is_taken_is_named_with_its_holder():
 def test_a_stop_ends_the_waiting(port):
     errors = gather(port, {}, {}, nodes=3, interrupted=lambda: True)
     assert [type(error) for error in errors] == [StoppedError] * 2
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_keeps_one_node_from_beginning_ends_the_others_with_it(port, failing):
+    def fail():
+        with telling_nodes(Node(3, failing, "127.0.0.1", port)):
+            raise DataError("there is no data set 'digits'")
+
+    with ThreadPoolExecutor(3) as pool:
+        begin = time.monotonic()
+        calls = [
+            pool.submit(
+                meet, Node(3, rank, "127.0.0.1", port), 2, {}, timeout_s=60, interrupted=lambda: False
+            )
+            for rank in range(3)
+            if rank != failing
+        ]
+        errors = [call.exception() for call in [pool.submit(fail), *calls]]
+        assert time.monotonic() - begin < 20
+    place = f"node 1 ({socket.gethostname()}): " if failing else ""
+    assert [str(error) for error in errors[1:]] == [f"{place}there is no data set 'digits'"] * 2
+    assert all(isinstance(error, DataError) for error in errors)
+
+
+def test_a_node_that_fails_alone_ends_by_itself(port):
+    begin = time.monotonic()
+    with pytest.raises(DataError), telling_nodes(Node(2, 1, "127.0.0.1", port)):
+        raise DataError("x")
+    assert time.monotonic() - begin < 20
 
 
 def test_strangers_at_the_port_are_ignored(port):

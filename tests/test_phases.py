@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from disttrain import phases as module
-from disttrain.phases import Phases
-from disttrain.pulse import Phase
+from disttrain.training import phases as module
+from disttrain.training.phases import Phases
+from disttrain.training.pulse import Phase
 
 
 @pytest.fixture

@@ -19,14 +19,14 @@ import torch
 from conftest import Run
 from PIL import Image
 
-from disttrain.classifier import Classifier, load_model
-from disttrain.contactsheet import Cell, draw
-from disttrain.imagefolder import pack_folder
-from disttrain.prediction import predict, prepared
+from disttrain.shards.imagefolder import pack_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.reader import read_split
-from disttrain.trained import Facts
+from disttrain.trained.classifier import Classifier, load_model
+from disttrain.trained.contactsheet import Cell, draw
+from disttrain.trained.prediction import predict, prepared
+from disttrain.trained.run import Facts
 
 
 def facts(height: int, width: int, channels: Any) -> Facts:

@@ -8,8 +8,7 @@ import pytest
 from disttrain.config import Config, dump_config
 from disttrain.errors import CheckpointError, DataError, StorageError, UsageError
 from disttrain.files import free_bytes
-from disttrain.manifest import STATE, canonical, entry, write_manifest
-from disttrain.preflight import (
+from disttrain.launch.preflight import (
     Start,
     changes_since,
     check_device,
@@ -21,7 +20,8 @@ from disttrain.preflight import (
     resume_point,
     split_batch,
 )
-from disttrain.runfolder import RunFolder
+from disttrain.runs.manifest import STATE, canonical, entry, write_manifest
+from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index
 
 

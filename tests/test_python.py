@@ -43,7 +43,7 @@ import disttrain
 packages = {name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
 assert packages == {"disttrain"}, packages
 assert set(disttrain.__all__) <= set(dir(disttrain))
-disttrain.run, disttrain.evaluate, disttrain.load_config
+disttrain.train, disttrain.evaluate, disttrain.load_config
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 """
     done = python(code, tmp_path)
@@ -92,9 +92,9 @@ def test_a_run_that_fails_raises_what_it_failed_with(
 ) -> None:
     monkeypatch.setenv("DISTTRAIN_DATA", str(digits_root))
     with pytest.raises(UsageError, match=r"optim\.learning_rate: unknown key"):
-        disttrain.run(config_file, "optim.learning_rate=1")
+        disttrain.train(config_file, "optim.learning_rate=1")
     with pytest.raises(DataError, match="there is no data set 'none'"):
-        disttrain.run(config_file, "data.name=none", run_dir=tmp_path / "a", procs=1)
+        disttrain.train(config_file, "data.name=none", run_dir=tmp_path / "a", procs=1)
 
 
 def test_an_interrupt_stops_and_saves_the_run_and_it_goes_on(
@@ -112,7 +112,7 @@ def interrupt():
 
 threading.Thread(target=interrupt, daemon=True).start()
 try:
-    disttrain.run({str(config_file)!r}, "train.epochs=2000", procs=1, run_dir="run", quiet=True)
+    disttrain.train({str(config_file)!r}, "train.epochs=2000", procs=1, run_dir="run", quiet=True)
 except disttrain.DisttrainError as error:
     print(type(error).__name__, error.exit_code, error)
 """

@@ -15,13 +15,13 @@ import pytest
 from conftest import Run as Command
 from run_files import CONFIG, stamp, write_run
 
-from disttrain import checkpoint
 from disttrain.config import load_config
 from disttrain.errors import StorageError
 from disttrain.report.charts import PALETTE
 from disttrain.report.inside import look_inside, mosaic, most_confused
 from disttrain.report.page import outcome, write_report
 from disttrain.report.records import read_run
+from disttrain.runs import checkpoint
 from disttrain.shards.index import load_index
 
 SECTIONS = ("summary", "learning", "speed", "devices", "classes", "examples", "network", "data", "setup")
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_costs_the_sections_that_need_it_and_no_other(
     for name in ("config.yaml", "env.json", "status.json", "metrics.jsonl"):
         (run / name).write_bytes((trained / name).read_bytes())
     text = visible(write_report(run))
-    assert text.count("checkpoints: there is no checkpoint yet") == 3
+    assert text.count("latest: there is no checkpoint; the run has saved none yet") == 3
     assert "Training images" in text
 
     taken = checkpoint.snapshot(

@@ -68,8 +68,8 @@ def open_page(browser: Any) -> Iterator[Open]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a run on two GPUs with restarts, checkpoints and a stall, on classes with evil names."""
-    from disttrain import checkpoint
     from disttrain.models import build_model
+    from disttrain.runs import checkpoint
 
     root = tmp_path_factory.mktemp("page")
     splits = {

@@ -22,7 +22,7 @@ import pytest
 
 from disttrain.errors import BusyError, DataError, StorageError
 from disttrain.files import write_atomically
-from disttrain.runfolder import (
+from disttrain.runs.runfolder import (
     LOCKED_BY_LAUNCHER,
     JsonLines,
     RunFolder,
@@ -33,7 +33,7 @@ from disttrain.runfolder import (
 _HOLDER = """
 import sys
 from pathlib import Path
-from disttrain.runfolder import RunFolder
+from disttrain.runs.runfolder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 folder.create()
 print("held", flush=True)
@@ -221,7 +221,7 @@ def test_a_folder_of_somebody_else(tmp_path):
     (tmp_path / "run").mkdir(mode=0o700)
     program = (
         "import os, sys; from pathlib import Path\n"
-        "from disttrain.errors import BusyError; from disttrain.runfolder import RunFolder\n"
+        "from disttrain.errors import BusyError; from disttrain.runs.runfolder import RunFolder\n"
         "os.chdir(sys.argv[1]); os.seteuid(65534)\n"
         "for attempt in (RunFolder(Path('run')).is_run, RunFolder(Path('run')).create):\n"
         "    try: attempt()\n"
@@ -489,7 +489,7 @@ def test_nothing_is_glued_to_a_torn_line(tmp_path, torn, whole):
 def test_a_process_that_is_killed_while_it_writes_tears_one_line_at_most(tmp_path):
     path = tmp_path / "metrics.jsonl"
     program = (
-        "import sys; from pathlib import Path; from disttrain.runfolder import JsonLines\n"
+        "import sys; from pathlib import Path; from disttrain.runs.runfolder import JsonLines\n"
         "file = JsonLines(Path(sys.argv[1]))\n"
         "print(flush=True)\n"
         "for step in range(10**9): file.write({'step': step, 'ids': list(range(2000))})\n"

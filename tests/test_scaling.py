@@ -2,7 +2,16 @@
 
 import pytest
 
-from disttrain.scaling import Link, Ranks, Step, all_reduce_s, efficiency, estimate, least_compute_s, step_s
+from disttrain.launch.scaling import (
+    Link,
+    Ranks,
+    Step,
+    all_reduce_s,
+    efficiency,
+    estimate,
+    least_compute_s,
+    step_s,
+)
 
 FREE = Link(0.0, 1e30)
 LINK = Link(latency_s=0.001, bytes_per_s=1000, what="a slow one")

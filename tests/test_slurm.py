@@ -2,8 +2,8 @@
 
 import pytest
 
-from disttrain import slurm
 from disttrain.errors import UsageError
+from disttrain.launch import slurm
 from disttrain.parallel import usable_cores
 
 # What `env | grep SLURM` shows in the second of two tasks, one on each of two nodes.

@@ -10,9 +10,9 @@ from pathlib import Path
 import nvml
 import pytest
 
-from disttrain import telemetry
-from disttrain.nvml import READINGS
-from disttrain.telemetry import ProcessorSampler
+from disttrain.monitor import telemetry
+from disttrain.monitor.nvml import READINGS
+from disttrain.monitor.telemetry import ProcessorSampler
 
 UUIDS = [f"GPU-{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(4)]
 
@@ -24,7 +24,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SAMPLE = """
 import json, logging, os, threading, time
-from disttrain.telemetry import GpuSampler
+from disttrain.monitor.telemetry import GpuSampler
 records, alarms = [], []
 gpus = [{"host": "h", "index": i, "uuid": uuid} for i, uuid in enumerate(os.environ["UUIDS"].split(","))]
 sampler = GpuSampler(gpus, 0.1, records.extend, pids=[1003, 2003], alarm=alarms.append)
@@ -121,7 +121,7 @@ print(json.dumps([before, sampler.means(), records, alarms]))
 def test_a_failing_sink_is_reported_once_and_readings_go_on(library: Path) -> None:
     program = """
 import json, logging, time
-from disttrain.telemetry import GpuSampler
+from disttrain.monitor.telemetry import GpuSampler
 messages, calls = [], []
 class Handler(logging.Handler):
     def emit(self, record):
@@ -145,7 +145,7 @@ print(json.dumps([len(calls), messages, sampler.means()]))
 def test_readings_keep_to_the_interval(library: Path) -> None:
     program = """
 import json, time
-from disttrain.telemetry import GpuSampler
+from disttrain.monitor.telemetry import GpuSampler
 times = []
 def sink(records):
     times.append(time.monotonic())
@@ -224,8 +224,8 @@ def test_processor_sampler_measures_this_process() -> None:
 def test_telemetry_and_top_import_neither_torch_nor_nvml() -> None:
     program = """
 import json, sys
-import disttrain.telemetry
-import disttrain.top
+import disttrain.monitor.telemetry
+import disttrain.monitor.top
 print(json.dumps([name in sys.modules for name in ("torch", "pynvml")]))
 """
     assert nvml.run(program, None) == [False, False]

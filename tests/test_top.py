@@ -24,9 +24,9 @@ import nvml
 import pytest
 from rich.cells import cell_len
 
-from disttrain import top
-from disttrain.nvml import READINGS
-from disttrain.top import ago, lines
+from disttrain.monitor import top
+from disttrain.monitor.nvml import READINGS
+from disttrain.monitor.top import ago, lines
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)

@@ -19,23 +19,24 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from disttrain import checkpoint, evaluation
-from disttrain import parts as nouns
-from disttrain import train as loops
-from disttrain.augment import Augment, Mix
-from disttrain.choices import Settings
 from disttrain.config import Config
 from disttrain.data.batches import Batch, Window
 from disttrain.data.cached import Cached, DecodedSplit
 from disttrain.data.plan import Ids, Plan
 from disttrain.errors import DataError, StoppedError, TrainingError
-from disttrain.evaluation import evaluate
-from disttrain.optim import Rate, build_optimizer
-from disttrain.parts import Hooks, Parts, Position
-from disttrain.phases import Phases
-from disttrain.pulse import Phase
-from disttrain.rank_state import gather_rank_states, restore_rank_state
-from disttrain.train import loss_sum, prepare, train
+from disttrain.runs import checkpoint
+from disttrain.training import evaluation
+from disttrain.training import parts as nouns
+from disttrain.training import train as loops
+from disttrain.training.augment import Augment, Mix
+from disttrain.training.choices import Settings
+from disttrain.training.evaluation import evaluate
+from disttrain.training.optim import Rate, build_optimizer
+from disttrain.training.parts import Hooks, Parts, Position
+from disttrain.training.phases import Phases
+from disttrain.training.pulse import Phase
+from disttrain.training.rank_state import gather_rank_states, restore_rank_state
+from disttrain.training.train import loss_sum, prepare, train
 
 CLASSES = 4
 MEAN, STD = 0.4, 0.3

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from disttrain.config import Config
-from disttrain.verdict import Evidence, evidence, judge
+from disttrain.monitor.verdict import Evidence, evidence, judge
 
 FINE = Evidence(step_s=0.1, data_s=0.002, on_gpu=True, precision="bf16", utilization_pct=97, memory_pct=60)
 CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from common import BATCH_SIZE, MEAN, STD, parser, report, set_threads
 
-from disttrain.augment import Augment
 from disttrain.config import AugmentConfig
 from disttrain.data.cached import Cached, open_split
 from disttrain.data.plan import Plan
 from disttrain.data.streamed import Streamed
 from disttrain.shards.images import use_torchvision
 from disttrain.shards.index import Index, load_index
+from disttrain.training.augment import Augment
 
 CPU = torch.device("cpu")
 NONE = np.empty(0, np.int64)

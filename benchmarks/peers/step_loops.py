@@ -7,8 +7,8 @@ Every round takes --steps steps with each loop in turn, so that what else the ma
 hand       the shortest loop one would write by hand: uint8 images in memory in a random order, normalised
            step by step, fused optimizer, a running sum of the loss and nothing else
 replayed   the same with one batch, normalised before
-ours       `disttrain.train.train_epoch` with the parts that the worker builds: metrics.jsonl and log points
-           as in a run with -q
+ours       `disttrain.training.train.train_epoch` with the parts that the worker builds: metrics.jsonl and
+           log points as in a run with -q
 ours_replayed   the same with one batch of the loader
 blind      the same without any observer and log point
 watched    the same with the dashboard on a pseudo-terminal, as a user sees it
@@ -39,19 +39,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from training import normalised
 
-from disttrain import worker
 from disttrain.bench_worker import Replay
 from disttrain.config import Config, load_config
 from disttrain.data.plan import Plan
+from disttrain.launch.preflight import open_index
 from disttrain.models import build_model
-from disttrain.observe import RunObserver
-from disttrain.optim import build_optimizer
-from disttrain.parts import Hooks, Parts, Position
-from disttrain.preflight import open_index
-from disttrain.runfolder import RunFolder
-from disttrain.saver import RunSaver
+from disttrain.monitor.observe import RunObserver
+from disttrain.runs.runfolder import RunFolder
+from disttrain.runs.saver import RunSaver
 from disttrain.shards.index import Index
-from disttrain.train import train_epoch
+from disttrain.training.build import build
+from disttrain.training.group import join
+from disttrain.training.optim import build_optimizer
+from disttrain.training.parts import Hooks, Parts, Position
+from disttrain.training.rank import Rank
+from disttrain.training.train import train_epoch
 
 
 class Nothing:
@@ -281,8 +283,8 @@ def main() -> None:
     config = load_config(options.config, [*options.overrides, *fixed])
     index = open_index(config, lambda text: None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    group = worker.join(config, device)
-    parts, _, _ = worker.build(config, worker.Rank(0, None), group, index, None)
+    group = join(config, device)
+    parts, _, _ = build(config, Rank(0, None), group, index, None)
     with tempfile.TemporaryDirectory() as scratch:
         ours = Ours(config, parts, index, options.steps, Path(scratch))
         loops = hand_loops(config, parts, index, options.steps) | {

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from disttrain.augment import Augment
 from disttrain.config import AugmentConfig
 from disttrain.data.cached import Cached, DecodedSplit
 from disttrain.data.plan import Ids, Plan
@@ -25,6 +24,7 @@ from disttrain.shards.images import decode_into, use_torchvision
 from disttrain.shards.index import Index
 from disttrain.shards.reader import decoded, open_shard
 from disttrain.shards.tar import scan
+from disttrain.training.augment import Augment
 
 
 class Stage(NamedTuple):

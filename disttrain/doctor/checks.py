@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import disttrain
-from disttrain import slurm
 from disttrain.doctor import rules
 from disttrain.doctor.rules import Finding, failure, ok, warning
 from disttrain.errors import DisttrainError, reason
+from disttrain.launch import slurm
 from disttrain.parallel import usable_cores
 from disttrain.userdirs import cache_folder
 
@@ -90,7 +90,7 @@ def driver(_: str) -> Iterator[Finding]:
     """The NVIDIA driver, its GPUs and how they are connected, by NVML."""
     import pynvml
 
-    from disttrain.nvml import visible_gpus
+    from disttrain.monitor.nvml import visible_gpus
 
     try:
         pynvml.nvmlInit()
@@ -120,7 +120,7 @@ def driver(_: str) -> Iterator[Finding]:
 
 def gpus(_: str) -> Iterator[Finding]:
     """What torch can use of the GPUs."""
-    from disttrain.nvml import visible_gpus
+    from disttrain.monitor.nvml import visible_gpus
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     known = visible_gpus()
@@ -233,7 +233,7 @@ def machine(_: str) -> Iterator[Finding]:
     """Cores, memory, shared memory and limits."""
     import psutil
 
-    from disttrain.nvml import visible_gpus
+    from disttrain.monitor.nvml import visible_gpus
 
     yield rules.cores(usable_cores(), os.cpu_count() or 1, slurm.allocation(os.environ))
     memory = psutil.virtual_memory()
@@ -266,7 +266,7 @@ def clock(_: str) -> Iterator[Finding]:
     before = (time.monotonic(), time.time())
     time.sleep(0.1)
     elapsed = (time.monotonic() - before[0], time.time() - before[1])
-    newest = max(path.stat().st_mtime for path in Path(disttrain.__file__).parent.glob("*.py"))
+    newest = max(path.stat().st_mtime for path in Path(disttrain.__file__).parent.rglob("*.py"))
     now = file_time = time.time()
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=".") as file:
         file.write(b"now")
@@ -384,11 +384,11 @@ def step(device_name: str) -> Iterator[Finding]:
     import torch.nn.functional as F
 
     from disttrain.models import build_model
+    from disttrain.training.choices import allow_tf32
 
     torch.set_num_threads(1)  # several would measure what else runs here
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    allow_tf32(False)
     model = build_model("cnn_mnist", num_classes=10, in_channels=1, image_size=(28, 28), args={})
     images, labels = torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from disttrain.slurm import Allocation
+from disttrain.launch.slurm import Allocation
 
 _GIB = 2**30
 

@@ -20,6 +20,9 @@ from disttrain.errors import UsageError
 if TYPE_CHECKING:
     from torch import nn
 
+    from disttrain.config import ModelConfig
+    from disttrain.shards.index import Index
+
 
 class Entry(NamedTuple):
     """Where a network of the catalog is, and what it is from."""
@@ -69,6 +72,17 @@ def check_model_name(name: str) -> None:
             f"model.name: {name!r} is neither torchvision:NAME (such as torchvision:resnet50) nor "
             "package.module:Class (such as my_models:Net)"
         )
+
+
+def build_for(model: ModelConfig, index: Index) -> nn.Module:
+    """Builds the network that a config names, for the images and classes of a data set; as `build_model`."""
+    return build_model(
+        model.name,
+        num_classes=len(index.classes),
+        in_channels=index.channels,
+        image_size=(index.height, index.width),
+        args=model.args,
+    )
 
 
 def build_model(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,9 @@ from disttrain.shards.images import Pixels, as_picture
 from disttrain.shards.index import Index
 
 if TYPE_CHECKING:
-    from disttrain.checkpoint import Checkpoint
+    import torch
+
+    from disttrain.trained.classifier import Classifier
 
 _BATCH = 256
 _MISTAKES = 24
@@ -94,11 +97,11 @@ class Inside:
     layers: list[Layer]
 
 
-def look_inside(run_dir: Any, config: Config, index: Index, *, budget_s: float) -> Inside:
+def look_inside(run_dir: Path, config: Config, index: Index, *, budget_s: float) -> Inside:
     """Puts validation images through the best checkpoint, in a fixed random order, as the run evaluated them.
 
     Args:
-        run_dir: the run folder, a Path.
+        run_dir: the run folder.
         config: of the run.
         index: its data set.
         budget_s: after this many seconds no further batch is begun, so that a large network on a CPU does not
@@ -109,29 +112,14 @@ def look_inside(run_dir: Any, config: Config, index: Index, *, budget_s: float) 
     """
     import torch
 
-    from disttrain.augment import Augment
     from disttrain.data.plan import usable_ids
     from disttrain.shards.images import expect_images
     from disttrain.shards.reader import Reader
     from disttrain.shards.verify import survey
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, found = _load(run_dir, config, index)
-    arithmetic = found.state.get("arithmetic", {})
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arithmetic.get("precision"))
-    if device.type == "cpu" and dtype is torch.float16:
-        dtype = None
-    order = torch.channels_last if arithmetic.get("channels_last") else torch.contiguous_format
-    model.to(device, memory_format=order).eval()
-    unit = config.data.normalize != "mean_std"
-    augment = Augment(
-        config.augment,
-        seed=config.seed,
-        mean=(0.0,) * index.channels if unit else index.mean,
-        std=(1.0,) * index.channels if unit else index.std,
-        device=device,
-        channels_last=order is torch.channels_last,
-    )
+    classifier = _load(run_dir, device)
+    assert classifier.step is not None
     skipped = np.empty(0, np.int64)
     if config.data.on_error == "skip":
         skipped = survey(index, "val", lambda text: None)
@@ -141,9 +129,8 @@ def look_inside(run_dir: Any, config: Config, index: Index, *, budget_s: float) 
     reader = Reader(index, "val")
 
     def scores(pixels: Pixels) -> torch.Tensor:
-        images = augment.plain(torch.from_numpy(pixels).to(device))
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            probabilities: torch.Tensor = model(images).float().softmax(1)
+        with classifier.as_evaluated():
+            probabilities: torch.Tensor = classifier(torch.from_numpy(pixels).to(device)).softmax(1)
         return probabilities
 
     labels = np.empty(len(ids), np.int64)
@@ -172,16 +159,16 @@ def look_inside(run_dir: Any, config: Config, index: Index, *, budget_s: float) 
         grid = shots(np.arange(min(_GRID, done)))
         right = next((n for n, shot in enumerate(grid) if shot.label == shot.predicted), 0)
         pixels, _ = _read(reader, index, ids[right : right + 1])
-        layers = _layers(model, lambda: scores(pixels))
+        layers = _layers(classifier.network, lambda: scores(pixels))
     return Inside(
-        checkpoint=found.path.name,
-        step=int(found.state["step"]),
-        precision="fp32" if dtype is None else str(arithmetic["precision"]),
+        checkpoint=Path(classifier.source).name,
+        step=classifier.step,
+        precision=classifier.evaluated_in,
         confusion=np.bincount(cells, minlength=classes**2).reshape(classes, classes),
         samples=len(ids),
         mistakes=shots(wrong),
         grid=grid,
-        filters=_filters(model),
+        filters=_filters(classifier.network),
         image=grid[right],
         layers=layers,
     )
@@ -256,45 +243,19 @@ def mosaic(tiles: npt.NDArray[np.float64], columns: int = 8) -> Picture:
     return Picture(f"data:image/png;base64,{data}", sheet.shape[1], sheet.shape[0])
 
 
-def _load(run_dir: Any, config: Config, index: Index) -> tuple[Any, Checkpoint]:
-    """Returns the network of the best checkpoint, or of the latest, and the checkpoint.
+def _load(run_dir: Path, device: torch.device) -> Classifier:
+    """Returns the network of the best checkpoint, or of the latest.
 
     Raises:
         DisttrainError: there is none, it is damaged or does not fit the config.
     """
-    from disttrain.checkpoint import load
-    from disttrain.models import build_model
+    from disttrain.trained.classifier import load_model
 
-    checkpoints = run_dir / "checkpoints"
-    link = "best" if (checkpoints / "best").exists() else "latest"
-    if not (checkpoints / link).exists():
-        raise CheckpointError(f"{checkpoints}: there is no checkpoint yet")
+    link = "best" if (run_dir / "checkpoints/best").exists() else "latest"
     try:
-        found = load(checkpoints / link)
+        return load_model(run_dir, link, device=device)
     except CheckpointError:
-        found = load(checkpoints / link)  # a run that goes on may have replaced it meanwhile
-    model = build_model(
-        config.model.name,
-        num_classes=len(index.classes),
-        in_channels=index.channels,
-        image_size=(index.height, index.width),
-        args=config.model.args,
-    )
-    weights: Mapping[str, Any] = found.parts["model"]
-    if config.train.ema is not None and "ema" in found.parts:
-        prefix = "module."
-        weights = {
-            key.removeprefix(prefix): value
-            for key, value in found.parts["ema"].items()
-            if key.startswith(prefix)
-        }
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{found.path}: does not fit the config: {' '.join(str(error).split())}"
-        ) from None
-    return model, found
+        return load_model(run_dir, link, device=device)  # a run that goes on may have replaced it meanwhile
 
 
 def _read(reader: Any, index: Index, ids: npt.NDArray[np.int64]) -> tuple[Pixels, npt.NDArray[np.int64]]:

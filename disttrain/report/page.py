@@ -14,11 +14,11 @@ import numpy as np
 
 from disttrain import __version__
 from disttrain.config import dump_config
-from disttrain.console import duration, number
 from disttrain.errors import DisttrainError, reason
 from disttrain.files import write_atomically
+from disttrain.monitor.console import duration, number
 from disttrain.report.records import MEASURES, Array, Device, Run, read_gpus, read_run, utc
-from disttrain.runfolder import utc_now
+from disttrain.runs.runfolder import utc_now
 from disttrain.shards.index import Index, load_index
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from disttrain.config import Config, load_config
 from disttrain.errors import UsageError
 from disttrain.parallel import usable_cores
-from disttrain.runfolder import RunFolder
+from disttrain.runs.runfolder import RunFolder
 
 Array = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]

@@ -11,8 +11,8 @@ from typing import Literal
 
 from disttrain.errors import DataError, UnsafeError, UsageError, reason
 from disttrain.files import write_atomically
-from disttrain.imagefolder import GRAY_MODES
 from disttrain.parallel import in_order, usable_cores
+from disttrain.shards.imagefolder import GRAY_MODES
 from disttrain.shards.images import decode_image, open_image
 from disttrain.shards.index import (
     MAX_SHARD_PIXELS,

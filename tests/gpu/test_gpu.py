@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disttrain import checkpoint
-from disttrain.nvml import READINGS, GpuReaders, node_gpus, visible_gpus
+from disttrain.monitor.nvml import READINGS, GpuReaders, node_gpus, visible_gpus
+from disttrain.runs import checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -160,7 +160,7 @@ def test_torch_devices_are_matched_in_any_order(way: str) -> None:
     spelled = {"index": "{0.index}", "uuid": "{0.uuid}", "abbreviated": "{0.uuid:.13}"}[way]
     program = """
 import json, torch
-from disttrain import observe
+from disttrain.monitor import observe
 devices = [observe._describe(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
 print(json.dumps([[each["index"], each["uuid"], each["memory_total_mib"]] for each in devices]))
 """

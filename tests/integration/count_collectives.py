@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
-from disttrain import train
 from disttrain.config import load_config
-from disttrain.phases import Phases
-from disttrain.preflight import open_index
-from disttrain.worker import Rank, build, join
+from disttrain.launch.preflight import open_index
+from disttrain.training import train
+from disttrain.training.build import build
+from disttrain.training.group import join
+from disttrain.training.phases import Phases
+from disttrain.training.rank import Rank
 
 STEPS = 6
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from disttrain.checkpoint import load, snapshot, write
-from disttrain.manifest import newest_sound, verify
+from disttrain.runs.checkpoint import load, snapshot, write
+from disttrain.runs.manifest import newest_sound, verify
 
 CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.scandir", "os.listdir"}
 """Events of Python's audit hook; what it does not tell of is wrapped in `kill_at`."""

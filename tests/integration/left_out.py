@@ -12,9 +12,11 @@ from pathlib import Path
 
 from disttrain.config import load_config
 from disttrain.errors import DisttrainError
-from disttrain.manifest import MANIFEST, STATE, entry, newest_sound, write_manifest
-from disttrain.preflight import open_index
-from disttrain.worker import Rank, build, join
+from disttrain.launch.preflight import open_index
+from disttrain.runs.manifest import MANIFEST, STATE, entry, newest_sound, write_manifest
+from disttrain.training.build import build
+from disttrain.training.group import join
+from disttrain.training.rank import Rank
 
 config = load_config(Path(sys.argv[1]) / "config.yaml", sys.argv[2:])
 sound, _ = newest_sound(Path(sys.argv[1]) / "checkpoints")

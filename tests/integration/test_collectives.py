@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import nightly
 
 
-@pytest.mark.parametrize(("accumulate", "model"), [(1, "cnn_mnist"), (4, "cnn_mnist"), (2, "batch_norm:Net")])
+@pytest.mark.parametrize(
+    ("accumulate", "model"), [(2, "batch_norm:Net"), *nightly((1, "cnn_mnist"), (4, "cnn_mnist"))]
+)
 def test_a_step_has_one_reduction(
     accumulate: int, model: str, config_file: Path, digits_root: Path, tmp_path: Path
 ) -> None:

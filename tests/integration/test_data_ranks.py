@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import nightly
 from runs import ids_per_step
 
 from disttrain.data.plan import Plan
@@ -54,8 +55,13 @@ def losses() -> dict[str, list[float]]:
     return {}
 
 
-@pytest.mark.parametrize("cache", ["host", "none"])
-@pytest.mark.parametrize("procs", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("procs", "cache"),
+    [
+        *((1, "none"), (2, "host"), (3, "none")),
+        *nightly((1, "host"), (2, "none"), (3, "host"), (4, "host"), (4, "none")),
+    ],
+)
 def test_every_world_trains_on_the_plan(
     procs: int, cache: str, disttrain: Run, tmp_path: Path, seven_root: Path, losses: dict[str, list[float]]
 ) -> None:

@@ -25,8 +25,8 @@ from types import SimpleNamespace
 rank = int(os.environ["RANK"])
 import torch
 from accelerate import PartialState
-from disttrain.observe import RunGauges, _gather_devices
-from disttrain.runfolder import RunFolder
+from disttrain.monitor.observe import RunGauges, _gather_devices
+from disttrain.runs.runfolder import RunFolder
 
 group = PartialState(cpu=True)
 parts = SimpleNamespace(

@@ -48,6 +48,7 @@ def test_mnist_from_its_original_files(disttrain: Run, tmp_path: Path) -> None:
     check_both_ways(disttrain, "cnn_mnist", tmp_path, env, samples=60_000, accuracy=0.9)
 
 
+@pytest.mark.nightly
 def test_cifar10_from_a_tree_of_jpeg_files(disttrain: Run, tmp_path: Path) -> None:
     env = {"DISTTRAIN_DATA": str(tmp_path / "data"), "DISTTRAIN_CACHE": str(tmp_path / "cache")}
     with tarfile.open(REAL / "cifar10_jpeg.tar.xz") as archive:

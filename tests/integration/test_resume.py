@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import nightly
 from runs import computed_records, ids_per_step
 
 MODEL = '''
@@ -99,19 +100,21 @@ def digest(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "checkpoints/latest/model.safetensors").read_bytes()).hexdigest()
 
 
-SIGNALS = [
-    (1, "SIGTERM 0 training 35", 75),  # of 90 passes of each rank
-    (2, "SIGTERM 1 training 45", 75),
-    (3, "SIGTERM 2 training 45", 75),
-    (1, "SIGKILL 0 training 45", 70),
-    (2, "SIGKILL 1 training 73", 70),
+SIGNALS = [  # of 90 passes of each rank
     (1, "SIGTERM 0 evaluation 5", 75),
+    (2, "SIGKILL 1 training 73", 70),
+    (3, "SIGTERM 2 training 45", 75),
+]
+MORE_SIGNALS = [
+    (1, "SIGTERM 0 training 35", 75),
+    (1, "SIGKILL 0 training 45", 70),
+    (2, "SIGTERM 1 training 45", 75),
     (2, "SIGTERM 0 evaluation 2", 75),
     (3, "SIGTERM 1 evaluation 2", 75),
 ]
 
 
-@pytest.mark.parametrize(("procs", "plan", "code"), SIGNALS, ids=[f"{n} ranks {p}" for n, p, _ in SIGNALS])
+@pytest.mark.parametrize(("procs", "plan", "code"), [*SIGNALS, *nightly(*MORE_SIGNALS)])
 def test_a_run_that_goes_on_ends_as_the_run_that_was_never_stopped(
     procs: int,
     plan: str,

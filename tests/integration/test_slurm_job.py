@@ -26,12 +26,37 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory, digits_root: Path) -> Iterator[Hosts]:
+def variables(digits_root: Path, cache: Path) -> dict[str, str]:
     own_bin = str(Path(sys.executable).parent)
-    variables = {"PATH": f"{own_bin}:{slurm_cluster.search_path()}", "DISTTRAIN_DATA": str(digits_root)}
-    variables["OMP_NUM_THREADS"] = "1"
-    with slurm_cluster.slurm(tmp_path_factory.mktemp("slurm"), env=variables) as hosts:
+    return {
+        "PATH": f"{own_bin}:{slurm_cluster.search_path()}",
+        "DISTTRAIN_DATA": str(digits_root),
+        "DISTTRAIN_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, digits_root: Path, decoded_cache: Path
+) -> Iterator[Hosts]:
+    """The two nodes of all tests that leave them as they were."""
+    env = variables(digits_root, decoded_cache)
+    with slurm_cluster.slurm(tmp_path_factory.mktemp("slurm"), env=env) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def own_cluster(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    digits_root: Path,
+    decoded_cache: Path,
+) -> Iterator[Hosts]:
+    """Two nodes for a test that breaks them, or wants other settings of Slurm."""
+    env = variables(digits_root, decoded_cache)
+    settings = getattr(request, "param", {})
+    with slurm_cluster.slurm(tmp_path_factory.mktemp("slurm"), env=env, **settings) as hosts:
         yield hosts
 
 
@@ -46,10 +71,7 @@ class Job:
 
     def __init__(self, cluster: Hosts, folder: Path, number: str) -> None:
         self._cluster, self._folder, self.number = cluster, folder, number
-
-    @property
-    def run_dir(self) -> Path:
-        return self._folder / f"runs/slurm-{self.number}"
+        self.run_dir = folder / f"runs/slurm-{number}"
 
     def facts(self) -> dict[str, str]:
         shown = self._cluster.on(CONTROL, "scontrol", "show", "job", self.number)
@@ -102,8 +124,8 @@ def test_two_processes_on_each_of_two_nodes(cluster: Hosts, tmp_path: Path, conf
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="DISTTRAIN_TEST_DATA is not set")
-def test_mnist_on_two_nodes(cluster: Hosts, tmp_path: Path) -> None:
-    cluster.env["DISTTRAIN_DATA"] = str(tmp_path / "data")
+def test_mnist_on_two_nodes(cluster: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cluster.env, "DISTTRAIN_DATA", str(tmp_path / "data"))
     prepare = ("data", "prepare", "mnist", "--source", REAL / "mnist")
     cluster.on("node0", sys.executable, "-m", "disttrain", *prepare, timeout=240)
     settings = ("train.epochs=1", "train.trace_samples=true", "train.precision=fp32", "--procs", "2")
@@ -118,6 +140,18 @@ def test_mnist_on_two_nodes(cluster: Hosts, tmp_path: Path) -> None:
 def test_a_job_out_of_time_saves_requeues_and_goes_on_where_it_was(
     cluster: Hosts, tmp_path: Path, config_file: Path
 ) -> None:
+    requeue_and_finish(cluster, tmp_path, config_file)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("own_cluster", [{"proctrack": "linuxproc"}], indirect=True)
+def test_the_same_where_signals_reach_all_processes_of_a_task(
+    own_cluster: Hosts, tmp_path: Path, config_file: Path
+) -> None:
+    requeue_and_finish(own_cluster, tmp_path, config_file)
+
+
+def requeue_and_finish(cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
     epochs = 40
     settings = (f"train.epochs={epochs}", "train.trace_samples=true", "eval.every_epochs=20")
     job = submit(cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")
@@ -147,7 +181,7 @@ def wait_for_slurmstepd(cluster: Hosts, job: Job) -> None:
 
 
 def test_a_job_that_fails_is_not_requeued(cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
-    job = submit(cluster, tmp_path, ("--nodes=1",), config_file, "data.name=nothing")
+    job = submit(cluster, tmp_path, ("--nodes=2",), config_file, "data.name=nothing")
     job.wait_for_state("FAILED")
     assert job.facts()["ExitCode"] == "65:0"
     assert job.facts()["Restarts"] == "0"
@@ -192,28 +226,132 @@ def test_two_jobs_of_an_array_at_once_on_the_same_nodes(
     assert seeds == {"0", "1"}
 
 
-def test_one_task_per_gpu_and_one_launcher_per_node_write_the_same(
+def test_one_task_per_gpu_and_all_other_doors_write_the_same(
     cluster: Hosts, tmp_path: Path, config_file: Path
 ) -> None:
     settings = (config_file, "train.trace_samples=true")
-    worker = 'echo sees $SLURM_LOCALID:$CUDA_VISIBLE_DEVICES; exec "$0" -m disttrain.worker "$@"'
+    task = 'echo sees $SLURM_LOCALID:$CUDA_VISIBLE_DEVICES; exec "$0" -m disttrain.worker "$@"'
     options = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1", "--cpus-per-task=2")
-    command = ("srun", *options, "bash", "-c", worker, sys.executable, *settings, "--run-dir", "tasks")
+    command = ("srun", *options, "bash", "-c", task, sys.executable, *settings, "--run-dir", "tasks")
     output = cluster.on(CONTROL, *command, cwd=tmp_path, timeout=240, env={"OMP_NUM_THREADS": ""})
     assert sorted(re.findall(r"^sees (\d:.*)", output, re.M)) == ["0:0", "0:0", "1:1", "1:1"]
 
-    launch = [sys.executable, "-m", "disttrain", "run", *settings, "--procs", "2", "--run-dir", "launchers"]
-    launch += ["--nodes", "2", "--master-addr", "node0", "--master-port", "29500", "--node-rank"]
-    launchers = [
-        cluster.start(host, [*launch, str(rank)], cwd=tmp_path, env={"OMP_NUM_THREADS": "2"})
-        for rank, host in enumerate(cluster.names)
+    run = [sys.executable, "-m", "disttrain", "run", *settings, "--procs", "2", "--nodes", "2"]
+    run += ["--master-addr", "node0", "--master-port", "29500"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    torchrun += ["--master-addr", "node0", "--master-port", "29501"]
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_machines",
+        "2",
+        "--num_processes",
     ]
-    assert [launcher.wait(timeout=240) for launcher in launchers] == [0, 0]
+    accelerate += ["4", "--config_file", str(SCRIPT.parents[1] / "launch/multi_node.yaml"), "--cpu"]
+    accelerate += ["--main_process_ip", "node0", "--main_process_port", "29502"]
+    worker = ["-m", "disttrain.worker", *map(str, settings)]
+    doors = {
+        "run": lambda rank: [*run, "--node-rank", rank],
+        "torchrun": lambda rank: [*torchrun, "--node-rank", rank, *worker],
+        "accelerate": lambda rank: [*accelerate, "--machine_rank", rank, *worker],
+    }
+    for name, command_of in doors.items():
+        nodes = [
+            cluster.start(
+                host,
+                [*command_of(str(rank)), "--run-dir", name],
+                cwd=tmp_path,
+                env={"OMP_NUM_THREADS": "2"},
+            )
+            for rank, host in enumerate(cluster.names)
+        ]
+        assert [node.wait(timeout=240) for node in nodes] == [0, 0], name
 
-    for name in ("tasks", "launchers"):
+    for name in ("tasks", *doors):
         facts = json.loads((tmp_path / name / "env.json").read_text())
         assert [device["host"] for device in facts["devices"]] == ["node0", "node0", "node1", "node1"]
         assert facts["threads"] == 2
         assert_every_sample_once_an_epoch(tmp_path / name, epochs=2)
-    assert runs.ids_per_step(tmp_path / "tasks") == runs.ids_per_step(tmp_path / "launchers")
-    assert runs.computed_records(tmp_path / "tasks") == runs.computed_records(tmp_path / "launchers")
+        assert runs.ids_per_step(tmp_path / name) == runs.ids_per_step(tmp_path / "tasks")
+        assert runs.computed_records(tmp_path / name) == runs.computed_records(tmp_path / "tasks")
+
+
+def test_a_job_that_began_on_two_nodes_goes_on_on_one(
+    cluster: Hosts, tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cluster.env, "RUN_DIR", "runs/moved")
+    monkeypatch.setitem(cluster.env, "MAX_REQUEUES", "0")
+    settings = ("train.epochs=12", "train.trace_samples=true", "eval.every_epochs=6")
+    first = submit(cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")
+    first.run_dir = tmp_path / "runs/moved"
+    first.wait_for_records(2)
+    cluster.on(CONTROL, "scancel", "--signal=USR2", "--batch", first.number)
+    first.wait_for_state("FAILED", "COMPLETED")
+    assert first.facts()["ExitCode"] == "75:0", first.output()
+    assert "after 0 requeues" in first.output()
+    second = submit(
+        cluster, tmp_path, ("--nodes=1", "--cpus-per-task=2"), config_file, *settings, "--procs", "2"
+    )
+    second.run_dir = first.run_dir
+    second.wait_for_state("COMPLETED", "FAILED")
+    assert "finished: accuracy" in second.output()
+    assert second.status()["world_size"] == 2
+    assert_every_sample_once_an_epoch(second.run_dir, epochs=12)
+    third = submit(cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")
+    third.wait_for_state("COMPLETED", "FAILED")
+    assert third.facts()["JobState"] == "COMPLETED", third.output()
+    assert third.output().count("this run has finished already") == 2  # said by each node
+
+
+def release(cluster: Hosts, job: Job, nodes: int) -> float:
+    """Returns the seconds until a job is over and its nodes that live are idle."""
+    begin = time.monotonic()
+    count = ("sinfo", "-h", "-t", "idle", "-o", "%D")
+    job.wait_until(lambda: cluster.on(CONTROL, *count).split() == [str(nodes)], "for idle nodes", 60)
+    return time.monotonic() - begin
+
+
+def long_job(cluster: Hosts, folder: Path, config_file: Path) -> Job:
+    """Returns a job of two nodes that trains, and would for hours."""
+    job = submit(cluster, folder, FOUR_RANKS, config_file, "train.epochs=100000", "--procs", "2")
+    job.wait_for_records(3)
+    return job
+
+
+def test_a_rank_that_is_killed_on_the_second_node_releases_both(
+    cluster: Hosts, tmp_path: Path, config_file: Path
+) -> None:
+    job = long_job(cluster, tmp_path, config_file)
+    last = json.loads((job.run_dir / "env.json").read_text())["devices"][3]
+    assert last["host"] == "node1"
+    cluster.on("node1", "kill", "-KILL", str(last["pid"]))
+    assert release(cluster, job, nodes=2) < 15
+    assert job.facts()["ExitCode"] == "70:0"
+    assert "rank 3 on node1 was killed by SIGKILL" in job.output()
+    status = job.status()
+    assert (status["state"], status["rank"], status["host"]) == ("failed", 3, "node1")
+
+
+@pytest.mark.parametrize("how", ["killed", "unplugged"])
+def test_a_node_that_is_gone_is_named_and_the_other_released(
+    own_cluster: Hosts, tmp_path: Path, config_file: Path, how: str
+) -> None:
+    job = long_job(own_cluster, tmp_path, config_file)
+    if how == "killed":
+        own_cluster.kill("node1")
+    else:
+        own_cluster.unplug("node1")
+    job.wait_until(lambda: "is gone" in job.output(), "for the failure", 60)
+    assert "node 1 (node1) is gone" in job.output()
+    assert (job.status()["state"], job.status()["host"]) == ("failed", "node1")
+    job.wait_for_state("FAILED", "NODE_FAIL", "COMPLETING")
+
+
+def test_a_job_outlives_the_slurmd_of_a_node(own_cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
+    settings = ("train.epochs=30", "train.trace_samples=true", "eval.every_epochs=10")
+    job = submit(own_cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")
+    job.wait_for_records(3)
+    own_cluster.on("node1", "pkill", "-KILL", "-x", "slurmd")
+    job.wait_until(lambda: job.status()["state"] == "finished", "for its end")
+    assert_every_sample_once_an_epoch(job.run_dir, epochs=30)

@@ -17,9 +17,10 @@ from torch import nn
 
 
 class Net(nn.Sequential):
-    def __init__(self, num_classes, slow=None):
+    def __init__(self, num_classes, slow):
         super().__init__(nn.Flatten(), nn.Linear(64, num_classes))
-        self.slow_s = 0.03 if slow == "rank" and os.environ.get("RANK") == "1" else 0.0
+        slow_ranks = {"rank": ["1"], "network": ["0"]}.get(slow, [])
+        self.slow_s = 0.03 if os.environ.get("RANK", "0") in slow_ranks else 0.0
         if slow == "disk":
             pread = os.pread
             def reading(*arguments):
@@ -38,11 +39,11 @@ class Net(nn.Sequential):
     [
         ("rank", 2, [], "straggler", ["rank 1 on "]),
         ("disk", 1, ["data.cache=none", "data.workers=1"], "input-bound", ["data.cache=host"]),
-        (None, 1, [], "compute-bound", []),
+        ("network", 1, [], "compute-bound", []),
     ],
 )
 def test_a_problem_is_named(
-    problem: str | None,
+    problem: str,
     procs: int,
     options: list[str],
     name: str,
@@ -52,9 +53,8 @@ def test_a_problem_is_named(
     config_file: Path,
 ) -> None:
     (tmp_path / "slow.py").write_text(MODEL)
-    arguments = ["model.name=slow:Net", *options, "--procs", str(procs), "--run-dir", "run"]
-    arguments += [] if problem is None else [f"model.args.slow={problem}"]
-    result = disttrain("run", config_file, *arguments)
+    model = ["model.name=slow:Net", f"model.args.slow={problem}"]
+    result = disttrain("run", config_file, *model, *options, "--procs", str(procs), "--run-dir", "run")
     assert result.returncode == 0, result.stderr
     verdict = json.loads((tmp_path / "run/status.json").read_text())["verdict"]
     assert verdict["name"] == name, verdict

@@ -1,0 +1,68 @@
+"""The `disttrain` command. Bodies are thin and import what they need, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from disttrain import __version__
+from disttrain.cli import data, running, trained
+from disttrain.errors import DisttrainError
+
+
+class _Group(click.Group):
+    """Shows a user's mistake as one line with its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DisttrainError as error:
+            for line in str(error).splitlines():
+                click.echo(f"disttrain: {line}", err=True)
+            sys.exit(error.exit_code)
+
+
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),
+    "max_content_width": 110,
+}
+
+
+@click.group(cls=_Group, context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name="disttrain")
+def main() -> None:
+    """Train image classifiers on one GPU, many GPUs or many nodes from one YAML file."""
+
+
+for command in (*running.COMMANDS, data.data, *trained.COMMANDS):
+    main.add_command(command)
+
+
+@main.group()
+def config() -> None:
+    """About the config file."""
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON Schema of the config, for editors."""
+    from disttrain.config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.command()
+def models() -> None:
+    """List the models: name, parameters with their usual input, source."""
+    from disttrain.models import CATALOG, build_model, parameter_count
+
+    for name, entry in CATALOG.items():
+        channels, height, width = entry.input_shape
+        model = build_model(name, num_classes=10, in_channels=channels, image_size=(height, width), args={})
+        size = f"{channels}x{height}x{width}"
+        click.echo(f"{name:<18} {parameter_count(model):>12,}  {size:<9}  {entry.source}")
+    click.echo("torchvision:NAME and package.module:Class work too")

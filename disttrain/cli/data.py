@@ -1,0 +1,227 @@
+"""`disttrain data`: make and look at data sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from disttrain.cli.shared import PATH, ROOT, progress
+
+if TYPE_CHECKING:
+    from disttrain.shards.index import Index
+
+
+@click.group()
+def data() -> None:
+    """Make and look at data sets."""
+
+
+_FORCE = click.option("--force", is_flag=True, help="Replace an existing data set.")
+
+
+@data.command()
+@click.argument("name", metavar="digits|mnist|cifar10")
+@click.option("--source", type=PATH, help="Folder of the original files, instead of a download.")
+@ROOT
+@_FORCE
+def prepare(name: str, source: Path | None, root: str | None, force: bool) -> None:
+    """Make a known data set, downloading it if no source is given."""
+    from disttrain.shards import datasets
+
+    with progress() as on_progress:
+        index = datasets.prepare(
+            name, source=source, root=root, force=force, say=click.echo, on_progress=on_progress
+        )
+    _show_index(index)
+
+
+@data.command()
+@click.argument("folder", metavar="DIR", type=PATH)
+@click.option("--name", required=True, help="Name of the new data set.")
+@click.option("--size", type=click.IntRange(1), help="Resize and crop every image to SIZE x SIZE pixels.")
+@click.option(
+    "--val-fraction", type=float, help="Share of each class to validate on, if DIR has no val folder."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order and of the split.")
+@click.option(
+    "--shard-mib",
+    type=click.FloatRange(0, min_open=True),
+    default=64,
+    show_default=True,
+    help="Size of a shard.",
+)
+@click.option("--procs", type=click.IntRange(1), help="Processes that pack (default: one per core).")
+@ROOT
+@_FORCE
+def pack(
+    folder: Path,
+    name: str,
+    size: int | None,
+    val_fraction: float | None,
+    seed: int,
+    shard_mib: float,
+    procs: int | None,
+    root: str | None,
+    force: bool,
+) -> None:
+    """Make a data set of your own images.
+
+    DIR holds train/<class>/<images> and val/<class>/<images> (or test/), or <class>/<images> with
+    --val-fraction. If packing is interrupted, the same command goes on with the shards that are finished.
+    """
+    from disttrain.shards.imagefolder import pack_folder
+
+    with progress() as on_progress:
+        index = pack_folder(
+            folder,
+            name=name,
+            root=root,
+            size=size,
+            val_fraction=val_fraction,
+            seed=seed,
+            shard_mib=shard_mib,
+            processes=procs,
+            force=force,
+            say=click.echo,
+            on_progress=on_progress,
+        )
+    _show_index(index)
+
+
+@data.command()
+@click.argument("name")
+@ROOT
+def inspect(name: str, root: str | None) -> None:
+    """Show what a data set holds."""
+    from disttrain.shards.index import load_index
+
+    _show_index(load_index(name, root), classes=True)
+
+
+@data.command()
+@click.argument("name")
+@ROOT
+def verify(name: str, root: str | None) -> None:
+    """Read and decode every sample of a data set and compare it with its index.
+
+    Lists the shards and samples that are bad, and ends with 65 if there are any.
+    """
+    from disttrain.errors import DataError
+    from disttrain.shards.index import again, load_index
+    from disttrain.shards.verify import verify
+
+    index = load_index(name, root, strict=False)
+    with progress() as on_progress:
+        problems = verify(index, on_progress=on_progress)
+    for problem in problems:
+        sample = f"sample {problem.key}: " if problem.key else ""
+        click.echo(f"{problem.place}: {sample}{problem.text}")
+    if problems:
+        count = f"{len(problems):,} problem{'s' * (len(problems) > 1)}"
+        raise DataError(f"{name}: {count}; {again(index)}, or train without them with data.on_error=skip")
+    samples = sum(split.samples for split in index.splits.values())
+    shards = sum(len(split.shards) for split in index.splits.values())
+    click.echo(f"{name}: {samples:,} samples in {shards} shard{'s' * (shards > 1)} are what the index says")
+
+
+@data.command("index")
+@click.argument("folder", metavar="DIR", type=PATH)
+@click.option(
+    "--train", multiple=True, metavar="PATTERN", help="Tars of the train split (default: train*.tar)."
+)
+@click.option(
+    "--val", multiple=True, metavar="PATTERN", help="Tars of the val split (default: val*.tar or test*.tar)."
+)
+@click.option(
+    "--classes", type=PATH, help="File with the name of a class on each line, in the order of the labels."
+)
+@click.option("--skip", is_flag=True, help="Accept samples that cannot be used.")
+@_FORCE
+def index_(
+    folder: Path,
+    train: tuple[str, ...],
+    val: tuple[str, ...],
+    classes: Path | None,
+    skip: bool,
+    force: bool,
+) -> None:
+    """Use WebDataset tars that were made elsewhere, where they lie.
+
+    Writes DIR/index.json; the tars stay as they are. Each sample needs an image (png, jpg, webp) and a
+    label (KEY.cls).
+    """
+    from disttrain.errors import UsageError
+    from disttrain.shards.foreign import index_folder
+
+    names = None
+    if classes is not None:
+        try:
+            names = classes.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--classes {classes}: cannot be read: {error}") from None
+        names = [name.strip() for name in names if name.strip()]
+    with progress() as on_progress:
+        index = index_folder(
+            folder,
+            patterns={"train": train, "val": val},
+            classes=names,
+            skip_unusable=skip,
+            force=force,
+            say=click.echo,
+            on_progress=on_progress,
+        )
+    _show_index(index)
+    click.echo(f"use it with data.name={index.name} data.root={index.folder.parent}")
+
+
+@data.command("bench")
+@click.argument("name")
+@ROOT
+@click.option(
+    "--samples", type=click.IntRange(1), default=20000, show_default=True, help="Samples for each stage."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=512, show_default=True)
+@click.option(
+    "--threads", type=click.IntRange(1), help="Decoding and arithmetic threads (default: all cores)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench_(
+    name: str, root: str | None, samples: int, batch_size: int, threads: int | None, as_json: bool
+) -> None:
+    """Measure how fast this machine reads, decodes, caches, batches and augments a data set.
+
+    The last line is the stock webdataset pipeline on the same shards.
+    """
+    from disttrain.data.bench import bench
+    from disttrain.shards.index import load_index
+
+    stages = []
+    if not as_json:
+        click.echo(f"{'stage':<17} {'samples/s':>12} {'us/sample':>10}  what")
+    for stage in bench(load_index(name, root), samples=samples, batch_size=batch_size, threads=threads):
+        stages.append(stage._asdict() | {"samples_per_s": stage.samples_per_s})
+        if not as_json:
+            us = 1e6 / stage.samples_per_s
+            click.echo(f"{stage.name:<17} {stage.samples_per_s:>12,.0f} {us:>10,.2f}  {stage.what}")
+    if as_json:
+        click.echo(json.dumps(stages, indent=1))
+
+
+def _show_index(index: Index, *, classes: bool = False) -> None:
+    click.echo(f"{index.name}: {index.base or index.folder}")
+    click.echo(f"images   {index.channels} x {index.height} x {index.width}, {len(index.classes)} classes")
+    for label, values in (("mean", index.mean), ("std", index.std)):
+        click.echo(f"{label:<8} {' '.join(f'{value:.4f}' for value in values)}")
+    for name, split in index.splits.items():
+        mib = sum(shard.bytes for shard in split.shards) / 2**20
+        shards = f"{len(split.shards)} shard{'s' * (len(split.shards) > 1)}"
+        click.echo(f"{name:<8} {split.samples:,} samples in {shards}, {mib:,.1f} MiB")
+    if classes:
+        width = max(5, *(len(name) for name in index.classes))
+        click.echo(f"{'class':<{width}} " + " ".join(f"{name:>10}" for name in index.splits))
+        for number, name in enumerate(index.classes):
+            counts = (split.class_counts[number] for split in index.splits.values())
+            click.echo(f"{name:<{width}} " + " ".join(f"{count:>10,}" for count in counts))

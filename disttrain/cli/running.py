@@ -1,0 +1,328 @@
+"""`disttrain run`, and what shows a machine and a run: bench, top, doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from disttrain.cli.shared import PATH
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from disttrain.doctor.rules import Finding
+
+_NODE_RANK = click.option("--node-rank", type=click.IntRange(0), help="This node, 0 to nodes - 1.")
+_MASTER_ADDR = click.option("--master-addr", metavar="HOST", help="Address of node 0.")
+_MASTER_PORT = click.option("--master-port", type=click.IntRange(1, 65535), help="A free port on node 0.")
+
+
+@click.command()
+@click.argument("config_path", metavar="CONFIG", type=PATH)
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--gpus", type=click.IntRange(1), help="GPUs on this node (default: all visible).")
+@click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (CPU, gloo).")
+@click.option("--nodes", type=click.IntRange(1), help="Number of nodes (default: from Slurm, else 1).")
+@_NODE_RANK
+@_MASTER_ADDR
+@_MASTER_PORT
+@click.option("--run-dir", type=PATH, help="Run folder (default: runs/<name>/<UTC time>).")
+@click.option(
+    "--resume",
+    default="auto",
+    show_default=True,
+    metavar="auto|never|PATH",
+    help="auto: go on with an unfinished run in --run-dir; PATH: from a run folder or checkpoint.",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Go on although config or data set differ from the checkpoint's; the run folder keeps a record.",
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Restarts from the last checkpoint after a crash.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
+@click.option("-q", "--quiet", is_flag=True, help="Show the outcome only.")
+@click.option("-v", "--verbose", is_flag=True, help="Show every log point.")
+def run(
+    config_path: Path,
+    overrides: tuple[str, ...],
+    gpus: int | None,
+    procs: int | None,
+    nodes: int | None,
+    node_rank: int | None,
+    master_addr: str | None,
+    master_port: int | None,
+    run_dir: Path | None,
+    resume: str,
+    force: bool,
+    max_restarts: int,
+    dry_run: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Train the experiment in CONFIG.
+
+    KEY=VALUE changes a setting, for example optim.lr=0.1. The number of GPUs never changes the experiment:
+    train.batch_size is the global batch.
+    """
+    from disttrain.config import load_config
+    from disttrain.errors import UsageError
+    from disttrain.launch.launcher import launch
+    from disttrain.launch.peers import facts, telling_nodes
+    from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_processes
+    from disttrain.launch.preflight import (
+        check_device,
+        check_room,
+        check_shared_memory,
+        check_trackers,
+        identity,
+        is_finished,
+        open_index,
+        resume_point,
+        split_batch,
+    )
+    from disttrain.models import check_model_name
+    from disttrain.monitor.nvml import visible_gpus
+    from disttrain.parallel import usable_cores
+    from disttrain.runs.runfolder import RunFolder, new_run_path
+
+    node = plan_nodes(
+        nodes=nodes, node_rank=node_rank, master_addr=master_addr, master_port=master_port, environ=os.environ
+    )
+    with telling_nodes(None if dry_run else node):
+        config = load_config(config_path, overrides)
+        check_model_name(config.model.name)
+        device, processes, chosen, threads = plan_processes(
+            gpus=gpus,
+            procs=procs,
+            visible=[] if procs else visible_gpus(),
+            cores=usable_cores(),
+            environ=os.environ,
+        )
+        if node is not None and run_dir is None:
+            if "SLURM_JOB_ID" not in os.environ:
+                raise UsageError(f"--nodes {node.nodes} needs a --run-dir that all nodes share")
+            run_dir = Path("runs") / config.name / f"slurm-{os.environ['SLURM_JOB_ID']}"
+        plan = LaunchPlan(
+            config_path=config_path,
+            overrides=overrides,
+            run_dir=run_dir or Path("runs") / config.name / "<UTC time>",
+            resume=resume,
+            device=device,
+            processes=processes,
+            gpus=chosen,
+            threads=threads,
+            **(node._asdict() if node else {}),
+            verbosity=int(verbose) - int(quiet),
+            force=force,
+            stall_timeout_s=config.monitor.stall_timeout_s,
+        )
+        check_device(config, device)
+        check_shared_memory(device, plan.processes)
+        split_batch(config, plan.world_size)
+        index = open_index(config, click.echo)
+        folder = RunFolder(plan.run_dir)
+        unknown = config.data.on_error == "skip"  # what is skipped is found by the workers
+        own = identity(config, index, None if unknown else ())
+        if resume == "auto" and is_finished(folder, own):
+            click.echo(f"{run_dir}: this run has finished already; nothing to do")
+            return
+        if plan.node_rank == 0:
+            check_trackers(config)
+            if folder.is_run() and not dry_run:
+                folder.create()  # its lock: what a run that goes on there does meanwhile is no damage
+            start = resume_point(folder, resume, own, force=force)
+            check_room(folder.path, start.checkpoint)
+        if dry_run:
+            from disttrain.launch.dryrun import describe
+
+            for label, text in describe(plan, config, index):
+                click.echo(f"{label:<11} {text}")
+            if plan.node_rank == 0:
+                begin = [] if start.checkpoint is None else [f"going on from {start.checkpoint}"]
+                for text in (*start.notes, *start.changes, *begin):
+                    click.echo(f"{'resume':<11} {text}")
+            return
+        if run_dir is None:
+            folder = RunFolder(new_run_path(config.name))
+        if plan.node_rank == 0:
+            folder.create()
+        else:
+            folder.check_writable("logs", "errors")
+    outcome = launch(
+        replace(plan, run_dir=folder.path),
+        folder,
+        max_restarts=max_restarts,
+        say=click.echo,
+        facts=facts(config, index),
+    )
+    if outcome.detail:
+        click.echo(outcome.detail.rstrip(), err=True)
+    if outcome.message:
+        click.echo(f"disttrain: {outcome.message}", err=True)
+    sys.exit(outcome.exit_code)
+
+
+@click.command()
+@click.argument("config_path", metavar="[CONFIG]", type=PATH, required=False)
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--gpus", type=click.IntRange(1), help="GPUs to measure on (default: all visible).")
+@click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (default: 1).")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=2,
+    show_default=True,
+    help="Length of each measurement.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    gpus: int | None,
+    procs: int | None,
+    seconds: float,
+    as_json: bool,
+) -> None:
+    """Show where the time of a training step goes on this machine.
+
+    Measures the phases of a step of CONFIG (default: a small network on the embedded digits), real samples
+    against a replayed batch, precision x channels_last x compile (without compile if train.compile is false),
+    and the speed on other numbers of processes.
+    """
+    from rich.console import Console
+
+    from disttrain.bench import DEFAULT, summary, tables
+    from disttrain.bench import bench as measure
+    from disttrain.config import Config, load_config
+    from disttrain.launch.plan import LaunchPlan, plan_processes
+    from disttrain.launch.preflight import check_device, open_index, split_batch
+    from disttrain.models import check_model_name
+    from disttrain.monitor.nvml import visible_gpus
+    from disttrain.parallel import usable_cores
+
+    config = Config.model_validate(DEFAULT) if config_path is None else load_config(config_path, overrides)
+    check_model_name(config.model.name)
+    cores = usable_cores()
+    visible = [] if procs else visible_gpus()
+    device, processes, chosen, threads = plan_processes(
+        gpus=gpus, procs=procs, visible=visible, cores=cores, environ=os.environ
+    )
+    plan = LaunchPlan(
+        config_path=Path(),
+        overrides=(),
+        run_dir=Path(),
+        resume="never",
+        device=device,
+        processes=processes,
+        gpus=chosen,
+        threads=threads,
+    )
+    check_device(config, device)
+    split_batch(config, plan.world_size)
+    open_index(config, lambda text: click.echo(text, err=True))
+    results = measure(config, plan, seconds=seconds, cores=cores, say=lambda text: click.echo(text, err=True))
+    if as_json:
+        click.echo(json.dumps(results, indent=1))
+        return
+    console = Console(highlight=False)
+    for table in tables(results):
+        console.print(table)
+        console.print()
+    for line in summary(results):
+        click.echo(line)
+
+
+@click.command()
+@click.argument("run_dir", metavar="[RUN]", type=PATH, required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, once.")
+def top(run_dir: Path | None, as_json: bool) -> None:
+    """Show every GPU of a run, live, or the GPUs of this node.
+
+    RUN is a run folder; it is only read, and may be that of a run that has ended. Ends with Ctrl-C. Where
+    there is no terminal all is shown once.
+    """
+    from disttrain.monitor.top import show
+
+    show(run_dir, as_json=as_json)
+
+
+@click.command()
+@click.argument("checks", metavar="[CHECK]...", nargs=-1)
+@click.option(
+    "--nodes",
+    is_flag=False,
+    flag_value=0,
+    type=click.IntRange(0),
+    metavar="[N]",
+    help="Measure between all nodes: of the Slurm job, or N that run this.",
+)
+@_NODE_RANK
+@_MASTER_ADDR
+@_MASTER_PORT
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(
+    checks: tuple[str, ...],
+    nodes: int | None,
+    node_rank: int | None,
+    master_addr: str | None,
+    master_port: int | None,
+    as_json: bool,
+) -> None:
+    """Show what works on this machine and what does not, each with its remedy.
+
+    CHECK chooses some of: packages, driver, gpus, machine, disk, clock, network, slurm, data, allreduce,
+    step. With --nodes, latency and bandwidth between every pair of nodes instead. Ends with 1 if there is a
+    failure; a warning is none.
+    """
+    from disttrain.doctor import examine, report
+    from disttrain.errors import UsageError
+
+    findings: Iterable[tuple[str, Finding]]
+    if nodes is None:
+        findings = examine(checks)
+    else:
+        from disttrain.doctor.nodes import examine_nodes, starts_srun
+        from disttrain.launch.plan import plan_nodes
+
+        if checks:
+            raise UsageError("--nodes is a check of its own: leave out the others")
+        if not nodes and (command := starts_srun(os.environ)) is not None:
+            sys.exit(subprocess.run(command).returncode)
+        place = plan_nodes(
+            nodes=nodes or None,
+            node_rank=node_rank,
+            master_addr=master_addr,
+            master_port=master_port,
+            environ=os.environ,
+        )
+        if place is None:
+            raise UsageError(
+                "--nodes: there is one node only; call this in a Slurm job of several, or on each node with "
+                "--nodes N --node-rank R --master-addr HOST --master-port PORT"
+            )
+        findings = (("nodes", finding) for finding in examine_nodes(place))
+    found = []
+    for name, finding in findings:
+        found.append({"check": name, **finding._asdict()})
+        if not as_json:
+            click.echo(report(finding))
+    if as_json and (found or nodes is None):
+        click.echo(json.dumps(found, indent=1))
+    sys.exit(any(finding["status"] == "failure" for finding in found))
+
+
+COMMANDS = (run, bench, top, doctor)

@@ -1,0 +1,178 @@
+"""What is done with a run that was trained: eval, predict, export, report, compare."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from disttrain.cli.shared import PATH, ROOT, progress
+
+_RUN = click.argument("run_path", metavar="RUN", type=PATH)
+_CHECKPOINT = click.option(
+    "--checkpoint", default="best", show_default=True, metavar="best|latest|PATH", help="Which weights."
+)
+
+
+@click.command("eval")
+@_RUN
+@_CHECKPOINT
+@click.option("--data", metavar="NAME", help="Another data set with the same classes.")
+@ROOT
+@click.option("--gpus", type=click.IntRange(1), help="GPUs to use (default: all visible).")
+@click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (default: 1).")
+@click.option(
+    "--tta",
+    type=click.Choice(["none", "flip", "multi_view"]),
+    default="none",
+    show_default=True,
+    help="Test-time augmentation.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def eval_(
+    run_path: Path,
+    checkpoint: str,
+    data: str | None,
+    root: str | None,
+    gpus: int | None,
+    procs: int | None,
+    tta: Literal["none", "flip", "multi_view"],
+    as_json: bool,
+) -> None:
+    """Evaluate the network of a run on a validation split.
+
+    Shows accuracy, loss, the accuracy of each class and the confusion matrix. Every sample counts exactly
+    once, on any number of processes.
+    """
+    from disttrain.trained.eval import evaluate, report
+
+    result = evaluate(run_path, checkpoint, data=data, root=root, tta=tta, gpus=gpus, procs=procs)
+    for line in [json.dumps(result)] if as_json else report(result):
+        click.echo(line)
+
+
+@click.command()
+@_RUN
+@click.argument("images", metavar="IMAGE|FOLDER|-...", nargs=-1, required=True)
+@_CHECKPOINT
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes for each image.")
+@click.option("--grid", type=PATH, metavar="FILE.png", help="Also draw the images with their predictions.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document on each line.")
+def predict(
+    run_path: Path, images: tuple[str, ...], checkpoint: str, top: int, grid: Path | None, as_json: bool
+) -> None:
+    """Show what the network of a run takes images for.
+
+    RUN may also be a file of `disttrain export --format safetensors`. A FOLDER stands for all image files
+    below it; `-` reads names from standard input, one on each line, or separated by NUL as `find -print0`
+    prints them. A file that cannot be used is named on standard error; the others go on, and the end is 65.
+    """
+    from disttrain.trained.predict_command import predict as show
+
+    with progress(disable=sys.stdout.isatty()) as on_progress:
+        show(
+            run_path,
+            images,
+            checkpoint,
+            top=top,
+            grid=grid,
+            as_json=as_json,
+            on_progress=on_progress,
+        )
+
+
+@click.command()
+@_RUN
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["safetensors", "torch-export", "onnx"]),
+    required=True,
+    help="Of the file.",
+)
+@click.option("--output", type=PATH, metavar="FILE", help="Default: RUN/export/FORMAT/model.*")
+@_CHECKPOINT
+@ROOT
+def export(
+    run_path: Path,
+    file_format: Literal["safetensors", "torch-export", "onnx"],
+    output: Path | None,
+    checkpoint: str,
+    root: str | None,
+) -> None:
+    """Write the network of a run as a file for other programs.
+
+    The file is checked against the network on images of the validation split; a model card, README.md, is
+    written beside it.
+    """
+    from disttrain.trained.exporting import export
+
+    done = export(run_path, file_format, output, checkpoint=checkpoint, root=root)
+    click.echo(f"{done.path}: largest difference of a score {done.difference:.3g} on {done.images} images")
+
+
+_RUNS = click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
+_TARGET = click.option(
+    "--target",
+    type=click.FloatRange(0, 100),
+    metavar="PCT",
+    help="Accuracy to which a comparison gives times (default: the best that all runs reached).",
+)
+_PAGE = click.option(
+    "--output",
+    type=PATH,
+    help="The page to write (default: RUN/report.html; of a comparison ./comparison.html).",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+
+
+@click.command()
+@_RUNS
+@_PAGE
+@_TARGET
+@_JSON
+def report(runs: tuple[Path, ...], output: Path | None, target: float | None, as_json: bool) -> None:
+    """Write a run's report as one HTML file that needs no network; of several runs, their comparison.
+
+    Works while a run goes on and after it has failed. The best checkpoint and the data set are looked into
+    if they are there.
+    """
+    if len(runs) > 1:
+        _compare(runs, output, target, as_json)
+        return
+    from disttrain.report.page import write_report
+
+    click.echo(write_report(runs[0], output))
+
+
+@click.command()
+@_RUNS
+@_PAGE
+@_TARGET
+@_JSON
+def compare(runs: tuple[Path, ...], output: Path | None, target: float | None, as_json: bool) -> None:
+    """Compare runs: a table here, curves over one another and all that differs in an HTML file."""
+    _compare(runs, output, target, as_json)
+
+
+def _compare(runs: tuple[Path, ...], output: Path | None, target: float | None, as_json: bool) -> None:
+
+    from rich.console import Console
+
+    from disttrain.report import compare
+
+    comparison = compare.compare(runs, None if target is None else target / 100)
+    page = compare.write_comparison(comparison, output or Path("comparison.html"))
+    if as_json:
+        click.echo(json.dumps(compare.to_json(comparison), indent=1))
+        return
+    Console(highlight=False).print(compare.table(comparison))
+    for contrast in comparison.contrasts:
+        click.echo(f"{contrast.second} against {contrast.first}: {contrast.verdict}")
+    click.echo(page)
+
+
+COMMANDS = (eval_, predict, export, report, compare)

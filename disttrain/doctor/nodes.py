@@ -1,0 +1,294 @@
+"""`disttrain doctor --nodes`: whether all nodes reach one another, and how fast, pair by pair.
+
+One process on each node. They meet as the launchers of a run do, and then try what the ranks of a run would
+use: the address that gloo takes, and gloo or NCCL itself.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+
+from disttrain.doctor.rules import Finding, failure, ok, warning
+from disttrain.errors import HangError, UsageError
+from disttrain.launch.network import prepare_gloo
+from disttrain.launch.peers import Channel, meet
+from disttrain.launch.slurm import Node, allocation
+from disttrain.monitor.nvml import visible_gpus
+
+if TYPE_CHECKING:
+    import torch
+
+_MEET_S = 60.0
+_CONNECT_S = 3.0  # for a plain connection between two nodes
+_LIMIT_S = 60.0  # for each message between two nodes
+_ROUND_TRIPS = 200
+_LARGE_BYTES = {"gloo": 2**24, "nccl": 2**28}
+_LARGE_TRIPS = 5
+_SLOW = 2.0  # times worse than the median of the pairs
+
+
+class Pair(NamedTuple):
+    """What two nodes measured together.
+
+    Attributes:
+        first: the node with the smaller number.
+        second: the other.
+        latency_s: half of the median round trip of 4 bytes; None if it failed.
+        bytes_per_s: of a large message, one way.
+        problem: empty, or why it failed.
+    """
+
+    first: int
+    second: int
+    latency_s: float | None
+    bytes_per_s: float | None
+    problem: str = ""
+
+
+def starts_srun(environ: Mapping[str, str]) -> list[str] | None:
+    """Returns the command that runs this on all nodes of a Slurm job; None in a task of it, or outside."""
+    job = allocation(environ)
+    if job is None:
+        return None
+    in_step = job.step is not None and int(environ.get("SLURM_STEP_NUM_NODES", "1")) == job.nodes
+    if in_step:
+        return None
+    every = ["srun", "--overlap", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1"]
+    return [*every, "--kill-on-bad-exit=0", *sys.orig_argv]
+
+
+def rounds(nodes: int) -> list[list[tuple[int, int]]]:
+    """Returns all pairs of nodes in as few rounds as can be; no node is in two pairs of a round."""
+    places: list[int | None] = [*range(nodes), *([None] if nodes % 2 else [])]
+    result = []
+    for _ in range(len(places) - 1):
+        half = len(places) // 2
+        paired = zip(places[:half], reversed(places[half:]), strict=True)
+        result.append(sorted((min(a, b), max(a, b)) for a, b in paired if a is not None and b is not None))
+        places = [places[0], places[-1], *places[1:-1]]  # the circle method: all but one move on
+    return result
+
+
+def examine_nodes(place: Node) -> Iterator[Finding]:
+    """Measures between all nodes; node 0 yields what was found, the others nothing. Every node calls this.
+
+    Raises:
+        BusyError: the port is taken.
+        HangError: a node has not come.
+        UsageError: the nodes differ, such as in their devices.
+    """
+    backend = "nccl" if visible_gpus() else "gloo"
+    channel = meet(
+        place, 1, {"what they communicate with": backend}, timeout_s=_MEET_S, interrupted=lambda: False
+    )
+    try:
+        interface = prepare_gloo(place.master_addr)
+        names = [f"{host} (node {node})" for node, host in enumerate(channel.hosts)]
+        unreached = _reach(channel, place, names, interface)
+        if unreached:
+            yield from unreached if place.node_rank == 0 else ()
+            return
+        found = _measure(channel, place, backend)
+        if place.node_rank == 0:
+            yield from judge(found, names, backend)
+    finally:
+        channel.close()
+
+
+def _exchange(channel: Channel, place: Node, value: Any) -> list[Any]:
+    """Returns the values of all nodes, on every node. Every node calls this.
+
+    Raises:
+        HangError: a node is gone or does not answer.
+    """
+    values: dict[int, Any] = {place.node_rank: value}
+    deadline = time.monotonic() + 2 * _LIMIT_S
+    if place.node_rank:
+        channel.send({"value": value})
+    while place.node_rank == 0 and len(values) < place.nodes:
+        values |= {node: message["value"] for node, message in _received(channel, deadline)}
+    if place.node_rank == 0:
+        channel.send({"values": [values[node] for node in range(place.nodes)]})
+        return [values[node] for node in range(place.nodes)]
+    while True:
+        for _, message in _received(channel, deadline):
+            return list(message["values"])
+
+
+def _received(channel: Channel, deadline: float) -> list[tuple[int, dict[str, Any]]]:
+    messages = channel.receive()
+    if not messages and (channel.lost or time.monotonic() > deadline):
+        gone = ", ".join(channel.hosts[node] for node in sorted(channel.lost)) or "a node"
+        raise HangError(f"{gone} is gone or does not answer; see what it printed")
+    if not messages:
+        time.sleep(0.01)
+    return messages
+
+
+def _reach(channel: Channel, place: Node, names: Sequence[str], interface: str | None) -> list[Finding]:
+    """Connects every node to every other one at the address that gloo takes there."""
+    with socket.create_server(("", 0)) as server:
+        threading.Thread(target=_accept_all, args=(server,), daemon=True).start()
+        here = _address(interface), server.getsockname()[1]
+        addresses = _exchange(channel, place, here)
+        problems = []
+        for node, (address, port) in enumerate(addresses):
+            try:
+                socket.create_connection((address, port), timeout=_CONNECT_S).close()
+            except OSError as error:
+                problems.append((node, f"{address}: {error.strerror or error}"))
+        everyones = _exchange(channel, place, problems)
+    remedy = "see to the firewall between them, or name the right interface in GLOO_SOCKET_IFNAME"
+    return [
+        failure(f"{names[node]} -> {names[other]}", f"no connection to {problem}", remedy)
+        for node, problems in enumerate(everyones)
+        for other, problem in problems
+    ]
+
+
+def _accept_all(server: socket.socket) -> None:
+    while True:
+        try:
+            server.accept()[0].close()
+        except OSError:
+            return
+
+
+def _address(interface: str | None) -> str:
+    """Returns the address at which gloo listens: an interface's, or what this node's name stands for."""
+    interface = interface or os.environ.get("GLOO_SOCKET_IFNAME")
+    if interface is None:
+        return socket.gethostbyname(socket.gethostname())
+    for entry in psutil.net_if_addrs().get(interface.partition(",")[0], []):
+        if entry.family == socket.AF_INET:
+            return entry.address
+    raise UsageError(
+        f"GLOO_SOCKET_IFNAME={interface}: {socket.gethostname()} has no such interface with an address; "
+        "`ip -br address` shows those it has"
+    )
+
+
+def _measure(channel: Channel, place: Node, backend: str) -> tuple[list[Pair], float | str]:
+    """Returns all pairs, and the seconds of a reduction over all nodes or why it failed. On every node."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that hosts have no names in the DNS is no news
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if backend == "nccl":
+        device = torch.device("cuda", 0)
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=_LIMIT_S)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        place.master_addr, place.master_port, place.nodes, place.node_rank == 0, timeout=timeout
+    )
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=place.node_rank, world_size=place.nodes, timeout=timeout
+        )
+    except RuntimeError as error:
+        raise HangError(f"{backend} does not connect the nodes: {str(error).splitlines()[0]}") from None
+    own = []
+    for pairs in rounds(place.nodes):
+        for first, second in pairs:
+            if place.node_rank in (first, second):
+                own.append(_measure_pair(first, second, place.node_rank, device, _LARGE_BYTES[backend]))
+    everyones = _exchange(channel, place, own)
+    if any(problem for pairs in everyones for *_, problem in pairs):
+        reduction: float | str = "not tried"
+    else:
+        reduction = _reduce(place, device)
+    found = [Pair(*pair) for node, pairs in enumerate(everyones) for pair in pairs if pair[0] == node]
+    _exchange(channel, place, None)  # nobody leaves while another still counts on it
+    return found, reduction
+
+
+def _measure_pair(first: int, second: int, node: int, device: torch.device, large_bytes: int) -> Pair:
+    """Sends messages to and fro between two nodes. Both call this."""
+    import torch
+    import torch.distributed as dist
+
+    other = second if node == first else first
+
+    def trip(numbers: torch.Tensor) -> float:
+        """Returns the seconds that a message needs to the other and back."""
+        begin = time.perf_counter()
+        if node == first:
+            dist.send(numbers, other)
+            dist.recv(numbers, other)
+        else:
+            dist.recv(numbers, other)
+            dist.send(numbers, other)
+        if numbers.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    def half_trips(size: int, times: int) -> float:
+        numbers = torch.full((size,), float(node), device=device)
+        trip(numbers)  # the first opens the connection and waits for the other
+        median = statistics.median(trip(numbers) for _ in range(times)) / 2
+        if not bool((numbers == first).all()):
+            raise RuntimeError("other numbers arrived than were sent")
+        return median
+
+    try:
+        latency_s = half_trips(1, _ROUND_TRIPS)
+        return Pair(first, second, latency_s, large_bytes / half_trips(large_bytes // 4, _LARGE_TRIPS))
+    except RuntimeError as error:
+        return Pair(first, second, None, None, str(error).splitlines()[0])
+
+
+def _reduce(place: Node, device: torch.device) -> float | str:
+    """Sums up 25 MiB, a gradient bucket of DDP, over all nodes."""
+    import torch
+    import torch.distributed as dist
+
+    seconds = []
+    for _ in range(_LARGE_TRIPS + 1):
+        numbers = torch.full((25 * 2**18,), float(place.node_rank), device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        dist.all_reduce(numbers)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+        if not bool((numbers == sum(range(place.nodes))).all()):
+            return f"the sum over {place.nodes} nodes is wrong: {numbers[0].item()}"
+    return statistics.median(seconds[1:])
+
+
+def judge(found: tuple[list[Pair], float | str], names: Sequence[str], backend: str) -> Iterator[Finding]:
+    """Yields what the measurements say: of each pair, and of all nodes together."""
+    pairs, reduction = found
+    latency_s = statistics.median(pair.latency_s or 0.0 for pair in pairs)
+    bytes_per_s = statistics.median(pair.bytes_per_s or 0.0 for pair in pairs)
+    for pair in sorted(pairs):
+        subject = f"{names[pair.first]} - {names[pair.second]}"
+        if pair.latency_s is None or pair.bytes_per_s is None:
+            yield failure(
+                subject, f"{backend}: {pair.problem}", f"{backend.upper()}_SOCKET_IFNAME=<interface>"
+            )
+            continue
+        text = f"{backend}: {1e6 * pair.latency_s:,.0f} us, {pair.bytes_per_s / 1e9:,.2f} GB/s"
+        if pair.latency_s > _SLOW * latency_s or pair.bytes_per_s * _SLOW < bytes_per_s:
+            median = f"{1e6 * latency_s:,.0f} us, {bytes_per_s / 1e9:,.2f} GB/s"
+            yield warning(subject, f"{text}, where the median of the pairs is {median}", "see to their link")
+        else:
+            yield ok(subject, text)
+    subject = f"all {len(names)} nodes"
+    if isinstance(reduction, str):
+        yield failure(subject, f"reduction: {reduction}", "see to the pairs first")
+    else:
+        yield ok(subject, f"{backend}: 25 MiB summed up in {1e3 * reduction:,.3g} ms")

@@ -1,0 +1,88 @@
+"""What `disttrain run --dry-run` shows: the plan of a run, worked out without starting it."""
+
+from __future__ import annotations
+
+import socket
+
+from disttrain.config import Config
+from disttrain.launch.plan import LaunchPlan, rank_map, shell_line
+from disttrain.launch.preflight import split_batch
+from disttrain.launch.scaling import LINKS, Ranks, estimate
+from disttrain.shards.index import Index
+from disttrain.userdirs import decoded_folder
+
+
+def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, str]]:
+    """Returns (label, text) lines: command, ranks, batches, steps, data, model and checkpoints."""
+    from disttrain.data.plan import make_plan
+
+    train, accumulate = config.train, config.train.accumulate
+    per_pass = split_batch(config, plan.world_size)
+    data = make_plan(config, index)
+    parameters, checkpoint_bytes = _model_size(config, index)
+
+    share = f"{plan.world_size} rank{'s' * (plan.world_size > 1)} x {per_pass * accumulate}"
+    if accumulate > 1:
+        share += f" ({accumulate} passes of {per_pass})"
+    full, rest = divmod(data.samples, train.batch_size)
+    remainder = "none"
+    if rest:
+        remainder = f"{rest:,} samples: " + (
+            "left out in each epoch" if data.drop_remainder else "a smaller last batch, averaged correctly"
+        )
+    shards = ", ".join(
+        f"{name} {split.samples:,} in {len(split.shards)} shard{'s' * (len(split.shards) > 1)} "
+        f"({sum(shard.bytes for shard in split.shards) / 2**20:,.1f} MiB)"
+        for name, split in index.splits.items()
+    )
+    if config.data.cache == "none":
+        shards_line = (
+            f"{data.streams} streams, shuffled among {data.shuffle_buffer:,} samples, "
+            "read and decoded in every epoch"
+        )
+    else:
+        decoded = f"{index.decoded_bytes / 2**20:,.1f} MiB in {decoded_folder()}"
+        shards_line = f"every node decodes all shards once: {decoded}"
+        if config.data.cache == "auto":
+            shards_line += ", or streams them if that does not fit"
+    lines = [("command", shell_line(plan))]
+    lines += [("ranks", f"rank {rank} -> {host} -> {device}") for rank, host, device in rank_map(plan)]
+    lines += [
+        ("threads", f"{plan.threads} per process on {socket.gethostname()}"),
+        ("batch", f"{train.batch_size:,} global = {share}"),
+        ("steps", f"{data.steps_per_epoch:,} per epoch x {train.epochs:,} epochs = "
+                  f"{data.steps_per_epoch * train.epochs:,}; {full:,} full batches, remainder: {remainder}"),
+        ("data", f"{index.name}: {shards}, images {index.channels}x{index.height}x{index.width}"),
+        ("shards", shards_line),
+        ("model", f"{config.model.name}, {parameters:,} parameters"),
+        ("checkpoint", f"{checkpoint_bytes / 2**20:,.2f} MiB each, {config.checkpoint.keep} + the best"),
+        ("run folder", str(plan.run_dir)),
+    ]  # fmt: skip
+    if plan.world_size > 1:
+        lines.append(("scaling", _scaling(plan, parameters)))
+    return lines
+
+
+def _scaling(plan: LaunchPlan, parameters: int) -> str:
+    """Returns what the ranks have to sum up, over the link that is usual for their device."""
+    import torch
+
+    from disttrain.training.choices import bucket_mib
+
+    bucket, _ = bucket_mib(parameters, torch.device(plan.device))
+    ranks = Ranks(plan.nodes, plan.processes, *LINKS[plan.device])
+    return estimate(4 * parameters, bucket * 2**20, ranks)
+
+
+def _model_size(config: Config, index: Index) -> tuple[int, int]:
+    """Returns the parameters of the model and the bytes of a checkpoint, by making both once on the CPU."""
+    from disttrain.models import build_for, parameter_count
+    from disttrain.runs.checkpoint import bytes_needed
+    from disttrain.training.optim import build_optimizer, state_bytes
+
+    model = build_for(config.model, index)
+    optimizer, _ = build_optimizer(config.optim, config.schedule, model)
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    if config.train.ema is not None:
+        parts["ema"] = model.state_dict()
+    return parameter_count(model), bytes_needed(parts) + state_bytes(optimizer)

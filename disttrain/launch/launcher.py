@@ -1,0 +1,229 @@
+"""Starts the processes of a plan, and starts them again after a failure; none outlives it.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import psutil
+
+from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingError
+from disttrain.launch import slurm
+from disttrain.launch.peers import meet
+from disttrain.launch.plan import LaunchPlan, command, environment
+from disttrain.launch.supervisor import Outcome, Supervisor
+from disttrain.launch.watch import Watch
+from disttrain.runs.manifest import list_steps, step_of
+from disttrain.runs.runfolder import COMMAND, LOCKED_BY_LAUNCHER, RunFolder
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 1, 36, 37  # linux/prctl.h
+_MOST_IDLE_RESTARTS = 3  # in a row without progress
+_SAVING_S = 2.0  # for a checkpoint that is being written when another rank fails
+_GONE_S = 10.0  # for processes that were killed
+
+
+def launch(
+    plan: LaunchPlan,
+    folder: RunFolder,
+    *,
+    max_restarts: int,
+    say: Callable[[str], None],
+    facts: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Runs the plan to its end and settles status.json. The folder's lock must be held.
+
+    Nothing that was started is left when it returns, however the run has ended.
+
+    Args:
+        plan: what to start.
+        folder: the run folder.
+        max_restarts: how often to go on from the last checkpoint after a failure.
+        say: told about restarts.
+        facts: what all nodes must agree on, from `peers.facts`; for several nodes.
+    """
+    signals: list[int] = []  # the first asks the ranks to stop, the second ends them at once
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    previous = {number: signal.signal(number, lambda got, _: signals.append(got)) for number in numbers}
+    restarts = int(folder.status().get("restarts") or 0)
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    try:
+        for attempt in range(max_restarts + 1):
+            folder.clear_errors(plan.ranks)
+            if plan.node_rank == 0:
+                outcome_, changes = _begin(folder, by_itself=attempt > 0 or requeued)
+                if outcome_ is not None:
+                    outcome = outcome_
+                    folder.update_status(exit_code=outcome.exit_code, **outcome.status)
+                    break
+                restarts += requeued and attempt == 0
+                # So that no earlier end is taken for the end of this attempt.
+                clean = dict.fromkeys(("exit_code", "reason", "rank", "host"))
+                folder.update_status(state="running", restarts=restarts, **clean, **changes)
+            outcome, stopping = _attempt(plan, folder, signals, facts or {})
+            if plan.node_rank == 0 and outcome.status:
+                folder.update_status(exit_code=outcome.exit_code, **outcome.status)
+            failed = outcome.exit_code in {TrainingError.exit_code, HangError.exit_code}
+            again = failed and not stopping and not signals
+            if not again or attempt == max_restarts:
+                break
+            restarts += 1
+            say(f"{outcome.message}\nrestart {attempt + 1} of {max_restarts} from the last checkpoint")
+            plan = replace(plan, resume="auto")
+            if plan.node_rank == 0:
+                folder.update_status(restarts=restarts)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return outcome
+
+
+def _begin(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[str, Any]]:
+    """Looks whether a run gets on at all.
+
+    Args:
+        folder: the run folder.
+        by_itself: whether nobody asked for this attempt: it follows a failure, or Slurm has requeued the job.
+
+    Returns:
+        The outcome if it is of no use to begin again; and what to keep in status.json for the next time.
+    """
+    status = folder.status()
+    step = max(map(step_of, list_steps(folder.checkpoints)), default=0)
+    idle = int(status.get("idle_restarts") or 0) + 1 if by_itself and status.get("began_at") == step else 0
+    if idle <= _MOST_IDLE_RESTARTS:
+        return None, {"began_at": step, "idle_restarts": idle}
+    reason = (
+        f"no progress in {_MOST_IDLE_RESTARTS} restarts: each began at step {step:,} and saved nothing; see "
+        "to the failure, or save more often (checkpoint.every_steps), then start it again"
+    )
+    return Outcome(TrainingError.exit_code, reason, status={"state": "failed", "reason": reason}), {}
+
+
+def _attempt(
+    plan: LaunchPlan, folder: RunFolder, signals: list[int], facts: Mapping[str, str]
+) -> tuple[Outcome, bool]:
+    """Starts this node's processes, follows them to their end and leaves none behind.
+
+    Returns:
+        How it ended, and whether a node was asked to stop.
+    """
+    with contextlib.ExitStack() as stack:
+        channel = None
+        if plan.nodes > 1:
+            assert plan.master_addr is not None
+            assert plan.master_port is not None
+            place = slurm.Node(plan.nodes, plan.node_rank, plan.master_addr, plan.master_port)
+            try:
+                channel = meet(
+                    place,
+                    plan.processes,
+                    facts,
+                    timeout_s=plan.stall_timeout_s,
+                    interrupted=lambda: bool(signals),
+                )
+            except DisttrainError as error:
+                if (
+                    isinstance(error, StoppedError)
+                    and signal.SIGTERM in signals
+                    and "SLURM_STEP_ID" in os.environ
+                ):
+                    # No wish to stop: srun ends all tasks when one fails, or the job is cancelled.
+                    reason = "ended by SIGTERM before all nodes had come; see what the others say"
+                    status = {"state": "failed", "reason": reason}
+                    return Outcome(128 + signal.SIGTERM, reason, status=status), True
+                state = "stopped" if isinstance(error, StoppedError) else "failed"
+                status = {"state": state, "reason": str(error)}
+                return Outcome(error.exit_code, str(error), status=status), bool(signals)
+            stack.callback(channel.close)
+        stack.enter_context(_adopting_orphans())
+        watch = stack.enter_context(Watch(plan.ranks.start, plan.processes))
+        others = set(psutil.Process().children(recursive=True))
+        path = folder.launch_log(plan.node_rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = stack.enter_context(path.open("ab"))
+        begin = log.tell()
+        variables = os.environ | environment(plan) | watch.environment
+        variables |= {LOCKED_BY_LAUNCHER: str(folder.path.resolve()), COMMAND: shlex.join(sys.orig_argv)}
+        # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then asks for a stop.
+        child = subprocess.Popen(
+            command(plan),
+            env=variables,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_dying_with_this_process(),
+        )
+        stack.callback(_end_all, child, others)
+        supervisor = Supervisor(plan, folder, signals, watch, child, channel, begin)
+        outcome = supervisor.follow()
+        # What rank 0 has begun to save is worth a moment, if it can still be finished.
+        deadline = time.monotonic() + _SAVING_S
+        failed_elsewhere = outcome.status.get("state") == "failed" and outcome.status.get("rank") != 0
+        while plan.node_rank == 0 and failed_elsewhere and watch.saving(0) and time.monotonic() < deadline:
+            watch.wait(0.02)
+        return outcome, supervisor.stopping
+
+
+def _dying_with_this_process() -> Callable[[], None]:
+    """Returns what a new child does so that it does not outlive this process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    launcher = os.getpid()
+
+    def die_with_launcher() -> None:
+        # Slurm may send it to every process of a step; those between this one and the ranks know it not.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:
+            os._exit(1)
+
+    return die_with_launcher
+
+
+@contextlib.contextmanager
+def _adopting_orphans() -> Iterator[None]:
+    """Makes this process the parent of orphaned descendants, so that it can end them and leaves no zombie."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    before = ctypes.c_int()
+    libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, before.value)
+
+
+def _end_all(child: subprocess.Popen[bytes], others: Container[psutil.Process]) -> None:
+    """Ends a child and all that descend from it, and returns when they are gone.
+
+    Args:
+        child: started by this process.
+        others: descendants of this process that are none of its own.
+    """
+    deadline = time.monotonic() + _GONE_S
+    if child.poll() is None:
+        child.kill()
+    while time.monotonic() < deadline:
+        left = [process for process in psutil.Process().children(recursive=True) if process not in others]
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+            if process.pid != child.pid:
+                with contextlib.suppress(ChildProcessError):  # not orphaned yet
+                    os.waitpid(process.pid, os.WNOHANG)
+        if child.poll() is not None and not left:
+            break
+        time.sleep(0.005)
+    if sys.stdout.isatty():
+        sys.stdout.write("\x1b[?25h")  # a dashboard that was killed leaves the cursor hidden
+        sys.stdout.flush()

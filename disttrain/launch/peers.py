@@ -1,0 +1,411 @@
+"""The nodes of a run: what all must agree on, how their launchers meet, and the line between them.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from multiprocessing.connection import wait as wait_for_any
+from typing import Any
+
+import psutil
+
+from disttrain.config import Config, flatten
+from disttrain.errors import BusyError, DisttrainError, HangError, StoppedError, UsageError, error_of
+from disttrain.launch.preflight import FREE_KEYS
+from disttrain.launch.slurm import Node
+from disttrain.shards.index import Index
+
+_POLL_S = 0.2
+_LINE_BYTES = 4 * 2**20  # a hello has the config in it, an outcome a traceback
+_TELL_S = 5.0  # for other nodes to come and hear why this one does not begin
+_SILENT_S = 20  # after which a node whose kernel does not answer is taken for dead
+
+
+def facts(config: Config, index: Index) -> dict[str, str]:
+    """Returns what all processes of a run must agree on, by name."""
+    versions = {f"the version of {name}": version(name) for name in ("disttrain", "torch", "accelerate")}
+    python = ".".join(platform.python_version_tuple()[:2])
+    settings = flatten(config.model_dump(mode="json"))
+    return {
+        "the version of python": python,
+        **versions,
+        **{key: json.dumps(value) for key, value in settings.items() if key not in FREE_KEYS},
+        f"the index of {index.name}": index.digest[:16],
+    }
+
+
+def compare_peers(peers: Mapping[str, Mapping[str, str]]) -> None:
+    """Checks that all have the same facts.
+
+    Args:
+        peers: the facts of each, by what to call it.
+
+    Raises:
+        UsageError: two differ; the message has both values and whose they are.
+    """
+    (first, expected), *others = peers.items()
+    lines = []
+    for key in dict.fromkeys(key for found in peers.values() for key in found):
+        value = expected.get(key, "missing")
+        for name, found in others:
+            if found.get(key, "missing") != value:
+                lines.append(f"{key} is {value} on {first} and {found.get(key, 'missing')} on {name}")
+                break
+    if lines:
+        raise UsageError("not the same everywhere: " + "; ".join(lines) + "; make them the same")
+
+
+class Channel:
+    """The line between the launchers: node 0 is connected to every other node, and each of those to node 0.
+
+    Args:
+        connections: by node.
+        hosts: of all nodes.
+        unread: what has come already.
+    """
+
+    def __init__(
+        self, connections: dict[int, socket.socket], hosts: Sequence[str], unread: bytes = b""
+    ) -> None:
+        self._connections = connections
+        self._unread = dict.fromkeys(connections, unread)
+        self._messages: list[tuple[int, dict[str, Any]]] = []
+        self.hosts = list(hosts)
+        self.lost: set[int] = set()
+        """The nodes that can no longer be reached."""
+        for connection in connections.values():
+            connection.setblocking(False)
+            for option, value in (
+                (socket.TCP_KEEPIDLE, 5),
+                (socket.TCP_KEEPINTVL, 5),
+                (socket.TCP_KEEPCNT, 3),
+                (socket.TCP_USER_TIMEOUT, 1000 * _SILENT_S),
+            ):
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """The connections, to wait for."""
+        return [connection for node, connection in self._connections.items() if node not in self.lost]
+
+    def send(self, message: Mapping[str, Any], node: int | None = None) -> None:
+        """Sends a message to a node, or to all that this one is connected to."""
+        line = json.dumps(message).encode() + b"\n"
+        for number, connection in self._connections.items():
+            if node in {None, number} and number not in self.lost:
+                try:
+                    connection.settimeout(5)
+                    connection.sendall(line)
+                    connection.setblocking(False)
+                except OSError:
+                    self.lost.add(number)
+
+    def receive(self) -> list[tuple[int, dict[str, Any]]]:
+        """Returns the messages that have come since the last call, with the nodes they are from."""
+        for node, connection in self._connections.items():
+            while node not in self.lost:
+                try:
+                    data = connection.recv(2**16)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    data = b""
+                if not data:
+                    self.lost.add(node)
+                *lines, self._unread[node] = (self._unread[node] + data).split(b"\n")
+                self._messages += [(node, json.loads(line)) for line in lines]
+        messages, self._messages = self._messages, []
+        return messages
+
+    def ask(self, node: int, question: str, value: object, timeout_s: float) -> Any:
+        """Returns a node's answer to a question, or None; other messages are kept for `receive`."""
+        self.send({question: value}, node)
+        others, deadline = [], time.monotonic() + timeout_s
+        answer = None
+        while answer is None and node not in self.lost and time.monotonic() < deadline:
+            for sender, message in self.receive():
+                if sender == node and "answer" in message:
+                    answer = message["answer"]
+                else:
+                    others.append((sender, message))
+            time.sleep(0.02)
+        self._messages = others + self._messages
+        return answer
+
+    def close(self) -> None:
+        """Ends the connections."""
+        for connection in self._connections.values():
+            connection.close()
+
+
+def meet(
+    place: Node,
+    processes: int,
+    known: Mapping[str, str],
+    *,
+    timeout_s: float,
+    interrupted: Callable[[], bool],
+) -> Channel:
+    """Waits for the launchers of all nodes and compares what they know. Every node calls this.
+
+    Args:
+        place: this node.
+        processes: on this node.
+        known: from `facts`.
+        timeout_s: how long to wait.
+        interrupted: whether to give up, asked often.
+
+    Raises:
+        BusyError: the port is taken.
+        HangError: a node has not come.
+        UsageError: the nodes differ.
+        StoppedError: interrupted.
+        DisttrainError: as another node has failed.
+    """
+    hello = {
+        "node": place.node_rank,
+        "host": socket.gethostname(),
+        "facts": {"--nodes": str(place.nodes), "the number of processes": str(processes), **known},
+    }
+    deadline = time.monotonic() + timeout_s
+
+    def going(longer_s: float = 0) -> bool:
+        if interrupted():
+            raise StoppedError("stopped before the nodes had met; nothing is lost, the same command goes on")
+        return time.monotonic() < deadline + longer_s
+
+    if place.node_rank:
+        return _join_node_0(place, hello, going, timeout_s)
+    present: dict[int, _Caller] = {}
+    try:
+        _receive_nodes(place, present, going)
+        missing = sorted(set(range(1, place.nodes)) - set(present))
+        if missing:
+            raise HangError(
+                f"{len(present) + 1} of {place.nodes} nodes joined; waited {timeout_s:g} s on "
+                f"{place.master_addr}:{place.master_port} for node{'s' * (len(missing) > 1)} "
+                f"{', '.join(map(str, missing))}; start the same command on every node"
+            )
+        everyone = [hello, *(present[node].hello for node in sorted(present))]
+        compare_peers({f"node {its['node']} ({its['host']})": its["facts"] for its in everyone})
+    except BaseException as error:
+        for caller in present.values():
+            if isinstance(error, DisttrainError):
+                caller.refuse(error)
+            caller.connection.close()
+        raise
+    hosts = [str(its["host"]) for its in everyone]
+    channel = Channel({node: caller.connection for node, caller in sorted(present.items())}, hosts)
+    channel.send({"hosts": hosts})
+    return channel
+
+
+@contextlib.contextmanager
+def telling_nodes(place: Node | None) -> Iterator[None]:
+    """Passes on to node 0 what keeps this node from beginning, and from it to the others: none need wait.
+
+    Args:
+        place: this node, or None for a run on one node.
+
+    Raises:
+        DisttrainError: what was raised inside.
+    """
+    try:
+        yield
+    except DisttrainError as error:
+        if place is not None:
+            with _leaving_with(error.exit_code):
+                _tell(place, error) if place.node_rank else _refuse_all(place, error)
+        raise
+
+
+@contextlib.contextmanager
+def _leaving_with(exit_code: int) -> Iterator[None]:
+    """Ends with an exit code if SIGTERM comes: Slurm sends it to all tasks as soon as one has failed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _refuse_all(place: Node, error: DisttrainError) -> None:
+    """Tells the nodes that come within a short time why the run does not begin."""
+    present: dict[int, _Caller] = {}
+    deadline = time.monotonic() + _TELL_S
+    with contextlib.suppress(DisttrainError):  # the port is taken, or another node has failed too
+        _receive_nodes(place, present, lambda: time.monotonic() < deadline)
+    for caller in present.values():
+        caller.refuse(error)
+        caller.connection.close()
+
+
+def _tell(place: Node, error: DisttrainError) -> None:
+    """Tells node 0; gives up soon, because node 0 may have failed of the same."""
+    word = {"node": place.node_rank, "host": socket.gethostname(), "failed": str(error)}
+    word["exit_code"] = error.exit_code
+    deadline = time.monotonic() + _TELL_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection((place.master_addr, place.master_port), timeout=2)
+            with connection:
+                connection.sendall(json.dumps(word).encode() + b"\n")
+                connection.settimeout(_TELL_S)
+                with contextlib.suppress(OSError):
+                    connection.recv(1)  # until node 0 has told all
+                return
+        time.sleep(_POLL_S)
+
+
+class _Caller:
+    """A process that has connected to node 0, and what it has said."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.hello: dict[str, Any] = {}
+        self._data = b""
+
+    def read(self) -> bool:
+        """Takes in what has come; returns whether to keep the connection."""
+        try:
+            part = self.connection.recv(2**16)
+        except OSError:
+            return False
+        self._data += part
+        if self._data.endswith(b"\n") and not self.hello:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                hello = json.loads(self._data)
+                complete = {"host", "facts"} <= set(hello) or {"host", "failed", "exit_code"} <= set(hello)
+                if isinstance(hello["node"], int) and complete:
+                    self.hello = hello
+            return bool(self.hello)  # else it is some other program
+        return bool(part) and len(self._data) < _LINE_BYTES
+
+    def refuse(self, error: DisttrainError) -> None:
+        """Tells the node why the run does not begin."""
+        line = json.dumps({"refused": str(error), "exit_code": error.exit_code}).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self.connection.settimeout(5)
+            self.connection.sendall(line)
+
+
+def _receive_nodes(place: Node, present: dict[int, _Caller], going: Callable[[], bool]) -> None:
+    """Fills in the nodes that come, until all are there or the time is over.
+
+    Raises:
+        DisttrainError: as a node has failed before it came.
+    """
+    callers: dict[socket.socket, _Caller] = {}
+    failed, exit_code, until = "", 0, math.inf
+    with _listen(place.master_port) as server:
+        try:
+            while len(present) < place.nodes - 1 and going() and time.monotonic() < until:
+                for ready in wait_for_any([server, *callers], _POLL_S):
+                    if ready is server:
+                        connection, _ = server.accept()
+                        connection.setblocking(False)
+                        callers[connection] = _Caller(connection)
+                        continue
+                    assert isinstance(ready, socket.socket)
+                    caller = callers[ready]
+                    keep, number = caller.read(), int(caller.hello.get("node", -1))
+                    if keep and not caller.hello:
+                        continue
+                    if keep and "failed" in caller.hello and not failed:
+                        failed = f"node {number} ({caller.hello['host']}): {caller.hello['failed']}"
+                        exit_code, until = int(caller.hello["exit_code"]), time.monotonic() + _TELL_S
+                    if keep and number not in present and 0 < number < place.nodes:
+                        present[number] = caller
+                        continue
+                    if keep:
+                        problem = f"--node-rank {number} is taken already or not below --nodes {place.nodes}"
+                        caller.refuse(UsageError(f"{problem}; give each node a number of its own"))
+                    elif present.get(number) is caller:  # it may come again
+                        del present[number]
+                    ready.close()
+                    del callers[ready]
+        finally:
+            for connection, caller in callers.items():
+                if caller not in present.values():
+                    connection.close()
+    if failed:
+        raise error_of(exit_code, failed)
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server(("", port))
+    except OSError as error:
+        raise BusyError(
+            f"port {port} on {socket.gethostname()} cannot be used: {error.strerror}{_holder(port)}; "
+            "choose another --master-port on all nodes"
+        ) from None
+
+
+def _holder(port: int) -> str:
+    """Returns who listens on a port, as far as /proc tells."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            here = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
+            if here and connection.pid:
+                name = psutil.Process(connection.pid).name()
+                return f" (process {connection.pid}, {name}, listens there)"
+    return ""
+
+
+def _join_node_0(
+    place: Node, hello: Mapping[str, Any], going: Callable[..., bool], timeout_s: float
+) -> Channel:
+    problem = "no answer"
+    while going():
+        connection = None
+        try:
+            connection = socket.create_connection((place.master_addr, place.master_port), timeout=2)
+            problem = "connected, but no answer"
+            connection.sendall(json.dumps(hello).encode() + b"\n")
+            connection.settimeout(_POLL_S)
+            data = b""
+            while going(timeout_s) and b"\n" not in data:  # node 0 may have begun to wait later
+                with contextlib.suppress(TimeoutError):
+                    part = connection.recv(2**16)
+                    if not part:
+                        raise ConnectionError("connected, but it hung up")
+                    data += part
+            line, newline, rest = data.partition(b"\n")
+            if newline:
+                answer = json.loads(line)
+                if "hosts" in answer:
+                    channel = Channel({0: connection}, answer["hosts"], rest)
+                    connection = None
+                    return channel
+                raise error_of(int(answer["exit_code"]), str(answer["refused"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:  # not there yet, or another program
+            problem = getattr(error, "strerror", None) or str(error) or problem
+            time.sleep(_POLL_S)
+        finally:
+            if connection is not None:
+                connection.close()
+    raise HangError(
+        f"node {place.node_rank} waited {timeout_s:g} s for node 0 at "
+        f"{place.master_addr}:{place.master_port} ({problem}); start the same command there, "
+        "check --master-addr, --master-port and the firewall"
+    )

@@ -1,0 +1,206 @@
+"""What a node starts: from flags and what Slurm says to a command and an environment, all of it pure.
+
+A single process is started directly, several through `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from disttrain.errors import UsageError
+from disttrain.launch import slurm
+from disttrain.monitor.nvml import Gpu
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What one node starts.
+
+    Attributes:
+        config_path: the YAML file, as given.
+        overrides: `key=value` assignments, as given.
+        run_dir: the run folder.
+        resume: auto, never or a path.
+        device: cuda or cpu.
+        processes: processes on this node.
+        gpus: the GPUs of this node's processes, in order of local rank; empty on CPUs.
+        threads: CPU threads of each process.
+        nodes: number of nodes.
+        node_rank: of this node.
+        master_addr: address of node 0; needed for several nodes.
+        master_port: port on node 0; needed for several nodes.
+        verbosity: -1 quiet, 0, 1 verbose.
+        force: go on although config or data set differ from the checkpoint's.
+        stall_timeout_s: how long a rank may make no progress, and how long to wait for other nodes.
+    """
+
+    config_path: Path
+    overrides: tuple[str, ...]
+    run_dir: Path
+    resume: str
+    device: Literal["cuda", "cpu"]
+    processes: int
+    gpus: tuple[Gpu, ...]
+    threads: int
+    nodes: int = 1
+    node_rank: int = 0
+    master_addr: str | None = None
+    master_port: int | None = None
+    verbosity: int = 0
+    force: bool = False
+    stall_timeout_s: float = 300.0
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.processes
+
+    @property
+    def ranks(self) -> range:
+        """The ranks of this node."""
+        first = self.node_rank * self.processes
+        return range(first, first + self.processes)
+
+
+def plan_processes(
+    *, gpus: int | None, procs: int | None, visible: Sequence[Gpu], cores: int, environ: Mapping[str, str]
+) -> tuple[Literal["cuda", "cpu"], int, tuple[Gpu, ...], int]:
+    """Decides device, processes on this node, their GPUs and the CPU threads of each.
+
+    Args:
+        gpus: `--gpus`, or None.
+        procs: `--procs`, or None.
+        visible: GPUs of this node.
+        cores: CPU cores this process may use.
+        environ: for OMP_NUM_THREADS.
+
+    Raises:
+        UsageError: the machine does not have what is asked for.
+    """
+    if gpus is not None and procs is not None:
+        raise UsageError(
+            "--gpus and --procs exclude each other: give --gpus N or, to train on the CPU, --procs N"
+        )
+    if gpus is not None and gpus > len(visible):
+        if not visible:
+            raise UsageError(
+                f"--gpus {gpus}: this machine has no usable GPU; train on the CPU with --procs N"
+            )
+        limit = environ.get("CUDA_VISIBLE_DEVICES")
+        of = f" (CUDA_VISIBLE_DEVICES={limit})" if limit is not None else ""
+        raise UsageError(
+            f"--gpus {gpus}: only {len(visible)} visible on this machine{of}; lower --gpus, "
+            "or use --procs N to train on the CPU"
+        )
+    on_gpu = procs is None and bool(visible)
+    processes = (gpus or len(visible)) if on_gpu else (procs or 1)
+    wanted = environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes))
+    if not re.fullmatch(r"0*[1-9][0-9]*", wanted):
+        raise UsageError(f"OMP_NUM_THREADS={wanted}: expected one whole number; correct it or unset it")
+    threads = int(wanted)
+    return "cuda" if on_gpu else "cpu", processes, tuple(visible[:processes]) if on_gpu else (), threads
+
+
+def plan_nodes(
+    *,
+    nodes: int | None,
+    node_rank: int | None,
+    master_addr: str | None,
+    master_port: int | None,
+    environ: Mapping[str, str],
+) -> slurm.Node | None:
+    """Returns this node's place among several, from the flags or else from Slurm; None for a single node.
+
+    Raises:
+        UsageError: a flag is missing or contradicts another.
+    """
+    if nodes is None:
+        if node_rank is not None or master_addr is not None:
+            raise UsageError("--node-rank and --master-addr need --nodes N")
+        found = slurm.node(environ)
+        if found is None or found.nodes == 1:
+            return None
+        return found if master_port is None else found._replace(master_port=master_port)
+    if node_rank is not None and node_rank >= nodes:
+        raise UsageError(f"--node-rank {node_rank}: with --nodes {nodes} it must be below {nodes}")
+    if nodes == 1:
+        return None
+    if node_rank is None or master_addr is None or master_port is None:
+        raise UsageError(
+            f"--nodes {nodes} needs --node-rank R (0..{nodes - 1}), --master-addr HOST (node 0) "
+            "and --master-port PORT"
+        )
+    return slurm.Node(nodes, node_rank, master_addr, master_port)
+
+
+def worker_command(plan: LaunchPlan) -> list[str]:
+    """Returns the module that every rank of a run executes, and its arguments."""
+    worker = ["disttrain.worker", str(plan.config_path), *plan.overrides, "--run-dir", str(plan.run_dir)]
+    if plan.resume != "auto":
+        worker += ["--resume", plan.resume]
+    if plan.force:
+        worker += ["--force"]
+    return worker + {-1: ["--quiet"], 0: []}.get(plan.verbosity, ["--verbose"])
+
+
+def command(plan: LaunchPlan, worker: Sequence[str] | None = None) -> list[str]:
+    """Returns the command line that starts this node's processes.
+
+    Args:
+        plan: what to start.
+        worker: module and arguments of every rank; None means those of a run.
+    """
+    worker = worker_command(plan) if worker is None else worker
+    if plan.world_size == 1:
+        return [sys.executable, "-m", *worker]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(files("disttrain") / "assets" / "accelerate.yaml")]
+    launch += ["--num_machines", str(plan.nodes), "--num_processes", str(plan.world_size)]
+    launch += ["--num_cpu_threads_per_process", str(plan.threads)]
+    launch += ["--log_dir", os.devnull]  # else torchrun leaves a folder in /tmp when it is killed
+    if plan.nodes > 1:
+        launch += ["--machine_rank", str(plan.node_rank)]
+        launch += ["--main_process_ip", str(plan.master_addr), "--main_process_port", str(plan.master_port)]
+    else:
+        launch += ["--main_process_port", "0"]
+    return [*launch, "--module", *worker]
+
+
+def environment(plan: LaunchPlan) -> dict[str, str]:
+    """Returns the variables to set for the command."""
+    variables = {"OMP_NUM_THREADS": str(plan.threads)}
+    if plan.device == "cpu":
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    if plan.nodes == 1 and plan.world_size > 1:
+        # torchrun then binds a free port itself; a port that is picked beforehand may be taken in between.
+        variables |= {"PET_STANDALONE": "1", "PET_LOCAL_ADDR": "127.0.0.1"}
+    return variables
+
+
+def shell_line(plan: LaunchPlan) -> str:
+    """Returns the command with its variables, as one would type it."""
+    assignments = [f"{name}={shlex.quote(value)}" for name, value in environment(plan).items()]
+    return " ".join([*assignments, shlex.join(command(plan))])
+
+
+def rank_map(plan: LaunchPlan) -> list[tuple[int, str, str]]:
+    """Returns (rank, host, device) for every rank; hosts and GPUs of other nodes are not known here."""
+    rows = []
+    for rank in range(plan.world_size):
+        node, local = divmod(rank, plan.processes)
+        here = node == plan.node_rank
+        device = f"cuda:{local}" if plan.device == "cuda" else "cpu"
+        if here and plan.gpus:
+            gpu = plan.gpus[local]
+            device += f" (NVML {gpu.index}, {gpu.name}, {gpu.uuid})"
+        rows.append((rank, socket.gethostname() if here else f"node {node}", device))
+    return rows

@@ -1,0 +1,317 @@
+"""From what is seen of the processes of all nodes to one outcome."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from disttrain.errors import HangError, StoppedError, TrainingError, error_of
+from disttrain.launch.peers import Channel
+from disttrain.launch.plan import LaunchPlan
+from disttrain.launch.watch import End, Row, Watch, describe, stalled
+from disttrain.runs.runfolder import RunFolder
+
+_POLL_S = 0.2
+_CAUSE_S = 1.0  # for the cause of an error that may be a consequence
+_REPORT_S = 1.0  # between two reports of a node on its ranks
+_NODE_0_S = 10.0  # by which node 0 is sooner to notice a hang
+_ALL_DONE_S = 60.0  # for the other nodes, when the ranks of this one have ended well
+_DETAIL = 2**16  # characters of a traceback that are passed on
+# What collectives say when a peer is gone: torch's own errors, gloo and NCCL.
+_OF_THE_GROUP = re.compile(
+    r"gloo|NCCL|TCPStore|^Dist\w*Error|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE
+)
+_ENDED_BY_TORCHRUN = {-signal.SIGTERM, 128 + signal.SIGTERM}
+_OF_TORCHRUN = re.compile(r"[IWE]\d{4} [\d:.]+ +\d+ torch/distributed/|W\d{4} .*torch")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended.
+
+    Attributes:
+        exit_code: for the shell.
+        message: one line for the user; empty when the run itself has said all.
+        detail: a traceback or the last lines of a log; may be empty.
+        status: what belongs into status.json; empty when the run itself has written its end.
+        victim: whether it may be no more than the consequence of a failure that is not known yet.
+    """
+
+    exit_code: int
+    message: str = ""
+    detail: str = ""
+    status: dict[str, Any] = field(default_factory=dict, compare=False)
+    victim: bool = field(default=False, compare=False)
+
+
+class Supervisor:
+    """Follows the processes of this node, and through the channel those of the others, to one outcome."""
+
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        folder: RunFolder,
+        signals: list[int],
+        watch: Watch,
+        child: subprocess.Popen[bytes],
+        channel: Channel | None,
+        log_begin: int,
+    ) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._signals = signals
+        self._watch = watch
+        self._child = child
+        self._channel = channel
+        self._log_begin = log_begin
+        self._host = socket.gethostname()
+        self.stopping = False
+        self._asked = False  # by another node; a signal here is still the first one
+        self._remote_rows: dict[int, list[Row]] = {}
+        self._done: dict[int, int] = {}  # exit codes of the nodes that have ended well
+        self._final: Outcome | None = None
+
+    def follow(self) -> Outcome:
+        """Returns how the run ended; what of it is still alive is of no use any more."""
+        suspect, until, reported = None, 0.0, 0.0
+        while True:
+            sockets = self._channel.sockets if self._channel else []
+            self._watch.wait(_POLL_S, sockets, self._child.pid)
+            now = time.monotonic()
+            found = self._second_signal() or self._listen() or self._stop() or self._local() or self._hang()
+            if self._final is not None:
+                return self._final
+            if found is not None and found.victim and (suspect is None or now < until):
+                if suspect is None:
+                    suspect, until = found, now + _CAUSE_S
+                found = None
+            if found is None and suspect is not None and now >= until:
+                found = suspect
+            if found is not None:
+                return self._agree(found)
+            if self._channel and self._plan.node_rank and now - reported > _REPORT_S:
+                self._channel.send({"rows": self._watch.rows()})
+                reported = now
+
+    def _second_signal(self) -> Outcome | None:
+        if len(self._signals) < 2:
+            return None
+        number = self._signals[-1]
+        reason = f"ended by {signal.Signals(number).name}"
+        return Outcome(
+            128 + number,
+            f"{reason}; the last checkpoint is intact",
+            status={"state": "stopped", "reason": reason},
+        )
+
+    def _stop(self) -> Outcome | None:
+        """Hands on the wish to stop; before training has begun there is nothing to save."""
+        if self.stopping or not (self._signals or self._asked):
+            return None
+        self.stopping = True
+        if self._channel:
+            self._channel.send({"stop": True})
+        if self._plan.node_rank == 0 and not self._watch.started and not self._watch.ends:
+            reason = "stopped before training began; nothing is lost, the same command goes on"
+            code = StoppedError.exit_code
+            return Outcome(code, reason, status={"state": "stopped", "reason": reason})
+        self._watch.stop()
+        return None
+
+    def _listen(self) -> Outcome | None:
+        """Takes in what the other nodes say."""
+        found = None
+        for node, message in self._channel.receive() if self._channel else []:
+            match message:
+                case {"rows": rows}:
+                    self._remote_rows[node] = [Row(*row) for row in rows]
+                case {"stop": True}:
+                    self._asked = True
+                case {"done": code}:
+                    self._done[node] = code
+                    self._remote_rows[node] = []
+                case {"outcome": outcome}:
+                    found = _worse(found, Outcome(**outcome))
+                case {"final": outcome}:
+                    self._final = Outcome(**outcome)
+                case {"stacks": rank}:
+                    assert self._channel
+                    self._channel.send({"answer": self._watch.stacks(rank, self._folder.log(rank))}, node)
+        for node in sorted(self._channel.lost - set(self._done)) if self._channel else []:
+            assert self._channel
+            reason = f"node {node} ({self._channel.hosts[node]}) is gone"
+            status = {"state": "failed", "reason": reason, "host": self._channel.hosts[node]}
+            found = _worse(found, Outcome(TrainingError.exit_code, reason, status=status))
+        return found
+
+    def _local(self) -> Outcome | None:
+        """Judges the ends of this node's ranks, and of the process that started them."""
+        code = self._child.poll()
+        if code is not None and not self._watch.all_ended:
+            if code < 0 and self._plan.world_size > 1 and not self._watch.ends:
+                return self._end(code)  # its ranks die with it
+            self._watch.wait(0.1)  # what its ranks have said may come a moment later
+        well = {0, StoppedError.exit_code}
+        said = set(self._watch.said.values())
+        saved = self.stopping and StoppedError.exit_code in said
+        for end in self._watch.ends:
+            fell = end.said is None and end.status not in _ENDED_BY_TORCHRUN
+            if fell and not saved:  # those that torchrun has ended died of something else
+                return self._death(end)
+        if said - well and not saved:
+            error = self._folder.first_error(self._plan.ranks)
+            if error is not None:
+                return _from_error(error)
+        return self._end(code) if self._watch.all_ended or code is not None else None
+
+    def _end(self, code: int | None = None) -> Outcome:
+        """Judges the end of all ranks of this node, of which none was seen to die.
+
+        Args:
+            code: exit code of the process that started them, if it is known.
+        """
+        said = [end.said for end in self._watch.ends if end.said is not None]
+        state = self._folder.status().get("state")
+        well = {0, StoppedError.exit_code}
+        if self._plan.node_rank and said and set(said) <= well:  # status.json is node 0's
+            return Outcome(max(said))
+        error = self._folder.first_error(self._plan.ranks)
+        log = _read_tail(self._folder.launch_log(self._plan.node_rank), self._log_begin, 200)
+        rank, status = _failed_rank("\n".join(log)) or (None, code)
+        killed = rank is not None and status is not None and status < 0
+        if error is not None and not killed:
+            return _from_error(error)
+        if not killed and state in {"finished", "stopped"} and self._plan.node_rank == 0:
+            return Outcome(int(self._folder.status()["exit_code"]))
+        if rank is None and self._watch.ends:
+            end = min(self._watch.ends, key=lambda end: end.said is not None)
+            rank, status = end.rank, end.status if end.said is None else end.said
+            if end.said not in {None, 0, StoppedError.exit_code}:  # its error file could not be written
+                code = type(error_of(end.said or 0, "")).exit_code
+                return replace(self._failure(rank, _cause(status), log), exit_code=code)
+        return self._failure(rank, _cause(status), log)
+
+    def _death(self, end: End) -> Outcome:
+        log = _read_tail(self._folder.launch_log(self._plan.node_rank), self._log_begin, 200)
+        status = self._child.poll() if end.status is None and self._plan.world_size == 1 else end.status
+        if status is None:
+            rank, code = _failed_rank("\n".join(log)) or (None, None)
+            status = code if rank == end.rank else None
+        return self._failure(end.rank, f"{_cause(status)} {end.doing}", log)
+
+    def _failure(self, rank: int | None, cause: str, log: Sequence[str]) -> Outcome:
+        who = "a process" if rank is None else f"rank {rank}"
+        reason = f"{who} {cause}"
+        status = {"state": "failed", "reason": reason, "rank": rank, "host": self._host}
+        message = f"{who} on {self._host} {cause}; see {self._folder.launch_log(self._plan.node_rank)}"
+        return Outcome(TrainingError.exit_code, message, "\n".join(_own_words(log)[-15:]), status)
+
+    def _hang(self) -> Outcome | None:
+        """Judges who makes no progress: node 0 for all nodes, the others when node 0 is silent."""
+        plan = self._plan
+        rows = [*self._watch.rows(), *(row for rows in self._remote_rows.values() for row in rows)]
+        timeout_s = plan.stall_timeout_s + (_NODE_0_S if plan.node_rank else 0)
+        culprits = stalled(rows, timeout_s, cpu_tells=plan.device == "cpu")
+        if not culprits:
+            return None
+        reason = describe(culprits, rows)
+        stacks = []
+        for row in culprits[:4]:
+            node = row.rank // plan.processes
+            if node == plan.node_rank:
+                stacks.append(self._watch.stacks(row.rank, self._folder.log(row.rank)))
+            elif self._channel:
+                stacks.append(self._channel.ask(node, "stacks", row.rank, timeout_s=2) or "")
+        first = culprits[0]
+        status = {"state": "failed", "reason": reason, "rank": first.rank, "host": first.host}
+        return Outcome(HangError.exit_code, reason, "\n".join(stacks), status)
+
+    def _agree(self, found: Outcome) -> Outcome:
+        """Settles on one outcome with the other nodes."""
+        channel = self._channel
+        if channel is None or self._final is not None:
+            return self._final or found
+        well = found.exit_code in {0, StoppedError.exit_code} and not found.status
+        word = {"done": found.exit_code} if well else {"outcome": asdict(found)}
+        wait_s = _ALL_DONE_S if well else _CAUSE_S + 1
+        deadline = time.monotonic() + wait_s
+        if self._plan.node_rank:
+            channel.send(word)
+            while self._final is None and 0 not in channel.lost and time.monotonic() < deadline:
+                self._watch.wait(_POLL_S, channel.sockets)
+                found = self._second_signal() or found
+                self._listen()
+            return self._final or found
+        while well and len(self._done) < self._plan.nodes - 1 and time.monotonic() < deadline:
+            self._watch.wait(_POLL_S, channel.sockets)
+            bad = self._second_signal() or self._listen()
+            if bad is not None:
+                found, well = bad, False
+        channel.send({"final": asdict(found)})
+        return found
+
+
+def _worse(one: Outcome | None, other: Outcome) -> Outcome:
+    """Returns the outcome that is more likely the cause of the other."""
+    return other if one is None or (one.victim and not other.victim) else one
+
+
+def _from_error(error: Mapping[str, Any]) -> Outcome:
+    """Returns the outcome of a run that ended with an error that a rank wrote down."""
+    reason = str(error["message"])
+    place = {"rank": error["rank"], "host": error["host"]}
+    if error["traceback"] is None:
+        status = {"state": "failed", "reason": reason, **place}
+        return Outcome(int(error["exit_code"]), reason, status=status, victim=error["type"] == "HangError")
+    reason = f"{error['type']}: {reason}"
+    return Outcome(
+        int(error["exit_code"]),
+        f"rank {error['rank']} on {error['host']} failed: {reason}",
+        str(error["traceback"])[-_DETAIL:],
+        {"state": "failed", "reason": reason, **place},
+        victim=_OF_THE_GROUP.search(reason) is not None,
+    )
+
+
+def _cause(status: int | None) -> str:
+    if status is None:
+        return "died without a report"
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    if status == 0:
+        return "left early with exit code 0 and no report"
+    return f"ended with exit code {status} and left no report"
+
+
+def _failed_rank(log: str) -> tuple[int, int] | None:
+    """Returns a rank that failed and its exit code, negative for a signal, from torchrun's report.
+
+    torchrun itself ends the others with SIGTERM, so that one does not count.
+    """
+    found = re.findall(r"rank\s*:\s*(\d+).*\n\s*exitcode\s*:\s*(-?\d+)", log)
+    failures = [(int(rank), int(code)) for rank, code in found]
+    failures = [failure for failure in failures if failure[1] not in _ENDED_BY_TORCHRUN]
+    return min(failures, key=lambda failure: failure[1] > 0, default=None)
+
+
+def _own_words(log: Sequence[str]) -> list[str]:
+    """Returns the lines of a log before torchrun's report on a failure."""
+    begin = next((i for i, line in enumerate(log) if _OF_TORCHRUN.match(line)), len(log))
+    return list(log[:begin] or log)
+
+
+def _read_tail(path: Path, begin: int, lines: int) -> list[str]:
+    """Returns the last lines of a file, none of them from before the byte `begin`."""
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []

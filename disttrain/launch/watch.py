@@ -1,0 +1,389 @@
+"""The launcher's side of supervision: what the ranks of this node are doing, who has ended, who hangs.
+
+Every rank connects to the watch's socket (see `pulse.py`). The end of a process closes its connection, so
+that a death is known at once; a rank that ends by itself says so before. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from disttrain.training.pulse import ADDRESS, ROW_BYTES, STACKS, STOP, Phase, doing, unpack
+
+_LOOK_S = 0.25  # between two looks at the progress and at /proc
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_FRAMES = 15  # of a stack, the latest call first
+_EXIT_S = 1.0  # from the end of the connection to that of the process
+_PF_EXITING = 4  # linux/sched.h
+_BUSY = 0.5  # of a core: a process in an endless loop takes one, one that waits takes nearly none
+_ALIVE, _ALIVE_S = 0.01, 0.05  # of a core, and at least so much: a process that starts takes more
+
+
+class Row(NamedTuple):
+    """How one rank is doing.
+
+    Attributes:
+        rank: its number.
+        host: where it runs.
+        progress: as `pulse.pack` has it; -1 until it has connected.
+        still_s: seconds since it made progress; while it starts, also since it used the processor.
+        stopped_s: seconds for which it has been seen stopped by a signal.
+        cpu_s: processor time that it has used since it made progress.
+    """
+
+    rank: int
+    host: str
+    progress: int
+    still_s: float
+    stopped_s: float
+    cpu_s: float
+
+    @property
+    def phase(self) -> Phase:
+        """What it is at."""
+        return unpack(max(self.progress, 0))[0]
+
+
+class End(NamedTuple):
+    """How a rank has ended.
+
+    Attributes:
+        rank: its number.
+        said: the exit code that it announced, or None.
+        status: its exit code, negative for a signal, or None if that is not known.
+        doing: what it was at, in words.
+    """
+
+    rank: int
+    said: int | None
+    status: int | None
+    doing: str
+
+
+def stalled(rows: Sequence[Row], timeout_s: float, *, cpu_tells: bool) -> list[Row]:
+    """Returns the ranks that hang, none if all is well. What the others do is wait for them.
+
+    The rank that is behind all others is waited for by them, sooner or later, so that it alone is judged.
+    While it starts, no rank may show any sign of life, because a start is long and tells little.
+
+    Args:
+        rows: of all ranks.
+        timeout_s: how long a rank may make no progress.
+        cpu_tells: whether a rank that waits for others leaves the processor alone, as with gloo. Of several
+            that are equally far, it is then the busy one that hangs.
+    """
+    stopped = [row for row in rows if row.stopped_s >= timeout_s]
+    if stopped or not rows:
+        return stopped
+    lowest = min(row.progress for row in rows)
+    last = [row for row in rows if row.progress == lowest]
+    judged = rows if last[0].phase is Phase.START else last
+    if any(row.still_s < timeout_s for row in judged):
+        return []
+    stopped = [row for row in rows if row.stopped_s > 0]
+    busy = [row for row in last if cpu_tells and row.cpu_s > _BUSY * row.still_s]
+    return stopped or busy or last
+
+
+def describe(culprits: Sequence[Row], rows: Sequence[Row]) -> str:
+    """Returns one sentence on ranks that hang and on those that wait for them."""
+    where = dict.fromkeys(row.host for row in culprits)
+    names = " and ".join(
+        f"{_ranks(row.rank for row in culprits if row.host == host)} on {host}" for host in where
+    )
+    first = min(culprits, key=lambda row: row.progress)
+    still_s = min(max(row.still_s, row.stopped_s) for row in culprits)
+    several = len(culprits) > 1
+    text = f"{names} hang{'' if several else 's'}: no progress for {still_s:.0f} s {doing(first.progress)}"
+    if any(row.stopped_s > 0 for row in culprits):
+        text += " (the processes are stopped)" if several else " (the process is stopped)"
+    waiting = [row.rank for row in rows if row not in culprits]
+    if waiting:
+        text += f"; {_ranks(waiting)} wait{'s' * (len(waiting) == 1)} for {'them' if several else 'it'}"
+    return text
+
+
+def _ranks(numbers: Iterable[int]) -> str:
+    words = [str(number) for number in sorted(numbers)]
+    if len(words) == 1:
+        return f"rank {words[0]}"
+    if len(words) > 8:
+        words[4:-1] = ["..."]
+    return f"ranks {', '.join(words[:-1])} and {words[-1]}"
+
+
+@dataclass
+class _Local:
+    """What is known of a rank of this node."""
+
+    rank: int
+    pid: int | None = None
+    connection: socket.socket | None = None
+    said: int | None = None
+    ended: bool = False
+    progress: int = -1
+    since: float = 0.0  # the watch's clock when it last made progress
+    stopped_since: float | None = None
+    cpu_at: float = 0.0  # processor time when it last made progress
+
+
+class Watch:
+    """Watches over the ranks of this node.
+
+    Args:
+        first: number of the first one.
+        count: how many there are.
+    """
+
+    def __init__(self, first: int, count: int) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        name = f"disttrain-{secrets.token_hex(16)}"
+        self._listener.bind(f"\0{name}")  # an abstract name: no file that could be left behind
+        self._listener.listen(count)
+        self.environment = {ADDRESS: f"@{name}"}
+        self._memory = os.memfd_create("disttrain-pulse")
+        os.ftruncate(self._memory, count * ROW_BYTES)
+        self._first = first
+        self._host = socket.gethostname()
+        self._locals = [_Local(first + i) for i in range(count)]
+        self._stopping = False
+        self._clock, self._looked = 0.0, time.monotonic()
+        self.ends: list[End] = []
+        """The ranks that have ended, in order."""
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for local in self._locals:
+            if local.connection is not None:
+                local.connection.close()
+        self._listener.close()
+        os.close(self._memory)
+
+    @property
+    def started(self) -> bool:
+        """Whether a rank has begun to train."""
+        return any(unpack(max(local.progress, 0))[0] is not Phase.START for local in self._look())
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether no rank is left."""
+        return all(local.ended for local in self._locals)
+
+    @property
+    def said(self) -> dict[int, int]:
+        """The exit codes that ranks have announced."""
+        return {local.rank: local.said for local in self._locals if local.said is not None}
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The process of every rank that has connected."""
+        return {local.rank: local.pid for local in self._locals if local.connection and local.pid}
+
+    def rows(self) -> list[Row]:
+        """Returns how the ranks are doing that have not ended."""
+        return [
+            Row(
+                local.rank,
+                self._host,
+                local.progress,
+                self._clock - local.since,
+                0.0 if local.stopped_since is None else max(self._clock - local.stopped_since, 1e-9),
+                0.0 if (state := _process(local.pid)) is None else state.cpu_s - local.cpu_at,
+            )
+            for local in self._look()
+            if not local.ended
+        ]
+
+    def saving(self, rank: int) -> bool:
+        """Tells whether a rank of this node is alive and writing a checkpoint."""
+        local = self._locals[rank - self._first]
+        return not local.ended and local.stopped_since is None and self._cells(local)[1] != 0
+
+    def stop(self) -> None:
+        """Asks all ranks to stop; those too that connect later."""
+        self._stopping = True
+        for local in self._locals:
+            if local.connection is not None and not local.ended:
+                with contextlib.suppress(OSError):
+                    local.connection.send(STOP)
+
+    def wait(self, timeout_s: float, also: Sequence[socket.socket] = (), child: int | None = None) -> None:
+        """Waits until a rank connects, speaks or ends, at most so many seconds, and takes note of it.
+
+        Args:
+            timeout_s: seconds.
+            also: sockets that end the waiting too.
+            child: the process that starts the ranks, or is the only one; looked at until they connect.
+        """
+        open_ = {local.connection: local for local in self._locals if local.connection and not local.ended}
+        for ready in wait_for_any([self._listener, *open_, *also], timeout_s):
+            if ready is self._listener:
+                self._accept()
+            elif ready in open_:
+                self._hear(open_[ready])
+        if time.monotonic() - self._looked > _LOOK_S:
+            self._inspect(child)
+
+    def stacks(self, rank: int, log: Path, timeout_s: float = 1.0) -> str:
+        """Returns the stack of the main thread of a rank of this node, or why there is none.
+
+        Args:
+            rank: its number.
+            log: where it writes when it is asked.
+            timeout_s: how long it may take.
+        """
+        local = self._locals[rank - self._first]
+        state = _process(local.pid)
+        if local.connection is None or local.pid is None or state is None:
+            return f"rank {rank} has not said a word yet"
+        if state.letter in "Tt":
+            return f"rank {rank}, process {local.pid}, is stopped (SIGSTOP or a debugger) and shows no stack"
+        begin = log.stat().st_size if log.exists() else 0
+        with contextlib.suppress(OSError):
+            os.kill(local.pid, STACKS)
+        text, deadline = "", time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            with contextlib.suppress(OSError), log.open("rb") as file:
+                file.seek(begin)
+                before, text = text, file.read().decode(errors="replace")
+                if text and text == before:
+                    break
+        main = text[max(text.rfind("\nThread "), text.rfind("\nCurrent thread "), 0) :].strip().splitlines()
+        return "\n".join([f"rank {rank}:", *main[:_FRAMES]]) if main else f"rank {rank} shows no stack"
+
+    def _cells(self, local: _Local) -> tuple[int, int]:
+        row = os.pread(self._memory, 16, (local.rank - self._first) * ROW_BYTES)
+        progress, saving = struct.unpack("qq", row)
+        return progress, saving
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, uid, _ = struct.unpack("3i", credentials)
+        connection.settimeout(5)
+        local = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            number = json.loads(connection.recv(4096))["rank"] - self._first
+            if uid in {os.getuid(), 0} and 0 <= number < len(self._locals):
+                local = self._locals[number]
+        if local is None or local.connection is not None:
+            connection.close()
+            return
+        with contextlib.suppress(OSError):  # it may have ended already: that is heard next
+            socket.send_fds(connection, [b"%d" % (local.rank - self._first)], [self._memory])
+            if self._stopping:
+                connection.send(STOP)
+        local.connection, local.pid, local.progress, local.since = connection, pid, 0, self._clock
+
+    def _hear(self, local: _Local) -> None:
+        assert local.connection is not None
+        try:
+            message = local.connection.recv(4096)
+        except OSError:
+            message = b""
+        if message:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                local.said = int(json.loads(message)["exit_code"])
+        else:
+            self._note_end(local)
+
+    def _note_end(self, local: _Local) -> None:
+        # The kernel sets the exit code of a process before it closes what that has open; Python may close it
+        # a little before the process ends.
+        deadline = time.monotonic() + _EXIT_S
+        while (state := _process(local.pid)) and not state.exiting and time.monotonic() < deadline:
+            time.sleep(0.005)
+        local.progress = self._cells(local)[0]
+        local.ended = True
+        status = None if state is None else -(state.status & 127) or state.status >> 8
+        self.ends.append(End(local.rank, local.said, status, doing(local.progress)))
+
+    def _look(self) -> list[_Local]:
+        """Takes in the progress that the ranks show."""
+        for local in self._locals:
+            if local.connection is not None and not local.ended:
+                progress = self._cells(local)[0]
+                if progress != local.progress:
+                    local.progress, local.since = progress, self._clock
+                    state = _process(local.pid)
+                    local.cpu_at = state.cpu_s if state else 0.0
+        return self._locals
+
+    def _inspect(self, child: int | None) -> None:
+        now = time.monotonic()
+        # Time in which this process did not run, because all of the job was suspended, is nobody's fault.
+        self._clock += min(now - self._looked, 4 * _LOOK_S)
+        self._looked = now
+        if child is not None and any(local.connection is None for local in self._locals):
+            self._find_unconnected(child)
+        for local in self._look():
+            if local.ended:
+                continue
+            state = _process(local.pid)
+            if state is None or state.letter in "ZX":
+                # Its connection may be open in a process that it has started.
+                if local.connection is not None:
+                    self._hear_last(local)
+                continue
+            if state.letter not in "Tt":
+                local.stopped_since = None
+            elif local.stopped_since is None:
+                local.stopped_since = self._clock
+            starting = unpack(max(local.progress, 0))[0] is Phase.START
+            if starting and state.cpu_s - local.cpu_at > max(_ALIVE_S, _ALIVE * (self._clock - local.since)):
+                local.since, local.cpu_at = self._clock, state.cpu_s
+
+    def _hear_last(self, local: _Local) -> None:
+        while not local.ended and local.connection is not None:
+            if not wait_for_any([local.connection], 0):
+                self._note_end(local)
+            else:
+                self._hear(local)
+
+    def _find_unconnected(self, child: int) -> None:
+        """Finds the processes of ranks that have not connected; `child` stands for one that is not there."""
+        found = {}
+        with contextlib.suppress(psutil.Error, OSError):
+            for process in psutil.Process(child).children(recursive=True):
+                with contextlib.suppress(psutil.Error, OSError, ValueError, KeyError):
+                    environ = process.environ()
+                    if environ.get(ADDRESS) == self.environment[ADDRESS]:
+                        found[int(environ["RANK"])] = process.pid
+        for local in self._locals:
+            if local.connection is None:
+                local.pid = found.get(local.rank, child)
+
+
+class _State(NamedTuple):
+    letter: str
+    cpu_s: float
+    status: int  # as waitpid has it; 0 while it runs
+    exiting: bool
+
+
+def _process(pid: int | None) -> _State | None:
+    """Returns what /proc tells of a process, or None if it is gone."""
+    if pid is None:
+        return None
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, UnicodeDecodeError):
+        return None
+    cpu_s = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+    return _State(fields[0], cpu_s, int(fields[49]), bool(int(fields[6]) & _PF_EXITING))

@@ -1,0 +1,1 @@
+"""What a person sees of a run: GPUs, gauges, dashboard, trackers, the verdict."""

@@ -1,0 +1,397 @@
+"""The records of a run for other tools: experiment trackers, and a text file for Prometheus.
+
+Everything here runs beside the training, on rank 0: each tool has a thread and a queue of its own, so that
+one that is slow or out of reach costs the loop nothing and the other tools nothing. metrics.jsonl stays the
+complete record; what a tool does not take in time is dropped, the oldest first, and counted.
+
+The names of the numbers are made in one place, `samples`:
+
+    train/<key>, eval/<key>         each number of a record of metrics.jsonl: train/loss, eval/accuracy
+    gpu/<host>/<index>/<key>        gpu/node1/0/utilization_pct; a MIG instance has its UUID for an index
+    process/<host>/<rank>/<key>     process/node1/3/cpu_pct, on CPUs
+
+A section within a record adds its name: train/phases/data_ms. For Prometheus the same numbers are called
+disttrain_train_loss or disttrain_gpu_utilization_pct, with host, index and rank as labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from disttrain.config import Config, dump_config, flatten
+from disttrain.errors import reason
+from disttrain.files import write_atomically
+from disttrain.runs.runfolder import RunFolder
+
+_MOST_WAITING = 256  # records in a queue
+_CLOSE_S = 15.0  # for all tools together to take what is left at the end of a run
+_GROUPS = {"gpus": "gpu", "processes": "process"}
+_PLACE = ("host", "index", "rank")  # what tells the rows of a list apart
+
+
+class Sample(NamedTuple):
+    """One number of a record.
+
+    Attributes:
+        group: train, eval, gpu or process.
+        place: host and index or rank of what was measured; empty for the run as a whole.
+        field: the key, with those of the sections around it.
+        value: finite.
+    """
+
+    group: str
+    place: dict[str, str]
+    field: str
+    value: float
+
+    @property
+    def name(self) -> str:
+        """The name in trackers, such as gpu/node1/0/power_w."""
+        return "/".join([self.group, *self.place.values(), self.field])
+
+
+def samples(record: Mapping[str, Any]) -> Iterator[Sample]:
+    """Yields every number of a record of metrics.jsonl; what is unknown is left out."""
+    for key, value in record.items():
+        if isinstance(value, list):
+            for row in value:
+                if isinstance(row, Mapping):
+                    place = {name: str(row[name]) for name in _PLACE if name in row}
+                    if row.get("index", "") is None or str(row.get("uuid")).startswith("MIG-"):
+                        place["index"] = str(row["uuid"])
+                    rest = {name: row[name] for name in row if name not in _PLACE}
+                    yield from _numbers(_GROUPS.get(key, key), place, rest)
+        else:
+            yield from _numbers(record["kind"], {}, {key: value})
+
+
+def _numbers(
+    group: str, place: dict[str, str], tree: Mapping[str, Any], prefix: str = ""
+) -> Iterator[Sample]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(group, place, value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            yield Sample(group, place, prefix + key, value)
+
+
+class Sink(Protocol):
+    """A tool that takes records; all its methods are called in one thread, and may fail."""
+
+    name: str
+
+    def start(self) -> None:
+        """Called once, first."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Takes a record of metrics.jsonl."""
+
+    def finish(self) -> None:
+        """Called once, last."""
+
+
+class Trackers:
+    """Feeds the records of a run to every tool of its config. For rank 0.
+
+    Args:
+        config: of the run.
+        folder: of the run; keeps what the tools need to go on with the same run.
+        step: at which this process begins.
+        say: told of a tool that fails, from any thread; once for each.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, step: int, say: Callable[[str], None]) -> None:
+        sinks: list[Sink] = [
+            Tracker(name, config, folder.path, step) for name in dict.fromkeys(config.monitor.trackers)
+        ]
+        if config.monitor.prometheus_dir is not None:
+            sinks.append(Prometheus(config, folder.path))
+        self._feeds = [Feed(sink, say) for sink in sinks]
+
+    def start(self) -> None:
+        """Begins; returns at once."""
+        for feed in self._feeds:
+            feed.start()
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Hands a record on; returns at once. It must not be changed afterwards."""
+        for feed in self._feeds:
+            feed.put(record)
+
+    def close(self) -> None:
+        """Waits until all is taken, but no longer than _CLOSE_S; harmless when repeated."""
+        feeds, self._feeds = self._feeds, []
+        for feed in feeds:
+            feed.end()
+        deadline = time.monotonic() + _CLOSE_S
+        for feed in feeds:
+            feed.join(deadline)
+
+
+class Feed:
+    """A thread that feeds one tool from a queue.
+
+    Args:
+        sink: the tool.
+        say: told of its first failure, and at the end of what it did not take.
+        most: records that wait at most; the oldest ones are dropped.
+    """
+
+    def __init__(self, sink: Sink, say: Callable[[str], None], most: int = _MOST_WAITING) -> None:
+        self._sink = sink
+        self._say = say
+        self._most = most
+        self._records: deque[Mapping[str, Any]] = deque()
+        self._lost = 0
+        self._failed = False
+        self._off = False
+        self._ending = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name=f"feed-{sink.name}", daemon=True)
+
+    def start(self) -> None:
+        """Begins; the tool itself is started in the thread."""
+        self._thread.start()
+
+    def put(self, record: Mapping[str, Any]) -> None:
+        """Hands a record on, at the cost of the oldest one where the queue is full."""
+        with self._changed:
+            if self._off:
+                return
+            if len(self._records) == self._most:
+                self._records.popleft()
+                self._lost += 1
+            self._records.append(record)
+            self._changed.notify()
+
+    def end(self) -> None:
+        """Lets the thread end when the queue is empty."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+
+    def join(self, deadline: float) -> None:
+        """Waits for the end, and says what was lost.
+
+        Args:
+            deadline: monotonic time in seconds; a tool that needs longer is left alone.
+        """
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        with self._changed:
+            lost, off = self._lost, self._off
+            if self._thread.is_alive():
+                lost += len(self._records)
+                self._say(f"{self._sink.name}: does not come to its end; left behind")
+            self._off = True
+        if lost and not off:
+            self._say(f"{self._sink.name}: {lost:,} records were not taken; metrics.jsonl has them all")
+
+    def _run(self) -> None:
+        if not self._try(self._sink.start):
+            with self._changed:
+                self._off = True
+                self._records.clear()
+            return
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._records or self._ending)
+                if not self._records:
+                    break
+                record = self._records.popleft()
+            if not self._try(lambda record=record: self._sink.log(record)):  # type: ignore[misc]
+                with self._changed:
+                    self._lost += 1
+        self._try(self._sink.finish)
+
+    def _try(self, call: Callable[[], None]) -> bool:
+        """Tells whether a call succeeded; whatever a tool raises must not end the run."""
+        try:
+            call()
+        except (Exception, SystemExit) as error:
+            if not self._failed and not self._off:
+                self._failed = True
+                what = f"{type(error).__name__}: {reason(error)}"
+                self._say(f"{self._sink.name}: failed ({what}); training goes on, metrics.jsonl has it all")
+            return False
+        return True
+
+
+class Tracker:
+    """An experiment tracker, through Accelerate's class for it.
+
+    Args:
+        name: tensorboard, wandb, mlflow or trackio.
+        config: of the run; its name is that of the project or experiment.
+        folder: the run folder.
+        step: at which this process begins.
+    """
+
+    def __init__(self, name: str, config: Config, folder: Path, step: int) -> None:
+        self.name = name
+        self._config = config
+        self._folder = folder
+        self._step = step
+        self._tracker: Any = None
+
+    def start(self) -> None:
+        """Opens the tracker, with the run that it had in this run folder before if there was one."""
+        path = self._folder / f".{self.name}-run"
+        known = path.read_text() if path.exists() else None
+        self._tracker, run = _OPEN[self.name](self._config, self._folder, self._step, known)
+        if run is not None and known is None:
+            write_atomically(path, run)
+            settings = flatten(self._config.model_dump(mode="json"))
+            plain = {
+                key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+                for key, value in settings.items()
+            }
+            self._tracker.store_init_configuration(plain)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Hands on the numbers of a record."""
+        values = {sample.name: sample.value for sample in samples(record)}
+        if self.name == "wandb":  # its own steps never go back, as those of a run that is resumed do
+            self._tracker.log({**values, "step": record["step"]})
+        else:
+            self._tracker.log(values, step=record["step"])
+
+    def finish(self) -> None:
+        """Closes the tracker."""
+        self._tracker.finish()
+
+
+# Each opens a tracker and returns it with what is needed to go on with its run, given as `known` next time.
+
+
+def _open_tensorboard(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, None]:
+    from accelerate.tracking import TensorBoardTracker
+
+    # What an earlier process wrote after its last checkpoint is purged.
+    tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
+    tracker.start()
+    # In place of Accelerate's store_init_configuration, which makes a further run of the settings.
+    settings = dump_config(config).replace("\n", "\n    ")
+    tracker.tracker.add_text("config", f"    {settings}")
+    return tracker, None
+
+
+def _open_wandb(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, str]:
+    # It must neither write over the dashboard nor ask for a key there; only a variable says so early enough.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+    from accelerate.tracking import WandBTracker
+
+    run = known or uuid.uuid4().hex[:12]
+    tracker = WandBTracker(
+        os.environ.get("WANDB_PROJECT", config.name),
+        id=run,
+        resume="allow",
+        name=folder.resolve().name,
+        dir=folder,
+        settings=wandb.Settings(console="off"),
+    )
+    tracker.start()
+    tracker.tracker.define_metric("*", step_metric="step")
+    return tracker, run
+
+
+def _open_mlflow(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, str]:
+    from accelerate.tracking import MLflowTracker
+
+    tracker = MLflowTracker(config.name, run_id=known, run_name=folder.resolve().name)
+    tracker.start()
+    return tracker, tracker.tracker.info.run_id
+
+
+def _open_trackio(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, str]:
+    from accelerate.tracking import TrackioTracker
+
+    run = known or f"{folder.resolve().name}-{uuid.uuid4().hex[:6]}"  # it finds runs by their names
+    # GPUs and processors are in the records.
+    tracker = TrackioTracker(
+        config.name, name=run, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
+    )
+    tracker.start()
+    return tracker, run
+
+
+_OPEN: dict[str, Callable[[Config, Path, int, str | None], tuple[Any, str | None]]] = {
+    "tensorboard": _open_tensorboard,
+    "wandb": _open_wandb,
+    "mlflow": _open_mlflow,
+    "trackio": _open_trackio,
+}
+
+
+class Prometheus:
+    """A file for the textfile collector of node_exporter, with the last record of each kind.
+
+    Removed at the end of the run: Prometheus then ends its series, where a file that stays would show
+    GPUs at work for ever. One that a killed run leaves behind shows by node_textfile_mtime_seconds.
+
+    Args:
+        config: of the run.
+        folder: the run folder.
+    """
+
+    name = "prometheus"
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        run = str(folder.resolve())
+        assert config.monitor.prometheus_dir is not None
+        name = f"disttrain_{config.name}_{hashlib.sha256(run.encode()).hexdigest()[:8]}.prom"
+        self._path = Path(config.monitor.prometheus_dir) / name
+        self._labels = {"experiment": config.name, "run": run}
+        self._last: dict[str, list[Sample]] = {}
+
+    def start(self) -> None:
+        """Nothing is known yet."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Replaces the file."""
+        self._last[record["kind"]] = list(samples(record))
+        every = [sample for last in self._last.values() for sample in last]
+        write_atomically(self._path, prometheus_text(every, self._labels, time.time()))
+
+    def finish(self) -> None:
+        """Removes the file."""
+        self._path.unlink(missing_ok=True)
+
+
+def prometheus_text(numbers: Iterable[Sample], labels: Mapping[str, str], now_s: float) -> str:
+    """Returns numbers in the text format of Prometheus, version 0.0.4.
+
+    Args:
+        numbers: to show.
+        labels: that all of them get besides their place.
+        now_s: seconds since 1970.
+    """
+    metrics: dict[str, tuple[str, list[Sample]]] = {}
+    for sample in numbers:
+        name = re.sub("[^a-zA-Z0-9_]", "_", f"disttrain_{sample.group}_{sample.field}")
+        text = f"{sample.group} {sample.field} in the last record of metrics.jsonl"
+        metrics.setdefault(name, (text, []))[1].append(sample)
+    updated = Sample("", {}, "", now_s)
+    metrics["disttrain_updated_timestamp_seconds"] = ("time of the last record, since 1970", [updated])
+    lines = []
+    for name, (text, rows) in metrics.items():
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
+        for sample in rows:
+            pairs = ",".join(f'{key}="{_escaped(text)}"' for key, text in {**labels, **sample.place}.items())
+            lines.append(f"{name}{{{pairs}}} {sample.value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -1,0 +1,429 @@
+"""Checkpoints that are complete or absent, and that notice a flipped bit.
+
+A checkpoint is a folder: safetensors for tensors, JSON for everything else, and the MANIFEST.json of
+`manifest.py`. It is written under a temporary name, synced, verified and renamed; only then do the `latest`
+and `best` links move and older checkpoints go. At no moment is there none. There is no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from disttrain.errors import CheckpointError, StorageError, TrainingError
+from disttrain.files import link, move, persist, storage_error, sync_folder, write_new
+from disttrain.runs.manifest import MANIFEST, STATE, entry, list_steps, read, replaced, verify, write_manifest
+from disttrain.training.optim import load_state
+
+_BLOCK_BYTES = 4096  # files take whole blocks
+_HEADER_BYTES = 128  # of a tensor in a safetensors file, besides its name
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read from one checkpoint.
+
+    Attributes:
+        path: its folder.
+        parts: nested data of every part (model, optimizer, ema); tensors are on the CPU.
+        state: the JSON state: position, scores, scaler.
+    """
+
+    path: Path
+    parts: dict[str, Any]
+    state: dict[str, Any]
+
+    def value(self, key: str) -> Any:
+        """Returns a value of the state.
+
+        Raises:
+            CheckpointError: it was not saved.
+        """
+        if key not in self.state:
+            raise CheckpointError(f"{self.path / STATE}: has no {key}; use another checkpoint")
+        return self.state[key]
+
+    def part(self, name: str) -> Any:
+        """Returns the data of a part.
+
+        Raises:
+            CheckpointError: it was not saved.
+        """
+        if name not in self.parts:
+            raise CheckpointError(f"{self.path}: has no {name}; use another checkpoint")
+        return self.parts[name]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run at one moment, which training no longer changes.
+
+    Attributes:
+        step: optimizer steps taken; names the checkpoint.
+        skeletons: name of each part -> its nested data without the tensors.
+        tensors: name of each part -> its tensors, on the device they were on.
+        state: JSON values.
+        ready: recorded after the copies on a GPU, or None.
+        buffers: name of each part -> the tensors of it that may be infinite.
+    """
+
+    step: int
+    skeletons: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    ready: torch.cuda.Event | None
+    buffers: Mapping[str, Collection[str]] = field(default_factory=dict)
+
+
+def snapshot(
+    step: int,
+    parts: Mapping[str, Any],
+    state: Mapping[str, Any],
+    buffers: Mapping[str, Collection[str]] | None = None,
+) -> Snapshot:
+    """Copies what a checkpoint holds, without waiting for the device.
+
+    Args:
+        step: optimizer steps taken.
+        parts: name -> nested dicts and lists of tensors and JSON values, such as a state_dict.
+        state: JSON values.
+        buffers: name of a part -> names of those of its tensors that may be infinite; no tensor may be NaN.
+    """
+    skeletons, views = _take_apart(parts)
+    # Copies of their own: training changes the originals, and safetensors refuses shared memory.
+    tensors = {
+        part: {name: tensor.clone() for name, tensor in named.items()} for part, named in views.items()
+    }
+    ready = None
+    if any(tensor.is_cuda for part in tensors.values() for tensor in part.values()):
+        ready = torch.cuda.Event()
+        ready.record()
+    return Snapshot(step, skeletons, tensors, dict(state), ready, buffers or {})
+
+
+def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
+    """Writes a checkpoint and makes it the latest. Rank 0 alone calls this.
+
+    Args:
+        folder: the checkpoints folder of the run.
+        taken: what to write.
+        keep: number of checkpoints to keep, besides the best one.
+        best: also make it the best.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        TrainingError: a tensor is not finite.
+        StorageError: it cannot be written. After either, the earlier checkpoints are as they were.
+    """
+    target = folder / f"step_{taken.step:08d}"
+    partial = folder / f".{target.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        parts = {}
+        for part, tensors in taken.tensors.items():
+            host = _on_host(tensors, taken.ready)
+            _check_finite(part, host, taken)
+            name, data = f"{part}.safetensors", save_tensors(host)
+            write_new(partial / name, data)
+            parts[name] = entry(name, data)
+        data = _document(taken.skeletons, taken.state)
+        write_new(partial / STATE, data)
+        write_manifest(partial, parts | {STATE: entry(STATE, data)})
+        sync_folder(partial)
+        verify(partial)
+        _put_in_place(partial, target)
+        link(folder / "latest", target.name)
+        if best:
+            link(folder / "best", target.name)
+        sync_folder(folder)
+        _rotate(folder, keep)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)  # before the free space is counted
+        needed = _bytes(taken.skeletons, taken.tensors, taken.state)
+        raise storage_error(target, error, needed) from None
+    except CheckpointError as damage:
+        raise StorageError(f"{target}: was not written as it should be; see to the disk: {damage}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Gives a complete checkpoint its name, and sees it there."""
+    manifest = (partial / MANIFEST).read_bytes()
+    old = replaced(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        move(target, old)  # under this name it still counts as a checkpoint
+    try:
+        move(partial, target)
+    except OSError:
+        if old.exists():
+            move(old, target)
+        raise
+
+    def look() -> None:
+        if (target / MANIFEST).read_bytes() != manifest:
+            raise OSError(errno.ESTALE, "another checkpoint is seen in its place")
+
+    persist(look)
+    sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_finite(part: str, tensors: Mapping[str, Tensor], taken: Snapshot) -> None:
+    buffers = taken.buffers.get(part, ())
+    for name, tensor in tensors.items():
+        bad = tensor.isnan() if name in buffers else tensor.isfinite().logical_not_()
+        if count := int(bad.sum()):
+            raise TrainingError(
+                f"{part}: {count:,} of {tensor.numel():,} values of {name} are not finite at step "
+                f"{taken.step:,}; nothing was saved, the last checkpoint is from before that; lower "
+                "optim.lr, set train.grad_clip, or use train.precision=fp32"
+            )
+
+
+class Writer:
+    """Writes checkpoints one after the other in a thread of its own, beside the training.
+
+    Args:
+        folder: the checkpoints folder of the run.
+        keep: number of checkpoints to keep, besides the best one.
+        done: told of every complete checkpoint and whether it is the best, in the thread that calls `check`
+            or `wait`.
+        writing: around the writing of each, in the thread that writes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        done: Callable[[Path, bool], None],
+        writing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._done = done
+        self._writing = writing
+        self._pending: tuple[Future[Path], bool] | None = None
+
+    def begin(self, taken: Snapshot, best: bool) -> None:
+        """Begins to write, when the one before is complete.
+
+        Raises:
+            StorageError, TrainingError: the one before could not be written; see `write`.
+        """
+        self.wait()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending = thread.submit(self._write, taken, best), best
+        thread.shutdown(wait=False)  # ends when it is written
+
+    def _write(self, taken: Snapshot, best: bool) -> Path:
+        with self._writing():
+            return write(self._folder, taken, keep=self._keep, best=best)
+
+    def check(self) -> None:
+        """Reports a checkpoint that has become complete.
+
+        Raises:
+            StorageError, TrainingError: it could not be written; see `write`.
+        """
+        if self._pending is not None and self._pending[0].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written, if any, and reports it.
+
+        Raises:
+            StorageError, TrainingError: it could not be written; see `write`.
+        """
+        if self._pending is not None:
+            (future, best), self._pending = self._pending, None
+            self._done(future.result(), best)
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads and verifies a checkpoint.
+
+    Args:
+        path: its folder, or a link to it.
+
+    Raises:
+        CheckpointError: it is missing, or a part is missing or damaged; names the file.
+    """
+    contents = read(path)
+    try:
+        document = json.loads(contents[STATE])
+        parts = {
+            name: _fill(skeleton, load_tensors(contents[f"{name}.safetensors"]))
+            for name, skeleton in document["parts"].items()
+        }
+    except KeyError as missing:
+        raise CheckpointError(f"{path}: has no {missing.args[0]}; use another checkpoint") from None
+    return Checkpoint(path.resolve(), parts, document["state"])
+
+
+def bytes_needed(parts: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> int:
+    """Returns the bytes that a checkpoint of these parts takes on the disk, rounded up."""
+    return _bytes(*_take_apart(parts), state or {})
+
+
+def _bytes(
+    skeletons: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> int:
+    content = sum(
+        len(name) + _HEADER_BYTES + tensor.nbytes
+        for part in tensors.values()
+        for name, tensor in part.items()
+    )
+    blocks = len(tensors) + 4  # a part begun, for each file and for both folders
+    return content + len(_document(skeletons, state)) + blocks * _BLOCK_BYTES
+
+
+def _take_apart(parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Returns the nested data of each part without the tensors, and the tensors of each part."""
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
+    return {name: _strip(part, "", tensors[name]) for name, part in parts.items()}, tensors
+
+
+def _strip(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """Returns `node` with its tensors moved to `tensors` and replaced by {"tensor": name}."""
+    if isinstance(node, Tensor):
+        if place in tensors:  # {"a": {"b": tensor}, "a.b": tensor}
+            place = f"{place}#{len(tensors)}"
+        tensors[place] = node.detach()
+        return {"tensor": place}
+    if isinstance(node, Mapping):
+        return {
+            "dict": [
+                [key, _strip(value, f"{place}.{key}" if place else str(key), tensors)]
+                for key, value in node.items()
+            ]
+        }
+    if isinstance(node, (list, tuple)):
+        return {"list": [_strip(value, f"{place}.{i}", tensors) for i, value in enumerate(node)]}
+    return {"value": node}
+
+
+def _on_host(tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
+    """Returns tensors in host memory and in NCHW order, without holding up what the device does."""
+    if ready is None:
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        return {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def _fill(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = node.items()
+    match kind:
+        case "tensor":
+            return tensors[content]
+        case "dict":
+            return {key: _fill(value, tensors) for key, value in content}
+        case "list":
+            return [_fill(value, tensors) for value in content]
+        case _:
+            return content
+
+
+def _document(skeletons: Mapping[str, Any], state: Mapping[str, Any]) -> bytes:
+    return json.dumps({"state": state, "parts": skeletons}, indent=1, allow_nan=False).encode()
+
+
+def _rotate(folder: Path, keep: int) -> None:
+    _delete_remains(folder)  # of a process that was killed
+    linked = {(folder / name).resolve().name for name in ("latest", "best")}
+    for path in list_steps(folder)[keep:]:
+        if path.name not in linked:
+            move(path, path.with_name(f".{path.name}.partial"))  # half deleted it is never a step_*
+    _delete_remains(folder)
+
+
+def _delete_remains(folder: Path) -> None:
+    for pattern in (".step_*.partial", ".step_*.replaced"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)  # what is in use is met again at the next save
+
+
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: Optimizer,
+    ema: nn.Module | None = None,
+    *,
+    force: bool = False,
+) -> None:
+    """Puts the parts of a checkpoint into a model, its optimizer and its moving average.
+
+    Args:
+        checkpoint: what was loaded.
+        model: takes the weights.
+        optimizer: takes its state.
+        ema: takes the moving average; None if the config has none.
+        force: leave a moving average out that the config does not use.
+
+    Raises:
+        CheckpointError: a part is missing or not used, or names or shapes do not fit.
+    """
+    if ema is None and "ema" in checkpoint.parts and not force:
+        raise CheckpointError(
+            f"{checkpoint.path}: has a moving average of the weights (ema), the config has train.ema = null; "
+            "resume with the config it was saved with, or leave it out with --force"
+        )
+    loaders: dict[str, Callable[[Any], Any]] = {
+        "model": model.load_state_dict,
+        "optimizer": lambda state: load_state(optimizer, state),
+    }
+    if ema is not None:
+        loaders["ema"] = ema.load_state_dict
+    for name, load_part in loaders.items():
+        if name not in checkpoint.parts:
+            raise CheckpointError(f"{checkpoint.path}: has no {name}; it was saved by a run without one")
+        try:
+            load_part(checkpoint.parts[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} does not fit the config: {reason}; "
+                "resume with the config it was saved with"
+            ) from None
+
+
+def restore_scaler(checkpoint: Checkpoint, scaler: GradScaler | None, *, force: bool) -> None:
+    """Puts the state of a checkpoint into the gradient scaler.
+
+    Raises:
+        CheckpointError: one of the two has a scaler and the other does not.
+    """
+    saved = checkpoint.value("scaler")
+    if scaler is not None:
+        if saved is None:
+            raise CheckpointError(
+                f"{checkpoint.path}: has no gradient scaler, which train.precision = fp16 needs; "
+                "resume with the config it was saved with"
+            )
+        scaler.load_state_dict(saved)
+    elif saved is not None and not force:
+        raise CheckpointError(
+            f"{checkpoint.path}: has a gradient scaler, which is for train.precision = fp16 alone; "
+            "resume with the config it was saved with, or leave it out with --force"
+        )

@@ -1,0 +1,180 @@
+"""`disttrain eval`: how good a trained network is, over a whole split, on any number of processes.
+
+Starts the processes that evaluate (`disttrain.trained.eval_worker`) and shows what they found. Nothing here
+imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from disttrain.config import AugmentConfig, Config
+from disttrain.errors import DataError
+from disttrain.launch.jobs import run_job
+from disttrain.launch.plan import LaunchPlan, plan_processes
+from disttrain.launch.preflight import open_index
+from disttrain.monitor.nvml import visible_gpus
+from disttrain.parallel import usable_cores
+from disttrain.shards.index import Index
+from disttrain.trained.run import Facts, open_run
+
+if TYPE_CHECKING:
+    from disttrain.data.plan import Ids
+
+_MOST_SHOWN = 20  # classes in a confusion matrix on a screen
+_PAIRS_SHOWN = 10
+
+
+def evaluate(
+    run: str | Path,
+    checkpoint: str | Path = "best",
+    *,
+    data: str | None = None,
+    root: str | None = None,
+    tta: Literal["none", "flip", "multi_view"] = "none",
+    gpus: int | None = None,
+    procs: int | None = None,
+) -> dict[str, Any]:
+    """Evaluates a run's network on the validation split of a data set, in processes of its own.
+
+    Args:
+        run: the run folder.
+        checkpoint: best, latest, or the path of a checkpoint.
+        data: name of a packed data set with the same classes; None means that of the run.
+        root: where the data sets lie; None means where the config says.
+        tta: the test-time augmentation.
+        gpus: how many to use; None means all that are visible.
+        procs: processes without GPUs.
+
+    Returns:
+        loss, accuracy 0..1, correct, total, skipped; top5_accuracy and top5_correct (None for up to 5
+        classes); per_class, a list of class, correct, total and accuracy; confusion, for each true class the
+        numbers of each predicted one; classes, and what was evaluated where. With a test-time augmentation
+        also plain_accuracy and plain_correct, without it.
+
+    Raises:
+        UsageError: it is not a run, or the machine has not what is asked for.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        DataError: the data set is missing or damaged, or its classes or images are others.
+    """
+    trained = open_run(Path(run), checkpoint)
+    visible = [] if procs else visible_gpus()
+    device, processes, chosen, threads = plan_processes(
+        gpus=gpus, procs=procs, visible=visible, cores=usable_cores(), environ=os.environ
+    )
+    open_data(trained.config, trained.facts, data, root)
+    plan = LaunchPlan(
+        config_path=trained.folder.config,
+        overrides=(),
+        run_dir=trained.folder.path,
+        resume="never",
+        device=device,
+        processes=processes,
+        gpus=chosen,
+        threads=threads,
+    )
+    request = {
+        "run": str(run),
+        "checkpoint": str(trained.checkpoint),
+        "data": data,
+        "root": root,
+        "tta": tta,
+    }
+    return run_job(plan, "disttrain.trained.eval_worker", request)
+
+
+def open_data(config: Config, facts: Facts, data: str | None, root: str | None) -> Index:
+    """Returns the index of what a run is evaluated on.
+
+    Args:
+        config: of the run.
+        facts: of its network.
+        data: another data set than the run's, or None.
+        root: another root than the config's, or None.
+
+    Raises:
+        DataError: the data set is missing or damaged, or its classes or images are others.
+    """
+    place = {"name": data or config.data.name, "root": root or config.data.root}
+    changes = {
+        "data": config.data.model_copy(update=place),
+        # What is checked of a data set to train on does not matter here.
+        "augment": AugmentConfig(),
+        "model": config.model.model_copy(update={"num_classes": None}),
+    }
+    index = open_index(config.model_copy(update=changes), lambda text: None)
+    if set(index.classes) != set(facts.classes):
+        others = ((index.name, index.classes, facts.classes), ("the run", facts.classes, index.classes))
+        only = [
+            f"only {name} has {_few(sorted(set(own) - set(other)))}"
+            for name, own, other in others
+            if set(own) - set(other)
+        ]
+        raise DataError(f"{index.name}: has other classes than the run: {'; '.join(only)}")
+    if (index.height, index.width, index.channels) != facts.shape:
+        sizes = [f"{c}x{h}x{w}" for h, w, c in ((index.height, index.width, index.channels), facts.shape)]
+        raise DataError(
+            f"{index.name}: has images of {sizes[0]}, the run was trained on {sizes[1]}; "
+            f"pack it again{f' with --size {facts.height}' if facts.height == facts.width else ''}"
+        )
+    return index
+
+
+def usable_samples(config: Config, index: Index) -> Ids:
+    """Returns the ids of the validation split that can be evaluated: int64, without those to be skipped."""
+    import numpy as np
+
+    from disttrain.data.plan import usable_ids
+    from disttrain.shards.verify import survey
+
+    skipped = np.empty(0, np.int64)
+    if config.data.on_error == "skip":
+        skipped = survey(index, "val", lambda text: None)
+    return usable_ids(index.splits["val"].samples, skipped)
+
+
+def report(result: dict[str, Any]) -> Iterator[str]:
+    """Yields the lines of a result for a terminal."""
+    many = f"{result['processes']} process{'es' * (result['processes'] > 1)}"
+    yield f"{result['checkpoint']} on {result['data']}/{result['split']}, {many}, {result['precision']}"
+    yield f"accuracy {_share(result['correct'], result['total'])}, loss {result['loss']:.4f}"
+    if result["top5_correct"] is not None:
+        yield f"top 5    {_share(result['top5_correct'], result['total'])}"
+    if "plain_correct" in result:
+        yield f"without {result['tta']} {_share(result['plain_correct'], result['total'])}"
+    if result["skipped"]:
+        yield f"skipped  {result['skipped']:,} samples that cannot be used"
+    yield ""
+    width = max(5, *map(len, result["classes"]))
+    yield f"{'class':<{width}} {'accuracy':>10} {'correct':>9} {'of':>9}"
+    for row in result["per_class"]:
+        accuracy = "n/a" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %"
+        yield f"{row['class']:<{width}} {accuracy:>10} {row['correct']:>9,} {row['total']:>9,}"
+    yield ""
+    classes, confusion = result["classes"], result["confusion"]
+    if len(classes) <= _MOST_SHOWN:
+        cell = max(len(f"{count:,}") for row in confusion for count in row) + 1
+        yield "confusion: a row for each true class, a column for each prediction in the same order"
+        for name, row in zip(classes, confusion, strict=True):
+            yield f"{name:<{width}} " + "".join(f"{count:>{cell},}" for count in row)
+        return
+    pairs = [
+        (count, classes[true], classes[predicted])
+        for true, row in enumerate(confusion)
+        for predicted, count in enumerate(row)
+        if true != predicted and count
+    ]
+    yield "taken for another most often (the whole confusion matrix: --json)"
+    for count, true, predicted in sorted(pairs, key=lambda pair: -pair[0])[:_PAIRS_SHOWN]:
+        yield f"{true} as {predicted}: {count:,}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f} % ({part:,} of {whole:,})"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,232 @@
+"""`disttrain export`: a trained network as a file for other programs, checked on real images, with a card.
+
+Every format takes images as they are stored, uint8 [B, H, W, C] with any B, and gives the scores (logits) of
+the classes, float32 [B, classes]; the normalisation is inside, or for safetensors in the header. torch is
+imported only after the command line has been found right.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from disttrain.errors import DisttrainError, StorageError, UsageError
+from disttrain.files import write_atomically
+from disttrain.shards.index import Index
+from disttrain.trained import modelcard
+from disttrain.trained.eval import open_data, usable_samples
+from disttrain.trained.run import FACTS, Facts, Trained, open_run
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from disttrain.trained.classifier import Classifier
+
+    Scores = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+
+Format = Literal["safetensors", "torch-export", "onnx"]
+
+SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
+TOLERANCE = 1e-4
+"""Largest difference of a score, relative to the largest score if that is above 1."""
+
+_IMAGES = 256  # of the validation split, on which a file is checked
+_ONNX_MODULES = ("onnx", "onnxruntime", "onnxscript")
+_FACTS_FILE = "disttrain.json"  # in a torch.export archive
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written and checked.
+
+    Attributes:
+        path: the file; README.md lies beside it.
+        difference: largest difference of a score from the network's.
+        images: on which that was found.
+    """
+
+    path: Path
+    difference: float
+    images: int
+
+
+def export(
+    run: str | Path,
+    file_format: Format,
+    output: str | Path | None = None,
+    *,
+    checkpoint: str | Path = "best",
+    root: str | None = None,
+) -> Exported:
+    """Writes the network of a run as a file, checks it, and writes a model card beside it.
+
+    The weights are the moving average where the run has one.
+
+    Args:
+        run: the run folder.
+        file_format: safetensors, torch-export or onnx.
+        output: the file; None means export/<file_format>/model.<suffix> in the run folder.
+        checkpoint: best, latest, or the path of a checkpoint.
+        root: where the data set of the run lies, if not where its config says.
+
+    Raises:
+        UsageError: it is not a run, a package is missing, or the folder holds another README.md.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        DataError: the data set of the run, on which the file is checked, is missing or damaged.
+        StorageError: the file cannot be written.
+        DisttrainError: the network cannot be exported, or the file does not compute what the network does;
+            there is none then.
+    """
+    if file_format == "onnx" and any(importlib.util.find_spec(name) is None for name in _ONNX_MODULES):
+        raise UsageError(
+            f"--format onnx needs {', '.join(_ONNX_MODULES)}; install them with "
+            "python -m pip install 'disttrain[onnx]'"
+        )
+    trained = open_run(Path(run), checkpoint)
+    name = f"model{SUFFIXES[file_format]}"
+    path = trained.folder.path / "export" / file_format / name if output is None else Path(output)
+    if path.suffix != SUFFIXES[file_format]:
+        raise UsageError(f"--output {path}: expected a name that ends in {SUFFIXES[file_format]}")
+    modelcard.check_place(path.parent)
+    index = open_data(trained.config, trained.facts, None, root)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exported = _export(trained, file_format, index, path, partial)
+        text = modelcard.card(trained, file_format, path.name, index, exported.difference, exported.images)
+        write_atomically(path.parent / modelcard.NAME, text)
+        return exported
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written: {error.strerror or error}; choose another --output"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _export(trained: Trained, file_format: Format, index: Index, path: Path, partial: Path) -> Exported:
+    import torch
+
+    from disttrain.trained.classifier import load_model
+
+    classifier = load_model(trained.folder.path, trained.checkpoint)
+    classifier.channels_last = False
+    classifier.network.to(memory_format=torch.contiguous_format)
+    images = real_images(trained, index)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporters, about themselves
+            reader = _WRITERS[file_format](classifier, partial)
+    except OSError:
+        raise
+    except Exception as error:  # whatever the exporters raise about a network
+        reason = " ".join(str(error).split())[:300]
+        raise DisttrainError(
+            f"{trained.facts.model} cannot be exported as {file_format}: {type(error).__name__}: {reason}; "
+            "safetensors holds any network"
+        ) from error
+    with torch.inference_mode():
+        expected = classifier(torch.from_numpy(images)).numpy()
+    difference = 0.0
+    for part in (slice(0, 1), slice(1, None)):  # the size of the batch is free
+        if len(images[part]):
+            difference = max(difference, float(abs(reader(images[part]) - expected[part]).max()))
+    limit = TOLERANCE * max(1.0, float(abs(expected).max()))
+    if not difference <= limit:
+        raise DisttrainError(
+            f"{path}: not written: its scores differ by {difference:.3g} from the network's on {len(images)} "
+            f"images, more than {limit:.3g}; please report it"
+        )
+    partial.replace(path)
+    return Exported(path, difference, len(images))
+
+
+def real_images(trained: Trained, index: Index) -> npt.NDArray[np.uint8]:
+    """Returns images of the validation split, spread over it: uint8 [B, H, W, C]."""
+    import numpy as np
+
+    from disttrain.shards.reader import Reader
+
+    usable = usable_samples(trained.config, index)
+    ids = usable[np.unique(np.linspace(0, len(usable) - 1, _IMAGES).astype(np.int64))]
+    images = np.empty((len(ids), *trained.facts.shape), np.uint8)
+    Reader(index, "val").decode(ids, images, np.empty(len(ids), np.int64))
+    return images
+
+
+def _write_safetensors(classifier: Classifier, path: Path) -> Scores:
+    from safetensors.torch import save
+
+    from disttrain.trained.classifier import METADATA, load_model
+
+    weights = {name: value.contiguous() for name, value in classifier.network.state_dict().items()}
+    path.write_bytes(save(weights, {"format": "pt", METADATA: _json(classifier.facts)}))
+    return _in_torch(load_model(path))
+
+
+def _write_torch_export(classifier: Classifier, path: Path) -> Scores:
+    import torch
+
+    program = _traced(classifier)
+    program.example_inputs = None  # they would be pickled into the file
+    torch.export.save(program, path, extra_files={_FACTS_FILE: _json(classifier.facts)})
+    module: Any = torch.export.load(path).module()
+    return _in_torch(module)
+
+
+def _write_onnx(classifier: Classifier, path: Path) -> Scores:
+    import onnx
+    import onnxruntime
+    import torch
+
+    program: Any = torch.onnx.export(
+        _traced(classifier), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+    )
+    program.model.metadata_props.update(
+        {
+            "disttrain": _json(classifier.facts),
+            "classes": json.dumps(classifier.classes),
+            "input": modelcard.input_text(classifier.facts),
+            "output": modelcard.OUTPUT_TEXT,
+        }
+    )
+    program.save(path, external_data=False)
+    onnx.checker.check_model(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})[0]
+
+
+_WRITERS: dict[Format, Callable[[Classifier, Path], Scores]] = {
+    "safetensors": _write_safetensors,
+    "torch-export": _write_torch_export,
+    "onnx": _write_onnx,
+}
+
+
+def _traced(classifier: Classifier) -> Any:
+    import torch
+
+    example = torch.zeros(2, *classifier.facts.shape, dtype=torch.uint8)
+    return torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+
+
+def _in_torch(module: Callable[[Tensor], Tensor]) -> Scores:
+    import torch
+
+    def scores(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        with torch.no_grad():
+            result: npt.NDArray[np.float32] = module(torch.from_numpy(images)).numpy()
+        return result
+
+    return scores
+
+
+def _json(facts: Facts) -> str:
+    return FACTS.dump_json(facts).decode()

@@ -1,0 +1,161 @@
+"""The model card: README.md beside an exported network, with a program that uses it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from disttrain import __version__
+from disttrain.errors import UsageError
+from disttrain.shards.index import Index
+from disttrain.trained.run import Facts, Trained, evaluation_of
+
+NAME = "README.md"
+OUTPUT_TEXT = "logits: float32 [B, classes], the scores of the classes; their softmax are probabilities"
+
+_MARK = "<!-- model card, written by disttrain export -->"
+
+_FROM_FILE = '''\
+def pixels(path):
+    """Returns an image file as the network reads it: uint8 [1, {height}, {width}, {channels}]."""
+    image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")
+    image = ImageOps.fit(image, ({width}, {height}), Image.Resampling.BICUBIC)
+    return np.array(image).reshape(1, {height}, {width}, {channels})
+
+'''
+_PROGRAMS = {
+    "safetensors": """\
+import sys
+
+import disttrain
+
+for prediction in disttrain.predict({file}, sys.argv[1:]):
+    print(prediction.image, prediction.label, prediction.probability)
+""",
+    "torch-export": """\
+import json
+import sys
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+
+{from_file}
+about = {{"disttrain.json": ""}}
+network = torch.export.load({file}, extra_files=about).module()
+classes = json.loads(about["disttrain.json"])["classes"]
+for path in sys.argv[1:]:
+    with torch.no_grad():
+        probabilities = network(torch.from_numpy(pixels(path))).softmax(1)[0]
+    best = int(probabilities.argmax())
+    print(path, classes[best], float(probabilities[best]))
+""",
+    "onnx": """\
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+{from_file}
+session = onnxruntime.InferenceSession({file})
+classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+for path in sys.argv[1:]:
+    scores = session.run(["logits"], {{"images": pixels(path)}})[0][0]
+    probabilities = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    best = int(probabilities.argmax())
+    print(path, classes[best], float(probabilities[best]))
+""",
+}
+
+
+def check_place(folder: Path) -> None:
+    """Raises UsageError if a folder holds a README.md that is no model card."""
+    path = folder / NAME
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UsageError(f"{path}: is not a model card and would be replaced; choose an --output elsewhere")
+
+
+def input_text(facts: Facts) -> str:
+    """Returns what an exported network takes, in words."""
+    colors = "gray" if facts.channels == 1 else "RGB"
+    return f"images: uint8 [B, {facts.height}, {facts.width}, {facts.channels}], {colors} 0..255, any B"
+
+
+def card(trained: Trained, file_format: str, file: str, index: Index, difference: float, images: int) -> str:
+    """Returns the model card of an exported file.
+
+    Args:
+        trained: the run.
+        file_format: of the file.
+        file: its name.
+        index: of the data set.
+        difference: of its scores from the network's.
+        images: on which that was found.
+    """
+    config, facts = trained.config, trained.facts
+    state = json.loads((trained.checkpoint / "state.json").read_text())["state"]
+    result = evaluation_of(trained.folder, state["step"])
+    accuracy = "not evaluated at this step"
+    if result is not None:
+        share = f"{100 * result['accuracy']:.2f} % ({result['correct']:,} of {result['total']:,})"
+        accuracy = f"{share} of the validation split, loss {result['loss']:.4f}"
+        if "tta" in result:
+            accuracy += f", with test-time augmentation ({result['tta']})"
+    splits = ", ".join(f"{split.samples:,} {name}" for name, split in index.splits.items())
+    ema = f", moving average of the weights with decay {config.train.ema}" if config.train.ema else ""
+    shape = {"height": facts.height, "width": facts.width, "channels": facts.channels}
+    from_file = _FROM_FILE.format(mode="L" if facts.channels == 1 else "RGB", **shape)
+    program = _PROGRAMS[file_format].format(file=json.dumps(file), from_file=from_file)
+    rows = {
+        "file": f"`{file}` ({file_format})",
+        "check": f"scores differ by {difference:.2g} at most from the network's on {images} images",
+        "network": f"`{facts.model}` {json.dumps(facts.args) if facts.args else ''}".rstrip(),
+        "accuracy": accuracy,
+        "data": f"`{facts.data}`: {splits}",
+        "training": f"{state['epoch']} epochs, {state['step']:,} steps of {config.train.batch_size}{ema}",
+        "input": input_text(facts),
+        "preprocessing": _preprocessing(facts, inside=file_format != "safetensors"),
+        "output": OUTPUT_TEXT,
+        "made with": f"disttrain {__version__}",
+    }
+    table = "\n".join(f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows.items())
+    return f"""{_MARK}
+# {config.name}
+
+| | |
+|---|---|
+{table}
+
+## Classes
+
+In the order of the scores:
+
+```json
+{json.dumps(facts.classes, ensure_ascii=False)}
+```
+
+## Use
+
+    python classify.py IMAGE...
+
+with `classify.py`:
+
+```python
+{program.strip()}
+```
+"""
+
+
+def _preprocessing(facts: Facts, *, inside: bool) -> str:
+    numbers: list[Any] = [[round(value, 6) for value in values] for values in (facts.mean, facts.std)]
+    where = "inside the network" if inside else "in the header, and done by `disttrain.load_model`"
+    return (
+        f"resized to cover {facts.height}x{facts.width} pixels (bicubic), the middle cut out; then, {where}: "
+        f"scaled to 0..1, less the mean {numbers[0]}, divided by {numbers[1]}"
+    )

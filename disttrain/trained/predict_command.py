@@ -1,0 +1,131 @@
+"""What `disttrain predict` prints: a line for each image, as a table or as JSON.
+
+torch is imported only after the command line has been found right, so that a mistake in it is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from disttrain.errors import DataError
+from disttrain.shards.imagefolder import SUFFIXES
+from disttrain.shards.images import Pixels, expect_images
+from disttrain.trained.contactsheet import MOST, Cell, check_name, draw, save
+from disttrain.trained.run import open_run
+
+if TYPE_CHECKING:
+    from disttrain.trained.prediction import Prediction
+
+_WIDEST = 60  # characters of a file name in a column
+
+
+def predict(
+    run: Path,
+    names: Sequence[str],
+    checkpoint: str,
+    *,
+    top: int,
+    grid: Path | None,
+    as_json: bool,
+    on_progress: Callable[[int, int | None], None],
+) -> None:
+    """Predicts, prints, and draws the sheet.
+
+    Args:
+        run: run folder or exported file.
+        names: files, folders, or - for names on standard input.
+        checkpoint: best, latest, or a path.
+        top: classes for each image.
+        grid: takes the sheet, or None.
+        as_json: print JSON lines instead of a table.
+        on_progress: told of images done and their number.
+
+    Raises:
+        DataError: there is no image, or some could not be used; the others were printed.
+        UsageError: the run or a name is wrong.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    if grid is not None:
+        check_name(grid)
+    if not run.is_file():
+        open_run(run, checkpoint)
+    files = listed(name for given in names for name in (_read_names() if given == "-" else [given]))
+    if not files:
+        raise DataError(f"{' '.join(names)}: no image files; give files, or folders with images")
+    expect_images(len(files))
+    # What libraries warn of in a file is either an error below, or of no importance.
+    warnings.filterwarnings("ignore", module="PIL")
+
+    import torch
+
+    from disttrain.trained.classifier import load_model
+    from disttrain.trained.prediction import predictions
+
+    classifier = load_model(run, checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    widths = (min(_WIDEST, max(map(len, files))), max(map(len, classifier.classes)))
+    if not as_json:
+        click.echo(f"{'image':<{widths[0]}}  {'class':<{widths[1]}}  probability")
+    cells: list[Cell] = []
+    failed = 0
+    for number, (prediction, pixels) in enumerate(predictions(classifier, files, top), 1):
+        if pixels is None:
+            failed += 1
+            click.echo(f"disttrain: {_shown(prediction.image)}: {prediction.problem}", err=True)
+        else:
+            click.echo(json.dumps(prediction.as_json()) if as_json else _row(prediction, *widths))
+            if grid is not None and len(cells) < MOST:
+                cells.append(_cell(prediction, pixels, classifier.classes))
+        if number % 64 == 0 or number == len(files):
+            on_progress(number, len(files))
+    if grid is not None and cells:
+        save(draw(cells), grid)
+        if len(files) - failed > MOST:
+            click.echo(f"{grid}: the first {MOST} of {len(files) - failed:,} images", err=True)
+    if failed:
+        raise DataError(f"{failed:,} of {len(files):,} files could not be used")
+
+
+def listed(names: Iterable[str]) -> list[str]:
+    """Returns the files that names stand for; a folder stands for the image files below it, sorted."""
+    files: list[str] = []
+    for name in names:
+        if not Path(name).is_dir():
+            files.append(name)
+            continue
+        for folder, folders, entries in os.walk(name):
+            folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
+            images = (entry for entry in entries if entry.lower().endswith(SUFFIXES))
+            files += (str(Path(folder) / entry) for entry in sorted(images) if not entry.startswith("."))
+    return files
+
+
+def _read_names() -> list[str]:
+    """Returns the names on standard input, separated by NUL if there is one, else by newlines."""
+    data = sys.stdin.buffer.read()
+    separator = b"\0" if b"\0" in data else b"\n"
+    return [os.fsdecode(name) for name in data.split(separator) if name]
+
+
+def _row(prediction: Prediction, image_width: int, class_width: int) -> str:
+    cells = (f"{label:<{class_width}}  {100 * probability:6.2f} %" for label, probability in prediction.top)
+    return f"{_shown(prediction.image):<{image_width}}  {'   '.join(cells)}"
+
+
+def _shown(name: str) -> str:
+    """Returns a file name without what would move the cursor of a terminal or break the line."""
+    text = click.format_filename(name)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def _cell(prediction: Prediction, pixels: Pixels, classes: Sequence[str]) -> Cell:
+    folder = Path(prediction.image).absolute().parent.name
+    label, probability = prediction.top[0]
+    return Cell(pixels, label, probability, folder if folder in classes else None)

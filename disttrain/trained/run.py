@@ -1,0 +1,130 @@
+"""What a run has left behind: its config, what its network is and reads, and its checkpoints.
+
+The network itself is the business of `classifier`; nothing here imports torch, so that a mistake is told at
+once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+from pydantic import Field
+
+from disttrain.config import Config, load_config
+from disttrain.errors import CheckpointError, UsageError
+from disttrain.runs.runfolder import RunFolder
+
+_Count = Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a network is and what its images are: enough to build it again and to feed it.
+
+    Attributes:
+        model: as `model.name` of the config.
+        args: as `model.args`.
+        classes: their names, in the order of the scores.
+        channels: 1 for gray, 3 for RGB.
+        height: of the images in pixels.
+        width: of the images in pixels.
+        mean: per channel, subtracted from pixel values in 0..1.
+        std: per channel, by which they are then divided; 0 for a constant channel, which is not.
+        data: name of the data set it was trained on.
+    """
+
+    model: str
+    args: dict[str, Any]
+    classes: tuple[str, ...]
+    channels: Literal[1, 3]
+    height: _Count
+    width: _Count
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    data: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.height, self.width, self.channels
+
+
+FACTS = pydantic.TypeAdapter(Facts)
+"""Reads and writes `Facts` as JSON."""
+
+
+class Trained(NamedTuple):
+    """A run and one of its checkpoints."""
+
+    folder: RunFolder
+    config: Config
+    facts: Facts
+    checkpoint: Path
+
+
+def open_run(run: Path, checkpoint: str | Path = "best") -> Trained:
+    """Finds what is needed of a run.
+
+    Args:
+        run: the run folder.
+        checkpoint: best, latest, or the path of a checkpoint.
+
+    Raises:
+        UsageError: it is not a run folder, or damaged.
+        CheckpointError: there is no such checkpoint.
+    """
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        raise UsageError(
+            f"{run}: is not a run folder (it has no config.yaml); give one, such as runs/NAME/TIME"
+        )
+    config = load_config(folder.config)
+    path = Path(checkpoint)
+    if checkpoint in ("best", "latest"):
+        path = folder.checkpoints / checkpoint
+    if not (path / "MANIFEST.json").is_file():
+        there = [name for name in ("best", "latest") if (folder.checkpoints / name).exists()]
+        hint = f"give --checkpoint {' or '.join(there)}" if there else "the run has saved none yet"
+        raise CheckpointError(f"{path}: there is no checkpoint; {hint}")
+    return Trained(folder, config, _facts(folder, config), path.resolve())
+
+
+def _facts(folder: RunFolder, config: Config) -> Facts:
+    try:
+        data = json.loads(folder.env.read_bytes())["data"]
+        channels, height, width = data["shape"]
+        mean_std = config.data.normalize == "mean_std"
+        return FACTS.validate_python(
+            {
+                "model": config.model.name,
+                "args": config.model.args,
+                "classes": data["classes"],
+                "channels": channels,
+                "height": height,
+                "width": width,
+                "mean": data["mean"] if mean_std else [0.0] * channels,
+                "std": data["std"] if mean_std else [1.0] * channels,
+                "data": data["name"],
+            }
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{folder.env}: does not say what the images of the run are ({type(error).__name__}); "
+            "it is written when a run starts: resume the run to have it written again"
+        ) from None
+
+
+def evaluation_of(folder: RunFolder, step: int) -> dict[str, Any] | None:
+    """Returns the last evaluation in metrics.jsonl that was made at a step, if there is one."""
+    found = None
+    with folder.metrics.open(encoding="utf-8") as lines:
+        for line in lines:
+            if '"eval"' in line:
+                record = json.loads(line)
+                if record["kind"] == "eval" and record["step"] == step:
+                    found = record
+    return found

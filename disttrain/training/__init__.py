@@ -1,0 +1,1 @@
+"""What every rank trains with and how: the loops and their parts."""

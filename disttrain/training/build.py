@@ -1,0 +1,296 @@
+"""From a config and a data set to what a rank trains with. Every rank calls all of these."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from disttrain.config import Config
+from disttrain.data.batches import Loader, choose_place
+from disttrain.data.cached import Cached, open_split
+from disttrain.data.plan import Ids, make_plan, usable_ids
+from disttrain.data.streamed import Streamed
+from disttrain.errors import (
+    CheckpointError,
+    DataError,
+)
+from disttrain.launch.preflight import (
+    changes_since,
+    identity,
+    refuse,
+    saved_identity,
+    split_batch,
+)
+from disttrain.models import build_for
+from disttrain.parallel import cores_of_a_rank
+from disttrain.runs.checkpoint import Checkpoint, load, restore, restore_scaler
+from disttrain.shards.images import expect_images
+from disttrain.shards.index import Index
+from disttrain.shards.verify import survey
+from disttrain.training.augment import Augment
+from disttrain.training.choices import Settings, Workload, allow_tf32, bucket_mib, choose
+from disttrain.training.optim import build_optimizer
+from disttrain.training.parts import Parts, Position, as_written
+from disttrain.training.rank import Rank
+from disttrain.training.rank_state import restore_rank_state, seed_own_code
+
+log = logging.getLogger("disttrain")
+
+
+def build(
+    config: Config,
+    rank: Rank,
+    group: PartialState,
+    index: Index,
+    checkpoint_path: Path | None,
+    *,
+    force: bool = False,
+) -> tuple[Parts, Position, dict[str, str]]:
+    """Makes model, optimizer, data and augmentation, in the state of the checkpoint if there is one.
+
+    Every rank calls this. With `force`, config or data set may differ from the checkpoint's.
+
+    Returns:
+        The parts, where to begin, and what was chosen for the user and why.
+    """
+    device = group.device
+    say = print if rank.number == 0 else log.info
+    choices: dict[str, str] = {}
+    skipped = skipped_samples(config, index, group, say)
+    plan = make_plan(config, index, skipped["train"])
+    loaders = open_loaders(config, index, skipped, group, say, choices)
+
+    torch.manual_seed(config.seed)
+    model = build_for(config.model, index).to(device)
+    checkpoint = load(checkpoint_path) if checkpoint_path is not None else None
+    steps_left = plan.steps_per_epoch * config.train.epochs - (checkpoint.value("step") if checkpoint else 0)
+    saved = checkpoint.value("arithmetic") if checkpoint else None
+    accelerator, settings = prepare_arithmetic(config, group, model, index, steps_left, saved, choices)
+    augment = Augment(
+        config.augment,
+        seed=config.seed,
+        mean=index.mean if config.data.normalize == "mean_std" else (0.0,) * index.channels,
+        std=index.std if config.data.normalize == "mean_std" else (1.0,) * index.channels,
+        device=device,
+        channels_last=settings.channels_last,
+    )
+    if checkpoint is None and hasattr(model, "init_from_images"):
+        with contextlib.closing(loaders["train"].batches(plan.ids, [slice(0, INIT_IMAGES)])) as batches:
+            cast(Any, model).init_from_images(augment.plain(next(batches).images))
+    ema = None
+    if config.train.ema is not None:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema), use_buffers=True)
+    optimizer, rates = build_optimizer(config.optim, config.schedule, model)
+    position = Position()
+    if checkpoint is not None:
+        if checkpoint.value("optimizer") != config.optim.name:
+            raise CheckpointError(
+                f"{checkpoint_path}: was saved with optim.name = {checkpoint.value('optimizer')}, "
+                f"the config has {config.optim.name}; resume with the config it was saved with"
+            )
+        fields = dataclasses.fields(Position)
+        position = Position(**{field.name: checkpoint.value(field.name) for field in fields})
+        now = identity(config, index, plan.skipped.tolist())
+        if check_identity(checkpoint, now, rank, force=force) and position.samples:
+            say(f"the samples have another order now: epoch {position.epoch + 1} begins again")
+            position.samples = 0
+        restore(checkpoint, model, optimizer, ema, force=force)
+        restore_scaler(checkpoint, accelerator.scaler, force=force)
+    model = accelerator.prepare(model)
+    if accelerator.num_processes > 1:
+        # Batch-norm statistics are averaged when they are used, not broadcast in every step. Set here because
+        # the constructor's argument has a new name in each torch.
+        model.broadcast_buffers = False
+        model._set_ddp_runtime_logging_sample_rate(config.monitor.log_every_steps)
+    parts = Parts(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        rates=rates,
+        plan=plan,
+        augment=augment,
+        train_data=loaders["train"],
+        val_data=loaders["val"],
+        val_ids=usable_ids(index.splits["val"].samples, skipped["val"]),
+        val_skipped=len(skipped["val"]),
+        image_size=(index.height, index.width),
+        settings=settings,
+        compiled_batch=split_batch(config, group.num_processes) if settings.compiled else None,
+    )
+    if checkpoint is not None and parts.world_size > 2:
+        settle_buckets(parts, (index.channels, index.height, index.width))
+    seed_own_code(config.seed, rank.number)
+    if checkpoint is not None:
+        restore_rank_state(parts, checkpoint.part("ranks"))
+    return parts, position, choices
+
+
+def settle_buckets(parts: Parts, image: tuple[int, int, int]) -> None:
+    """Lets DDP order its gradient buckets, as it does after the first step of a run. Every rank calls this.
+
+    The place of a gradient in its bucket decides in which order more than two ranks are summed up: without
+    this, the first step of a run that goes on would differ in the last bit from one that was never stopped.
+
+    Args:
+        parts: of a run that goes on; only the generators of random numbers change.
+        image: channels, height and width.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in parts.bare_model.buffers()]
+    with as_written(parts):
+        parts.model(torch.zeros(2, *image, device=parts.accelerator.device)).sum().backward()
+    parts.optimizer.zero_grad(set_to_none=True)
+    for buffer, saved in buffers:
+        buffer.copy_(saved)
+
+
+def check_identity(checkpoint: Checkpoint, now: dict[str, Any], rank: Rank, *, force: bool) -> bool:
+    """Compares config and data set with those of the checkpoint, now that what is left out is known.
+
+    Returns:
+        Whether the order of the samples is another one, so that what is left of an epoch cannot be told.
+
+    Raises:
+        CheckpointError: the checkpoint does not say what it was saved with.
+        UsageError: they differ, and that is not forced.
+    """
+    saved = saved_identity(checkpoint.path, checkpoint.state)
+    changes = changes_since(saved, now)
+    if changes and not force:
+        raise refuse(f"{checkpoint.path}: was saved with", changes)
+    left_out = [change for change in changes if change.startswith("data.skipped")]
+    found_late = left_out and now["config"]["data"]["on_error"] == "skip"
+    if found_late and rank.number == 0 and rank.folder is not None:
+        rank.folder.record_forced(checkpoint.value("step"), left_out)
+    return bool(saved["order"] != now["order"])
+
+
+INIT_IMAGES = 5000
+"""Training images at most that a model with `init_from_images` sees before the first step."""
+
+
+def prepare_arithmetic(
+    config: Config,
+    group: PartialState,
+    model: nn.Module,
+    index: Index,
+    steps: int,
+    saved: dict[str, Any] | None,
+    choices: dict[str, str],
+) -> tuple[Accelerator, Settings]:
+    """Chooses precision, memory order, compilation, threads and bucket size and applies them to the model.
+
+    Every rank calls this.
+
+    Args:
+        config: what the user has set.
+        group: the process group.
+        model: on its device; is put into the chosen memory order and compiled.
+        index: the data set.
+        steps: optimizer steps in the rest of the run.
+        saved: the settings kept in the checkpoint that is gone on from, with their device and world size, or
+            None.
+        choices: takes what is chosen and why.
+
+    Returns:
+        The accelerator, and what was chosen.
+    """
+    batch = split_batch(config, group.num_processes)
+    choice = choose(
+        config.train,
+        Workload(
+            model,
+            batch,
+            (index.channels, index.height, index.width),
+            len(index.classes),
+            steps * config.train.accumulate,
+            group.num_processes,
+        ),
+        threads=torch.get_num_threads(),
+        saved=saved,
+    )
+    choices |= choice.reasons
+    settings = choice.settings
+    allow_tf32(settings.precision == "tf32")
+    if group.device.type == "cpu":
+        torch.set_num_threads(settings.threads)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if settings.compiled:
+        model.compile(dynamic=False)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    bucket, reason = bucket_mib(trained, group.device)
+    if group.num_processes > 1:
+        choices["bucket"] = f"{bucket:.3g} MiB: {reason}"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # a launcher's setting is not part of the experiment
+    accelerator = Accelerator(
+        cpu=group.device.type == "cpu",
+        mixed_precision=settings.precision if settings.precision in {"bf16", "fp16"} else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=bucket)],
+    )
+    return accelerator, settings
+
+
+def skipped_samples(
+    config: Config, index: Index, group: PartialState, say: Callable[[str], None]
+) -> dict[str, Ids]:
+    """Returns the ids of each split that cannot be used on any node. Every rank calls this."""
+    skipped = {split: np.empty(0, np.int64) for split in ("train", "val")}
+    if config.data.on_error == "skip":
+        for split in skipped:
+            found = survey(index, split, say)
+            if group.num_processes > 1:
+                found = np.unique(np.concatenate(gather_object([found])))
+            skipped[split] = found
+            if len(found) == index.splits[split].samples:
+                raise DataError(
+                    f"{index.base or index.folder}: no sample of the {split} split can be used; "
+                    f"`disttrain data verify {index.name}` tells why"
+                )
+    return skipped
+
+
+def open_loaders(
+    config: Config,
+    index: Index,
+    skipped: dict[str, Ids],
+    group: PartialState,
+    say: Callable[[str], None],
+    choices: dict[str, str],
+) -> dict[str, Loader]:
+    """Returns what serves each split to this rank; `choices` takes how and why."""
+    device = group.device
+    place, reason = choose_place(config.data.cache, index.decoded_bytes, device)
+    choices["cache"] = f"{place}: {reason}"
+    if place != "none":
+        return {
+            split: Cached(open_split(index, split, skipped[split], say), device, place)
+            for split in ("train", "val")
+        }
+    workers = config.data.workers
+    if workers is None:
+        workers = min(8, cores_of_a_rank())
+    expect_images(index.splits["train"].samples * config.train.epochs // group.num_processes)
+    size = config.train.batch_size // group.num_processes
+    loaders = {
+        split: Streamed(index, split, device, batch_size=size, workers=workers, say=say)
+        for split in ("train", "val")
+    }
+    choices["cache"] += (
+        f"; {config.data.streams} streams, {workers} decoding threads per process, at most "
+        f"{loaders['train'].most_bytes / 2**20:,.1f} MiB of decoded samples under way in each"
+    )
+    return dict(loaders)

@@ -1,0 +1,366 @@
+"""What is chosen for the user on this machine: arithmetic, memory order, compilation, threads, bucket size.
+
+A rule where one is known, else a measurement of the real model. Measuring ends when it has cost a fiftieth of
+what the run will take, and a run that is shorter than a minute is not measured at all. All ranks measure
+together and decide alike. What is chosen and why is kept in env.json, and the arithmetic in every checkpoint,
+so that a run that goes on stays the same run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from disttrain.config import TrainConfig
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+SHORT_RUN_S = 60.0  # a run of this length is not worth a measurement
+BUDGET = 0.02  # share of the run that measuring may take
+PROBE_BATCH = 128  # images at most in a pass that is measured; a longer one tells nothing more
+_WIN = 0.9  # a setting must take at most this share of the time of the plain one to be preferred to it
+_COMPILE_S = 45.0  # what compiling a network of some twenty layers for a GPU takes
+_COMPILE_WIN = 0.95  # at most this share of the time, or not compiled
+_REPEATS = 3  # passes of a measurement at least
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the forward and backward pass is computed; none of it is part of the experiment.
+
+    Attributes:
+        precision: the arithmetic.
+        channels_last: NHWC memory order.
+        compiled: by torch.compile.
+        threads: CPU threads of this process.
+    """
+
+    precision: Precision
+    channels_last: bool
+    compiled: bool
+    threads: int
+
+    def __str__(self) -> str:
+        order = "channels_last" if self.channels_last else "channels_first"
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.precision}, {order}{', compiled' * self.compiled}, {threads}"
+
+
+@dataclass
+class Choice:
+    """The settings of a run and the reason of each, ready for env.json."""
+
+    settings: Settings
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one rank computes in a run.
+
+    Attributes:
+        model: the network on its device, in fp32; it is not changed.
+        batch: images in one forward pass.
+        image: channels, height and width.
+        classes: outputs.
+        passes: forward and backward passes in the rest of the run.
+        world_size: number of ranks.
+    """
+
+    model: nn.Module
+    batch: int
+    image: tuple[int, int, int]
+    classes: int
+    passes: int
+    world_size: int
+
+
+def choose(
+    config: TrainConfig, work: Workload, *, threads: int, saved: Mapping[str, Any] | None = None
+) -> Choice:
+    """Decides how a run computes. Every rank calls this; all get the same answer.
+
+    Args:
+        config: what the user has set is kept, the rest is chosen.
+        work: what is computed.
+        threads: CPU threads that this process may use.
+        saved: settings of the run that is gone on with, with their `device` and `world_size`, or None. They
+            are kept as far as they fit here, so that the run stays the same to the last bit.
+    """
+    device = next(work.model.parameters()).device
+    settings, reasons = _rules(config, device, threads, saved["precision"] if saved else None)
+    choice = Choice(settings, reasons)
+    open_keys = [key for key in ("precision", "channels_last", "compile") if reasons[key] == _OPEN]
+    if saved and (saved["device"], saved["world_size"]) == (device.type, work.world_size):
+        _keep_saved(choice, open_keys, saved, threads)
+    elif config.reproducible:
+        _keep(choice, open_keys, "train.reproducible: another run might measure otherwise")
+    elif open_keys:
+        _measure(choice, work, open_keys, vary_threads=device.type == "cpu" and threads > 1)
+    reasons.setdefault("threads", f"{threads}: cores divided by processes, or OMP_NUM_THREADS")
+    return choice
+
+
+def _keep_saved(choice: Choice, open_keys: list[str], saved: Mapping[str, Any], threads: int) -> None:
+    for key in open_keys:
+        value = saved["compiled" if key == "compile" else key]
+        choice.settings = replace(choice.settings, **{"compiled" if key == "compile" else key: value})
+        choice.reasons[key] = f"{str(value).lower()}: as in the checkpoint"
+    if saved["threads"] < threads:
+        choice.settings = replace(choice.settings, threads=saved["threads"])
+        choice.reasons["threads"] = f"{saved['threads']}: as in the checkpoint"
+
+
+def bucket_mib(parameters: int, device: torch.device) -> tuple[float, str]:
+    """Returns the size of DDP's gradient buckets in MiB, and why.
+
+    Args:
+        parameters: of the model that are trained.
+        device: of the rank.
+    """
+    size = 4 * parameters / 2**20
+    if device.type == "cpu" or size <= 4:
+        # One reduction: fewer messages; on CPUs there is no engine beside the cores that could overlap.
+        return size + 1, f"one bucket for {size:.1f} MiB of gradients"
+    bucket = min(25.0, size / 4)
+    return bucket, f"{size:.1f} MiB of gradients in buckets that are reduced while others are computed"
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Lets a GPU compute fp32 products and convolutions in tf32, or not."""
+    # The older of torch's two ways: torch.export asks in this way, and fails if the other one was used.
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+_OPEN = ""  # the reason of what is still to be decided
+
+
+def _rules(
+    config: TrainConfig, device: torch.device, threads: int, fixed_precision: Precision | None
+) -> tuple[Settings, dict[str, str]]:
+    """Returns what is known without a measurement, with _OPEN for the reason of what is not."""
+    reasons = {}
+    if config.precision != "auto":
+        precision: Precision = config.precision
+        reasons["precision"] = f"{precision}: train.precision = {precision}"
+    elif fixed_precision is not None and (device.type == "cuda" or fixed_precision in {"fp32", "bf16"}):
+        precision = fixed_precision
+        reasons["precision"] = f"{precision}: as in the checkpoint"
+    elif device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp16"
+        reasons["precision"] = f"{precision}: a GPU with{'' if has_bf16 else 'out'} bf16"
+    else:
+        precision, reasons["precision"] = "fp32", _OPEN
+    if config.channels_last != "auto":
+        channels_last = config.channels_last
+        reasons["channels_last"] = f"{str(channels_last).lower()}: train.channels_last"
+    else:
+        channels_last = True
+        reasons["channels_last"] = "true: a GPU" if device.type == "cuda" else _OPEN
+    if config.compile != "auto":
+        compiled = config.compile
+        reasons["compile"] = f"{str(compiled).lower()}: train.compile"
+    else:
+        compiled = False
+        reasons["compile"] = _OPEN if device.type == "cuda" else "false: a CPU, where it makes CNNs slower"
+    return Settings(precision, channels_last, compiled, threads), reasons
+
+
+def _measure(choice: Choice, work: Workload, open_keys: list[str], *, vary_threads: bool) -> None:
+    """Decides the open keys by measuring, and writes the reasons into `choice`."""
+    probe = Probe(work)
+    plain = choice.settings
+    try:
+        seconds = {plain: probe.seconds(plain)}
+    except ProbeError as error:
+        _keep(choice, open_keys, f"cannot be measured: {error}")
+        return
+    run_s = seconds[plain] * probe.passes
+    if run_s < SHORT_RUN_S:
+        _keep(choice, open_keys, f"a run of about {run_s:.0f} s does not repay measuring")
+        return
+    budget = BUDGET * run_s
+    for candidate in _candidates(plain, open_keys):
+        if probe.spent_s < budget:
+            seconds[candidate] = _seconds_or_never(probe, candidate)
+    if vary_threads:
+        best = _best(plain, seconds)
+        while best.threads > 1 and probe.spent_s < budget:
+            fewer = replace(best, threads=best.threads // 2)
+            seconds[fewer] = _seconds_or_never(probe, fewer)
+            if _best(plain, seconds) != fewer:
+                break
+            best = fewer
+    best = _best(plain, seconds)
+    if "compile" in open_keys:
+        best = _consider_compiling(choice, probe, best, seconds[best])
+    for key in open_keys:
+        if key != "compile":
+            choice.reasons[key] = f"{_shown(best, key)}: {_table(seconds)}"
+    if best.threads != plain.threads:
+        choice.reasons["threads"] = f"{best.threads}: {_table(seconds)}"
+    choice.settings = best
+
+
+def _seconds_or_never(probe: Probe, settings: Settings) -> float:
+    try:
+        return probe.seconds(settings)
+    except ProbeError:  # the model does not run in this way
+        return math.inf
+
+
+def _keep(choice: Choice, open_keys: list[str], reason: str) -> None:
+    for key in open_keys:
+        choice.reasons[key] = f"{_shown(choice.settings, key)}: {reason}"
+
+
+def _candidates(plain: Settings, open_keys: list[str]) -> list[Settings]:
+    """Returns the settings to compare with the plain ones, the most promising first."""
+    found = []
+    if "precision" in open_keys:
+        found.append(replace(plain, precision="bf16"))
+    if "channels_last" in open_keys:
+        found += [replace(one, channels_last=False) for one in (plain, *found)]
+    return found
+
+
+def _best(plain: Settings, seconds: dict[Settings, float]) -> Settings:
+    """Returns the fastest settings, or the plain ones where the gain is within what noise can do."""
+    best = min(seconds, key=lambda settings: seconds[settings])
+    return best if seconds[best] <= _WIN * seconds[plain] else plain
+
+
+def _consider_compiling(choice: Choice, probe: Probe, best: Settings, eager_s: float) -> Settings:
+    """Compiles if the run is so long that even a vain attempt costs little. Returns the settings to use."""
+    run_s = eager_s * probe.passes
+    if BUDGET * run_s < _COMPILE_S / 2:
+        text = f"a run of about {run_s:,.0f} s does not repay compiling"
+    else:
+        try:
+            compiled_s = probe.seconds(replace(best, compiled=True))
+        except ProbeError as error:
+            text = f"compiling fails: {error}"
+        else:
+            text = f"{1e3 * compiled_s:.3g} ms a pass, {1e3 * eager_s:.3g} ms as written"
+            if compiled_s <= _COMPILE_WIN * eager_s:
+                choice.reasons["compile"] = f"true: {text}"
+                return replace(best, compiled=True)
+    choice.reasons["compile"] = f"false: {text}"
+    return best
+
+
+def _shown(settings: Settings, key: str) -> str:
+    return str(settings.compiled if key == "compile" else getattr(settings, key)).lower()
+
+
+def _table(seconds: dict[Settings, float]) -> str:
+    times = {settings: f"{1e3 * value:.3g} ms a pass" for settings, value in seconds.items()}
+    return "; ".join(f"{one}: {'fails' if seconds[one] == math.inf else times[one]}" for one in seconds)
+
+
+class ProbeError(Exception):
+    """A model could not be measured; the message names the kind of error."""
+
+
+class Probe:
+    """Measures forward and backward passes of copies of a model, on all ranks at once.
+
+    Attributes:
+        device: of the model.
+        batch: images in a pass.
+        passes: of that size in the rest of the run.
+        spent_s: seconds that measuring has taken, the same on all ranks.
+    """
+
+    def __init__(self, work: Workload) -> None:
+        self._work = work
+        self.device = next(work.model.parameters()).device
+        self.batch = min(work.batch, PROBE_BATCH) if self.device.type == "cpu" else work.batch
+        self.passes = work.passes * work.batch / self.batch
+        self.spent_s = 0.0
+
+    def seconds(self, settings: Settings, least_s: float = 0.05) -> float:
+        """Returns the seconds of one pass: the mean over the ranks of the median. Every rank calls this.
+
+        Args:
+            settings: how to compute.
+            least_s: that the measurement takes on each rank, after two passes to warm up.
+
+        Raises:
+            ProbeError: it failed on a rank; raised on all of them.
+        """
+        began = time.perf_counter()
+        times, problem = [0.0], ""
+        try:
+            times = self._times(settings, least_s)
+        except Exception as error:  # a model that cannot be copied, say, or what a compiler says of it
+            problem = type(error).__name__
+        median, spent = statistics.median(times), time.perf_counter() - began
+        seconds, spent, failed = self._mean([median, spent, float(problem != "")])
+        self.spent_s += spent
+        if failed:
+            raise ProbeError(problem or "on another rank")
+        return seconds
+
+    def _times(self, settings: Settings, least_s: float) -> list[float]:
+        times: list[float] = []
+        with self._prepared(settings) as step:
+            step()  # memory is allocated, kernels are chosen, code is compiled
+            step()
+            while len(times) < _REPEATS or sum(times) < least_s:
+                start = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - start)
+                if times[0] > 1.0:  # a long step is its own mean
+                    break
+        return times
+
+    @contextlib.contextmanager
+    def _prepared(self, settings: Settings) -> Iterator[Callable[[], None]]:
+        work, device = self._work, self.device
+        threads = torch.get_num_threads()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            memory = torch.channels_last if settings.channels_last else torch.contiguous_format
+            model = copy.deepcopy(work.model).to(memory_format=memory)
+            if settings.compiled:
+                model.compile(dynamic=False)
+            images = torch.randn(self.batch, *work.image, device=device).to(memory_format=memory)
+            labels = torch.randint(work.classes, (self.batch,), device=device)
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
+
+            def step() -> None:
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    scores = model(images)
+                F.cross_entropy(scores.float(), labels).backward()
+                model.zero_grad(set_to_none=True)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+
+            torch.set_num_threads(settings.threads)
+            allow_tf32(settings.precision == "tf32")
+            try:
+                yield step
+            finally:
+                torch.set_num_threads(threads)
+
+    def _mean(self, values: list[float]) -> list[float]:
+        if self._work.world_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        result: list[float] = (total / self._work.world_size).tolist()
+        return result

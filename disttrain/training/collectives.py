@@ -1,0 +1,78 @@
+"""What the ranks tell one another beside the gradients. Every rank calls every function here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from disttrain import counter_rng
+from disttrain.errors import TrainingError
+from disttrain.training.parts import Parts
+from disttrain.training.pulse import Phase
+
+_WIDTH = 64  # numbers in a reduction at least, so that ranks at different places still meet in one
+_PLACE = 23  # the stream of hashes of places
+
+
+def reduce_sum(parts: Parts, phase: Phase, step: int, values: Sequence[float]) -> list[float]:
+    """Sums numbers over the ranks in float64, and makes sure that all of them are at the same place.
+
+    Waits for the device.
+
+    Raises:
+        TrainingError: another rank is in another phase or step; nothing that was summed can be used.
+    """
+    if parts.world_size == 1:
+        return list(values)
+    place = counter_rng.derive(_PLACE, phase, step) >> 24  # 40 bits: sums over 2**13 ranks are exact
+    padding = [0.0] * (_WIDTH - 1 - len(values))
+    totals = torch.tensor([place, *values, *padding], dtype=torch.float64, device=parts.accelerator.device)
+    dist.all_reduce(totals)
+    places, *sums = totals.tolist()
+    if places != place * parts.world_size:
+        found = gather(parts, (phase.name.lower(), step))
+        where = ", ".join(f"rank {rank} {name} of step {at:,}" for rank, (name, at) in enumerate(found))
+        raise TrainingError(f"the ranks have lost one another: {where}; this must not be, please report it")
+    return sums[: len(values)]
+
+
+def stop_requested_anywhere(parts: Parts, phase: Phase, step: int, requested: bool) -> bool:
+    """Tells whether any rank was asked to stop."""
+    return reduce_sum(parts, phase, step, [float(requested)])[0] > 0
+
+
+def gather(parts: Parts, value: Any) -> list[Any]:
+    """Returns the value of every rank, on every rank."""
+    if parts.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * parts.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def average_buffers(parts: Parts, model: nn.Module) -> None:
+    """Makes the batch-norm statistics the mean over the ranks; does not change those that are equal."""
+    if parts.world_size == 1:
+        return
+    buffers = float_buffers(model)
+    if buffers:
+        # In float64, in which the mean of equal fp32 numbers is that number whatever the world size.
+        flat = torch.cat([buffer.reshape(-1).double() for buffer in buffers])
+        dist.all_reduce(flat)
+        fill(buffers, flat / parts.world_size)
+
+
+def float_buffers(model: nn.Module) -> list[Tensor]:
+    """Returns the buffers that hold statistics."""
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+
+def fill(buffers: Sequence[Tensor], flat: Tensor) -> None:
+    """Copies the numbers of a flat tensor into buffers, one after the other."""
+    pieces = flat.split([buffer.numel() for buffer in buffers])
+    for buffer, piece in zip(buffers, pieces, strict=True):
+        buffer.copy_(piece.view_as(buffer))

@@ -1,0 +1,78 @@
+"""How a rank joins the others."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import re
+import socket
+from typing import TYPE_CHECKING, Literal
+
+from disttrain.config import Config
+from disttrain.errors import (
+    BusyError,
+    HangError,
+    UsageError,
+)
+from disttrain.launch.network import prepare_gloo
+from disttrain.parallel import cores_of_a_rank
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+log = logging.getLogger("disttrain")
+
+
+def patience_s(config: Config) -> float:
+    """Returns the seconds for which a rank waits for others; a launcher that watches it is sooner."""
+    return config.monitor.stall_timeout_s + 30
+
+
+def timed_out(error: Exception) -> bool:
+    """Tells whether a collective failed because it had waited for too long."""
+    return re.search(r"time(d )?out", str(error), re.IGNORECASE) is not None
+
+
+def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
+    """Joins the process group and sets what holds for all arithmetic of this process.
+
+    Raises:
+        BusyError: the port on which the ranks meet is taken.
+        HangError: another rank has not come.
+        UsageError: the group is smaller than promised.
+    """
+    import torch
+    from accelerate import PartialState
+
+    torch.backends.cudnn.benchmark = not config.train.reproducible
+    torch.use_deterministic_algorithms(config.train.reproducible)
+    if device == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores_of_a_rank()))
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    patience = datetime.timedelta(seconds=patience_s(config))
+    if expected > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        interface = prepare_gloo(os.environ["MASTER_ADDR"])
+        if interface is not None:
+            log.info("gloo listens on %s, because the name of this host leads nowhere", interface)
+    try:
+        group = PartialState(cpu=device == "cpu", timeout=patience)
+    except torch.distributed.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise BusyError(f"{address} is taken on {socket.gethostname()}; choose another port") from None
+        if not timed_out(error):
+            raise
+        came = re.search(r"(\d+)/\d+ clients joined", str(error))
+        who = f"{came[1]} of {expected} ranks joined; " if came else ""
+        raise HangError(
+            f"{who}rank {os.environ.get('RANK')} waited {patience.total_seconds():g} s for the others at "
+            f"{address}; look for the ranks that did not start"
+        ) from None
+    if group.num_processes != expected:
+        raise UsageError(
+            f"the launcher promised {expected} processes, the group has {group.num_processes}; "
+            "use `disttrain run`, torchrun, or accelerate launch with a file from launch/"
+        )
+    return group

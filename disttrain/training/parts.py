@@ -1,0 +1,275 @@
+"""What one rank trains with, where it is, and what it calls: the nouns of train.py and evaluation.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from disttrain.config import Config
+from disttrain.data.batches import Loader
+from disttrain.data.plan import Ids, Plan
+from disttrain.training.augment import Augment
+from disttrain.training.choices import Settings
+from disttrain.training.optim import Rate
+from disttrain.training.phases import Phases
+
+_LOOK_S = 1.0  # between two looks for a wish to stop, unless a step takes longer
+_COUNTED_AT_ONCE = 16  # forward passes whose hits are counted together
+
+
+class Observer(Protocol):
+    """Told what happens; every rank has one."""
+
+    def train(self, record: dict[str, Any]) -> None:
+        """Takes the means since the last log point: a record of metrics.jsonl."""
+
+    def evaluate(self, record: dict[str, Any]) -> None:
+        """Takes the result of an evaluation: a record of metrics.jsonl."""
+
+    def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
+        """Takes the ids that this rank trains on in a step; epoch and step count from 1."""
+
+    def bad_batch(self, epoch: int, step: int, ids: Sequence[int]) -> str:
+        """Writes down the samples of a global batch whose loss is not finite.
+
+        Returns:
+            Where they can be read.
+        """
+
+
+class Saver(Protocol):
+    """Saves checkpoints beside the training."""
+
+    def save(self, *, best: bool, stopping: bool = False) -> None:
+        """Begins to save the state as it is now. Every rank calls this.
+
+        Args:
+            best: whether it is the best so far.
+            stopping: whether the run ends here at a step where it would not have saved otherwise; what goes
+                on from it must not differ from a run that was never stopped.
+        """
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the meantime."""
+
+    def wait(self) -> None:
+        """Returns when everything is saved, or raises the error that a save ended with."""
+
+
+class Gauges(Protocol):
+    """Readings of all ranks that travel with the loss in its one reduction."""
+
+    def read(self) -> Sequence[float]:
+        """Returns this rank's numbers, 0 in the places of others; NaN is unknown. As long on every rank."""
+
+    def rows(self, totals: Sequence[float]) -> dict[str, Any]:
+        """Turns the numbers summed over the ranks into keys of the train record."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loops call.
+
+    Attributes:
+        observer: told of every log point and evaluation.
+        gauges: readings that go into the train records.
+        saver: saves checkpoints.
+        stop_requested: whether this rank was asked to stop.
+        phases: told of every phase that begins: heartbeat and clock.
+    """
+
+    observer: Observer
+    gauges: Gauges
+    saver: Saver
+    stop_requested: Callable[[], bool]
+    phases: Phases = field(default_factory=Phases)
+
+
+@dataclass
+class Position:
+    """Where a run is; saved with every checkpoint.
+
+    Attributes:
+        epoch: epochs whose training is completed.
+        samples: samples of the current epoch trained on, over all ranks.
+        step: optimizer steps taken.
+        samples_seen: samples trained on in the whole run, over all ranks.
+        best_accuracy: best validation accuracy so far, 0..1.
+        evaluation_due: whether the last completed epoch has still to be evaluated.
+    """
+
+    epoch: int = 0
+    samples: int = 0
+    step: int = 0
+    samples_seen: int = 0
+    best_accuracy: float | None = None
+    evaluation_due: bool = False
+
+
+class Meter:
+    """Sums since the last log point: loss and hits on the device, times on the host.
+
+    Args:
+        device: where the losses are.
+
+    Attributes:
+        samples: that this rank has trained on.
+        steps: that were taken.
+        wait_s: seconds spent waiting for data.
+        step_time_s: seconds of a step as all ranks have agreed on at the last log point, or None.
+        scale: of the gradient scaler at the last log point, or None.
+        skipped_steps: that it has skipped in a row.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._losses: list[tuple[int, Tensor]] = []
+        self.step_time_s: float | None = None
+        self.scale: float | None = None
+        self.skipped_steps = 0
+        self.restart()
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Adds the summed loss and the hits of a part of a batch, without a synchronisation.
+
+        Most are only noted, and counted some steps at once.
+        """
+        loss = loss.detach()
+        self._pending.append((loss, logits.detach(), labels))
+        self._losses.append((self.steps, loss))
+        self.samples += len(labels)
+        if len(self._pending) == _COUNTED_AT_ONCE:
+            self._count()
+
+    def totals(self) -> list[float]:
+        """Returns the sum of the losses and the hits; waits for the device."""
+        self._count()
+        totals: list[float] = self._sums.tolist()
+        return totals
+
+    def _count(self) -> None:
+        if self._pending:
+            losses, logits, labels = zip(*self._pending, strict=True)
+            hits = (torch.cat(logits).argmax(1) == torch.cat(labels)).sum()
+            self._sums += torch.stack([torch.stack(losses).sum(dtype=torch.float64), hits])
+            self._pending.clear()
+
+    def first_not_finite(self) -> int | None:
+        """Returns how many steps were complete before the first one whose loss is not finite, if one is."""
+        for step, loss in self._losses:
+            if not torch.isfinite(loss):
+                return step
+        return None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.wait_s += time.perf_counter() - began
+
+    def start(self) -> None:
+        """Starts the clock, when training begins or goes on."""
+        self._began = time.perf_counter() - self._before_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training since the last log point."""
+        return time.perf_counter() - self._began
+
+    def restart(self) -> None:
+        """Begins a new interval."""
+        self._pending.clear()
+        self._losses.clear()
+        self._sums.zero_()
+        self.samples, self.steps, self.wait_s, self._before_s = 0, 0, 0.0, 0.0
+        self.start()
+
+    def state(self) -> list[float]:
+        """Returns what a run that is stopped between two log points needs to go on; waits for the device."""
+        return [*self.totals(), self.samples, self.steps, self.wait_s, self.elapsed_s]
+
+    def load(self, state: Sequence[float]) -> None:
+        """Goes on with an interval."""
+        self.restart()
+        loss, hits, samples, steps, self.wait_s, self._before_s = state
+        self._sums.copy_(torch.tensor([loss, hits], dtype=torch.float64))
+        self.samples, self.steps = int(samples), int(steps)
+
+
+@dataclass
+class Parts:
+    """What one rank trains with, built by the worker.
+
+    Attributes:
+        model: as `Accelerator.prepare` returned it; wrapped in DDP when there are several ranks.
+        ema: moving average of the bare model, or None.
+        rates: the learning rate of each of its parameter groups.
+        plan: the order of the training samples.
+        train_data: the training split, served to this rank.
+        val_data: the validation split, served to this rank.
+        val_ids: the samples to evaluate on, int64 [samples].
+        val_skipped: samples of the validation split that cannot be used.
+        image_size: height and width in pixels.
+        settings: how the forward and backward pass is computed.
+        compiled_batch: images in the forward pass that the model is compiled for, or None if it is not.
+        meter: sums since the last log point.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    model: nn.Module
+    ema: AveragedModel | None
+    optimizer: Optimizer
+    rates: Sequence[Rate]
+    plan: Plan
+    augment: Augment
+    train_data: Loader
+    val_data: Loader
+    val_ids: Ids
+    val_skipped: int
+    image_size: tuple[int, int]
+    settings: Settings
+    compiled_batch: int | None = None
+    rank: int = field(init=False)
+    world_size: int = field(init=False)
+    meter: Meter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rank = self.accelerator.process_index
+        self.world_size = self.accelerator.num_processes
+        self.meter = Meter(self.accelerator.device)
+
+    def look_due(self, number: int) -> bool:
+        """Tells whether the ranks ask one another after so many steps if one is to stop; the same on all."""
+        step_time_s = self.meter.step_time_s
+        if self.world_size == 1 or step_time_s is None:
+            return True
+        return number % max(1, int(_LOOK_S / step_time_s)) == 0
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without DDP."""
+        model = self.model.module if self.world_size > 1 else self.model
+        assert isinstance(model, nn.Module)
+        return model
+
+
+@contextmanager
+def as_written(parts: Parts) -> Iterator[None]:
+    """Runs a model that is compiled for one size of batch without its compilation."""
+    if parts.compiled_batch is None:
+        yield
+    else:
+        with torch.compiler.set_stance("force_eager"):
+            yield

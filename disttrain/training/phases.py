@@ -1,0 +1,120 @@
+"""Where the time of a step goes on this rank, told by the same calls that are its heartbeat.
+
+On a CPU the phases are timed by the host. On a GPU the host only hands out work: there one step after each
+log point is timed by events on the device, which are read at the next log point, when all are waited for in
+any case. The time that a rank waits for the gradients of others is what DDP itself measures of a step in
+between; it is a part of the backward pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from disttrain.training.pulse import Phase
+
+
+class StepTimes(NamedTuple):
+    """Seconds of a step on one rank.
+
+    Attributes:
+        data_s: waiting for samples, their way to the device and their augmentation.
+        compute_s: forward and backward pass, without the wait for others.
+        communication_s: waiting for the reduction of the gradients after one's own are computed.
+        optimizer_s: optimizer and moving average.
+        report_s: log points, evaluations and saves, spread over the steps.
+    """
+
+    data_s: float
+    compute_s: float
+    communication_s: float
+    optimizer_s: float
+    report_s: float
+
+    @property
+    def own_s(self) -> float:
+        """What this rank needs for itself in a step, whatever the others do."""
+        return self.data_s + self.compute_s + self.optimizer_s
+
+
+class Phases:
+    """Follows one rank through its phases.
+
+    Args:
+        beat: the heartbeat: told of each phase, step and part that begins.
+        device: where the rank computes.
+    """
+
+    def __init__(
+        self,
+        beat: Callable[[Phase, int, int], None] = lambda phase, step, part: None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._beat = beat
+        self._on_gpu = device is not None and device.type == "cuda"
+        self._seconds = [0.0] * len(Phase)
+        self._phase, self._since = Phase.START, time.perf_counter()
+        self._events: list[tuple[Phase, torch.cuda.Event]] = []
+        self._sampled, self._marking = (
+            0,
+            False,
+        )  # the step that is timed on the device, and whether it is under way
+
+    def enter(self, phase: Phase, step: int, part: int = 0) -> None:
+        """Begins a phase; arguments as for `Pulse.beat`."""
+        now = time.perf_counter()
+        self._seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+        self._beat(phase, step, part)
+        if self._on_gpu and (self._marking or not self._events):
+            self._mark(phase, step)
+
+    def _mark(self, phase: Phase, step: int) -> None:
+        if self._events:
+            self._marking = (
+                step == self._sampled and phase <= Phase.OPTIMIZE
+            )  # this event is the last, if not
+        elif phase == Phase.DATA:
+            self._marking, self._sampled = True, step
+        else:
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append((phase, event))
+
+    def take(self, steps: int, model: nn.Module) -> StepTimes:
+        """Returns the means of the steps since the last call; the device must be idle."""
+        now = time.perf_counter()
+        self._seconds[self._phase] += now - self._since
+        self._since = now
+        per_step = [seconds / steps for seconds in self._seconds]
+        report = sum(per_step[phase] for phase in (Phase.REPORT, Phase.EVALUATE, Phase.SAVE))
+        if len(self._events) > 1:
+            for phase in (Phase.DATA, Phase.COMPUTE, Phase.OPTIMIZE):
+                per_step[phase] = 0.0
+            for (phase, begin), (_, end) in zip(self._events, self._events[1:], strict=False):
+                per_step[phase] += begin.elapsed_time(end) / 1000
+        waiting = min(exposed_communication_s(model), per_step[Phase.COMPUTE])
+        self._seconds = [0.0] * len(Phase)
+        self._events.clear()
+        return StepTimes(
+            per_step[Phase.DATA],
+            per_step[Phase.COMPUTE] - waiting,
+            waiting,
+            per_step[Phase.OPTIMIZE],
+            report,
+        )
+
+
+def exposed_communication_s(model: nn.Module) -> float:
+    """Returns the seconds that the last step which DDP has timed waited for gradients; 0 without DDP."""
+    if not isinstance(model, DistributedDataParallel):
+        return 0.0
+    found = model._get_ddp_logging_data()
+    nanoseconds = found.get("backward_comm_time", 0) - found.get("backward_compute_comm_overlap_time", 0)
+    return max(0.0, float(nanoseconds) / 1e9)

@@ -1,0 +1,155 @@
+"""One process of a run: how it is asked to stop, how it logs, and how it says what ended it."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from disttrain.errors import (
+    DisttrainError,
+    StoppedError,
+    StorageError,
+)
+from disttrain.runs.runfolder import RunFolder, utc_now
+from disttrain.training.pulse import STACKS, STOP, Phase, Pulse
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger("disttrain")
+
+
+_STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
+_SECOND_S = 1.0  # Ctrl-C in a terminal reaches a rank of torchrun twice: from the terminal and from torchrun
+
+
+class Rank:
+    """This process's number, its run folder once that is known, and how it speaks.
+
+    Args:
+        number: rank among all processes.
+        run_dir: the run folder, when it was given.
+
+    Attributes:
+        folder: the run folder, once it is known.
+        stop: whether this rank was asked to stop.
+        pulse: shows the launcher that it lives.
+    """
+
+    def __init__(self, number: int, run_dir: Path | None) -> None:
+        self.number = number
+        self.run_dir = run_dir
+        self.folder: RunFolder | None = None
+        self.stop = False
+        self._began = utc_now()
+        self._terminal = os.dup(2)
+        if run_dir is not None and (folder := RunFolder(run_dir)).locked_by_launcher():
+            self.enter(folder)
+        self.pulse = Pulse.connect(os.environ, number)
+
+    def enter(self, folder: RunFolder) -> None:
+        """Begins to log into the folder; ranks but 0 send everything they print there too."""
+        self.folder = folder
+        path = folder.log(self.number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path)
+        form = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
+        formatter = logging.Formatter(form, "%Y-%m-%dT%H:%M:%S")
+        formatter.converter = time.gmtime
+        handler.setFormatter(formatter)
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.info("rank %d, process %d on %s", self.number, os.getpid(), socket.gethostname())
+        self._stacks = path.open("a")
+        faulthandler.register(STACKS, self._stacks)
+        if self.number:
+            with path.open("a") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+
+    def listen(self) -> None:
+        """Takes SIGTERM, SIGINT, SIGUSR2 and the launcher's word as the wish to stop; ends with the launcher.
+
+        A thread hears them, so that they count while the main thread waits for others.
+        """
+        here, there = socket.socketpair()
+        there.setblocking(False)
+        for number in _STOPS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+        hear = self._hear_signals if self.pulse.connection is None else self._hear_launcher
+        threading.Thread(target=hear, args=(here, there), daemon=True).start()
+
+    def _hear_signals(self, here: socket.socket, _there: socket.socket) -> None:
+        asked_at = None
+        while True:
+            for number in _STOPS & set(here.recv(64)):
+                if asked_at is None and self.pulse.place[0] is Phase.START:
+                    stop = StoppedError(
+                        "stopped before training began; nothing is lost, the same command goes on"
+                    )
+                    self.settle(state="stopped", exit_code=stop.exit_code, reason=str(stop))
+                    if self.number == 0:
+                        os.write(self._terminal, f"disttrain: {stop}\n".encode())
+                    os._exit(stop.exit_code)
+                now = time.monotonic()
+                asked_at = now if asked_at is None else asked_at
+                if now - asked_at > _SECOND_S:
+                    os._exit(128 + number)
+                self.stop = True
+
+    def _hear_launcher(self, here: socket.socket, _there: socket.socket) -> None:
+        launcher = self.pulse.connection
+        assert launcher is not None
+        while True:
+            for ready in wait_for_any([here, launcher]):
+                if ready is launcher:
+                    try:
+                        word = launcher.recv(64)
+                    except OSError:
+                        word = b""
+                    if word != STOP:
+                        os.kill(os.getpid(), signal.SIGKILL)  # it has died: nobody would end this process
+                    self.stop = True
+                else:
+                    stops = _STOPS & set(here.recv(64))
+                    if signal.SIGTERM in stops and self.pulse.place[0] is Phase.START:
+                        os._exit(128 + signal.SIGTERM)  # torchrun, because another rank could not start
+                    self.stop = self.stop or bool(stops)
+
+    def settle(self, **status: Any) -> None:
+        """Writes the end of the run into status.json, from rank 0."""
+        if self.number == 0 and self.folder is not None:
+            self.folder.update_status(**status)
+
+    def fail(self, error: BaseException) -> None:
+        """Writes down what ended this rank; the first rank to fail says so and settles the run."""
+        text = str(error) if isinstance(error, DisttrainError) else "".join(traceback.format_exception(error))
+        first = self.number == 0
+        if self.folder is not None:
+            log.error("%s", text)
+            with contextlib.suppress(StorageError):  # it is said on the terminal, and by the exit code
+                self.folder.write_error(self.number, error)
+                cause = self.folder.first_error(since=self._began)
+                first = cause is not None and cause["rank"] == self.number
+                if first and cause is not None:
+                    self.folder.update_status(
+                        state="failed",
+                        exit_code=cause["exit_code"],
+                        reason=cause["message"],
+                        rank=self.number,
+                        host=cause["host"],
+                    )
+        if first:
+            name = f"rank {self.number}: " if self.number else ""
+            os.write(self._terminal, f"disttrain: {name}{text.rstrip()}\n".encode())

@@ -1,0 +1,93 @@
+"""What differs from rank to rank and is saved, so that a run that was stopped goes on as if it had not.
+
+Every rank calls every function here.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from disttrain import counter_rng
+from disttrain.training.collectives import fill, float_buffers
+from disttrain.training.parts import Parts
+
+_OWN_CODE = 24  # the stream of random numbers that seeds Python's and numpy's generators
+
+
+def seed_own_code(seed: int, rank: int) -> None:
+    """Seeds the generators that the loops do not use but that a user's own model may."""
+    key = counter_rng.derive(seed, _OWN_CODE, rank)
+    random.seed(key)
+    np.random.seed(key >> 32)
+
+
+def gather_rank_states(parts: Parts, *, with_buffers: bool) -> dict[str, Tensor] | None:
+    """Returns what differs from rank to rank in a run, on rank 0; None on the others.
+
+    Args:
+        parts: of this rank.
+        with_buffers: whether the batch-norm statistics of each rank are to be kept apart.
+
+    Returns:
+        Tensors [ranks, ...]: random number generators, the sums since the last log point, statistics.
+    """
+    own = _rank_state(parts, with_buffers)
+    if parts.world_size == 1:
+        return {name: value[None] for name, value in own.items()}
+    states: list[dict[str, Tensor]] = [{}] * parts.world_size
+    dist.gather_object(own, states if parts.rank == 0 else None)
+    return {name: torch.stack([state[name] for state in states]) for name in own} if parts.rank == 0 else None
+
+
+def restore_rank_state(parts: Parts, states: dict[str, Tensor]) -> None:
+    """Puts back what `gather_rank_states` returned; on another number of ranks, what has a meaning there."""
+    meters = states["meter"]
+    if len(meters) == parts.world_size:
+        own = {name: value[parts.rank].clone() for name, value in states.items()}  # aligned in memory
+        _set_generators(own, parts.accelerator.device)
+        if "buffers" in own:
+            models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]
+            fill([buffer for model in models for buffer in float_buffers(model)], own["buffers"])
+        parts.meter.load(own["meter"].tolist())
+    else:
+        loss, hits, samples, steps, wait_s, elapsed_s = meters.sum(0).tolist()
+        shared = [steps / len(meters), wait_s / len(meters), elapsed_s / len(meters)]
+        parts.meter.load([*([loss, hits, samples] if parts.rank == 0 else [0.0, 0.0, 0.0]), *shared])
+
+
+def _rank_state(parts: Parts, with_buffers: bool) -> dict[str, Tensor]:
+    _, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    state = {
+        "python": torch.tensor(words),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
+        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "numpy_rest": torch.tensor(
+            [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]], dtype=torch.float64
+        ),
+        "torch": torch.get_rng_state(),
+        "meter": torch.tensor(parts.meter.state(), dtype=torch.float64),
+    }
+    if parts.accelerator.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(parts.accelerator.device)
+    models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]
+    buffers = [buffer for model in models for buffer in float_buffers(model)]
+    if with_buffers and buffers:
+        state["buffers"] = torch.cat([buffer.reshape(-1).double() for buffer in buffers]).cpu()
+    return state
+
+
+def _set_generators(state: dict[str, Tensor], device: torch.device) -> None:
+    has_gauss, gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
+    position, has_gauss, numpy_gauss = state["numpy_rest"].tolist()
+    words = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, int(position), int(has_gauss), numpy_gauss))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
