@@ -57,9 +57,9 @@ class DataConfig(_Section):
     and leave them out on all ranks, with their number in the metrics."""
     remainder: Literal["keep", "drop"] = "keep"
     """The samples that do not fill a last batch: keep (a smaller batch, averaged correctly) or drop."""
-    normalize: Literal["mean_std", "unit"] = "mean_std"
-    """mean_std: subtract the data set's mean and divide by its standard deviation per channel; unit:
-    scale to 0..1."""
+    normalize: Literal["mean_std", "imagenet", "unit"] = "mean_std"
+    """mean_std: subtract the data set's mean and divide by its standard deviation per channel; imagenet: with
+    those of ImageNet, as torchvision's weights expect; unit: scale to 0..1."""
 
 
 class AugmentConfig(_Section):
@@ -67,6 +67,9 @@ class AugmentConfig(_Section):
 
     crop_padding: Annotated[int, Field(ge=0)] = 0
     """Random crop of the original size after reflecting this many pixels at each border."""
+    resized_crop: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Random part of the image of at least this share of its area and an aspect ratio of 3:4 to 4:3, enlarged
+    to the full size (Szegedy et al. 2014); 0.08 is usual for ImageNet, null is off."""
     flip: Literal["alternating"] | bool = False
     """Random horizontal flip. alternating: at random in the first epoch, then every other epoch, so that each
     image is seen from both sides equally often (Jordan 2024)."""
@@ -89,6 +92,9 @@ class ModelConfig(_Section):
     """Outputs of the network; null means the classes of the data set."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments for the network, such as `activation` for convnet4."""
+    weights: str | None = None
+    """File with weights to begin with: a state dict of torch.save, such as torchvision's, or safetensors.
+    Layers for another number of classes begin at random; null begins at random everywhere."""
 
 
 class TrainConfig(_Section):
@@ -463,6 +469,9 @@ def _conflicts(config: Config) -> list[_Problem]:
         except re.error as error:
             text = f"{dotted_name(place)}.parameters: not a regular expression: {error}"
             problems.append(_Problem((*place, "parameters"), text))
+    if config.augment.resized_crop is not None and config.augment.crop_padding:
+        text = "augment.crop_padding: resized_crop crops already; remove one of both"
+        problems.append(_Problem(("augment", "crop_padding"), text))
     if train.accumulate > train.batch_size:
         text = f"train.accumulate: {train.accumulate} parts of a batch of {train.batch_size}; make it smaller"
         problems.append(_Problem(("train", "accumulate"), text))

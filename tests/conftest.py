@@ -104,6 +104,7 @@ def _own_folders(
             "DISTTRAIN_SUPERVISOR",
         }:
             monkeypatch.delenv(name)
+    monkeypatch.setenv("DISTTRAIN_REPORT", "0")  # a test that wants one asks for it
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more than one collapse where tests run side by side
 
 

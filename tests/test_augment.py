@@ -15,6 +15,7 @@ from disttrain.config import AugmentConfig
 from disttrain.training.augment import Augment, Mix
 
 EVERYTHING = {"crop_padding": 2, "flip": True, "cutout": 3}
+RESIZED = {"resized_crop": 0.2, "flip": True, "cutout": 3}
 
 
 def augment(
@@ -155,11 +156,53 @@ def test_cutout_comes_after_crop_and_flip() -> None:
 # --- Any number of ranks ----------------------------------------------------------------------------
 
 
-def test_parts_of_a_batch_are_augmented_as_the_whole() -> None:
+def ramps(count: int, height: int, width: int) -> torch.Tensor:
+    """Images with the column of each pixel in the first channel, the row in the second, 7 in the third."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([columns, rows, torch.full_like(rows, 7)], 2).to(torch.uint8)
+    return image.expand(count, -1, -1, -1)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_resized_crop_enlarges_a_part_of_the_image_to_the_whole(flip: bool, channels_last: bool) -> None:
+    count, height, width = 2000, 24, 40
+    pixels: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+    result = train(
+        ramps(count, height, width), resized_crop=0.25, flip=flip, channels_last=channels_last, **pixels
+    )
+    assert result.shape == (count, 3, height, width)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert result.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(result[:, 2], torch.full_like(result[:, 2], 7))
+    # What was linear still is: two pixels in the middle tell where the part lies.
+    columns, rows = result[:, 0, height // 2, :], result[:, 1, :, width // 2]
+    torch.testing.assert_close(result[:, 0], columns[:, None, :].expand(-1, height, -1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(result[:, 1], rows[:, :, None].expand(-1, -1, width), atol=1e-3, rtol=0)
+    across = columns[:, width // 2] - columns[:, width // 2 - 1]  # pixels of the image in one of the result
+    down = rows[:, height // 2] - rows[:, height // 2 - 1]
+    assert (across < 0).float().mean() == pytest.approx(0.5 if flip else 0.0, abs=0.05)
+    wide, high = across.abs() * width, down * height
+    centre = (columns[:, width // 2] + columns[:, width // 2 - 1]) / 2 + 0.5
+    assert (centre - wide / 2).min() > -0.01
+    assert (centre + wide / 2).max() < width + 0.01
+    assert (centre - wide / 2).min() < 0.5, "at the border, too"
+    free = (wide < width - 0.01) & (high < height - 0.01)  # the others were cut to the length of the image
+    share = wide * high / (width * height)
+    assert share.max() <= 1.001
+    assert 0.249 < share[free].min() < 0.27
+    aspect = (wide / high)[free]
+    assert aspect.min() > 3 / 4 - 1e-2
+    assert aspect.max() < 4 / 3 + 1e-2
+    assert aspect.max() / aspect.min() > 1.6
+
+
+@pytest.mark.parametrize("config", [EVERYTHING, RESIZED])
+def test_parts_of_a_batch_are_augmented_as_the_whole(config: dict[str, Any]) -> None:
     images = random_images(30)
-    one = started(30, 7, 6, **EVERYTHING)
+    one = started(30, 7, 6, **config)
     whole = one.train(images, slice(0, 30))
-    other = started(30, 7, 6, **EVERYTHING)  # another rank
+    other = started(30, 7, 6, **config)  # another rank
     assert torch.equal(other.train(images[17:], slice(17, 30)), whole[17:])
     assert torch.equal(other.train(images[:17], slice(0, 17)), whole[:17])
     places = torch.tensor([29, 3, 3, 0])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from disttrain.doctor.rules import Finding
 
+_INSIDE_S = 10  # in which the report at the end of a run looks at validation images
 _NODE_RANK = click.option("--node-rank", type=click.IntRange(0), help="This node, 0 to nodes - 1.")
 _MASTER_ADDR = click.option("--master-addr", metavar="HOST", help="Address of node 0.")
 _MASTER_PORT = click.option("--master-port", type=click.IntRange(1, 65535), help="A free port on node 0.")
@@ -54,6 +55,12 @@ _MASTER_PORT = click.option("--master-port", type=click.IntRange(1, 65535), help
     help="Restarts from the last checkpoint after a crash.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
+@click.option(
+    "--report/--no-report",
+    default=True,
+    envvar="DISTTRAIN_REPORT",
+    help="Write report.html into the run folder when the run has finished or failed (default: yes).",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Show the outcome only.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every log point.")
 def run(
@@ -70,6 +77,7 @@ def run(
     force: bool,
     max_restarts: int,
     dry_run: bool,
+    report: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
@@ -88,6 +96,7 @@ def run(
         check_room,
         check_shared_memory,
         check_trackers,
+        check_weights,
         identity,
         is_finished,
         open_index,
@@ -142,6 +151,7 @@ def run(
             return
         if plan.node_rank == 0:
             check_trackers(config)
+            check_weights(config)
             if folder.is_run() and not dry_run:
                 folder.create()  # its lock: what a run that goes on there does meanwhile is no damage
             start = resume_point(folder, resume, own, force=force)
@@ -173,7 +183,23 @@ def run(
         click.echo(outcome.detail.rstrip(), err=True)
     if outcome.message:
         click.echo(f"disttrain: {outcome.message}", err=True)
+    if report and plan.node_rank == 0 and folder.metrics.exists() and outcome.exit_code not in _STOPPED:
+        _write_report(folder.path, quiet=quiet)
     sys.exit(outcome.exit_code)
+
+
+_STOPPED = {75, 130, 138, 140, 143}  # the run goes on later, or somebody wanted an end at once
+
+
+def _write_report(run_dir: Path, *, quiet: bool) -> None:
+    """Writes the report of a run that has ended; if it cannot be written, that changes no exit code."""
+    command = [sys.executable, "-m", "disttrain", "report", str(run_dir), "--seconds", str(_INSIDE_S)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        click.echo(f"no report ({why[0]}); try `disttrain report {run_dir}`", err=True)
+    elif not quiet:
+        click.echo(f"report: {run_dir / 'report.html'}")
 
 
 @click.command()

@@ -133,8 +133,17 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print the comparis
 @_RUNS
 @_PAGE
 @_TARGET
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0),
+    default=60,
+    show_default=True,
+    help="Time for images of the validation split, of which the classes and examples are.",
+)
 @_JSON
-def report(runs: tuple[Path, ...], output: Path | None, target: float | None, as_json: bool) -> None:
+def report(
+    runs: tuple[Path, ...], output: Path | None, target: float | None, seconds: float, as_json: bool
+) -> None:
     """Write a run's report as one HTML file that needs no network; of several runs, their comparison.
 
     Works while a run goes on and after it has failed. The best checkpoint and the data set are looked into
@@ -145,7 +154,7 @@ def report(runs: tuple[Path, ...], output: Path | None, target: float | None, as
         return
     from disttrain.report.page import write_report
 
-    click.echo(write_report(runs[0], output))
+    click.echo(write_report(runs[0], output, inside_s=seconds))
 
 
 @click.command()

@@ -127,6 +127,16 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
     return index
 
 
+def check_weights(config: Config) -> None:
+    """Checks that the weights to begin with are there.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    if config.model.weights is not None and not Path(config.model.weights).is_file():
+        raise UsageError(f"model.weights: there is no file {config.model.weights}")
+
+
 def check_shared_memory(
     device: Literal["cuda", "cpu"], local_processes: int, folder: Path = Path("/dev/shm")
 ) -> None:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from disttrain.report.charts import Charts
     from disttrain.report.inside import Inside
 
-_INSIDE_S = 60.0
 _SILENT_S = 600.0  # a running run that writes nothing for so long has most likely died
 _EPOCH_ROWS = 60
 _EVENT_ROWS = 200
@@ -50,7 +49,7 @@ class ClassRow(NamedTuple):
     mistaken_for: str
 
 
-def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float = _INSIDE_S) -> Path:
+def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float = 60) -> Path:
     """Writes the report of a run, whatever there is of it: it may be going on or have failed.
 
     Args:
@@ -91,6 +90,7 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         summaries=_summaries(run),
         times=times,
         time_use=_time_use(run),
+        verdict=_verdict(run),
         devices=_device_rows(devices),
         measures=MEASURES,
         events=run.events[-_EVENT_ROWS:],
@@ -319,22 +319,30 @@ def _time_use(run: Run) -> list[tuple[str, float, float, str]]:
     whole = wall_s(run)
     if not whole or not len(run.train["step"]):
         return []
-    steps_s = np.diff(run.training_s, prepend=0.0)
-    waiting = float(np.nansum(steps_s * run.train["data_wait_pct"] / 100))
+    steps = np.diff(run.train["step"], prepend=0.0)
+    phases = {
+        name: float(np.nansum(steps * run.train[f"phases_ms.{name}"])) / 1000
+        for name in ("compute", "communication", "optimizer", "data")
+    }
     evaluating = sum(event.seconds or 0.0 for event in run.events if event.kind == "evaluation")
-    stalled = sum(event.seconds or 0.0 for event in run.events if event.kind == "stall")
-    computing = float(run.training_s[-1]) - waiting - stalled
-    rest = whole - computing - waiting - stalled - evaluating
+    rest = whole - sum(phases.values()) - evaluating
     if rest < -0.05 * whole:  # the files do not belong together
         return []
     uses = [
-        ("computing and communication", computing, "#2f7fd1"),
-        ("waiting for data", waiting, "#d2691e"),
+        ("forward and backward pass", phases["compute"], "#2f7fd1"),
+        ("waiting for the gradients of other ranks", phases["communication"], "#a35bd6"),
+        ("optimizer", phases["optimizer"], "#138a96"),
+        ("waiting for data", phases["data"], "#d2691e"),
         ("evaluation", evaluating, "#1f9254"),
-        ("stalls", stalled, "#e0443e"),
-        ("start, checkpoints, pauses", max(0.0, rest), "#8a919c"),
+        ("start, log points, checkpoints, pauses", max(0.0, rest), "#8a919c"),
     ]
     return [(what, seconds, seconds / whole, color) for what, seconds, color in uses if seconds > 0]
+
+
+def _verdict(run: Run) -> str:
+    """Returns what the run says of itself: what holds it back, and the setting that helps."""
+    verdict = run.status.get("verdict")
+    return str(verdict.get("text") or "") if isinstance(verdict, dict) else ""
 
 
 def _device_rows(devices: Sequence[Device]) -> list[tuple[str, str, list[tuple[str, str]]]]:

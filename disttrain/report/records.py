@@ -49,6 +49,15 @@ class Process(msgspec.Struct, gc=False):
     memory_used_mib: float | None = None
 
 
+class Phases(msgspec.Struct, gc=False, frozen=True):
+    """Milliseconds of a step, mean over the ranks."""
+
+    data: float | None = None
+    compute: float | None = None
+    communication: float | None = None
+    optimizer: float | None = None
+
+
 class Record(msgspec.Struct, gc=False):
     """What the report reads of a record of metrics.jsonl, train or eval."""
 
@@ -64,6 +73,7 @@ class Record(msgspec.Struct, gc=False):
     images_per_s: float | None = None
     step_time_s: float | None = None
     data_wait_pct: float | None = None
+    phases_ms: Phases = Phases()
     processes: tuple[Process, ...] = ()
     correct: int | None = None
     total: int | None = None
@@ -95,6 +105,7 @@ MEASURES = {
 
 _TRAIN_COLUMNS = (
     "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s", "data_wait_pct",
+    "phases_ms.data", "phases_ms.compute", "phases_ms.communication", "phases_ms.optimizer",
 )  # fmt: skip
 _GPU_COLUMNS = ("utilization_pct", "memory_used_mib", "power_w", "temperature_c")
 _PROCESS_COLUMNS = ("cpu_pct", "memory_used_mib")

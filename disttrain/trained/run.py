@@ -15,6 +15,7 @@ import pydantic
 from pydantic import Field
 
 from disttrain.config import Config, load_config
+from disttrain.data.statistics import statistics
 from disttrain.errors import CheckpointError, UsageError
 from disttrain.runs.runfolder import RunFolder
 
@@ -97,7 +98,7 @@ def _facts(folder: RunFolder, config: Config) -> Facts:
     try:
         data = json.loads(folder.env.read_bytes())["data"]
         channels, height, width = data["shape"]
-        mean_std = config.data.normalize == "mean_std"
+        mean, std = statistics(config.data, data["mean"], data["std"])
         return FACTS.validate_python(
             {
                 "model": config.model.name,
@@ -106,8 +107,8 @@ def _facts(folder: RunFolder, config: Config) -> Facts:
                 "channels": channels,
                 "height": height,
                 "width": width,
-                "mean": data["mean"] if mean_std else [0.0] * channels,
-                "std": data["std"] if mean_std else [1.0] * channels,
+                "mean": mean,
+                "std": std,
                 "data": data["name"],
             }
         )

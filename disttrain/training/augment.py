@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from disttrain import counter_rng
@@ -18,6 +20,9 @@ from disttrain.config import AugmentConfig
 from disttrain.data.plan import Ids
 
 _ROWS, _COLUMNS, _FLIP, _CUT_ROWS, _CUT_COLUMNS, _MIX = range(2, 8)  # streams of random numbers
+_PART_AREA, _PART_ASPECT, _PART_ROW, _PART_COLUMN = range(8, 12)
+_MOST_ASPECT = 4 / 3  # of a part, and the least is its inverse
+_FINE = 2**24  # steps of a random number in 0..1
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Augment:
         self._offset, self._scale = (values.to(device) for values in offset_and_scale(mean, std))
         self._rows: tuple[Tensor, Tensor] | None = None  # offset and scale of every value of a row
         self._draws: dict[int, Tensor] = {}
+        self._parts: Tensor | None = None  # centre and half size of each part, in grid_sample's units
 
     def start_epoch(self, epoch: int, order: Ids, height: int, width: int) -> None:
         """Draws the random choices of an epoch for every place in it.
@@ -85,13 +91,17 @@ class Augment:
         for stream, below in ranges.items():
             draws = counter_rng.integers(counter_rng.derive(self._seed, stream, epoch), len(order), below)
             self._draws[stream] = torch.from_numpy(draws).to(self._device)
+        if self._config.resized_crop is not None:
+            self._parts = torch.from_numpy(self._draw_parts(epoch, len(order), height, width)).to(
+                self._device
+            )
         if self._config.flip == "alternating":  # here the choice is the sample's, not the place's
             first = counter_rng.bits_at(counter_rng.derive(self._seed, _FLIP), order.astype(np.uint64))
             flips = ((first >> np.uint64(63)).astype(np.int64) + epoch) % 2
             self._draws[_FLIP] = torch.from_numpy(flips).to(self._device)
 
     def train(self, images: Tensor, places: slice | Tensor) -> Tensor:
-        """Crops, flips, normalises and cuts.
+        """Crops, resizes, flips, normalises and cuts.
 
         Args:
             images: uint8 [B, H, W, C].
@@ -101,9 +111,12 @@ class Augment:
             float32 [B, C, H, W].
         """
         batch, height, width, _ = images.shape
-        if _ROWS in self._draws or _FLIP in self._draws:
-            images = self._crop_and_flip(images, places)
-        result = self.plain(images)
+        if self._parts is not None:
+            result = self._enlarge(self.plain(images), places)
+        else:
+            if _ROWS in self._draws or _FLIP in self._draws:
+                images = self._crop_and_flip(images, places)
+            result = self.plain(images)
         if _CUT_ROWS in self._draws:
             half = self._config.cutout / 2
             rows = torch.arange(height, device=self._device) - self._draws[_CUT_ROWS][places, None]
@@ -154,6 +167,37 @@ class Augment:
         left, right = np.clip([column - side * width / 2, column + side * width / 2], 0, width).astype(int)
         kept = 1 - (bottom - top) * (right - left) / (height * width)
         return Mix(shift, float(kept), (int(top), int(bottom), int(left), int(right)))
+
+    def _draw_parts(self, epoch: int, count: int, height: int, width: int) -> npt.NDArray[np.float32]:
+        """Returns (column, row) of the centre and half the size of each part: float32 [count, 2, 2].
+
+        The unit is half the image, the origin its centre. A part that would be longer than the image is cut
+        to its length, which gives it another aspect ratio.
+        """
+        area, aspect, row, column = (
+            counter_rng.integers(counter_rng.derive(self._seed, stream, epoch), count, _FINE) / _FINE
+            for stream in (_PART_AREA, _PART_ASPECT, _PART_ROW, _PART_COLUMN)
+        )
+        least = self._config.resized_crop
+        assert least is not None
+        pixels = (least + (1 - least) * area) * height * width
+        ratio = np.exp((2 * aspect - 1) * np.log(_MOST_ASPECT))
+        half = np.stack([np.sqrt(pixels * ratio) / width, np.sqrt(pixels / ratio) / height], 1).clip(max=1)
+        centre = (1 - half) * (2 * np.stack([column, row], 1) - 1)
+        return np.stack([centre, half], 1).astype(np.float32)
+
+    def _enlarge(self, images: Tensor, places: slice | Tensor) -> Tensor:
+        """Enlarges the part of each image to the whole, flipped or not: float32 [B, C, H, W]."""
+        assert self._parts is not None
+        centre, half = self._parts[places].unbind(1)
+        if _FLIP in self._draws:
+            sides = torch.where(self._draws[_FLIP][places] == 1, -1.0, 1.0)
+            half = torch.stack([half[:, 0] * sides, half[:, 1]], 1)
+        theta = torch.cat([torch.diag_embed(half), centre[:, :, None]], 2)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        result = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        order = torch.channels_last if self._channels_last else torch.contiguous_format
+        return result.contiguous(memory_format=order)
 
     def _crop_and_flip(self, images: Tensor, places: slice | Tensor) -> Tensor:
         batch, height, width, channels = images.shape

@@ -21,6 +21,7 @@ from disttrain.config import Config
 from disttrain.data.batches import Loader, choose_place
 from disttrain.data.cached import Cached, open_split
 from disttrain.data.plan import Ids, make_plan, usable_ids
+from disttrain.data.statistics import statistics
 from disttrain.data.streamed import Streamed
 from disttrain.errors import (
     CheckpointError,
@@ -34,6 +35,7 @@ from disttrain.launch.preflight import (
     split_batch,
 )
 from disttrain.models import build_for
+from disttrain.models.pretrained import load_weights
 from disttrain.parallel import cores_of_a_rank
 from disttrain.runs.checkpoint import Checkpoint, load, restore, restore_scaler
 from disttrain.shards.images import expect_images
@@ -75,14 +77,19 @@ def build(
     torch.manual_seed(config.seed)
     model = build_for(config.model, index).to(device)
     checkpoint = load(checkpoint_path) if checkpoint_path is not None else None
+    if checkpoint is None and config.model.weights is not None:
+        fresh = load_weights(model, Path(config.model.weights), len(index.classes))
+        left = f", but {', '.join(fresh)}, which begin at random" if fresh else ""
+        choices["weights"] = f"{config.model.weights}: all{left}"
     steps_left = plan.steps_per_epoch * config.train.epochs - (checkpoint.value("step") if checkpoint else 0)
     saved = checkpoint.value("arithmetic") if checkpoint else None
     accelerator, settings = prepare_arithmetic(config, group, model, index, steps_left, saved, choices)
+    mean, std = statistics(config.data, index.mean, index.std)
     augment = Augment(
         config.augment,
         seed=config.seed,
-        mean=index.mean if config.data.normalize == "mean_std" else (0.0,) * index.channels,
-        std=index.std if config.data.normalize == "mean_std" else (1.0,) * index.channels,
+        mean=mean,
+        std=std,
         device=device,
         channels_last=settings.channels_last,
     )

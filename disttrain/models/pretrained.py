@@ -1,0 +1,94 @@
+"""Weights from a file for the start of a run, such as torchvision's, with another number of classes."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from disttrain.errors import UnsafeError, UsageError, reason
+
+_MOST_NAMES = 5
+_PREFIXES = ("module.", "_orig_mod.")  # of DDP, of averaged models, of compiled ones
+
+
+def load_weights(model: nn.Module, path: Path, num_classes: int) -> list[str]:
+    """Loads weights into a network; what depends on the number of classes may differ and is left as it is.
+
+    Args:
+        model: changed in place.
+        path: a state dict written by torch.save, or a safetensors file.
+        num_classes: of the model.
+
+    Returns:
+        The names of what was left as it is: the tensors of the last layers whose number of classes differs.
+
+    Raises:
+        UsageError: the file is missing, unreadable or for another network.
+        UnsafeError: the file is a pickle of more than tensors.
+    """
+    saved = _read(path)
+    own = model.state_dict()
+    missing, unexpected = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
+    fresh = [
+        name
+        for name in own
+        if name in saved
+        and own[name].shape != saved[name].shape
+        and own[name].shape[:1] == (num_classes,)
+        and own[name].shape[1:] == saved[name].shape[1:]
+    ]
+    different = [
+        f"{name} is {_shape(saved[name])} in the file and {_shape(own[name])} here"
+        for name in own
+        if name in saved and own[name].shape != saved[name].shape and name not in fresh
+    ]
+    problems = [f"has no {_some(missing)}"] * bool(missing)
+    problems += [f"has {_some(unexpected)} in addition"] * bool(unexpected)
+    problems += [_some(different)] * bool(different)
+    if problems:
+        raise UsageError(f"model.weights: {path} is of another network: it {'; '.join(problems)}")
+    model.load_state_dict({name: own[name] if name in fresh else saved[name] for name in own})
+    return fresh
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UsageError(
+            f"model.weights: there is no file {path}; give a state dict of torch.save or safetensors"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            saved: object = load_file(path)
+        else:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if path.read_bytes()[:2] != b"PK" and path.read_bytes()[:1] != b"\x80":
+            raise UsageError(f"model.weights: {path} is no state dict of torch.save") from None
+        raise UnsafeError(
+            f"model.weights: {path} holds more than tensors, which could run code: {reason(error)[:200]}; "
+            "save the state dict alone: torch.save(model.state_dict(), FILE)"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
+        raise UsageError(f"model.weights: {path} cannot be read: {reason(error)[:200]}") from None
+    if isinstance(saved, dict) and isinstance(saved.get("state_dict"), dict):
+        saved = saved["state_dict"]
+    if not isinstance(saved, dict) or not all(isinstance(value, Tensor) for value in saved.values()):
+        raise UsageError(f"model.weights: {path} is no state dict: names with tensors")
+    for prefix in _PREFIXES:
+        if saved and all(name.startswith(prefix) for name in saved):
+            saved = {name.removeprefix(prefix): value for name, value in saved.items()}
+    return saved
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
