@@ -13,9 +13,9 @@ import torch
 from conftest import Run
 from rich.console import Console
 
-from disttrain.bench import summary, tables
-from disttrain.bench_worker import Replay
 from disttrain.data.cached import Cached, DecodedSplit
+from disttrain.measure.bench import summary, tables
+from disttrain.measure.bench_worker import Replay
 
 
 def row(precision: str, **settings: bool) -> dict[str, Any]:

@@ -39,10 +39,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from training import normalised
 
-from disttrain.bench_worker import Replay
 from disttrain.config import Config, load_config
 from disttrain.data.plan import Plan
 from disttrain.launch.preflight import open_index
+from disttrain.measure.bench_worker import Replay
 from disttrain.models import build_model
 from disttrain.monitor.observe import RunObserver
 from disttrain.runs.runfolder import RunFolder

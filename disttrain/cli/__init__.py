@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from disttrain import __version__
-from disttrain.cli import data, running, trained
+from disttrain.cli import data, running, trained, tuning
 from disttrain.errors import DisttrainError
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     """Train image classifiers on one GPU, many GPUs or many nodes from one YAML file."""
 
 
-for command in (*running.COMMANDS, data.data, *trained.COMMANDS):
+for command in (*running.COMMANDS, data.data, tuning.tune, *trained.COMMANDS):
     main.add_command(command)
 
 

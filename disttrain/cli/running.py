@@ -231,11 +231,11 @@ def bench(
     """
     from rich.console import Console
 
-    from disttrain.bench import DEFAULT, summary, tables
-    from disttrain.bench import bench as measure
     from disttrain.config import Config, load_config
     from disttrain.launch.plan import LaunchPlan, plan_processes
     from disttrain.launch.preflight import check_device, open_index, split_batch
+    from disttrain.measure.bench import DEFAULT, summary, tables
+    from disttrain.measure.bench import bench as measure
     from disttrain.models import check_model_name
     from disttrain.monitor.nvml import visible_gpus
     from disttrain.parallel import usable_cores

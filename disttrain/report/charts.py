@@ -182,6 +182,40 @@ def _epochs(run: Run) -> Array:
     return run.train["epoch"]
 
 
+def rising_rate(
+    charts: Charts,
+    rates: Sequence[float],
+    losses: Sequence[float],
+    smooth: Sequence[float],
+    marks: Sequence[float],
+) -> None:
+    """Adds the chart `curve`: losses and their mean over the learning rate, with some rates marked."""
+    fig = charts.add("curve", "rates", "loss", x_axis_label="learning rate", x_axis_type="log")
+    known = np.isfinite(np.array(smooth))
+    data = {"x": np.array(rates)[known], "loss": np.array(losses)[known], "y": np.array(smooth)[known]}
+    source = ColumnDataSource(data)
+    fig.line("x", "loss", source=source, color=PALETTE[0], line_alpha=0.4, legend_label="each step")
+    line = fig.line("x", "y", source=source, color=PALETTE[0], line_width=2.2, legend_label="mean")
+    for rate, color in zip(marks, (PALETTE[2], PALETTE[1]), strict=False):
+        fig.vspan(x=[rate], line_color=color, line_dash="dashed", line_width=2)
+    _legend(fig)
+    tips = [("learning rate", "@x{%.3g}"), ("loss", "@y{%.4f}")]
+    _hover(fig, line, tips, formatters={"@x": "printf", "@y": "printf"})
+
+
+def batch_speeds(charts: Charts, speeds: Mapping[int, float]) -> None:
+    """Adds the chart `curve`: images per second over the batch size."""
+    fig = charts.add("curve", "batches", "images per second", x_axis_label="batch size", x_axis_type="log")
+    source = ColumnDataSource({"x": list(speeds), "y": list(speeds.values())})
+    fig.line("x", "y", source=source, color=PALETTE[0], line_width=2.2)
+    points = fig.scatter("x", "y", source=source, color=PALETTE[0], size=7)
+    fig.y_range.start = 0
+    fig.xaxis.ticker = list(speeds)
+    fig.xaxis.formatter = NumeralTickFormatter(format="0,0")
+    fig.yaxis.formatter = NumeralTickFormatter(format="0,0")
+    _hover(fig, points, [("batch size", "@x{0,0}"), ("images per second", "@y{0,0}")])
+
+
 def _line(fig: Any, run: Run, values: Array, **options: Any) -> Any:
     ids = thin(values, _POINTS)
     data = {"x": run.train["step"][ids], "y": values[ids], "epoch": run.train["epoch"][ids]}

@@ -1,7 +1,7 @@
 """`disttrain bench`: where the time of a training step goes on this machine, and which settings suit it.
 
-Starts the processes that measure (`disttrain.bench_worker`), one group after the other, and shows what they
-found. Nothing here imports torch.
+Starts the processes that measure (`disttrain.measure.bench_worker`), one group after the other, and shows
+what they found. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 def _measured(plan: LaunchPlan, what: str, seconds: float) -> dict[str, Any]:
     request = {"config": str(plan.config_path), "what": what, "seconds": seconds}
-    return run_job(plan, "disttrain.bench_worker", request)
+    return run_job(plan, "disttrain.measure.bench_worker", request)
 
 
 def _many(processes: int) -> str:

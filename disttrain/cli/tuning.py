@@ -1,0 +1,172 @@
+"""`disttrain tune`: a learning rate and a batch size for an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from disttrain.cli.shared import PATH
+
+if TYPE_CHECKING:
+    from disttrain.config import Config
+    from disttrain.launch.plan import LaunchPlan
+    from disttrain.shards.index import Index
+
+_F = TypeVar("_F", bound=Callable[..., None])
+
+
+@click.group()
+def tune() -> None:
+    """Find a learning rate or a batch size for an experiment by trying them out."""
+
+
+def _of_both(function: _F) -> _F:
+    """Adds what both commands take."""
+    for decorator in (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        click.option(
+            "--output", type=PATH, help="The page with the plot (default: ./tune_lr.html, ./tune_batch.html)."
+        ),
+        click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (default: 1)."),
+        click.option("--gpus", type=click.IntRange(1), help="GPUs to use (default: all visible)."),
+        click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1),
+        click.argument("config_path", metavar="CONFIG", type=PATH),
+    ):
+        function = decorator(function)
+    return function
+
+
+@tune.command()
+@click.option("--from", "low", type=click.FloatRange(0, min_open=True), default=1e-6, show_default=True)
+@click.option("--to", "high", type=click.FloatRange(0, min_open=True), default=10, show_default=True)
+@click.option("--steps", type=click.IntRange(20), default=100, show_default=True, help="Optimizer steps.")
+@_of_both
+def lr(
+    config_path: Path,
+    overrides: tuple[str, ...],
+    gpus: int | None,
+    procs: int | None,
+    low: float,
+    high: float,
+    steps: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Suggest optim.lr, by training for some steps while it rises (Smith 2015).
+
+    The suggestion is where the loss falls fastest. It is a place to begin at, not the best one; with a
+    schedule that rises to it, up to a third of the rate of the least loss is usual.
+    """
+    from disttrain.errors import UsageError
+    from disttrain.measure.tune import find_rate
+    from disttrain.measure.tune_page import write_rates
+
+    if low >= high:
+        raise UsageError(f"--from {low:g} is not below --to {high:g}")
+    config, plan, index = _prepared(config_path, overrides, gpus, procs)
+    found = find_rate(config, plan, low=low, high=high, steps=steps)
+    if found.suggested is None or found.most is None:
+        outcome = "the loss fell at no learning rate: give a wider range (--from, --to)"
+    else:
+        outcome = f"optim.lr={_short(found.suggested)}; above {_short(found.most)} training gets worse"
+    page = write_rates(found, outcome, _subject(config, index), output or Path("tune_lr.html"))
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found) | {"page": str(page)}))
+        return
+    click.echo(outcome)
+    click.echo(page)
+
+
+@tune.command()
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=2,
+    show_default=True,
+    help="Length of each measurement.",
+)
+@_of_both
+def batch(
+    config_path: Path,
+    overrides: tuple[str, ...],
+    gpus: int | None,
+    procs: int | None,
+    seconds: float,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Suggest train.batch_size: the smallest that is nearly as fast as the fastest.
+
+    Larger and larger batches are tried until one does not fit into the memory or brings nothing more.
+    """
+    from disttrain.errors import TrainingError
+    from disttrain.measure.tune import judge_batches, try_batches
+    from disttrain.measure.tune_page import batch_cells, write_batches
+
+    config, plan, index = _prepared(config_path, overrides, gpus, procs)
+    rows = []
+    if not as_json:
+        click.echo(f"{'batch size':>10} {'ms a step':>12} {'images/s':>12} {'GPU memory, GiB':>16}")
+    for row in try_batches(config, plan, index, seconds=seconds, say=lambda text: click.echo(text, err=True)):
+        rows.append(row)
+        if not as_json:
+            size, step, speed, memory = batch_cells(row)
+            click.echo(f"{size:>10} {step:>12} {speed:>12} {memory:>16}")
+    best = judge_batches(rows)
+    if best is None:
+        raise TrainingError("not even the smallest batch fits into the memory; take smaller images")
+    outcome = f"train.batch_size={best}"
+    page = write_batches(rows, outcome, _subject(config, index), output or Path("tune_batch.html"))
+    if as_json:
+        tried = [dataclasses.asdict(row) | {"images_per_s": row.images_per_s} for row in rows]
+        click.echo(json.dumps({"tried": tried, "suggested": best, "page": str(page)}))
+        return
+    click.echo(f"{outcome}; its learning rate: disttrain tune lr {config_path} {outcome}")
+    click.echo(page)
+
+
+def _prepared(
+    config_path: Path, overrides: tuple[str, ...], gpus: int | None, procs: int | None
+) -> tuple[Config, LaunchPlan, Index]:
+    from disttrain.config import load_config
+    from disttrain.launch.plan import LaunchPlan, plan_processes
+    from disttrain.launch.preflight import check_device, check_weights, open_index, split_batch
+    from disttrain.models import check_model_name
+    from disttrain.monitor.nvml import visible_gpus
+    from disttrain.parallel import usable_cores
+
+    config = load_config(config_path, overrides)
+    check_model_name(config.model.name)
+    visible = [] if procs else visible_gpus()
+    device, processes, chosen, threads = plan_processes(
+        gpus=gpus, procs=procs, visible=visible, cores=usable_cores(), environ=os.environ
+    )
+    plan = LaunchPlan(
+        config_path=config_path,
+        overrides=(),
+        run_dir=Path(),
+        resume="never",
+        device=device,
+        processes=processes,
+        gpus=chosen,
+        threads=threads,
+    )
+    check_device(config, device)
+    check_weights(config)
+    split_batch(config, plan.world_size)
+    return config, plan, open_index(config, lambda text: click.echo(text, err=True))
+
+
+def _subject(config: Config, index: Index) -> str:
+    return f"{config.name}: {config.model.name} on {index.name}, {config.optim.name}"
+
+
+def _short(rate: float) -> str:
+    """Returns a rate with two digits, as a config has it."""
+    return f"{float(f'{rate:.2g}'):g}"

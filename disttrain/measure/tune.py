@@ -1,0 +1,167 @@
+"""`disttrain tune`: a learning rate and a batch size for an experiment, found by trying them out.
+
+Starts the processes that try (`disttrain.measure.tune_worker`) and judges what they found. Nothing here
+imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from disttrain.config import Config, dump_config
+from disttrain.errors import TrainingError
+from disttrain.launch.jobs import run_job
+from disttrain.launch.plan import LaunchPlan
+from disttrain.shards.index import Index
+
+OUT_OF_MEMORY = "out of memory"
+
+_SMOOTH = 0.9  # weight of what came before in the mean of the losses
+_DIVERGED = 3.0  # times the least mean loss
+_FELL = 0.99  # of the most: more is chance
+_SETTLED = 10  # steps before the mean says anything
+_NEAR_BEST = 0.95  # of the highest throughput
+_GROWTH = 1.03  # that a doubled batch must bring, else larger ones are not tried
+_SMALLEST = 16
+_LARGEST = 65536
+
+
+@dataclass(frozen=True)
+class RateFinding:
+    """What the learning rate range test found (Smith 2015).
+
+    Attributes:
+        rates: of the steps that were taken.
+        losses: of those steps, before each was taken.
+        smooth: their exponential means, corrected for their beginning.
+        suggested: the rate at which the mean fell fastest, or None if it did not fall.
+        most: the rate at which the mean was least: above it training gets worse.
+        diverged: the rate at which the loss was many times the least or not finite; None if it never was.
+    """
+
+    rates: list[float]
+    losses: list[float]
+    smooth: list[float]
+    suggested: float | None
+    most: float | None
+    diverged: float | None
+
+
+def find_rate(config: Config, plan: LaunchPlan, *, low: float, high: float, steps: int) -> RateFinding:
+    """Trains for some steps while the learning rate rises from `low` to `high`.
+
+    Args:
+        config: the experiment; groups of parameters keep their share of optim.lr.
+        plan: device and processes; a single node.
+        low: the first learning rate.
+        high: the last one, unless the loss diverges before.
+        steps: optimizer steps.
+
+    Raises:
+        DisttrainError: a process failed.
+    """
+    request = {"what": "rate", "low": low, "high": high, "steps": steps, "diverged": _DIVERGED}
+    found = _run(config, plan, request)
+    return judge_rates(found["rates"], found["losses"])
+
+
+def judge_rates(rates: Sequence[float], losses: Sequence[float]) -> RateFinding:
+    """Returns what the losses say of the rates; the arguments are one of each per step."""
+    smooth, mean = [], 0.0
+    for step, loss in enumerate(losses, 1):
+        mean = _SMOOTH * mean + (1 - _SMOOTH) * loss
+        smooth.append(mean / (1 - _SMOOTH**step))
+    finite = next((i for i, value in enumerate(smooth) if not math.isfinite(value)), len(smooth))
+    least = min(range(finite), key=smooth.__getitem__, default=None)
+    if least is None:
+        return RateFinding(list(rates), list(losses), smooth, None, None, rates[0] if rates else None)
+    diverged = next(
+        (rates[i] for i in range(least, len(smooth)) if i >= finite or smooth[i] > _DIVERGED * smooth[least]),
+        None,
+    )
+    falls = {
+        i: (smooth[i + 1] - smooth[i - 1]) / math.log(rates[i + 1] / rates[i - 1])
+        for i in range(min(_SETTLED, finite // 4), least)
+        if 0 < i < finite - 1
+    }
+    steepest = min(falls, key=falls.__getitem__, default=None)
+    fell = smooth[least] < _FELL * max(smooth[: least + 1])
+    suggested = rates[steepest] if steepest is not None and fell else None
+    most = rates[least] if suggested is not None else None
+    return RateFinding(list(rates), list(losses), smooth, suggested, most, diverged)
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """A batch size that was tried.
+
+    Attributes:
+        batch_size: the global batch.
+        step_s: seconds of a step; None if it does not fit into the memory.
+        memory_gib: most memory of a GPU in use; None on CPUs and where it does not fit.
+    """
+
+    batch_size: int
+    step_s: float | None
+    memory_gib: float | None
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Throughput of all processes."""
+        return None if self.step_s is None else self.batch_size / self.step_s
+
+
+def try_batches(
+    config: Config, plan: LaunchPlan, index: Index, *, seconds: float, say: Callable[[str], None]
+) -> Iterator[BatchRow]:
+    """Yields batch sizes, each twice the one before, until a batch does not fit or brings nothing more.
+
+    Args:
+        config: the experiment.
+        plan: device and processes; a single node.
+        index: of its data set.
+        seconds: of each measurement.
+        say: told what is tried.
+
+    Raises:
+        DisttrainError: a process failed of something else than the lack of memory.
+    """
+    parts = plan.processes * config.train.accumulate
+    size = parts * max(1, _SMALLEST // parts)
+    speeds: list[float] = []
+    while size <= min(_LARGEST, index.splits["train"].samples):
+        say(f"trying train.batch_size={size}")
+        tried = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": size})})
+        try:
+            found = _run(tried, plan, {"what": "batch", "seconds": seconds})
+        except TrainingError as error:
+            if OUT_OF_MEMORY not in str(error):
+                raise
+            yield BatchRow(size, None, None)
+            return
+        row = BatchRow(size, found["step_s"], found["memory_gib"])
+        yield row
+        speeds.append(row.images_per_s or 0.0)
+        if len(speeds) > 2 and speeds[-1] < _GROWTH * speeds[-2] and speeds[-2] < _GROWTH * speeds[-3]:
+            return
+        size *= 2
+
+
+def judge_batches(rows: Sequence[BatchRow]) -> int | None:
+    """Returns the smallest batch size that is nearly as fast as the fastest, or None if none fits."""
+    speeds = {row.batch_size: row.images_per_s for row in rows if row.images_per_s is not None}
+    best = max(speeds.values(), default=0.0)
+    return min((size for size, speed in speeds.items() if speed >= _NEAR_BEST * best), default=None)
+
+
+def _run(config: Config, plan: LaunchPlan, request: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(dump_config(config))
+        plan = replace(plan, config_path=path)
+        return run_job(plan, "disttrain.measure.tune_worker", {"config": str(path), **request})

@@ -1,0 +1,70 @@
+"""The page of `disttrain tune`: one HTML file with the curve, as a report has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from disttrain.measure.tune import BatchRow, RateFinding
+from disttrain.report import charts
+from disttrain.report.page import render
+
+
+def write_rates(found: RateFinding, outcome: str, subject: str, output: Path) -> Path:
+    """Writes the losses over the learning rates.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    drawn = charts.Charts()
+    marks = [rate for rate in (found.suggested, found.most) if rate is not None]
+    charts.rising_rate(drawn, found.rates, found.losses, found.smooth, marks)
+    rows = [
+        (f"{rate:.3g}", f"{loss:.4f}", f"{mean:.4f}")
+        for rate, loss, mean in zip(found.rates, found.losses, found.smooth, strict=True)
+    ]
+    return render(
+        "tuning.html",
+        output,
+        drawn,
+        title="Learning rate",
+        outcome=outcome,
+        subject=subject,
+        heading="Loss while the learning rate rises",
+        explanation="Each step trains with a larger learning rate than the one before. The suggestion, the "
+        "first dashed line, is where the mean of the losses falls fastest; above the second it rises again.",
+        columns=("learning rate", "loss", "mean"),
+        rows=rows,
+    )
+
+
+def write_batches(found: Sequence[BatchRow], outcome: str, subject: str, output: Path) -> Path:
+    """Writes the throughput over the batch sizes.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    drawn = charts.Charts()
+    speeds = {row.batch_size: row.images_per_s for row in found if row.images_per_s is not None}
+    charts.batch_speeds(drawn, speeds)
+    return render(
+        "tuning.html",
+        output,
+        drawn,
+        title="Batch size",
+        outcome=outcome,
+        subject=subject,
+        heading="Throughput over the batch size",
+        explanation="The suggestion is the smallest batch that is nearly as fast as the fastest. Another "
+        "batch size is another experiment: look for its learning rate with `disttrain tune lr`.",
+        columns=("batch size", "ms a step", "images/s", "GPU memory, GiB"),
+        rows=[batch_cells(row) for row in found],
+    )
+
+
+def batch_cells(row: BatchRow) -> tuple[str, str, str, str]:
+    """Returns a row of the table of batch sizes, for people."""
+    if row.step_s is None:
+        return f"{row.batch_size:,}", "does not fit", "", ""
+    memory = "n/a" if row.memory_gib is None else f"{row.memory_gib:,.2f}"
+    return f"{row.batch_size:,}", f"{1000 * row.step_s:,.3g}", f"{row.images_per_s:,.0f}", memory
