@@ -42,6 +42,11 @@ step+=(--cpus-per-task="${SLURM_CPUS_PER_TASK:-$fewest_cpus}" --kill-on-bad-exit
 # What the run says of itself: srun has only the highest code of its tasks, and those of the others are no verdict.
 said() { sed -n 's/^ *"\(exit_code\|updated_at\)": *\(.*[^,]\),\{0,1\}$/\1=\2/p' "$run_dir/status.json" 2>/dev/null; }
 said_before=$(said)
+ended() { # prints how it has ended in this time slice, if it has
+  local now
+  now=$(said)
+  [[ $now != "$said_before" && $now =~ exit_code=([0-9]+) ]] && echo "${BASH_REMATCH[1]}"
+}
 
 out_of_time='' srun=''
 # srun hands USR2 on to the launchers; TERM would make it end the step at once.
@@ -52,13 +57,18 @@ trap 'out_of_time=1; [[ -z $srun ]] || kill -USR2 "$srun"' USR2
 "${step[@]}" "${srun_options[@]}" bash -c 'exec "$@" --node-rank "$SLURM_NODEID"' task "${inside[@]}" "${run[@]}" &
 srun=$!
 [[ -z $out_of_time ]] || kill -USR2 "$srun" # the trap came before there was an srun
-while wait "$srun"; kill -0 "$srun" 2>/dev/null; do :; done # wait also returns when the trap has run
+waited=0
+while kill -0 "$srun" 2>/dev/null; do
+  sleep 1 &
+  wait $! # returns at once when the trap has run
+  # srun waits, perhaps for ever, for the tasks of a node that is gone, long after the others have ended.
+  if [[ $(ended) == 7[01] ]]; then waited=$((waited + 1)); else waited=0; fi
+  ((waited <= 20)) || kill -KILL "$srun"
+done
 wait "$srun"
 code=$?
-
-said_now=$(said)
-if [[ $said_now != "$said_before" && $said_now =~ exit_code=([0-9]+) ]]; then
-  code=${BASH_REMATCH[1]}
+if verdict=$(ended); then
+  code=$verdict
 fi
 if [[ $code == 75 && -n $out_of_time ]]; then # a stop that somebody else has asked for is meant to last
   if ((${SLURM_RESTART_COUNT:-0} < max_requeues)); then

@@ -64,7 +64,7 @@ def test_config_of_the_readme_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_are_named_exist(document: str) -> None:
     text = (REPOSITORY / document).read_text()
-    named = set(re.findall(r"\b(?:configs|launch|slurm|docs|benchmarks)/[\w./]+\.\w+", text))
+    named = set(re.findall(r"(?<![\w/])(?:configs|launch|slurm|docs|benchmarks)/[\w./]+\.\w+", text))
     named |= set(re.findall(r"\]\(([\w./]+)\)", text))
     missing = [name for name in named if not any((root / name).exists() for root in _roots(document))]
     assert not missing

@@ -180,10 +180,15 @@ def test_a_run_of_an_earlier_version_without_times(tmp_path: Path) -> None:
 
 
 def test_the_time_is_shared_out(tmp_path: Path) -> None:
-    text = visible(write_report(write_run(tmp_path / "run")))
-    # 31 s in all, 30 steps of a second of which a fifth is waiting; each evaluation ends half a second later
-    for row in ("computing and communication 24.0 s 77.4 %", "waiting for data 6.0 s 19.4 %",
-                "evaluation 1.5 s 4.8 %"):  # fmt: skip
+    text = "input-bound: 20 % of a step is waiting for data"
+    verdict = {"name": "input-bound", "text": text, "key": None}
+    text = visible(write_report(write_run(tmp_path / "run", status={"verdict": verdict})))
+    assert verdict["text"] in text
+    # 31 s in all, 30 steps of a second; each evaluation ends half a second later
+    for row in ("forward and backward pass 15.0 s 48.4 %",
+                "waiting for the gradients of other ranks 3.0 s 9.7 %",
+                "optimizer 1.5 s 4.8 %", "waiting for data 6.0 s 19.4 %", "evaluation 1.5 s 4.8 %",
+                "start, log points, checkpoints, pauses 4.0 s 12.9 %"):  # fmt: skip
         assert row in text
 
 

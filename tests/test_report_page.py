@@ -79,6 +79,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pack_samples("evil", str(root / "data"), splits, EVIL, channels=3)
     config = CONFIG.replace("{name: none}", f"{{name: evil, root: {root / 'data'}}}")
     run = write_run(root / "run", config=config, gpus=4, status={"restarts": 1})
+    env = json.loads((run / "env.json").read_text())
+    env["data"] = {"name": "evil", "classes": EVIL, "shape": [3, 8, 8], "mean": [0.5] * 3, "std": [0.2] * 3}
+    (run / "env.json").write_text(json.dumps(env))
     (run / "logs").mkdir()
     events = (
         (0, "rank 0, process 17 on a"),
@@ -93,7 +96,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_model("cnn_mnist", num_classes=3, in_channels=3, image_size=(8, 8), args={})
     for parameter in model.parameters():  # equal scores: every image is taken for the longest name
         parameter.data.zero_()
-    taken = checkpoint.snapshot(30, {"model": model.state_dict()}, {"step": 30})
+    arithmetic = {"precision": "fp32", "channels_last": False, "device": "cpu"}
+    state = {"step": 30, "arithmetic": arithmetic}
+    taken = checkpoint.snapshot(30, {"model": model.state_dict()}, state)
     checkpoint.write(run / "checkpoints", taken, keep=1, best=True)
     return write_report(run)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from disttrain.doctor.rules import Finding
 
-_INSIDE_S = 10  # in which the report at the end of a run looks at validation images
+_INSIDE_S = 10  # in which the report of a run that has finished looks at validation images
 _NODE_RANK = click.option("--node-rank", type=click.IntRange(0), help="This node, 0 to nodes - 1.")
 _MASTER_ADDR = click.option("--master-addr", metavar="HOST", help="Address of node 0.")
 _MASTER_PORT = click.option("--master-port", type=click.IntRange(1, 65535), help="A free port on node 0.")
@@ -184,16 +184,16 @@ def run(
     if outcome.message:
         click.echo(f"disttrain: {outcome.message}", err=True)
     if report and plan.node_rank == 0 and folder.metrics.exists() and outcome.exit_code not in _STOPPED:
-        _write_report(folder.path, quiet=quiet)
+        _write_report(folder.path, quiet=quiet, inside_s=0 if outcome.exit_code else _INSIDE_S)
     sys.exit(outcome.exit_code)
 
 
 _STOPPED = {75, 130, 138, 140, 143}  # the run goes on later, or somebody wanted an end at once
 
 
-def _write_report(run_dir: Path, *, quiet: bool) -> None:
+def _write_report(run_dir: Path, *, quiet: bool, inside_s: int) -> None:
     """Writes the report of a run that has ended; if it cannot be written, that changes no exit code."""
-    command = [sys.executable, "-m", "disttrain", "report", str(run_dir), "--seconds", str(_INSIDE_S)]
+    command = [sys.executable, "-m", "disttrain", "report", str(run_dir), "--seconds", str(inside_s)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1:] or ["no reason given"]

@@ -12,7 +12,6 @@ import os
 import platform
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -228,22 +227,11 @@ def telling_nodes(place: Node | None) -> Iterator[None]:
         yield
     except DisttrainError as error:
         if place is not None:
-            with _leaving_with(error.exit_code):
-                _tell(place, error) if place.node_rank else _refuse_all(place, error)
+            if "SLURM_STEP_ID" in os.environ:
+                # Slurm ends all tasks with the first that fails; each should still end with its own code.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _tell(place, error) if place.node_rank else _refuse_all(place, error)
         raise
-
-
-@contextlib.contextmanager
-def _leaving_with(exit_code: int) -> Iterator[None]:
-    """Ends with an exit code if SIGTERM comes: Slurm sends it to all tasks as soon as one has failed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse_all(place: Node, error: DisttrainError) -> None:

@@ -248,7 +248,7 @@ def test_one_task_per_gpu_and_all_other_doors_write_the_same(
         "2",
         "--num_processes",
     ]
-    accelerate += ["4", "--config_file", str(SCRIPT.parents[1] / "launch/multi_node.yaml"), "--cpu"]
+    accelerate += ["4", "--config_file", str(SCRIPT.parents[1] / "launch/cpu.yaml")]
     accelerate += ["--main_process_ip", "node0", "--main_process_port", "29502"]
     worker = ["-m", "disttrain.worker", *map(str, settings)]
     doors = {
@@ -342,10 +342,15 @@ def test_a_node_that_is_gone_is_named_and_the_other_released(
         own_cluster.kill("node1")
     else:
         own_cluster.unplug("node1")
+    begin = time.monotonic()
     job.wait_until(lambda: "is gone" in job.output(), "for the failure", 60)
+    named_s = time.monotonic() - begin
     assert "node 1 (node1) is gone" in job.output()
     assert (job.status()["state"], job.status()["host"]) == ("failed", "node1")
-    job.wait_for_state("FAILED", "NODE_FAIL", "COMPLETING")
+    idle = ("sinfo", "-h", "-n", "node0", "-t", "idle", "-o", "%D")
+    job.wait_until(lambda: own_cluster.on(CONTROL, *idle).strip() == "1", "for node0 to be released", 90)
+    print(f"node1 {how}: named after {named_s:.1f} s, node0 released after {time.monotonic() - begin:.1f} s")
+    assert job.facts()["ExitCode"] == "70:0"
 
 
 def test_a_job_outlives_the_slurmd_of_a_node(own_cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
