@@ -63,7 +63,7 @@ while kill -0 "$srun" 2>/dev/null; do
   wait $! # returns at once when the trap has run
   # srun waits, perhaps for ever, for the tasks of a node that is gone, long after the others have ended.
   if [[ $(ended) == 7[01] ]]; then waited=$((waited + 1)); else waited=0; fi
-  ((waited <= 20)) || kill -KILL "$srun"
+  ((waited <= 10)) || kill -KILL "$srun"
 done
 wait "$srun"
 code=$?

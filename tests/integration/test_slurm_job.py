@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import runs
 import slurm_cluster
+from marks import nightly
 from slurm_cluster import CONTROL, Hosts
 
 REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA") or "/nonexistent")
@@ -333,7 +334,7 @@ def test_a_rank_that_is_killed_on_the_second_node_releases_both(
     assert (status["state"], status["rank"], status["host"]) == ("failed", 3, "node1")
 
 
-@pytest.mark.parametrize("how", ["killed", "unplugged"])
+@pytest.mark.parametrize("how", ["killed", *nightly("unplugged")])
 def test_a_node_that_is_gone_is_named_and_the_other_released(
     own_cluster: Hosts, tmp_path: Path, config_file: Path, how: str
 ) -> None:
