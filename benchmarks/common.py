@@ -101,8 +101,8 @@ def parser(doc: str, runs: int = 5) -> argparse.ArgumentParser:
 
 
 def variables(data: Path, threads: int | None = None, **more: str) -> dict[str, str]:
-    """Returns the environment of a measured process."""
-    env = os.environ | {"DISTTRAIN_DATA": str(data.resolve())} | more
+    """Returns the environment of a measured process; its runs write no report."""
+    env = os.environ | {"DISTTRAIN_DATA": str(data.resolve()), "DISTTRAIN_REPORT": "0"} | more
     return env if threads is None else env | {"OMP_NUM_THREADS": str(threads)}
 
 

@@ -7,24 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from plans import ONE
 
 from disttrain.errors import UsageError
 from disttrain.launch import plan as planning
-from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_processes
+from disttrain.launch.plan import plan_nodes, plan_processes
 from disttrain.launch.slurm import Node
 from disttrain.monitor.nvml import Gpu
 
 GPUS = tuple(Gpu(index, f"GPU-{index}", "NVIDIA H100", 81559) for index in (3, 1))
-ONE = LaunchPlan(
-    config_path=Path("a.yaml"),
-    overrides=(),
-    run_dir=Path("runs/a"),
-    resume="auto",
-    device="cpu",
-    processes=1,
-    gpus=(),
-    threads=4,
-)
 TWO = replace(ONE, processes=2, threads=1)
 FOUR = replace(ONE, processes=4, threads=1)
 TWO_GPUS = replace(ONE, device="cuda", processes=2, gpus=GPUS)

@@ -9,34 +9,17 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
+from plans import ONE
 
 from disttrain.errors import DataError
 from disttrain.launch import launcher
-from disttrain.launch.plan import LaunchPlan
 from disttrain.launch.supervisor import Outcome
-from disttrain.monitor.nvml import Gpu
 from disttrain.runs.runfolder import RunFolder
 
-GPUS = tuple(Gpu(index, f"GPU-{index}", "NVIDIA H100", 81559) for index in (3, 1))
-ONE = LaunchPlan(
-    config_path=Path("a.yaml"),
-    overrides=(),
-    run_dir=Path("runs/a"),
-    resume="auto",
-    device="cpu",
-    processes=1,
-    gpus=(),
-    threads=4,
-)
 TWO = replace(ONE, processes=2, threads=1)
-FOUR = replace(ONE, processes=4, threads=1)
-TWO_GPUS = replace(ONE, device="cuda", processes=2, gpus=GPUS)
-SECOND_NODE = replace(TWO_GPUS, nodes=2, node_rank=1, master_addr="gpu03", master_port=29500)
-WORKER = ["disttrain.worker", "a.yaml", "--run-dir", "runs/a"]
 HOST = socket.gethostname()
 
 

@@ -232,35 +232,22 @@ def bench(
     from rich.console import Console
 
     from disttrain.config import Config, load_config
-    from disttrain.launch.plan import LaunchPlan, plan_processes
+    from disttrain.launch.jobs import plan_job
     from disttrain.launch.preflight import check_device, open_index, split_batch
     from disttrain.measure.bench import DEFAULT, summary, tables
     from disttrain.measure.bench import bench as measure
     from disttrain.models import check_model_name
-    from disttrain.monitor.nvml import visible_gpus
     from disttrain.parallel import usable_cores
 
     config = Config.model_validate(DEFAULT) if config_path is None else load_config(config_path, overrides)
     check_model_name(config.model.name)
-    cores = usable_cores()
-    visible = [] if procs else visible_gpus()
-    device, processes, chosen, threads = plan_processes(
-        gpus=gpus, procs=procs, visible=visible, cores=cores, environ=os.environ
-    )
-    plan = LaunchPlan(
-        config_path=Path(),
-        overrides=(),
-        run_dir=Path(),
-        resume="never",
-        device=device,
-        processes=processes,
-        gpus=chosen,
-        threads=threads,
-    )
-    check_device(config, device)
+    plan = plan_job(gpus=gpus, procs=procs)
+    check_device(config, plan.device)
     split_batch(config, plan.world_size)
     open_index(config, lambda text: click.echo(text, err=True))
-    results = measure(config, plan, seconds=seconds, cores=cores, say=lambda text: click.echo(text, err=True))
+    results = measure(
+        config, plan, seconds=seconds, cores=usable_cores(), say=lambda text: click.echo(text, err=True)
+    )
     if as_json:
         click.echo(json.dumps(results, indent=1))
         return

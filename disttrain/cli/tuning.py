@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -135,29 +134,14 @@ def _prepared(
     config_path: Path, overrides: tuple[str, ...], gpus: int | None, procs: int | None
 ) -> tuple[Config, LaunchPlan, Index]:
     from disttrain.config import load_config
-    from disttrain.launch.plan import LaunchPlan, plan_processes
+    from disttrain.launch.jobs import plan_job
     from disttrain.launch.preflight import check_device, check_weights, open_index, split_batch
     from disttrain.models import check_model_name
-    from disttrain.monitor.nvml import visible_gpus
-    from disttrain.parallel import usable_cores
 
     config = load_config(config_path, overrides)
     check_model_name(config.model.name)
-    visible = [] if procs else visible_gpus()
-    device, processes, chosen, threads = plan_processes(
-        gpus=gpus, procs=procs, visible=visible, cores=usable_cores(), environ=os.environ
-    )
-    plan = LaunchPlan(
-        config_path=config_path,
-        overrides=(),
-        run_dir=Path(),
-        resume="never",
-        device=device,
-        processes=processes,
-        gpus=chosen,
-        threads=threads,
-    )
-    check_device(config, device)
+    plan = plan_job(gpus=gpus, procs=procs)
+    check_device(config, plan.device)
     check_weights(config)
     split_batch(config, plan.world_size)
     return config, plan, open_index(config, lambda text: click.echo(text, err=True))

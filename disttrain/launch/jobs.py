@@ -1,7 +1,7 @@
 """Work of a group of processes outside of any run: started, and its result or first error brought back.
 
-`run_job` starts the processes of a plan; each of them calls `serve` with the function to run. Nothing here
-imports torch.
+`plan_job` says which processes, `run_job` starts them; each of them calls `serve` with the function to run.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,41 @@ from typing import Any
 
 from disttrain.errors import DisttrainError, TrainingError, error_of
 from disttrain.files import write_atomically
-from disttrain.launch.plan import LaunchPlan, command, environment
+from disttrain.launch.plan import LaunchPlan, command, environment, plan_processes
+from disttrain.monitor.nvml import visible_gpus
+from disttrain.parallel import usable_cores
 from disttrain.runs.runfolder import RunFolder
 
 Values = dict[str, Any]
+
+
+def plan_job(*, gpus: int | None, procs: int | None) -> LaunchPlan:
+    """Returns a plan for processes of this node, of no run.
+
+    Args:
+        gpus: how many to use; None means all that are visible, if `procs` is None.
+        procs: processes without GPUs.
+
+    Raises:
+        UsageError: the machine does not have what is asked for.
+    """
+    device, processes, chosen, threads = plan_processes(
+        gpus=gpus,
+        procs=procs,
+        visible=[] if procs else visible_gpus(),
+        cores=usable_cores(),
+        environ=os.environ,
+    )
+    return LaunchPlan(
+        config_path=Path(),
+        overrides=(),
+        run_dir=Path(),
+        resume="never",
+        device=device,
+        processes=processes,
+        gpus=chosen,
+        threads=threads,
+    )
 
 
 def run_job(plan: LaunchPlan, module: str, request: Mapping[str, Any]) -> Values:

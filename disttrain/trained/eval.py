@@ -6,18 +6,14 @@ imports torch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from disttrain.config import AugmentConfig, Config
 from disttrain.errors import DataError
-from disttrain.launch.jobs import run_job
-from disttrain.launch.plan import LaunchPlan, plan_processes
+from disttrain.launch.jobs import plan_job, run_job
 from disttrain.launch.preflight import open_index
-from disttrain.monitor.nvml import visible_gpus
-from disttrain.parallel import usable_cores
 from disttrain.shards.index import Index
 from disttrain.trained.run import Facts, open_run
 
@@ -61,21 +57,8 @@ def evaluate(
         DataError: the data set is missing or damaged, or its classes or images are others.
     """
     trained = open_run(Path(run), checkpoint)
-    visible = [] if procs else visible_gpus()
-    device, processes, chosen, threads = plan_processes(
-        gpus=gpus, procs=procs, visible=visible, cores=usable_cores(), environ=os.environ
-    )
+    plan = plan_job(gpus=gpus, procs=procs)
     open_data(trained.config, trained.facts, data, root)
-    plan = LaunchPlan(
-        config_path=trained.folder.config,
-        overrides=(),
-        run_dir=trained.folder.path,
-        resume="never",
-        device=device,
-        processes=processes,
-        gpus=chosen,
-        threads=threads,
-    )
     request = {
         "run": str(run),
         "checkpoint": str(trained.checkpoint),
