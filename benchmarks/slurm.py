@@ -2,8 +2,8 @@
 
     python benchmarks/slurm.py [--runs 5] [--json]
 
-Starts munge, slurmctld and two slurmd in networks of their own, as the tests do (root; Debian's slurm-wlm, munge
-and iproute2). Every round submits three jobs with slurm/train.sh:
+Starts munge, slurmctld and two slurmd in networks of their own, as the tests do (root; Debian's slurm-wlm,
+munge and iproute2). Every round submits three jobs with slurm/train.sh:
 
 begin    seconds from sbatch to the first record of metrics.jsonl (step 5)
 save     seconds from USR2 to the requeued job, saved; then the job goes on: samples lost and repeated
@@ -60,10 +60,12 @@ class Job:
         self.run_dir = folder / f"runs/slurm-{self.number}"
 
     def trains(self) -> float:
+        """Waits for its first record and returns the time."""
         metrics = self.run_dir / "metrics.jsonl"
         return until(lambda: metrics.exists() and metrics.stat().st_size)
 
     def state(self) -> str:
+        """Returns its state as Slurm has it."""
         shown = self._hosts.on(CONTROL, "scontrol", "show", "job", self.number)
         return shown.partition("JobState=")[2].split()[0]
 

@@ -67,7 +67,7 @@ def test_quickstart_packs_the_digits_trains_and_leaves_a_complete_run_folder(
         REPOSITORY / "configs/quickstart.yaml",
         "--procs",
         "1",
-        env={"DISTTRAIN_DATA": str(tmp_path / "d")},
+        env={"DISTTRAIN_DATA": str(tmp_path / "d"), "DISTTRAIN_REPORT": "1"},
     )
     assert succeeded(result)
     (run_dir,) = (tmp_path / "runs" / "quickstart").iterdir()
@@ -77,6 +77,8 @@ def test_quickstart_packs_the_digits_trains_and_leaves_a_complete_run_folder(
     assert last["accuracy"] >= 0.95
     assert f"accuracy {100 * last['accuracy']:.2f} % ({last['correct']} of 359)" in result.stdout
     assert "\x1b" not in result.stdout, "no escape codes where there is no terminal"
+    assert result.stdout.splitlines()[-1] == f"report: {run_dir.relative_to(tmp_path)}/report.html"
+    assert f"finished: accuracy {100 * last['accuracy']:.2f} %" in (run_dir / "report.html").read_text()
     for name in (
         "config.yaml",
         "env.json",
@@ -337,8 +339,9 @@ def test_the_batch_whose_loss_was_not_finite_is_written_down(
     (tmp_path / "mine.py").write_text(OWN_MODEL)
     arguments = ["model.name=mine:Net", "model.args.fail=nan", "train.trace_samples=true"]
     arguments += ["train.precision=fp32", "train.channels_last=true", "--procs", "2", "--run-dir", "run"]
-    result = disttrain("run", config_file, *arguments)
+    result = disttrain("run", config_file, *arguments, "--report")
     assert result.returncode == 70, result.stderr
+    assert "failed with exit code 70" in (tmp_path / "run/report.html").read_text()
     assert "not finite at step 8 (epoch 1, on rank 1 first)" in result.stderr
     assert "optim.lr" in result.stderr
     state = status(tmp_path / "run")
