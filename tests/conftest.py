@@ -20,6 +20,10 @@ REPOSITORY = Path(__file__).parent.parent
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+os.environ["OMP_NUM_THREADS"] = "1"  # several threads of a process collapse where tests run side by side
+os.environ["DISTTRAIN_REPORT"] = "0"  # a test that wants a report at the end of a run asks for it
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips the tests marked gpu where there is none."""
     from disttrain.monitor.nvml import visible_gpus
@@ -104,8 +108,6 @@ def _own_folders(
             "DISTTRAIN_SUPERVISOR",
         }:
             monkeypatch.delenv(name)
-    monkeypatch.setenv("DISTTRAIN_REPORT", "0")  # a test that wants one asks for it
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more than one collapse where tests run side by side
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ checkpoint: {every_steps: 5, keep: 3}
 monitor: {log_every_steps: 5}
 """
 MODEL = """
-import os, signal
+import os, signal, time
 from torch import nn
 
 class Net(nn.Module):
@@ -51,6 +51,7 @@ class Net(nn.Module):
         self.passes += self.training
         if self.training and self.passes == self.stop:
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # a thread hears it: before the step is over
         return self.layers(images)
 """
 

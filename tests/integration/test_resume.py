@@ -133,6 +133,7 @@ def test_a_run_that_goes_on_ends_as_the_run_that_was_never_stopped(
     assert digest(parts) == digest(whole)
 
 
+@pytest.mark.nightly
 def test_on_another_number_of_ranks_the_samples_of_each_step_are_the_same(
     tmp_path: Path, digits_root: Path, uninterrupted: Callable[[int], Path]
 ) -> None:

@@ -234,7 +234,10 @@ def test_two_runs_at_once_do_not_meet(tmp_path: Path, config_file: Path, digits_
         pytest.param(["train.precision=bf16", "train.grad_clip=1.0"], marks=pytest.mark.nightly),
         ["train.accumulate=4", "train.ema=0.9", "model.name=lenet_bn", "data.name=digits32"],
         ["optim.name=muon", "optim.lr=1e-2", "augment.mixup=0.2", "augment.cutmix=1.0", "augment.flip=true"],
-        ["optim.name=adamw", "schedule.name=one_cycle", "eval.tta=flip", "data.remainder=drop"],
+        pytest.param(
+            ["optim.name=adamw", "schedule.name=one_cycle", "eval.tta=flip", "data.remainder=drop"],
+            marks=pytest.mark.nightly,
+        ),
         pytest.param(
             ["train.reproducible=true", "train.channels_last=false", "data.normalize=unit"],
             marks=pytest.mark.nightly,
@@ -375,6 +378,7 @@ def test_ranks_that_have_lost_one_another_write_no_number(
     assert [record["step"] for record in records(tmp_path / "run")] == [5]
 
 
+@pytest.mark.nightly
 def test_a_crash_is_survived_with_max_restarts(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
     once = OWN_MODEL.replace(
         'self.fail == "kill"', 'self.fail == "kill" and not os.path.exists("crashed")'
@@ -407,6 +411,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(
     assert "stopped" in first.communicate(timeout=120)[0]
 
 
+@pytest.mark.nightly
 def test_no_worker_survives_the_launcher(tmp_path: Path, config_file: Path, digits_root: Path) -> None:
     process = background(
         ["run", str(config_file), "--procs", "2", "--run-dir", "run", "train.epochs=200"],

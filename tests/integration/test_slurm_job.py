@@ -19,6 +19,14 @@ from slurm_cluster import CONTROL, Hosts
 REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA") or "/nonexistent")
 SCRIPT = Path(__file__).parents[2] / "slurm/train.sh"
 SAMPLES = 1438  # of the digits, to train on
+TINY = """
+name: tiny
+data: {name: digits}
+model: {name: cnn_mnist}
+train: {epochs: 2, batch_size: 64, trace_samples: true, precision: fp32, channels_last: true}
+optim: {name: adam, lr: 1e-2}
+monitor: {log_every_steps: 5}
+"""
 FOUR_RANKS = ("--nodes=2", "--cpus-per-task=2")
 
 pytestmark = [
@@ -227,55 +235,60 @@ def test_two_jobs_of_an_array_at_once_on_the_same_nodes(
     assert seeds == {"0", "1"}
 
 
-def test_one_task_per_gpu_and_all_other_doors_write_the_same(
-    cluster: Hosts, tmp_path: Path, config_file: Path
-) -> None:
-    settings = (config_file, "train.trace_samples=true")
+@pytest.fixture(scope="module")
+def tasks(cluster: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one task per GPU, started by srun alone."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "tiny.yaml").write_text(TINY)
     task = 'echo sees $SLURM_LOCALID:$CUDA_VISIBLE_DEVICES; exec "$0" -m disttrain.worker "$@"'
     options = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1", "--cpus-per-task=2")
-    command = ("srun", *options, "bash", "-c", task, sys.executable, *settings, "--run-dir", "tasks")
-    output = cluster.on(CONTROL, *command, cwd=tmp_path, timeout=240, env={"OMP_NUM_THREADS": ""})
+    arguments = (sys.executable, "tiny.yaml", "--run-dir", "run")
+    command = ("srun", *options, "bash", "-c", task, *arguments)
+    output = cluster.on(CONTROL, *command, cwd=folder, timeout=240, env={"OMP_NUM_THREADS": ""})
     assert sorted(re.findall(r"^sees (\d:.*)", output, re.M)) == ["0:0", "0:0", "1:1", "1:1"]
+    return folder / "run"
 
-    run = [sys.executable, "-m", "disttrain", "run", *settings, "--procs", "2", "--nodes", "2"]
-    run += ["--master-addr", "node0", "--master-port", "29500"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
-    torchrun += ["--master-addr", "node0", "--master-port", "29501"]
-    accelerate = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_machines",
-        "2",
-        "--num_processes",
+
+DOORS: dict[str, list[str]] = {
+    "disttrain run": [
+        *("disttrain", "run", "tiny.yaml", "--procs", "2", "--nodes", "2"),
+        *("--master-addr", "node0", "--master-port", "29500", "--run-dir", "run", "--node-rank"),
+    ],
+    "torchrun": [
+        *("torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--master-addr", "node0"),
+        *("--master-port", "29501", "--node-rank"),
+    ],
+    "accelerate launch": [
+        *("accelerate.commands.launch", "--num_machines", "2", "--num_processes", "4", "--config_file"),
+        *(str(SCRIPT.parents[1] / "launch/cpu.yaml"), "--main_process_ip", "node0"),
+        *("--main_process_port", "29502", "--machine_rank"),
+    ],
+}
+
+
+@pytest.mark.parametrize("door", ["disttrain run", *nightly("torchrun", "accelerate launch")])
+def test_one_task_per_gpu_and_every_other_door_write_the_same(
+    cluster: Hosts, tmp_path: Path, tasks: Path, door: str
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    worker = [] if door == "disttrain run" else ["-m", "disttrain.worker", "tiny.yaml", "--run-dir", "run"]
+    nodes = [
+        cluster.start(
+            host,
+            [sys.executable, "-m", *DOORS[door], str(rank), *worker],
+            cwd=tmp_path,
+            env={"OMP_NUM_THREADS": "2"},
+        )
+        for rank, host in enumerate(cluster.names)
     ]
-    accelerate += ["4", "--config_file", str(SCRIPT.parents[1] / "launch/cpu.yaml")]
-    accelerate += ["--main_process_ip", "node0", "--main_process_port", "29502"]
-    worker = ["-m", "disttrain.worker", *map(str, settings)]
-    doors = {
-        "run": lambda rank: [*run, "--node-rank", rank],
-        "torchrun": lambda rank: [*torchrun, "--node-rank", rank, *worker],
-        "accelerate": lambda rank: [*accelerate, "--machine_rank", rank, *worker],
-    }
-    for name, command_of in doors.items():
-        nodes = [
-            cluster.start(
-                host,
-                [*command_of(str(rank)), "--run-dir", name],
-                cwd=tmp_path,
-                env={"OMP_NUM_THREADS": "2"},
-            )
-            for rank, host in enumerate(cluster.names)
-        ]
-        assert [node.wait(timeout=240) for node in nodes] == [0, 0], name
-
-    for name in ("tasks", *doors):
-        facts = json.loads((tmp_path / name / "env.json").read_text())
+    assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    for run_dir in (tasks, tmp_path / "run"):
+        facts = json.loads((run_dir / "env.json").read_text())
         assert [device["host"] for device in facts["devices"]] == ["node0", "node0", "node1", "node1"]
         assert facts["threads"] == 2
-        assert_every_sample_once_an_epoch(tmp_path / name, epochs=2)
-        assert runs.ids_per_step(tmp_path / name) == runs.ids_per_step(tmp_path / "tasks")
-        assert runs.computed_records(tmp_path / name) == runs.computed_records(tmp_path / "tasks")
+        assert_every_sample_once_an_epoch(run_dir, epochs=2)
+    assert runs.ids_per_step(tmp_path / "run") == runs.ids_per_step(tasks)
+    assert runs.computed_records(tmp_path / "run") == runs.computed_records(tasks)
 
 
 def test_a_job_that_began_on_two_nodes_goes_on_on_one(
@@ -354,6 +367,7 @@ def test_a_node_that_is_gone_is_named_and_the_other_released(
     assert job.facts()["ExitCode"] == "70:0"
 
 
+@pytest.mark.nightly
 def test_a_job_outlives_the_slurmd_of_a_node(own_cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
     settings = ("train.epochs=30", "train.trace_samples=true", "eval.every_epochs=10")
     job = submit(own_cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")

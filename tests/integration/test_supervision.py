@@ -163,10 +163,10 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], se
     [
         ("kill", "training", 3, ["rank 1 on {host} was killed by SIGKILL in step"]),
         ("kill", "start", 2, ["rank 1 on {host} was killed by SIGKILL while starting"]),
-        ("exit", "training", 2, ["rank 1 on {host} left early with exit code 0"]),
         ("raise", "training", 3, ["rank 1 on {host} failed: RuntimeError: the pump is dry", "in forward"]),
         *nightly(
             ("kill", "evaluation", 2, ["was killed by SIGKILL in the evaluation after step 30"]),
+            ("exit", "training", 2, ["rank 1 on {host} left early with exit code 0"]),
             ("sys.exit", "training", 2, ["rank 1 on {host} failed: SystemExit: 0", "in fail"]),
             ("raise", "evaluation", 2, ["rank 1 on {host} failed: RuntimeError: the pump is dry"]),
         ),
@@ -219,26 +219,14 @@ def test_the_words_of_a_rank_that_cannot_even_start(start: Start, tmp_path: Path
     ("how", "when", "procs", "words"),
     [
         ("stop", "training", 3, "while computing (the process is stopped); ranks 0 and 2 wait for it"),
-        pytest.param(
-            "stop",
-            "evaluation",
-            2,
-            "in the evaluation after step 30 (the process is stopped)",
-            marks=pytest.mark.nightly,
-        ),
         ("stop", "start", 2, "while starting (the process is stopped); rank 0 waits for it"),
-        pytest.param(
-            "stop",
-            "data",
-            2,
-            "while loading data (the process is stopped); rank 0 waits for it",
-            marks=pytest.mark.nightly,
-        ),
-        pytest.param(
-            "loop", "training", 3, "while computing; ranks 0 and 2 wait for it", marks=pytest.mark.nightly
-        ),
         ("loop", "evaluation", 2, "in the evaluation after step 30; rank 0 waits for it"),
-        ("loop", "data", 2, "while loading data; rank 0 waits for it"),
+        *nightly(
+            ("stop", "evaluation", 2, "in the evaluation after step 30 (the process is stopped)"),
+            ("stop", "data", 2, "while loading data (the process is stopped); rank 0 waits for it"),
+            ("loop", "training", 3, "while computing; ranks 0 and 2 wait for it"),
+            ("loop", "data", 2, "while loading data; rank 0 waits for it"),
+        ),
     ],
 )
 def test_a_rank_that_hangs_is_named_and_not_its_victims(
@@ -258,6 +246,7 @@ def test_a_rank_that_hangs_is_named_and_not_its_victims(
     assert STALL_S - 1 < seconds < STALL_S + 30
 
 
+@pytest.mark.nightly
 def test_a_hang_is_survived_with_max_restarts(start: Start, tmp_path: Path) -> None:
     arguments = ["--procs", "2", "--max-restarts", "1", "train.epochs=2", "model.args.once=true"]
     code, output, _ = ended(run(start, *arguments, how="loop"), tmp_path)
@@ -370,10 +359,10 @@ def test_two_nodes_train(start: Start, tmp_path: Path, port: int) -> None:
 @pytest.mark.parametrize(
     ("how", "code", "words"),
     [
-        ("kill", 70, f"rank 1 on {HOST} was killed by SIGKILL in step"),
         ("raise", 70, f"rank 1 on {HOST} failed: RuntimeError: the pump is dry"),
         ("loop", 71, f"rank 1 on {HOST} hangs"),
         *nightly(
+            ("kill", 70, f"rank 1 on {HOST} was killed by SIGKILL in step"),
             ("stop", 71, f"rank 1 on {HOST} hangs"),
         ),
     ],
