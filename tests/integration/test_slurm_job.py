@@ -84,7 +84,9 @@ class Job:
 
     def facts(self) -> dict[str, str]:
         shown = self._cluster.on(CONTROL, "scontrol", "show", "job", self.number)
-        return dict(re.findall(r"(\w+)=(\S*)", shown))
+        jobs = [dict(re.findall(r"(\w+)=(\S*)", job)) for job in shown.split("\n\n")]
+        # By the number of an array, which is that of one of its jobs too, Slurm shows all of them.
+        return next(job for job in jobs if job.get("JobId") == self.number)
 
     def output(self) -> str:
         log = self._folder / f"disttrain-{self.number}.log"
