@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ from disttrain.errors import DisttrainError, reason
 from disttrain.files import write_atomically
 from disttrain.monitor.console import duration, number
 from disttrain.report.records import MEASURES, Array, Device, Run, read_gpus, read_run, utc
-from disttrain.runs.runfolder import utc_now
+from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import Index, load_index
 
 if TYPE_CHECKING:
@@ -67,8 +68,10 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
     """
     from disttrain.report import charts
 
-    run = read_run(run_dir)
-    gpus, unread = read_gpus(run.folder.gpu)
+    with ThreadPoolExecutor(1) as pool:  # it waits for processes that read, while this one reads the rest
+        reading = pool.submit(read_gpus, RunFolder(run_dir).gpu)
+        run = read_run(run_dir)
+        gpus, unread = reading.result()
     devices = gpus or run.processes
     drawn = charts.Charts()
     if len(run.train["step"]):
