@@ -68,7 +68,7 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
     """
     from disttrain.report import charts
 
-    with ThreadPoolExecutor(1) as pool:  # it waits for processes that read, while this one reads the rest
+    with ThreadPoolExecutor(1) as pool:  # processes read the GPUs, while this one reads the rest
         reading = pool.submit(read_gpus, RunFolder(run_dir).gpu)
         run = read_run(run_dir)
         gpus, unread = reading.result()
