@@ -151,7 +151,7 @@ def test_mnist_on_two_nodes(cluster: Hosts, tmp_path: Path, monkeypatch: pytest.
 def test_a_job_out_of_time_saves_requeues_and_goes_on_where_it_was(
     cluster: Hosts, tmp_path: Path, config_file: Path
 ) -> None:
-    requeue_and_finish(cluster, tmp_path, config_file)
+    assert requeued(cluster, tmp_path, config_file).status()["state"] == "finished"
 
 
 @pytest.mark.nightly
@@ -159,10 +159,11 @@ def test_a_job_out_of_time_saves_requeues_and_goes_on_where_it_was(
 def test_the_same_where_signals_reach_all_processes_of_a_task(
     own_cluster: Hosts, tmp_path: Path, config_file: Path
 ) -> None:
-    requeue_and_finish(own_cluster, tmp_path, config_file)
+    assert requeued(own_cluster, tmp_path, config_file).status()["state"] == "finished"
 
 
-def requeue_and_finish(cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
+def requeued(cluster: Hosts, tmp_path: Path, config_file: Path) -> Job:
+    """Returns a job that was stopped as at its time limit, and has gone on."""
     epochs = 40
     settings = (f"train.epochs={epochs}", "train.trace_samples=true", "eval.every_epochs=20")
     job = submit(cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")
@@ -182,6 +183,7 @@ def requeue_and_finish(cluster: Hosts, tmp_path: Path, config_file: Path) -> Non
     assert_every_sample_once_an_epoch(job.run_dir, epochs)
     steps = [json.loads(line)["step"] for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+    return job
 
 
 def wait_for_slurmstepd(cluster: Hosts, job: Job) -> None:
