@@ -60,10 +60,8 @@ class Phases:
         self._seconds = [0.0] * len(Phase)
         self._phase, self._since = Phase.START, time.perf_counter()
         self._events: list[tuple[Phase, torch.cuda.Event]] = []
-        self._sampled, self._marking = (
-            0,
-            False,
-        )  # the step that is timed on the device, and whether it is under way
+        self._sampled = 0  # the step that is timed on the device
+        self._marking = False  # whether it is under way
 
     def enter(self, phase: Phase, step: int, part: int = 0) -> None:
         """Begins a phase; arguments as for `Pulse.beat`."""
@@ -76,9 +74,7 @@ class Phases:
 
     def _mark(self, phase: Phase, step: int) -> None:
         if self._events:
-            self._marking = (
-                step == self._sampled and phase <= Phase.OPTIMIZE
-            )  # this event is the last, if not
+            self._marking = step == self._sampled and phase <= Phase.OPTIMIZE  # if not, the last event
         elif phase == Phase.DATA:
             self._marking, self._sampled = True, step
         else:

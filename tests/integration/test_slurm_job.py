@@ -270,7 +270,7 @@ DOORS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("door", ["disttrain run", *nightly("torchrun", "accelerate launch")])
+@pytest.mark.parametrize("door", DOORS)
 def test_one_task_per_gpu_and_every_other_door_write_the_same(
     cluster: Hosts, tmp_path: Path, tasks: Path, door: str
 ) -> None:
@@ -371,7 +371,6 @@ def test_a_node_that_is_gone_is_named_and_the_other_released(
     assert job.facts()["ExitCode"] == "70:0"
 
 
-@pytest.mark.nightly
 def test_a_job_outlives_the_slurmd_of_a_node(own_cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
     settings = ("train.epochs=30", "train.trace_samples=true", "eval.every_epochs=10")
     job = submit(own_cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")
