@@ -281,17 +281,18 @@ def interleaved(
     """Takes every measurement once a round; a first round is not counted."""
     if warm_up:
         for name, measure in measurements.items():
-            _tell(f"warm-up: {name}")
+            tell(f"warm-up: {name}")
             measure()
     values: Values = {name: [] for name in measurements}
     for number in range(runs):
         for name, measure in measurements.items():
             values[name].append(measure())
-            _tell(f"round {number + 1} of {runs}: {name} {values[name][-1]:.5g}")
+            tell(f"round {number + 1} of {runs}: {name} {values[name][-1]:.5g}")
     return values
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Prints progress on standard error, if someone watches."""
     if sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)
 

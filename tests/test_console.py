@@ -165,6 +165,7 @@ def test_a_frame_says_what_it_is_told() -> None:
     assert re.fullmatch(r" +18,200 images/s +step 28.1 ms +data wait 2 % *", lines[train + 1])
     assert line(lines, "eval") == "eval     81.23 % (8,123/10,000)   best 90.00 % (9,000/10,000) in epoch 1"
     assert line(lines, "loss") == "loss     █▁  0.1234 to 0.5000"
+    assert line(lines, "accuracy") == "accuracy ▁▁  96.12 to 96.12 %"
     first, second = line(lines, "GPU 0"), line(lines, "GPU 1")
     assert re.fullmatch(r"GPU 0 +━+╾?─+ +30 % +12.1/79.6 GiB +612 W +64 °C", first)
     assert re.fullmatch(r"GPU 1 +━+╾?─+ +31 % +12.1/79.6 GiB +612 W +64 °C", second)
@@ -174,6 +175,18 @@ def test_a_frame_says_what_it_is_told() -> None:
     assert "data wait 2 %" in line(wide, "train")
     assert line(wide, "GPU 0").endswith("NVIDIA H100")
     assert cell_len(line(wide, "epoch")) == 199
+
+
+def test_the_arithmetic_of_a_device_is_shown_where_it_is_known() -> None:
+    shown = dashboard()
+    shown.train({**TRAIN, "device_flops_per_s": 412_300_000_000_000, "device_peak_pct": 41.7})
+    rows = [row for row in frame(shown) if "peak" in row]
+    assert rows == [" " * 9 + "412.3 TFLOP/s, 42 % peak".ljust(len(rows[0]) - 9)]
+    assert (
+        line(frame(shown, 200), "train").rstrip().endswith("data wait 2 %         412.3 TFLOP/s, 42 % peak")
+    )
+    shown.train({**TRAIN, "device_flops_per_s": 12_340_000_000, "device_peak_pct": None})
+    assert any(row.strip() == "12.3 GFLOP/s" for row in frame(shown))
 
 
 def test_the_pace_leaves_out_the_start_and_counts_the_pauses() -> None:
@@ -204,8 +217,8 @@ def test_many_gpus_are_folded_and_the_rest_summed_up() -> None:
     shown = dashboard()
     shown.train({**TRAIN, "gpus": gpus(64, hosts=8)})
     lines = frame(shown)
-    assert line(lines, "+") == "+54 more, use 40 to 93 %"
-    assert sum(" GPU " in row for row in lines) == 10
+    assert line(lines, "+") == "+55 more, use 39 to 93 %"
+    assert sum(" GPU " in row for row in lines) == 9
     lines = frame(shown, 200, 50)
     assert not [row for row in lines if row.startswith("+")]
     assert sum(row.count(" GPU ") for row in lines) == 64

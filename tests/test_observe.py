@@ -281,6 +281,8 @@ def observer_of(
         rank=rank,
         world_size=2,
         accelerator=SimpleNamespace(device=torch.device("cpu")),
+        flops_per_image=3_000_000,
+        peak_flops_per_s=None,
         settings=Settings("fp32", channels_last=False, compiled=False, threads=1),
         bare_model=nn.Linear(2, 3),
         plan=Plan(0, (1438,), 64),

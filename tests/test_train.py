@@ -42,7 +42,7 @@ CLASSES = 4
 MEAN, STD = 0.4, 0.3
 TRAIN_KEYS = {  # with the readings of the gauges
     "kind", "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s",
-    "data_wait_pct", "phases_ms", "own_ms", "skipped", "gpus",
+    "data_wait_pct", "phases_ms", "own_ms", "device_flops_per_s", "device_peak_pct", "skipped", "gpus",
 }  # fmt: skip
 EVAL_KEYS = {"kind", "step", "epoch", "loss", "accuracy", "correct", "total", "skipped"}
 

@@ -13,6 +13,7 @@ from disttrain.monitor.verdict import Evidence, evidence, judge
 FINE = Evidence(step_s=0.1, data_s=0.002, on_gpu=True, precision="bf16", utilization_pct=97, memory_pct=60)
 CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
     ("all is well", {}, "compute-bound", ["98 % of a step (100 ms)", "more GPUs"], None),
+    ("of a known GPU", {"peak_pct": 41.7}, "compute-bound", ["is computing, at 42 % of the device's"], None),
     ("fp32", {"precision": "fp32"}, "compute-bound", ["train.precision=bf16"], "train.precision"),
     (
         "a processor",

@@ -117,10 +117,12 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 def summary(results: dict[str, Any]) -> list[str]:
     """Returns lines on arithmetic and settings."""
-    lines = [
-        f"{results['flops_per_image'] / 1e6:,.1f} MFLOP an image, forward and backward; "
-        f"{results['flops_per_s_and_device'] / 1e9:,.1f} GFLOP/s on each device"
-    ]
+    lines = ["the arithmetic of this model is not known"]
+    if results["flops_per_image"] is not None:
+        lines = [
+            f"{results['flops_per_image'] / 1e6:,.1f} MFLOP an image, forward and backward; "
+            f"{results['flops_per_s_and_device'] / 1e9:,.1f} GFLOP/s on each device"
+        ]
     if results["share_of_peak"] is None:
         lines[0] += f"; peak n/a ({results['peak_source']})"
     else:

@@ -30,19 +30,6 @@ if TYPE_CHECKING:
     from disttrain.training.parts import Parts, Saver
     from disttrain.training.train import Piece
 
-PEAK_TFLOPS = {
-    # Dense, as the makers' data sheets have them: bf16 or fp16, tf32, fp32.
-    "H200": (989, 495, 67),
-    "H100 PCIe": (756, 378, 51),
-    "H100": (989, 495, 67),
-    "A100": (312, 156, 19.5),
-    "L40S": (362, 183, 91.6),
-    "L4": (121, 60, 30.3),
-    "A10": (125, 62.5, 31.2),
-    "V100": (125, None, 15.7),
-    "T4": (65, None, 8.1),
-}
-
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Measures as one rank of the group that the environment describes."""
@@ -85,7 +72,7 @@ def measure(config: Config, rank: Rank, what: str, seconds: float) -> dict[str, 
                 | {"logging": bench.logging(config, index, choices)},
                 "table": settings_table(work, seconds, compiling=config.train.compile is not False),
             }
-            results |= flops(parts, work, results["step_s"])
+            results |= flops(parts, results["step_s"])
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -341,46 +328,30 @@ def _all_settings(on_gpu: bool, compiling: bool) -> Iterator[Settings]:
                 yield Settings(precision, channels_last, compiled, torch.get_num_threads())
 
 
-def flops(parts: Parts, work: Workload, step_s: float) -> dict[str, Any]:
+def flops(parts: Parts, step_s: float) -> dict[str, Any]:
     """Returns the arithmetic of a training step and how near it comes to what the device can do."""
-    import copy
+    from disttrain.training.flops import peak_flops_per_s
+    from disttrain.training.train import arithmetic
 
-    import torch
-    import torch.nn.functional as F
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = copy.deepcopy(work.model).train()
-    images = torch.zeros(work.batch, *work.image, device=parts.accelerator.device)
-    labels = torch.zeros(work.batch, dtype=torch.int64, device=parts.accelerator.device)
-    with FlopCounterMode(display=False) as counter, contextlib.ExitStack() as stack:
-        if parts.compiled_batch is not None:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        F.cross_entropy(model(images), labels).backward()
-    per_image = counter.get_total_flops() / work.batch
-    found = per_image * parts.plan.batch_size / step_s / parts.world_size  # of one device
-    peak, source = _peak(parts)
+    precision = parts.settings.precision
+    peak, source = peak_flops_per_s(parts.accelerator.device, precision)
+    if parts.accelerator.device.type == "cpu":
+        peak, source = _measured_peak(precision)
+    found = arithmetic(parts, parts.plan.batch_size / step_s)["device_flops_per_s"]
     return {
-        "flops_per_image": per_image,
+        "flops_per_image": parts.flops_per_image,
         "flops_per_s_and_device": found,
         "peak_flops_per_s": peak,
         "peak_source": source,
-        "share_of_peak": None if peak is None else found / peak,
+        "share_of_peak": None if peak is None or found is None else found / peak,
     }
 
 
-def _peak(parts: Parts) -> tuple[float | None, str]:
-    """Returns the most operations per second that one device does in the precision of the run, and whence."""
+def _measured_peak(precision: str) -> tuple[float, str]:
+    """Returns the operations per second that this CPU does in a precision, and how that was found."""
     import torch
 
-    device = parts.accelerator.device
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, (half, tf32, single) in PEAK_TFLOPS.items():
-            if known in name:
-                tera = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": single}[parts.settings.precision]
-                return (None if tera is None else tera * 1e12), f"data sheet of {known}"
-        return None, f"no figure for {name}"
-    dtype = torch.bfloat16 if parts.settings.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     side = 1024
     left, right = (torch.randn(side, side).to(dtype) for _ in range(2))
     best = float("inf")

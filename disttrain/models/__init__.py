@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from disttrain.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from disttrain.config import ModelConfig
     from disttrain.shards.index import Index
@@ -203,22 +203,34 @@ def _build_torchvision(name: str, given: Mapping[str, Any], args: Mapping[str, A
         raise _unknown_argument(unexpected[1], options) from None
 
 
-def _check_output(model: nn.Module, name: str, num_classes: int, shape: tuple[int, int, int]) -> None:
-    """Runs one zero image [1, *shape] in eval mode; leaves modes, buffers and random state as they were."""
+def try_out(model: nn.Module, images: Tensor) -> Any:
+    """Returns the scores of images [B, C, H, W]; leaves modes, buffers and random state as they were.
+
+    The model computes in evaluation mode.
+    """
     import torch
 
-    image = "x".join(str(length) for length in shape)
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
-            output = torch.func.functional_call(model, buffers, (torch.zeros(1, *shape),))
-    except Exception as error:
-        raise UsageError(f"model {name}: fails on an image of {image}: {_describe(error)}") from error
+            return torch.func.functional_call(model, buffers, (images,))
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def _check_output(model: nn.Module, name: str, num_classes: int, shape: tuple[int, int, int]) -> None:
+    """Checks what comes out for one blank image of this shape."""
+    import torch
+
+    image = "x".join(str(length) for length in shape)
+    try:
+        with torch.no_grad():
+            output = try_out(model, torch.zeros(1, *shape))
+    except Exception as error:
+        raise UsageError(f"model {name}: fails on an image of {image}: {_describe(error)}") from error
     got = (
         list(output.shape) if isinstance(output, torch.Tensor) else f"a value of type {type(output).__name__}"
     )

@@ -28,7 +28,7 @@ from rich.text import Text
 _REFRESHES_PER_S = 4
 _LABEL = 9  # cells of the column of labels
 _DEVICE_MIN = 72  # cells that a device's row needs: rows go side by side from twice as many
-_LOSSES_KEPT = 400
+_POINTS_KEPT = 400
 _ASCII = str.maketrans("━╾─▁▂▃▄▅▆▇█°…", "#--_..-=+*# ~")  # for terminals that have nothing else
 
 Record = Mapping[str, Any]
@@ -91,7 +91,7 @@ class Console:
         self._eval: Record = {}
         self._best: Record = {}
         self._verdict = ""
-        self._losses: deque[float | None] = deque(maxlen=_LOSSES_KEPT)
+        self._curves = {key: deque[float | None](maxlen=_POINTS_KEPT) for key in ("loss", "accuracy")}
         self._notes: deque[str] = deque(maxlen=3)
         self._started_s = clock()
         self._origin: tuple[float, int] | None = None  # time and samples from which the pace is measured
@@ -126,7 +126,8 @@ class Console:
         """Takes a record of kind train."""
         with self._lock:
             self._train = record
-            self._losses.append(record.get("loss"))
+            for key, points in self._curves.items():
+                points.append(record.get(key))
         now = self._clock()
         if self._verbosity >= 1 or now - self._last_line_s >= self._line_interval_s:
             self._last_line_s = now
@@ -186,7 +187,8 @@ class Console:
         """Returns the lines of the dashboard, at most `height`; rich crops what is wider than `width`."""
         with self._lock:
             train, evaluation, best = self._train, self._eval, self._best
-            losses, notes, verdict = list(self._losses), list(self._notes), self._verdict
+            curves = {key: list(points) for key, points in self._curves.items()}
+            notes, verdict = list(self._notes), self._verdict
         elapsed = f"elapsed {duration(self._clock() - self._started_s)}"
         title = _text(f"disttrain  {self._info.name}", "bold")
         title.truncate(max(0, width - len(elapsed) - 2), overflow="ellipsis", pad=True)
@@ -198,7 +200,8 @@ class Console:
             *self._progress(train, width),
             *_train_rows(train, width),
             _row("eval", _text(_eval_summary(evaluation, best, self._info))),
-            _loss_row(losses, width),
+            _curve_row("loss", curves["loss"], width, ".4f"),
+            _curve_row("accuracy", curves["accuracy"], width, ".2f", " %", 100),
             *([_row("verdict", _text(verdict))] if verdict else []),
         ]
         notes_rows = [_row("" if i else "notes", _text(note)) for i, note in enumerate(notes)]
@@ -271,6 +274,12 @@ def number(value: object, form: str, unit: str = "", scale: float = 1, width: in
     """Returns a number in the given format with its unit, n/a for None; right-aligned in `width` cells."""
     known = isinstance(value, (int, float))
     return (f"{cast(float, value) * scale:{form}}{unit}" if known else "n/a").rjust(width)
+
+
+def flops(per_s: float) -> str:
+    """Returns floating-point operations per second with a unit that suits them."""
+    scale, unit = (1e12, "TFLOP/s") if per_s >= 1e12 else (1e9, "GFLOP/s")
+    return f"{per_s / scale:,.1f} {unit}"
 
 
 def train_line(record: Record, info: RunInfo) -> str:
@@ -422,8 +431,12 @@ def _train_rows(record: Record, width: int) -> list[Text]:
         ("step ", number(step_time_s, ",.1f", " ms", 1000)),
         ("data wait ", number(record.get("data_wait_pct"), ".0f", " %")),
     ]
+    if (speed := record.get("device_flops_per_s")) is not None:
+        share = record.get("device_peak_pct")
+        fields.append(("", flops(speed) + ("" if share is None else f", {share:.0f} % peak")))
     cell, rows = 22, []
-    per_row = 6 if width >= _LABEL + 6 * cell else 3
+    lines = math.ceil(len(fields) / max(1, (width - _LABEL) // cell))
+    per_row = math.ceil(len(fields) / lines)
     for first in range(0, len(fields), per_row):
         row = _row("" if first else "train", Text())
         for name, value in fields[first : first + per_row]:
@@ -443,12 +456,14 @@ def _eval_summary(last: Record, best: Record, info: RunInfo) -> str:
     return f"{both[0]}   best {both[1]} in epoch {number(_epoch(best, info), ',.0f')}"
 
 
-def _loss_row(losses: Sequence[float | None], width: int) -> Text:
-    shown = losses[-max(1, width - _LABEL - 22) :]
-    known = [loss for loss in shown if loss is not None and math.isfinite(loss)]
+def _curve_row(
+    label: str, points: Sequence[float | None], width: int, form: str, unit: str = "", scale: float = 1
+) -> Text:
+    shown = points[-max(1, width - _LABEL - 22) :]
+    known = [scale * point for point in shown if point is not None and math.isfinite(point)]
     if not known:
-        return _row("loss", _text("n/a"))
-    return _row("loss", _text(sparkline(shown))).append(f"  {min(known):.4f} to {max(known):.4f}")
+        return _row(label, _text("n/a"))
+    return _row(label, _text(sparkline(shown))).append(f"  {min(known):{form}} to {max(known):{form}}{unit}")
 
 
 def _device_rows(record: Record, width: int, room: int) -> list[Text]:

@@ -456,6 +456,8 @@ def _environment(
         "devices": devices,
         "communication": _communication(parts),
         "threads": torch.get_num_threads(),
+        "flops_per_image": parts.flops_per_image,
+        "device_peak_flops_per_s": parts.peak_flops_per_s,
         "choices": choices,
         "data": {
             "name": index.name,

@@ -44,6 +44,7 @@ class Evidence:
         throttled_pct: share of the readings in which each GPU held its clocks down for its temperature; None
             is unknown. At full load the power limit does so too, and that is no fault.
         gpu_names: what to call each GPU.
+        peak_pct: arithmetic of the model in a second, as a share of the most that a device does, or None.
     """
 
     step_s: float
@@ -59,6 +60,7 @@ class Evidence:
     memory_pct: float | None = None
     throttled_pct: Sequence[float | None] = ()
     gpu_names: Sequence[str] = ()
+    peak_pct: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ def judge(evidence: Evidence) -> Verdict:
         )
     rest = 100 - data_pct - communication_pct
     text = f"compute-bound: {rest:.0f} % of a step ({_ms(e.step_s)}) is computing"
+    if e.peak_pct is not None:
+        text += f", at {e.peak_pct:.0f} % of the device's peak"
     if e.precision == "fp32" and e.on_gpu:
         return Verdict("compute-bound", f"{text}; train.precision=bf16 makes it cheaper", "train.precision")
     more = "GPUs" if e.on_gpu else "cores or a GPU"
@@ -190,6 +194,7 @@ def evidence(
         else None,
         memory_pct=max(full, default=None),
         throttled_pct=[_mean(rows, "throttled_thermal_pct") for rows in gpus.values()],
+        peak_pct=_mean(records, "device_peak_pct"),
         gpu_names=[f"GPU {index} on {host}" for host, index in gpus],
     )
 

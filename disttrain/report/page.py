@@ -17,7 +17,7 @@ from disttrain import __version__
 from disttrain.config import dump_config
 from disttrain.errors import DisttrainError, reason
 from disttrain.files import write_atomically
-from disttrain.monitor.console import duration, number
+from disttrain.monitor.console import duration, flops, number
 from disttrain.report.records import MEASURES, Array, Device, Run, read_gpus, read_run, utc
 from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import Index, load_index
@@ -238,6 +238,7 @@ def _facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
         ("training", _days(float(spent[-1])) if len(spent) else "n/a"),
         ("start to end", _days(wall_s(run))),
         ("median speed", f"{np.nanmedian(speed):,.0f} images/s" if np.isfinite(speed).any() else "n/a"),
+        ("model arithmetic", _arithmetic(run)),
         ("ran on", str(info.get("devices") or "n/a")),
         ("precision", str(info.get("precision") or "n/a")),
         ("parameters", number(info.get("parameters"), ",d")),
@@ -246,6 +247,16 @@ def _facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
     if peak:
         facts.append(("most GPU memory", f"{max(peak):,.1f} GiB"))
     return facts
+
+
+def _arithmetic(run: Run) -> str:
+    """Returns the model's operations per second on one device, and their share of its peak."""
+    per_image, peak = run.env.get("flops_per_image"), run.env.get("device_peak_flops_per_s")
+    speed, ranks = run.train["images_per_s"], run.env.get("world_size") or 1
+    if not per_image or not np.isfinite(speed).any():
+        return "n/a"
+    per_s = per_image * float(np.nanmedian(speed)) / ranks
+    return f"{flops(per_s)} a device" + (f", {100 * per_s / peak:.1f} % of its peak" if peak else "")
 
 
 def _least(values: Sequence[float | None]) -> str:

@@ -222,6 +222,8 @@ class Parts:
         val_skipped: samples of the validation split that cannot be used.
         image_size: height and width in pixels.
         settings: how the forward and backward pass is computed.
+        flops_per_image: of training, or None if that is not known.
+        peak_flops_per_s: the most that the device does, or None if that is not known.
         compiled_batch: images in the forward pass that the model is compiled for, or None if it is not.
         meter: sums since the last log point.
     """
@@ -240,6 +242,8 @@ class Parts:
     val_skipped: int
     image_size: tuple[int, int]
     settings: Settings
+    flops_per_image: int | None = None
+    peak_flops_per_s: float | None = None
     compiled_batch: int | None = None
     rank: int = field(init=False)
     world_size: int = field(init=False)

@@ -333,6 +333,7 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
         raise not_finite(parts, position, seen, hooks)
     check_scaler(parts)
     meter.step_time_s = elapsed_s / parts.world_size / meter.steps
+    images_per_s = samples / (elapsed_s / parts.world_size)
     record = {
         "kind": "train",
         "step": position.step,
@@ -341,7 +342,7 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
         "loss": loss / samples,
         "accuracy": correct / samples,
         "lr": lr,
-        "images_per_s": samples / (elapsed_s / parts.world_size),
+        "images_per_s": images_per_s,
         "step_time_s": meter.step_time_s,
         "data_wait_pct": 100 * wait_s / elapsed_s,
         "phases_ms": {
@@ -349,12 +350,25 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
             for name, seconds in zip(StepTimes._fields, times_s, strict=True)
         },
         "own_ms": [_ms(seconds) for seconds in own_s],
+        **arithmetic(parts, images_per_s),
         "skipped": len(parts.plan.skipped),
         **hooks.gauges.rows(readings),
     }
     hooks.observer.train(record)
     meter.restart()
     return stopping > 0
+
+
+def arithmetic(parts: Parts, images_per_s: float) -> dict[str, float | None]:
+    """Returns the model's floating-point operations per second on one device, and their share of its peak."""
+    if parts.flops_per_image is None:
+        return {"device_flops_per_s": None, "device_peak_pct": None}
+    found = parts.flops_per_image * images_per_s / parts.world_size
+    peak = parts.peak_flops_per_s
+    return {
+        "device_flops_per_s": round(found),
+        "device_peak_pct": None if peak is None else round(100 * found / peak, 2),
+    }
 
 
 def _ms(seconds: float) -> float:

@@ -1,0 +1,77 @@
+"""The arithmetic that a model asks for, and the most that a device can do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disttrain.models import try_out
+
+PEAK_TFLOPS = {
+    # Dense, as the makers' data sheets have them: bf16 or fp16, tf32, fp32.
+    "H200": (989, 495, 67),
+    "H100 PCIe": (756, 378, 51),
+    "H100": (989, 495, 67),
+    "A100": (312, 156, 19.5),
+    "L40S": (362, 183, 91.6),
+    "L4": (121, 60, 30.3),
+    "A10": (125, 62.5, 31.2),
+    "V100": (125, None, 15.7),
+    "T4": (65, None, 8.1),
+}
+_PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CHEAP = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
+
+
+def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int | None:
+    """Returns the floating-point operations of the matrix products in training on one image.
+
+    A multiplication and an addition are two. The products are those of convolutions and linear layers:
+    forward, and backward for the weights that are trained and the inputs that depend on such weights.
+    What is computed twice is counted once: the number is that of the model, not of a way to run it.
+    (torch.utils.flop_counter takes long to import, and takes grouped convolutions for full ones backward.)
+
+    The model computes the scores of a blank image for this; it is not changed.
+
+    Args:
+        model: on its device, neither compiled nor wrapped.
+        image: channels, height and width.
+
+    Returns:
+        The number, or None where the model has parameters in layers that are not known here.
+    """
+    layers = [
+        module for module in model.modules() if next(module.parameters(recurse=False), None) is not None
+    ]
+    if not layers or not all(isinstance(layer, (*_PRODUCTS, *_CHEAP)) for layer in layers):
+        return None
+    total = 0
+
+    def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        products = output.numel() * math.prod(layer.weight.shape[1:])
+        total += 2 * products * (1 + layer.weight.requires_grad + inputs[0].requires_grad)
+
+    handles = [layer.register_forward_hook(count) for layer in layers if isinstance(layer, _PRODUCTS)]
+    device = next(model.parameters()).device
+    try:
+        try_out(model, torch.zeros(1, *image, device=device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+def peak_flops_per_s(device: torch.device, precision: str) -> tuple[float | None, str]:
+    """Returns the most operations per second that a GPU does in a precision, and where that is from."""
+    if device.type != "cuda":
+        return None, "no data sheet for a CPU"
+    name = torch.cuda.get_device_name(device)
+    for known, (half, tf32, single) in PEAK_TFLOPS.items():
+        if known in name:
+            tera = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": single}[precision]
+            return (None if tera is None else tera * 1e12), f"data sheet of {known}"
+    return None, f"no figure for {name}"
