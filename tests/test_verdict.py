@@ -68,6 +68,13 @@ CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
         ["rank 0 on a"],
         None,
     ),
+    (
+        "uneven ranks on a slow link",
+        {"own_s": (0.004, 0.008), "where": ("a", "b"), "communication_s": 0.09},
+        "communication-bound",
+        ["90 %"],
+        "train.batch_size",
+    ),
     ("even ranks", {"own_s": (0.05, 0.06), "where": ("a", "b")}, "compute-bound", [], None),
     (
         "hot",

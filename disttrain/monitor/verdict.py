@@ -18,7 +18,8 @@ Name = Literal[
 ]
 
 THROTTLED_PCT = 20.0  # of the readings in which a GPU held its clocks down
-STRAGGLER = 1.25  # times the median of the other ranks' own time
+STRAGGLER = 1.25  # times the median of the other ranks' own time,
+STRAGGLER_PCT = 10.0  # and of a step, by which it takes longer: so much do the others wait for it
 INPUT_PCT = 10.0  # of a step spent waiting for data
 COMMUNICATION_PCT = 20.0  # of a step spent waiting for the reduction of gradients
 IDLE_GPU_PCT = 70.0  # utilisation below which a GPU that does not wait for data is not kept busy
@@ -93,7 +94,8 @@ def judge(evidence: Evidence) -> Verdict:
     if len(e.own_s) > 1:
         slowest = max(range(len(e.own_s)), key=lambda rank: e.own_s[rank])
         median = statistics.median(own for rank, own in enumerate(e.own_s) if rank != slowest)
-        if median > 0 and e.own_s[slowest] >= STRAGGLER * median:
+        late_pct = _share(e.own_s[slowest] - median, e.step_s)
+        if e.own_s[slowest] >= STRAGGLER * median and late_pct >= STRAGGLER_PCT:
             return Verdict(
                 "straggler",
                 f"straggler: {e.where[slowest]} needs {_ms(e.own_s[slowest])} for its part of a step, the "

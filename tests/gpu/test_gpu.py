@@ -78,6 +78,19 @@ def images(folder: Path) -> Path:
     return folder / "images"
 
 
+def test_a_batch_too_small_for_a_gpu_is_named(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
+    tiny = ["train.batch_size=2", "train.epochs=10", "train.compile=false", "data.cache=device"]
+    records = trained(
+        disttrain("run", config_file, "--gpus", "1", *tiny, "--run-dir", "run"), tmp_path / "run"
+    )
+    verdict = json.loads((tmp_path / "run/status.json").read_text())["verdict"]
+    assert verdict["name"] == "launch-bound", verdict
+    peak = json.loads((tmp_path / "run/env.json").read_text())["device_peak_flops_per_s"]
+    shares = [record["device_peak_pct"] for record in records if record["kind"] == "train"]
+    assert all((share is None) == (peak is None) for share in shares)
+    assert peak is None or max(shares) < 5
+
+
 def test_the_bench_measures_a_gpu(disttrain: Run, config_file: Path) -> None:
     done = disttrain("bench", config_file, "--gpus", "1", "--seconds", "0.2", "--json", "data.cache=host")
     assert done.returncode == 0, done.stderr

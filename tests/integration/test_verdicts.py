@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +21,8 @@ from torch import nn
 
 class Net(nn.Sequential):
     def __init__(self, num_classes, slow):
-        super().__init__(nn.Flatten(), nn.Linear(64, num_classes))
+        wide = 4096 if slow == "link" else 1
+        super().__init__(nn.Flatten(), nn.Linear(64, wide), nn.Linear(wide, num_classes))
         slow_ranks = {"rank": ["1"], "network": ["0"]}.get(slow, [])
         self.slow_s = 0.03 if os.environ.get("RANK", "0") in slow_ranks else 0.0
         if slow == "disk":
@@ -61,3 +65,35 @@ def test_a_problem_is_named(
     for word in words:
         assert word in verdict["text"]
     assert f"verdict: {verdict['text']}" in result.stdout
+
+
+SLOW_LINK = """
+ip link set lo up
+tc qdisc add dev lo root tbf rate 200mbit burst 256kb latency 500ms
+exec "$@"
+"""
+
+
+@pytest.mark.skipif(
+    not (shutil.which("unshare") and shutil.which("tc")), reason="needs unshare and tc (iproute2)"
+)
+def test_a_link_that_is_too_slow_for_the_gradients(
+    tmp_path: Path, digits_root: Path, config_file: Path
+) -> None:
+    own_network = ["unshare", "--net", "--map-root-user", "sh", "-ec", SLOW_LINK, "sh"]
+    if subprocess.run([*own_network, "true"], capture_output=True).returncode:
+        pytest.skip("a network of its own with a slow link is not allowed here")
+    (tmp_path / "slow.py").write_text(MODEL)
+    command = [sys.executable, "-m", "disttrain", "run", config_file, "--procs", "2", "--run-dir", "run"]
+    result = subprocess.run(
+        [*own_network, *command, "model.name=slow:Net", "model.args.slow=link"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"DISTTRAIN_DATA": str(digits_root)},
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    verdict = json.loads((tmp_path / "run/status.json").read_text())["verdict"]
+    assert verdict["name"] == "communication-bound", verdict
+    assert verdict["key"] == "train.batch_size"
