@@ -173,7 +173,7 @@ def test_a_large_file_is_read_by_several_processes_line_for_line(
             np.testing.assert_array_equal(values, other.values[key])
 
 
-@pytest.mark.parametrize("chunk", [1000, 4096, 2**20])
+@pytest.mark.parametrize("chunk", [64, 1000, 4096, 2**20])  # 64: less than a line
 def test_chunks_end_at_lines(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run")
     monkeypatch.setattr(records, "_CHUNK_BYTES", chunk)

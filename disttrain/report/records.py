@@ -31,7 +31,7 @@ from disttrain.runs.runfolder import RunFolder
 Array = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
-_CHUNK_BYTES = 2**25
+_CHUNK_BYTES = 2**20  # what is decoded of it stays in the processor's cache
 _PART_BYTES = 2**27  # of gpu.jsonl that are worth a process
 _STALL_FACTOR = 5.0  # a step this much slower than the median
 _STALL_S = 10.0  # that costs at least so long
@@ -351,7 +351,7 @@ def _chunks(
         begin: the lines that begin after this byte and not after `end` are read, but the first one of all.
         end: None is the end of the file.
     """
-    decoder = msgspec.json.Decoder(kind)
+    decoder, size = msgspec.json.Decoder(kind), _CHUNK_BYTES
     try:
         file = path.open("rb", buffering=0)
     except OSError:
@@ -361,8 +361,11 @@ def _chunks(
         end = _next_line(file, end) if end is not None else None
         while end is None or begin < end:
             file.seek(begin)
-            data = file.read(_CHUNK_BYTES if end is None else min(_CHUNK_BYTES, end - begin))
+            data = file.read(size if end is None else min(size, end - begin))
             lines = memoryview(data)[: data.rfind(b"\n") + 1]  # of a line that is being written, nothing
+            if not lines and len(data) == size:
+                size *= 2  # a line of very many GPUs
+                continue
             if not lines:
                 return
             begin += len(lines)
@@ -402,7 +405,14 @@ def _columns(rows: Sequence[object], names: Sequence[str]) -> Array:
     """Returns attributes of rows as float64 [rows, names], NaN for None."""
     if not rows:
         return np.empty((0, len(names)))
-    return np.array([list(map(attrgetter(name), rows)) for name in names], np.float64).T
+    return np.stack([_column(rows, name) for name in names], axis=1)
+
+
+def _column(rows: Sequence[object], name: str) -> Array:
+    try:
+        return np.fromiter(map(attrgetter(name), rows), np.float64, len(rows))
+    except TypeError:  # there is a None
+        return np.array(list(map(attrgetter(name), rows)), np.float64)
 
 
 def _seconds(times: Sequence[str]) -> Array:
