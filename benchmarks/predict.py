@@ -1,8 +1,9 @@
 """How fast `disttrain predict` goes over 10,000 files, beside the decoder alone and the usual script.
 
-    python benchmarks/predict.py --data ROOT [--runs 5] [--threads 2]
+    python benchmarks/predict.py --data ROOT [--runs 5] [--threads 2] [--side 256]
 
-The files are the validation split of CIFAR-10 as JPEG, one file each, the network is lenet_bn.
+The files are the validation split of CIFAR-10 as JPEG, one file each, the network is lenet_bn. With --side
+they are enlarged to so many pixels before, as photos are that are larger than what the network reads.
 
 decoder   threads that read and decode the files, and nothing else
 in turn   first the decoder over all files, then the network over all images
@@ -14,6 +15,7 @@ Everything goes round robin in this process, but for the command and the workers
 cache. The medians of images per second and their ratios are printed.
 """
 
+import io
 import subprocess
 import tempfile
 import time
@@ -31,8 +33,10 @@ CLAIMS = (
 )
 
 
-def write_files(data: Path, folder: Path) -> list[str]:
+def write_files(data: Path, folder: Path, side: int | None) -> list[str]:
     """Writes the validation split of CIFAR-10 as <class>/<key>.jpg."""
+    from PIL import Image
+
     from disttrain.shards.index import load_index
     from disttrain.shards.reader import read_split
 
@@ -41,7 +45,11 @@ def write_files(data: Path, folder: Path) -> list[str]:
     for key, image, label in read_split(index, "val"):
         path = folder / index.classes[label] / f"{key.replace('/', '_')}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image)
+        if side is None:
+            path.write_bytes(image)
+        else:
+            large = Image.open(io.BytesIO(image)).resize((side, side), Image.Resampling.BICUBIC)
+            large.save(path, quality=90)
         files.append(str(path))
     return sorted(files)
 
@@ -49,6 +57,7 @@ def write_files(data: Path, folder: Path) -> list[str]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--threads", type=int, help="of torch (default: its own)")
+    arguments.add_argument("--side", type=int, help="of the files, in pixels (default: 32, as packed)")
     options = arguments.parse_args()
     import numpy as np
     import torch
@@ -60,7 +69,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     env = variables(options.data, options.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        files = write_files(options.data, Path(scratch) / "files")
+        files = write_files(options.data, Path(scratch) / "files", options.side)
         run = Path(scratch) / "run"
         settings = ("train.epochs=1", "train.batch_size=5000", "train.precision=fp32")
         train = disttrain("run", "-q", "--procs", 1, config("lenet_bn_cifar"), *settings, "--run-dir", run)
@@ -97,7 +106,8 @@ def main() -> None:
         def usual():
             from torchvision import datasets, transforms
 
-            steps = [transforms.ToTensor(), transforms.Normalize(model.facts.mean, model.facts.std)]
+            to_size = transforms.Resize(model.facts.shape[:2])
+            steps = [to_size, transforms.ToTensor(), transforms.Normalize(model.facts.mean, model.facts.std)]
             data = datasets.ImageFolder(str(Path(scratch) / "files"), transforms.Compose(steps))
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Draws the dashboard of a finished run as a picture: python docs/dashboard_svg.py RUN OUTPUT.svg."""
+"""Draws the dashboard of a run as a picture, as it was: python docs/dashboard_svg.py RUN OUTPUT.svg."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import rich.console
 
 from disttrain.monitor.console import Console, RunInfo
+from disttrain.runs.runfolder import RunFolder
 
 
 def main() -> None:
@@ -24,7 +25,9 @@ def main() -> None:
     args = parser.parse_args()
     lines = (args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     env = json.loads((args.run / "env.json").read_text(encoding="utf-8"))
-    frame = _replay(RunInfo(**env["run"]), [json.loads(line) for line in lines[: args.records]])
+    verdict = RunFolder(args.run).status().get("verdict") or {}
+    records = [json.loads(line) for line in lines[: args.records]]
+    frame = _replay(RunInfo(**env["run"]), records, verdict.get("text", ""))
     picture = rich.console.Console(file=io.StringIO(), record=True, width=100, height=30)
     picture.print(frame)
     svg = picture.export_svg(title="disttrain run")
@@ -32,7 +35,7 @@ def main() -> None:
     args.output.write_text(own.replace("Fira Code, monospace", "monospace"), encoding="utf-8")
 
 
-def _replay(info: RunInfo, records: list[dict[str, Any]]) -> rich.console.RenderableType:
+def _replay(info: RunInfo, records: list[dict[str, Any]], verdict: str) -> rich.console.RenderableType:
     """Returns the frame after the records, on a clock that runs at the speed which they report."""
     now_s, position = 0.0, (0, 0)
     console = Console(info, verbosity=0, position=lambda: position, stream=io.StringIO(), clock=lambda: now_s)
@@ -45,6 +48,7 @@ def _replay(info: RunInfo, records: list[dict[str, Any]]) -> rich.console.Render
             console.train(record)
         elif record["kind"] == "eval":
             console.evaluate(record)
+    console.verdict(verdict)
     return console.render()
 
 

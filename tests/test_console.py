@@ -177,6 +177,16 @@ def test_a_frame_says_what_it_is_told() -> None:
     assert cell_len(line(wide, "epoch")) == 199
 
 
+def test_a_verdict_is_shown_to_its_end() -> None:
+    shown = dashboard()
+    shown.verdict(f"input-bound: {'so it is ' * 9}; set data.cache=host")
+    lines = frame(shown)
+    first = lines.index(line(lines, "verdict"))
+    assert "set data.cache=host" in lines[first + 1]
+    assert lines[first + 1].startswith(" " * 9)
+    assert line(frame(shown, 200), "verdict").rstrip().endswith("set data.cache=host")
+
+
 def test_the_arithmetic_of_a_device_is_shown_where_it_is_known() -> None:
     shown = dashboard()
     shown.train({**TRAIN, "device_flops_per_s": 412_300_000_000_000, "device_peak_pct": 41.7})

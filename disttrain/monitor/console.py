@@ -11,6 +11,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 import threading
 import time
 from collections import deque
@@ -202,7 +203,10 @@ class Console:
             _row("eval", _text(_eval_summary(evaluation, best, self._info))),
             _curve_row("loss", curves["loss"], width, ".4f"),
             _curve_row("accuracy", curves["accuracy"], width, ".2f", " %", 100),
-            *([_row("verdict", _text(verdict))] if verdict else []),
+            *(
+                _row("" if i else "verdict", _text(part))
+                for i, part in enumerate(textwrap.wrap(verdict, max(20, width - _LABEL)))
+            ),
         ]
         notes_rows = [_row("" if i else "notes", _text(note)) for i, note in enumerate(notes)]
         room = height - len(top) - 1 - len(notes_rows)
