@@ -87,22 +87,10 @@ def run(
     train.batch_size is the global batch.
     """
     from disttrain.config import load_config
-    from disttrain.errors import UsageError
     from disttrain.launch.launcher import launch
     from disttrain.launch.peers import facts, telling_nodes
-    from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_processes
-    from disttrain.launch.preflight import (
-        check_device,
-        check_room,
-        check_shared_memory,
-        check_trackers,
-        check_weights,
-        identity,
-        is_finished,
-        open_index,
-        resume_point,
-        split_batch,
-    )
+    from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_processes, plan_run_dir
+    from disttrain.launch.prepare import prepare
     from disttrain.models import check_model_name
     from disttrain.monitor.nvml import visible_gpus
     from disttrain.parallel import usable_cores
@@ -121,10 +109,7 @@ def run(
             cores=usable_cores(),
             environ=os.environ,
         )
-        if node is not None and run_dir is None:
-            if "SLURM_JOB_ID" not in os.environ:
-                raise UsageError(f"--nodes {node.nodes} needs a --run-dir that all nodes share")
-            run_dir = Path("runs") / config.name / f"slurm-{os.environ['SLURM_JOB_ID']}"
+        run_dir = run_dir or plan_run_dir(config.name, node.nodes if node else 1, os.environ)
         plan = LaunchPlan(
             config_path=config_path,
             overrides=overrides,
@@ -139,35 +124,17 @@ def run(
             force=force,
             stall_timeout_s=config.monitor.stall_timeout_s,
         )
-        check_device(config, device)
-        check_shared_memory(device, plan.processes)
-        split_batch(config, plan.world_size)
-        index = open_index(config, click.echo)
-        folder = RunFolder(plan.run_dir)
-        unknown = config.data.on_error == "skip"  # what is skipped is found by the workers
-        own = identity(config, index, None if unknown else ())
-        if resume == "auto" and is_finished(folder, own):
+        ready = prepare(plan, config, dry_run=dry_run, say=click.echo)
+        if ready is None:
             click.echo(f"{run_dir}: this run has finished already; nothing to do")
             return
-        if plan.node_rank == 0:
-            check_trackers(config)
-            check_weights(config)
-            if folder.is_run() and not dry_run:
-                folder.create()  # its lock: what a run that goes on there does meanwhile is no damage
-            start = resume_point(folder, resume, own, force=force)
-            check_room(folder.path, start.checkpoint)
         if dry_run:
             from disttrain.launch.dryrun import describe
 
-            for label, text in describe(plan, config, index):
+            for label, text in describe(plan, config, ready):
                 click.echo(f"{label:<11} {text}")
-            if plan.node_rank == 0:
-                begin = [] if start.checkpoint is None else [f"going on from {start.checkpoint}"]
-                for text in (*start.notes, *start.changes, *begin):
-                    click.echo(f"{'resume':<11} {text}")
             return
-        if run_dir is None:
-            folder = RunFolder(new_run_path(config.name))
+        folder = ready.folder if run_dir else RunFolder(new_run_path(config.name))
         if plan.node_rank == 0:
             folder.create()
         else:
@@ -177,7 +144,7 @@ def run(
         folder,
         max_restarts=max_restarts,
         say=click.echo,
-        facts=facts(config, index),
+        facts=facts(config, ready.index),
     )
     if outcome.detail:
         click.echo(outcome.detail.rstrip(), err=True)

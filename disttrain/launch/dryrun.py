@@ -7,15 +7,17 @@ import socket
 from disttrain.config import Config
 from disttrain.launch.plan import LaunchPlan, rank_map, shell_line
 from disttrain.launch.preflight import split_batch
+from disttrain.launch.prepare import Ready
 from disttrain.launch.scaling import LINKS, Ranks, estimate
 from disttrain.shards.index import Index
 from disttrain.userdirs import decoded_folder
 
 
-def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, str]]:
-    """Returns (label, text) lines: command, ranks, batches, steps, data, model and checkpoints."""
+def describe(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, str]]:
+    """Returns (label, text) lines: command, ranks, batches, steps, data, model, checkpoints, beginning."""
     from disttrain.data.plan import make_plan
 
+    index, start = ready.index, ready.start
     train, accumulate = config.train, config.train.accumulate
     per_pass = split_batch(config, plan.world_size)
     data = make_plan(config, index)
@@ -58,6 +60,9 @@ def describe(plan: LaunchPlan, config: Config, index: Index) -> list[tuple[str, 
         ("checkpoint", f"{checkpoint_bytes / 2**20:,.2f} MiB each, {config.checkpoint.keep} + the best"),
         ("run folder", str(plan.run_dir)),
     ]  # fmt: skip
+    if start is not None:
+        begin = [] if start.checkpoint is None else [f"going on from {start.checkpoint}"]
+        lines += [("resume", text) for text in (*start.notes, *start.changes, *begin)]
     if plan.world_size > 1:
         lines.append(("scaling", _scaling(plan, parameters)))
     return lines

@@ -142,6 +142,19 @@ def plan_nodes(
     return slurm.Node(nodes, node_rank, master_addr, master_port)
 
 
+def plan_run_dir(name: str, nodes: int, environ: Mapping[str, str]) -> Path | None:
+    """Returns the run folder of a run that is given none, if several nodes must agree on it; else None.
+
+    Raises:
+        UsageError: there is nothing that they could agree on.
+    """
+    if nodes == 1:
+        return None
+    if "SLURM_JOB_ID" not in environ:
+        raise UsageError(f"--nodes {nodes} needs a --run-dir that all nodes share")
+    return Path("runs") / name / f"slurm-{environ['SLURM_JOB_ID']}"
+
+
 def worker_command(plan: LaunchPlan) -> list[str]:
     """Returns the module that every rank of a run executes, and its arguments."""
     worker = ["disttrain.worker", str(plan.config_path), *plan.overrides, "--run-dir", str(plan.run_dir)]

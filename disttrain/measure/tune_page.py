@@ -56,7 +56,7 @@ def write_batches(found: Sequence[BatchRow], outcome: str, subject: str, output:
         subject=subject,
         heading="Throughput over the batch size",
         explanation="The suggestion is the smallest batch that is nearly as fast as the fastest. Another "
-        "batch size is another experiment: look for its learning rate with `disttrain tune lr`.",
+        "batch size is another experiment: look for its learning rate with disttrain tune lr.",
         columns=("batch size", "ms a step", "images/s", "GPU memory, GiB"),
         rows=[batch_cells(row) for row in found],
     )

@@ -1,0 +1,74 @@
+"""All that can be checked of a run before anything is started, and where it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from disttrain.config import Config
+from disttrain.launch.plan import LaunchPlan
+from disttrain.launch.preflight import (
+    Start,
+    check_device,
+    check_room,
+    check_shared_memory,
+    check_trackers,
+    check_weights,
+    identity,
+    is_finished,
+    open_index,
+    resume_point,
+    split_batch,
+)
+from disttrain.runs.runfolder import RunFolder
+from disttrain.shards.index import Index
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that has passed all checks.
+
+    Attributes:
+        index: of its data set.
+        folder: locked by this process if there is a run in it.
+        start: where it begins; None on the nodes but the first one, which decides that.
+    """
+
+    index: Index
+    folder: RunFolder
+    start: Start | None
+
+
+def prepare(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[str], None]) -> Ready | None:
+    """Checks config, machine, data set and run folder against one another; every node calls this.
+
+    Args:
+        plan: what is to be started.
+        config: the experiment.
+        dry_run: leave the run folder as it is.
+        say: told what is done on the way.
+
+    Returns:
+        What was found, or None if the run in the folder has finished already.
+
+    Raises:
+        DisttrainError: what is wrong, and how to put it right.
+    """
+    check_device(config, plan.device)
+    check_shared_memory(plan.device, plan.processes)
+    split_batch(config, plan.world_size)
+    index = open_index(config, say)
+    folder = RunFolder(plan.run_dir)
+    unknown = config.data.on_error == "skip"  # what is skipped is found by the workers
+    own = identity(config, index, None if unknown else ())
+    if plan.resume == "auto" and is_finished(folder, own):
+        return None
+    if plan.node_rank:
+        return Ready(index, folder, None)
+    check_trackers(config)
+    check_weights(config)
+    if folder.is_run() and not dry_run:
+        folder.create()  # its lock: what a run that goes on there does meanwhile is no damage
+    start = resume_point(folder, plan.resume, own, force=plan.force)
+    check_room(folder.path, start.checkpoint)
+    return Ready(index, folder, start)
