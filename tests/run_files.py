@@ -30,11 +30,19 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def train_record(step: int, **changes: Any) -> dict[str, Any]:
     """A train record: 10 steps an epoch of 100 samples, a second each."""
+    phases = {
+        "data": 180.0,
+        "augmentation": 20.0,
+        "compute": 500.0,
+        "communication": 100.0,
+        "optimizer": 50.0,
+    }
     return {
         "time": stamp(step), "kind": "train", "step": step, "epoch": 1 + (step - 1) // 10, "loss": 2 / step,
         "samples": 10 * step, "accuracy": min(1, step / 50), "lr": 0.1, "images_per_s": 10.0,
         "step_time_s": 1.0, "data_wait_pct": 20.0, "skipped": 0, "gpus": [],
-        "phases_ms": {"data": 200.0, "compute": 500.0, "communication": 100.0, "optimizer": 50.0},
+        "phases_ms": phases,
+        "ranks_ms": {name: [ms - step / 100, ms + step / 100] for name, ms in phases.items()},
     } | changes  # fmt: skip
 
 

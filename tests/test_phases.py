@@ -30,19 +30,21 @@ def test_the_seconds_of_each_phase_are_the_means_of_the_steps(clock: SimpleNames
     phases = Phases()
     step = [
         (Phase.DATA, 1.0),
+        (Phase.AUGMENT, 0.25),
         (Phase.COMPUTE, 4.0),
         (Phase.DATA, 2.0),
+        (Phase.AUGMENT, 0.5),
         (Phase.COMPUTE, 5.0),
         (Phase.OPTIMIZE, 0.5),
     ]
     clock.now = 1000  # the start is no part of a step
     pass_through(phases, clock, *step, *step, (Phase.REPORT, 0.25))
     times = phases.take(2, nn.Identity())
-    assert times == (3.0, 9.0, 0.0, 0.5, 0.125)
-    assert times.own_s == 12.5
+    assert times == (3.0, 0.75, 9.0, 0.0, 0.5, 0.125, 0.0, 0.0)
+    assert times.own_s == 13.25
     clock.now += 0.75  # the rest of the log point belongs to the next interval
     pass_through(phases, clock, *step, (Phase.SAVE, 2.0), (Phase.EVALUATE, 4.0), (Phase.REPORT, 1.0))
-    assert phases.take(1, nn.Identity()) == (3.0, 9.0, 0.0, 0.5, 7.75)
+    assert phases.take(1, nn.Identity()) == (3.0, 0.75, 9.0, 0.0, 0.5, 1.75, 4.0, 2.0)
 
 
 def test_waiting_for_others_is_no_computing(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,9 +187,12 @@ def test_the_time_is_shared_out(tmp_path: Path) -> None:
     # 31 s in all, 30 steps of a second; each evaluation ends half a second later
     for row in ("forward and backward pass 15.0 s 48.4 %",
                 "waiting for the gradients of other ranks 3.0 s 9.7 %",
-                "optimizer 1.5 s 4.8 %", "waiting for data 6.0 s 19.4 %", "evaluation 1.5 s 4.8 %",
+                "optimizer 1.5 s 4.8 %", "augmentation 0.6 s 1.9 %",
+                "waiting for data 5.4 s 17.4 %", "evaluation 1.5 s 4.8 %",
                 "start, log points, checkpoints, pauses 4.0 s 12.9 %"):  # fmt: skip
         assert row in text
+    assert "A step on each of the 2 ranks Milliseconds; means of the last 30 log points." in text
+    assert "1 180.15 20.15 500.15 100.16 50.15" in text
 
 
 NOW = datetime.now(UTC).isoformat()

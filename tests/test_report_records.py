@@ -13,7 +13,7 @@ from run_files import BEGIN, gpu_record, stamp, train_record, write_lines, write
 
 from disttrain.errors import UsageError
 from disttrain.report import records
-from disttrain.report.records import reached, read_gpus, read_run, thin, utc
+from disttrain.report.records import reached, read_gpus, read_ranks, read_run, thin, utc
 
 
 @given(
@@ -178,3 +178,18 @@ def test_chunks_end_at_lines(chunk: int, tmp_path: Path, monkeypatch: pytest.Mon
     run = write_run(tmp_path / "run")
     monkeypatch.setattr(records, "_CHUNK_BYTES", chunk)
     assert read_run(run).train["step"].tolist() == list(range(1, 31))
+
+
+def test_the_ranks_of_the_last_log_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run")
+    found, points = read_ranks(run / "metrics.jsonl")
+    assert points == 30
+    assert found["compute"] == pytest.approx([500 - 0.155, 500 + 0.155])
+    monkeypatch.setattr(records, "_TAIL_BYTES", 2000)
+    found, points = read_ranks(run / "metrics.jsonl")
+    assert 0 < points < 10
+    assert found["data"][0] < 180 - 0.25
+    with (run / "metrics.jsonl").open("a") as file:  # it goes on on one rank
+        file.write(json.dumps(train_record(31, ranks_ms={"data": [7.0], "compute": [9.0]})) + "\n")
+    assert read_ranks(run / "metrics.jsonl") == ({"data": [7.0], "compute": [9.0]}, 1)
+    assert read_ranks(tmp_path / "missing.jsonl") == ({}, 0)

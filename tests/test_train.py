@@ -33,16 +33,16 @@ from disttrain.training.choices import Settings
 from disttrain.training.evaluation import evaluate
 from disttrain.training.optim import Rate, build_optimizer
 from disttrain.training.parts import Hooks, Parts, Position
-from disttrain.training.phases import Phases
+from disttrain.training.phases import Phases, StepTimes
 from disttrain.training.pulse import Phase
 from disttrain.training.rank_state import gather_rank_states, restore_rank_state
-from disttrain.training.train import loss_sum, prepare, train
+from disttrain.training.train import loss_sum, prepare, step_times, train
 
 CLASSES = 4
 MEAN, STD = 0.4, 0.3
 TRAIN_KEYS = {  # with the readings of the gauges
     "kind", "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s",
-    "data_wait_pct", "phases_ms", "own_ms", "device_flops_per_s", "device_peak_pct", "skipped", "gpus",
+    "data_wait_pct", "phases_ms", "ranks_ms", "device_flops_per_s", "device_peak_pct", "skipped", "gpus",
 }  # fmt: skip
 EVAL_KEYS = {"kind", "step", "epoch", "loss", "accuracy", "correct", "total", "skipped"}
 
@@ -453,6 +453,18 @@ def test_test_time_augmentation_can_wait_for_the_end() -> None:
 # --- Records ----------------------------------------------------------------------------------------
 
 
+def test_the_phases_of_a_step_are_told_for_each_rank() -> None:
+    fields = len(StepTimes._fields)
+    told = step_times([0.001 * number for number in range(3 * fields)], 3)
+    assert told["ranks_ms"]["data"] == [0.0, 1.0, 2.0]
+    assert told["ranks_ms"]["checkpoint"] == [21.0, 22.0, 23.0]
+    assert told["phases_ms"]["augmentation"] == 4.0
+    assert list(told["phases_ms"]) == list(told["ranks_ms"]) == [
+        "data", "augmentation", "compute", "communication", "optimizer",
+        "logging", "evaluation", "checkpoint",
+    ]  # fmt: skip
+
+
 def test_records_have_the_documented_keys() -> None:
     recorder = run(with_(make_parts(epochs=2), monitor={"log_every_steps": 2}))
     assert all(record.keys() == TRAIN_KEYS for record in recorder.trains)
@@ -736,7 +748,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path, optimizer: str, stop_a
 
 def computed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns train records without what is measured."""
-    measured = {"images_per_s", "step_time_s", "data_wait_pct", "phases_ms", "own_ms", "gpus"}
+    measured = {"images_per_s", "step_time_s", "data_wait_pct", "phases_ms", "ranks_ms", "gpus"}
     return [{key: value for key, value in record.items() if key not in measured} for record in records]
 
 

@@ -30,7 +30,14 @@ CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
         "data.cache",
     ),
     ("slow copies", {"data_s": 0.02}, "input-bound", ["20 %", "data.cache=device"], "data.cache"),
-    ("slow augmentation", {"data_s": 0.02, "on_gpu": False}, "input-bound", ["augmentation"], "augment"),
+    (
+        "slow augmentation",
+        {"data_s": 0.005, "augmentation_s": 0.02},
+        "input-bound",
+        ["25 %", "augmenting"],
+        "augment",
+    ),
+    ("tiny network", {"data_s": 0.02, "on_gpu": False}, "input-bound", ["gathering samples"], None),
     ("just fast enough", {"data_s": 0.0099}, "compute-bound", [], None),
     ("slow link", {"communication_s": 0.035}, "communication-bound", ["35 %", "35 ms"], "train.batch_size"),
     ("both", {"communication_s": 0.035, "data_s": 0.4 * 0.1}, "input-bound", ["40 %"], "data.cache"),
@@ -105,10 +112,12 @@ def test_the_figures_give_the_verdict(
         assert not field or field in model.model_fields  # type: ignore[union-attr]
 
 
-def record(data_ms: float, own_ms: list[float], **gpu: float | None) -> dict[str, Any]:
+def record(data_ms: float, compute_ms: list[float], **gpu: float | None) -> dict[str, Any]:
     row = {"host": "n1", "index": 3, "memory_used_mib": None, "memory_total_mib": 1000.0, **gpu}
-    phases = {"data": data_ms, "communication": 1.0}
-    return {"step_time_s": 0.01, "phases_ms": phases, "own_ms": own_ms, "gpus": [row] if gpu else []}
+    phases = {"data": data_ms, "augmentation": 0.5, "communication": 1.0}
+    ranks = {key: [ms] * len(compute_ms) for key, ms in {**phases, "optimizer": 2.0}.items()}
+    ranks["compute"] = compute_ms
+    return {"step_time_s": 0.01, "phases_ms": phases, "ranks_ms": ranks, "gpus": [row] if gpu else []}
 
 
 def test_the_evidence_is_the_means_of_the_records() -> None:
@@ -121,8 +130,9 @@ def test_the_evidence_is_the_means_of_the_records() -> None:
     assert found == Evidence(
         step_s=0.01,
         data_s=pytest.approx(0.0015),
+        augmentation_s=pytest.approx(0.0005),
         communication_s=0.001,
-        own_s=[0.007, 0.005],
+        own_s=[pytest.approx(0.011), pytest.approx(0.009)],
         where=["rank 0 on n1", "rank 1 on n2"],
         on_gpu=True,
         streamed=True,

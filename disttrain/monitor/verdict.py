@@ -32,7 +32,8 @@ class Evidence:
 
     Attributes:
         step_s: seconds of a step.
-        data_s: of them, waiting for data; mean over the ranks, as is the next.
+        data_s: of them, waiting for data; mean over the ranks, as are the next two.
+        augmentation_s: augmenting it.
         communication_s: waiting for the reduction of gradients after one's own are computed.
         own_s: seconds of a step that each rank needs for itself, without waiting for others.
         where: what to call each rank, such as `rank 3 on gpu07`.
@@ -50,6 +51,7 @@ class Evidence:
 
     step_s: float
     data_s: float
+    augmentation_s: float = 0.0
     communication_s: float = 0.0
     own_s: Sequence[float] = ()
     where: Sequence[str] = ()
@@ -102,16 +104,11 @@ def judge(evidence: Evidence) -> Verdict:
                 f"others {_ms(median)} (median), and all wait for it; look for other work on that host",
                 None,
             )
-    data_pct = _share(e.data_s, e.step_s)
+    data_s = e.data_s + e.augmentation_s
+    data_pct = _share(data_s, e.step_s)
     if data_pct >= INPUT_PCT:
-        key, help_ = (
-            ("data.cache", "decode once with data.cache=host, or raise data.workers")
-            if e.streamed
-            else ("data.cache", "keep the samples on the GPU with data.cache=device")
-            if e.on_gpu
-            else ("augment", "the augmentation takes the time: switch off what the recipe does not need")
-        )
-        text = f"input-bound: {data_pct:.0f} % of a step ({_ms(e.data_s)}) is waiting for data; {help_}"
+        what, help_, key = _input(e)
+        text = f"input-bound: {data_pct:.0f} % of a step ({_ms(data_s)}) is {what}; {help_}"
         return Verdict("input-bound", text, key)
     communication_pct = _share(e.communication_s, e.step_s)
     if communication_pct >= COMMUNICATION_PCT:
@@ -147,6 +144,17 @@ def judge(evidence: Evidence) -> Verdict:
     return Verdict("compute-bound", f"{text}: as it should be; more {more} would make it faster", None)
 
 
+def _input(e: Evidence) -> tuple[str, str, str | None]:
+    """Returns what most of the time for samples goes into, what helps, and the key of it."""
+    if e.augmentation_s > e.data_s:
+        return "augmenting images", "switch off what the recipe does not need", "augment"
+    if e.streamed:
+        return "waiting for data", "decode once with data.cache=host, or raise data.workers", "data.cache"
+    if e.on_gpu:
+        return "waiting for data", "keep the samples on the GPU with data.cache=device", "data.cache"
+    return "gathering samples", "the network is too small to hide it; no setting here helps", None
+
+
 def evidence(
     records: Sequence[Mapping[str, Any]],
     hosts: Sequence[str],
@@ -164,7 +172,7 @@ def evidence(
         precision: the arithmetic.
         compiled: whether the model is compiled.
     """
-    records = [record for record in records if len(record["own_ms"]) == len(hosts)]
+    records = [record for record in records if len(record["ranks_ms"]["compute"]) == len(hosts)]
     if not records:
         return None
 
@@ -184,8 +192,12 @@ def evidence(
     return Evidence(
         step_s=statistics.fmean(record["step_time_s"] for record in records),
         data_s=mean_s("data"),
+        augmentation_s=mean_s("augmentation"),
         communication_s=mean_s("communication"),
-        own_s=[statistics.fmean(times) / 1000 for times in zip(*(r["own_ms"] for r in records), strict=True)],
+        own_s=[
+            statistics.fmean(sum(r["ranks_ms"][phase][rank] for phase in _OWN) for r in records) / 1000
+            for rank in range(len(hosts))
+        ],
         where=[f"rank {rank} on {host}" for rank, host in enumerate(hosts)],
         on_gpu=bool(gpus),
         streamed=streamed,
@@ -199,6 +211,9 @@ def evidence(
         peak_pct=_mean(records, "device_peak_pct"),
         gpu_names=[f"GPU {index} on {host}" for host, index in gpus],
     )
+
+
+_OWN = ("data", "augmentation", "compute", "optimizer")  # what a rank does whatever the others do
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -18,7 +18,7 @@ from disttrain.config import dump_config
 from disttrain.errors import DisttrainError, reason
 from disttrain.files import write_atomically
 from disttrain.monitor.console import duration, flops, number
-from disttrain.report.records import MEASURES, Array, Device, Run, read_gpus, read_run, utc
+from disttrain.report.records import MEASURES, Array, Device, Run, read_gpus, read_ranks, read_run, utc
 from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import Index, load_index
 
@@ -94,6 +94,7 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         times=times,
         time_use=_time_use(run),
         verdict=_verdict(run),
+        ranks=read_ranks(run.folder.metrics),
         devices=_device_rows(devices),
         measures=MEASURES,
         events=run.events[-_EVENT_ROWS:],
@@ -336,7 +337,7 @@ def _time_use(run: Run) -> list[tuple[str, float, float, str]]:
     steps = np.diff(run.train["step"], prepend=0.0)
     phases = {
         name: float(np.nansum(steps * run.train[f"phases_ms.{name}"])) / 1000
-        for name in ("compute", "communication", "optimizer", "data")
+        for name in ("compute", "communication", "optimizer", "augmentation", "data")
     }
     evaluating = sum(event.seconds or 0.0 for event in run.events if event.kind == "evaluation")
     rest = whole - sum(phases.values()) - evaluating
@@ -346,6 +347,7 @@ def _time_use(run: Run) -> list[tuple[str, float, float, str]]:
         ("forward and backward pass", phases["compute"], "#2f7fd1"),
         ("waiting for the gradients of other ranks", phases["communication"], "#a35bd6"),
         ("optimizer", phases["optimizer"], "#138a96"),
+        ("augmentation", phases["augmentation"], "#c9a227"),
         ("waiting for data", phases["data"], "#d2691e"),
         ("evaluation", evaluating, "#1f9254"),
         ("start, log points, checkpoints, pauses", max(0.0, rest), "#8a919c"),

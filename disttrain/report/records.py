@@ -31,6 +31,7 @@ from disttrain.runs.runfolder import RunFolder
 Array = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
+_TAIL_BYTES = 2**21  # of metrics.jsonl, in which the ranks are looked at
 _CHUNK_BYTES = 2**20  # what is decoded of it stays in the processor's cache
 _PART_BYTES = 2**27  # of gpu.jsonl that are worth a process
 _STALL_FACTOR = 5.0  # a step this much slower than the median
@@ -53,6 +54,7 @@ class Phases(msgspec.Struct, gc=False, frozen=True):
     """Milliseconds of a step, mean over the ranks."""
 
     data: float | None = None
+    augmentation: float | None = None
     compute: float | None = None
     communication: float | None = None
     optimizer: float | None = None
@@ -80,6 +82,12 @@ class Record(msgspec.Struct, gc=False):
     tta: str | None = None
 
 
+class RankRecord(msgspec.Struct, gc=False):
+    """The phases of a step on each rank, where a record has them."""
+
+    ranks_ms: dict[str, tuple[float, ...]] = {}
+
+
 class GpuSample(msgspec.Struct, gc=False):
     """What the report reads of a record of gpu.jsonl."""
 
@@ -105,7 +113,7 @@ MEASURES = {
 
 _TRAIN_COLUMNS = (
     "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s", "data_wait_pct",
-    "phases_ms.data", "phases_ms.compute", "phases_ms.communication", "phases_ms.optimizer",
+    *(f"phases_ms.{name}" for name in Phases.__struct_fields__),
 )  # fmt: skip
 _GPU_COLUMNS = ("utilization_pct", "memory_used_mib", "power_w", "temperature_c")
 _PROCESS_COLUMNS = ("cpu_pct", "memory_used_mib")
@@ -223,6 +231,24 @@ def read_run(path: Path) -> Run:
         skipped=trained[-1].skipped if trained else None,
         unread=unread,
     )
+
+
+def read_ranks(path: Path) -> tuple[dict[str, list[float]], int]:
+    """Returns the milliseconds of a step on each rank, phase by phase, and of how many log points they are.
+
+    They are the means of the last ones in metrics.jsonl.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return {}, 0
+    chunks = _chunks(path, RankRecord, max(0, size - _TAIL_BYTES), size)
+    tables = [record.ranks_ms for records, _ in chunks for record in records if record.ranks_ms]
+    shapes = [{phase: len(row) for phase, row in table.items()} for table in tables]
+    tables = [table for table, shape in zip(tables, shapes, strict=True) if shape == shapes[-1]]
+    if not tables:
+        return {}, 0
+    return {phase: np.mean([t[phase] for t in tables], axis=0).tolist() for phase in tables[-1]}, len(tables)
 
 
 def read_gpus(path: Path) -> tuple[list[Device], int]:

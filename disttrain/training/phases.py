@@ -23,23 +23,29 @@ class StepTimes(NamedTuple):
     """Seconds of a step on one rank.
 
     Attributes:
-        data_s: waiting for samples, their way to the device and their augmentation.
+        data_s: waiting for samples and their way to the device.
+        augmentation_s: their augmentation and normalisation.
         compute_s: forward and backward pass, without the wait for others.
         communication_s: waiting for the reduction of the gradients after one's own are computed.
         optimizer_s: optimizer and moving average.
-        report_s: log points, evaluations and saves, spread over the steps.
+        logging_s: log points, spread over the steps, as are the next two.
+        evaluation_s: evaluations.
+        checkpoint_s: what checkpoints take of the training.
     """
 
     data_s: float
+    augmentation_s: float
     compute_s: float
     communication_s: float
     optimizer_s: float
-    report_s: float
+    logging_s: float
+    evaluation_s: float
+    checkpoint_s: float
 
     @property
     def own_s(self) -> float:
         """What this rank needs for itself in a step, whatever the others do."""
-        return self.data_s + self.compute_s + self.optimizer_s
+        return self.data_s + self.augmentation_s + self.compute_s + self.optimizer_s
 
 
 class Phases:
@@ -89,9 +95,8 @@ class Phases:
         self._seconds[self._phase] += now - self._since
         self._since = now
         per_step = [seconds / steps for seconds in self._seconds]
-        report = sum(per_step[phase] for phase in (Phase.REPORT, Phase.EVALUATE, Phase.SAVE))
         if len(self._events) > 1:
-            for phase in (Phase.DATA, Phase.COMPUTE, Phase.OPTIMIZE):
+            for phase in (Phase.DATA, Phase.AUGMENT, Phase.COMPUTE, Phase.OPTIMIZE):
                 per_step[phase] = 0.0
             for (phase, begin), (_, end) in zip(self._events, self._events[1:], strict=False):
                 per_step[phase] += begin.elapsed_time(end) / 1000
@@ -99,11 +104,14 @@ class Phases:
         self._seconds = [0.0] * len(Phase)
         self._events.clear()
         return StepTimes(
-            per_step[Phase.DATA],
-            per_step[Phase.COMPUTE] - waiting,
-            waiting,
-            per_step[Phase.OPTIMIZE],
-            report,
+            data_s=per_step[Phase.DATA],
+            augmentation_s=per_step[Phase.AUGMENT],
+            compute_s=per_step[Phase.COMPUTE] - waiting,
+            communication_s=waiting,
+            optimizer_s=per_step[Phase.OPTIMIZE],
+            logging_s=per_step[Phase.REPORT],
+            evaluation_s=per_step[Phase.EVALUATE],
+            checkpoint_s=per_step[Phase.SAVE],
         )
 
 

@@ -34,12 +34,13 @@ class Phase(IntEnum):
 
     START = 0
     DATA = 1
-    COMPUTE = 2
-    OPTIMIZE = 3
-    REPORT = 4
-    EVALUATE = 5
-    SAVE = 6
-    END = 7
+    AUGMENT = 2
+    COMPUTE = 3
+    OPTIMIZE = 4
+    REPORT = 5
+    EVALUATE = 6
+    SAVE = 7
+    END = 8
 
 
 def pack(phase: Phase, step: int, part: int = 0) -> int:
@@ -58,6 +59,7 @@ def doing(progress: int) -> str:
     return {
         Phase.START: "while starting",
         Phase.DATA: f"in step {step:,} while loading data",
+        Phase.AUGMENT: f"in step {step:,} while augmenting images",
         Phase.COMPUTE: f"in step {step:,} while computing",
         Phase.OPTIMIZE: f"in step {step:,} in the optimizer",
         Phase.REPORT: f"at the log point of step {step:,}",

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -204,6 +205,7 @@ def train_step(
         phases.enter(Phase.DATA, step, number)
         with meter.waiting():
             piece, batch = next(pieces)
+            phases.enter(Phase.AUGMENT, step, number)
             images, labels, partners = prepare(parts, piece, batch)
         phases.enter(Phase.COMPUTE, step, 2 * number)
         with contextlib.nullcontext() if piece.last else unreduced(parts):
@@ -323,12 +325,11 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
     own = [*meter.totals(), meter.samples, meter.wait_s, float(hooks.stop_requested())]
     own.append(meter.elapsed_s)  # after the synchronisation that the sums need
     times = hooks.phases.take(meter.steps, parts.model)
-    own_s = [0.0] * parts.world_size
-    own_s[parts.rank] = times.own_s
-    totals = reduce_sum(parts, Phase.REPORT, position.step, [*own, *times, *own_s, *hooks.gauges.read()])
+    of_ranks = [0.0] * (len(times) * parts.world_size)
+    of_ranks[parts.rank :: parts.world_size] = times
+    totals = reduce_sum(parts, Phase.REPORT, position.step, [*own, *of_ranks, *hooks.gauges.read()])
     (loss, correct, samples, wait_s, stopping, elapsed_s), readings = totals[:6], totals[6:]
-    times_s, readings = readings[: len(times)], readings[len(times) :]
-    own_s, readings = readings[: parts.world_size], readings[parts.world_size :]
+    of_ranks, readings = readings[: len(of_ranks)], readings[len(of_ranks) :]
     if not math.isfinite(loss):
         raise not_finite(parts, position, seen, hooks)
     check_scaler(parts)
@@ -345,11 +346,7 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
         "images_per_s": images_per_s,
         "step_time_s": meter.step_time_s,
         "data_wait_pct": 100 * wait_s / elapsed_s,
-        "phases_ms": {
-            name.removesuffix("_s"): _ms(seconds / parts.world_size)
-            for name, seconds in zip(StepTimes._fields, times_s, strict=True)
-        },
-        "own_ms": [_ms(seconds) for seconds in own_s],
+        **step_times(of_ranks, parts.world_size),
         **arithmetic(parts, images_per_s),
         "skipped": len(parts.plan.skipped),
         **hooks.gauges.rows(readings),
@@ -357,6 +354,21 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
     hooks.observer.train(record)
     meter.restart()
     return stopping > 0
+
+
+def step_times(seconds: Sequence[float], ranks: int) -> dict[str, Any]:
+    """Returns the milliseconds of each phase of a step: the means of the ranks, and those of each rank.
+
+    Args:
+        seconds: of every rank in the first field of StepTimes, then of every rank in the next.
+        ranks: how many there are.
+    """
+    rows = {
+        name.removesuffix("_s"): [round(1000 * value, 4) for value in seconds[first : first + ranks]]
+        for name, first in zip(StepTimes._fields, itertools.count(0, ranks), strict=False)
+    }
+    means = {name: round(sum(row) / ranks, 4) for name, row in rows.items()}
+    return {"phases_ms": means, "ranks_ms": rows}
 
 
 def arithmetic(parts: Parts, images_per_s: float) -> dict[str, float | None]:
@@ -369,10 +381,6 @@ def arithmetic(parts: Parts, images_per_s: float) -> dict[str, float | None]:
         "device_flops_per_s": round(found),
         "device_peak_pct": None if peak is None else round(100 * found / peak, 2),
     }
-
-
-def _ms(seconds: float) -> float:
-    return round(1000 * seconds, 4)
 
 
 def check_loss(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hooks) -> None:
