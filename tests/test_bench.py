@@ -76,7 +76,7 @@ def test_the_tables_show_shares_rates_and_efficiency() -> None:
 def test_the_summary_names_the_share_of_the_peak_and_the_fastest_settings() -> None:
     assert summary(RESULTS) == [
         "3.0 MFLOP an image, forward and backward; "
-        "30.0 GFLOP/s on each device = 10.0 % of 300 (a data sheet)",
+        "30.0 GFLOP/s on each device = 10.0 % of 300.0 GFLOP/s (a data sheet)",
         "fastest here: train.precision=bf16 train.channels_last=true train.compile=false",
         "a run chooses precision bf16: faster",
     ]

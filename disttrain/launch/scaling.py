@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from disttrain.units import span
+
 
 class Link(NamedTuple):
     """What connects neighbours of a ring.
@@ -143,8 +145,8 @@ def estimate(gradient_bytes: float, bucket_bytes: float, ranks: Ranks) -> str:
     speed = f"{1e6 * link.latency_s:,.0f} us and {link.bytes_per_s / 1e9:,.3g} GB/s: {link.what}"
     gradients = f"{gradient_bytes / 2**20:,.2f} MiB of gradients per step"
     return (
-        f"{gradients}, summed up in about {1000 * time_s:,.3g} ms "
-        f"({speed}); 90 % of a step is arithmetic if a rank computes for {1000 * compute_s:,.3g} ms or more"
+        f"{gradients}, summed up in about {span(time_s)} "
+        f"({speed}); 90 % of a step is arithmetic if a rank computes for {span(compute_s)} or more"
     )
 
 

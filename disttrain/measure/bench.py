@@ -17,6 +17,7 @@ from rich.table import Table
 from disttrain.config import Config, dump_config
 from disttrain.launch.jobs import run_job
 from disttrain.launch.plan import LaunchPlan, plan_processes
+from disttrain.units import flops
 
 DEFAULT = {
     "name": "bench",
@@ -121,14 +122,13 @@ def summary(results: dict[str, Any]) -> list[str]:
     if results["flops_per_image"] is not None:
         lines = [
             f"{results['flops_per_image'] / 1e6:,.1f} MFLOP an image, forward and backward; "
-            f"{results['flops_per_s_and_device'] / 1e9:,.1f} GFLOP/s on each device"
+            f"{flops(results['flops_per_s_and_device'])} on each device"
         ]
     if results["share_of_peak"] is None:
         lines[0] += f"; peak n/a ({results['peak_source']})"
     else:
-        peak = results["peak_flops_per_s"] / 1e9
         share = 100 * results["share_of_peak"]
-        lines[0] += f" = {share:.1f} % of {peak:,.0f} ({results['peak_source']})"
+        lines[0] += f" = {share:.1f} % of {flops(results['peak_flops_per_s'])} ({results['peak_source']})"
     timed = [row for row in results["table"] if row["pass_s"] is not None]
     best = min(timed, key=lambda row: row["pass_s"])
     settings = (f"train.{key}={str(best[key]).lower()}" for key in ("precision", "channels_last", "compile"))

@@ -26,6 +26,8 @@ from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from disttrain.units import flops
+
 _REFRESHES_PER_S = 4
 _LABEL = 9  # cells of the column of labels
 _DEVICE_MIN = 72  # cells that a device's row needs: rows go side by side from twice as many
@@ -278,12 +280,6 @@ def number(value: object, form: str, unit: str = "", scale: float = 1, width: in
     """Returns a number in the given format with its unit, n/a for None; right-aligned in `width` cells."""
     known = isinstance(value, (int, float))
     return (f"{cast(float, value) * scale:{form}}{unit}" if known else "n/a").rjust(width)
-
-
-def flops(per_s: float) -> str:
-    """Returns floating-point operations per second with a unit that suits them."""
-    scale, unit = (1e12, "TFLOP/s") if per_s >= 1e12 else (1e9, "GFLOP/s")
-    return f"{per_s / scale:,.1f} {unit}"
 
 
 def train_line(record: Record, info: RunInfo) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from disttrain.units import span
+
 Name = Literal[
     "throttled",
     "straggler",
@@ -100,22 +102,22 @@ def judge(evidence: Evidence) -> Verdict:
         if e.own_s[slowest] >= STRAGGLER * median and late_pct >= STRAGGLER_PCT:
             return Verdict(
                 "straggler",
-                f"straggler: {e.where[slowest]} needs {_ms(e.own_s[slowest])} for its part of a step, the "
-                f"others {_ms(median)} (median), and all wait for it; look for other work on that host",
+                f"straggler: {e.where[slowest]} needs {span(e.own_s[slowest])} for its part of a step, the "
+                f"others {span(median)} (median), and all wait for it; look for other work on that host",
                 None,
             )
     data_s = e.data_s + e.augmentation_s
     data_pct = _share(data_s, e.step_s)
     if data_pct >= INPUT_PCT:
         what, help_, key = _input(e)
-        text = f"input-bound: {data_pct:.0f} % of a step ({_ms(data_s)}) is {what}; {help_}"
+        text = f"input-bound: {data_pct:.0f} % of a step ({span(data_s)}) is {what}; {help_}"
         return Verdict("input-bound", text, key)
     communication_pct = _share(e.communication_s, e.step_s)
     if communication_pct >= COMMUNICATION_PCT:
         return Verdict(
             "communication-bound",
-            f"communication-bound: {communication_pct:.0f} % of a step ({_ms(e.communication_s)}) is waiting "
-            "for the gradients of other ranks; raise train.batch_size, or use fewer processes",
+            f"communication-bound: {communication_pct:.0f} % of a step ({span(e.communication_s)}) is "
+            "waiting for the gradients of other ranks; raise train.batch_size, or use fewer processes",
             "train.batch_size",
         )
     if e.on_gpu and e.utilization_pct is not None and e.utilization_pct < IDLE_GPU_PCT:
@@ -124,7 +126,7 @@ def judge(evidence: Evidence) -> Verdict:
         return Verdict(
             "launch-bound",
             f"launch-bound: the GPUs are busy {e.utilization_pct:.0f} % of the time and wait for nothing: "
-            f"the steps ({_ms(e.step_s)}) are too small for them; {help_}",
+            f"the steps ({span(e.step_s)}) are too small for them; {help_}",
             keys,
         )
     if e.memory_pct is not None and e.memory_pct >= TIGHT_PCT:
@@ -135,7 +137,7 @@ def judge(evidence: Evidence) -> Verdict:
             "train.accumulate",
         )
     rest = 100 - data_pct - communication_pct
-    text = f"compute-bound: {rest:.0f} % of a step ({_ms(e.step_s)}) is computing"
+    text = f"compute-bound: {rest:.0f} % of a step ({span(e.step_s)}) is computing"
     if e.peak_pct is not None:
         text += f", at {e.peak_pct:.0f} % of the device's peak"
     if e.precision == "fp32" and e.on_gpu:
@@ -223,7 +225,3 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 def _share(part_s: float, whole_s: float) -> float:
     return 100 * part_s / whole_s if whole_s > 0 else 0.0
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms"

@@ -17,10 +17,11 @@ from disttrain import __version__
 from disttrain.config import dump_config
 from disttrain.errors import DisttrainError, reason
 from disttrain.files import write_atomically
-from disttrain.monitor.console import duration, flops, number
+from disttrain.monitor.console import duration, number
 from disttrain.report.records import MEASURES, Array, Device, Run, read_gpus, read_ranks, read_run, utc
 from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import Index, load_index
+from disttrain.units import flops
 
 if TYPE_CHECKING:
     from disttrain.report.charts import Charts

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from disttrain.config import TrainConfig
+from disttrain.units import span
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -254,7 +255,7 @@ def _consider_compiling(choice: Choice, probe: Probe, best: Settings, eager_s: f
         except ProbeError as error:
             text = f"compiling fails: {error}"
         else:
-            text = f"{1e3 * compiled_s:.3g} ms a pass, {1e3 * eager_s:.3g} ms as written"
+            text = f"{span(compiled_s)} a pass, {span(eager_s)} as written"
             if compiled_s <= _COMPILE_WIN * eager_s:
                 choice.reasons["compile"] = f"true: {text}"
                 return replace(best, compiled=True)
@@ -267,7 +268,7 @@ def _shown(settings: Settings, key: str) -> str:
 
 
 def _table(seconds: dict[Settings, float]) -> str:
-    times = {settings: f"{1e3 * value:.3g} ms a pass" for settings, value in seconds.items()}
+    times = {settings: f"{span(value)} a pass" for settings, value in seconds.items()}
     return "; ".join(f"{one}: {'fails' if seconds[one] == math.inf else times[one]}" for one in seconds)
 
 

@@ -1,0 +1,28 @@
+"""Quantities for people."""
+
+import pytest
+
+from disttrain.units import flops, span
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 ms"),
+        (0.00641, "6.41 ms"),
+        (0.99, "990 ms"),
+        (0.9996, "1 s"),
+        (14.23, "14.2 s"),
+        (4321, "4,321 s"),
+    ],
+)
+def test_a_span_of_time(seconds: float, text: str) -> None:
+    assert span(seconds) == text
+
+
+def test_operations_per_second() -> None:
+    assert (flops(4.1e9), flops(999.9e9), flops(412.34e12)) == (
+        "4.1 GFLOP/s",
+        "999.9 GFLOP/s",
+        "412.3 TFLOP/s",
+    )
