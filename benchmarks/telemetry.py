@@ -26,7 +26,7 @@ import torch
 from common import REPOSITORY, Claim, interleaved, machine, print_json_or
 from torch import nn
 
-from disttrain.monitor import nvml
+from disttrain.monitor import nvml, readings
 from disttrain.monitor.observe import RunGauges
 from disttrain.runs.runfolder import RunFolder
 
@@ -46,7 +46,7 @@ def simulate(folder: Path, gpus: int) -> None:
 def sweep_s(uuids: list[str], runs: int) -> tuple[list[float], list[float]]:
     """Returns the seconds of sweeps without and with the rare questions."""
     often, rarely = [], []
-    with nvml.GpuReaders(uuids, [os.getpid()], print) as readers:
+    with readings.GpuReaders(uuids, [os.getpid()], print) as readers:
         for number in range(2 * runs):
             if number % 2:
                 readers._rarely_due_s = 0.0

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+UUIDS = [f"GPU-{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(8)]
+"""Of the simulated GPUs, by index."""
 
 
 def build(folder: Path, *flags: str) -> Path:

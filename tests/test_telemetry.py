@@ -11,7 +11,7 @@ import nvml
 import pytest
 
 from disttrain.monitor import telemetry
-from disttrain.monitor.nvml import READINGS
+from disttrain.monitor.readings import READINGS
 from disttrain.monitor.telemetry import ProcessorSampler
 
 UUIDS = [f"GPU-{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(4)]

@@ -25,7 +25,7 @@ import pytest
 from rich.cells import cell_len
 
 from disttrain.monitor import top
-from disttrain.monitor.nvml import READINGS
+from disttrain.monitor.readings import READINGS
 from disttrain.monitor.top import ago, lines
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -1,97 +1,22 @@
-"""What NVIDIA's management library (NVML) says of the GPUs of this node, asked through nvidia-ml-py.
+"""Which GPUs this node has and CUDA programs see, asked of NVIDIA's management library through nvidia-ml-py.
 
-A GPU is known by its UUID, because an index means one GPU to NVML and another to CUDA. What cannot be read
-is None; why is said once in the log. Imports neither torch nor, until GPUs are asked for, pynvml. When to
-read is not decided here but in telemetry.py.
+A GPU is known by its UUID, because an index means one GPU to NVML and another to CUDA. Imports neither torch
+nor, until GPUs are asked for, pynvml. What they are doing is read in readings.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import math
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 _log = logging.getLogger("disttrain")
 
 _MIB = 2**20
-_RARELY_S = 30.0  # between two questions that take milliseconds: the processes of a GPU, counts of errors
-_EVENTS_AT_ONCE = 100  # a GPU that fails can tell of thousands of errors a second
-
-READINGS = (
-    "utilization_pct",
-    "memory_utilization_pct",
-    "memory_used_mib",
-    "memory_used_by_us_mib",
-    "memory_total_mib",
-    "power_w",
-    "power_limit_w",
-    "temperature_c",
-    "sm_clock_mhz",
-    "memory_clock_mhz",
-    "throttle",
-    "sm_activity_pct",
-    "tensor_activity_pct",
-    "pcie_rx_mib_per_s",
-    "pcie_tx_mib_per_s",
-    "nvlink_rx_mib_per_s",
-    "nvlink_tx_mib_per_s",
-    "ecc_corrected",
-    "ecc_uncorrected",
-    "xids",
-    "lost",
-)
-"""Keys of a reading; see `GpuReaders.sweep`."""
-
-_THROTTLE = {  # bits of NVML's clocks event reasons; an idle GPU (bit 0) is not held back by anything
-    0x002: "clock_setting",
-    0x004: "power",
-    0x008: "hardware",
-    0x010: "sync_boost",
-    0x020: "thermal",
-    0x040: "thermal_hardware",
-    0x080: "power_brake",
-    0x100: "display_clock",
-    0x200: "board_limit",
-    0x400: "reliability",
-}
-_XIDS = {  # the ones that a training run meets, in the words of NVIDIA's catalogue of Xid errors
-    13: "a kernel failed",
-    31: "a program touched memory that is not its own",
-    43: "a program's work stopped",
-    45: "a program's work was cleaned up after an error",
-    48: "uncorrectable memory error",
-    63: "a row of memory is remapped at the next reset",
-    64: "a row of memory cannot be remapped",
-    74: "NVLink error",
-    79: "the GPU has fallen off the bus",
-    94: "contained memory error",
-    95: "uncontained memory error",
-    119: "the GPU's system processor does not answer",
-    120: "error in the GPU's system processor",
-}
-_GPM = {  # keys of readings -> metrics of NVML's GPU performance monitoring, Hopper and later
-    "sm_activity_pct": "NVML_GPM_METRIC_SM_UTIL",
-    "tensor_activity_pct": "NVML_GPM_METRIC_ANY_TENSOR_UTIL",
-    "pcie_rx_mib_per_s": "NVML_GPM_METRIC_PCIE_RX_PER_SEC",
-    "pcie_tx_mib_per_s": "NVML_GPM_METRIC_PCIE_TX_PER_SEC",
-    "nvlink_rx_mib_per_s": "NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC",
-    "nvlink_tx_mib_per_s": "NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC",
-}
-_ALL_LINKS = 0xFFFFFFFF
-_COUNTERS = {  # keys of readings -> counter, its scope and units in a MiB, before Hopper
-    "pcie_rx_mib_per_s": ("NVML_FI_DEV_PCIE_COUNT_RX_BYTES", 0, _MIB),
-    "pcie_tx_mib_per_s": ("NVML_FI_DEV_PCIE_COUNT_TX_BYTES", 0, _MIB),
-    "nvlink_rx_mib_per_s": ("NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX", _ALL_LINKS, 1024),
-    "nvlink_tx_mib_per_s": ("NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX", _ALL_LINKS, 1024),
-}
 
 
 @dataclass(frozen=True)
@@ -128,7 +53,7 @@ def visible_gpus() -> list[Gpu]:
         spec = os.environ.get("CUDA_VISIBLE_DEVICES")
         if spec is not None and "MIG-GPU-" in spec:  # the names of instances before driver 470
             entries = [part.strip() for part in spec.split(",")]
-            found = [_describe(nvml, ask(nvml.nvmlDeviceGetHandleByUUID, entry)) for entry in entries]
+            found = [describe(nvml, ask(nvml.nvmlDeviceGetHandleByUUID, entry)) for entry in entries]
             spec = ",".join(
                 gpu.uuid if gpu is not None else entry for gpu, entry in zip(found, entries, strict=True)
             )
@@ -153,10 +78,10 @@ def gpu_of_device(uuid: str, pci_bus_id: str | None) -> Gpu | None:
     with session() as nvml:
         if nvml is None:
             return None
-        handle = _handle(nvml, uuid)
+        handle = handle_of(nvml, uuid)
         if handle is None and pci_bus_id is not None:
             handle = ask(nvml.nvmlDeviceGetHandleByPciBusId, pci_bus_id)
-        gpu = _describe(nvml, handle)
+        gpu = describe(nvml, handle)
         if gpu is None or not _instances(nvml, handle):
             return gpu
     # CUDA gave the GPU, but runs on no GPU that is split: it runs on the one instance that it sees.
@@ -169,10 +94,10 @@ def _list(nvml: Any) -> tuple[list[Gpu], dict[str, list[Gpu]]]:
     instances: dict[str, list[Gpu]] = {}
     for index in range(ask(nvml.nvmlDeviceGetCount) or 0):
         handle = ask(nvml.nvmlDeviceGetHandleByIndex, index)
-        gpu = _describe(nvml, handle, index)
+        gpu = describe(nvml, handle, index)
         if gpu is not None:
             gpus.append(gpu)
-            described = [_describe(nvml, instance, index) for instance in _instances(nvml, handle)]
+            described = [describe(nvml, instance, index) for instance in _instances(nvml, handle)]
             instances[gpu.uuid] = [instance for instance in described if instance is not None]
     return gpus, instances
 
@@ -184,13 +109,13 @@ def _instances(nvml: Any, handle: Any) -> list[Any]:
     return [instance for instance in found if instance is not None]
 
 
-def _handle(nvml: Any, uuid: str) -> Any:
+def handle_of(nvml: Any, uuid: str) -> Any:
     """Returns the handle of a UUID with or without its prefix, else None."""
     found = (ask(nvml.nvmlDeviceGetHandleByUUID, prefix + uuid) for prefix in ("", "GPU-", "MIG-"))
     return next((handle for handle in found if handle is not None), None)
 
 
-def _describe(nvml: Any, handle: Any, index: int | None = None) -> Gpu | None:
+def describe(nvml: Any, handle: Any, index: int | None = None) -> Gpu | None:
     """Returns what NVML says of a GPU or MIG instance; None for no handle or a GPU that is lost."""
     if handle is None:
         return None
@@ -268,341 +193,3 @@ def ask(query: Callable[..., Any], *args: object) -> Any:
         return query(*args)
     except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError, UnicodeDecodeError):
         return None
-
-
-class _LostError(Exception):
-    """The GPU does not answer any more."""
-
-
-class GpuReaders:
-    """Reads some GPUs; a context manager whose sweeps belong to one thread.
-
-    Args:
-        uuids: with or without prefix.
-        pids: processes whose memory is counted as ours.
-        alarm: told once of a GPU that is lost and of each kind of critical error (Xid) of a GPU.
-    """
-
-    def __init__(self, uuids: Sequence[str], pids: Sequence[int], alarm: Callable[[str], None]) -> None:
-        self._uuids = uuids
-        self._pids = frozenset(pids)
-        self._alarm = alarm
-        self._stack = contextlib.ExitStack()
-        self._readers: list[_Reader | None] = []
-        self._events: _Events | None = None
-        self._rarely_due_s = -math.inf
-
-    def __enter__(self) -> GpuReaders:
-        with self._stack:
-            nvml = self._stack.enter_context(session())
-            said: set[str] = set()
-            for uuid in self._uuids:
-                handle = None if nvml is None else _handle(nvml, uuid)
-                gpu = None if nvml is None else _describe(nvml, handle)
-                reader = None if gpu is None else _Reader(nvml, handle, gpu, self._pids, said)
-                if nvml is not None and gpu is None:
-                    _log.info("GPU %s: NVML does not show it to this process; it is not read", uuid)
-                self._readers.append(reader)
-                if reader is not None:
-                    self._stack.callback(reader.close)
-            if any(self._readers):
-                self._events = _Events(nvml, [reader for reader in self._readers if reader is not None])
-                self._stack.callback(self._events.close)
-            self._stack = self._stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._readers = []
-        self._stack.close()
-
-    def sweep(self) -> list[dict[str, Any] | None]:
-        """Reads every GPU once.
-
-        Returns:
-            In the order of the UUIDs a reading, None for a GPU that was not found or has been lost. Its keys
-            are READINGS. utilization_pct: share of the past second, or less, in which a kernel ran.
-            memory_utilization_pct: the same for the memory controller. memory_used_by_us_mib: of the given
-            processes, None where NVML lists none of them, as in most containers; up to 30 s old, as are
-            power_limit_w and the errors. throttle: what holds the clocks down, names of which only `power`
-            is usual under load. sm_activity_pct: multiprocessors at work, tensor_activity_pct: time in which
-            tensor cores were, both since the last sweep, from Hopper on. Traffic: since the last sweep; on
-            older drivers of older GPUs one of 20 ms every 30 s. ecc_*: since the driver was loaded. xids:
-            critical errors since the last sweep. lost: True in the last reading of a GPU that went.
-        """
-        now_s = time.monotonic()
-        rarely = now_s >= self._rarely_due_s
-        if rarely:
-            self._rarely_due_s = now_s + _RARELY_S
-        rows = [None if reader is None else reader.read(rarely) for reader in self._readers]
-        xids = {} if self._events is None else self._events.take()  # now: a GPU that is lost says why
-        for place, (reader, reading) in enumerate(zip(self._readers, rows, strict=True)):
-            if reader is None or reading is None:
-                continue
-            reading["xids"] = xids.get(reader.address, []) if reader.watched else None
-            for xid in sorted(set(reading["xids"] or ()) - reader.told):
-                reader.told.add(xid)
-                self._alarm(f"{reader.title}: Xid {xid}, {_XIDS.get(xid, 'a critical error')}; see dmesg")
-            if reading["lost"]:
-                self._alarm(
-                    f"{reader.title}: {reader.loss}; it is not read any more, and what computes on it fails "
-                    "or hangs: take the node out of use and see dmesg"
-                )
-                self._readers[place] = None
-        return rows
-
-    @property
-    def gone(self) -> bool:
-        """Whether no GPU is left to read."""
-        return not any(self._readers)
-
-
-class _Reader:
-    """Asks one GPU or MIG instance, in a session."""
-
-    def __init__(self, nvml: Any, handle: Any, gpu: Gpu, pids: frozenset[int], said: set[str]) -> None:
-        self._nvml = nvml
-        self._pids = pids
-        self._said = said
-        self._unsupported: set[str] = set()
-        self._rare: dict[str, Any] = {}
-        self.handle = handle
-        self.address = ctypes.addressof(handle.contents)
-        self.title = f"GPU {gpu.index} ({gpu.name}, {gpu.uuid})"
-        self.watched = False
-        self.told: set[int] = set()
-        self.loss = ""
-        self._performance: _Performance | None = None
-        self._before: tuple[float, dict[str, float]] = (0.0, {})
-        with contextlib.suppress(_LostError):
-            self._performance = self.ask("activity", _Performance, nvml, handle)
-
-    def close(self) -> None:
-        if self._performance is not None:
-            self._performance.close()
-
-    def ask(self, what: str, query: Callable[..., Any], *args: object) -> Any:
-        """Returns an answer, or None; what is not supported is not asked again.
-
-        Raises:
-            _LostError: the GPU does not answer any more.
-        """
-        nvml = self._nvml
-        if what in self._unsupported:
-            return None
-        try:
-            return query(*args)
-        except (nvml.NVMLError, nvml.NVMLLibraryMismatchError) as error:
-            code = getattr(error, "value", nvml.NVML_ERROR_FUNCTION_NOT_FOUND)
-            if code == nvml.NVML_ERROR_GPU_IS_LOST:
-                raise _LostError("it has fallen off the bus") from None
-            if code == nvml.NVML_ERROR_RESET_REQUIRED:
-                raise _LostError("it does not work until it is reset") from None
-            if code in (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_FUNCTION_NOT_FOUND):
-                self._unsupported.add(what)
-            if what not in self._said:  # by one GPU for all of them
-                self._said.add(what)
-                _log.info("%s: %s is not known: NVML: %s", self.title, what, error)
-            return None
-
-    def read(self, rarely: bool) -> dict[str, Any]:
-        """Returns a reading, all None but `lost` if the GPU is lost; `rarely` asks the slow questions too."""
-        try:
-            reading = self._read_often()
-            if rarely:
-                self._rare = self._read_rarely()
-                reading |= self._read_traffic_of_20_ms(reading)
-            return dict.fromkeys(READINGS) | reading | self._rare | {"lost": False}
-        except _LostError as error:
-            self.loss = str(error)
-            return dict.fromkeys(READINGS) | {"lost": True}
-
-    def _read_often(self) -> dict[str, Any]:
-        """Asks what takes microseconds."""
-        nvml, ask, handle = self._nvml, self.ask, self.handle
-        use = ask("utilization", nvml.nvmlDeviceGetUtilizationRates, handle)
-        memory = self._memory()
-        power_mw = ask("power_w", nvml.nvmlDeviceGetPowerUsage, handle)
-        reasons = self._throttle()
-        return {
-            "utilization_pct": None if use is None else use.gpu,
-            "memory_utilization_pct": None if use is None else use.memory,
-            "memory_used_mib": None if memory is None else memory.used // _MIB,
-            "memory_total_mib": None if memory is None else memory.total // _MIB,
-            "power_w": None if power_mw is None else round(power_mw / 1000, 1),
-            "temperature_c": ask(
-                "temperature_c", nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU
-            ),
-            "sm_clock_mhz": ask("sm_clock_mhz", nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": ask(
-                "memory_clock_mhz", nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM
-            ),
-            "throttle": None
-            if reasons is None
-            else [name for bit, name in _THROTTLE.items() if reasons & bit],
-            **self._traffic(),
-            **self._activity(),
-        }
-
-    def _memory(self) -> Any:
-        """Returns used and total memory; what the driver keeps for itself is not used, as in nvidia-smi."""
-        nvml = self._nvml
-        memory = self.ask("memory", nvml.nvmlDeviceGetMemoryInfo, self.handle, nvml.nvmlMemory_v2)
-        if memory is None:  # before driver 510
-            memory = self.ask("memory without a reserve", nvml.nvmlDeviceGetMemoryInfo, self.handle)
-        return memory
-
-    def _throttle(self) -> int | None:
-        nvml = self._nvml
-        reasons = self.ask("throttle", nvml.nvmlDeviceGetCurrentClocksEventReasons, self.handle)
-        if reasons is None:  # before driver 535
-            query = nvml.nvmlDeviceGetCurrentClocksThrottleReasons
-            reasons = self.ask("throttle by its old name", query, self.handle)
-        if reasons is not None and reasons & 0x0C0:
-            reasons &= ~0x008  # said of either of them too, and of nothing else by GPUs of today
-        return None if reasons is None else int(reasons)
-
-    def _activity(self) -> dict[str, float | None]:
-        """Returns what the GPU measures of itself; nothing but the keys of _GPM that it knows."""
-        if self._performance is None:
-            return {}
-        return self.ask("activity", self._performance.read) or {}
-
-    def _traffic(self) -> dict[str, float | None]:
-        """Returns MiB per second by counters that are 64 bits wide; a narrower one wraps in a second."""
-        if self._performance is not None or "traffic" in self._unsupported:
-            return {}
-        nvml = self._nvml
-        fields = [(getattr(nvml, name), scope) for name, scope, _ in _COUNTERS.values()]
-        values = self.ask("traffic", nvml.nvmlDeviceGetFieldValues, self.handle, fields) or ()
-        now_s = time.monotonic()
-        counts = {
-            key: value.value.ullVal / units
-            for (key, (_, _, units)), value in zip(_COUNTERS.items(), values, strict=bool(values))
-            if value.nvmlReturn == nvml.NVML_SUCCESS
-            and value.valueType == nvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
-        }
-        if not counts:
-            self._unsupported.add("traffic")
-        (before_s, before), self._before = self._before, (now_s, counts)
-        spans = {key: count - before[key] for key, count in counts.items() if key in before}
-        return {key: round(span / (now_s - before_s), 1) for key, span in spans.items() if span >= 0}
-
-    def _read_traffic_of_20_ms(self, reading: Mapping[str, Any]) -> dict[str, float | None]:
-        """Returns the PCIe traffic of a moment, where there are no counters of it."""
-        nvml = self._nvml
-        if self._performance is not None or "pcie_rx_mib_per_s" in self._before[1]:
-            return {}
-        traffic_kib = {
-            key: self.ask("traffic of a moment", nvml.nvmlDeviceGetPcieThroughput, self.handle, counter)
-            for key, counter in (
-                ("pcie_rx_mib_per_s", nvml.NVML_PCIE_UTIL_RX_BYTES),
-                ("pcie_tx_mib_per_s", nvml.NVML_PCIE_UTIL_TX_BYTES),
-            )
-        }
-        return {key: None if kib is None else round(kib / 1024, 1) for key, kib in traffic_kib.items()}
-
-    def _read_rarely(self) -> dict[str, Any]:
-        """Asks what takes milliseconds."""
-        nvml, ask, handle = self._nvml, self.ask, self.handle
-        limit_mw = ask("power_limit_w", nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
-        errors = {
-            key: ask(key, nvml.nvmlDeviceGetTotalEccErrors, handle, kind, nvml.NVML_VOLATILE_ECC)
-            for key, kind in (
-                ("ecc_corrected", nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED),
-                ("ecc_uncorrected", nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED),
-            )
-        }
-        power_limit_w = None if limit_mw is None else round(limit_mw / 1000, 1)
-        return {"power_limit_w": power_limit_w, "memory_used_by_us_mib": self._ours_mib(), **errors}
-
-    def _ours_mib(self) -> int | None:
-        if not self._pids:
-            return None
-        query = self._nvml.nvmlDeviceGetComputeRunningProcesses
-        processes = self.ask("memory_used_by_us_mib", query, self.handle) or ()
-        ours = [process.usedGpuMemory for process in processes if process.pid in self._pids]
-        # None of ours: a container hides them. Memory unknown: the driver's right.
-        return sum(ours) // _MIB if ours and None not in ours else None
-
-
-class _Performance:
-    """NVML's GPU performance monitoring: metrics between two samples (Hopper and later).
-
-    Raises:
-        pynvml.NVMLError: the GPU or the driver has none.
-    """
-
-    def __init__(self, nvml: Any, handle: Any) -> None:
-        self._nvml = nvml
-        instance = ask(nvml.nvmlDeviceGetGpuInstanceId, handle)
-        whole = handle if instance is None else nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
-        if not nvml.nvmlGpmQueryDeviceSupport(whole).isSupportedDevice:
-            raise nvml.NVMLError(nvml.NVML_ERROR_NOT_SUPPORTED)
-        self._take = nvml.nvmlGpmSampleGet if instance is None else nvml.nvmlGpmMigSampleGet
-        self._of = (whole,) if instance is None else (whole, instance)
-        self._request = nvml.c_nvmlGpmMetricsGet_t()
-        self._request.version = nvml.NVML_GPM_METRICS_GET_VERSION
-        self._request.numMetrics = len(_GPM)
-        for metric, name in zip(self._request.metrics, _GPM.values(), strict=False):
-            metric.metricId = getattr(nvml, name)
-        self._before, self._now = nvml.nvmlGpmSampleAlloc(), nvml.nvmlGpmSampleAlloc()
-        self._filled = False
-
-    def close(self) -> None:
-        for sample in (self._before, self._now):
-            ask(self._nvml.nvmlGpmSampleFree, sample)
-
-    def read(self) -> dict[str, float | None]:
-        """Returns the metrics since the last call; {} from the first."""
-        nvml, request = self._nvml, self._request
-        self._before, self._now = self._now, self._before
-        two, self._filled = self._filled, False
-        self._take(*self._of, self._now)
-        self._filled = True
-        if not two:
-            return {}
-        request.sample1, request.sample2 = self._before, self._now
-        nvml.nvmlGpmMetricsGet(request)
-        return {
-            key: round(metric.value, 1)
-            if metric.nvmlReturn == nvml.NVML_SUCCESS and math.isfinite(metric.value)
-            else None
-            for key, metric in zip(_GPM, request.metrics, strict=False)
-        }
-
-
-class _Events:
-    """Critical errors (Xid) of the GPUs as they happen; of MIG instances NVML tells none."""
-
-    def __init__(self, nvml: Any, readers: Sequence[_Reader]) -> None:
-        self._nvml = nvml
-        self._set: Any = None
-        if hasattr(nvml.nvmlLib, "nvmlEventSetWait_v2"):
-            self._set = ask(nvml.nvmlEventSetCreate)
-        for reader in readers if self._set is not None else ():
-            with contextlib.suppress(_LostError):
-                reader.watched = bool(reader.ask("xids", self._register, reader.handle))
-
-    def _register(self, handle: Any) -> bool:
-        kind = self._nvml.nvmlEventTypeXidCriticalError
-        if not self._nvml.nvmlDeviceGetSupportedEventTypes(handle) & kind:
-            return False
-        self._nvml.nvmlDeviceRegisterEvents(handle, kind, self._set)
-        return True
-
-    def close(self) -> None:
-        if self._set is not None:
-            ask(self._nvml.nvmlEventSetFree, self._set)
-
-    def take(self) -> dict[int, list[int]]:
-        """Returns the numbers of the errors since the last call, by the address of the GPU's handle."""
-        found: dict[int, list[int]] = {}
-        for _ in range(_EVENTS_AT_ONCE if self._set is not None else 0):
-            event = ask(self._nvml.nvmlEventSetWait_v2, self._set, 0)
-            if event is None:  # a time-out: nothing more
-                break
-            address = ctypes.addressof(event.device.contents)
-            found.setdefault(address, []).append(int(event.eventData))
-        return found

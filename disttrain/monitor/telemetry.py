@@ -1,8 +1,8 @@
 """Readings of the GPUs and of this process's use of the processor, taken beside the training loop.
 
-A thread asks NVML (nvml.py) a few microseconds' worth of questions per GPU, and the loop collects the means
-at its log points. What cannot be read is None. This module imports neither torch nor, until GPUs are asked
-for, pynvml.
+A thread asks NVML (readings.py) a few microseconds' worth of questions per GPU, and the loop collects the
+means at its log points. What cannot be read is None. This module imports neither torch nor, until GPUs are
+asked for, pynvml.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from disttrain.monitor.nvml import READINGS, GpuReaders
+from disttrain.monitor.readings import READINGS, GpuReaders
 
 _log = logging.getLogger("disttrain")
 
@@ -48,7 +48,7 @@ class GpuSampler:
             without the `GPU-` or `MIG-` prefix.
         interval_s: seconds between two readings. A moment that was missed is not made up for.
         sink: called in the sampler's thread after each sweep over the GPUs, with a record per GPU that was
-            read: time (UTC), what describes it, and a reading as of `nvml.GpuReaders.sweep`.
+            read: time (UTC), what describes it, and a reading as of `readings.GpuReaders.sweep`.
         pids: processes whose memory counts as ours.
         alarm: told in the sampler's thread, once each, of GPUs that are lost and of critical errors.
     """

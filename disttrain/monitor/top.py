@@ -26,6 +26,7 @@ from rich.text import Text
 from disttrain.errors import UsageError
 from disttrain.monitor import nvml
 from disttrain.monitor.console import Frame, Output, bar, device_label, number
+from disttrain.monitor.readings import GpuReaders
 from disttrain.runs.runfolder import RunFolder
 
 _INTERVAL_S = 0.5
@@ -93,7 +94,7 @@ def _node() -> Iterator[Callable[[], Snapshot]]:
         rows = [row | {"age_s": _age_s(row["time"], now)} for row in last.values()]
         return {"run": None, "host": host, "time": now.isoformat(), "gpus": rows, "notes": list(notes)}
 
-    with nvml.GpuReaders([gpu.uuid for gpu in gpus], (), notes.append) as readers:
+    with GpuReaders([gpu.uuid for gpu in gpus], (), notes.append) as readers:
         if gpus:
             readers.sweep()  # rates are known from the second reading on
             time.sleep(_INTERVAL_S)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disttrain.monitor.nvml import READINGS, GpuReaders, node_gpus, visible_gpus
+from disttrain.monitor.nvml import node_gpus, visible_gpus
+from disttrain.monitor.readings import READINGS, GpuReaders
 from disttrain.runs import checkpoint
 
 pytestmark = pytest.mark.gpu
