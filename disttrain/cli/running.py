@@ -89,11 +89,9 @@ def run(
     from disttrain.config import load_config
     from disttrain.launch.launcher import launch
     from disttrain.launch.peers import facts, telling_nodes
-    from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_processes, plan_run_dir
-    from disttrain.launch.prepare import prepare
+    from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
+    from disttrain.launch.prepare import prepare, processes_here
     from disttrain.models import check_model_name
-    from disttrain.monitor.nvml import visible_gpus
-    from disttrain.parallel import usable_cores
     from disttrain.runs.runfolder import RunFolder, new_run_path
 
     node = plan_nodes(
@@ -102,13 +100,7 @@ def run(
     with telling_nodes(None if dry_run else node):
         config = load_config(config_path, overrides)
         check_model_name(config.model.name)
-        device, processes, chosen, threads = plan_processes(
-            gpus=gpus,
-            procs=procs,
-            visible=[] if procs else visible_gpus(),
-            cores=usable_cores(),
-            environ=os.environ,
-        )
+        device, processes, chosen, threads = processes_here(gpus=gpus, procs=procs)
         run_dir = run_dir or plan_run_dir(config.name, node.nodes if node else 1, os.environ)
         plan = LaunchPlan(
             config_path=config_path,

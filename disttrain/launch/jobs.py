@@ -19,9 +19,8 @@ from typing import Any
 
 from disttrain.errors import DisttrainError, TrainingError, error_of
 from disttrain.files import write_atomically
-from disttrain.launch.plan import LaunchPlan, command, environment, plan_processes
-from disttrain.monitor.nvml import visible_gpus
-from disttrain.parallel import usable_cores
+from disttrain.launch.plan import LaunchPlan, command, environment
+from disttrain.launch.prepare import processes_here
 from disttrain.runs.runfolder import RunFolder
 
 Values = dict[str, Any]
@@ -37,13 +36,7 @@ def plan_job(*, gpus: int | None, procs: int | None) -> LaunchPlan:
     Raises:
         UsageError: the machine does not have what is asked for.
     """
-    device, processes, chosen, threads = plan_processes(
-        gpus=gpus,
-        procs=procs,
-        visible=[] if procs else visible_gpus(),
-        cores=usable_cores(),
-        environ=os.environ,
-    )
+    device, processes, chosen, threads = processes_here(gpus=gpus, procs=procs)
     return LaunchPlan(
         config_path=Path(),
         overrides=(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from disttrain.config import Config
-from disttrain.launch.plan import LaunchPlan
+from disttrain.launch.plan import LaunchPlan, plan_processes
 from disttrain.launch.preflight import (
     Start,
     check_device,
@@ -20,6 +22,8 @@ from disttrain.launch.preflight import (
     resume_point,
     split_batch,
 )
+from disttrain.monitor.nvml import Gpu, visible_gpus
+from disttrain.parallel import usable_cores
 from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index
 
@@ -37,6 +41,19 @@ class Ready:
     index: Index
     folder: RunFolder
     start: Start | None
+
+
+def processes_here(
+    *, gpus: int | None, procs: int | None
+) -> tuple[Literal["cuda", "cpu"], int, tuple[Gpu, ...], int]:
+    """Returns what `plan_processes` decides here; arguments and errors as there."""
+    return plan_processes(
+        gpus=gpus,
+        procs=procs,
+        visible=[] if procs else visible_gpus(),
+        cores=usable_cores(),
+        environ=os.environ,
+    )
 
 
 def prepare(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[str], None]) -> Ready | None:
