@@ -65,31 +65,22 @@ def error_at(time, rank, folder):
     folder.error(rank).write_text(json.dumps(document))
 
 
+MADE = [".lock", ".reserve", "checkpoints", "errors", "logs"]
+
+
 # --- Making and locking -----------------------------------------------------------------------------
 
 
 def test_a_new_folder_is_made_with_its_parents(tmp_path):
     folder = RunFolder(tmp_path / "a" / "b")
     folder.create()
-    assert sorted(entry.name for entry in folder.path.iterdir()) == [
-        ".lock",
-        ".reserve",
-        "checkpoints",
-        "errors",
-        "logs",
-    ]
+    assert sorted(entry.name for entry in folder.path.iterdir()) == MADE
 
 
 def test_an_empty_folder_is_taken(folder):
     folder.path.mkdir()
     folder.create()
-    assert sorted(entry.name for entry in folder.path.iterdir()) == [
-        ".lock",
-        ".reserve",
-        "checkpoints",
-        "errors",
-        "logs",
-    ]
+    assert sorted(entry.name for entry in folder.path.iterdir()) == MADE
 
 
 def test_the_folder_of_an_earlier_run_is_taken_as_it_is(folder):
