@@ -297,7 +297,7 @@ def test_prometheus_can_read_a_run_at_work(digits_root: Path, config_file: Path,
         try:
             found: dict[Any, float] = {}
             limit = time.monotonic() + 120
-            while not any("eval" in name for name, _ in found) and run.poll() is None:
+            while not any(name == "disttrain_eval_accuracy" for name, _ in found) and run.poll() is None:
                 assert time.monotonic() < limit
                 time.sleep(0.05)
                 for file in prom.glob("*.prom"):

@@ -26,6 +26,36 @@ def seed_own_code(seed: int, rank: int) -> None:
     np.random.seed(key >> 32)
 
 
+def generators(device: torch.device) -> dict[str, Tensor]:
+    """Returns the state of every generator of random numbers that this rank has."""
+    _, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    state = {
+        "python": torch.tensor(words),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
+        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "numpy_rest": torch.tensor(
+            [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]], dtype=torch.float64
+        ),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_generators(state: dict[str, Tensor], device: torch.device) -> None:
+    """Puts back what `generators` returned."""
+    has_gauss, gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
+    position, has_gauss, numpy_gauss = state["numpy_rest"].tolist()
+    words = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, int(position), int(has_gauss), numpy_gauss))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def gather_rank_states(parts: Parts, *, with_buffers: bool) -> dict[str, Tensor] | None:
     """Returns what differs from rank to rank in a run, on rank 0; None on the others.
 
@@ -49,7 +79,7 @@ def restore_rank_state(parts: Parts, states: dict[str, Tensor]) -> None:
     meters = states["meter"]
     if len(meters) == parts.world_size:
         own = {name: value[parts.rank].clone() for name, value in states.items()}  # aligned in memory
-        _set_generators(own, parts.accelerator.device)
+        set_generators(own, parts.accelerator.device)
         if "buffers" in own:
             models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]
             fill([buffer for model in models for buffer in float_buffers(model)], own["buffers"])
@@ -61,33 +91,10 @@ def restore_rank_state(parts: Parts, states: dict[str, Tensor]) -> None:
 
 
 def _rank_state(parts: Parts, with_buffers: bool) -> dict[str, Tensor]:
-    _, words, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)
-    state = {
-        "python": torch.tensor(words),
-        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
-        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
-        "numpy_rest": torch.tensor(
-            [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]], dtype=torch.float64
-        ),
-        "torch": torch.get_rng_state(),
-        "meter": torch.tensor(parts.meter.state(), dtype=torch.float64),
-    }
-    if parts.accelerator.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(parts.accelerator.device)
+    state = generators(parts.accelerator.device)
+    state["meter"] = torch.tensor(parts.meter.state(), dtype=torch.float64)
     models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]
     buffers = [buffer for model in models for buffer in float_buffers(model)]
     if with_buffers and buffers:
         state["buffers"] = torch.cat([buffer.reshape(-1).double() for buffer in buffers]).cpu()
     return state
-
-
-def _set_generators(state: dict[str, Tensor], device: torch.device) -> None:
-    has_gauss, gauss = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
-    position, has_gauss, numpy_gauss = state["numpy_rest"].tolist()
-    words = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, int(position), int(has_gauss), numpy_gauss))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -32,6 +32,7 @@ from disttrain.training.optim import lr_factor, set_lr
 from disttrain.training.parts import Hooks, Parts, Position, as_written
 from disttrain.training.phases import Phases, StepTimes
 from disttrain.training.pulse import Phase
+from disttrain.training.rank_state import generators, set_generators
 
 _NOISE = 16  # the stream of random numbers that seeds dropout
 _MOST_SKIPPED_STEPS = 20  # in a row, by a gradient scaler that finds only overflows
@@ -452,8 +453,11 @@ def finish_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
     best = False
     if last or position.epoch % config.eval.every_epochs == 0:
         tta = config.eval.tta if last or config.eval.tta_when == "always" else "none"
+        device = parts.accelerator.device
+        before = generators(device)
         record = evaluate(parts, tta, step=position.step, hooks=hooks)
         if record is None:
+            set_generators(before, device)  # a network may draw in evaluation, and this one begins again
             stop(position, hooks, f"in the evaluation after {done}")
             return
         record |= {"step": position.step, "epoch": position.epoch}

@@ -31,7 +31,7 @@ class Net(nn.Module):
         self.passes = {True: 0, False: 0}
 
     def forward(self, images):
-        self.passes[self.training] += 1
+        self.passes[self.training] += len(images) > 1  # the looks at a new network are no passes
         plan = os.environ.get("SIGNAL_PLAN")
         if plan is not None and not os.path.exists("signalled"):
             name, rank, training, passes = plan.split()
@@ -100,8 +100,8 @@ def digest(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "checkpoints/latest/model.safetensors").read_bytes()).hexdigest()
 
 
-SIGNALS = [  # of 90 passes of each rank
-    (1, "SIGTERM 0 evaluation 5", 75),
+SIGNALS = [  # of 90 passes of each rank in training, and two in each of three evaluations
+    (1, "SIGTERM 0 evaluation 3", 75),
     (2, "SIGKILL 1 training 73", 70),
     (3, "SIGTERM 2 training 45", 75),
 ]
@@ -109,8 +109,9 @@ MORE_SIGNALS = [
     (1, "SIGTERM 0 training 35", 75),
     (1, "SIGKILL 0 training 45", 70),
     (2, "SIGTERM 1 training 45", 75),
-    (2, "SIGTERM 0 evaluation 2", 75),
-    (3, "SIGTERM 1 evaluation 2", 75),
+    (1, "SIGTERM 0 evaluation 4", 75),
+    (2, "SIGTERM 0 evaluation 1", 75),
+    (3, "SIGTERM 1 evaluation 1", 75),
 ]
 
 
