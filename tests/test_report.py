@@ -191,8 +191,8 @@ def test_the_time_is_shared_out(tmp_path: Path) -> None:
                 "waiting for data 5.4 s 17.4 %", "evaluation 1.5 s 4.8 %",
                 "start, log points, checkpoints, pauses 4.0 s 12.9 %"):  # fmt: skip
         assert row in text
-    assert "A step on each of the 2 ranks Milliseconds; means of the last 30 log points." in text
-    assert "1 180.15 20.15 500.15 100.16 50.15" in text
+    assert "A step on each of the 2 ranks Milliseconds; means of the last 29 log points." in text
+    assert "1 180.16 20.16 500.16 100.16 50.16" in text
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ class Record(msgspec.Struct, gc=False):
 class RankRecord(msgspec.Struct, gc=False):
     """The phases of a step on each rank, where a record has them."""
 
+    step: int
     ranks_ms: dict[str, tuple[float, ...]] = {}
 
 
@@ -236,19 +237,27 @@ def read_run(path: Path) -> Run:
 def read_ranks(path: Path) -> tuple[dict[str, list[float]], int]:
     """Returns the milliseconds of a step on each rank, phase by phase, and of how many log points they are.
 
-    They are the means of the last ones in metrics.jsonl.
+    They are the means over the steps of the last ones in metrics.jsonl.
     """
     try:
         size = path.stat().st_size
     except OSError:
         return {}, 0
     chunks = _chunks(path, RankRecord, max(0, size - _TAIL_BYTES), size)
-    tables = [record.ranks_ms for records, _ in chunks for record in records if record.ranks_ms]
-    shapes = [{phase: len(row) for phase, row in table.items()} for table in tables]
-    tables = [table for table, shape in zip(tables, shapes, strict=True) if shape == shapes[-1]]
-    if not tables:
+    found = [record for records, _ in chunks for record in records if record.ranks_ms]
+    shapes = [{phase: len(row) for phase, row in record.ranks_ms.items()} for record in found]
+    found = [record for record, shape in zip(found, shapes, strict=True) if shape == shapes[-1]]
+    if not found:
         return {}, 0
-    return {phase: np.mean([t[phase] for t in tables], axis=0).tolist() for phase in tables[-1]}, len(tables)
+    steps = np.diff([record.step for record in found])
+    if len(found) > 1:
+        found = found[1:]  # of the first one it is not known how many steps it has
+    weights = np.maximum(steps, 1) if len(steps) else None
+    means = {
+        phase: np.average([record.ranks_ms[phase] for record in found], axis=0, weights=weights).tolist()
+        for phase in found[-1].ranks_ms
+    }
+    return means, len(found)
 
 
 def read_gpus(path: Path) -> tuple[list[Device], int]:
