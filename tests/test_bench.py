@@ -82,6 +82,10 @@ def test_the_summary_names_the_share_of_the_peak_and_the_fastest_settings() -> N
     ]
     unknown = RESULTS | {"share_of_peak": None, "peak_source": "no figure for X"}
     assert summary(unknown)[0].endswith("30.0 GFLOP/s on each device; peak n/a (no figure for X)")
+    uncounted = RESULTS | {"flops_per_image": None, "flops_per_s_and_device": None, "share_of_peak": None}
+    assert summary(uncounted)[0] == (
+        "the arithmetic of this model is not known: it has layers that are not counted"
+    )
 
 
 def test_a_replayed_batch_is_the_first_one_for_every_window() -> None:

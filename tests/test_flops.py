@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from disttrain.models import CATALOG, build_model
-from disttrain.training.flops import flops_per_image, peak_flops_per_s
-from disttrain.training.train import arithmetic
+from disttrain.training.flops import device_flops, flops_per_image, peak_flops_per_s
 
 IMAGES = dict.fromkeys(("cnn_mnist", "lenet5"), (1, 28, 28))
 
@@ -96,6 +94,13 @@ def test_layers_that_are_not_known_give_no_number() -> None:
         ("NVIDIA A10", "bf16", 125),
         ("NVIDIA L40S", "bf16", 362),
         ("Tesla V100-SXM2-16GB", "tf32", None),
+        ("NVIDIA H100 NVL", "bf16", 836),
+        ("Tesla V100-PCIE-16GB", "fp16", 112),
+        # Names in which that of another is.
+        ("NVIDIA L40", "bf16", None),
+        ("NVIDIA A10G", "bf16", None),
+        ("NVIDIA RTX A1000", "bf16", None),
+        ("NVIDIA T400", "fp16", None),
         ("NVIDIA GeForce RTX 4090", "bf16", None),
     ],
 )
@@ -105,7 +110,7 @@ def test_the_peak_is_that_of_the_data_sheet(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     peak, source = peak_flops_per_s(torch.device("cuda", 0), precision)
     assert peak == (None if tera is None else tera * 1e12)
-    assert ("data sheet of" in source) == ("RTX" not in name)
+    assert ("data sheet of" in source) == (tera is not None or precision == "tf32")
 
 
 def test_a_cpu_has_no_data_sheet() -> None:
@@ -113,9 +118,8 @@ def test_a_cpu_has_no_data_sheet() -> None:
 
 
 def test_speed_and_share_are_those_of_one_device() -> None:
-    parts = SimpleNamespace(flops_per_image=3_000_000, peak_flops_per_s=1e12, world_size=4)
-    assert arithmetic(parts, 200_000) == {"device_flops_per_s": 150_000_000_000, "device_peak_pct": 15.0}
-    parts.peak_flops_per_s = None
-    assert arithmetic(parts, 200_000)["device_peak_pct"] is None
-    parts.flops_per_image = None
-    assert arithmetic(parts, 200_000) == {"device_flops_per_s": None, "device_peak_pct": None}
+    found = device_flops(3_000_000, 50_000, peak_per_s=1e12)
+    assert found == {"device_flops_per_s": 150_000_000_000, "device_peak_pct": 15.0}
+    assert device_flops(3_000_000, 50_000, peak_per_s=None)["device_peak_pct"] is None
+    unknown = {"device_flops_per_s": None, "device_peak_pct": None}
+    assert device_flops(None, 50_000, peak_per_s=1e12) == unknown

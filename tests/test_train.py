@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -451,6 +452,33 @@ def test_test_time_augmentation_can_wait_for_the_end() -> None:
 
 
 # --- Records ----------------------------------------------------------------------------------------
+
+
+class Drawing(nn.Module):
+    """Notes what it draws in training; draws in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.drawn = network(), []
+
+    def forward(self, images: Tensor) -> Tensor:
+        drawn = (random.random(), np.random.random(), torch.rand(()).item())
+        if self.training:
+            self.drawn.append(drawn)
+        return self.inner(images)
+
+
+def test_what_is_drawn_in_training_does_not_depend_on_evaluations() -> None:
+    drawn = []
+    for every in (1, 4):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        model = Drawing()
+        run(with_(make_parts(model=model, epochs=4), eval={"every_epochs": every}))
+        drawn.append(model.drawn)
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == len(drawn[0])
 
 
 def test_the_phases_of_a_step_are_told_for_each_rank() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from disttrain.units import flops, span
+from disttrain.units import flops_text, time_text
 
 
 @pytest.mark.parametrize(
@@ -16,12 +16,12 @@ from disttrain.units import flops, span
         (4321, "4,321 s"),
     ],
 )
-def test_a_span_of_time(seconds: float, text: str) -> None:
-    assert span(seconds) == text
+def test_a_time(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
 
 
 def test_operations_per_second() -> None:
-    assert (flops(4.1e9), flops(999.9e9), flops(412.34e12)) == (
+    assert (flops_text(4.1e9), flops_text(999.9e9), flops_text(412.34e12)) == (
         "4.1 GFLOP/s",
         "999.9 GFLOP/s",
         "412.3 TFLOP/s",

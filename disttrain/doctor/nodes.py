@@ -24,7 +24,7 @@ from disttrain.launch.network import prepare_gloo
 from disttrain.launch.peers import Channel, meet
 from disttrain.launch.slurm import Node, allocation
 from disttrain.monitor.nvml import visible_gpus
-from disttrain.units import span
+from disttrain.units import time_text
 
 if TYPE_CHECKING:
     import torch
@@ -292,4 +292,4 @@ def judge(found: tuple[list[Pair], float | str], names: Sequence[str], backend: 
     if isinstance(reduction, str):
         yield failure(subject, f"reduction: {reduction}", "see to the pairs first")
     else:
-        yield ok(subject, f"{backend}: 25 MiB summed up in {span(reduction)}")
+        yield ok(subject, f"{backend}: 25 MiB summed up in {time_text(reduction)}")

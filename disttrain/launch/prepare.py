@@ -1,4 +1,4 @@
-"""All that can be checked of a run before anything is started, and where it begins."""
+"""Before anything is started: the processes of this machine, all checks of a run, and where it begins."""
 
 from __future__ import annotations
 

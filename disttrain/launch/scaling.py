@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from disttrain.units import span
+from disttrain.units import time_text
 
 
 class Link(NamedTuple):
@@ -145,8 +145,8 @@ def estimate(gradient_bytes: float, bucket_bytes: float, ranks: Ranks) -> str:
     speed = f"{1e6 * link.latency_s:,.0f} us and {link.bytes_per_s / 1e9:,.3g} GB/s: {link.what}"
     gradients = f"{gradient_bytes / 2**20:,.2f} MiB of gradients per step"
     return (
-        f"{gradients}, summed up in about {span(time_s)} "
-        f"({speed}); 90 % of a step is arithmetic if a rank computes for {span(compute_s)} or more"
+        f"{gradients}, summed up in about {time_text(time_s)} "
+        f"({speed}); 90 % of a step is arithmetic if a rank computes for {time_text(compute_s)} or more"
     )
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from disttrain.config import Config, dump_config
 from disttrain.launch.jobs import run_job
 from disttrain.launch.plan import LaunchPlan, plan_processes
-from disttrain.units import flops
+from disttrain.units import flops_text
 
 DEFAULT = {
     "name": "bench",
@@ -118,17 +118,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 def summary(results: dict[str, Any]) -> list[str]:
     """Returns lines on arithmetic and settings."""
-    lines = ["the arithmetic of this model is not known"]
-    if results["flops_per_image"] is not None:
-        lines = [
-            f"{results['flops_per_image'] / 1e6:,.1f} MFLOP an image, forward and backward; "
-            f"{flops(results['flops_per_s_and_device'])} on each device"
-        ]
-    if results["share_of_peak"] is None:
-        lines[0] += f"; peak n/a ({results['peak_source']})"
-    else:
-        share = 100 * results["share_of_peak"]
-        lines[0] += f" = {share:.1f} % of {flops(results['peak_flops_per_s'])} ({results['peak_source']})"
+    lines = [_arithmetic(results)]
     timed = [row for row in results["table"] if row["pass_s"] is not None]
     best = min(timed, key=lambda row: row["pass_s"])
     settings = (f"train.{key}={str(best[key]).lower()}" for key in ("precision", "channels_last", "compile"))
@@ -144,3 +134,16 @@ def _measured(plan: LaunchPlan, what: str, seconds: float) -> dict[str, Any]:
 
 def _many(processes: int) -> str:
     return f"{processes} process{'es' * (processes > 1)}"
+
+
+def _arithmetic(results: dict[str, Any]) -> str:
+    if results["flops_per_image"] is None:
+        return "the arithmetic of this model is not known: it has layers that are not counted"
+    text = (
+        f"{results['flops_per_image'] / 1e6:,.1f} MFLOP an image, forward and backward; "
+        f"{flops_text(results['flops_per_s_and_device'])} on each device"
+    )
+    if results["share_of_peak"] is None:
+        return f"{text}; peak n/a ({results['peak_source']})"
+    share = 100 * results["share_of_peak"]
+    return f"{text} = {share:.1f} % of {flops_text(results['peak_flops_per_s'])} ({results['peak_source']})"

@@ -330,14 +330,14 @@ def _all_settings(on_gpu: bool, compiling: bool) -> Iterator[Settings]:
 
 def flops(parts: Parts, step_s: float) -> dict[str, Any]:
     """Returns the arithmetic of a training step and how near it comes to what the device can do."""
-    from disttrain.training.flops import peak_flops_per_s
-    from disttrain.training.train import arithmetic
+    from disttrain.training.flops import device_flops, peak_flops_per_s
 
     precision = parts.settings.precision
     peak, source = peak_flops_per_s(parts.accelerator.device, precision)
     if parts.accelerator.device.type == "cpu":
         peak, source = _measured_peak(precision)
-    found = arithmetic(parts, parts.plan.batch_size / step_s)["device_flops_per_s"]
+    images_per_s = parts.plan.batch_size / step_s / parts.world_size
+    found = device_flops(parts.flops_per_image, images_per_s, peak_per_s=peak)["device_flops_per_s"]
     return {
         "flops_per_image": parts.flops_per_image,
         "flops_per_s_and_device": found,

@@ -204,9 +204,13 @@ def _build_torchvision(name: str, given: Mapping[str, Any], args: Mapping[str, A
 
 
 def try_out(model: nn.Module, images: Tensor) -> Any:
-    """Returns the scores of images [B, C, H, W]; leaves modes, buffers and random state as they were.
+    """Returns what a model makes of images in evaluation mode; raises what it raises.
 
-    The model computes in evaluation mode.
+    Modes, buffers and random state are afterwards as they were.
+
+    Args:
+        model: scores [B, classes] are expected of it, and not checked.
+        images: float32 [B, C, H, W], on the model's device.
     """
     import torch
 

@@ -26,7 +26,7 @@ from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from disttrain.units import flops
+from disttrain.units import flops_text
 
 _REFRESHES_PER_S = 4
 _LABEL = 9  # cells of the column of labels
@@ -433,7 +433,7 @@ def _train_rows(record: Record, width: int) -> list[Text]:
     ]
     if (speed := record.get("device_flops_per_s")) is not None:
         share = record.get("device_peak_pct")
-        fields.append(("", flops(speed) + ("" if share is None else f", {share:.0f} % peak")))
+        fields.append(("", flops_text(speed) + ("" if share is None else f", {share:.0f} % peak")))
     cell, rows = 22, []
     lines = math.ceil(len(fields) / max(1, (width - _LABEL) // cell))
     per_row = math.ceil(len(fields) / lines)

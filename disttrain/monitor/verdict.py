@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from disttrain.units import span
+from disttrain.units import time_text
 
 Name = Literal[
     "throttled",
@@ -102,21 +102,22 @@ def judge(evidence: Evidence) -> Verdict:
         if e.own_s[slowest] >= STRAGGLER * median and late_pct >= STRAGGLER_PCT:
             return Verdict(
                 "straggler",
-                f"straggler: {e.where[slowest]} needs {span(e.own_s[slowest])} for its part of a step, the "
-                f"others {span(median)} (median), and all wait for it; look for other work on that host",
+                f"straggler: {e.where[slowest]} needs {time_text(e.own_s[slowest])} for its part of a step, "
+                f"the others {time_text(median)} (median), and all wait for it; look for other work on that "
+                "host",
                 None,
             )
     data_s = e.data_s + e.augmentation_s
     data_pct = _share(data_s, e.step_s)
     if data_pct >= INPUT_PCT:
         what, help_, key = _input(e)
-        text = f"input-bound: {data_pct:.0f} % of a step ({span(data_s)}) is {what}; {help_}"
+        text = f"input-bound: {data_pct:.0f} % of a step ({time_text(data_s)}) is {what}; {help_}"
         return Verdict("input-bound", text, key)
     communication_pct = _share(e.communication_s, e.step_s)
     if communication_pct >= COMMUNICATION_PCT:
         return Verdict(
             "communication-bound",
-            f"communication-bound: {communication_pct:.0f} % of a step ({span(e.communication_s)}) is "
+            f"communication-bound: {communication_pct:.0f} % of a step ({time_text(e.communication_s)}) is "
             "waiting for the gradients of other ranks; raise train.batch_size, or use fewer processes",
             "train.batch_size",
         )
@@ -126,7 +127,7 @@ def judge(evidence: Evidence) -> Verdict:
         return Verdict(
             "launch-bound",
             f"launch-bound: the GPUs are busy {e.utilization_pct:.0f} % of the time and wait for nothing: "
-            f"the steps ({span(e.step_s)}) are too small for them; {help_}",
+            f"the steps ({time_text(e.step_s)}) are too small for them; {help_}",
             keys,
         )
     if e.memory_pct is not None and e.memory_pct >= TIGHT_PCT:
@@ -137,7 +138,7 @@ def judge(evidence: Evidence) -> Verdict:
             "train.accumulate",
         )
     rest = 100 - data_pct - communication_pct
-    text = f"compute-bound: {rest:.0f} % of a step ({span(e.step_s)}) is computing"
+    text = f"compute-bound: {rest:.0f} % of a step ({time_text(e.step_s)}) is computing"
     if e.peak_pct is not None:
         text += f", at {e.peak_pct:.0f} % of the device's peak"
     if e.precision == "fp32" and e.on_gpu:
@@ -181,6 +182,7 @@ def evidence(
     def mean_s(key: str) -> float:
         return statistics.fmean(record["phases_ms"][key] for record in records) / 1000
 
+    own_ms = [record["ranks_ms"][phase] for record in records for phase in _OWN]
     gpus: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
     for record in records:
         for gpu in record["gpus"]:
@@ -196,10 +198,7 @@ def evidence(
         data_s=mean_s("data"),
         augmentation_s=mean_s("augmentation"),
         communication_s=mean_s("communication"),
-        own_s=[
-            statistics.fmean(sum(r["ranks_ms"][phase][rank] for phase in _OWN) for r in records) / 1000
-            for rank in range(len(hosts))
-        ],
+        own_s=[sum(times_ms) / len(records) / 1000 for times_ms in zip(*own_ms, strict=True)],
         where=[f"rank {rank} on {host}" for rank, host in enumerate(hosts)],
         on_gpu=bool(gpus),
         streamed=streamed,

@@ -21,7 +21,7 @@ from disttrain.monitor.console import duration, number
 from disttrain.report.records import MEASURES, Array, Device, Run, read_gpus, read_ranks, read_run, utc
 from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import Index, load_index
-from disttrain.units import flops
+from disttrain.units import flops_text
 
 if TYPE_CHECKING:
     from disttrain.report.charts import Charts
@@ -252,13 +252,12 @@ def _facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
 
 
 def _arithmetic(run: Run) -> str:
-    """Returns the model's operations per second on one device, and their share of its peak."""
-    per_image, peak = run.env.get("flops_per_image"), run.env.get("device_peak_flops_per_s")
-    speed, ranks = run.train["images_per_s"], run.env.get("world_size") or 1
-    if not per_image or not np.isfinite(speed).any():
+    """Returns the model's operations per second on one device, and their share of its peak; medians."""
+    per_s, peak_pct = run.train["device_flops_per_s"], run.train["device_peak_pct"]
+    if not np.isfinite(per_s).any():
         return "n/a"
-    per_s = per_image * float(np.nanmedian(speed)) / ranks
-    return f"{flops(per_s)} a device" + (f", {100 * per_s / peak:.1f} % of its peak" if peak else "")
+    share = f", {np.nanmedian(peak_pct):.1f} % of its peak" if np.isfinite(peak_pct).any() else ""
+    return f"{flops_text(float(np.nanmedian(per_s)))} a device{share}"
 
 
 def _least(values: Sequence[float | None]) -> str:

@@ -82,7 +82,7 @@ def build(
         fresh = load_weights(model, Path(config.model.weights), len(index.classes))
         left = f", but {', '.join(fresh)}, which begin at random" if fresh else ""
         choices["weights"] = f"{config.model.weights}: all{left}"
-    arithmetic = flops_per_image(model, (index.channels, index.height, index.width))
+    per_image = flops_per_image(model, (index.channels, index.height, index.width))
     steps_left = plan.steps_per_epoch * config.train.epochs - (checkpoint.value("step") if checkpoint else 0)
     saved = checkpoint.value("arithmetic") if checkpoint else None
     accelerator, settings = prepare_arithmetic(config, group, model, index, steps_left, saved, choices)
@@ -138,7 +138,7 @@ def build(
         val_skipped=len(skipped["val"]),
         image_size=(index.height, index.width),
         settings=settings,
-        flops_per_image=arithmetic,
+        flops_per_image=per_image,
         peak_flops_per_s=peak_flops_per_s(device, settings.precision)[0],
         compiled_batch=split_batch(config, group.num_processes) if settings.compiled else None,
     )

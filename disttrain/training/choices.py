@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from disttrain.config import TrainConfig
-from disttrain.units import span
+from disttrain.units import time_text
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -255,7 +255,7 @@ def _consider_compiling(choice: Choice, probe: Probe, best: Settings, eager_s: f
         except ProbeError as error:
             text = f"compiling fails: {error}"
         else:
-            text = f"{span(compiled_s)} a pass, {span(eager_s)} as written"
+            text = f"{time_text(compiled_s)} a pass, {time_text(eager_s)} as written"
             if compiled_s <= _COMPILE_WIN * eager_s:
                 choice.reasons["compile"] = f"true: {text}"
                 return replace(best, compiled=True)
@@ -268,7 +268,7 @@ def _shown(settings: Settings, key: str) -> str:
 
 
 def _table(seconds: dict[Settings, float]) -> str:
-    times = {settings: f"{span(value)} a pass" for settings, value in seconds.items()}
+    times = {settings: f"{time_text(value)} a pass" for settings, value in seconds.items()}
     return "; ".join(f"{one}: {'fails' if seconds[one] == math.inf else times[one]}" for one in seconds)
 
 

@@ -1,8 +1,9 @@
-"""The arithmetic that a model asks for, and the most that a device can do."""
+"""The arithmetic that a model asks for, what a device does of it in a second, and the most that it could."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -11,14 +12,17 @@ from torch import Tensor, nn
 from disttrain.models import try_out
 
 PEAK_TFLOPS = {
-    # Dense, as the makers' data sheets have them: bf16 or fp16, tf32, fp32.
+    # Dense, as the makers' data sheets have them: bf16 or fp16, tf32, fp32. The first name that fits counts.
+    "H200 NVL": (836, 418, 60),
     "H200": (989, 495, 67),
+    "H100 NVL": (836, 418, 60),
     "H100 PCIe": (756, 378, 51),
     "H100": (989, 495, 67),
     "A100": (312, 156, 19.5),
     "L40S": (362, 183, 91.6),
     "L4": (121, 60, 30.3),
     "A10": (125, 62.5, 31.2),
+    "V100-PCIE": (112, None, 14),
     "V100": (125, None, 15.7),
     "T4": (65, None, 8.1),
 }
@@ -65,13 +69,30 @@ def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int | None
     return total
 
 
+def device_flops(
+    per_image: int | None, images_per_s: float, *, peak_per_s: float | None
+) -> dict[str, float | None]:
+    """Returns device_flops_per_s and device_peak_pct of a log point, None where they are not known.
+
+    Args:
+        per_image: of `flops_per_image`.
+        images_per_s: that one device trains on.
+        peak_per_s: of `peak_flops_per_s`.
+    """
+    if per_image is None:
+        return {"device_flops_per_s": None, "device_peak_pct": None}
+    found = per_image * images_per_s
+    share_pct = None if peak_per_s is None else round(100 * found / peak_per_s, 2)
+    return {"device_flops_per_s": round(found), "device_peak_pct": share_pct}
+
+
 def peak_flops_per_s(device: torch.device, precision: str) -> tuple[float | None, str]:
     """Returns the most operations per second that a GPU does in a precision, and where that is from."""
     if device.type != "cuda":
         return None, "no data sheet for a CPU"
     name = torch.cuda.get_device_name(device)
     for known, (half, tf32, single) in PEAK_TFLOPS.items():
-        if known in name:
+        if re.search(rf"\b{known}\b", name):  # an L40 is no L4
             tera = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": single}[precision]
             return (None if tera is None else tera * 1e12), f"data sheet of {known}"
     return None, f"no figure for {name}"

@@ -42,11 +42,6 @@ class StepTimes(NamedTuple):
     evaluation_s: float
     checkpoint_s: float
 
-    @property
-    def own_s(self) -> float:
-        """What this rank needs for itself in a step, whatever the others do."""
-        return self.data_s + self.augmentation_s + self.compute_s + self.optimizer_s
-
 
 class Phases:
     """Follows one rank through its phases.

@@ -5,7 +5,9 @@ Every rank calls every function here.
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -26,7 +28,21 @@ def seed_own_code(seed: int, rank: int) -> None:
     np.random.seed(key >> 32)
 
 
-def generators(device: torch.device) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def drawing_apart(device: torch.device) -> Iterator[None]:
+    """Leaves the generators of this rank as they were, whatever is drawn inside, also when it is broken off.
+
+    A network of the user's own may draw in an evaluation: what it draws in training does not depend on how
+    often it is evaluated, and an evaluation that begins again draws the same.
+    """
+    before = _generators(device)
+    try:
+        yield
+    finally:
+        _set_generators(before, device)
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
     """Returns the state of every generator of random numbers that this rank has."""
     _, words, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
@@ -44,8 +60,8 @@ def generators(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
-def set_generators(state: dict[str, Tensor], device: torch.device) -> None:
-    """Puts back what `generators` returned."""
+def _set_generators(state: dict[str, Tensor], device: torch.device) -> None:
+    """Puts back what `_generators` returned."""
     has_gauss, gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
     position, has_gauss, numpy_gauss = state["numpy_rest"].tolist()
@@ -79,7 +95,7 @@ def restore_rank_state(parts: Parts, states: dict[str, Tensor]) -> None:
     meters = states["meter"]
     if len(meters) == parts.world_size:
         own = {name: value[parts.rank].clone() for name, value in states.items()}  # aligned in memory
-        set_generators(own, parts.accelerator.device)
+        _set_generators(own, parts.accelerator.device)
         if "buffers" in own:
             models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]
             fill([buffer for model in models for buffer in float_buffers(model)], own["buffers"])
@@ -91,7 +107,7 @@ def restore_rank_state(parts: Parts, states: dict[str, Tensor]) -> None:
 
 
 def _rank_state(parts: Parts, with_buffers: bool) -> dict[str, Tensor]:
-    state = generators(parts.accelerator.device)
+    state = _generators(parts.accelerator.device)
     state["meter"] = torch.tensor(parts.meter.state(), dtype=torch.float64)
     models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]
     buffers = [buffer for model in models for buffer in float_buffers(model)]

@@ -28,11 +28,12 @@ from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.training.augment import Mix
 from disttrain.training.collectives import gather, reduce_sum, stop_requested_anywhere
 from disttrain.training.evaluation import evaluate
+from disttrain.training.flops import device_flops
 from disttrain.training.optim import lr_factor, set_lr
 from disttrain.training.parts import Hooks, Parts, Position, as_written
 from disttrain.training.phases import Phases, StepTimes
 from disttrain.training.pulse import Phase
-from disttrain.training.rank_state import generators, set_generators
+from disttrain.training.rank_state import drawing_apart
 
 _NOISE = 16  # the stream of random numbers that seeds dropout
 _MOST_SKIPPED_STEPS = 20  # in a row, by a gradient scaler that finds only overflows
@@ -348,7 +349,9 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
         "step_time_s": meter.step_time_s,
         "data_wait_pct": 100 * wait_s / elapsed_s,
         **step_times(of_ranks, parts.world_size),
-        **arithmetic(parts, images_per_s),
+        **device_flops(
+            parts.flops_per_image, images_per_s / parts.world_size, peak_per_s=parts.peak_flops_per_s
+        ),
         "skipped": len(parts.plan.skipped),
         **hooks.gauges.rows(readings),
     }
@@ -370,18 +373,6 @@ def step_times(seconds: Sequence[float], ranks: int) -> dict[str, Any]:
     }
     means = {name: round(sum(row) / ranks, 4) for name, row in rows.items()}
     return {"phases_ms": means, "ranks_ms": rows}
-
-
-def arithmetic(parts: Parts, images_per_s: float) -> dict[str, float | None]:
-    """Returns the model's floating-point operations per second on one device, and their share of its peak."""
-    if parts.flops_per_image is None:
-        return {"device_flops_per_s": None, "device_peak_pct": None}
-    found = parts.flops_per_image * images_per_s / parts.world_size
-    peak = parts.peak_flops_per_s
-    return {
-        "device_flops_per_s": round(found),
-        "device_peak_pct": None if peak is None else round(100 * found / peak, 2),
-    }
 
 
 def check_loss(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hooks) -> None:
@@ -453,11 +444,9 @@ def finish_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
     best = False
     if last or position.epoch % config.eval.every_epochs == 0:
         tta = config.eval.tta if last or config.eval.tta_when == "always" else "none"
-        device = parts.accelerator.device
-        before = generators(device)
-        record = evaluate(parts, tta, step=position.step, hooks=hooks)
+        with drawing_apart(parts.accelerator.device):
+            record = evaluate(parts, tta, step=position.step, hooks=hooks)
         if record is None:
-            set_generators(before, device)  # a network may draw in evaluation, and this one begins again
             stop(position, hooks, f"in the evaluation after {done}")
             return
         record |= {"step": position.step, "epoch": position.epoch}
