@@ -16,6 +16,7 @@
  *   FAKE_NVML_LOST=i:n        GPU i is lost after n readings of its utilisation
  *   FAKE_NVML_XID=i:n:x       GPU i has a critical error x after n readings of its utilisation
  *   FAKE_NVML_MIG=i:n         GPU i is split into n MIG instances, of which memory and activity can be read
+ *   FAKE_NVML_USED=i:n        n MiB of the memory of GPU i are used, with what the driver keeps
  *   FAKE_NVML_THROTTLE=i:m    the bits m hold the clocks of GPU i down
  *   FAKE_NVML_GPM=0           GPUs before Hopper: no activity, traffic by counters
  *   FAKE_NVML_COUNTERS=0      and by no counters but the traffic of a moment: 100 i + 30 received, + 40 sent
@@ -264,7 +265,8 @@ int nvmlDeviceGetName(Device *device, char *text, unsigned int length) {
 int nvmlDeviceGetMemoryInfo(Device *device, Memory *memory) {
     ENTER(device);
     memory->total = (device->slot < 0 ? 81920ull : 10240ull) << 20;
-    memory->used = (1000ull * (unsigned long long)device->gpu + 700ull) << 20;
+    int used = number_for("FAKE_NVML_USED", device->gpu);
+    memory->used = (unsigned long long)(used < 0 ? 1000 * device->gpu + 700 : used) << 20;
     memory->free = memory->total - memory->used;
     return OK;
 }

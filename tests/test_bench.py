@@ -90,7 +90,8 @@ def test_the_summary_names_the_share_of_the_peak_and_the_fastest_settings() -> N
 
 def test_a_replayed_batch_is_the_first_one_for_every_window() -> None:
     split = DecodedSplit(np.arange(8, dtype=np.uint8).reshape(8, 1, 1, 1), np.arange(8))
-    loader = Replay(Cached(split, torch.device("cpu"), "host"))
+    cpu = torch.device("cpu")
+    loader = Replay(Cached(split, cpu, "host"), cpu)
     windows = [slice(0, 3), slice(3, 6), slice(6, 8)]
     served = list(loader.batches(np.arange(8)[::-1].copy(), windows))
     assert [batch.labels.tolist() for batch in served] == [[7, 6, 5], [7, 6, 5], [7, 6]]
@@ -106,7 +107,7 @@ def test_a_real_measurement(disttrain: Run, config_file: Path, processes: int) -
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["processes"] == processes
-    phases = {"data", "augmentation", "forward", "backward", "optimizer", "logging"}
+    phases = {"data", "to_device", "augmentation", "forward", "backward", "optimizer", "logging"}
     assert set(found["phases_s"]) == (phases | {"communication"} if processes == 2 else phases)
     assert all(seconds >= 0 for seconds in found["phases_s"].values())
     assert 0 < found["phases_s"]["forward"] < found["step_s"] * 20

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from disttrain.training import phases as module
@@ -30,6 +31,7 @@ def test_the_seconds_of_each_phase_are_the_means_of_the_steps(clock: SimpleNames
     phases = Phases()
     step = [
         (Phase.DATA, 1.0),
+        (Phase.TO_DEVICE, 0.125),
         (Phase.AUGMENT, 0.25),
         (Phase.COMPUTE, 4.0),
         (Phase.DATA, 2.0),
@@ -40,10 +42,56 @@ def test_the_seconds_of_each_phase_are_the_means_of_the_steps(clock: SimpleNames
     clock.now = 1000  # the start is no part of a step
     pass_through(phases, clock, *step, *step, (Phase.REPORT, 0.25))
     times = phases.take(2, nn.Identity())
-    assert times == (3.0, 0.75, 9.0, 0.0, 0.5, 0.125, 0.0, 0.0)
+    assert times == (3.0, 0.125, 0.75, 9.0, 0.0, 0.5, 0.125, 0.0, 0.0)
     clock.now += 0.75  # the rest of the log point belongs to the next interval
     pass_through(phases, clock, *step, (Phase.SAVE, 2.0), (Phase.EVALUATE, 4.0), (Phase.REPORT, 1.0))
-    assert phases.take(1, nn.Identity()) == (3.0, 0.75, 9.0, 0.0, 0.5, 1.75, 4.0, 2.0)
+    assert phases.take(1, nn.Identity()) == (3.0, 0.125, 0.75, 9.0, 0.0, 0.5, 1.75, 4.0, 2.0)
+
+
+class Event:
+    """What a GPU does at a time of its own; `now` is that time."""
+
+    now = 0.0
+    made = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        Event.made += 1
+
+    def record(self) -> None:
+        self.at = Event.now
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_on_a_gpu_the_first_step_after_a_log_point_is_timed_by_the_device(
+    clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    phases = Phases(device=torch.device("cuda", 0))
+
+    def step(number: int, *seconds: float) -> None:
+        """Goes through a step with two passes, as slow on the device as said; the host takes 1 ms a phase."""
+        passing = [Phase.DATA, Phase.TO_DEVICE, Phase.AUGMENT, Phase.COMPUTE, Phase.COMPUTE]
+        for phase, on_device in zip([*passing, *passing, Phase.OPTIMIZE], seconds, strict=True):
+            phases.enter(phase, number)
+            clock.now += 0.001
+            Event.now += on_device
+
+    slow, fast = (1, 2, 3, 4, 8, 1, 2, 3, 4, 8, 16), [0.001] * 11
+    for rest, logging_s in ((2, 0.5), (0, 0.25)):
+        made = Event.made
+        step(1, *slow)
+        for number in range(rest):
+            step(2 + number, *fast)
+        phases.enter(Phase.REPORT, 1 + rest)
+        clock.now += logging_s
+        Event.now += 100  # the device waits for the host
+        times = phases.take(1 + rest, nn.Identity())
+        assert times[:6] == pytest.approx((2, 4, 6, 24, 0, 16))
+        assert times.logging_s == pytest.approx(logging_s / (1 + rest))
+        assert Event.made == made + 12  # one for each phase of that step, and its end
 
 
 def test_waiting_for_others_is_no_computing(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -485,10 +485,10 @@ def test_the_phases_of_a_step_are_told_for_each_rank() -> None:
     fields = len(StepTimes._fields)
     told = step_times([0.001 * number for number in range(3 * fields)], 3)
     assert told["ranks_ms"]["data"] == [0.0, 1.0, 2.0]
-    assert told["ranks_ms"]["checkpoint"] == [21.0, 22.0, 23.0]
-    assert told["phases_ms"]["augmentation"] == 4.0
+    assert told["ranks_ms"]["checkpoint"] == [24.0, 25.0, 26.0]
+    assert told["phases_ms"]["augmentation"] == 7.0
     assert list(told["phases_ms"]) == list(told["ranks_ms"]) == [
-        "data", "augmentation", "compute", "communication", "optimizer",
+        "data", "to_device", "augmentation", "compute", "communication", "optimizer",
         "logging", "evaluation", "checkpoint",
     ]  # fmt: skip
 

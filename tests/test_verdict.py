@@ -29,7 +29,14 @@ CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
         ["43 %", "(43 ms)", "data.cache=host"],
         "data.cache",
     ),
-    ("slow copies", {"data_s": 0.02}, "input-bound", ["20 %", "data.cache=device"], "data.cache"),
+    ("slow gathering", {"data_s": 0.02}, "input-bound", ["20 %", "data.cache=device"], "data.cache"),
+    (
+        "slow copies",
+        {"data_s": 0.002, "to_device_s": 0.013, "augmentation_s": 0.003},
+        "input-bound",
+        ["18 %", "(18 ms)", "copying images to the GPU", "data.cache=device"],
+        "data.cache",
+    ),
     (
         "slow augmentation",
         {"data_s": 0.005, "augmentation_s": 0.02},
@@ -114,7 +121,7 @@ def test_the_figures_give_the_verdict(
 
 def record(data_ms: float, compute_ms: list[float], **gpu: float | None) -> dict[str, Any]:
     row = {"host": "n1", "index": 3, "memory_used_mib": None, "memory_total_mib": 1000.0, **gpu}
-    phases = {"data": data_ms, "augmentation": 0.5, "communication": 1.0}
+    phases = {"data": data_ms, "to_device": 0.25, "augmentation": 0.5, "communication": 1.0}
     ranks = {key: [ms] * len(compute_ms) for key, ms in {**phases, "optimizer": 2.0}.items()}
     ranks["compute"] = compute_ms
     return {"step_time_s": 0.01, "phases_ms": phases, "ranks_ms": ranks, "gpus": [row] if gpu else []}
@@ -130,9 +137,10 @@ def test_the_evidence_is_the_means_of_the_records() -> None:
     assert found == Evidence(
         step_s=0.01,
         data_s=pytest.approx(0.0015),
+        to_device_s=pytest.approx(0.00025),
         augmentation_s=pytest.approx(0.0005),
         communication_s=0.001,
-        own_s=[pytest.approx(0.011), pytest.approx(0.009)],
+        own_s=[pytest.approx(0.01125), pytest.approx(0.00925)],
         where=["rank 0 on n1", "rank 1 on n2"],
         on_gpu=True,
         streamed=True,

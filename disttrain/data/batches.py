@@ -18,7 +18,7 @@ Window = slice | Ids
 
 
 class Batch(NamedTuple):
-    """Samples as they were stored, on the device of the rank.
+    """Samples as they were stored.
 
     Attributes:
         images: uint8 [B, H, W, C].
@@ -30,18 +30,34 @@ class Batch(NamedTuple):
     labels: Tensor
     ids: Ids
 
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch on a device; from pinned memory to a GPU the host does not wait for the copy."""
+        return Batch(
+            self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.ids
+        )
+
 
 class Loader(Protocol):
     """Serves one split to one rank."""
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
-        """Yields the samples at each window of an order.
+        """Yields the samples at each window of an order, in the memory of the device or else of the host.
+
+        What is in host memory and meant for a GPU is pinned.
 
         Args:
             order: ids, int64 [samples].
             windows: the places that this rank wants, in the order in which it wants them; may be taken
                 some batches ahead.
         """
+
+
+def gather(source: Tensor, places: Tensor, *, pinned: bool) -> Tensor:
+    """Returns the rows of a tensor at some places, int64 [B], in pinned memory if asked."""
+    if not pinned:
+        return source.index_select(0, places)
+    rows = torch.empty((len(places), *source.shape[1:]), dtype=source.dtype, pin_memory=True)
+    return torch.index_select(source, 0, places, out=rows)
 
 
 def choose_place(

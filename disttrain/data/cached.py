@@ -17,9 +17,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from disttrain.data.batches import Batch, Window
+from disttrain.data.batches import Batch, Window, gather
 from disttrain.data.plan import Ids
 from disttrain.errors import DataError, StorageError
 from disttrain.parallel import usable_cores
@@ -169,28 +168,22 @@ class Cached:
     Args:
         split: the decoded split.
         device: where batches are wanted.
-        place: device keeps a copy there; host gathers in host memory and copies each batch.
+        place: device keeps a copy there and gathers there; host does in host memory.
     """
 
     def __init__(self, split: DecodedSplit, device: torch.device, place: Literal["device", "host"]) -> None:
-        self._device = device
         home = device if place == "device" else torch.device("cpu")
         self._images = torch.from_numpy(split.images).to(home)
         self._labels = torch.from_numpy(split.labels).to(home)
         self._pinned = home.type == "cpu" and device.type == "cuda"
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
-        """Yields the samples at each window of an order; copies to a GPU are asynchronous."""
+        """Yields the samples at each window of an order."""
         home = self._images.device
         ids = torch.from_numpy(order).to(home)
         for window in windows:
             chosen = ids[window if isinstance(window, slice) else torch.from_numpy(window).to(home)]
-            yield Batch(*self._gather(chosen), order[window])
-
-    def _gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._pinned:
-            return self._images.index_select(0, ids), self._labels.index_select(0, ids)
-        images = torch.empty((len(ids), *self._images.shape[1:]), dtype=torch.uint8, pin_memory=True)
-        torch.index_select(self._images, 0, ids, out=images)
-        labels = self._labels[ids].pin_memory()
-        return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+            images, labels = (
+                gather(source, chosen, pinned=self._pinned) for source in (self._images, self._labels)
+            )
+            yield Batch(images, labels, order[window])

@@ -86,7 +86,8 @@ class OpenData:
         shares = [share(batch, self._rank, self._world_size) for batch in places]
         windows = (slice(own.start, own.stop) for own in shares if own)
         with contextlib.closing(self._loader.batches(order, windows)) as batches:
-            yield from batches
+            for batch in batches:
+                yield batch.to(self._device)
         if shares and not shares[-1]:  # only the last batch can be smaller than the number of ranks
             shape = (0, self.index.height, self.index.width, self.index.channels)
             images = torch.empty(shape, dtype=torch.uint8, device=self._device)

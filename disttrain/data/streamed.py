@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from webdataset.pipeline import DataPipeline
 
-from disttrain.data.batches import Batch, Window
+from disttrain.data.batches import Batch, Window, gather
 from disttrain.data.plan import Ids
 from disttrain.parallel import in_order
 from disttrain.shards.index import Index
@@ -66,7 +66,7 @@ class Streamed:
     ) -> None:
         self._shape = (index.height, index.width, index.channels)
         self._reader = Reader(index, split, say)
-        self._device = device
+        self._pinned = device.type == "cuda"
         self._workers = workers
         self._ahead = max(2 * workers, 2 * -(-batch_size // _PIECE))
 
@@ -76,7 +76,7 @@ class Streamed:
         return (self._ahead + 2) * _PIECE * int(np.prod(self._shape))
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
-        """Yields the samples at each window of an order; copies to a GPU are asynchronous."""
+        """Yields the samples at each window of an order."""
         source = (order[window] for window in windows)
         pipeline = DataPipeline(lambda: source, self._cut, self._decode, self._join)
         batches: Generator[Batch, None, None] = iter(pipeline)
@@ -90,9 +90,8 @@ class Streamed:
             if not repeated:
                 unique = ids  # read in the order of the plan
             count = len(unique)
-            pinned = self._device.type == "cuda"
-            images = torch.empty((count, *self._shape), dtype=torch.uint8, pin_memory=pinned)
-            labels = torch.empty(count, dtype=torch.int64, pin_memory=pinned)
+            images = torch.empty((count, *self._shape), dtype=torch.uint8, pin_memory=self._pinned)
+            labels = torch.empty(count, dtype=torch.int64, pin_memory=self._pinned)
             buffer = _Buffer(ids, unique, inverse if repeated else None, images, labels)
             for begin in range(0, count, _PIECE):
                 yield buffer, slice(begin, min(begin + _PIECE, count))
@@ -110,9 +109,8 @@ class Streamed:
         for buffer, piece in pieces:
             if piece.stop < len(buffer.unique):
                 continue
-            images = buffer.images.to(self._device, non_blocking=True)
-            labels = buffer.labels.to(self._device, non_blocking=True)
+            images, labels = buffer.images, buffer.labels
             if buffer.inverse is not None:
-                inverse = torch.from_numpy(buffer.inverse).to(self._device)
-                images, labels = images[inverse], labels[inverse]
+                places = torch.from_numpy(buffer.inverse)
+                images, labels = (gather(rows, places, pinned=self._pinned) for rows in (images, labels))
             yield Batch(images, labels, buffer.ids)

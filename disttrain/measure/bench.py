@@ -83,7 +83,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     step = Table("phase", "ms", "share", title="a training step, phase by phase", title_justify="left")
     total = sum(results["phases_s"].values())
     for name, seconds in results["phases_s"].items():
-        step.add_row(name, f"{1e3 * seconds:,.3f}", f"{100 * seconds / total:.1f} %")
+        step.add_row(name.replace("_", " "), f"{1e3 * seconds:,.3f}", f"{100 * seconds / total:.1f} %")
     step.add_row("one after the other", f"{1e3 * total:,.3f}", "", style="dim")
     step.add_row("the ordinary loop", f"{1e3 * step_s:,.3f}", "")
     data = Table("samples", "ms a step", "images/s", title="throughput", title_justify="left")

@@ -23,6 +23,8 @@ from disttrain.training.group import join
 from disttrain.training.rank import Rank
 
 if TYPE_CHECKING:
+    import torch
+
     from disttrain.data.batches import Batch, Loader, Window
     from disttrain.data.plan import Ids
     from disttrain.shards.index import Index
@@ -67,9 +69,8 @@ def measure(config: Config, rank: Rank, what: str, seconds: float) -> dict[str, 
         }
         if what == "all":
             results |= {
-                "replayed_step_s": bench.step(Replay(parts.train_data)),
-                "phases_s": bench.phases(on_device=choices["cache"].startswith("device"))
-                | {"logging": bench.logging(config, index, choices)},
+                "replayed_step_s": bench.step(Replay(parts.train_data, group.device)),
+                "phases_s": bench.phases() | {"logging": bench.logging(config, index, choices)},
                 "table": settings_table(work, seconds, compiling=config.train.compile is not False),
             }
             results |= flops(parts, results["step_s"])
@@ -94,10 +95,16 @@ def workload(parts: Parts, index: Index) -> Workload:
 
 
 class Replay:
-    """Serves the first batch of a loader again and again, under the ids that the plan has for each."""
+    """Serves the first batch of a loader again and again, under the ids that the plan has for each.
 
-    def __init__(self, loader: Loader) -> None:
+    Args:
+        loader: gives the batch.
+        device: where it stays.
+    """
+
+    def __init__(self, loader: Loader, device: torch.device) -> None:
         self._loader = loader
+        self._device = device
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
         """Yields as many samples of the first window as each window has."""
@@ -106,7 +113,7 @@ class Replay:
         windows = iter(windows)
         first = next(windows)
         with contextlib.closing(self._loader.batches(order, [first])) as batches:
-            batch = next(batches)
+            batch = next(batches).to(self._device)
         yield batch
         for window in windows:
             ids = order[window]
@@ -140,14 +147,8 @@ class StepBench:
 
         return self._repeat(loader, run)
 
-    def phases(self, *, on_device: bool) -> dict[str, float]:
-        """Returns the seconds of each phase of a step, one after the other with nothing overlapping.
-
-        Args:
-            on_device: the samples are in the memory of the device already.
-        """
-        import torch
-
+    def phases(self) -> dict[str, float]:
+        """Returns the seconds of each phase of a step, one after the other with nothing overlapping."""
         from disttrain.training.train import loss_sum, prepare, unreduced
 
         parts, config = self._parts, self._parts.config.train
@@ -166,6 +167,8 @@ class StepBench:
                 piece, batch = next(pieces)
                 last = piece.last
                 now = clocked("data", now)
+                batch = batch.to(parts.accelerator.device)
+                now = clocked("to_device", now)
                 images, labels, partners = prepare(parts, piece, batch)
                 now = clocked("augmentation", now)
                 with contextlib.nullcontext() if reduced else unreduced(parts):
@@ -186,7 +189,7 @@ class StepBench:
             passes(pieces, reduced=True)
             parts.optimizer.zero_grad(set_to_none=True)
 
-        names = ("data", "augmentation", "forward", "backward", "optimizer")
+        names = ("data", "to_device", "augmentation", "forward", "backward", "optimizer")
         self._repeat(parts.train_data, alone, before=sums.clear)
         steps = self._steps
         result = {name: sums[name] / steps for name in names}
@@ -195,13 +198,6 @@ class StepBench:
             result["communication"] = max(
                 0.0, sums["backward and reduction"] / self._steps - result["backward"]
             )
-        if parts.accelerator.device.type == "cuda" and not on_device:
-            images = next(
-                iter(parts.train_data.batches(self._order, [slice(0, parts.plan.batch_size)]))
-            ).images
-            host = torch.empty_like(images, device="cpu", pin_memory=True)
-            copy_s = self._timed(lambda: images.copy_(host, non_blocking=True))
-            result |= {"host to device": copy_s, "data": max(0.0, result["data"] - copy_s)}
         return result
 
     def logging(self, config: Config, index: Index, choices: dict[str, str]) -> float:

@@ -34,7 +34,8 @@ class Evidence:
 
     Attributes:
         step_s: seconds of a step.
-        data_s: of them, waiting for data; mean over the ranks, as are the next two.
+        data_s: of them, waiting for data; mean over the ranks, as are the next three.
+        to_device_s: copying it to the device.
         augmentation_s: augmenting it.
         communication_s: waiting for the reduction of gradients after one's own are computed.
         own_s: seconds of a step that each rank needs for itself, without waiting for others.
@@ -53,6 +54,7 @@ class Evidence:
 
     step_s: float
     data_s: float
+    to_device_s: float = 0.0
     augmentation_s: float = 0.0
     communication_s: float = 0.0
     own_s: Sequence[float] = ()
@@ -107,7 +109,7 @@ def judge(evidence: Evidence) -> Verdict:
                 "host",
                 None,
             )
-    data_s = e.data_s + e.augmentation_s
+    data_s = e.data_s + e.to_device_s + e.augmentation_s
     data_pct = _share(data_s, e.step_s)
     if data_pct >= INPUT_PCT:
         what, help_, key = _input(e)
@@ -149,8 +151,10 @@ def judge(evidence: Evidence) -> Verdict:
 
 def _input(e: Evidence) -> tuple[str, str, str | None]:
     """Returns what most of the time for samples goes into, what helps, and the key of it."""
-    if e.augmentation_s > e.data_s:
+    if e.augmentation_s > max(e.data_s, e.to_device_s):
         return "augmenting images", "switch off what the recipe does not need", "augment"
+    if e.to_device_s > e.data_s:
+        return "copying images to the GPU", "keep them there with data.cache=device", "data.cache"
     if e.streamed:
         return "waiting for data", "decode once with data.cache=host, or raise data.workers", "data.cache"
     if e.on_gpu:
@@ -196,6 +200,7 @@ def evidence(
     return Evidence(
         step_s=statistics.fmean(record["step_time_s"] for record in records),
         data_s=mean_s("data"),
+        to_device_s=mean_s("to_device"),
         augmentation_s=mean_s("augmentation"),
         communication_s=mean_s("communication"),
         own_s=[sum(times_ms) / len(records) / 1000 for times_ms in zip(*own_ms, strict=True)],
@@ -214,7 +219,13 @@ def evidence(
     )
 
 
-_OWN = ("data", "augmentation", "compute", "optimizer")  # what a rank does whatever the others do
+_OWN = (
+    "data",
+    "to_device",
+    "augmentation",
+    "compute",
+    "optimizer",
+)  # what a rank does whatever the others do
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

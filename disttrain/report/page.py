@@ -337,7 +337,7 @@ def _time_use(run: Run) -> list[tuple[str, float, float, str]]:
     steps = np.diff(run.train["step"], prepend=0.0)
     phases = {
         name: float(np.nansum(steps * run.train[f"phases_ms.{name}"])) / 1000
-        for name in ("compute", "communication", "optimizer", "augmentation", "data")
+        for name in ("compute", "communication", "optimizer", "augmentation", "to_device", "data")
     }
     evaluating = sum(event.seconds or 0.0 for event in run.events if event.kind == "evaluation")
     rest = whole - sum(phases.values()) - evaluating
@@ -348,11 +348,13 @@ def _time_use(run: Run) -> list[tuple[str, float, float, str]]:
         ("waiting for the gradients of other ranks", phases["communication"], "#a35bd6"),
         ("optimizer", phases["optimizer"], "#138a96"),
         ("augmentation", phases["augmentation"], "#c9a227"),
+        ("copying to the device", phases["to_device"], "#e0916a"),
         ("waiting for data", phases["data"], "#d2691e"),
         ("evaluation", evaluating, "#1f9254"),
         ("start, log points, checkpoints, pauses", max(0.0, rest), "#8a919c"),
     ]
-    return [(what, seconds, seconds / whole, color) for what, seconds, color in uses if seconds > 0]
+    shares = [(what, seconds, seconds / whole, color) for what, seconds, color in uses]
+    return [use for use in shares if use[2] >= 0.0005]  # less is shown as 0.0 %
 
 
 def _verdict(run: Run) -> str:

@@ -54,6 +54,7 @@ class Phases(msgspec.Struct, gc=False, frozen=True):
     """Milliseconds of a step, mean over the ranks."""
 
     data: float | None = None
+    to_device: float | None = None
     augmentation: float | None = None
     compute: float | None = None
     communication: float | None = None

@@ -42,6 +42,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     data = Streamed(index, "val", device, batch_size=size, workers=workers, say=lambda text: None)
     subject = Subject(
         classifier.network,
+        device,
         classifier.normalise,
         data,
         ids,

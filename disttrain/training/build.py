@@ -97,7 +97,7 @@ def build(
     )
     if checkpoint is None and hasattr(model, "init_from_images"):
         with contextlib.closing(loaders["train"].batches(plan.ids, [slice(0, INIT_IMAGES)])) as batches:
-            cast(Any, model).init_from_images(augment.plain(next(batches).images))
+            cast(Any, model).init_from_images(augment.plain(next(batches).to(device).images))
     ema = None
     if config.train.ema is not None:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema), use_buffers=True)

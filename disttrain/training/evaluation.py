@@ -31,6 +31,7 @@ class Subject:
 
     Attributes:
         network: on the device of the rank, not wrapped.
+        device: of the rank.
         normalise: uint8 [B, H, W, C] to float32 [B, C, H, W].
         data: serves the samples to this rank.
         ids: the samples that all ranks together evaluate, int64 [samples].
@@ -41,6 +42,7 @@ class Subject:
     """
 
     network: nn.Module
+    device: torch.device
     normalise: Callable[[Tensor], Tensor]
     data: Loader
     ids: Ids
@@ -73,6 +75,7 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dic
         network = parts.ema.module
     subject = Subject(
         network,
+        parts.accelerator.device,
         parts.augment.plain,
         parts.val_data,
         parts.val_ids,
@@ -139,6 +142,7 @@ def score(
             batch = next(batches, None)
             if batch is None:
                 continue
+            batch = batch.to(subject.device)
             passes = (
                 (network(images).float(), weight)
                 for images, weight in views(subject.normalise(batch.images), tta)

@@ -23,7 +23,8 @@ class StepTimes(NamedTuple):
     """Seconds of a step on one rank.
 
     Attributes:
-        data_s: waiting for samples and their way to the device.
+        data_s: waiting for samples.
+        to_device_s: copying them from the host to the device.
         augmentation_s: their augmentation and normalisation.
         compute_s: forward and backward pass, without the wait for others.
         communication_s: waiting for the reduction of the gradients after one's own are computed.
@@ -34,6 +35,7 @@ class StepTimes(NamedTuple):
     """
 
     data_s: float
+    to_device_s: float
     augmentation_s: float
     compute_s: float
     communication_s: float
@@ -91,7 +93,7 @@ class Phases:
         self._since = now
         per_step = [seconds / steps for seconds in self._seconds]
         if len(self._events) > 1:
-            for phase in (Phase.DATA, Phase.AUGMENT, Phase.COMPUTE, Phase.OPTIMIZE):
+            for phase in (Phase.DATA, Phase.TO_DEVICE, Phase.AUGMENT, Phase.COMPUTE, Phase.OPTIMIZE):
                 per_step[phase] = 0.0
             for (phase, begin), (_, end) in zip(self._events, self._events[1:], strict=False):
                 per_step[phase] += begin.elapsed_time(end) / 1000
@@ -100,6 +102,7 @@ class Phases:
         self._events.clear()
         return StepTimes(
             data_s=per_step[Phase.DATA],
+            to_device_s=per_step[Phase.TO_DEVICE],
             augmentation_s=per_step[Phase.AUGMENT],
             compute_s=per_step[Phase.COMPUTE] - waiting,
             communication_s=waiting,

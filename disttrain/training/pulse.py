@@ -34,13 +34,14 @@ class Phase(IntEnum):
 
     START = 0
     DATA = 1
-    AUGMENT = 2
-    COMPUTE = 3
-    OPTIMIZE = 4
-    REPORT = 5
-    EVALUATE = 6
-    SAVE = 7
-    END = 8
+    TO_DEVICE = 2
+    AUGMENT = 3
+    COMPUTE = 4
+    OPTIMIZE = 5
+    REPORT = 6
+    EVALUATE = 7
+    SAVE = 8
+    END = 9
 
 
 def pack(phase: Phase, step: int, part: int = 0) -> int:
@@ -59,6 +60,7 @@ def doing(progress: int) -> str:
     return {
         Phase.START: "while starting",
         Phase.DATA: f"in step {step:,} while loading data",
+        Phase.TO_DEVICE: f"in step {step:,} while copying data to the device",
         Phase.AUGMENT: f"in step {step:,} while augmenting images",
         Phase.COMPUTE: f"in step {step:,} while computing",
         Phase.OPTIMIZE: f"in step {step:,} in the optimizer",

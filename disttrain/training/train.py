@@ -207,6 +207,8 @@ def train_step(
         phases.enter(Phase.DATA, step, number)
         with meter.waiting():
             piece, batch = next(pieces)
+            phases.enter(Phase.TO_DEVICE, step, number)
+            batch = batch.to(parts.accelerator.device)
             phases.enter(Phase.AUGMENT, step, number)
             images, labels, partners = prepare(parts, piece, batch)
         phases.enter(Phase.COMPUTE, step, 2 * number)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import nvml
 import pytest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -31,10 +32,22 @@ class Net(nn.Sequential):
                 time.sleep(0.001)
                 return pread(*arguments)
             os.pread = reading
+        if slow == "gpu":
+            stand_in()
+            self.slow_s = 0.03
 
     def forward(self, images):
         time.sleep(self.slow_s)
         return super().forward(images)
+
+
+def stand_in():
+    from types import SimpleNamespace
+    import torch
+    from disttrain.monitor import observe
+    describe, gpu = observe._describe, SimpleNamespace(uuid=os.environ["GPU"], name="as torch says")
+    torch.cuda.get_device_properties = lambda device: gpu
+    observe._describe = lambda device: describe(torch.device("cuda", 0))
 """
 
 
@@ -65,6 +78,43 @@ def test_a_problem_is_named(
     for word in words:
         assert word in verdict["text"]
     assert f"verdict: {verdict['text']}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("gpu", "trouble", "name", "words"),
+    [
+        (7, {"FAKE_NVML_THROTTLE": "7:64"}, "throttled", ["GPU 7 on ", "too hot for its clocks in 100 %"]),
+        (7, {"FAKE_NVML_USED": "7:80000"}, "memory-tight", ["97 %", "train.accumulate"]),
+        (3, {}, "launch-bound", ["busy 35 % of the time", "train.batch_size"]),
+        (7, {}, "compute-bound", ["train.precision=bf16"]),
+    ],
+)
+def test_the_trouble_of_a_gpu_is_named(
+    gpu: int,
+    trouble: dict[str, str],
+    name: str,
+    words: list[str],
+    disttrain: Run,
+    tmp_path: Path,
+    config_file: Path,
+) -> None:
+    """A processor computes in place of the GPU, whose readings are those of the stand-in for NVML."""
+    (tmp_path / "slow.py").write_text(MODEL)
+    result = disttrain(
+        *("run", config_file, "model.name=slow:Net", "model.args.slow=gpu", "train.precision=fp32"),
+        *("monitor.gpu_interval_s=0.1", "--procs", "1", "--run-dir", "run"),
+        env={
+            "LD_LIBRARY_PATH": str(nvml.build(tmp_path)),
+            "FAKE_NVML_GPUS": "8",
+            "GPU": nvml.UUIDS[gpu].removeprefix("GPU-"),
+            **trouble,
+        },
+    )
+    assert result.returncode == 0, result.stderr
+    verdict = json.loads((tmp_path / "run/status.json").read_text())["verdict"]
+    assert verdict["name"] == name, verdict
+    for word in words:
+        assert word in verdict["text"]
 
 
 SLOW_LINK = """
