@@ -333,7 +333,7 @@ class Probe:
     def _prepared(self, settings: Settings) -> Iterator[Callable[[], None]]:
         work, device = self._work, self.device
         threads = torch.get_num_threads()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
             torch.manual_seed(0)
             memory = torch.channels_last if settings.channels_last else torch.contiguous_format
             model = copy.deepcopy(work.model).to(memory_format=memory)

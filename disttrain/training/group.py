@@ -75,4 +75,6 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
             f"the launcher promised {expected} processes, the group has {group.num_processes}; "
             "use `disttrain run`, torchrun, or accelerate launch with a file from launch/"
         )
+    if group.device == torch.device("cuda"):  # a single process: Accelerate leaves the number open
+        group.device = torch.device("cuda", torch.cuda.current_device())
     return group
