@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
-from torch.optim.swa_utils import AveragedModel
 
 from disttrain import files
 from disttrain.config import OptimConfig, ScheduleConfig
@@ -26,6 +25,7 @@ from disttrain.errors import CheckpointError, StorageError, TrainingError
 from disttrain.runs import checkpoint
 from disttrain.runs.checkpoint import Writer, bytes_needed, load, restore, restore_scaler, snapshot, write
 from disttrain.runs.manifest import newest_sound, verify, write_manifest
+from disttrain.training.average import MovingAverage
 from disttrain.training.optim import build_optimizer, state_bytes
 
 PARTS = {"model": {"weight": torch.arange(12.0).view(3, 4)}, "optimizer": {"state": {0: {"step": 3}}}}
@@ -517,14 +517,14 @@ def test_a_restored_run_goes_on_bit_by_bit(tmp_path: Path, make: Any, channels_l
 
 def test_the_moving_average_is_restored(tmp_path: Path) -> None:
     model = network()
-    average = AveragedModel(network())
-    average.update_parameters(model)
+    average = MovingAverage(model, 0.9)
+    average.update()
     optimizer = SGD(model.parameters(), 0.1)
     path = save_run(tmp_path, model, optimizer, ema=average)
-    other = AveragedModel(network())
-    nn.init.zeros_(other.module[0].weight)
+    other = MovingAverage(network(), 0.9)
+    nn.init.zeros_(other.module.get_parameter("0.weight"))
     restore(load(path), model, optimizer, other)
-    assert torch.equal(other.module[0].weight, model[0].weight)  # type: ignore[index]
+    assert torch.equal(other.module.get_parameter("0.weight"), model.get_parameter("0.weight"))
     assert other.n_averaged == 1
 
 
@@ -549,7 +549,7 @@ def test_a_checkpoint_of_another_network(tmp_path: Path, model: nn.Module, make:
 def test_a_part_that_the_config_does_not_use(tmp_path: Path) -> None:
     model = network()
     optimizer = SGD(model.parameters(), 0.1)
-    path = save_run(tmp_path, model, optimizer, ema=AveragedModel(model))
+    path = save_run(tmp_path, model, optimizer, ema=MovingAverage(model, 0.9))
     with pytest.raises(CheckpointError, match=r"\(ema\), the config has train\.ema = null; .*--force"):
         restore(load(path), model, optimizer)
     restore(load(path), model, optimizer, force=True)
@@ -585,7 +585,7 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     optimizer = SGD(model.parameters(), 0.1)
     path = save_run(tmp_path, model, optimizer)
     with pytest.raises(CheckpointError, match="has no ema; it was saved by a run without one"):
-        restore(load(path), model, optimizer, AveragedModel(model))
+        restore(load(path), model, optimizer, MovingAverage(model, 0.9))
 
 
 # --- Beside the training ----------------------------------------------------------------------------

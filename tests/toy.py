@@ -30,8 +30,11 @@ def samples(pixels):
     return [Sample(encode(image), "png", i % len(CLASSES)) for i, image in enumerate(pixels)]
 
 
-def pack(name="toy", train=10, val=4, seed=0, root=None, **options):
-    splits = {"train": Listed(samples(images(train, seed))), "val": Listed(samples(images(val, seed + 1)))}
+def pack(name="toy", train=10, val=4, seed=0, root=None, shape=(6, 5, 3), **options):
+    splits = {
+        "train": Listed(samples(images(train, seed, shape))),
+        "val": Listed(samples(images(val, seed + 1, shape))),
+    }
     return pack_samples(name, root, splits, CLASSES, channels=3, **options)
 
 

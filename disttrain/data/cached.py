@@ -182,7 +182,9 @@ class Cached:
         home = self._images.device
         ids = torch.from_numpy(order).to(home)
         for window in windows:
-            chosen = ids[window if isinstance(window, slice) else torch.from_numpy(window).to(home)]
+            chosen = ids[
+                window if isinstance(window, slice) else torch.from_numpy(window).to(home, non_blocking=True)
+            ]
             images, labels = (
                 gather(source, chosen, pinned=self._pinned) for source in (self._images, self._labels)
             )

@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from disttrain.config import Config
 from disttrain.data.batches import Loader, choose_place
@@ -42,6 +41,7 @@ from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index
 from disttrain.shards.verify import survey
 from disttrain.training.augment import Augment
+from disttrain.training.average import MovingAverage
 from disttrain.training.choices import Settings, Workload, allow_tf32, bucket_mib, choose
 from disttrain.training.flops import flops_per_image, peak_flops_per_s
 from disttrain.training.optim import build_optimizer
@@ -100,7 +100,7 @@ def build(
             cast(Any, model).init_from_images(augment.plain(next(batches).to(device).images))
     ema = None
     if config.train.ema is not None:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema), use_buffers=True)
+        ema = MovingAverage(model, config.train.ema)
     optimizer, rates = build_optimizer(config.optim, config.schedule, model)
     position = Position()
     if checkpoint is not None:

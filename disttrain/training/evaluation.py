@@ -184,7 +184,7 @@ class Tally:
         hits = [(predicted == labels).sum(), (plain.argmax(1) == labels).sum()]
         if self.confusion is not None and self._classes is not None:
             pairs = labels * self._classes + predicted
-            self.confusion += torch.bincount(pairs, minlength=len(self.confusion))
+            self.confusion.index_add_(0, pairs, torch.ones_like(pairs))  # bincount would wait for a GPU
             best = logits.topk(min(5, self._classes)).indices
             hits.append((best == labels[:, None]).sum())
         self._hits[: len(hits)] += torch.stack(hits)

@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from disttrain.config import Config
 from disttrain.data.batches import Loader
 from disttrain.data.plan import Ids, Plan
 from disttrain.training.augment import Augment
+from disttrain.training.average import MovingAverage
 from disttrain.training.choices import Settings
 from disttrain.training.optim import Rate
 from disttrain.training.phases import Phases
@@ -231,7 +231,7 @@ class Parts:
     config: Config
     accelerator: Accelerator
     model: nn.Module
-    ema: AveragedModel | None
+    ema: MovingAverage | None
     optimizer: Optimizer
     rates: Sequence[Rate]
     plan: Plan

@@ -236,7 +236,7 @@ def train_step(
         scaler.update()
     parts.optimizer.zero_grad(set_to_none=True)
     if parts.ema is not None:
-        parts.ema.update_parameters(parts.bare_model)
+        parts.ema.update()
     meter.steps += 1
     return np.concatenate(ids) if ids else np.empty(0, np.int64)
 
