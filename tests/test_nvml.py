@@ -148,3 +148,29 @@ def test_a_cuda_device_is_found_by_uuid_else_by_its_bus(
     if found is not None and found[1].startswith("MIG-"):
         found[1] = found[1][:8]
     assert found == expected
+
+
+UNUSABLE = """
+import json
+from pathlib import Path
+from disttrain.monitor.nvml import unusable_gpus
+print(json.dumps(unusable_gpus(Path({devices!r}))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "variables", "expected"),
+    [
+        (["nvidia0", "nvidia1"], {"FAKE_NVML_BROKEN": "1"}, "nvidia0, nvidia1: NVML: Driver Not Loaded"),
+        (["nvidia0"], {"FAKE_NVML_SEEN": ""}, "nvidia0: NVML shows no GPU to this process"),
+        (["nvidia0"], {}, None),  # the GPUs are seen
+        (["nvidiactl"], {"FAKE_NVML_BROKEN": "1"}, None),  # no GPU
+        (["nvidia0"], {"FAKE_NVML_BROKEN": "1", "CUDA_VISIBLE_DEVICES": ""}, None),  # none is wanted
+    ],
+)
+def test_gpus_that_cannot_be_used_are_no_secret(
+    library: Path, tmp_path: Path, files: list[str], variables: dict[str, str], expected: str | None
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    assert nvml.run(UNUSABLE.format(devices=str(tmp_path)), library, **variables) == expected

@@ -92,6 +92,7 @@ def run(
     from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
     from disttrain.launch.prepare import prepare, processes_here
     from disttrain.models import check_model_name
+    from disttrain.monitor.nvml import unusable_gpus
     from disttrain.runs.runfolder import RunFolder, new_run_path
 
     node = plan_nodes(
@@ -101,6 +102,9 @@ def run(
         config = load_config(config_path, overrides)
         check_model_name(config.model.name)
         device, processes, chosen, threads = processes_here(gpus=gpus, procs=procs)
+        if device == "cpu" and procs is None and (why := unusable_gpus()):
+            note = "training on the CPU, although this machine has GPUs"
+            click.echo(f"{note} ({why}); see `disttrain doctor`, or say --procs N if that is meant", err=True)
         run_dir = run_dir or plan_run_dir(config.name, node.nodes if node else 1, os.environ)
         plan = LaunchPlan(
             config_path=config_path,

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _log = logging.getLogger("disttrain")
@@ -65,6 +66,25 @@ def node_gpus() -> list[Gpu]:
     with session() as nvml:
         gpus, instances = ([], {}) if nvml is None else _list(nvml)
     return [each for gpu in gpus for each in (gpu, *instances[gpu.uuid])]
+
+
+def unusable_gpus(devices: Path = Path("/dev")) -> str | None:
+    """Returns why CUDA programs see none of the GPUs that this node has; None where nothing is wrong.
+
+    Args:
+        devices: the folder of device files.
+    """
+    import pynvml
+
+    files = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
+    if not files or "CUDA_VISIBLE_DEVICES" in os.environ or visible_gpus():
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return f"{', '.join(files)}: NVML: {error}"
+    ask(pynvml.nvmlShutdown)
+    return f"{', '.join(files)}: NVML shows no GPU to this process"
 
 
 def gpu_of_device(uuid: str, pci_bus_id: str | None) -> Gpu | None:
