@@ -46,7 +46,7 @@ from disttrain.launch.preflight import (
 from disttrain.models import check_model_name
 from disttrain.runs.manifest import set_aside
 from disttrain.runs.runfolder import RunFolder, new_run_path, utc_now
-from disttrain.training.group import join, patience_s, timed_out
+from disttrain.training.group import join, out_of_memory, patience_s, timed_out
 from disttrain.training.pulse import Phase, doing, pack
 from disttrain.training.rank import Rank
 
@@ -144,6 +144,12 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
     except StoppedError as stop:
         stopped = stop
     except RuntimeError as error:
+        if lacking := out_of_memory(error):
+            raise TrainingError(
+                f"rank {rank.number} on {socket.gethostname()} ran out of memory "
+                f"{doing(pack(*rank.pulse.place))}: {lacking}; raise train.accumulate, so that fewer images "
+                "go through the network at once, or lower train.batch_size"
+            ) from error
         if (isinstance(error, dist.DistError) or "gloo" in str(error)) and timed_out(error):
             raise HangError(
                 f"rank {rank.number} on {socket.gethostname()} waited {patience_s(config):g} s for the "

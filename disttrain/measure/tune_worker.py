@@ -21,7 +21,7 @@ from disttrain.measure.bench_worker import StepBench
 from disttrain.measure.tune import OUT_OF_MEMORY
 from disttrain.training.build import build
 from disttrain.training.collectives import reduce_sum
-from disttrain.training.group import join
+from disttrain.training.group import join, out_of_memory
 from disttrain.training.optim import set_lr
 from disttrain.training.parts import Parts
 from disttrain.training.phases import Phases
@@ -45,7 +45,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         step_s = StepBench(parts, request["seconds"]).step(parts.train_data)
         most = torch.cuda.max_memory_allocated(group.device) / 2**30 if device == "cuda" else None
         return {"step_s": step_s, "memory_gib": most}
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise TrainingError(f"{OUT_OF_MEMORY}: {error}") from None
     finally:
         if torch.distributed.is_initialized():

@@ -35,6 +35,16 @@ def timed_out(error: Exception) -> bool:
     return re.search(r"time(d )?out", str(error), re.IGNORECASE) is not None
 
 
+def out_of_memory(error: Exception) -> str | None:
+    """Returns what torch says of a tensor for which there was too little memory; None of any other error."""
+    import torch
+
+    line = str(error).partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return ". ".join(line.split(". ")[1:3]) or line  # how much was tried, how much there is
+    return line.partition("DefaultCPUAllocator: ")[2] or None
+
+
 def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     """Joins the process group and sets what holds for all arithmetic of this process.
 

@@ -326,6 +326,8 @@ class Net(nn.Module):
         self.passes += self.training
         if self.passes == 8 and self.fail == "raise":
             raise RuntimeError("the pump is dry")
+        if self.passes == 8 and self.fail == "memory":
+            images.new_empty(2**50)
         if self.passes == 8 and self.fail == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         scale = float("nan") if self.passes >= 8 and self.fail == "nan" else 1.0
@@ -356,6 +358,23 @@ def test_the_batch_whose_loss_was_not_finite_is_written_down(
         with tarfile.open(shard) as tar:
             keys += [Path(name).stem for name in tar.getnames() if name.endswith(".png")]
     assert batch["keys"] == [keys[id_] for id_ in batch["ids"]]
+
+
+def test_too_little_memory_is_named_with_its_remedy(
+    disttrain: Run, tmp_path: Path, config_file: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(OWN_MODEL)
+    memory = ["model.name=mine:Net", "model.args.fail=memory"]
+    result = disttrain("run", config_file, *memory, "--procs", "2", "--run-dir", "run")
+    assert result.returncode == 70
+    assert "Traceback" not in result.stderr
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert re.fullmatch(
+        r"rank 1 on \S+ ran out of memory in step 8 while computing: can't allocate memory: you tried to "
+        r"allocate 4503599627370496 bytes.*; raise train\.accumulate, so that fewer images go through the "
+        r"network at once, or lower train\.batch_size",
+        status["reason"],
+    ), status["reason"]
 
 
 def test_ranks_that_have_lost_one_another_write_no_number(
