@@ -47,7 +47,7 @@ class OneGpu:
     def __init__(self, **settings: Any) -> None:
         pass
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module, *, evaluation_mode: bool) -> nn.Module:
         return model
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
@@ -196,6 +196,27 @@ def test_an_evaluation_and_a_snapshot_stay_on_the_device(
     assert copies.seen == set()
     assert taken.ready is not None
     assert all(tensor.device == GPU for tensor in taken.tensors["model"].values())
+
+
+class Wrapped:
+    """What is asked of DDP."""
+
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        self.settings = settings
+
+    def _set_ddp_runtime_logging_sample_rate(self, steps: int) -> None:
+        self.timed_every = steps
+
+
+def test_the_second_task_that_sees_one_gpu_computes_on_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(building, "DistributedDataParallel", Wrapped)
+    wrapped: Any
+    wrapped, reason = building.in_group(nn.Linear(2, 2), GPU, timed_every=7)
+    assert (wrapped.settings["device_ids"], wrapped.timed_every, wrapped.broadcast_buffers) == ([0], 7, False)
+    assert reason.startswith("1 MiB: one bucket")
+    wrapped, _ = building.in_group(nn.Linear(2, 2), torch.device("cpu"), timed_every=7)
+    assert wrapped.settings["device_ids"] is None
 
 
 def test_a_single_process_names_its_gpu(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def task_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables that torch reads, for a worker that srun started as one of several tasks.
 
     Empty when torch's variables are already there or this is no task of several. LOCAL_RANK counts the tasks
-    of the node also where each sees a GPU of its own: Accelerate takes it modulo the GPUs that it sees.
+    of the node also where each sees a GPU of its own: it is taken modulo the GPUs that a task sees.
     """
     if "RANK" in environ or "SLURM_STEP_ID" not in environ or _tasks(environ) < 2:
         return {}

@@ -219,13 +219,8 @@ def evidence(
     )
 
 
-_OWN = (
-    "data",
-    "to_device",
-    "augmentation",
-    "compute",
-    "optimizer",
-)  # what a rank does whatever the others do
+# What a rank does whatever the others do.
+_OWN = ("data", "to_device", "augmentation", "compute", "optimizer")
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

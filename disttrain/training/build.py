@@ -13,8 +13,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.config import Config
 from disttrain.data.batches import Loader, choose_place
@@ -117,12 +118,9 @@ def build(
             position.samples = 0
         restore(checkpoint, model, optimizer, ema, force=force)
         restore_scaler(checkpoint, accelerator.scaler, force=force)
-    model = accelerator.prepare(model)
+    model = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
     if accelerator.num_processes > 1:
-        # Batch-norm statistics are averaged when they are used, not broadcast in every step. Set here because
-        # the constructor's argument has a new name in each torch.
-        model.broadcast_buffers = False
-        model._set_ddp_runtime_logging_sample_rate(config.monitor.log_every_steps)
+        model, choices["bucket"] = in_group(model, device, timed_every=config.monitor.log_every_steps)
     parts = Parts(
         config=config,
         accelerator=accelerator,
@@ -148,6 +146,34 @@ def build(
     if checkpoint is not None:
         restore_rank_state(parts, checkpoint.part("ranks"))
     return parts, position, choices
+
+
+def in_group(model: nn.Module, device: torch.device, *, timed_every: int) -> tuple[nn.Module, str]:
+    """Wraps a model in DDP. Every rank calls this.
+
+    Args:
+        model: on its device.
+        device: of the rank.
+        timed_every: steps, of which DDP measures one.
+
+    Returns:
+        The wrapped model, and the size of its gradient buckets with the reason.
+    """
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    bucket, reason = bucket_mib(trained, device)
+    wrapped = DistributedDataParallel(
+        model,
+        # Accelerate would name the GPU by the number of the process on its node. A task that sees one
+        # GPU alone has none with that number.
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=bucket,
+    )
+    # Batch-norm statistics are averaged when they are used, not broadcast in every step. Set here because the
+    # constructor's argument has a new name in each torch.
+    wrapped.broadcast_buffers = False
+    wrapped._set_ddp_runtime_logging_sample_rate(timed_every)
+    return wrapped, f"{bucket:.3g} MiB: {reason}"
 
 
 def settle_buckets(parts: Parts, image: tuple[int, int, int]) -> None:
@@ -202,7 +228,7 @@ def prepare_arithmetic(
     saved: dict[str, Any] | None,
     choices: dict[str, str],
 ) -> tuple[Accelerator, Settings]:
-    """Chooses precision, memory order, compilation, threads and bucket size and applies them to the model.
+    """Chooses precision, memory order, compilation and threads and applies them to the model.
 
     Every rank calls this.
 
@@ -242,15 +268,10 @@ def prepare_arithmetic(
         model.to(memory_format=torch.channels_last)
     if settings.compiled:
         model.compile(dynamic=False)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    bucket, reason = bucket_mib(trained, group.device)
-    if group.num_processes > 1:
-        choices["bucket"] = f"{bucket:.3g} MiB: {reason}"
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # a launcher's setting is not part of the experiment
     accelerator = Accelerator(
         cpu=group.device.type == "cpu",
         mixed_precision=settings.precision if settings.precision in {"bf16", "fp16"} else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=bucket)],
     )
     return accelerator, settings
 
