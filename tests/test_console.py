@@ -474,8 +474,9 @@ def test_whatever_ends_the_run_the_cursor_comes_back(end: str) -> None:
     assert output.rindex(SHOW) > output.rindex(HIDE)
 
 
-def test_a_dumb_terminal_gets_plain_lines() -> None:
-    code, output = on_terminal(f"{PROGRAM}\nwith shown:\n    shown.note('hello')\n", TERM="dumb")
+@pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {"JPY_PARENT_PID": "1"}], ids=str)
+def test_where_nothing_can_move_there_are_plain_lines(variables: dict[str, str]) -> None:
+    code, output = on_terminal(f"{PROGRAM}\nwith shown:\n    shown.note('hello')\n", **variables)
     assert code == 0
     assert "\x1b" not in output
     assert len(timeless(output)) == 5

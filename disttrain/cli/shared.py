@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from disttrain.terminal import is_animated
+
 PATH = click.Path(path_type=Path)
 ROOT = click.option("--root", help="Folder of the data sets (default: $DISTTRAIN_DATA or the user's cache).")
 
@@ -25,13 +27,12 @@ def progress(*, disable: bool = False) -> Iterator[Callable[[int, int | None], N
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
     with Progress(
         *columns,
-        console=console,
+        console=Console(stderr=True),
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # what goes to a file or a pipe is not for the console
-        disable=disable or not console.is_terminal,
+        disable=disable or not is_animated(sys.stderr),
     ) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -27,6 +27,7 @@ from disttrain.launch.supervisor import Outcome, Supervisor
 from disttrain.launch.watch import Watch
 from disttrain.runs.manifest import list_steps, step_of
 from disttrain.runs.runfolder import COMMAND, LOCKED_BY_LAUNCHER, RunFolder
+from disttrain.terminal import is_animated
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 1, 36, 37  # linux/prctl.h
 _MOST_IDLE_RESTARTS = 3  # in a row without progress
@@ -224,6 +225,6 @@ def _end_all(child: subprocess.Popen[bytes], others: Container[psutil.Process]) 
         if child.poll() is not None and not left:
             break
         time.sleep(0.005)
-    if sys.stdout.isatty():
+    if is_animated(sys.stdout):
         sys.stdout.write("\x1b[?25h")  # a dashboard that was killed leaves the cursor hidden
         sys.stdout.flush()

@@ -26,6 +26,7 @@ from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from disttrain.terminal import is_animated
 from disttrain.units import flops_text
 
 _REFRESHES_PER_S = 4
@@ -100,11 +101,7 @@ class Console:
         self._origin: tuple[float, int] | None = None  # time and samples from which the pace is measured
         self._last_line_s = -math.inf
         self._live: Live | None = None
-        if (
-            verbosity >= 0
-            and self._out.isatty()
-            and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-        ):
+        if verbosity >= 0 and is_animated(self._out):
             self._live = Live(
                 console=RichConsole(file=cast(TextIO, self._out), force_terminal=True),
                 get_renderable=self.render,

@@ -28,6 +28,7 @@ from disttrain.monitor import nvml
 from disttrain.monitor.console import Frame, Output, bar, device_label, number
 from disttrain.monitor.readings import GpuReaders
 from disttrain.runs.runfolder import RunFolder
+from disttrain.terminal import is_animated
 
 _INTERVAL_S = 0.5
 _SILENT_S = 60.0  # after which a run that should be running is suspicious
@@ -54,7 +55,7 @@ def show(run: Path | None, *, as_json: bool, stream: TextIO | None = None) -> No
     with _node() if run is None else _run(run) as look:
         if as_json:
             out.write(json.dumps(look(), indent=1) + "\n")
-        elif out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        elif is_animated(out):
             _follow(look, out)
         else:
             for line in lines(look(), Console(file=cast(TextIO, out)).width, None):
