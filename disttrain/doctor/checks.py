@@ -90,12 +90,12 @@ def driver(_: str) -> Iterator[Finding]:
     """The NVIDIA driver, its GPUs and how they are connected, by NVML."""
     import pynvml
 
-    from disttrain.monitor.nvml import visible_gpus
+    from disttrain.monitor.nvml import device_files, visible_gpus
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        devices = [*_device_files(), *_pci_devices()]
+        devices = [*device_files(), *_pci_devices()]
         if devices:
             yield warning(
                 "NVIDIA driver", f"NVML: {error}; but there is {', '.join(devices)}",
@@ -120,11 +120,11 @@ def driver(_: str) -> Iterator[Finding]:
 
 def gpus(_: str) -> Iterator[Finding]:
     """What torch can use of the GPUs."""
-    from disttrain.monitor.nvml import visible_gpus
+    from disttrain.monitor.nvml import device_files, visible_gpus
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     known = visible_gpus()
-    if not known and (hidden is not None or not _device_files()):
+    if not known and (hidden is not None or not device_files()):
         why = "" if hidden is None else f" (CUDA_VISIBLE_DEVICES={hidden})"
         yield ok("GPUs", f"none to train on{why}: runs take the CPU")
         return
@@ -168,16 +168,6 @@ def gpus(_: str) -> Iterator[Finding]:
         access = {(a, b): torch.cuda.can_device_access_peer(a, b) for a, b in both}
         uuids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(count)]
         yield rules.peers(access, [(a, b) for a, b in both if _linked(uuids[a], uuids[b])])
-
-
-def _device_files() -> list[str]:
-    """Returns the device files of GPUs that this process may open; Slurm hides those of other jobs so."""
-    usable = []
-    for path in sorted(Path("/dev").glob("nvidia[0-9]*")):
-        with contextlib.suppress(OSError):
-            os.close(os.open(path, os.O_RDWR))
-            usable.append(str(path))
-    return usable
 
 
 def _pci_devices() -> list[str]:

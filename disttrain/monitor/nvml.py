@@ -68,6 +68,20 @@ def node_gpus() -> list[Gpu]:
     return [each for gpu in gpus for each in (gpu, *instances[gpu.uuid])]
 
 
+def device_files(devices: Path = Path("/dev")) -> list[str]:
+    """Returns the device files of GPUs that this process may open; Slurm hides those of other jobs so.
+
+    Args:
+        devices: the folder of device files.
+    """
+    usable = []
+    for path in sorted(devices.glob("nvidia[0-9]*")):
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_RDWR))
+            usable.append(str(path))
+    return usable
+
+
 def unusable_gpus(devices: Path = Path("/dev")) -> str | None:
     """Returns why CUDA programs see none of the GPUs that this node has; None where nothing is wrong.
 
@@ -76,7 +90,7 @@ def unusable_gpus(devices: Path = Path("/dev")) -> str | None:
     """
     import pynvml
 
-    files = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
+    files = device_files(devices)
     if not files or "CUDA_VISIBLE_DEVICES" in os.environ or visible_gpus():
         return None
     try:
