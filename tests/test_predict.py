@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
-from PIL import Image
+from PIL import Image, ImageOps
 
-from disttrain.shards.imagefolder import pack_folder
+from disttrain.shards.imagefolder import fitted, pack_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.reader import read_split
@@ -116,6 +116,19 @@ def test_images_that_are_not_square_are_fitted_to_the_shape_of_the_data_set(tmp_
     assert pixels.shape == (6, 12, 3)
     expected = picture(0, (60, 60)).resize((12, 6), Image.Resampling.BICUBIC, (0, 15, 60, 45))
     assert np.array_equal(pixels, np.asarray(expected))
+
+
+@pytest.mark.parametrize("side", [8, 9, 63, 64, 97, 300, 800])
+def test_large_pictures_are_resized_like_small_ones(side: int) -> None:
+    """Against Pillow's resampling in one go."""
+    image = picture(0, (40, 30)).resize((side + 50, side), Image.Resampling.BILINEAR)
+    expected = ImageOps.fit(image, (8, 8), Image.Resampling.BICUBIC)
+    difference = np.abs(fitted(np.asarray(image), 8, 8).astype(int) - np.asarray(expected).astype(int))
+    if side < 64:
+        assert not difference.any()
+    else:
+        assert difference.mean() < 0.5
+        assert difference.max() <= 3
 
 
 def test_pixels_may_be_given_instead_of_files() -> None:

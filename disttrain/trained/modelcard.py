@@ -20,7 +20,10 @@ _FROM_FILE = '''\
 def pixels(path):
     """Returns an image file as the network reads it: uint8 [1, {height}, {width}, {channels}]."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")
-    image = ImageOps.fit(image, ({width}, {height}), Image.Resampling.BICUBIC)
+    scale = max({width} / image.width, {height} / image.height)
+    left, top = max(0, image.width - {width} / scale) / 2, max(0, image.height - {height} / scale) / 2
+    box = (left, top, image.width - left, image.height - top)
+    image = image.resize(({width}, {height}), Image.Resampling.BICUBIC, box, reducing_gap=4.0)
     return np.array(image).reshape(1, {height}, {width}, {channels})
 
 '''
