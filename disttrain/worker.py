@@ -115,7 +115,6 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
     Raises:
         HangError: another rank did not come, or did not answer.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at start; used if train.reproducible
     rank.pulse.beat(Phase.START, 0, 1)
     import torch
     import torch.distributed as dist
@@ -145,10 +144,15 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
         stopped = stop
     except RuntimeError as error:
         if lacking := out_of_memory(error):
+            remedy = "raise train.accumulate, so that fewer images go through the network at once, or lower "
+            remedy += "train.batch_size"
+            if rank.pulse.place[0] is Phase.START:
+                remedy = (
+                    "leave the images where they need less with data.cache=none, or see what else runs here"
+                )
             raise TrainingError(
                 f"rank {rank.number} on {socket.gethostname()} ran out of memory "
-                f"{doing(pack(*rank.pulse.place))}: {lacking}; raise train.accumulate, so that fewer images "
-                "go through the network at once, or lower train.batch_size"
+                f"{doing(pack(*rank.pulse.place))}: {lacking}; {remedy}"
             ) from error
         if (isinstance(error, dist.DistError) or "gloo" in str(error)) and timed_out(error):
             raise HangError(
@@ -160,7 +164,7 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
         # Only together: torchrun ends the others as soon as one has gone, and rank 0 may still be saving. A
         # rank that fails leaves without, because the others would hear of that before anyone knows the cause.
         with contextlib.nullcontext() if stopped is None else contextlib.suppress(RuntimeError):
-            dist.barrier()
+            dist.barrier(device_ids=[group.device.index] if device == "cuda" else None)
             dist.destroy_process_group()
     if stopped is not None:
         raise stopped

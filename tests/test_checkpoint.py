@@ -518,7 +518,7 @@ def test_a_restored_run_goes_on_bit_by_bit(tmp_path: Path, make: Any, channels_l
 def test_the_moving_average_is_restored(tmp_path: Path) -> None:
     model = network()
     average = MovingAverage(model, 0.9)
-    average.update()
+    average.update(model)
     optimizer = SGD(model.parameters(), 0.1)
     path = save_run(tmp_path, model, optimizer, ema=average)
     other = MovingAverage(network(), 0.9)

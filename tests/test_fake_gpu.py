@@ -67,7 +67,8 @@ class Event:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A GPU without content."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # the build sets it
+    for name in ("MIXED_PRECISION", "DYNAMO_BACKEND"):
+        monkeypatch.setenv(f"ACCELERATE_{name}", "no")  # the build sets it
     monkeypatch.setattr(building, "Accelerator", OneGpu)
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *_, **__: None)

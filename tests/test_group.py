@@ -21,6 +21,7 @@ CUDA = (
             "Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 1.25 GiB is free",
         ),
         (torch.OutOfMemoryError("no memory"), "no memory"),
+        (RuntimeError("CUDA error: out of memory\nsearch for"), "CUDA error: out of memory"),
         (
             RuntimeError("[enforce fail at x.cpp:1] . DefaultCPUAllocator: can't allocate memory: 8 bytes."),
             "can't allocate memory: 8 bytes.",

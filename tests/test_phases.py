@@ -65,7 +65,7 @@ class Event:
         return 1000 * (end.at - self.at)
 
 
-def test_on_a_gpu_the_first_step_after_a_log_point_is_timed_by_the_device(
+def test_on_a_gpu_a_step_between_two_log_points_is_timed_by_the_device(
     clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -80,18 +80,28 @@ def test_on_a_gpu_the_first_step_after_a_log_point_is_timed_by_the_device(
             Event.now += on_device
 
     slow, fast = (1, 2, 3, 4, 8, 1, 2, 3, 4, 8, 16), [0.001] * 11
-    for rest, logging_s in ((2, 0.5), (0, 0.25)):
+    number = 0
+    # In the first interval the first step; then the one in the middle of as many steps as before, none where
+    # there are fewer.
+    for timed, steps, logging_s, factor in (
+        (0, 5, 0.5, 1),
+        (2, 6, 0.25, 2),
+        (None, 2, 0.1, 2),
+        (1, 2, 0.1, 3),
+    ):
         made = Event.made
-        step(1, *slow)
-        for number in range(rest):
-            step(2 + number, *fast)
-        phases.enter(Phase.REPORT, 1 + rest)
+        for place in range(steps):
+            number += 1
+            step(number, *([factor * each for each in slow] if place == timed else fast))
+        phases.enter(Phase.REPORT, number)
         clock.now += logging_s
         Event.now += 100  # the device waits for the host
-        times = phases.take(1 + rest, nn.Identity())
-        assert times[:6] == pytest.approx((2, 4, 6, 24, 0, 16))
-        assert times.logging_s == pytest.approx(logging_s / (1 + rest))
-        assert Event.made == made + 12  # one for each phase of that step, and its end
+        times = phases.take(steps, nn.Identity())
+        assert times[:6] == pytest.approx([factor * each for each in (2, 4, 6, 24, 0, 16)])
+        assert times.logging_s == pytest.approx(logging_s / steps)
+        assert Event.made == made + (
+            0 if timed is None else 12
+        )  # one for each phase of the step, and its end
 
 
 def test_waiting_for_others_is_no_computing(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

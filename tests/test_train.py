@@ -402,6 +402,16 @@ def test_the_moving_average_follows_weights_and_statistics_and_is_evaluated() ->
     assert abs(bare - expected) > 1e-4
 
 
+def test_the_moving_average_follows_a_statistic_that_a_model_binds_anew() -> None:
+    model = nn.Module()
+    model.register_buffer("seen", torch.tensor(0.0))
+    average = MovingAverage(model, 0.5)
+    for _ in range(3):
+        model.seen = model.seen + 1
+        average.update(model)
+    assert average.module.get_buffer("seen") == 0.25 * 1 + 0.25 * 2 + 0.5 * 3
+
+
 # --- Evaluation -------------------------------------------------------------------------------------
 
 

@@ -24,12 +24,13 @@ CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
     ),
     (
         "slow loader",
-        {"data_s": 0.043, "streamed": True},
+        {"data_s": 0.043, "cache": "none"},
         "input-bound",
         ["43 %", "(43 ms)", "data.cache=host"],
         "data.cache",
     ),
     ("slow gathering", {"data_s": 0.02}, "input-bound", ["20 %", "data.cache=device"], "data.cache"),
+    ("on the GPU", {"data_s": 0.02, "cache": "device"}, "input-bound", ["no setting here helps"], None),
     (
         "slow copies",
         {"data_s": 0.002, "to_device_s": 0.013, "augmentation_s": 0.003},
@@ -133,7 +134,7 @@ def test_the_evidence_is_the_means_of_the_records() -> None:
         record(3.0, [9.0]),  # before the run went on on other ranks
         record(2.0, [6.0, 6.0], utilization_pct=None, throttled_thermal_pct=30.0, memory_used_mib=990.0),
     ]
-    found = evidence(records, ["n1", "n2"], streamed=True, precision="bf16", compiled=False)
+    found = evidence(records, ["n1", "n2"], cache="none", precision="bf16", compiled=False)
     assert found == Evidence(
         step_s=0.01,
         data_s=pytest.approx(0.0015),
@@ -143,7 +144,7 @@ def test_the_evidence_is_the_means_of_the_records() -> None:
         own_s=[pytest.approx(0.01125), pytest.approx(0.00925)],
         where=["rank 0 on n1", "rank 1 on n2"],
         on_gpu=True,
-        streamed=True,
+        cache="none",
         precision="bf16",
         utilization_pct=90.0,
         memory_pct=99.0,
@@ -153,4 +154,4 @@ def test_the_evidence_is_the_means_of_the_records() -> None:
 
 
 def test_there_is_no_evidence_without_records() -> None:
-    assert evidence([], ["n1"], streamed=False, precision="fp32", compiled=False) is None
+    assert evidence([], ["n1"], cache="host", precision="fp32", compiled=False) is None

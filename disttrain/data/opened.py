@@ -31,7 +31,7 @@ class OpenData:
         index: the data set.
         loader: serves the split to this rank.
         plan: the order of its samples.
-        device: where the loader puts them.
+        device: where they are wanted.
         shuffle: False keeps the order of the index.
         rank: this one.
         world_size: of them.

@@ -68,12 +68,14 @@ class Streamed:
         self._reader = Reader(index, split, say)
         self._pinned = device.type == "cuda"
         self._workers = workers
-        self._ahead = max(2 * workers, 2 * -(-batch_size // _PIECE))
+        self._batch = -(-batch_size // _PIECE)  # in pieces
+        self._ahead = max(2 * workers, 2 * self._batch)
 
     @property
     def most_bytes(self) -> int:
         """Memory that decoded samples under way take at most, for windows of the usual size."""
-        return (self._ahead + 2) * _PIECE * int(np.prod(self._shape))
+        # A window in which samples are repeated is put together from those that are decoded.
+        return (self._ahead + 2 + self._batch) * _PIECE * int(np.prod(self._shape))
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
         """Yields the samples at each window of an order."""

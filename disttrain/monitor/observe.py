@@ -94,7 +94,7 @@ class RunObserver:
         self._records: deque[dict[str, Any]] = deque(maxlen=_JUDGED_RECORDS)
         self._judge = partial(
             evidence,
-            streamed=choices["cache"].startswith("none"),
+            cache=choices["cache"].partition(":")[0],
             precision=parts.settings.precision,
             compiled=parts.settings.compiled,
         )

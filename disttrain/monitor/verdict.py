@@ -41,7 +41,7 @@ class Evidence:
         own_s: seconds of a step that each rank needs for itself, without waiting for others.
         where: what to call each rank, such as `rank 3 on gpu07`.
         on_gpu: whether the ranks compute on GPUs.
-        streamed: whether samples are decoded anew in each epoch.
+        cache: where the decoded samples are: device, host or none.
         precision: the arithmetic.
         compiled: whether the model is compiled.
         utilization_pct: mean over the GPUs, or None.
@@ -60,7 +60,7 @@ class Evidence:
     own_s: Sequence[float] = ()
     where: Sequence[str] = ()
     on_gpu: bool = False
-    streamed: bool = False
+    cache: str = "host"
     precision: str = "fp32"
     compiled: bool = False
     utilization_pct: float | None = None
@@ -154,11 +154,13 @@ def _input(e: Evidence) -> tuple[str, str, str | None]:
     if e.augmentation_s > max(e.data_s, e.to_device_s):
         return "augmenting images", "switch off what the recipe does not need", "augment"
     if e.to_device_s > e.data_s:
-        return "copying images to the GPU", "keep them there with data.cache=device", "data.cache"
-    if e.streamed:
+        help_ = "data.cache=device keeps them there, if they fit"
+        return "copying images to the GPU", help_, "data.cache"
+    if e.cache == "none":
         return "waiting for data", "decode once with data.cache=host, or raise data.workers", "data.cache"
-    if e.on_gpu:
-        return "waiting for data", "keep the samples on the GPU with data.cache=device", "data.cache"
+    if e.on_gpu and e.cache == "host":
+        help_ = "data.cache=device keeps the samples on the GPU, if they fit"
+        return "waiting for data", help_, "data.cache"
     return "gathering samples", "the network is too small to hide it; no setting here helps", None
 
 
@@ -166,7 +168,7 @@ def evidence(
     records: Sequence[Mapping[str, Any]],
     hosts: Sequence[str],
     *,
-    streamed: bool,
+    cache: str,
     precision: str,
     compiled: bool,
 ) -> Evidence | None:
@@ -175,7 +177,7 @@ def evidence(
     Args:
         records: of a run on the same ranks; others are left out.
         hosts: of each rank.
-        streamed: whether samples are decoded anew in each epoch.
+        cache: where the decoded samples are: device, host or none.
         precision: the arithmetic.
         compiled: whether the model is compiled.
     """
@@ -206,7 +208,7 @@ def evidence(
         own_s=[sum(times_ms) / len(records) / 1000 for times_ms in zip(*own_ms, strict=True)],
         where=[f"rank {rank} on {host}" for rank, host in enumerate(hosts)],
         on_gpu=bool(gpus),
-        streamed=streamed,
+        cache=cache,
         precision=precision,
         compiled=compiled,
         utilization_pct=statistics.fmean(known)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 class MovingAverage(nn.Module):
     """The exponential moving average of a model's weights and statistics.
 
-    It begins as what the first step has made of them. torch's AveragedModel computes the same, but sends its
-    counter to the device in every step, and waits for it.
+    It begins as what the first step has made of them; integers are not averaged. (torch's AveragedModel sends
+    its counter to the device in every step, and waits for it.)
 
     Args:
-        model: on its device, not wrapped; its tensors stay the same objects.
+        model: on its device, not wrapped.
         decay: weight of the average so far, 0..1; the model has the rest.
 
     Attributes:
@@ -29,20 +29,22 @@ class MovingAverage(nn.Module):
         self.module = copy.deepcopy(model)
         self.register_buffer("n_averaged", torch.tensor(0))
         self._decay = decay
-        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
-        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, model: nn.Module) -> None:
         """Takes in what a step has made of the model."""
-        own, new = (list(tensors) for tensors in zip(*self._averaged, strict=True))
+        own: list[Tensor] = []
+        new: list[Tensor] = []
+        for average, value in zip(_tensors(self.module), _tensors(model), strict=True):
+            if average.is_floating_point() or average.is_complex():
+                own.append(average)
+                new.append(value)
+            else:
+                average.copy_(value)
         if self.n_averaged == 0:
             torch._foreach_copy_(own, new)
         else:
             torch._foreach_lerp_(own, new, 1 - self._decay)
-        for counter, value in self._counters:
-            counter.copy_(value)
         self.n_averaged += 1
 
 

@@ -268,7 +268,8 @@ def prepare_arithmetic(
         model.to(memory_format=torch.channels_last)
     if settings.compiled:
         model.compile(dynamic=False)
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # a launcher's setting is not part of the experiment
+    # A launcher's settings are not part of the experiment.
+    os.environ |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
     accelerator = Accelerator(
         cpu=group.device.type == "cpu",
         mixed_precision=settings.precision if settings.precision in {"bf16", "fp16"} else "no",

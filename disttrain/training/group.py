@@ -40,6 +40,8 @@ def out_of_memory(error: Exception) -> str | None:
     import torch
 
     line = str(error).partition("\n")[0]
+    if any(words in line for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")):
+        return line  # by pinned memory, or by a library beside torch's own memory
     if isinstance(error, torch.OutOfMemoryError):
         return ". ".join(line.split(". ")[1:3]) or line  # how much was tried, how much there is
     return line.partition("DefaultCPUAllocator: ")[2] or None
@@ -56,6 +58,9 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     import torch
     from accelerate import PartialState
 
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # read at the first use of cuBLAS, if reproducible
     torch.backends.cudnn.benchmark = not config.train.reproducible
     torch.use_deterministic_algorithms(config.train.reproducible)
     if device == "cpu":

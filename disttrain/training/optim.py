@@ -155,6 +155,8 @@ class FilterMuon(Optimizer):
             matrix.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
         self._muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
         self._muon.step()
+        for matrix in self._matrices:
+            matrix.grad = None  # else it outlives the step
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of torch's Muon."""

@@ -212,7 +212,7 @@ class Parts:
     """What one rank trains with, built by the worker.
 
     Attributes:
-        model: as `Accelerator.prepare` returned it; wrapped in DDP when there are several ranks.
+        model: computes in its precision; wrapped in DDP when there are several ranks.
         ema: moving average of the bare model, or None.
         rates: the learning rate of each of its parameter groups.
         plan: the order of the training samples.

@@ -1,9 +1,10 @@
 """Where the time of a step goes on this rank, told by the same calls that are its heartbeat.
 
-On a CPU the phases are timed by the host. On a GPU the host only hands out work: there one step after each
-log point is timed by events on the device, which are read at the next log point, when all are waited for in
-any case. The time that a rank waits for the gradients of others is what DDP itself measures of a step in
-between; it is a part of the backward pass.
+On a CPU the phases are timed by the host. On a GPU the host only hands out work: there one step between two
+log points is timed by events on the device, which are read at the second one, when all are waited for in any
+case. It is one in the middle: after a log point the device is idle, and for some steps shows the time of the
+host, which is hidden afterwards. The time that a rank waits for the gradients of others is what DDP itself
+measures of a step in between; it is a part of the backward pass.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class Phases:
         self._seconds = [0.0] * len(Phase)
         self._phase, self._since = Phase.START, time.perf_counter()
         self._events: list[tuple[Phase, torch.cuda.Event]] = []
-        self._sampled = 0  # the step that is timed on the device
+        self._on_device = [0.0] * len(Phase)  # of the step that was timed last
+        self._step = 0
+        self._steps_before = 0  # the one that is timed; -1 after its beginning
         self._marking = False  # whether it is under way
 
     def enter(self, phase: Phase, step: int, part: int = 0) -> None:
@@ -72,14 +75,19 @@ class Phases:
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
         self._beat(phase, step, part)
-        if self._on_gpu and (self._marking or not self._events):
+        if self._on_gpu:
             self._mark(phase, step)
 
     def _mark(self, phase: Phase, step: int) -> None:
-        if self._events:
-            self._marking = step == self._sampled and phase <= Phase.OPTIMIZE  # if not, the last event
-        elif phase == Phase.DATA:
-            self._marking, self._sampled = True, step
+        begins = phase == Phase.DATA and step != self._step
+        self._step = step
+        if self._marking:
+            self._marking = not begins and phase <= Phase.OPTIMIZE  # if not, the last event
+        elif begins and self._steps_before >= 0:
+            self._marking = self._steps_before == 0
+            self._steps_before -= 1
+            if not self._marking:
+                return
         else:
             return
         event = torch.cuda.Event(enable_timing=True)
@@ -93,13 +101,15 @@ class Phases:
         self._since = now
         per_step = [seconds / steps for seconds in self._seconds]
         if len(self._events) > 1:
-            for phase in (Phase.DATA, Phase.TO_DEVICE, Phase.AUGMENT, Phase.COMPUTE, Phase.OPTIMIZE):
-                per_step[phase] = 0.0
+            self._on_device = [0.0] * len(Phase)
             for (phase, begin), (_, end) in zip(self._events, self._events[1:], strict=False):
-                per_step[phase] += begin.elapsed_time(end) / 1000
+                self._on_device[phase] += begin.elapsed_time(end) / 1000
+        if any(self._on_device):  # else this is a CPU
+            per_step[Phase.DATA : Phase.REPORT] = self._on_device[Phase.DATA : Phase.REPORT]
         waiting = min(exposed_communication_s(model), per_step[Phase.COMPUTE])
         self._seconds = [0.0] * len(Phase)
         self._events.clear()
+        self._steps_before, self._marking = steps // 2, False
         return StepTimes(
             data_s=per_step[Phase.DATA],
             to_device_s=per_step[Phase.TO_DEVICE],

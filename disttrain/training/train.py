@@ -1,9 +1,10 @@
 """The training loop.
 
 Between two log points there is no device synchronisation, no collective but the reduction of the gradients
-and no Python work per sample; where steps are slow, the ranks ask one another about once a second whether
-one of them is to stop. This module knows nothing of terminals, NVML, Click or Slurm: it is handed what it
-calls.
+and no Python work per sample; where steps are slow, and before their time is known, several ranks ask one
+another about once a second whether one of them is to stop. (The gradient scaler of fp16 waits for the device
+in each step, unless the optimizer is a single fused one.) This module knows nothing of terminals, NVML, Click
+or Slurm: it is handed what it calls.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ def train_step(
         scaler.update()
     parts.optimizer.zero_grad(set_to_none=True)
     if parts.ema is not None:
-        parts.ema.update()
+        parts.ema.update(parts.bare_model)
     meter.steps += 1
     return np.concatenate(ids) if ids else np.empty(0, np.int64)
 
