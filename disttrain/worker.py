@@ -46,7 +46,7 @@ from disttrain.launch.preflight import (
 from disttrain.models import check_model_name
 from disttrain.runs.manifest import set_aside
 from disttrain.runs.runfolder import RunFolder, new_run_path, utc_now
-from disttrain.training.group import join, out_of_memory, patience_s, timed_out
+from disttrain.training.group import join, out_of_memory, patience_s, tell_failure, timed_out
 from disttrain.training.pulse import Phase, doing, pack
 from disttrain.training.rank import Rank
 
@@ -99,6 +99,8 @@ def main(
             code = error.exit_code
     except (Exception, SystemExit) as error:  # a model that calls sys.exit has not finished the run
         rank.fail(error)
+        if rank.pulse.place[0] is Phase.START:
+            tell_failure()
         code = error.exit_code if isinstance(error, DisttrainError) else TrainingError.exit_code
     else:
         code = 0

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from disttrain.training.group import out_of_memory, timed_out
+from disttrain.training.group import out_of_memory, tell_failure, timed_out, wait_for_all
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 1.25 "
@@ -37,3 +41,58 @@ def test_a_wait_that_was_too_long_is_told_from_other_errors() -> None:
     assert timed_out(RuntimeError("[gloo] Timed out waiting 1000ms for recv operation"))
     assert timed_out(RuntimeError("wait timeout after 5000ms"))
     assert not timed_out(RuntimeError("Connection reset by peer"))
+
+
+SLOW_RANK = """
+import datetime, os, time
+import torch
+import torch.distributed as dist
+from disttrain.training.group import wait_for_all
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+one = torch.ones(1)
+dist.all_reduce(one)
+time.sleep(5 * dist.get_rank())
+wait_for_all("data")
+dist.all_reduce(one)
+assert one == 4
+wait_for_all("more")
+"""
+
+
+def test_ranks_wait_longer_for_work_than_a_collective_would(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, tmp_path / "slow.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+FAILING_RANK = """
+import datetime
+import torch.distributed as dist
+from disttrain.errors import TrainingError
+from disttrain.training.group import tell_failure, wait_for_all
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+if dist.get_rank():
+    tell_failure()
+else:
+    try:
+        wait_for_all("data")
+    except TrainingError as error:
+        print(error)
+dist.barrier()
+"""
+
+
+def test_ranks_do_not_wait_for_one_that_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING_RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, tmp_path / "failing.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "another rank failed while this one waited for it (data)\n"
+
+
+def test_a_single_process_waits_for_nobody() -> None:
+    tell_failure()
+    wait_for_all("data")

@@ -45,6 +45,7 @@ from disttrain.training.augment import Augment
 from disttrain.training.average import MovingAverage
 from disttrain.training.choices import Settings, Workload, allow_tf32, bucket_mib, choose
 from disttrain.training.flops import flops_per_image, peak_flops_per_s
+from disttrain.training.group import wait_for_all
 from disttrain.training.optim import build_optimizer
 from disttrain.training.parts import Parts, Position, as_written
 from disttrain.training.rank import Rank
@@ -75,6 +76,7 @@ def build(
     skipped = skipped_samples(config, index, group, say)
     plan = make_plan(config, index, skipped["train"])
     loaders = open_loaders(config, index, skipped, group, say, choices)
+    wait_for_all("data")
 
     torch.manual_seed(config.seed)
     model = build_for(config.model, index).to(device)
@@ -285,6 +287,7 @@ def skipped_samples(
     if config.data.on_error == "skip":
         for split in skipped:
             found = survey(index, split, say)
+            wait_for_all(f"survey of {split}")
             if group.num_processes > 1:
                 found = np.unique(np.concatenate(gather_object([found])))
             skipped[split] = found

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
 import re
 import socket
+import time
 from typing import TYPE_CHECKING, Literal
 
 from disttrain.config import Config
 from disttrain.errors import (
     BusyError,
     HangError,
+    TrainingError,
     UsageError,
 )
 from disttrain.launch.network import prepare_gloo
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("disttrain")
 
+_LONG_WORK_S = 3600.0  # in which a rank may decode a data set while others wait
+_FAILED = "disttrain/failed"  # in the store of the group
+
 
 def patience_s(config: Config) -> float:
     """Returns the seconds for which a rank waits for others; a launcher that watches it is sooner."""
@@ -33,6 +39,43 @@ def patience_s(config: Config) -> float:
 def timed_out(error: Exception) -> bool:
     """Tells whether a collective failed because it had waited for too long."""
     return re.search(r"time(d )?out", str(error), re.IGNORECASE) is not None
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until every rank has come here, an hour at most. Every rank calls this, once for each `what`.
+
+    For what one node may have to do while another has it already, such as decoding: a collective would give
+    up after `patience_s`, and a launcher that watches the ranks sees sooner whether one of them hangs.
+
+    Raises:
+        HangError: a rank has not come.
+        TrainingError: a rank has failed.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    store, world_size = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+    store.add(f"disttrain/{what}", 1)
+    pause_s, deadline = 0.001, time.monotonic() + _LONG_WORK_S
+    while (came := store.add(f"disttrain/{what}", 0)) < world_size:
+        if store.add(_FAILED, 0):
+            raise TrainingError(f"another rank failed while this one waited for it ({what})")
+        if time.monotonic() > deadline:
+            raise HangError(
+                f"{came} of {world_size} ranks have come within an hour ({what}); look for the others"
+            )
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, 1.0)
+
+
+def tell_failure() -> None:
+    """Lets the ranks that wait in `wait_for_all` know that this one will not come."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, may have gone
+            dist.distributed_c10d._get_default_store().add(_FAILED, 1)
 
 
 def out_of_memory(error: Exception) -> str | None:
