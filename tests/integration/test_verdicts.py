@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nvml
 import pytest
@@ -51,6 +52,18 @@ def stand_in():
 """
 
 
+def check(
+    result: subprocess.CompletedProcess[str], run_dir: Path, name: str, words: list[str]
+) -> dict[str, Any]:
+    """Checks the verdict on a run that has ended well, and returns it."""
+    assert result.returncode == 0, result.stderr
+    verdict: dict[str, Any] = json.loads((run_dir / "status.json").read_text())["verdict"]
+    assert verdict["name"] == name, verdict
+    for word in words:
+        assert word in verdict["text"]
+    return verdict
+
+
 @pytest.mark.parametrize(
     ("problem", "procs", "options", "name", "words"),
     [
@@ -72,11 +85,7 @@ def test_a_problem_is_named(
     (tmp_path / "slow.py").write_text(MODEL)
     model = ["model.name=slow:Net", f"model.args.slow={problem}"]
     result = disttrain("run", config_file, *model, *options, "--procs", str(procs), "--run-dir", "run")
-    assert result.returncode == 0, result.stderr
-    verdict = json.loads((tmp_path / "run/status.json").read_text())["verdict"]
-    assert verdict["name"] == name, verdict
-    for word in words:
-        assert word in verdict["text"]
+    verdict = check(result, tmp_path / "run", name, words)
     assert f"verdict: {verdict['text']}" in result.stdout
 
 
@@ -110,11 +119,7 @@ def test_the_trouble_of_a_gpu_is_named(
             **trouble,
         },
     )
-    assert result.returncode == 0, result.stderr
-    verdict = json.loads((tmp_path / "run/status.json").read_text())["verdict"]
-    assert verdict["name"] == name, verdict
-    for word in words:
-        assert word in verdict["text"]
+    check(result, tmp_path / "run", name, words)
 
 
 SLOW_LINK = """
@@ -143,7 +148,4 @@ def test_a_link_that_is_too_slow_for_the_gradients(
         env=os.environ | {"DISTTRAIN_DATA": str(digits_root)},
         timeout=240,
     )
-    assert result.returncode == 0, result.stderr
-    verdict = json.loads((tmp_path / "run/status.json").read_text())["verdict"]
-    assert verdict["name"] == "communication-bound", verdict
-    assert verdict["key"] == "train.batch_size"
+    check(result, tmp_path / "run", "communication-bound", ["train.batch_size"])
