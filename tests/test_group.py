@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from disttrain.training.group import out_of_memory, tell_failure, timed_out, wait_for_all
+from disttrain.training.group import out_of_memory, timed_out
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 1.25 "
@@ -91,8 +91,3 @@ def test_ranks_do_not_wait_for_one_that_has_failed(tmp_path: Path) -> None:
     done = subprocess.run([*torchrun, tmp_path / "failing.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "another rank failed while this one waited for it (data)\n"
-
-
-def test_a_single_process_waits_for_nobody() -> None:
-    tell_failure()
-    wait_for_all("data")
