@@ -120,7 +120,8 @@ class Ours:
 
     def replayed(self) -> float:
         """Trains on one batch of the loader."""
-        own, self.parts.train_data = self.parts.train_data, Replay(self.parts.train_data)
+        device = self.parts.accelerator.device
+        own, self.parts.train_data = self.parts.train_data, Replay(self.parts.train_data, device)
         try:
             return self.observed()
         finally:
