@@ -149,9 +149,7 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
             remedy = "raise train.accumulate, so that fewer images go through the network at once, or lower "
             remedy += "train.batch_size"
             if rank.pulse.place[0] is Phase.START:
-                remedy = (
-                    "leave the images where they need less with data.cache=none, or see what else runs here"
-                )
+                remedy = "keep fewer images in memory with data.cache=none, or see what else takes it here"
             raise TrainingError(
                 f"rank {rank.number} on {socket.gethostname()} ran out of memory "
                 f"{doing(pack(*rank.pulse.place))}: {lacking}; {remedy}"

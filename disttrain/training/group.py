@@ -101,9 +101,8 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     import torch
     from accelerate import PartialState
 
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # read at the first use of cuBLAS, if reproducible
+    # Read at the first use of cuBLAS, where train.reproducible asks for it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = not config.train.reproducible
     torch.use_deterministic_algorithms(config.train.reproducible)
     if device == "cpu":

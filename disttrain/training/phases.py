@@ -66,7 +66,7 @@ class Phases:
         self._events: list[tuple[Phase, torch.cuda.Event]] = []
         self._on_device = [0.0] * len(Phase)  # of the step that was timed last
         self._step = 0
-        self._steps_before = 0  # the one that is timed; -1 after its beginning
+        self._steps_before = 0  # steps until the one that is timed; -1 once that has begun
         self._marking = False  # whether it is under way
 
     def enter(self, phase: Phase, step: int, part: int = 0) -> None:
@@ -104,7 +104,7 @@ class Phases:
             self._on_device = [0.0] * len(Phase)
             for (phase, begin), (_, end) in zip(self._events, self._events[1:], strict=False):
                 self._on_device[phase] += begin.elapsed_time(end) / 1000
-        if any(self._on_device):  # else this is a CPU
+        if any(self._on_device):  # not on a CPU, nor before the first step that was timed
             per_step[Phase.DATA : Phase.REPORT] = self._on_device[Phase.DATA : Phase.REPORT]
         waiting = min(exposed_communication_s(model), per_step[Phase.COMPUTE])
         self._seconds = [0.0] * len(Phase)
