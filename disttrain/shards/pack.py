@@ -288,19 +288,22 @@ def _write_in_processes(
     on_progress: Callable[[int], None],
 ) -> dict[str, Record | None]:
     context = multiprocessing.get_context("spawn")
-    done, stop = context.Value("q", 0), context.Event()
+    # Without locks: a process that is killed while it holds one would keep it for ever.
+    done, stop = context.RawArray("q", len(jobs)), context.RawValue("b", 0)
     pool = ProcessPoolExecutor(processes, context, _begin, (splits, scratch, done, stop, os.getpid()))
     try:
-        futures: dict[str, Future[Record]] = {job.file: pool.submit(_work, job) for job in jobs}
+        futures: dict[str, Future[Record]] = {
+            job.file: pool.submit(_work, number, job) for number, job in enumerate(jobs)
+        }
         pending = set(futures.values())
         while pending:
             finished, pending = wait(pending, timeout=_POLL_S)
             for future in finished:
                 future.result()  # raises what went wrong there
-            on_progress(done.value)
+            on_progress(sum(done))
         return {file: future.result() for file, future in futures.items()}
     finally:
-        stop.set()  # ends a shard that is being written, after an error or Ctrl-C
+        stop.value = 1  # ends a shard that is being written, after an error or Ctrl-C
         pool.shutdown(cancel_futures=True)
 
 
@@ -316,14 +319,13 @@ def _begin(splits: Mapping[str, Source], scratch: Path, done: Any, stop: Any, pa
     _process.update(splits=splits, scratch=scratch, done=done, stop=stop)
 
 
-def _work(job: _Job) -> Record:
+def _work(number: int, job: _Job) -> Record:
     done, stop = _process["done"], _process["stop"]
 
     def count() -> None:
-        if stop.is_set():
+        if stop.value:
             raise KeyboardInterrupt
-        with done.get_lock():
-            done.value += 1
+        done[number] += 1
 
     return _write_job(job, _process["splits"][job.split], _process["scratch"], count)
 
