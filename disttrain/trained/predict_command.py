@@ -66,9 +66,11 @@ def predict(
 
     import torch
 
+    from disttrain.host_memory import keep_freed_memory
     from disttrain.trained.classifier import load_model
     from disttrain.trained.prediction import predictions
 
+    keep_freed_memory()
     classifier = load_model(run, checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
     widths = (min(_WIDEST, max(map(len, files))), max(map(len, classifier.classes)))
     if not as_json:

@@ -18,6 +18,7 @@ from disttrain.errors import (
     TrainingError,
     UsageError,
 )
+from disttrain.host_memory import keep_freed_memory
 from disttrain.launch.network import prepare_gloo
 from disttrain.parallel import cores_of_a_rank
 
@@ -103,6 +104,7 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
 
     # Read at the first use of cuBLAS, where train.reproducible asks for it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    keep_freed_memory()
     torch.backends.cudnn.benchmark = not config.train.reproducible
     torch.use_deterministic_algorithms(config.train.reproducible)
     if device == "cpu":
