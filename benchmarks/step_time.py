@@ -3,7 +3,7 @@
     python benchmarks/step_time.py --data ROOT [--models cnn_mnist lenet_bn alexnet_cifar resnet18]
         [--runs 15] [--steps 40] [--batch 64] [--precision fp32] [--threads 2] [--peers-env CACHE] [--gpu]
 
-For each model one process takes --steps steps with every loop in turn, --runs times: our loop, the shortest
+For each model one process takes --steps steps with every loop, --runs times: our loop, the shortest
 one would write by hand, each also over one replayed batch, ours with the dashboard, without any observer, and
 with a checkpoint in the middle; and Lightning with --peers-env, where CACHE keeps its environment, made on
 the first run. See peers/step_loops.py. A claim is the median over the rounds of the ratio within a round.

@@ -2,7 +2,8 @@
 
     python benchmarks/peers/step_loops.py CONFIG DATA [KEY=VALUE ...] [--rounds 15] [--steps 40] [--lightning]
 
-Every round takes --steps steps with each loop in turn, so that what else the machine does meets all alike:
+Every round takes --steps steps with each loop, in an order drawn anew, so that what else the machine does and
+what the loop before has left meet all alike:
 
 hand       the shortest loop one would write by hand: uint8 images in memory in a random order, normalised
            step by step, fused optimizer, a running sum of the loss and nothing else
@@ -25,6 +26,7 @@ import json
 import logging
 import os
 import pty
+import random
 import sys
 import tempfile
 import threading
@@ -33,7 +35,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -298,12 +299,12 @@ def main() -> None:
         if options.lightning:
             loops["lightning"] = lightning_loop(config, parts, index, options.steps)
         seconds: dict[str, list[float]] = {name: [] for name in loops}
-        names = list(loops)
+        order = random.Random(0)
         for number in range(options.rounds + 1):
-            for name in np.roll(names, number):  # nobody always comes after the same one
+            for name in order.sample(list(loops), len(loops)):  # what a loop leaves behind meets all alike
                 taken = loops[name]()
                 if number:
-                    seconds[str(name)].append(taken)
+                    seconds[name].append(taken)
     print(json.dumps(seconds))
 
 
