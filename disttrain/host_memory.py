@@ -10,9 +10,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def keep_freed_memory() -> None:
     """Has malloc keep memory that is freed, for the next step to use.
 
-    By default glibc gives large blocks and a large free end of its heap back to the system: the activations of
-    a step are then new pages, zeroed one by one, in every step. The process stays as large as it once was.
-    Does nothing with a C library that has no `mallopt`.
+    By default glibc gives large blocks, and the free end of its heap, back to the system: the activations of
+    every step are then new pages, zeroed one by one. The process stays as large as it once was. Does nothing
+    with a C library that has no `mallopt`.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
