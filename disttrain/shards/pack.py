@@ -20,12 +20,14 @@ import os
 import shutil
 import signal
 import tempfile
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from disttrain.errors import DataError, StorageError
 from disttrain.files import sync, sync_folder
@@ -150,7 +152,7 @@ def pack(
             f"{error.filename or target}: the data set cannot be written: {error.strerror or error}; "
             "make room or choose another folder with --root"
         ) from error
-    except BrokenProcessPool:
+    except _KilledError:
         raise StorageError(
             f"{target}: a packing process was killed (too little memory?); run the command again to go on, "
             "with fewer --procs"
@@ -287,47 +289,76 @@ def _write_in_processes(
     processes: int,
     on_progress: Callable[[int], None],
 ) -> dict[str, Record | None]:
+    """Has processes write the shards, each one after the other, and returns their records.
+
+    The processes share no queue and no lock, which one that is killed would leave as it was for the others.
+
+    Raises:
+        _KilledError: a process was killed.
+    """
     context = multiprocessing.get_context("spawn")
-    # Without locks: a process that is killed while it holds one would keep it for ever.
-    done, stop = context.RawArray("q", len(jobs)), context.RawValue("b", 0)
-    pool = ProcessPoolExecutor(processes, context, _begin, (splits, scratch, done, stop, os.getpid()))
-    try:
-        futures: dict[str, Future[Record]] = {
-            job.file: pool.submit(_work, number, job) for number, job in enumerate(jobs)
-        }
-        pending = set(futures.values())
-        while pending:
-            finished, pending = wait(pending, timeout=_POLL_S)
-            for future in finished:
-                future.result()  # raises what went wrong there
+    done = context.RawArray("q", len(jobs))
+    waiting = deque(enumerate(jobs))
+    records: dict[str, Record | None] = {}
+    with contextlib.ExitStack() as stack:
+        busy: list[Connection] = []
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            stack.enter_context(ours)
+            arguments = (theirs, os.getpid(), splits, scratch, done)
+            process = context.Process(target=_write_for, args=arguments, daemon=True)
+            with _unless_killed(), theirs:
+                process.start()
+                stack.callback(process.join)
+                stack.callback(process.terminate)  # in the middle of a shard, after an error or Ctrl-C
+                ours.send(waiting.popleft())
+            busy.append(ours)
+        while busy:
+            for end in cast(list[Connection], wait(busy, timeout=_POLL_S)):
+                with _unless_killed():
+                    number, outcome = end.recv()
+                    if waiting:
+                        end.send(waiting.popleft())
+                    else:
+                        busy.remove(end)
+                if isinstance(outcome, Exception):
+                    raise outcome
+                records[jobs[number].file] = outcome
             on_progress(sum(done))
-        return {file: future.result() for file, future in futures.items()}
-    finally:
-        stop.value = 1  # ends a shard that is being written, after an error or Ctrl-C
-        pool.shutdown(cancel_futures=True)
+    return records
 
 
-_process: dict[str, Any] = {}  # what a packing process was given when it began
+class _KilledError(Exception):
+    """A packing process was killed."""
 
 
-def _begin(splits: Mapping[str, Source], scratch: Path, done: Any, stop: Any, parent: int) -> None:
-    """Prepares a packing process: it ends with its parent, which alone hears Ctrl-C."""
+@contextlib.contextmanager
+def _unless_killed() -> Iterator[None]:
+    """Around what is said to a process or heard from it."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise _KilledError from None
+
+
+def _write_for(parent: Connection, pid: int, splits: Mapping[str, Source], scratch: Path, done: Any) -> None:
+    """Writes the shards that the parent sends; ends with the parent, which alone hears Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-    _process.update(splits=splits, scratch=scratch, done=done, stop=stop)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while os.getppid() == pid:
+            number, job = parent.recv()
+            outcome: Record | Exception
+            try:
+                outcome = _write_job(job, splits[job.split], scratch, partial(_count, done, number))
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                outcome = error
+            parent.send((number, outcome))
 
 
-def _work(number: int, job: _Job) -> Record:
-    done, stop = _process["done"], _process["stop"]
-
-    def count() -> None:
-        if stop.value:
-            raise KeyboardInterrupt
-        done[number] += 1
-
-    return _write_job(job, _process["splits"][job.split], _process["scratch"], count)
+def _count(done: Any, number: int) -> None:
+    done[number] += 1
 
 
 def _describe(
