@@ -669,14 +669,3 @@ def test_existing_name_needs_force(root, source):
         pack(source, seed=1)
     assert load_index("mine", None) == first
     assert pack(source, seed=1, force=True).digest != first.digest
-
-
-# --- Real data --------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif("DISTTRAIN_TEST_DATA" not in os.environ, reason="DISTTRAIN_TEST_DATA is not set")
-def test_real_mnist(root):
-    index = prepare("mnist", Path(os.environ["DISTTRAIN_TEST_DATA"]) / "mnist")
-    assert index.splits["train"].class_counts == (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
-    assert index.splits["val"].class_counts == (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)
-    assert (round(index.mean[0], 4), round(index.std[0], 4)) == (0.1307, 0.3081)

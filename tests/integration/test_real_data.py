@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from disttrain.shards.index import load_index
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 REPOSITORY = Path(__file__).parents[2]
 REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA") or "/nonexistent")
@@ -51,6 +53,10 @@ def test_mnist_from_its_original_files(disttrain: Run, tmp_path: Path) -> None:
     prepared = disttrain("data", "prepare", "mnist", "--source", REAL / "mnist", env=env)
     assert prepared.returncode == 0, prepared.stderr
     assert "60,000 samples" in prepared.stdout
+    index = load_index("mnist", str(tmp_path / "data"))
+    assert index.splits["train"].class_counts == (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
+    assert index.splits["val"].class_counts == (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)
+    assert (round(index.mean[0], 4), round(index.std[0], 4)) == (0.1307, 0.3081)
     # the schedule ends after this one epoch
     check_epoch(disttrain, "cnn_mnist", tmp_path, env, ("host",), samples=60_000, accuracy=0.9)
 

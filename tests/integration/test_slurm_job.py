@@ -134,6 +134,7 @@ def test_two_processes_on_each_of_two_nodes(cluster: Hosts, tmp_path: Path, conf
     assert [device["host"] for device in devices] == ["node0", "node0", "node1", "node1"]
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not REAL.is_dir(), reason="DISTTRAIN_TEST_DATA is not set")
 def test_mnist_on_two_nodes(cluster: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cluster.env, "DISTTRAIN_DATA", str(tmp_path / "data"))
