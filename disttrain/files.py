@@ -18,6 +18,7 @@ from disttrain.errors import StorageError, reason
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Pauses before what failed in passing is tried again."""
 
+_BUFFER_BYTES = 2**20
 _PASSING = {
     errno.ESTALE,
     errno.EBUSY,
@@ -54,18 +55,44 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
         raise storage_error(path, error, len(data)) from None
 
 
-def write_new(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Makes a file and, if it is to be durable, sees to it that its bytes are on the disk."""
+def write_new(path: Path, *pieces: bytes | memoryview, durable: bool = True) -> None:
+    """Makes a file of these bytes and, if it is to be durable, sees to it that they are on the disk.
+
+    Raises:
+        OSError: it exists already, or cannot be written.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        for piece in pieces:
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
         if durable:
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # who verifies reads the disk
     finally:
         os.close(descriptor)
+
+
+def holds(path: Path, *pieces: bytes | memoryview) -> bool:
+    """Tells whether a file has just these bytes; what is read of it does not stay in the page cache.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    buffer = bytearray(_BUFFER_BYTES)
+    with path.open("rb", buffering=0) as file:
+        for piece in pieces:
+            rest = memoryview(piece)
+            while rest:
+                count = file.readinto(memoryview(buffer)[: len(rest)])
+                # In this order: memoryviews compare one element after the other.
+                if not count or buffer[:count] != rest[:count]:
+                    return False
+                rest = rest[count:]
+        whole = not file.read(1)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return whole
 
 
 def move(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -22,7 +23,7 @@ from torch.optim import SGD, Adam
 from disttrain import files
 from disttrain.config import OptimConfig, ScheduleConfig
 from disttrain.errors import CheckpointError, StorageError, TrainingError
-from disttrain.runs import checkpoint
+from disttrain.runs import checkpoint, manifest
 from disttrain.runs.checkpoint import Writer, bytes_needed, load, restore, restore_scaler, snapshot, write
 from disttrain.runs.manifest import newest_sound, verify, write_manifest
 from disttrain.training.average import MovingAverage
@@ -432,14 +433,16 @@ def test_bytes_that_change_on_their_way_to_the_disk_are_noticed(
     save_step(tmp_path, 1)
     write_new = files.write_new
 
-    def flipping(path: Path, data: bytes) -> None:
-        flipped = data[:-1] + bytes([data[-1] ^ 1]) if path.name == "model.safetensors" else data
-        write_new(path, flipped)
+    def flipping(path: Path, *pieces: bytes | memoryview) -> None:
+        data = b"".join(pieces)
+        write_new(path, data[:-1] + bytes([data[-1] ^ 1]) if path.name == changed else data)
 
     monkeypatch.setattr(checkpoint, "write_new", flipping)
-    with pytest.raises(StorageError, match=r"step_00000002: was not written .*model\.safetensors: damaged"):
-        save_step(tmp_path, 2)
-    assert names(tmp_path) == ["latest", "step_00000001"]
+    monkeypatch.setattr(manifest, "write_new", flipping)
+    for changed in ("model.safetensors", "state.json", "MANIFEST.json"):
+        with pytest.raises(StorageError, match=rf"step_00000002: was not written .*{changed}: damaged"):
+            save_step(tmp_path, 2)
+        assert names(tmp_path) == ["latest", "step_00000001"]
 
 
 # --- Numbers that are not finite --------------------------------------------------------------------
@@ -458,6 +461,19 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, part: str, 
     assert str(caught.value).startswith(f"{part}: 1 of 4 values of state.0.weight are not finite at step 2; ")
     assert names(tmp_path) == ["latest", "step_00000001"]
     assert load(tmp_path / "latest").state == {"step": 1}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+)
+def test_finite_weights_whose_sum_is_not_are_saved(tmp_path: Path, dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    weights = torch.full((100,), most, dtype=dtype)
+    path = save(tmp_path, 1, {"model": {"weight": weights}}, {}, keep=1, best=False)
+    assert_same(load(path).parts, {"model": {"weight": weights}})
+    weights[50] = -math.inf  # the sum with the others is no number
+    with pytest.raises(TrainingError, match="model: 1 of 100 values of weight"):
+        save(tmp_path, 2, {"model": {"weight": weights}}, {}, keep=1, best=False)
 
 
 def test_buffers_may_be_infinite_but_not_nan(tmp_path: Path) -> None:

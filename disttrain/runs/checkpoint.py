@@ -10,23 +10,24 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from disttrain.errors import CheckpointError, StorageError, TrainingError
-from disttrain.files import link, move, persist, storage_error, sync_folder, write_new
-from disttrain.runs.manifest import MANIFEST, STATE, entry, list_steps, read, replaced, verify, write_manifest
+from disttrain.files import holds, link, move, persist, storage_error, sync_folder, write_new
+from disttrain.runs.manifest import MANIFEST, STATE, entry, list_steps, read, replaced, write_manifest
+from disttrain.runs.tensorfile import file_pieces
 from disttrain.training.optim import load_state
 
 _BLOCK_BYTES = 4096  # files take whole blocks
@@ -104,9 +105,10 @@ def snapshot(
         buffers: name of a part -> names of those of its tensors that may be infinite; no tensor may be NaN.
     """
     skeletons, views = _take_apart(parts)
-    # Copies of their own: training changes the originals, and safetensors refuses shared memory.
+    # Copies of their own, for training changes the originals; in the order of a file.
     tensors = {
-        part: {name: tensor.clone() for name, tensor in named.items()} for part, named in views.items()
+        part: {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in named.items()}
+        for part, named in views.items()
     }
     ready = None
     if any(tensor.is_cuda for part in tensors.values() for tensor in part.values()):
@@ -140,14 +142,11 @@ def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
         for part, tensors in taken.tensors.items():
             host = _on_host(tensors, taken.ready)
             _check_finite(part, host, taken)
-            name, data = f"{part}.safetensors", save_tensors(host)
-            write_new(partial / name, data)
-            parts[name] = entry(name, data)
-        data = _document(taken.skeletons, taken.state)
-        write_new(partial / STATE, data)
-        write_manifest(partial, parts | {STATE: entry(STATE, data)})
+            name = f"{part}.safetensors"
+            parts[name] = _write_part(partial / name, *file_pieces(host))
+        parts[STATE] = _write_part(partial / STATE, _document(taken.skeletons, taken.state))
+        _check_written(partial / MANIFEST, write_manifest(partial, parts))
         sync_folder(partial)
-        verify(partial)
         _put_in_place(partial, target)
         link(folder / "latest", target.name)
         if best:
@@ -163,6 +162,18 @@ def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _write_part(path: Path, *data: bytes | memoryview) -> dict[str, Any]:
+    """Writes a part of a checkpoint, reads it again, and returns its entry in the manifest."""
+    write_new(path, *data)
+    _check_written(path, *data)
+    return entry(path.name, *data)
+
+
+def _check_written(path: Path, *data: bytes | memoryview) -> None:
+    if not holds(path, *data):
+        raise CheckpointError(f"{path}: damaged: what is read is not what was written")
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
@@ -189,6 +200,8 @@ def _put_in_place(partial: Path, target: Path) -> None:
 
 
 def _check_finite(part: str, tensors: Mapping[str, Tensor], taken: Snapshot) -> None:
+    if _surely_finite(tensors.values()):
+        return
     buffers = taken.buffers.get(part, ())
     for name, tensor in tensors.items():
         bad = tensor.isnan() if name in buffers else tensor.isfinite().logical_not_()
@@ -198,6 +211,17 @@ def _check_finite(part: str, tensors: Mapping[str, Tensor], taken: Snapshot) -> 
                 f"{taken.step:,}; nothing was saved, the last checkpoint is from before that; lower "
                 "optim.lr, set train.grad_clip, or use train.precision=fp32"
             )
+
+
+def _surely_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tells whether the sum of all values is finite: then each of them is, and one pass has told it."""
+    total: Any = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for tensor in tensors:
+            if tensor.is_floating_point() or tensor.is_complex():
+                # NumPy's sum takes one thread, and the others are those of the training.
+                total = total + (tensor.float() if tensor.itemsize < 4 else tensor).numpy().sum()
+        return bool(np.isfinite(total))
 
 
 class Writer:
@@ -323,13 +347,13 @@ def _strip(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _on_host(tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
-    """Returns tensors in host memory and in NCHW order, without holding up what the device does."""
+    """Returns tensors in host memory, without holding up what the device does."""
     if ready is None:
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return tensors
     stream = torch.cuda.Stream()
     stream.wait_event(ready)
     with torch.cuda.stream(stream):
-        return {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+        return {name: tensor.to("cpu") for name, tensor in tensors.items()}
 
 
 def _fill(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
@@ -346,7 +370,7 @@ def _fill(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _document(skeletons: Mapping[str, Any], state: Mapping[str, Any]) -> bytes:
-    return json.dumps({"state": state, "parts": skeletons}, indent=1, allow_nan=False).encode()
+    return json.dumps({"state": state, "parts": skeletons}, allow_nan=False).encode()
 
 
 def _rotate(folder: Path, keep: int) -> None:

@@ -36,14 +36,20 @@ def canonical(document: Any) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def entry(name: str, data: bytes) -> dict[str, Any]:
-    """Returns what the manifest says about a part."""
-    sha256 = hashlib.sha256(data).hexdigest()
-    return {"bytes": len(data), "sha256": sha256, "format": PART_FORMATS[Path(name).suffix]}
+def entry(name: str, *pieces: bytes | memoryview) -> dict[str, Any]:
+    """Returns what the manifest says about a part of these bytes."""
+    sha256 = hashlib.sha256()
+    for piece in pieces:
+        sha256.update(piece)
+    return {
+        "bytes": sum(map(len, pieces)),
+        "sha256": sha256.hexdigest(),
+        "format": PART_FORMATS[Path(name).suffix],
+    }
 
 
-def write_manifest(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the manifest of parts that are in the folder already.
+def write_manifest(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Writes the manifest of parts that are in the folder already, and returns its bytes.
 
     Args:
         folder: of the checkpoint.
@@ -51,7 +57,9 @@ def write_manifest(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> None
     """
     document = {"format": FORMAT, "parts": parts}
     sha256 = hashlib.sha256(canonical(document)).hexdigest()
-    write_new(folder / MANIFEST, canonical(document | {"sha256": sha256}))
+    data = canonical(document | {"sha256": sha256})
+    write_new(folder / MANIFEST, data)
+    return data
 
 
 def verify(path: Path) -> None:
