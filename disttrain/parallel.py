@@ -1,14 +1,22 @@
-"""Work that leaves Python, spread over threads, with its results in order."""
+"""Work spread over threads, if it leaves Python, or over processes, with its results in order."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import multiprocessing
 import os
+import signal
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from multiprocessing.connection import Connection, wait
+from typing import TypeVar, cast
 
 from disttrain.launch import slurm
+
+_POLL_S = 0.2
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -28,7 +36,7 @@ def cores_of_a_rank() -> int:
 
 def in_order(
     function: Callable[[_T], _R], items: Iterable[_T], threads: int, ahead: int | None = None
-) -> Iterator[_R]:
+) -> Generator[_R, None, None]:
     """Yields `function(item)` in the order of the items, computed ahead by threads.
 
     Args:
@@ -52,3 +60,84 @@ def in_order(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class KilledError(Exception):
+    """A process that worked for this one was killed."""
+
+
+def in_processes(
+    function: Callable[[_T], _R],
+    items: Sequence[_T],
+    processes: int,
+    watch: Callable[[], object] = lambda: None,
+) -> list[_R]:
+    """Returns `function(item)` of all items, in their order, computed by processes that are started for it.
+
+    Each process has a pipe of its own, and they share no queue and no lock: one that is killed leaves nothing
+    that another waits for. (A ProcessPoolExecutor may wait for ever if one of its processes is killed while
+    another is being started.) They end with this one, also where it is killed, and it alone hears Ctrl-C.
+
+    Args:
+        function: is pickled, as its items and results are.
+        items: each process is given the next one when it has done one.
+        processes: at most as many as there are items are started.
+        watch: called a few times a second while they work, and after the last result.
+
+    Raises:
+        KilledError: a process was killed.
+        Exception: `function` raised it, the traceback is a note of it. No process is left after either.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = deque(enumerate(items))
+    results: dict[int, _R] = {}
+    with contextlib.ExitStack() as stack:
+        busy: list[Connection] = []
+        for _ in range(min(processes, len(items))):
+            ours, theirs = context.Pipe()
+            stack.enter_context(ours)
+            process = context.Process(target=_serve, args=(theirs, os.getpid(), function), daemon=True)
+            with _unless_killed(), theirs:
+                process.start()
+                stack.callback(process.join)
+                stack.callback(process.terminate)  # in the middle of an item, after an error or Ctrl-C
+                ours.send(waiting.popleft())
+            busy.append(ours)
+        while busy:
+            for end in cast(list[Connection], wait(busy, timeout=_POLL_S)):
+                with _unless_killed():
+                    number, result, error = end.recv()
+                    if waiting:
+                        end.send(waiting.popleft())
+                    else:
+                        busy.remove(end)
+                if error is not None:
+                    raise error
+                results[number] = result
+            watch()
+    return [results[number] for number in range(len(items))]
+
+
+@contextlib.contextmanager
+def _unless_killed() -> Iterator[None]:
+    """Around what is said to a process or heard from it."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise KilledError from None
+
+
+def _serve(parent: Connection, pid: int, function: Callable[[_T], object]) -> None:
+    """Computes what the parent sends, until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    with contextlib.suppress(EOFError, ConnectionError):
+        while os.getppid() == pid:
+            number, item = parent.recv()
+            result, problem = None, None
+            try:
+                result = function(item)
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                problem = error
+            parent.send((number, result, problem))

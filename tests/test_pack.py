@@ -411,33 +411,6 @@ def test_a_killed_packing_process_is_told(root, many_photos):
     assert "a packing process was killed" in errors
 
 
-class Fatal(Listed):
-    """Samples that kill the process that loads one, in more bytes than the pipe to a new process holds.
-
-    So the second process is still being started when the first is killed.
-    """
-
-    def __init__(self):
-        super().__init__(samples(images(10)))
-        self._ballast = bytes(2**20)
-
-    def load(self, number):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def identity(self, number):
-        return str(number)
-
-
-def test_a_packing_process_killed_while_others_start_leaves_none(root):
-    before = set(psutil.Process().children())
-    with pytest.raises(StorageError, match="a packing process was killed"):
-        pack_samples(
-            "toy", None, {"train": Fatal(), "val": Fatal()}, CLASSES, channels=3, shard_mib=1e-3, processes=2
-        )
-    _, alive = psutil.wait_procs(set(psutil.Process().children()) - before, timeout=30)
-    assert not [process for process in alive if "resource_tracker" not in " ".join(process.cmdline())]
-
-
 def test_a_changed_image_is_packed_anew(root, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "copy")
     broken = tmp_path / "copy" / "val" / "cat" / "0.png"

@@ -2,6 +2,9 @@
 
 import json
 import math
+import multiprocessing
+import os
+import signal
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -171,6 +174,27 @@ def test_a_large_file_is_read_by_several_processes_line_for_line(
         np.testing.assert_array_equal(one.time_s, other.time_s)
         for key, values in one.values.items():
             np.testing.assert_array_equal(values, other.values[key])
+
+
+def killed_unless_alone(path: Path, place: tuple[int, int]) -> records._Readings:
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return READ_READINGS(path, place)
+
+
+READ_READINGS = records._read_readings
+
+
+def test_a_file_whose_readers_are_killed_is_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", gpus=2)
+    monkeypatch.setattr(records, "_PART_BYTES", 1)
+    monkeypatch.setattr(records, "usable_cores", lambda: 2)
+    monkeypatch.setattr(records, "_read_readings", killed_unless_alone)
+    devices, unread = read_gpus(run / "gpu.jsonl")
+    assert [len(device.time_s) for device in devices] == [30, 30]
+    assert unread == 0
 
 
 @pytest.mark.parametrize("chunk", [64, 1000, 4096, 2**20])  # 64: less than a line

@@ -6,15 +6,15 @@ module imports neither torch nor the plotting library.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
-import multiprocessing
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from disttrain.config import Config, load_config
 from disttrain.errors import UsageError
-from disttrain.parallel import usable_cores
+from disttrain.parallel import KilledError, in_processes, usable_cores
 from disttrain.runs.runfolder import RunFolder
 
 Array = npt.NDArray[np.float64]
@@ -276,12 +276,11 @@ def read_gpus(path: Path) -> tuple[list[Device], int]:
         return [], 0
     count = min(usable_cores(), max(1, size // _PART_BYTES))
     cuts = [size * number // count for number in range(count + 1)]
-    ranges = (itertools.repeat(path), cuts, cuts[1:])
-    if count == 1:
-        parts = [_read_readings(path, 0, size)]
-    else:
-        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-            parts = list(pool.map(_read_readings, *ranges))
+    parts: list[_Readings] = []
+    if count > 1:
+        with contextlib.suppress(KilledError):  # there may be too little memory for all at once
+            parts = in_processes(partial(_read_readings, path), list(itertools.pairwise(cuts)), count)
+    parts = parts or [_read_readings(path, (0, size))]
     first: dict[str, GpuSample] = {}
     for part in parts:
         first = part.first | first
@@ -315,12 +314,13 @@ class _Readings(NamedTuple):
     unread: int
 
 
-def _read_readings(path: Path, begin: int, end: int) -> _Readings:
+def _read_readings(path: Path, place: tuple[int, int]) -> _Readings:
+    """Reads the lines that begin in a part of gpu.jsonl; `place` is where it begins and ends."""
     first: dict[str, GpuSample] = {}
     numbers: dict[str, int] = {}
     whose, times_s = [np.empty(0, np.int16)], [np.empty(0)]
     values, unread = [np.empty((0, len(_GPU_COLUMNS)), np.float32)], 0
-    for samples, bad in _chunks(path, GpuSample, begin, end):
+    for samples, bad in _chunks(path, GpuSample, *place):
         unread += bad
         uuids = [sample.uuid for sample in samples]
         for uuid in set(uuids) - set(numbers):

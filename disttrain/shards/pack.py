@@ -8,7 +8,6 @@ business of `datasets` and `imagefolder`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -18,20 +17,16 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
-import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 from disttrain.errors import DataError, StorageError
 from disttrain.files import sync, sync_folder
-from disttrain.parallel import usable_cores
+from disttrain.parallel import KilledError, in_processes, usable_cores
 from disttrain.shards.index import (
     VERSION,
     Index,
@@ -49,7 +44,6 @@ Progress = Callable[[int, int | None], None]
 """Called now and then with the samples done and their total, if that is known."""
 
 _FEW = 4000  # samples that are not worth other processes
-_POLL_S = 0.2
 
 
 class Source(Protocol):
@@ -152,7 +146,7 @@ def pack(
             f"{error.filename or target}: the data set cannot be written: {error.strerror or error}; "
             "make room or choose another folder with --root"
         ) from error
-    except _KilledError:
+    except KilledError:
         raise StorageError(
             f"{target}: a packing process was killed (too little memory?); run the command again to go on, "
             "with fewer --procs"
@@ -291,70 +285,21 @@ def _write_in_processes(
 ) -> dict[str, Record | None]:
     """Has processes write the shards, each one after the other, and returns their records.
 
-    The processes share no queue and no lock, which one that is killed would leave as it was for the others.
-
     Raises:
-        _KilledError: a process was killed.
+        KilledError: a process was killed.
     """
-    context = multiprocessing.get_context("spawn")
-    done = context.RawArray("q", len(jobs))
-    waiting = deque(enumerate(jobs))
-    records: dict[str, Record | None] = {}
-    with contextlib.ExitStack() as stack:
-        busy: list[Connection] = []
-        for _ in range(processes):
-            ours, theirs = context.Pipe()
-            stack.enter_context(ours)
-            arguments = (theirs, os.getpid(), splits, scratch, done)
-            process = context.Process(target=_write_for, args=arguments, daemon=True)
-            with _unless_killed(), theirs:
-                process.start()
-                stack.callback(process.join)
-                stack.callback(process.terminate)  # in the middle of a shard, after an error or Ctrl-C
-                ours.send(waiting.popleft())
-            busy.append(ours)
-        while busy:
-            for end in cast(list[Connection], wait(busy, timeout=_POLL_S)):
-                with _unless_killed():
-                    number, outcome = end.recv()
-                    if waiting:
-                        end.send(waiting.popleft())
-                    else:
-                        busy.remove(end)
-                if isinstance(outcome, Exception):
-                    raise outcome
-                records[jobs[number].file] = outcome
-            on_progress(sum(done))
-    return records
+    done = multiprocessing.get_context("spawn").RawArray("q", len(jobs))
+    work = partial(_write_numbered, splits, scratch, done)
+    records = in_processes(work, list(enumerate(jobs)), processes, lambda: on_progress(sum(done)))
+    return {job.file: record for job, record in zip(jobs, records, strict=True)}
 
 
-class _KilledError(Exception):
-    """A packing process was killed."""
-
-
-@contextlib.contextmanager
-def _unless_killed() -> Iterator[None]:
-    """Around what is said to a process or heard from it."""
-    try:
-        yield
-    except (EOFError, ConnectionError):
-        raise _KilledError from None
-
-
-def _write_for(parent: Connection, pid: int, splits: Mapping[str, Source], scratch: Path, done: Any) -> None:
-    """Writes the shards that the parent sends; ends with the parent, which alone hears Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    with contextlib.suppress(EOFError, ConnectionError):
-        while os.getppid() == pid:
-            number, job = parent.recv()
-            outcome: Record | Exception
-            try:
-                outcome = _write_job(job, splits[job.split], scratch, partial(_count, done, number))
-            except Exception as error:
-                error.add_note(traceback.format_exc())
-                outcome = error
-            parent.send((number, outcome))
+def _write_numbered(
+    splits: Mapping[str, Source], scratch: Path, done: Any, numbered: tuple[int, _Job]
+) -> Record:
+    """Writes a shard, and counts its samples in `done` at its number."""
+    number, job = numbered
+    return _write_job(job, splits[job.split], scratch, partial(_count, done, number))
 
 
 def _count(done: Any, number: int) -> None:
