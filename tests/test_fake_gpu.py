@@ -113,7 +113,8 @@ def build(index: Index, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
     parts, _, choices = building.build(config, SimpleNamespace(number=0), group, index, None)  # type: ignore[arg-type]
     assert choices["cache"].startswith(tree["data"].get("cache", "device"))
 
-    def backward(_: Tensor) -> None:
+    def backward(loss: Tensor, weight: Tensor) -> None:
+        assert (loss.device, weight.device, weight.shape) == (GPU, GPU, loss.shape)
         for parameter in parts.bare_model.parameters():
             parameter.grad = torch.zeros_like(parameter)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -25,7 +26,7 @@ from disttrain.data.cached import Cached, DecodedSplit
 from disttrain.data.plan import Ids, Plan
 from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.runs import checkpoint
-from disttrain.training import evaluation
+from disttrain.training import evaluation, phases
 from disttrain.training import parts as nouns
 from disttrain.training import train as loops
 from disttrain.training.augment import Augment, Mix
@@ -309,7 +310,7 @@ def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size
                 parameter.grad.flatten() for parameter in parameters if parameter.grad is not None
             )
 
-        parts.optimizer = SimpleNamespace(step=keep, zero_grad=lambda set_to_none: None)  # type: ignore[assignment]
+        parts.optimizer = SimpleNamespace(step=keep)  # type: ignore[assignment]
         parts.augment.start_epoch(0, parts.plan.order(0), 6, 6)
         pieces = loops.served(parts, 0, range(step, step + 1), parts.plan.order(0))
         ids = loops.train_step(parts, pieces, step + 1, len(parts.plan.batch(step)), Phases())
@@ -538,7 +539,8 @@ def test_a_record_is_the_mean_over_the_samples_of_its_steps(accumulate: int) -> 
 
 def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(nouns, "time", SimpleNamespace(perf_counter=lambda: now))
+    for module in (nouns, phases):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def taking(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
         def slow(*arguments: Any, **options: Any) -> Any:
@@ -572,6 +574,25 @@ def test_traces_are_the_plan(samples: int, drop: bool) -> None:
         for step in range(plan.steps_per_epoch)
     ]
     assert run(parts).traces == expected
+
+
+def test_the_order_of_the_next_epoch_is_computed_beside_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    ready = [threading.Event() for _ in range(3)]
+    original = Plan.order
+
+    def order(plan: Plan, epoch: int) -> Ids:
+        assert threading.current_thread() is not threading.main_thread()
+        computed.append(epoch)
+        ready[epoch].set()
+        return original(plan, epoch)
+
+    monkeypatch.setattr(Plan, "order", order)
+    parts = with_(make_parts(epochs=3), monitor={"log_every_steps": 1})
+    recorder = Recorder()
+    recorder.after_log = lambda: ready[min(recorder.trains[-1]["epoch"], 2)].wait(60) or pytest.fail("waits")
+    run(parts, recorder=recorder)
+    assert computed == [0, 1, 2]
 
 
 # --- Proof -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ it reads few of them. The same order is served from the decoded copy and from th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -56,18 +57,18 @@ class Plan:
                 "data.remainder = drop leaves none; lower it or use data.remainder = keep"
             )
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """Samples that can be used."""
         return sum(self.shards) - len(self.skipped)
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch."""
         full, rest = divmod(self.samples, self.batch_size)
         return full + (1 if rest and not self.drop_remainder else 0)
 
-    @property
+    @cached_property
     def samples_per_epoch(self) -> int:
         """Samples trained on in one epoch."""
         return min(self.samples, self.steps_per_epoch * self.batch_size)

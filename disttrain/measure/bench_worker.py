@@ -149,6 +149,8 @@ class StepBench:
 
     def phases(self) -> dict[str, float]:
         """Returns the seconds of each phase of a step, one after the other with nothing overlapping."""
+        import torch
+
         from disttrain.training.train import loss_sum, prepare, unreduced
 
         parts, config = self._parts, self._parts.config.train
@@ -175,19 +177,19 @@ class StepBench:
                     logits = parts.model(images)
                     loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
                     now = clocked("forward", now)
-                    (loss / config.batch_size).backward()
+                    loss.backward(torch.full_like(loss, parts.world_size / config.batch_size))
                     clocked("backward and reduction" if reduced else "backward", now)
 
         def alone(pieces: Iterator[tuple[Piece, Batch]]) -> None:
             passes(pieces, reduced=False)
             now = time.perf_counter()
             parts.optimizer.step()
-            parts.optimizer.zero_grad(set_to_none=True)
+            parts.drop_gradients()
             clocked("optimizer", now)
 
         def together(pieces: Iterator[tuple[Piece, Batch]]) -> None:
             passes(pieces, reduced=True)
-            parts.optimizer.zero_grad(set_to_none=True)
+            parts.drop_gradients()
 
         names = ("data", "to_device", "augmentation", "forward", "backward", "optimizer")
         self._repeat(parts.train_data, alone, before=sums.clear)

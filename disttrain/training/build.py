@@ -191,7 +191,7 @@ def settle_buckets(parts: Parts, image: tuple[int, int, int]) -> None:
     buffers = [(buffer, buffer.clone()) for buffer in parts.bare_model.buffers()]
     with as_written(parts):
         parts.model(torch.zeros(2, *image, device=parts.accelerator.device)).sum().backward()
-    parts.optimizer.zero_grad(set_to_none=True)
+    parts.drop_gradients()
     for buffer, saved in buffers:
         buffer.copy_(saved)
 

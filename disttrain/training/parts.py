@@ -140,9 +140,14 @@ class Meter:
         self.restart()
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds the summed loss and the hits of a part of a batch, without a synchronisation.
+        """Adds the loss and the hits of a part of a batch, without a synchronisation.
 
         Most are only noted, and counted some steps at once.
+
+        Args:
+            loss: float32 [], summed over the part.
+            logits: [B, classes].
+            labels: int64 [B].
         """
         loss = loss.detach()
         self._pending.append((loss, logits.detach(), labels))
@@ -170,13 +175,6 @@ class Meter:
             if not torch.isfinite(loss):
                 return step
         return None
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data."""
-        began = time.perf_counter()
-        yield
-        self.wait_s += time.perf_counter() - began
 
     def start(self) -> None:
         """Starts the clock, when training begins or goes on."""
@@ -226,6 +224,7 @@ class Parts:
         peak_flops_per_s: the most that the device does, or None if that is not known.
         compiled_batch: images in the forward pass that the model is compiled for, or None if it is not.
         meter: sums since the last log point.
+        parameters: those that the optimizer changes.
     """
 
     config: Config
@@ -248,11 +247,18 @@ class Parts:
     rank: int = field(init=False)
     world_size: int = field(init=False)
     meter: Meter = field(init=False)
+    parameters: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.meter = Meter(self.accelerator.device)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def drop_gradients(self) -> None:
+        """Forgets the gradients; the bookkeeping around Optimizer.zero_grad takes longer than this loop."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def look_due(self, number: int) -> bool:
         """Tells whether the ranks ask one another after so many steps if one is to stop; the same on all."""

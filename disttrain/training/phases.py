@@ -69,14 +69,15 @@ class Phases:
         self._steps_before = 0  # steps until the one that is timed; -1 once that has begun
         self._marking = False  # whether it is under way
 
-    def enter(self, phase: Phase, step: int, part: int = 0) -> None:
-        """Begins a phase; arguments as for `Pulse.beat`."""
+    def enter(self, phase: Phase, step: int, part: int = 0) -> float:
+        """Begins a phase; arguments as for `Pulse.beat`. Returns the time, seconds of perf_counter."""
         now = time.perf_counter()
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
         self._beat(phase, step, part)
         if self._on_gpu:
             self._mark(phase, step)
+        return now
 
     def _mark(self, phase: Phase, step: int) -> None:
         begins = phase == Phase.DATA and step != self._step

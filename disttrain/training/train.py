@@ -13,8 +13,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from disttrain import counter_rng
 from disttrain.data.batches import Batch, Window
 from disttrain.data.plan import Ids, digest, share
 from disttrain.errors import DataError, StoppedError, TrainingError
+from disttrain.parallel import in_order
 from disttrain.training.augment import Mix
 from disttrain.training.collectives import gather, reduce_sum, stop_requested_anywhere
 from disttrain.training.evaluation import evaluate
@@ -55,11 +55,13 @@ def train(parts: Parts, position: Position, hooks: Hooks) -> None:
         StorageError: a checkpoint cannot be written.
     """
     parts.model.train()
-    epochs = parts.config.train.epochs
-    while position.epoch < epochs or position.evaluation_due:
-        if not position.evaluation_due:
-            train_epoch(parts, position, hooks)
-        finish_epoch(parts, position, hooks)
+    epochs = range(position.epoch, parts.config.train.epochs)
+    # The order of the next epoch is computed beside this one: a GPU would have nothing to do in that time.
+    with contextlib.closing(in_order(parts.plan.order, epochs, threads=1, ahead=1)) as orders:
+        while position.epoch < epochs.stop or position.evaluation_due:
+            if not position.evaluation_due:
+                train_epoch(parts, position, next(orders), hooks)
+            finish_epoch(parts, position, hooks)
     hooks.phases.enter(Phase.SAVE, position.step, 1)
     hooks.saver.wait()
     hooks.phases.enter(Phase.END, position.step, 0)
@@ -78,10 +80,19 @@ def stop(position: Position, hooks: Hooks, where: str, *, saved: bool = False) -
     raise StoppedError(f"stopped {where}; saved, resumable")
 
 
-def train_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
-    """Trains from `position` to the end of its epoch. Every rank calls this; arguments as for `train`."""
+def train_epoch(parts: Parts, position: Position, order: Ids, hooks: Hooks) -> None:
+    """Trains from `position` to the end of its epoch. Every rank calls this.
+
+    Args:
+        parts: what to train with.
+        position: where to begin; kept up to date.
+        order: the plan's order of the epoch, int64 [samples].
+        hooks: what to call.
+
+    Raises:
+        TrainingError, StoppedError, DataError, StorageError: as `train` does.
+    """
     config, plan, epoch, begin = parts.config, parts.plan, position.epoch, position.samples
-    order = plan.order(epoch)
     steps = range(begin // plan.batch_size, plan.steps_per_epoch)
     parts.augment.start_epoch(epoch, order, *parts.image_size)
     seed = seeder(parts.accelerator.device)
@@ -129,30 +140,23 @@ def train_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
     position.epoch, position.samples, position.evaluation_due = epoch + 1, 0, True
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What one rank puts through the model at once: its share of a global batch, or a part of it.
 
     Attributes:
-        own: places of the epoch.
-        partners: places of the samples that are mixed in, int64 [B], or None.
+        window: the places of the epoch to load: of its own samples, then of those that are mixed into them;
+            a slice of length B, or int64 [2 B].
+        samples: number of its own samples, B.
         mix: how they are mixed, or None.
         counts: whether it counts; a rank without a sample of its own takes part with a weight of zero.
         last: whether it is the rank's last one of the step.
     """
 
-    own: range
-    partners: Ids | None
+    window: Window
+    samples: int
     mix: Mix | None
     counts: bool
     last: bool
-
-    @property
-    def window(self) -> Window:
-        """The places to load: own samples, then partners."""
-        if self.partners is None:
-            return slice(self.own.start, self.own.stop)
-        return np.concatenate([np.arange(self.own.start, self.own.stop), self.partners])
 
 
 def step_pieces(parts: Parts, epoch: int, index: int) -> Iterator[Piece]:
@@ -165,11 +169,12 @@ def step_pieces(parts: Parts, epoch: int, index: int) -> Iterator[Piece]:
     number = min(parts.config.train.accumulate, len(own))
     for i in range(number):
         piece = share(own, i, number)
-        partners = None
+        window: Window = slice(piece.start, piece.stop)
         if mix is not None:
-            offsets = np.arange(piece.start, piece.stop) - places.start + mix.shift
-            partners = places.start + offsets % len(places)
-        yield Piece(piece, partners, mix, counts, last=i == number - 1)
+            samples = np.arange(piece.start, piece.stop)
+            partners = places.start + (samples - places.start + mix.shift) % len(places)
+            window = np.concatenate([samples, partners])
+        yield Piece(window, len(piece), mix, counts, last=i == number - 1)
 
 
 def served(parts: Parts, epoch: int, steps: range, order: Ids) -> Generator[tuple[Piece, Batch], None, None]:
@@ -188,8 +193,9 @@ def train_step(
 ) -> Ids:
     """Takes one optimizer step. Every rank calls this.
 
-    The loss of a rank is its sum divided by the size of the global batch, times the world size, because DDP
-    takes the mean over ranks: the gradient is that of the mean over the global batch, whatever the shares.
+    The gradient is that of the mean over the global batch, whatever the shares: the sum of a rank's losses is
+    weighted with the world size, because DDP takes the mean over ranks, divided by the size of the batch. The
+    backward pass begins with that weight, which is no operation of its own.
 
     Args:
         parts: what to train with.
@@ -205,24 +211,23 @@ def train_step(
     config, scaler, meter = parts.config.train, parts.accelerator.scaler, parts.meter
     ids: list[Ids] = []
     for number in itertools.count():
-        phases.enter(Phase.DATA, step, number)
-        with meter.waiting():
-            piece, batch = next(pieces)
-            phases.enter(Phase.TO_DEVICE, step, number)
-            batch = batch.to(parts.accelerator.device)
-            phases.enter(Phase.AUGMENT, step, number)
-            images, labels, partners = prepare(parts, piece, batch)
-        phases.enter(Phase.COMPUTE, step, 2 * number)
+        began = phases.enter(Phase.DATA, step, number)
+        piece, batch = next(pieces)
+        phases.enter(Phase.TO_DEVICE, step, number)
+        batch = batch.to(parts.accelerator.device)
+        phases.enter(Phase.AUGMENT, step, number)
+        images, labels, partners = prepare(parts, piece, batch)
+        meter.wait_s += phases.enter(Phase.COMPUTE, step, 2 * number) - began
         with contextlib.nullcontext() if piece.last else unreduced(parts):
-            with contextlib.nullcontext() if len(images) == parts.compiled_batch else as_written(parts):
+            with contextlib.nullcontext() if piece.samples == parts.compiled_batch else as_written(parts):
                 logits = parts.model(images)
             loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
             phases.enter(Phase.COMPUTE, step, 2 * number + 1)  # here the ranks wait for one another
-            scaled = loss * (parts.world_size / global_batch if piece.counts else 0.0)
-            (scaled if scaler is None else scaler.scale(scaled)).backward()
+            weight = parts.world_size / global_batch if piece.counts else 0.0
+            (loss if scaler is None else scaler.scale(loss)).backward(torch.full_like(loss, weight))
         if piece.counts:
             meter.add(loss, logits, labels)
-            ids.append(batch.ids[: len(piece.own)])
+            ids.append(batch.ids[: piece.samples])
         if piece.last:
             break
     phases.enter(Phase.OPTIMIZE, step)
@@ -235,7 +240,7 @@ def train_step(
     else:
         scaler.step(parts.optimizer)
         scaler.update()
-    parts.optimizer.zero_grad(set_to_none=True)
+    parts.drop_gradients()
     if parts.ema is not None:
         parts.ema.update(parts.bare_model)
     meter.steps += 1
@@ -252,13 +257,12 @@ def unreduced(parts: Parts) -> contextlib.AbstractContextManager[None]:
 
 def prepare(parts: Parts, piece: Piece, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the augmented images, their labels and, if mixed, the labels of their partners."""
-    window = piece.window
+    window, count, mix = piece.window, piece.samples, piece.mix
     if isinstance(window, slice):
         return parts.augment.train(batch.images, window), batch.labels, None
+    assert mix is not None
     places = torch.from_numpy(window).to(parts.accelerator.device, non_blocking=True)
     mixed = parts.augment.train(batch.images, places)
-    count, mix = len(piece.own), piece.mix
-    assert mix is not None
     images, others = mixed[:count], mixed[count:]
     if mix.box is None:
         images.lerp_(others, 1 - mix.share)
