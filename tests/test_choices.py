@@ -12,6 +12,7 @@ from torch import nn
 from disttrain.config import TrainConfig
 from disttrain.training import choices
 from disttrain.training.choices import Choice, Settings, Workload, bucket_mib, choose
+from disttrain.units import time_text
 
 CPU = torch.device("cpu")
 
@@ -153,8 +154,34 @@ def test_measuring_ends_when_a_fiftieth_of_the_run_is_spent(timed: list[Settings
 def test_a_gain_within_the_noise_changes_nothing(
     timed: list[Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("test_choices.cost", lambda settings: 0.95 if settings.precision == "bf16" else 1.0)
+    monkeypatch.setattr("test_choices.cost", lambda settings: 0.98 if settings.precision == "bf16" else 1.0)
     assert choice().settings == Settings("fp32", True, False, 4)
+
+
+@pytest.mark.parametrize(("bf16_s", "expected"), [(0.93, "bf16"), (1.03, "fp32")])
+@pytest.mark.parametrize("disturbed", ["fp32", "bf16"])
+def test_settings_near_one_another_are_told_apart_in_turns(
+    timed: list[Settings], monkeypatch: pytest.MonkeyPatch, bf16_s: float, expected: str, disturbed: str
+) -> None:
+    """Something else takes a tenth of the machine while one of the two is measured for the first time."""
+
+    def seconds(settings: Settings) -> float:
+        first = timed.count(settings) == 1 and settings.precision == disturbed
+        return (bf16_s if settings.precision == "bf16" else 1.0) * (1.1 if first else 1.0)
+
+    monkeypatch.setattr("test_choices.cost", seconds)
+    found = choice(channels_last=True)
+    assert found.settings.precision == expected
+    table = f"fp32, channels_last, 4 threads: 1 s a pass; bf16, channels_last, 4 threads: {time_text(bf16_s)}"
+    assert table in found.reasons["precision"]
+    turns = [settings for settings in timed if settings.threads == 4]
+    assert len(turns) == 20
+    assert turns[2:6] == [turns[1], turns[0], turns[0], turns[1]]
+
+
+def test_settings_far_from_one_another_are_measured_once(timed: list[Settings]) -> None:
+    choice(channels_last=True)
+    assert len(timed) == len(set(timed))
 
 
 def test_a_real_measurement_leaves_the_model_the_random_state_and_the_threads_as_they_were() -> None:

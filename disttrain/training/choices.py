@@ -30,7 +30,9 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 SHORT_RUN_S = 60.0  # a run of this length is not worth a measurement
 BUDGET = 0.02  # share of the run that measuring may take
 PROBE_BATCH = 128  # images at most in a pass that is measured; a longer one tells nothing more
-_WIN = 0.9  # a setting must take at most this share of the time of the plain one to be preferred to it
+_WIN = 0.97  # a setting must take at most this share of the time of the plain one to be preferred to it
+_NEAR = 1.25  # times the fastest: what a single measurement cannot tell from it
+_ROUNDS = 9  # in which settings that are near one another are measured again
 _COMPILE_S = 45.0  # what compiling a network of some twenty layers for a GPU takes
 _COMPILE_WIN = 0.95  # at most this share of the time, or not compiled
 _REPEATS = 3  # passes of a measurement at least
@@ -205,6 +207,7 @@ def _measure(choice: Choice, work: Workload, open_keys: list[str], *, vary_threa
             if _best(plain, seconds) != fewer:
                 break
             best = fewer
+    _measure_in_turns(probe, seconds, budget)
     best = _best(plain, seconds)
     if "compile" in open_keys:
         best = _consider_compiling(choice, probe, best, seconds[best])
@@ -214,6 +217,24 @@ def _measure(choice: Choice, work: Workload, open_keys: list[str], *, vary_threa
     if best.threads != plain.threads:
         choice.reasons["threads"] = f"{best.threads}: {_table(seconds)}"
     choice.settings = best
+
+
+def _measure_in_turns(probe: Probe, seconds: dict[Settings, float], budget: float) -> None:
+    """Replaces the times of the fastest settings by medians over rounds, if several are near one another.
+
+    A setting that is measured once has met what else the machine did in that moment.
+    """
+    fastest = min(seconds.values())
+    near = [settings for settings in seconds if seconds[settings] <= _NEAR * fastest]
+    if len(near) == 1:
+        return
+    times = {settings: [seconds[settings]] for settings in near}
+    round_s = probe.spent_s / len(seconds) * len(near)
+    while len(times[near[0]]) <= _ROUNDS and probe.spent_s + round_s <= budget:
+        near.reverse()  # so that none always comes after the same other one
+        for settings in near:
+            times[settings].append(_seconds_or_never(probe, settings))
+    seconds |= {settings: statistics.median(values) for settings, values in times.items()}
 
 
 def _seconds_or_never(probe: Probe, settings: Settings) -> float:
@@ -239,7 +260,7 @@ def _candidates(plain: Settings, open_keys: list[str]) -> list[Settings]:
 
 
 def _best(plain: Settings, seconds: dict[Settings, float]) -> Settings:
-    """Returns the fastest settings, or the plain ones where the gain is within what noise can do."""
+    """Returns the fastest settings, or the plain ones where the gain is no more than noise can be."""
     best = min(seconds, key=lambda settings: seconds[settings])
     return best if seconds[best] <= _WIN * seconds[plain] else plain
 
