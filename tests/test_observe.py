@@ -94,7 +94,7 @@ def _processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def means() -> dict[str, Any]:
         number = next(numbers)
-        return {"host": "x", "cpu_pct": 50.0 + number, "threads": 7, "memory_used_mib": 100 + number}
+        return {"host": "x", "cpu_pct": 50.0 + number, "memory_used_mib": 100 + number}
 
     monkeypatch.setattr(observe, "ProcessorSampler", lambda: SimpleNamespace(means=means))
 

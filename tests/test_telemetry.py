@@ -6,8 +6,10 @@ import datetime
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nvml
+import psutil
 import pytest
 
 from disttrain.monitor import telemetry
@@ -216,9 +218,28 @@ def test_processor_sampler_measures_this_process() -> None:
     assert busy["host"] == os.uname().nodename
     assert busy["cpu_pct"] == pytest.approx(100 * 0.3 / wall_s, rel=0.5)
     assert busy["memory_used_mib"] > 5
-    assert busy["threads"] >= 1
     time.sleep(0.5)
     assert sampler.means()["cpu_pct"] < 50
+
+
+def test_the_memory_of_the_process_is_read_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = ProcessorSampler()
+    asked: list[float] = []
+    now = time.monotonic()
+
+    def memory_info() -> SimpleNamespace:
+        asked.append(now)
+        if len(asked) == 3:
+            raise psutil.AccessDenied
+        return SimpleNamespace(rss=len(asked) * 2**20)
+
+    monkeypatch.setattr(sampler, "_process", SimpleNamespace(memory_info=memory_info))
+    monkeypatch.setattr(ProcessorSampler, "_clocks", staticmethod(lambda: (now, 0.0)))
+    found = []
+    for _ in range(7):
+        now += 0.4
+        found.append(sampler.means()["memory_used_mib"])
+    assert found == [1, 1, 1, 2, 2, 2, None]
 
 
 def test_telemetry_and_top_import_neither_torch_nor_nvml() -> None:

@@ -29,7 +29,7 @@ from rich.text import Text
 from disttrain.terminal import is_animated
 from disttrain.units import flops_text
 
-_REFRESHES_PER_S = 4
+_REFRESHES_PER_S = 2  # each takes some milliseconds in which the training waits for the interpreter
 _LABEL = 9  # cells of the column of labels
 _DEVICE_MIN = 72  # cells that a device's row needs: rows go side by side from twice as many
 _POINTS_KEPT = 400
@@ -335,8 +335,8 @@ class Output:
         """Writes what the stream can show of a text."""
         with self._failing_quietly() as stream:
             if stream is not None:
-                encoded = text.translate(self._glyphs).encode(self.encoding, "replace")
-                stream.write(encoded.decode(self.encoding))
+                shown = text.translate(self._glyphs) if self._glyphs else text
+                stream.write(shown.encode(self.encoding, "replace").decode(self.encoding))
         return len(text)
 
     def write_line(self, text: str) -> None:
@@ -380,7 +380,7 @@ def _utc() -> str:
 
 
 def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if text.isprintable() else "".join(one if one.isprintable() else "?" for one in text)
 
 
 def _text(text: str, style: str = "") -> Text:

@@ -142,19 +142,19 @@ class RunObserver:
                 file.close()
 
     def train(self, record: dict[str, Any]) -> None:
-        """Writes and shows a train record, and keeps status.json current."""
+        """Writes and shows a train record; once a second, judges the last ones and updates status.json."""
         if self._metrics is None or self._console is None or self._trackers is None:
             return
         self._metrics.write({"time": utc_now(), **record})
         self._console.train(record)
         self._trackers.log(record)
         self._records.append(record)
-        if verdict := self._verdict(_LIVE_RECORDS):
-            self._console.verdict(verdict.text)
         now = time.monotonic()
         if now >= self._status_due_s:
             self._status_due_s = now + _STATUS_INTERVAL_S
             self._update_status()
+            if verdict := self._verdict(_LIVE_RECORDS):
+                self._console.verdict(verdict.text)
 
     def evaluate(self, record: dict[str, Any]) -> None:
         """Writes and shows an evaluation."""

@@ -26,6 +26,7 @@ from disttrain.monitor.readings import READINGS, GpuReaders
 _log = logging.getLogger("disttrain")
 
 _MIB = 2**20
+_MEMORY_INTERVAL_S = 1.0
 _STOP_TIMEOUT_S = (
     5.0  # a GPU that fell off the bus can hold an NVML call for longer than anyone wants to wait
 )
@@ -181,27 +182,29 @@ class _Window:
 
 
 class ProcessorSampler:
-    """What this process takes of its host: processor time and memory, read when asked."""
+    """What this process takes of its host: processor time, read when asked, and memory, once a second."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._host = socket.gethostname()
         self._before = self._clocks()
+        self._memory_mib: int | None = None
+        self._memory_due_s = 0.0
 
     def means(self) -> dict[str, object]:
-        """Returns host, cpu_pct, threads and memory_used_mib.
+        """Returns host, cpu_pct and memory_used_mib.
 
-        cpu_pct is the mean since the last call, 100 for one core kept busy; threads and memory (resident
-        set) are of now. Processes started by this one are not counted.
+        cpu_pct is the mean since the last call, 100 for one core kept busy; memory (the resident set) is of
+        the last second. Processes started by this one are not counted.
         """
         before, self._before = self._before, self._clocks()
         wall_s, busy_s = (now - then for now, then in zip(self._before, before, strict=True))
-        threads = memory = None
-        with contextlib.suppress(psutil.Error, OSError):
-            threads = self._process.num_threads()
-            memory = round(self._process.memory_info().rss / _MIB)
+        if self._before[0] >= self._memory_due_s:
+            self._memory_due_s, self._memory_mib = self._before[0] + _MEMORY_INTERVAL_S, None
+            with contextlib.suppress(psutil.Error, OSError):
+                self._memory_mib = round(self._process.memory_info().rss / _MIB)
         cpu_pct = round(100 * busy_s / wall_s, 1) if wall_s > 0 else None
-        return {"host": self._host, "cpu_pct": cpu_pct, "threads": threads, "memory_used_mib": memory}
+        return {"host": self._host, "cpu_pct": cpu_pct, "memory_used_mib": self._memory_mib}
 
     @staticmethod
     def _clocks() -> tuple[float, float]:
