@@ -7,21 +7,24 @@ what the loop before has left meet all alike:
 
 hand       the shortest loop one would write by hand: uint8 images in memory in a random order, normalised
            step by step, fused optimizer, a running sum of the loss and nothing else
+again      the same loop once more: what it differs by is the noise of the machine
 replayed   the same with one batch, normalised before
 ours       `disttrain.training.train.train_epoch` with the parts that the worker builds: metrics.jsonl and
            log points as in a run with -q
 ours_replayed   the same with one batch of the loader
 blind      the same without any observer and log point
 watched    the same with the dashboard on a pseudo-terminal, as a user sees it
-saving     the same with one checkpoint in the middle, written to a temporary folder
+saving     the same with some checkpoints on the way, written to a temporary folder one after the other
 lightning  Lightning at its best, over normalised images in memory that are cut by a batch sampler: no logger,
            checkpoints or progress bar (with --lightning, in an environment that has it)
 
-The last line printed is JSON: for each loop the seconds of a step in every round.
+The last line printed is JSON: for each loop the seconds of a step in every round, and how many checkpoints
+a round of `saving` has.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -56,6 +59,8 @@ from disttrain.training.parts import Hooks, Parts, Position
 from disttrain.training.rank import Rank
 from disttrain.training.train import train_epoch
 
+SAVES = 4  # in a round that has enough steps: what one of them costs is more than the noise of a round
+
 
 class Nothing:
     """An observer, gauges and a saver that do nothing."""
@@ -84,6 +89,8 @@ class Ours:
         batch = config.train.batch_size
         self.plan = Plan(config.seed, (steps * batch,), batch, False)
         self.rounds = 0
+        self.save_every = steps // (SAVES + 1) + 1
+        self.saves = (steps - 1) // self.save_every
 
     def epoch(self, observer, gauges, saver, **monitor_or_checkpoint: dict) -> float:
         """Trains and returns the seconds of a step."""
@@ -93,7 +100,8 @@ class Ours:
             tree[section] |= keys
         parts.config, parts.plan = Config.model_validate(tree), self.plan
         began = time.perf_counter()
-        train_epoch(parts, Position(epoch=self.rounds), Hooks(observer, gauges, saver, lambda: False))
+        hooks = Hooks(observer, gauges, saver, lambda: False)
+        train_epoch(parts, Position(epoch=self.rounds), self.plan.order(self.rounds), hooks)
         seconds = time.perf_counter() - began
         self.rounds += 1
         return seconds / self.steps
@@ -112,7 +120,7 @@ class Ours:
             saver = RunSaver(
                 self.parts, position, self.index, folder, done=observer.saved, writing=contextlib.nullcontext
             )
-            keys = {"checkpoint": {"every_steps": self.steps // 2 + 1}}
+            keys = {"checkpoint": {"every_steps": self.save_every}}
         with observer:
             seconds = self.epoch(observer, observer.gauges, saver, **keys)
             if saving:
@@ -166,19 +174,23 @@ def terminal() -> Iterator[None]:
 
 
 def hand_loops(config: Config, parts: Parts, index: Index, steps: int) -> dict[str, Callable[[], float]]:
-    """Returns the hand-written loop and the same with a replayed batch."""
+    """Returns the hand-written loop, twice, and the same with a replayed batch."""
     device, batch = parts.accelerator.device, config.train.batch_size
     images, labels = parts.train_data._images, parts.train_data._labels
     mean, std = torch.tensor(index.mean, device=device), torch.tensor(index.std, device=device)
     model = fresh_model(config, parts, index)
     optimizer, _ = build_optimizer(config.optim, config.schedule, model)
+    bf16 = parts.settings.precision == "bf16"
+
+    def arithmetic() -> contextlib.AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
     def take_steps(batches: Iterator[tuple[Tensor, Tensor]]) -> float:
         synchronize(device)
         began = time.perf_counter()
         total = torch.zeros((), device=device)
         for _, (inputs, targets) in zip(range(steps), batches, strict=False):
-            with torch.autocast(device.type, torch.bfloat16, enabled=parts.settings.precision == "bf16"):
+            with arithmetic():
                 loss = F.cross_entropy(model(inputs), targets)
             loss.backward()
             optimizer.step()
@@ -197,7 +209,11 @@ def hand_loops(config: Config, parts: Parts, index: Index, steps: int) -> dict[s
         while True:
             yield one
 
-    return {"hand": lambda: take_steps(batches()), "replayed": lambda: take_steps(replayed())}
+    return {
+        "hand": lambda: take_steps(batches()),
+        "again": lambda: take_steps(batches()),
+        "replayed": lambda: take_steps(replayed()),
+    }
 
 
 def lightning_loop(config: Config, parts: Parts, index: Index, steps: int) -> Callable[[], float]:
@@ -300,12 +316,14 @@ def main() -> None:
             loops["lightning"] = lightning_loop(config, parts, index, options.steps)
         seconds: dict[str, list[float]] = {name: [] for name in loops}
         order = random.Random(0)
+        gc.collect()
+        gc.freeze()  # what was imported, as a run does before its first step
         for number in range(options.rounds + 1):
             for name in order.sample(list(loops), len(loops)):  # what a loop leaves behind meets all alike
                 taken = loops[name]()
                 if number:
                     seconds[name].append(taken)
-    print(json.dumps(seconds))
+    print(json.dumps({"seconds": seconds, "saves": ours.saves}))
 
 
 if __name__ == "__main__":
