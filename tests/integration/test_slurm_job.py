@@ -213,6 +213,7 @@ def test_a_job_that_is_cancelled_stays_so(cluster: Hosts, tmp_path: Path, config
     assert list((job.run_dir / "checkpoints").glob("step_*/MANIFEST.json"))
 
 
+@pytest.mark.nightly
 def test_two_jobs_of_an_array_at_once_on_the_same_nodes(
     cluster: Hosts, tmp_path: Path, config_file: Path
 ) -> None:
@@ -271,6 +272,7 @@ DOORS: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("door", DOORS)
 def test_one_task_per_gpu_and_every_other_door_write_the_same(
     cluster: Hosts, tmp_path: Path, tasks: Path, door: str
@@ -372,6 +374,7 @@ def test_a_node_that_is_gone_is_named_and_the_other_released(
     assert job.facts()["ExitCode"] == "70:0"
 
 
+@pytest.mark.nightly
 def test_a_job_outlives_the_slurmd_of_a_node(own_cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
     settings = ("train.epochs=30", "train.trace_samples=true", "eval.every_epochs=10")
     job = submit(own_cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")

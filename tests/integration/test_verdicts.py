@@ -148,4 +148,5 @@ def test_a_link_that_is_too_slow_for_the_gradients(
         env=os.environ | {"DISTTRAIN_DATA": str(digits_root)},
         timeout=240,
     )
-    check(result, tmp_path / "run", "communication-bound", ["train.batch_size"])
+    verdict = check(result, tmp_path / "run", "communication-bound", ["train.batch_size", "fewer processes"])
+    assert verdict["key"] == "train.batch_size"
