@@ -111,6 +111,9 @@ class TrainConfig(_Section):
     """Keep images and filters in NHWC memory order. auto: yes on a GPU, what is faster on a CPU."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile the model. auto: if the run is long enough to repay it and it proves faster."""
+    cuda_graph: Literal["auto"] | bool = "auto"
+    """Replay a whole step as one CUDA graph, on a single GPU. auto: for our own networks. true: for any other
+    too; one that waits for the GPU in a step cannot be recorded, which ends the run."""
     label_smoothing: Fraction = 0.0
     """Share of the target spread evenly over the classes (Szegedy et al. 2016)."""
     grad_clip: Positive | None = None
@@ -448,6 +451,7 @@ _EXPECTED = {
 _EXPECTED_BY_KEY = {
     "train.compile": "auto, true or false",
     "train.channels_last": "auto, true or false",
+    "train.cuda_graph": "auto, true or false",
     "augment.flip": "true, false or alternating",
     "optim.betas": "two numbers, such as [0.9, 0.999]",
 }

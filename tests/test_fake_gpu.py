@@ -93,7 +93,13 @@ def build(index: Index, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
         "name": "fake",
         "data": {"name": index.name, "root": str(index.folder.parent)},
         "model": {"name": "lenet_bn"},
-        "train": {"epochs": 1, "batch_size": BATCH, "precision": "fp32", "compile": False},
+        "train": {
+            "epochs": 1,
+            "batch_size": BATCH,
+            "precision": "fp32",
+            "compile": False,
+            "cuda_graph": False,
+        },
         "optim": {"name": "sgd", "lr": 0.1},
     }
     for section, values in options.items():

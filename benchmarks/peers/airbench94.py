@@ -32,14 +32,19 @@ def result_of(table: str) -> dict[str, float]:
     }
 
 
+def folder_of_airbench(data: Path) -> None:
+    """Writes a packed CIFAR-10 into the working folder as airbench keeps it."""
+    Path("cifar10").mkdir()
+    for split, name in (("train", "train"), ("val", "test")):
+        images, labels, *_ = images_and_labels(data, split)
+        classes = [str(number) for number in range(10)]
+        torch.save({"images": images, "labels": labels, "classes": classes}, f"cifar10/{name}.pt")
+
+
 def main() -> None:
-    data = Path(sys.argv[1])
+    data = Path(sys.argv[1]).resolve()
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
-        Path("cifar10").mkdir()
-        for split, name in (("train", "train"), ("val", "test")):
-            images, labels, *_ = images_and_labels(data, split)
-            classes = [str(number) for number in range(10)]
-            torch.save({"images": images, "labels": labels, "classes": classes}, f"cifar10/{name}.pt")
+        folder_of_airbench(data)
         import airbench  # some versions read the files on import
 
         results = {}

@@ -35,6 +35,7 @@ FREE_KEYS = {
     "data.root",
     "data.cache",
     "data.workers",
+    "train.cuda_graph",
     "checkpoint.keep",
     "monitor.gpu_interval_s",
     "monitor.stall_timeout_s",

@@ -290,7 +290,8 @@ def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return found
 
 
-_OF_NO_EXPERIMENT = ("seed", "name", "data.root", "data.cache", "data.workers", "monitor.", "checkpoint.")
+_MACHINE = ("data.root", "data.cache", "data.workers", "train.cuda_graph")
+_OF_NO_EXPERIMENT = ("seed", "name", *_MACHINE, "monitor.", "checkpoint.")
 """Settings that make no other experiment; by seed alone the runs of a group may differ otherwise."""
 
 

@@ -30,9 +30,14 @@ class MovingAverage(nn.Module):
         self.register_buffer("n_averaged", torch.tensor(0))
         self._decay = decay
 
-    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Takes in what a step has made of the model."""
+        self.average(model)
+        self.n_averaged += 1
+
+    @torch.no_grad()
+    def average(self, model: nn.Module) -> None:
+        """Does of `update` what is done on the device; the step is not counted."""
         own: list[Tensor] = []
         new: list[Tensor] = []
         for average, value in zip(_tensors(self.module), _tensors(model), strict=True):
@@ -41,11 +46,10 @@ class MovingAverage(nn.Module):
                 new.append(value)
             else:
                 average.copy_(value)
-        if self.n_averaged == 0:
+        if int(self.n_averaged) == 0:
             torch._foreach_copy_(own, new)
         else:
             torch._foreach_lerp_(own, new, 1 - self._decay)
-        self.n_averaged += 1
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

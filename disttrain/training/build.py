@@ -45,6 +45,7 @@ from disttrain.training.augment import Augment
 from disttrain.training.average import MovingAverage
 from disttrain.training.choices import Settings, Workload, allow_tf32, bucket_mib, choose
 from disttrain.training.flops import flops_per_image, peak_flops_per_s
+from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import wait_for_all
 from disttrain.training.optim import build_optimizer
 from disttrain.training.parts import Parts, Position, as_written
@@ -142,6 +143,9 @@ def build(
         peak_flops_per_s=peak_flops_per_s(device, settings.precision)[0],
         compiled_batch=split_batch(config, group.num_processes) if settings.compiled else None,
     )
+    graphed, choices["cuda_graph"] = graph_choice(config, device, group.num_processes, settings.precision)
+    if graphed:
+        parts.graph = StepGraph(optimizer, device)
     if checkpoint is not None and parts.world_size > 2:
         settle_buckets(parts, (index.channels, index.height, index.width))
     seed_own_code(config.seed, rank.number)

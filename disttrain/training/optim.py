@@ -120,8 +120,67 @@ def _head(model: nn.Module) -> Tensor | None:
     return linear[-1].weight if linear else None
 
 
+class StackedMuon(Muon):
+    """torch's Muon, with the matrices of one shape orthogonalised together.
+
+    One after the other they are too small to fill a GPU. It has one parameter group.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Takes one step; a parameter without gradient is left alone."""
+        assert closure is None
+        (group,) = self.param_groups
+        lr, momentum = group["lr"], group["momentum"]
+        matrices: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor] = []
+        self._init_group(group, matrices, grads, buffers)
+        if not matrices:
+            return
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
+        if group["weight_decay"]:
+            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, matrix in enumerate(matrices):
+            by_shape.setdefault(matrix.shape, []).append(i)
+        for shape, places in by_shape.items():
+            stacked = orthogonalized(torch.stack([updates[i] for i in places])).float()
+            stacked *= lr * muon_lr_ratio(group["adjust_lr_fn"], *shape)
+            torch._foreach_sub_([matrices[i] for i in places], list(stacked.unbind()))
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Returns about the nearest orthogonal matrices, by five Newton-Schulz iterations (Jordan et al. 2024).
+
+    Args:
+        matrices: float [N, rows, columns].
+
+    Returns:
+        bfloat16 [N, rows, columns], with singular values between about 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16()
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def muon_lr_ratio(adjust_lr: str, rows: int, columns: int) -> float:
+    """Returns what the learning rate is multiplied with for a matrix; the names are those of torch's Muon."""
+    if adjust_lr == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    ratio = math.sqrt(rows / columns)
+    return ratio if adjust_lr == "spectral_unclamped" else max(1.0, ratio)
+
+
 class FilterMuon(Optimizer):
-    """torch's Muon for filters and hidden matrices (Jordan et al. 2024).
+    """Muon for filters and hidden matrices (Jordan et al. 2024).
 
     torch's Muon takes matrices only. A filter [O, I, H, W] is given to it as the matrix [O, H*W*I] that
     shares its memory; the order of the columns does not matter to an orthogonalisation.
@@ -132,8 +191,8 @@ class FilterMuon(Optimizer):
     """
 
     def __init__(self, filters: list[nn.Parameter], settings: _Settings) -> None:
-        self._matrices = [nn.Parameter(_matrix(p.detach(), p)) for p in filters]
-        self._muon = Muon(
+        self._matrices: list[Tensor] = [nn.Parameter(_matrix(p.detach(), p)) for p in filters]
+        self._muon = StackedMuon(
             self._matrices,
             lr=settings.lr,
             momentum=0.95 if settings.momentum is None else settings.momentum,
@@ -149,8 +208,9 @@ class FilterMuon(Optimizer):
         """Takes one step; a parameter without gradient is left alone."""
         assert closure is None
         if self._norms is not None:
-            for matrix, norm in zip(self._matrices, self._norms, strict=True):
-                matrix.mul_(norm / matrix.norm())
+            factors = torch._foreach_reciprocal(torch._foreach_norm(self._matrices))
+            torch._foreach_mul_(factors, self._norms)
+            torch._foreach_mul_(self._matrices, factors)
         for matrix, parameter in zip(self._matrices, self.param_groups[0]["params"], strict=True):
             matrix.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
         self._muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
@@ -195,6 +255,16 @@ class Together(Optimizer):
         """Takes over the states of the parts."""
         for part, state in zip(self._parts, state_dict["parts"], strict=True):
             load_state(part, state)
+
+
+def inner_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Returns the parameter groups of the optimizers that an optimizer is made of, if it is."""
+    parts: list[Optimizer] = []
+    if isinstance(optimizer, Together):
+        parts = optimizer._parts
+    if isinstance(optimizer, FilterMuon):
+        parts = [optimizer._muon]
+    return [group for part in parts for group in (*part.param_groups, *inner_groups(part))]
 
 
 def _matrix(values: Tensor, filters: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from disttrain.data.plan import Ids, Plan
 from disttrain.training.augment import Augment
 from disttrain.training.average import MovingAverage
 from disttrain.training.choices import Settings
+from disttrain.training.graph import StepGraph
 from disttrain.training.optim import Rate
 from disttrain.training.phases import Phases
 
@@ -223,6 +224,7 @@ class Parts:
         flops_per_image: of training, or None if that is not known.
         peak_flops_per_s: the most that the device does, or None if that is not known.
         compiled_batch: images in the forward pass that the model is compiled for, or None if it is not.
+        graph: takes the steps with a whole batch as a CUDA graph, or None.
         meter: sums since the last log point.
         parameters: those that the optimizer changes.
     """
@@ -244,6 +246,7 @@ class Parts:
     flops_per_image: int | None = None
     peak_flops_per_s: float | None = None
     compiled_batch: int | None = None
+    graph: StepGraph | None = None
     rank: int = field(init=False)
     world_size: int = field(init=False)
     meter: Meter = field(init=False)

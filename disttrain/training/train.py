@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -218,23 +219,56 @@ def train_step(
         phases.enter(Phase.AUGMENT, step, number)
         images, labels, partners = prepare(parts, piece, batch)
         meter.wait_s += phases.enter(Phase.COMPUTE, step, 2 * number) - began
-        with contextlib.nullcontext() if piece.last else unreduced(parts):
-            with contextlib.nullcontext() if piece.samples == parts.compiled_batch else as_written(parts):
-                logits = parts.model(images)
-            loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
-            phases.enter(Phase.COMPUTE, step, 2 * number + 1)  # here the ranks wait for one another
-            weight = parts.world_size / global_batch if piece.counts else 0.0
-            (loss if scaler is None else scaler.scale(loss)).backward(torch.full_like(loss, weight))
+        graphed = parts.graph is not None and piece.samples == config.batch_size
+        if parts.graph is not None and graphed:
+            loss, logits = parts.graph(partial(whole_step, parts), images, labels)
+        else:
+            with contextlib.nullcontext() if piece.last else unreduced(parts):
+                with contextlib.nullcontext() if piece.samples == parts.compiled_batch else as_written(parts):
+                    logits = parts.model(images)
+                loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
+                phases.enter(Phase.COMPUTE, step, 2 * number + 1)  # here the ranks wait for one another
+                weight = parts.world_size / global_batch if piece.counts else 0.0
+                (loss if scaler is None else scaler.scale(loss)).backward(torch.full_like(loss, weight))
         if piece.counts:
             meter.add(loss, logits, labels)
             ids.append(batch.ids[: piece.samples])
         if piece.last:
             break
     phases.enter(Phase.OPTIMIZE, step)
-    if config.grad_clip is not None:
+    if not graphed:
+        update(parts)
+    if parts.ema is not None:
+        parts.ema.n_averaged += 1
+    meter.steps += 1
+    return np.concatenate(ids) if ids else np.empty(0, np.int64)
+
+
+def whole_step(parts: Parts, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes a step on a whole batch, as `train_step` does; all its effects are on the device.
+
+    Args:
+        parts: of a single rank.
+        images: float32 [B, C, H, W].
+        labels: int64 [B].
+
+    Returns:
+        The summed loss, float32 [], and the scores [B, classes].
+    """
+    logits = parts.model(images)
+    loss = loss_sum(logits, labels, None, None, parts.config.train.label_smoothing)
+    loss.backward(torch.full_like(loss, 1 / len(labels)))
+    update(parts)
+    return loss, logits
+
+
+def update(parts: Parts) -> None:
+    """Changes the weights by their gradients, which it drops, and the moving average by the weights."""
+    clip, scaler = parts.config.train.grad_clip, parts.accelerator.scaler
+    if clip is not None:
         if scaler is not None:
             scaler.unscale_(parts.optimizer)
-        nn.utils.clip_grad_norm_(parts.model.parameters(), config.grad_clip)
+        nn.utils.clip_grad_norm_(parts.model.parameters(), clip)
     if scaler is None:
         parts.optimizer.step()
     else:
@@ -242,9 +276,7 @@ def train_step(
         scaler.update()
     parts.drop_gradients()
     if parts.ema is not None:
-        parts.ema.update(parts.bare_model)
-    meter.steps += 1
-    return np.concatenate(ids) if ids else np.empty(0, np.int64)
+        parts.ema.average(parts.bare_model)
 
 
 def unreduced(parts: Parts) -> contextlib.AbstractContextManager[None]:

@@ -82,7 +82,7 @@ def images(folder: Path) -> Path:
 
 
 def test_a_batch_too_small_for_a_gpu_is_named(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
-    tiny = ["train.batch_size=2", "train.epochs=10", "train.compile=false", "data.cache=device"]
+    tiny = ["train.batch_size=2", "train.epochs=10", "train.compile=false", "train.cuda_graph=false"]
     records = trained(
         disttrain("run", config_file, "--gpus", "1", *tiny, "--run-dir", "run"), tmp_path / "run"
     )

@@ -1,0 +1,132 @@
+"""A step replayed as a CUDA graph is the step: the same weights to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import toy
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from disttrain.config import Config
+from disttrain.shards.index import Index, load_index
+from disttrain.training import graph
+from disttrain.training.build import build
+from disttrain.training.group import join
+from disttrain.training.parts import Hooks, Parts
+from disttrain.training.rank import Rank
+from disttrain.training.train import train
+
+pytestmark = pytest.mark.gpu
+
+BATCH, STEPS = 16, 6
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    root = tmp_path_factory.mktemp("sets")
+    # The last batch is smaller than the others.
+    toy.pack("squares", train=BATCH * STEPS + 5, val=20, root=str(root), shape=(32, 32, 3))
+    return load_index("squares", str(root))
+
+
+@pytest.fixture(autouse=True)
+def arithmetic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leaves what a run sets for its process as it was."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"):
+        monkeypatch.setenv(name, "no")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+    torch.use_deterministic_algorithms(False)
+
+
+def trained(index: Index, options: dict[str, Any]) -> Parts:
+    """Trains two epochs in this process."""
+    tree: dict[str, Any] = {
+        "name": "graph",
+        "data": {"name": index.name, "root": str(Path(index.folder).parent)},
+        "model": {"name": "lenet_bn"},
+        "train": {"epochs": 2, "batch_size": BATCH, "compile": False, "reproducible": True},
+        "optim": {"name": "sgd", "lr": 0.01, "momentum": 0.9},
+        "schedule": {"name": "cosine"},
+    }
+    for section, values in options.items():
+        tree[section] = tree.get(section, {}) | values
+    tree["train"]["cuda_graph"] = True
+    config = Config.model_validate(tree)
+    parts, position, choices = build(config, Rank(0, None), join(config, "cuda"), index, None)
+    assert choices["cuda_graph"] == "true: train.cuda_graph"
+    nothing: Any = SimpleNamespace(
+        train=lambda record: None,
+        evaluate=lambda record: None,
+        read=list,
+        rows=lambda totals: {},
+        save=lambda **_: None,
+        check=lambda: None,
+        wait=lambda: None,
+    )
+    train(parts, position, Hooks(nothing, nothing, nothing, lambda: False))
+    return parts
+
+
+def tensors(tree: Any, name: str = "") -> dict[str, Tensor]:
+    """Returns every tensor and number of a state dict by its place."""
+    if isinstance(tree, Tensor | int | float | bool):
+        return {name: torch.as_tensor(tree)}
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, value in items for k, v in tensors(value, f"{name}.{key}").items()}
+    return {}
+
+
+MUON = {
+    "name": "muon",
+    "lr": 0.02,
+    "normalize_weights": True,
+    "groups": [
+        {"parameters": ".*bias", "name": "sgd", "lr": 1.0, "schedule": {"name": "linear", "end_epoch": 1}}
+    ],
+}
+CASES: dict[str, dict[str, Any]] = {
+    "batch norm": {},
+    "dropout": {"model": {"name": "alexnet_cifar"}},
+    "fp32": {"train": {"precision": "fp32"}},
+    "adam, average, clipping": {
+        "optim": {"name": "adam", "lr": 1e-3, "momentum": None},
+        "train": {"ema": 0.9, "grad_clip": 0.5, "label_smoothing": 0.1},
+    },
+    "augmented": {
+        "augment": {"crop_padding": 2, "flip": True, "cutout": 8},
+        "optim": {"name": "adamw", "momentum": None},
+    },
+    "muon and groups": {"model": {"name": "speednet"}, "optim": MUON | {"momentum": 0.6}},
+    "momentum 0": {"optim": {"name": "sgd", "lr": 0.01, "momentum": 0.0}},
+    "inception": {"model": {"name": "inception_small"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_a_graph_trains_to_the_same_bits(
+    options: dict[str, Any], index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for recorded, warm_up in ((False, 10**6), (True, 3)):
+        monkeypatch.setattr(graph, "_WARM_UP_STEPS", warm_up)
+        parts = trained(index, options)
+        assert parts.graph is not None
+        assert parts.graph.recorded == recorded
+        state = {"model": parts.bare_model.state_dict(), "optimizer": parts.optimizer.state_dict()}
+        if parts.ema is not None:
+            state["ema"] = parts.ema.state_dict()
+        found.append(tensors(state))
+    plain, replayed = found
+    assert plain.keys() == replayed.keys()
+    for name, value in plain.items():
+        assert torch.equal(value.cpu(), replayed[name].cpu()), name
