@@ -104,6 +104,16 @@ def test_on_a_gpu_a_step_between_two_log_points_is_timed_by_the_device(
         )  # one for each phase of the step, and its end
 
 
+def test_on_a_gpu_what_the_host_waits_for_the_device_is_no_logging(clock: SimpleNamespace) -> None:
+    for device, logging_s in (("cuda", 0.25), ("cpu", 8.25)):
+        phases = Phases(device=torch.device(device))
+        phases.enter(Phase.REPORT, 1)
+        clock.now += 8
+        phases.synchronized()
+        clock.now += 0.25
+        assert phases.take(1, nn.Identity()).logging_s == logging_s
+
+
 def test_waiting_for_others_is_no_computing(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "exposed_communication_s", lambda model: 1.5)
     phases = Phases()

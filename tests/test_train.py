@@ -550,14 +550,24 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
 
         return slow
 
-    monkeypatch.setattr(loops, "prepare", taking(loops.prepare, 0.5))
-    monkeypatch.setattr(loops, "loss_sum", taking(loops.loss_sum, 1.5))
+    served = loops.served
+
+    def slowly_served(*arguments: Any) -> Iterator[Any]:
+        nonlocal now
+        with contextlib.closing(served(*arguments)) as pieces:
+            for piece in pieces:
+                now += 0.5
+                yield piece
+
+    monkeypatch.setattr(loops, "served", slowly_served)
+    monkeypatch.setattr(loops, "prepare", taking(loops.prepare, 0.25))
+    monkeypatch.setattr(loops, "loss_sum", taking(loops.loss_sum, 1.25))
     monkeypatch.setattr(loops, "evaluate", taking(loops.evaluate, 100))
     parts = with_(make_parts(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})
     recorder = run(parts, save=taking(lambda **_: None, 1000))
     assert [record["step_time_s"] for record in recorder.trains] == [2.0] * 6  # each save follows a log point
     assert [record["images_per_s"] for record in recorder.trains] == [8.0, 8.0, 4.0] * 2
-    assert [record["data_wait_pct"] for record in recorder.trains] == [25.0] * 6
+    assert [record["data_wait_pct"] for record in recorder.trains] == [25.0] * 6  # not of the augmentation
 
 
 @pytest.mark.parametrize(("samples", "drop"), [(40, False), (40, True), (5, False)])

@@ -63,6 +63,20 @@ CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
         ["raise train.batch_size"],
         "train.batch_size",
     ),
+    (
+        "tiny batch of a network that is not ours",
+        {"utilization_pct": 31.0, "graph": False},
+        "launch-bound",
+        ["raise train.batch_size or set train.cuda_graph=true"],
+        "train.cuda_graph",
+    ),
+    (
+        "tiny batch, replayed as a graph",
+        {"utilization_pct": 31.0, "graph": True},
+        "launch-bound",
+        ["raise train.batch_size"],
+        "train.batch_size",
+    ),
     ("unknown use", {"utilization_pct": None}, "compute-bound", [], None),
     ("full", {"memory_pct": 97.0}, "memory-tight", ["97 %"], "train.accumulate"),
     (
@@ -134,7 +148,7 @@ def test_the_evidence_is_the_means_of_the_records() -> None:
         record(3.0, [9.0]),  # before the run went on on other ranks
         record(2.0, [6.0, 6.0], utilization_pct=None, throttled_thermal_pct=30.0, memory_used_mib=990.0),
     ]
-    found = evidence(records, ["n1", "n2"], cache="none", precision="bf16", compiled=False)
+    found = evidence(records, ["n1", "n2"], cache="none", precision="bf16", compiled=False, graph=None)
     assert found == Evidence(
         step_s=0.01,
         data_s=pytest.approx(0.0015),
@@ -154,4 +168,4 @@ def test_the_evidence_is_the_means_of_the_records() -> None:
 
 
 def test_there_is_no_evidence_without_records() -> None:
-    assert evidence([], ["n1"], cache="host", precision="fp32", compiled=False) is None
+    assert evidence([], ["n1"], cache="host", precision="fp32", compiled=False, graph=None) is None

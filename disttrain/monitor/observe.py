@@ -43,6 +43,7 @@ from disttrain.monitor.verdict import Verdict, evidence, judge
 from disttrain.runs.runfolder import COMMAND, JsonLines, RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.shards.reader import sample_keys
+from disttrain.training.graph import graph_obstacle
 from disttrain.training.parts import Parts, Position
 
 log = logging.getLogger("disttrain")
@@ -92,11 +93,15 @@ class RunObserver:
         self._last_eval: dict[str, Any] = {}
         self._status_due_s = 0.0
         self._records: deque[dict[str, Any]] = deque(maxlen=_JUDGED_RECORDS)
+        obstacle = graph_obstacle(
+            config, parts.accelerator.device, parts.world_size, parts.settings.precision
+        )
         self._judge = partial(
             evidence,
             cache=choices["cache"].partition(":")[0],
             precision=parts.settings.precision,
             compiled=parts.settings.compiled,
+            graph=None if obstacle else parts.graph is not None,
         )
         self._metrics: JsonLines | None = None
         self._trace: JsonLines | None = None

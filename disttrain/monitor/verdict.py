@@ -44,6 +44,7 @@ class Evidence:
         cache: where the decoded samples are: device, host or none.
         precision: the arithmetic.
         compiled: whether the model is compiled.
+        graph: whether the steps are replayed as a CUDA graph; None is no and cannot be.
         utilization_pct: mean over the GPUs, or None.
         memory_pct: share of the memory in use on the fullest GPU, or None.
         throttled_pct: share of the readings in which each GPU held its clocks down for its temperature; None
@@ -63,6 +64,7 @@ class Evidence:
     cache: str = "host"
     precision: str = "fp32"
     compiled: bool = False
+    graph: bool | None = None
     utilization_pct: float | None = None
     memory_pct: float | None = None
     throttled_pct: Sequence[float | None] = ()
@@ -124,13 +126,15 @@ def judge(evidence: Evidence) -> Verdict:
             "train.batch_size",
         )
     if e.on_gpu and e.utilization_pct is not None and e.utilization_pct < IDLE_GPU_PCT:
-        keys = "train.batch_size" if e.compiled else "train.compile"
-        help_ = "raise train.batch_size" + ("" if e.compiled else " or set train.compile=true")
+        switch = None
+        if e.graph is not None or not e.compiled:
+            switch = {True: None, False: "train.cuda_graph", None: "train.compile"}[e.graph]
+        help_ = "raise train.batch_size" + (f" or set {switch}=true" if switch else "")
         return Verdict(
             "launch-bound",
             f"launch-bound: the GPUs are busy {e.utilization_pct:.0f} % of the time and wait for nothing: "
             f"the steps ({time_text(e.step_s)}) are too small for them; {help_}",
-            keys,
+            switch or "train.batch_size",
         )
     if e.memory_pct is not None and e.memory_pct >= TIGHT_PCT:
         return Verdict(
@@ -171,6 +175,7 @@ def evidence(
     cache: str,
     precision: str,
     compiled: bool,
+    graph: bool | None,
 ) -> Evidence | None:
     """Returns the means of some train records of metrics.jsonl, or None if there is none.
 
@@ -180,6 +185,7 @@ def evidence(
         cache: where the decoded samples are: device, host or none.
         precision: the arithmetic.
         compiled: whether the model is compiled.
+        graph: whether the steps are replayed as a CUDA graph; None is no and cannot be.
     """
     records = [record for record in records if len(record["ranks_ms"]["compute"]) == len(hosts)]
     if not records:
@@ -211,6 +217,7 @@ def evidence(
         cache=cache,
         precision=precision,
         compiled=compiled,
+        graph=graph,
         utilization_pct=statistics.fmean(known)
         if (known := [pct for pct in used if pct is not None])
         else None,

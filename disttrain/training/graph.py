@@ -32,23 +32,27 @@ def graph_choice(config: Config, device: torch.device, world_size: int, precisio
         world_size: number of ranks.
         precision: the arithmetic.
     """
-    train = config.train
-    if train.cuda_graph is False:
+    if config.train.cuda_graph is False:
         return False, "false: train.cuda_graph"
-    obstacles = {
-        "there is no GPU": device.type != "cuda",
-        "several ranks reduce their gradients": world_size > 1,
-        "train.accumulate": train.accumulate > 1,
-        "fp16 scales the loss": precision == "fp16",
-        "mixed images differ from step to step": config.augment.mixup > 0 or config.augment.cutmix > 0,
-    }
-    if found := [name for name, holds in obstacles.items() if holds]:
-        return False, f"false: {found[0]}"
-    if train.cuda_graph is True:
+    if obstacle := graph_obstacle(config, device, world_size, precision):
+        return False, f"false: {obstacle}"
+    if config.train.cuda_graph is True:
         return True, "true: train.cuda_graph"
     if config.model.name not in CATALOG:
         return False, "false: not one of our networks; train.cuda_graph=true tries it"
     return True, "true: a single GPU"
+
+
+def graph_obstacle(config: Config, device: torch.device, world_size: int, precision: str) -> str | None:
+    """Returns why no graph is possible, whatever `train.cuda_graph` says, or None; arguments as above."""
+    obstacles = {
+        "there is no GPU": device.type != "cuda",
+        "several ranks reduce their gradients": world_size > 1,
+        "train.accumulate": config.train.accumulate > 1,
+        "fp16 scales the loss": precision == "fp16",
+        "mixed images differ from step to step": config.augment.mixup > 0 or config.augment.cutmix > 0,
+    }
+    return next((name for name, holds in obstacles.items() if holds), None)
 
 
 class StepGraph:

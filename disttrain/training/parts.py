@@ -125,7 +125,7 @@ class Meter:
     Attributes:
         samples: that this rank has trained on.
         steps: that were taken.
-        wait_s: seconds spent waiting for data.
+        wait_s: seconds in which the host waited for data.
         step_time_s: seconds of a step as all ranks have agreed on at the last log point, or None.
         scale: of the gradient scaler at the last log point, or None.
         skipped_steps: that it has skipped in a row.

@@ -95,6 +95,11 @@ class Phases:
         event.record()
         self._events.append((phase, event))
 
+    def synchronized(self) -> None:
+        """The host has waited for the device: that is no time of the phase in which it did."""
+        if self._on_gpu:
+            self._since = time.perf_counter()
+
     def take(self, steps: int, model: nn.Module) -> StepTimes:
         """Returns the means of the steps since the last call; the device must be idle."""
         now = time.perf_counter()

@@ -214,11 +214,11 @@ def train_step(
     for number in itertools.count():
         began = phases.enter(Phase.DATA, step, number)
         piece, batch = next(pieces)
-        phases.enter(Phase.TO_DEVICE, step, number)
+        meter.wait_s += phases.enter(Phase.TO_DEVICE, step, number) - began
         batch = batch.to(parts.accelerator.device)
         phases.enter(Phase.AUGMENT, step, number)
         images, labels, partners = prepare(parts, piece, batch)
-        meter.wait_s += phases.enter(Phase.COMPUTE, step, 2 * number) - began
+        phases.enter(Phase.COMPUTE, step, 2 * number)
         graphed = parts.graph is not None and piece.samples == config.batch_size
         if parts.graph is not None and graphed:
             loss, logits = parts.graph(partial(whole_step, parts), images, labels)
@@ -363,9 +363,14 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
         TrainingError: the loss is not finite, or the gradients are not.
     """
     meter = parts.meter
-    own = [*meter.totals(), meter.samples, meter.wait_s, float(hooks.stop_requested())]
-    own.append(meter.elapsed_s)  # after the synchronisation that the sums need
+    sums = meter.totals()  # Device synchronisation.
+    hooks.phases.synchronized()
     times = hooks.phases.take(meter.steps, parts.model)
+    elapsed_s, wait_s = meter.elapsed_s, meter.wait_s
+    if parts.accelerator.device.type == "cuda":
+        # The host hands out work ahead of the GPU: what it waits for meanwhile is no wait of the GPU.
+        wait_s = min(elapsed_s, times.data_s * meter.steps)
+    own = [*sums, meter.samples, wait_s, float(hooks.stop_requested()), elapsed_s]
     of_ranks = [0.0] * (len(times) * parts.world_size)
     of_ranks[parts.rank :: parts.world_size] = times
     totals = reduce_sum(parts, Phase.REPORT, position.step, [*own, *of_ranks, *hooks.gauges.read()])
