@@ -5,12 +5,16 @@ import json
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
+import disttrain
 from disttrain.config import load_config
 from disttrain.errors import BusyError, DataError, DisttrainError, HangError, StoppedError, UsageError
+from disttrain.launch import peers
 from disttrain.launch.peers import Channel, compare_peers, facts, meet, telling_nodes
 from disttrain.launch.preflight import open_index
 from disttrain.launch.slurm import Node
@@ -198,3 +202,16 @@ def test_what_must_be_the_same(tmp_path: Path, config_file: Path, digits_root: P
             compare_peers({"a": here, "b": here, "c": others})
         assert words in str(caught.value)
         assert caught.value.exit_code == 2
+
+
+def test_a_source_tree_that_is_not_installed_knows_its_version(
+    digits_root: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name == "disttrain":
+            raise PackageNotFoundError(name)
+        return metadata.version(name)
+
+    monkeypatch.setattr(peers, "version", version)
+    config = load_config(config_file, [f"data.root={digits_root}"])
+    assert facts(config, open_index(config, print))["the version of disttrain"] == disttrain.__version__

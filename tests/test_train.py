@@ -554,7 +554,7 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
 
     def slowly_served(*arguments: Any) -> Iterator[Any]:
         nonlocal now
-        with contextlib.closing(served(*arguments)) as pieces:
+        with closing(served(*arguments)) as pieces:
             for piece in pieces:
                 now += 0.5
                 yield piece

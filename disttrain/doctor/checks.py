@@ -77,7 +77,10 @@ def packages(_: str) -> Iterator[Finding]:
     problems = rules.unmet(requirements, versions)
     for problem in problems:
         yield warning("requirement", problem, "pip install --upgrade disttrain, in an environment of its own")
-    if not problems:
+    if "disttrain" not in versions:
+        text = "not looked at: this source tree is not installed"
+        yield warning("requirements", text, "pip install -e . in the tree")
+    elif not problems:
         yield ok("requirements", f"{len(done)} packages fit one another")
     loaded = None
     with contextlib.suppress(RuntimeError, AttributeError):

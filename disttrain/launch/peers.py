@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from disttrain import __version__
 from disttrain.config import Config, flatten
 from disttrain.errors import BusyError, DisttrainError, HangError, StoppedError, UsageError, error_of
 from disttrain.launch.preflight import FREE_KEYS
@@ -34,7 +35,9 @@ _SILENT_S = 20  # after which a node whose kernel does not answer is taken for d
 
 def facts(config: Config, index: Index) -> dict[str, str]:
     """Returns what all processes of a run must agree on, by name."""
-    versions = {f"the version of {name}": version(name) for name in ("disttrain", "torch", "accelerate")}
+    # Not asked of the package's metadata, which a source tree that is not installed does not have.
+    versions = {"the version of disttrain": __version__}
+    versions |= {f"the version of {name}": version(name) for name in ("torch", "accelerate")}
     python = ".".join(platform.python_version_tuple()[:2])
     settings = flatten(config.model_dump(mode="json"))
     return {
