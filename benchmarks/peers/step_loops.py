@@ -12,6 +12,7 @@ replayed   the same with one batch, normalised before
 ours       `disttrain.training.train.train_epoch` with the parts that the worker builds: metrics.jsonl and
            log points as in a run with -q
 ours_replayed   the same with one batch of the loader
+ungraphed  as ours, without a CUDA graph (on a GPU)
 blind      the same without any observer and log point
 watched    the same with the dashboard on a pseudo-terminal, as a user sees it
 saving     the same with some checkpoints on the way, written to a temporary folder one after the other
@@ -135,6 +136,14 @@ class Ours:
             return self.observed()
         finally:
             self.parts.train_data = own
+
+    def ungraphed(self) -> float:
+        """Trains with every kernel handed out by the host."""
+        graph, self.parts.graph = self.parts.graph, None
+        try:
+            return self.observed()
+        finally:
+            self.parts.graph = graph
 
     def blind(self) -> float:
         """Trains without log points but the last one, which nobody sees."""
@@ -312,6 +321,8 @@ def main() -> None:
             "watched": ours.watched,
             "saving": lambda: ours.observed(saving=True),
         }
+        if parts.graph is not None:
+            loops["ungraphed"] = ours.ungraphed
         if options.lightning:
             loops["lightning"] = lightning_loop(config, parts, index, options.steps)
         seconds: dict[str, list[float]] = {name: [] for name in loops}
