@@ -6,7 +6,9 @@
 For each model one process takes --steps steps with every loop, --runs times: our loop, the shortest
 one would write by hand, each also over one replayed batch, ours with the dashboard, without any observer, on
 a GPU without its CUDA graph, and with checkpoints; and Lightning with --peers-env, where CACHE keeps its
-environment, made on the first run. See peers/step_loops.py. A claim is the median over the rounds of the ratio within a round, with its
+environment, made on the first run. See peers/step_loops.py.
+
+A claim is the median over the rounds of the ratio within a round, with its
 quartiles; that of the hand-written loop with itself is the noise of the machine.
 """
 

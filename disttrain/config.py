@@ -105,8 +105,8 @@ class TrainConfig(_Section):
     batch_size: PositiveInt
     """The GLOBAL batch of one optimizer step, whatever the number of processes."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward and backward pass. auto: bf16 where the GPU has it, else fp16; on a CPU fp32,
-    or bf16 where it proves faster and the run is long enough to repay the measurement."""
+    """Arithmetic of the forward and backward pass. auto: bf16 where the GPU has it, else fp16; fp32 on a CPU,
+    where `disttrain bench` shows what bf16 would gain."""
     channels_last: Literal["auto"] | bool = "auto"
     """Keep images and filters in NHWC memory order. auto: yes on a GPU, what is faster on a CPU."""
     compile: Literal["auto"] | bool = "auto"

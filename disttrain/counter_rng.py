@@ -7,6 +7,9 @@ on the version of a library's generator. The mixing function is SplitMix64 (Stee
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -42,6 +45,28 @@ def bits_at(key: int, counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64
 def integers(key: int, count: int, below: int) -> npt.NDArray[np.int64]:
     """Returns integers in 0..below-1 (below < 2**31) for the counters 0..count-1: int64 [count]."""
     return ((bits(key, count) >> np.uint64(33)) * np.uint64(below) >> np.uint64(31)).astype(np.int64)
+
+
+def uniform(key: int, count: int) -> npt.NDArray[np.float64]:
+    """Returns numbers between 0 and 1, never one of them, for the counters 0..count-1: float64 [count]."""
+    return ((bits(key, count) >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
+
+
+def symmetric_beta(key: int, alpha: float) -> float:
+    """Returns a number 0..1 of the distribution Beta(alpha, alpha).
+
+    By Ulrich 1984 where alpha is more than 1/2, else by Joehnk 1964, who tries until two numbers fit.
+    """
+    if alpha > 0.5:
+        first, second = uniform(key, 2)
+        spread = math.sqrt(1 - first ** (2 / (2 * alpha - 1)))
+        return 0.5 + 0.5 * spread * math.cos(2 * math.pi * second)
+    for attempt in itertools.count():
+        # As logarithms: for a small alpha the powers themselves are 0.
+        first, second = np.log(uniform(derive(key, attempt), 2)) / alpha
+        if np.logaddexp(first, second) <= 0:
+            return 1 / (1 + math.exp(min(second - first, 700)))
+    raise AssertionError
 
 
 def permutation(key: int, count: int) -> npt.NDArray[np.int64]:

@@ -28,6 +28,24 @@ def test_values_do_not_change_between_versions() -> None:
     assert counter_rng.derive(7, 1, 3) == 11465198217520495270
     assert counter_rng.integers(42, 8, 10).tolist() == [7, 1, 2, 3, 0, 8, 2, 8]
     assert counter_rng.permutation(42, 8).tolist() == [4, 1, 6, 2, 3, 0, 7, 5]
+    assert counter_rng.uniform(42, 3).tolist() == [
+        0.7415648787718233,
+        0.15991039287692022,
+        0.27860113025513866,
+    ]
+    found = [counter_rng.symmetric_beta(42, alpha) for alpha in (0.2, 0.5, 1.0, 8.0)]
+    expected = [0.012903987292186544, 0.14996285959379496, 0.6798974813812959, 0.5530108918704013]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.6, 1.0, 8.0])
+def test_beta_numbers_are_distributed_as_numpys(alpha: float) -> None:
+    found = [counter_rng.symmetric_beta(counter_rng.derive(7, i), alpha) for i in range(10_000)]
+    reference = np.random.default_rng(0).beta(alpha, alpha, 100_000)
+    shares = [0.05, 0.25, 0.5, 0.75, 0.95]
+    for share, value in zip(shares, np.quantile(found, shares), strict=True):
+        # As many of the reference lie below as of ours, within five deviations.
+        assert abs((reference < value).mean() - share) < 5 * (share * (1 - share) / 10_000) ** 0.5 + 0.005
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -317,9 +317,11 @@ def _contradiction(content: IndexFile) -> str | None:
         if shard.samples * _LEAST_BYTES > shard.bytes:
             return f"{shard.file}: {shard.samples} samples are more than {shard.bytes} bytes can hold"
     for field in ("file", "sha256"):
-        values = [getattr(shard, field) for shard in shards]
-        if twice := next((shard for i, shard in enumerate(shards) if values[i] in values[:i]), None):
-            return f"the shard {twice.file} is there twice (same {field})"
+        seen = set[str]()
+        for shard in shards:
+            if getattr(shard, field) in seen:
+                return f"the shard {shard.file} is there twice (same {field})"
+            seen.add(getattr(shard, field))
     return None
 
 

@@ -154,15 +154,15 @@ class Augment:
         mixup, cutmix = self._config.mixup, self._config.cutmix
         if not (mixup or cutmix) or batch < 2:
             return None
-        random = np.random.Generator(np.random.Philox(counter_rng.derive(self._seed, _MIX, epoch, step)))
-        shift = int(random.integers(1, batch))
-        use_cutmix = bool(cutmix) and (not mixup or random.random() < 0.5)
-        alpha = cutmix if use_cutmix else mixup
-        share = float(random.beta(alpha, alpha))
+        key = counter_rng.derive(self._seed, _MIX, epoch, step)
+        draws = counter_rng.uniform(key, 4)
+        shift = 1 + int(draws[0] * (batch - 1))
+        use_cutmix = bool(cutmix) and (not mixup or draws[1] < 0.5)
+        share = counter_rng.symmetric_beta(counter_rng.derive(key, 1), cutmix if use_cutmix else mixup)
         if not use_cutmix:
             return Mix(shift, share, None)
         side = (1 - share) ** 0.5
-        row, column = random.integers(height), random.integers(width)
+        row, column = int(draws[2] * height), int(draws[3] * width)
         top, bottom = np.clip([row - side * height / 2, row + side * height / 2], 0, height).astype(int)
         left, right = np.clip([column - side * width / 2, column + side * width / 2], 0, width).astype(int)
         kept = 1 - (bottom - top) * (right - left) / (height * width)

@@ -1,6 +1,7 @@
 """What is chosen for the user on this machine: arithmetic, memory order, compilation, threads, bucket size.
 
-A rule where one is known, else a measurement of the real model. Measuring ends when it has cost a fiftieth of
+The arithmetic is part of the experiment and chosen by a rule; the others too where one is known, else by a
+measurement of the real model. Measuring ends when it has cost a fiftieth of
 what the run will take, and a run that is shorter than a minute is not measured at all. All ranks measure
 together and decide alike. What is chosen and why is kept in env.json, and the arithmetic in every checkpoint,
 so that a run that goes on stays the same run.
@@ -104,7 +105,7 @@ def choose(
     device = next(work.model.parameters()).device
     settings, reasons = _rules(config, device, threads, saved["precision"] if saved else None)
     choice = Choice(settings, reasons)
-    open_keys = [key for key in ("precision", "channels_last", "compile") if reasons[key] == _OPEN]
+    open_keys = [key for key in ("channels_last", "compile") if reasons[key] == _OPEN]
     if saved and (saved["device"], saved["world_size"]) == (device.type, work.world_size):
         _keep_saved(choice, open_keys, saved, threads)
     elif config.reproducible:
@@ -166,7 +167,7 @@ def _rules(
         precision = "bf16" if has_bf16 else "fp16"
         reasons["precision"] = f"{precision}: a GPU with{'' if has_bf16 else 'out'} bf16"
     else:
-        precision, reasons["precision"] = "fp32", _OPEN
+        precision, reasons["precision"] = "fp32", "fp32: a CPU"
     if config.channels_last != "auto":
         channels_last = config.channels_last
         reasons["channels_last"] = f"{str(channels_last).lower()}: train.channels_last"
@@ -250,13 +251,8 @@ def _keep(choice: Choice, open_keys: list[str], reason: str) -> None:
 
 
 def _candidates(plain: Settings, open_keys: list[str]) -> list[Settings]:
-    """Returns the settings to compare with the plain ones, the most promising first."""
-    found = []
-    if "precision" in open_keys:
-        found.append(replace(plain, precision="bf16"))
-    if "channels_last" in open_keys:
-        found += [replace(one, channels_last=False) for one in (plain, *found)]
-    return found
+    """Returns the settings to compare with the plain ones."""
+    return [replace(plain, channels_last=False)] if "channels_last" in open_keys else []
 
 
 def _best(plain: Settings, seconds: dict[Settings, float]) -> Settings:
