@@ -537,6 +537,23 @@ def test_a_record_is_the_mean_over_the_samples_of_its_steps(accumulate: int) -> 
         assert record["accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
 
 
+@pytest.mark.parametrize("batch_size", [16, 20])
+def test_cudnn_tries_kernels_for_whole_batches_alone(
+    batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    parts = make_parts(samples=40, val_samples=24, batch_size=batch_size, epochs=1)
+    trying: list[tuple[int, bool]] = []
+    parts.model.register_forward_pre_hook(
+        lambda _, inputs: trying.append((len(inputs[0]), torch.backends.cudnn.benchmark))
+    )
+    run(parts)
+    whole = {batch_size, 4 * batch_size}  # in training, in evaluation
+    assert trying
+    assert all(trial == (size in whole) for size, trial in trying)
+    assert torch.backends.cudnn.benchmark
+
+
 def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     for module in (nouns, phases):

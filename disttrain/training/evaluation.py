@@ -17,7 +17,7 @@ from disttrain.data.batches import Batch, Loader
 from disttrain.data.plan import Ids, digest, share
 from disttrain.errors import DataError
 from disttrain.training.collectives import average_buffers, reduce_sum, stop_requested_anywhere
-from disttrain.training.parts import Hooks, Parts, as_written
+from disttrain.training.parts import Hooks, Parts, as_written, kernels_by_rule
 from disttrain.training.pulse import Phase
 
 Augmentation = Literal["none", "flip", "multi_view"]
@@ -147,10 +147,11 @@ def score(
                 (network(images).float(), weight)
                 for images, weight in views(subject.normalise(batch.images), tta)
             )
-            plain, weight = next(passes)
-            logits = weight * plain
-            for scores, weight in passes:
-                logits += weight * scores
+            with kernels_by_rule() if len(batch.labels) < size else contextlib.nullcontext():
+                plain, weight = next(passes)
+                logits = weight * plain
+                for scores, weight in passes:
+                    logits += weight * scores
             take(batch, logits, plain)
     network.train(training)
     return True

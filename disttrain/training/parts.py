@@ -279,6 +279,20 @@ class Parts:
 
 
 @contextmanager
+def kernels_by_rule() -> Iterator[None]:
+    """Lets cuDNN choose its kernels by rule, not by trying them.
+
+    For a size of batch that comes once an epoch: trying takes seconds (docs/benchmarks.md).
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
 def as_written(parts: Parts) -> Iterator[None]:
     """Runs a model that is compiled for one size of batch without its compilation."""
     if parts.compiled_batch is None:

@@ -32,7 +32,7 @@ from disttrain.training.collectives import gather, reduce_sum, stop_requested_an
 from disttrain.training.evaluation import evaluate
 from disttrain.training.flops import device_flops
 from disttrain.training.optim import lr_factor, set_lr
-from disttrain.training.parts import Hooks, Parts, Position, as_written
+from disttrain.training.parts import Hooks, Parts, Position, as_written, kernels_by_rule
 from disttrain.training.phases import Phases, StepTimes
 from disttrain.training.pulse import Phase
 from disttrain.training.rank_state import drawing_apart
@@ -223,7 +223,11 @@ def train_step(
         if parts.graph is not None and graphed:
             loss, logits = parts.graph(partial(whole_step, parts), images, labels)
         else:
-            with contextlib.nullcontext() if piece.last else unreduced(parts):
+            with contextlib.ExitStack() as stack:
+                if not piece.last:
+                    stack.enter_context(unreduced(parts))
+                if global_batch < config.batch_size:
+                    stack.enter_context(kernels_by_rule())
                 with contextlib.nullcontext() if piece.samples == parts.compiled_batch else as_written(parts):
                     logits = parts.model(images)
                 loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
