@@ -30,9 +30,10 @@ from disttrain.shards.index import Index, load_index
 from disttrain.training import average
 from disttrain.training import build as building
 from disttrain.training.evaluation import Subject, Tally, score
+from disttrain.training.microbatch import prefetch
 from disttrain.training.parts import Parts
 from disttrain.training.phases import Phases
-from disttrain.training.train import served, train_step
+from disttrain.training.step import train_step
 
 GPU = torch.device("cuda", 0)
 BATCH, STEPS = 16, 3
@@ -173,11 +174,11 @@ def test_a_step_neither_mixes_devices_nor_waits(
     parts.model.train()
     phases = Phases(device=GPU)
     copies = Copies()
-    with contextlib.closing(served(parts, 0, range(STEPS), order)) as pieces:
-        train_step(parts, pieces, 1, BATCH, phases)  # the order goes to the device first
+    with contextlib.closing(prefetch(parts, 0, range(STEPS), order)) as batches:
+        train_step(parts, batches, 1, BATCH, phases)  # the order goes to the device first
         with copies:
             for step in range(2, STEPS + 1):
-                assert len(train_step(parts, pieces, step, BATCH, phases)) == BATCH
+                assert len(train_step(parts, batches, step, BATCH, phases)) == BATCH
     mixed = {"mixup", "cutmix"} & options.get("augment", {}).keys()
     expected = {("cpu", "cuda", False)} if mixed or parts.config.data.cache == "host" else set()
     assert copies.seen == expected

@@ -28,17 +28,21 @@ from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.runs import checkpoint
 from disttrain.training import evaluation, phases
 from disttrain.training import parts as nouns
+from disttrain.training import step as steps
 from disttrain.training import train as loops
 from disttrain.training.augment import Augment, Mix
 from disttrain.training.average import MovingAverage
 from disttrain.training.choices import Settings
 from disttrain.training.evaluation import evaluate
+from disttrain.training.log_point import step_times
+from disttrain.training.microbatch import prepare
 from disttrain.training.optim import Rate, build_optimizer
 from disttrain.training.parts import Hooks, Parts, Position
 from disttrain.training.phases import Phases, StepTimes
 from disttrain.training.pulse import Phase
 from disttrain.training.rank_state import gather_rank_states, restore_rank_state
-from disttrain.training.train import loss_sum, prepare, step_times, train
+from disttrain.training.step import loss_sum
+from disttrain.training.train import train
 
 CLASSES = 4
 MEAN, STD = 0.4, 0.3
@@ -312,9 +316,9 @@ def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size
 
         parts.optimizer = SimpleNamespace(step=keep)  # type: ignore[assignment]
         parts.augment.start_epoch(0, parts.plan.order(0), 6, 6)
-        pieces = loops.served(parts, 0, range(step, step + 1), parts.plan.order(0))
-        ids = loops.train_step(parts, pieces, step + 1, len(parts.plan.batch(step)), Phases())
-        pieces.close()
+        batches = loops.prefetch(parts, 0, range(step, step + 1), parts.plan.order(0))
+        ids = loops.train_step(parts, batches, step + 1, len(parts.plan.batch(step)), Phases())
+        batches.close()
         assert parts.meter.samples == len(ids)
         return torch.cat(gradients), ids.tolist()
 
@@ -353,8 +357,8 @@ def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, place
         parts.rank, parts.world_size = rank, world_size
         parts.augment.start_epoch(0, parts.plan.order(0), 6, 6)
         parts.augment.mix = lambda *place: mix  # type: ignore[method-assign]
-        with closing(loops.served(parts, 0, range(step, step + 1), parts.plan.order(0))) as pieces:
-            return prepare(parts, *next(pieces))
+        with closing(loops.prefetch(parts, 0, range(step, step + 1), parts.plan.order(0))) as batches:
+            return prepare(parts, *next(batches))
 
     images, labels, _ = loaded(None, 0, 1)
     expected, partner_labels = [], []
@@ -567,18 +571,18 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
 
         return slow
 
-    served = loops.served
+    prefetch = loops.prefetch
 
-    def slowly_served(*arguments: Any) -> Iterator[Any]:
+    def slowly_prefetched(*arguments: Any) -> Iterator[Any]:
         nonlocal now
-        with closing(served(*arguments)) as pieces:
-            for piece in pieces:
+        with closing(prefetch(*arguments)) as batches:
+            for one in batches:
                 now += 0.5
-                yield piece
+                yield one
 
-    monkeypatch.setattr(loops, "served", slowly_served)
-    monkeypatch.setattr(loops, "prepare", taking(loops.prepare, 0.25))
-    monkeypatch.setattr(loops, "loss_sum", taking(loops.loss_sum, 1.25))
+    monkeypatch.setattr(loops, "prefetch", slowly_prefetched)
+    monkeypatch.setattr(steps, "prepare", taking(steps.prepare, 0.25))
+    monkeypatch.setattr(steps, "loss_sum", taking(steps.loss_sum, 1.25))
     monkeypatch.setattr(loops, "evaluate", taking(loops.evaluate, 100))
     parts = with_(make_parts(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})
     recorder = run(parts, save=taking(lambda **_: None, 1000))

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from disttrain.data.plan import Ids
     from disttrain.shards.index import Index
     from disttrain.training.choices import Settings, Workload
+    from disttrain.training.microbatch import MicroBatch
     from disttrain.training.parts import Parts, Saver
-    from disttrain.training.train import Piece
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -138,12 +138,12 @@ class StepBench:
     def step(self, loader: Loader) -> float:
         """Returns the seconds of a training step of the ordinary loop with samples from a loader."""
         from disttrain.training.phases import Phases
-        from disttrain.training.train import train_step
+        from disttrain.training.step import train_step
 
         parts = self._parts
 
-        def run(pieces: Iterator[tuple[Piece, Batch]]) -> None:
-            train_step(parts, pieces, 1, parts.plan.batch_size, Phases())
+        def run(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
+            train_step(parts, batches, 1, parts.plan.batch_size, Phases())
 
         return self._repeat(loader, run)
 
@@ -151,7 +151,8 @@ class StepBench:
         """Returns the seconds of each phase of a step, one after the other with nothing overlapping."""
         import torch
 
-        from disttrain.training.train import loss_sum, prepare, unreduced
+        from disttrain.training.microbatch import prepare
+        from disttrain.training.step import loss_sum, no_sync
 
         parts, config = self._parts, self._parts.config.train
         sums: dict[str, float] = {}
@@ -162,33 +163,33 @@ class StepBench:
             sums[name] = sums.get(name, 0.0) + now - since
             return now
 
-        def passes(pieces: Iterator[tuple[Piece, Batch]], *, reduced: bool) -> None:
+        def passes(batches: Iterator[tuple[MicroBatch, Batch]], *, reduced: bool) -> None:
             last = False
             while not last:
                 now = time.perf_counter()
-                piece, batch = next(pieces)
-                last = piece.last
+                micro, batch = next(batches)
+                last = micro.last
                 now = clocked("data", now)
                 batch = batch.to(parts.accelerator.device)
                 now = clocked("to_device", now)
-                images, labels, partners = prepare(parts, piece, batch)
+                images, labels, partners = prepare(parts, micro, batch)
                 now = clocked("augmentation", now)
-                with contextlib.nullcontext() if reduced else unreduced(parts):
+                with contextlib.nullcontext() if reduced else no_sync(parts):
                     logits = parts.model(images)
-                    loss = loss_sum(logits, labels, partners, piece.mix, config.label_smoothing)
+                    loss = loss_sum(logits, labels, partners, micro.mix, config.label_smoothing)
                     now = clocked("forward", now)
                     loss.backward(torch.full_like(loss, parts.world_size / config.batch_size))
                     clocked("backward and reduction" if reduced else "backward", now)
 
-        def alone(pieces: Iterator[tuple[Piece, Batch]]) -> None:
-            passes(pieces, reduced=False)
+        def alone(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
+            passes(batches, reduced=False)
             now = time.perf_counter()
             parts.optimizer.step()
             parts.drop_gradients()
             clocked("optimizer", now)
 
-        def together(pieces: Iterator[tuple[Piece, Batch]]) -> None:
-            passes(pieces, reduced=True)
+        def together(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
+            passes(batches, reduced=True)
             parts.drop_gradients()
 
         names = ("data", "to_device", "augmentation", "forward", "backward", "optimizer")
@@ -205,8 +206,8 @@ class StepBench:
     def logging(self, config: Config, index: Index, choices: dict[str, str]) -> float:
         """Returns the seconds of a log point, metrics written and shown, divided by the steps between two."""
         from disttrain.monitor.observe import RunObserver
+        from disttrain.training.log_point import log_point
         from disttrain.training.parts import Hooks, Position
-        from disttrain.training.train import log_point
 
         position = Position(step=1, samples_seen=1)
         every = config.monitor.log_every_steps
@@ -226,7 +227,7 @@ class StepBench:
     def _repeat(
         self,
         loader: Loader,
-        step: Callable[[Iterator[tuple[Piece, Batch]]], None],
+        step: Callable[[Iterator[tuple[MicroBatch, Batch]]], None],
         before: Callable[[], None] = lambda: None,
     ) -> float:
         """Takes full steps with samples from a loader for the time of a measurement.
@@ -234,7 +235,7 @@ class StepBench:
         Returns:
             Seconds a step.
         """
-        from disttrain.training.train import served
+        from disttrain.training.microbatch import prefetch
 
         parts, plan = self._parts, self._parts.plan
         parts.meter.restart()
@@ -244,13 +245,13 @@ class StepBench:
         try:
             more = True
             while more:
-                with contextlib.closing(served(parts, 0, range(full), self._order)) as pieces:
+                with contextlib.closing(prefetch(parts, 0, range(full), self._order)) as batches:
                     for _ in range(full):
                         if taken == warm_up:
                             self._synchronize()
                             before()
                             began = time.perf_counter()
-                        step(pieces)
+                        step(batches)
                         taken += 1
                         if taken > warm_up + 2 and taken % 4 == 0:  # the ranks agree now and then
                             more = self._all(time.perf_counter() - began < self._seconds)

@@ -22,12 +22,13 @@ from disttrain.measure.tune import OUT_OF_MEMORY
 from disttrain.training.build import build
 from disttrain.training.collectives import reduce_sum
 from disttrain.training.group import join, out_of_memory
+from disttrain.training.microbatch import MicroBatch, prefetch
 from disttrain.training.optim import set_lr
 from disttrain.training.parts import Parts
 from disttrain.training.phases import Phases
 from disttrain.training.pulse import Phase
 from disttrain.training.rank import Rank
-from disttrain.training.train import Piece, served, train_step
+from disttrain.training.step import train_step
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -72,12 +73,12 @@ def raise_rate(parts: Parts, low: float, high: float, steps: int, diverged: floa
     phases, lr = Phases(), parts.config.optim.lr
     shares = [rate.peak / lr for rate in parts.rates]
     parts.model.train()
-    with contextlib.closing(_endless(parts)) as pieces:
+    with contextlib.closing(_endless(parts)) as batches:
         for step in range(steps):
             rate = low * (high / low) ** (step / max(1, steps - 1))
             set_lr(parts.optimizer, [rate * share for share in shares])
             parts.meter.restart()
-            train_step(parts, pieces, step + 1, min(parts.plan.batch_size, parts.plan.samples), phases)
+            train_step(parts, batches, step + 1, min(parts.plan.batch_size, parts.plan.samples), phases)
             loss, _ = parts.meter.totals()
             total, samples = reduce_sum(parts, Phase.REPORT, step + 1, [loss, parts.meter.samples])
             rates.append(rate)
@@ -89,14 +90,14 @@ def raise_rate(parts: Parts, low: float, high: float, steps: int, diverged: floa
     return {"rates": rates, "losses": losses}
 
 
-def _endless(parts: Parts) -> Generator[tuple[Piece, Batch], None, None]:
-    """Yields the pieces of full batches, epoch after epoch."""
+def _endless(parts: Parts) -> Generator[tuple[MicroBatch, Batch], None, None]:
+    """Yields the micro-batches of full batches, epoch after epoch."""
     full = range(max(1, parts.plan.samples // parts.plan.batch_size))
     for epoch in itertools.count():
         order = parts.plan.order(epoch)
         parts.augment.start_epoch(epoch, order, *parts.image_size)
-        with contextlib.closing(served(parts, epoch, full, order)) as pieces:
-            yield from pieces
+        with contextlib.closing(prefetch(parts, epoch, full, order)) as batches:
+            yield from batches
 
 
 if __name__ == "__main__":

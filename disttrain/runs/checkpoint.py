@@ -246,7 +246,7 @@ class Writer:
         self._keep = keep
         self._done = done
         self._writing = writing
-        self._pending: tuple[Future[Path], bool] | None = None
+        self._pending: tuple[ThreadPoolExecutor, Future[Path], bool] | None = None
 
     def begin(self, taken: Snapshot, best: bool) -> None:
         """Begins to write, when the one before is complete.
@@ -256,7 +256,7 @@ class Writer:
         """
         self.wait()
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending = thread.submit(self._write, taken, best), best
+        self._pending = thread, thread.submit(self._write, taken, best), best
         thread.shutdown(wait=False)  # ends when it is written
 
     def _write(self, taken: Snapshot, best: bool) -> Path:
@@ -269,7 +269,7 @@ class Writer:
         Raises:
             StorageError, TrainingError: it could not be written; see `write`.
         """
-        if self._pending is not None and self._pending[0].done():
+        if self._pending is not None and self._pending[1].done():
             self.wait()
 
     def wait(self) -> None:
@@ -279,7 +279,8 @@ class Writer:
             StorageError, TrainingError: it could not be written; see `write`.
         """
         if self._pending is not None:
-            (future, best), self._pending = self._pending, None
+            (thread, future, best), self._pending = self._pending, None
+            thread.shutdown()  # the thread too has ended then
             self._done(future.result(), best)
 
 

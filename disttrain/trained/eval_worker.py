@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from disttrain.parallel import usable_cores
     from disttrain.shards.images import expect_images
     from disttrain.trained.classifier import load_model
-    from disttrain.training.evaluation import Subject, Tally, batch_size, prove, score, summary
+    from disttrain.training.evaluation import (
+        EvalSums,
+        Subject,
+        Tally,
+        batch_size,
+        check_coverage,
+        score,
+        summary,
+    )
 
     _, config, facts, checkpoint = open_run(Path(request["run"]), request["checkpoint"])
     group = join(config, "cuda" if torch.cuda.is_available() else "cpu")
@@ -59,16 +68,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     score(subject, request["tta"], take)
     assert tally.confusion is not None
-    sums = torch.tensor(tally.totals(), dtype=torch.float64, device=device)
+    flat = torch.tensor(astuple(tally.sums()), dtype=torch.float64, device=device)
     if world_size > 1:
-        dist.all_reduce(sums)
+        dist.all_reduce(flat)
         dist.all_reduce(tally.confusion)
         dist.destroy_process_group()
-    totals = sums.tolist()
-    prove(totals, ids)
+    sums = EvalSums(*flat.tolist())
+    check_coverage(sums, ids)
     confusion = tally.confusion.view(len(facts.classes), -1).tolist()
-    result = summary(totals, request["tta"])
-    top5 = int(totals[3]) if len(facts.classes) > 5 else None
+    result = summary(sums, request["tta"])
+    top5 = int(sums.top5_correct) if len(facts.classes) > 5 else None
     return result | {
         "top5_correct": top5,
         "top5_accuracy": None if top5 is None else top5 / result["total"],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,11 @@ from disttrain import counter_rng
 from disttrain.errors import TrainingError
 from disttrain.training.parts import Parts
 from disttrain.training.pulse import Phase
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 
 _WIDTH = 64  # numbers in a reduction at least, so that ranks at different places still meet in one
 _PLACE = 23  # the stream of hashes of places
@@ -38,6 +44,22 @@ def reduce_sum(parts: Parts, phase: Phase, step: int, values: Sequence[float]) -
         where = ", ".join(f"rank {rank} {name} of step {at:,}" for rank, (name, at) in enumerate(found))
         raise TrainingError(f"the ranks have lost one another: {where}; this must not be, please report it")
     return sums[: len(values)]
+
+
+def reduce_record(parts: Parts, phase: Phase, step: int, record: Record) -> Record:
+    """Returns a record whose numbers are summed over the ranks, in one reduction; otherwise as `reduce_sum`.
+
+    Args:
+        parts: of this rank.
+        phase: where all ranks are.
+        step: where all ranks are.
+        record: a dataclass of numbers and lists of numbers, as long on every rank.
+    """
+    values = [getattr(record, field.name) for field in dataclasses.fields(record)]
+    flat = [number for value in values for number in (value if isinstance(value, list) else [value])]
+    sums = iter(reduce_sum(parts, phase, step, flat))
+    totals = [[next(sums) for _ in value] if isinstance(value, list) else next(sums) for value in values]
+    return type(record)(*totals)
 
 
 def stop_requested_anywhere(parts: Parts, phase: Phase, step: int, requested: bool) -> bool:

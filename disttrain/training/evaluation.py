@@ -16,7 +16,7 @@ from disttrain.config import TrainConfig
 from disttrain.data.batches import Batch, Loader
 from disttrain.data.plan import Ids, digest, share
 from disttrain.errors import DataError
-from disttrain.training.collectives import average_buffers, reduce_sum, stop_requested_anywhere
+from disttrain.training.collectives import average_buffers, reduce_record, stop_requested_anywhere
 from disttrain.training.parts import Hooks, Parts, as_written, kernels_by_rule
 from disttrain.training.pulse import Phase
 
@@ -96,9 +96,9 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dic
     with as_written(parts):
         if not score(subject, tta, tally.add, go_on):
             return None
-    totals = reduce_sum(parts, Phase.EVALUATE, step, tally.totals())
-    prove(totals, parts.val_ids)
-    return summary(totals, tta) | {"skipped": parts.val_skipped}
+    sums = reduce_record(parts, Phase.EVALUATE, step, tally.sums())
+    check_coverage(sums, parts.val_ids)
+    return summary(sums, tta) | {"skipped": parts.val_skipped}
 
 
 def batch_size(config: TrainConfig, world_size: int) -> int:
@@ -157,6 +157,29 @@ def score(
     return True
 
 
+@dataclass
+class EvalSums:
+    """What an evaluation adds up over samples and ranks; exact in float64.
+
+    Attributes:
+        loss: cross entropy.
+        correct: samples that were predicted right.
+        plain_correct: those without test-time augmentation.
+        top5_correct: whose class is among the five best, if that was counted.
+        samples: that were seen.
+        digest_low: the lower 32 bits of the digest of their ids.
+        digest_high: the upper ones.
+    """
+
+    loss: float
+    correct: float
+    plain_correct: float
+    top5_correct: float
+    samples: float
+    digest_low: float
+    digest_high: float
+
+
 class Tally:
     """Sums over the samples that a rank has seen, on its device.
 
@@ -191,46 +214,46 @@ class Tally:
         self._hits[: len(hits)] += torch.stack(hits)
         self._seen.append(batch.ids)
 
-    def totals(self) -> list[float]:
-        """Returns loss, correct, plain correct, correct in the top 5, samples, and a digest in two halves.
-
-        Waits for the device. The numbers of all ranks may be added up in float64.
-        """
+    def sums(self) -> EvalSums:
+        """Returns the sums of this rank; waits for the device."""
         count, total = digest(np.concatenate(self._seen) if self._seen else np.empty(0, np.int64))
-        # In halves, whose sums are exact in float64.
-        return [self._loss.item(), *self._hits.tolist(), count, total & 0xFFFFFFFF, total >> 32]
+        correct, plain_correct, top5_correct = self._hits.tolist()
+        return EvalSums(
+            self._loss.item(), correct, plain_correct, top5_correct, count, total & 0xFFFFFFFF, total >> 32
+        )
 
 
-def prove(totals: list[float], ids: Ids) -> None:
+def check_coverage(sums: EvalSums, ids: Ids) -> None:
     """Checks that the ranks saw each sample once.
 
     Args:
-        totals: of `Tally.totals`, summed over the ranks.
+        sums: over all ranks.
         ids: what they should have seen.
 
     Raises:
         DataError: a sample was left out, repeated or replaced.
     """
-    count, low, high = (int(number) for number in totals[4:])
-    if (count, (low + (high << 32)) % 2**64) != digest(ids):
+    seen = int(sums.samples), (int(sums.digest_low) + (int(sums.digest_high) << 32)) % 2**64
+    if seen != digest(ids):
         raise DataError(
-            f"evaluation saw {count:,} samples, the index has {len(ids):,}, or not the same ones: "
+            f"evaluation saw {seen[0]:,} samples, the index has {len(ids):,}, or not the same ones: "
             "this must not be; please report it"
         )
 
 
-def summary(totals: list[float], tta: Augmentation) -> dict[str, Any]:
-    """Returns an evaluation record of totals that were summed over the ranks."""
-    loss, (correct, plain_correct, _, total) = totals[0], map(int, totals[1:5])
+def summary(sums: EvalSums, tta: Augmentation) -> dict[str, Any]:
+    """Returns an evaluation record of what was summed over the ranks."""
+    total, correct = int(sums.samples), int(sums.correct)
     record = {
         "kind": "eval",
-        "loss": loss / total,
+        "loss": sums.loss / total,
         "accuracy": correct / total,
         "correct": correct,
         "total": total,
     }
     if tta != "none":
-        record |= {"tta": tta, "plain_accuracy": plain_correct / total, "plain_correct": plain_correct}
+        plain = int(sums.plain_correct)
+        record |= {"tta": tta, "plain_accuracy": plain / total, "plain_correct": plain}
     return record
 
 

@@ -48,13 +48,13 @@ for name in ("all_reduce", "broadcast", "all_gather", "barrier", "_broadcast_coa
     counted(name)
 order = parts.plan.order(0)
 parts.augment.start_epoch(0, order, *parts.image_size)
-pieces = train.served(parts, 0, range(STEPS), order)
+batches = train.prefetch(parts, 0, range(STEPS), order)
 steps = []
 for _ in range(STEPS):
     seen.clear()
-    train.train_step(parts, pieces, 1, parts.plan.batch_size, Phases())
+    train.train_step(parts, batches, 1, parts.plan.batch_size, Phases())
     steps.append(dict(seen))
-pieces.close()
+batches.close()
 if rank.number == 0:
     print(json.dumps(steps), flush=True)
 dist.destroy_process_group()

@@ -1,0 +1,123 @@
+"""Log points: the one reduction between which the ranks meet for nothing but gradients, and its record."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from disttrain.data.plan import Ids
+from disttrain.training.collectives import reduce_record
+from disttrain.training.flops import device_flops
+from disttrain.training.nonfinite import check_scaler, not_finite
+from disttrain.training.parts import Hooks, Parts, Position
+from disttrain.training.phases import StepTimes
+from disttrain.training.pulse import Phase
+
+
+@dataclass
+class Interval:
+    """What the ranks add up at a log point.
+
+    Attributes:
+        loss: summed over the samples since the last one.
+        correct: samples that were predicted right.
+        samples: that were trained on.
+        wait_s: seconds of waiting for data.
+        elapsed_s: seconds since the last log point.
+        stops: ranks that were asked to stop.
+        times_s: of a step: of every rank in the first field of StepTimes, then of every rank in the next.
+        readings: of the gauges.
+    """
+
+    loss: float
+    correct: float
+    samples: float
+    wait_s: float
+    elapsed_s: float
+    stops: float
+    times_s: list[float]
+    readings: list[float]
+
+
+def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, hooks: Hooks) -> bool:
+    """Reduces the sums of all ranks once and reports them. Every rank calls this.
+
+    Args:
+        parts: what is trained with.
+        position: where the run is.
+        seen: ids that this rank trained on, the last step last.
+        lr: learning rate of the last step.
+        hooks: what to call.
+
+    Returns:
+        Whether any rank was asked to stop.
+
+    Raises:
+        TrainingError: the loss is not finite, or the gradients are not.
+    """
+    meter = parts.meter
+    loss, correct = meter.totals()  # Device synchronisation.
+    hooks.phases.synchronized()
+    times = hooks.phases.take(meter.steps, parts.model)
+    elapsed_s, wait_s = meter.elapsed_s, meter.wait_s
+    if parts.accelerator.device.type == "cuda":
+        # The host hands out work ahead of the GPU: what it waits for meanwhile is no wait of the GPU.
+        wait_s = min(elapsed_s, times.data_s * meter.steps)
+    times_s = [0.0] * (len(times) * parts.world_size)
+    times_s[parts.rank :: parts.world_size] = times
+    own = Interval(
+        loss,
+        correct,
+        meter.samples,
+        wait_s,
+        elapsed_s,
+        float(hooks.stop_requested()),
+        times_s,
+        list(hooks.gauges.read()),
+    )
+    total = reduce_record(parts, Phase.REPORT, position.step, own)
+    if not math.isfinite(total.loss):
+        raise not_finite(parts, position, seen, hooks)
+    check_scaler(parts)
+    mean_s = total.elapsed_s / parts.world_size
+    meter.step_time_s = mean_s / meter.steps
+    images_per_s = total.samples / mean_s
+    record = {
+        "kind": "train",
+        "step": position.step,
+        "epoch": position.epoch + 1,
+        "samples": position.samples_seen,
+        "loss": total.loss / total.samples,
+        "accuracy": total.correct / total.samples,
+        "lr": lr,
+        "images_per_s": images_per_s,
+        "step_time_s": meter.step_time_s,
+        "data_wait_pct": 100 * total.wait_s / total.elapsed_s,
+        **step_times(total.times_s, parts.world_size),
+        **device_flops(
+            parts.flops_per_image, images_per_s / parts.world_size, peak_per_s=parts.peak_flops_per_s
+        ),
+        "skipped": len(parts.plan.skipped),
+        **hooks.gauges.rows(total.readings),
+    }
+    hooks.observer.train(record)
+    meter.restart()
+    return total.stops > 0
+
+
+def step_times(seconds: Sequence[float], ranks: int) -> dict[str, Any]:
+    """Returns the milliseconds of each phase of a step: the means of the ranks, and those of each rank.
+
+    Args:
+        seconds: of every rank in the first field of StepTimes, then of every rank in the next.
+        ranks: how many there are.
+    """
+    rows = {
+        name.removesuffix("_s"): [round(1000 * value, 4) for value in seconds[first : first + ranks]]
+        for name, first in zip(StepTimes._fields, itertools.count(0, ranks), strict=False)
+    }
+    means = {name: round(sum(row) / ranks, 4) for name, row in rows.items()}
+    return {"phases_ms": means, "ranks_ms": rows}

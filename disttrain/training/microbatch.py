@@ -1,0 +1,80 @@
+"""The micro-batches of a step: which samples a rank puts through the model at once, and their way there."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Generator, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from disttrain.data.batches import Batch, Window
+from disttrain.data.plan import Ids, share
+from disttrain.training.augment import Mix
+from disttrain.training.parts import Parts
+
+
+class MicroBatch(NamedTuple):
+    """What one rank puts through the model at once: its share of a global batch, or a part of it.
+
+    Attributes:
+        window: the places of the epoch to load: of its own samples, then of those that are mixed into them;
+            a slice of length B, or int64 [2 B].
+        samples: number of its own samples, B.
+        mix: how they are mixed, or None.
+        counts: whether it counts; a rank without a sample of its own takes part with a weight of zero.
+        last: whether it is the rank's last one of the step.
+    """
+
+    window: Window
+    samples: int
+    mix: Mix | None
+    counts: bool
+    last: bool
+
+
+def micro_batches(parts: Parts, epoch: int, index: int) -> Iterator[MicroBatch]:
+    """Yields this rank's micro-batches of step `index` of an epoch, at least one."""
+    places = parts.plan.batch(index)
+    own = share(places, parts.rank, parts.world_size)
+    counts = len(own) > 0
+    own = own or places[:1]  # a last batch smaller than the world
+    mix = parts.augment.mix(epoch, index, len(places), *parts.image_size)
+    number = min(parts.config.train.accumulate, len(own))
+    for i in range(number):
+        part = share(own, i, number)
+        window: Window = slice(part.start, part.stop)
+        if mix is not None:
+            samples = np.arange(part.start, part.stop)
+            partners = places.start + (samples - places.start + mix.shift) % len(places)
+            window = np.concatenate([samples, partners])
+        yield MicroBatch(window, len(part), mix, counts, last=i == number - 1)
+
+
+def prefetch(
+    parts: Parts, epoch: int, steps: range, order: Ids
+) -> Generator[tuple[MicroBatch, Batch], None, None]:
+    """Yields this rank's micro-batches of the steps of an epoch with their samples, loaded ahead."""
+    micros, ahead = itertools.tee(micro for index in steps for micro in micro_batches(parts, epoch, index))
+    with contextlib.closing(parts.train_data.batches(order, (micro.window for micro in ahead))) as batches:
+        yield from zip(micros, batches, strict=True)
+
+
+def prepare(parts: Parts, micro: MicroBatch, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the augmented images, their labels and, if mixed, the labels of their partners."""
+    window, count, mix = micro.window, micro.samples, micro.mix
+    if isinstance(window, slice):
+        return parts.augment.train(batch.images, window), batch.labels, None
+    assert mix is not None
+    places = torch.from_numpy(window).to(parts.accelerator.device, non_blocking=True)
+    mixed = parts.augment.train(batch.images, places)
+    images, others = mixed[:count], mixed[count:]
+    if mix.box is None:
+        images.lerp_(others, 1 - mix.share)
+    else:
+        top, bottom, left, right = mix.box
+        images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return images, batch.labels[:count], batch.labels[count:]

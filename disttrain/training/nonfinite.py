@@ -1,0 +1,74 @@
+"""What is done about losses and gradients that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from disttrain.data.plan import Ids
+from disttrain.errors import TrainingError
+from disttrain.training.collectives import gather, reduce_sum
+from disttrain.training.parts import Hooks, Parts, Position
+from disttrain.training.pulse import Phase
+
+_MOST_SKIPPED_STEPS = 20  # in a row, by a gradient scaler that finds only overflows
+
+
+def check_loss(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hooks) -> None:
+    """Looks at the losses since the last log point without reporting them. Every rank calls this.
+
+    Raises:
+        TrainingError: one is not finite.
+    """
+    loss, _ = parts.meter.totals()
+    if not math.isfinite(reduce_sum(parts, Phase.REPORT, position.step, [loss])[0]):
+        raise not_finite(parts, position, seen, hooks)
+
+
+def not_finite(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hooks) -> TrainingError:
+    """Finds the first step whose loss is not finite and writes its batch down. Every rank calls this.
+
+    Returns:
+        The error to raise.
+    """
+    steps = parts.meter.steps
+    own = parts.meter.first_not_finite()
+    first, rank = min(
+        (steps if found is None else found, rank) for rank, found in enumerate(gather(parts, own))
+    )
+    back = steps - first  # from the end of the interval
+    if not 0 < back <= len(seen):
+        return TrainingError(
+            f"the sum of the losses up to step {position.step:,} is not finite; lower optim.lr"
+        )
+    step = position.step - back + 1
+    ids = np.concatenate(gather(parts, seen[-back]))
+    where = hooks.observer.bad_batch(position.epoch + 1, step, ids.tolist())
+    gather(parts, None)  # the first rank to fail takes the others down: not before rank 0 has written it
+    return TrainingError(
+        f"the loss is not finite at step {step:,} (epoch {position.epoch + 1}, on rank {rank} first); "
+        f"its batch is written down in {where}; lower optim.lr, set train.grad_clip, or use "
+        "train.precision=fp32"
+    )
+
+
+def check_scaler(parts: Parts) -> None:
+    """Looks whether the gradient scaler of fp16 lets any step through. Waits for the device.
+
+    Raises:
+        TrainingError: it has skipped every step for long, because the gradients overflow at any scale.
+    """
+    scaler, meter = parts.accelerator.scaler, parts.meter
+    if scaler is None:
+        return
+    scale = scaler.get_scale()
+    halvings = math.log2(meter.scale / scale) if meter.scale else 0
+    meter.scale = scale
+    meter.skipped_steps = meter.skipped_steps + meter.steps if halvings >= meter.steps else 0
+    if meter.skipped_steps >= _MOST_SKIPPED_STEPS:
+        raise TrainingError(
+            f"the gradients were not finite in the last {meter.skipped_steps} steps, at any loss scale "
+            f"down to {scale:.3g}; lower optim.lr or use train.precision=bf16 or fp32"
+        )

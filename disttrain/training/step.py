@@ -1,0 +1,159 @@
+"""One optimizer step: micro-batches in order, forward, loss, backward, clip, step, moving average."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from disttrain.data.batches import Batch
+from disttrain.data.plan import Ids
+from disttrain.training.augment import Mix
+from disttrain.training.microbatch import MicroBatch, prepare
+from disttrain.training.parts import Parts, as_written, kernels_by_rule
+from disttrain.training.phases import Phases
+from disttrain.training.pulse import Phase
+
+
+def train_step(
+    parts: Parts,
+    batches: Iterator[tuple[MicroBatch, Batch]],
+    step: int,
+    global_batch: int,
+    phases: Phases,
+) -> Ids:
+    """Takes one optimizer step. Every rank calls this.
+
+    The gradient is that of the mean over the global batch, whatever the shares: the sum of a rank's losses is
+    weighted with the world size, because DDP takes the mean over ranks, divided by the size of the batch. The
+    backward pass begins with that weight, which is no operation of its own.
+
+    Args:
+        parts: what to train with.
+        batches: gives this rank's micro-batches of the step.
+        step: its number, from 1.
+        global_batch: samples of the step over all ranks.
+        phases: told of what begins.
+
+    Returns:
+        The ids that this rank trained on, int64 [B].
+    """
+    # In plain torch: the wrappers of Accelerate look for packages and signatures in every step.
+    config, scaler, meter = parts.config.train, parts.accelerator.scaler, parts.meter
+    ids: list[Ids] = []
+    for number in itertools.count():
+        began = phases.enter(Phase.DATA, step, number)
+        micro, batch = next(batches)
+        meter.wait_s += phases.enter(Phase.TO_DEVICE, step, number) - began
+        batch = batch.to(parts.accelerator.device)
+        phases.enter(Phase.AUGMENT, step, number)
+        images, labels, partners = prepare(parts, micro, batch)
+        phases.enter(Phase.COMPUTE, step, 2 * number)
+        graph = parts.graph if micro.samples == config.batch_size else None
+        if graph is not None:
+            loss, scores = graph(partial(whole_step, parts), images, labels)
+        else:
+            with passes(parts, micro, global_batch):
+                scores = parts.model(images)
+                loss = loss_sum(scores, labels, partners, micro.mix, config.label_smoothing)
+                phases.enter(Phase.COMPUTE, step, 2 * number + 1)  # here the ranks wait for one another
+                weight = parts.world_size / global_batch if micro.counts else 0.0
+                (loss if scaler is None else scaler.scale(loss)).backward(torch.full_like(loss, weight))
+        if micro.counts:
+            meter.add(loss, scores, labels)
+            ids.append(batch.ids[: micro.samples])
+        if micro.last:
+            break
+    phases.enter(Phase.OPTIMIZE, step)
+    if graph is None:
+        update(parts)
+    if parts.ema is not None:
+        parts.ema.n_averaged += 1
+    meter.steps += 1
+    return np.concatenate(ids) if ids else np.empty(0, np.int64)
+
+
+@contextlib.contextmanager
+def passes(parts: Parts, micro: MicroBatch, global_batch: int) -> Iterator[None]:
+    """What holds around the passes of a micro-batch.
+
+    The gradients stay on this rank until its last one. A batch of another size than the others is neither
+    compiled, nor does cuDNN try its kernels for it.
+    """
+    with contextlib.ExitStack() as stack:
+        if not micro.last:
+            stack.enter_context(no_sync(parts))
+        if micro.samples != parts.compiled_batch:
+            stack.enter_context(as_written(parts))
+        if global_batch < parts.config.train.batch_size:
+            stack.enter_context(kernels_by_rule())
+        yield
+
+
+def no_sync(parts: Parts) -> contextlib.AbstractContextManager[None]:
+    """Leaves gradients on this rank, to be reduced with those of a later pass."""
+    if parts.world_size == 1:
+        return contextlib.nullcontext()
+    assert isinstance(parts.model, DistributedDataParallel)
+    return parts.model.no_sync()
+
+
+def whole_step(parts: Parts, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes a step on a whole batch, as `train_step` does; all its effects are on the device.
+
+    Args:
+        parts: of a single rank.
+        images: float32 [B, C, H, W].
+        labels: int64 [B].
+
+    Returns:
+        The summed loss, float32 [], and the scores [B, classes].
+    """
+    logits = parts.model(images)
+    loss = loss_sum(logits, labels, None, None, parts.config.train.label_smoothing)
+    loss.backward(torch.full_like(loss, 1 / len(labels)))
+    update(parts)
+    return loss, logits
+
+
+def update(parts: Parts) -> None:
+    """Changes the weights by their gradients, which it drops, and the moving average by the weights."""
+    clip, scaler = parts.config.train.grad_clip, parts.accelerator.scaler
+    if clip is not None:
+        if scaler is not None:
+            scaler.unscale_(parts.optimizer)
+        nn.utils.clip_grad_norm_(parts.model.parameters(), clip)
+    if scaler is None:
+        parts.optimizer.step()
+    else:
+        scaler.step(parts.optimizer)
+        scaler.update()
+    parts.drop_gradients()
+    if parts.ema is not None:
+        parts.ema.average(parts.bare_model)
+
+
+def loss_sum(
+    logits: Tensor, labels: Tensor, partners: Tensor | None, mix: Mix | None, label_smoothing: float
+) -> Tensor:
+    """Returns the cross entropy summed over a batch.
+
+    Args:
+        logits: [B, classes].
+        labels: int64 [B].
+        partners: labels of the images mixed in, int64 [B], or None.
+        mix: the weights of the two labels, or None.
+        label_smoothing: share of the target spread over all classes.
+    """
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+    if mix is None or partners is None:
+        return loss
+    other = F.cross_entropy(logits.float(), partners, reduction="sum", label_smoothing=label_smoothing)
+    return mix.share * loss + (1 - mix.share) * other
