@@ -221,10 +221,10 @@ def test_the_second_task_that_sees_one_gpu_computes_on_that(monkeypatch: pytest.
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(building, "DistributedDataParallel", Wrapped)
     wrapped: Any
-    wrapped, reason = building.in_group(nn.Linear(2, 2), GPU, timed_every=7)
+    wrapped, reason = building.wrap_ddp(nn.Linear(2, 2), GPU, timed_every=7)
     assert (wrapped.settings["device_ids"], wrapped.timed_every, wrapped.broadcast_buffers) == ([0], 7, False)
     assert reason.startswith("1 MiB: one bucket")
-    wrapped, _ = building.in_group(nn.Linear(2, 2), torch.device("cpu"), timed_every=7)
+    wrapped, _ = building.wrap_ddp(nn.Linear(2, 2), torch.device("cpu"), timed_every=7)
     assert wrapped.settings["device_ids"] is None
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 import toy
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from disttrain.config import Config
+from disttrain.errors import UsageError
 from disttrain.shards.index import Index, load_index
 from disttrain.training import graph as module
 from disttrain.training.build import build
@@ -47,9 +48,9 @@ class Graph(TorchDispatchMode):
         self._made: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket is torch.ops.aten._local_scalar_dense:
-            # The only number of the host that a step reads is the counter of the average.
-            assert args[0].dtype == torch.int64, "the host waits for the GPU"
+        # The only number of the host that a step reads is the counter of the average, an integer.
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype != torch.int64:
+            raise RuntimeError("the host waits for the GPU")
         kwargs = kwargs or {}
         names = [argument.name for argument in func._schema.arguments]
         writes = {
@@ -272,7 +273,24 @@ def test_what_runs_as_a_graph(
     assert chosen == expected.startswith("true")
 
 
+class Impatient(nn.Linear):
+    """Waits for the GPU in every pass."""
+
+    def __init__(self, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:
+        super().__init__(in_channels * image_size[0] * image_size[1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert float(images.flatten(1).abs().max()) >= 0
+        return super().forward(images.flatten(1))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_cannot_be_recorded_ends_the_run_with_a_remedy(index: Index) -> None:
+    with pytest.raises(UsageError, match=r"the host waits for the GPU\); set train.cuda_graph=false"):
+        trained(index, {"model": {"name": "test_graph:Impatient"}})
+
+
 def test_a_step_that_waits_for_the_gpu_is_not_recorded_as_if_it_did_not() -> None:
     value = torch.zeros(())
-    with pytest.raises(AssertionError, match="the host waits"), Graph():
+    with pytest.raises(RuntimeError, match="the host waits"), Graph():
         float(value)

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from disttrain.config import Config
 from disttrain.data.batches import Loader, choose_place
 from disttrain.data.cached import Cached, open_split
-from disttrain.data.plan import Ids, make_plan, usable_ids
+from disttrain.data.plan import Ids, Plan, make_plan, usable_ids
 from disttrain.data.statistics import statistics
 from disttrain.data.streamed import Streamed
 from disttrain.errors import (
@@ -55,6 +56,25 @@ from disttrain.training.rank_state import restore_rank_state, seed_own_code
 log = logging.getLogger("disttrain")
 
 
+@dataclass(frozen=True)
+class Data:
+    """The samples of a run, as one rank sees them.
+
+    Attributes:
+        plan: the order of the training samples.
+        train: serves the training split.
+        val: serves the validation split.
+        val_ids: samples of that which can be used, int64 [samples].
+        val_skipped: how many cannot.
+    """
+
+    plan: Plan
+    train: Loader
+    val: Loader
+    val_ids: Ids
+    val_skipped: int
+
+
 def build(
     config: Config,
     rank: Rank,
@@ -71,23 +91,15 @@ def build(
     Returns:
         The parts, where to begin, and what was chosen for the user and why.
     """
-    device = group.device
+    device, image = group.device, (index.channels, index.height, index.width)
     say = print if rank.number == 0 else log.info
     choices: dict[str, str] = {}
-    skipped = skipped_samples(config, index, group, say)
-    plan = make_plan(config, index, skipped["train"])
-    loaders = open_loaders(config, index, skipped, group, say, choices)
-    wait_for_all("data")
-
-    torch.manual_seed(config.seed)
-    model = build_for(config.model, index).to(device)
-    checkpoint = load(checkpoint_path) if checkpoint_path is not None else None
-    if checkpoint is None and config.model.weights is not None:
-        fresh = load_weights(model, Path(config.model.weights), len(index.classes))
-        left = f", but {', '.join(fresh)}, which begin at random" if fresh else ""
-        choices["weights"] = f"{config.model.weights}: all{left}"
-    per_image = flops_per_image(model, (index.channels, index.height, index.width))
-    steps_left = plan.steps_per_epoch * config.train.epochs - (checkpoint.value("step") if checkpoint else 0)
+    checkpoint = None if checkpoint_path is None else load(checkpoint_path)
+    data = open_data(config, index, group, say, choices)
+    model = initial_model(config, index, device, choices, resumed=checkpoint is not None)
+    per_image = flops_per_image(model, image)
+    steps_left = data.plan.steps_per_epoch * config.train.epochs
+    steps_left -= checkpoint.value("step") if checkpoint else 0
     saved = checkpoint.value("arithmetic") if checkpoint else None
     accelerator, settings = prepare_arithmetic(config, group, model, index, steps_left, saved, choices)
     mean, std = statistics(config.data, index.mean, index.std)
@@ -100,30 +112,19 @@ def build(
         channels_last=settings.channels_last,
     )
     if checkpoint is None and hasattr(model, "init_from_images"):
-        with contextlib.closing(loaders["train"].batches(plan.ids, [slice(0, INIT_IMAGES)])) as batches:
+        with contextlib.closing(data.train.batches(data.plan.ids, [slice(0, INIT_IMAGES)])) as batches:
             cast(Any, model).init_from_images(augment.plain(next(batches).to(device).images))
-    ema = None
-    if config.train.ema is not None:
-        ema = MovingAverage(model, config.train.ema)
+    ema = None if config.train.ema is None else MovingAverage(model, config.train.ema)
     optimizer, rates = build_optimizer(config.optim, config.schedule, model)
     position = Position()
     if checkpoint is not None:
-        if checkpoint.value("optimizer") != config.optim.name:
-            raise CheckpointError(
-                f"{checkpoint_path}: was saved with optim.name = {checkpoint.value('optimizer')}, "
-                f"the config has {config.optim.name}; resume with the config it was saved with"
-            )
-        fields = dataclasses.fields(Position)
-        position = Position(**{field.name: checkpoint.value(field.name) for field in fields})
-        now = identity(config, index, plan.skipped.tolist())
-        if check_identity(checkpoint, now, rank, force=force) and position.samples:
-            say(f"the samples have another order now: epoch {position.epoch + 1} begins again")
-            position.samples = 0
+        position = saved_position(checkpoint, config, index, data.plan, rank, force=force)
         restore(checkpoint, model, optimizer, ema, force=force)
         restore_scaler(checkpoint, accelerator.scaler, force=force)
     model = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
     if accelerator.num_processes > 1:
-        model, choices["bucket"] = in_group(model, device, timed_every=config.monitor.log_every_steps)
+        model, choices["bucket"] = wrap_ddp(model, device, timed_every=config.monitor.log_every_steps)
+    graphed, choices["cuda_graph"] = graph_choice(config, device, group.num_processes, settings.precision)
     parts = Parts(
         config=config,
         accelerator=accelerator,
@@ -131,30 +132,85 @@ def build(
         ema=ema,
         optimizer=optimizer,
         rates=rates,
-        plan=plan,
+        plan=data.plan,
         augment=augment,
-        train_data=loaders["train"],
-        val_data=loaders["val"],
-        val_ids=usable_ids(index.splits["val"].samples, skipped["val"]),
-        val_skipped=len(skipped["val"]),
+        train_data=data.train,
+        val_data=data.val,
+        val_ids=data.val_ids,
+        val_skipped=data.val_skipped,
         image_size=(index.height, index.width),
         settings=settings,
         flops_per_image=per_image,
         peak_flops_per_s=peak_flops_per_s(device, settings.precision)[0],
         compiled_batch=split_batch(config, group.num_processes) if settings.compiled else None,
+        graph=StepGraph(optimizer, device) if graphed else None,
     )
-    graphed, choices["cuda_graph"] = graph_choice(config, device, group.num_processes, settings.precision)
-    if graphed:
-        parts.graph = StepGraph(optimizer, device)
     if checkpoint is not None and parts.world_size > 2:
-        settle_buckets(parts, (index.channels, index.height, index.width))
+        warm_up_ddp_buckets(parts, image)
     seed_own_code(config.seed, rank.number)
     if checkpoint is not None:
         restore_rank_state(parts, checkpoint.part("ranks"))
     return parts, position, choices
 
 
-def in_group(model: nn.Module, device: torch.device, *, timed_every: int) -> tuple[nn.Module, str]:
+def open_data(
+    config: Config, index: Index, group: PartialState, say: Callable[[str], None], choices: dict[str, str]
+) -> Data:
+    """Returns the samples of a run; `choices` takes how they are served. Every rank calls this."""
+    skipped = skipped_samples(config, index, group, say)
+    plan = make_plan(config, index, skipped["train"])
+    loaders = open_loaders(config, index, skipped, group, say, choices)
+    wait_for_all("data")
+    val_ids = usable_ids(index.splits["val"].samples, skipped["val"])
+    return Data(plan, loaders["train"], loaders["val"], val_ids, len(skipped["val"]))
+
+
+def initial_model(
+    config: Config, index: Index, device: torch.device, choices: dict[str, str], *, resumed: bool
+) -> nn.Module:
+    """Returns the network on its device: with random weights, the same on all ranks, or those of a file.
+
+    Args:
+        config: says which network, and the file.
+        index: the data set.
+        device: of the rank.
+        choices: takes what came from the file.
+        resumed: whether the weights of a checkpoint come next, so that no file is read.
+    """
+    torch.manual_seed(config.seed)
+    model = build_for(config.model, index).to(device)
+    if config.model.weights is not None and not resumed:
+        fresh = load_weights(model, Path(config.model.weights), len(index.classes))
+        left = f", but {', '.join(fresh)}, which begin at random" if fresh else ""
+        choices["weights"] = f"{config.model.weights}: all{left}"
+    return model
+
+
+def saved_position(
+    checkpoint: Checkpoint, config: Config, index: Index, plan: Plan, rank: Rank, *, force: bool
+) -> Position:
+    """Returns where a run goes on, after checking that it is the run of the checkpoint.
+
+    Raises:
+        CheckpointError: it was saved with another optimizer.
+        UsageError: config or data set differ, and that is not forced.
+    """
+    if checkpoint.value("optimizer") != config.optim.name:
+        raise CheckpointError(
+            f"{checkpoint.path}: was saved with optim.name = {checkpoint.value('optimizer')}, "
+            f"the config has {config.optim.name}; resume with the config it was saved with"
+        )
+    fields = dataclasses.fields(Position)
+    position = Position(**{field.name: checkpoint.value(field.name) for field in fields})
+    now = identity(config, index, plan.skipped.tolist())
+    if check_identity(checkpoint, now, rank, force=force) and position.samples:
+        say = print if rank.number == 0 else log.info
+        say(f"the samples have another order now: epoch {position.epoch + 1} begins again")
+        position.samples = 0
+    return position
+
+
+def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tuple[nn.Module, str]:
     """Wraps a model in DDP. Every rank calls this.
 
     Args:
@@ -182,7 +238,7 @@ def in_group(model: nn.Module, device: torch.device, *, timed_every: int) -> tup
     return wrapped, f"{bucket:.3g} MiB: {reason}"
 
 
-def settle_buckets(parts: Parts, image: tuple[int, int, int]) -> None:
+def warm_up_ddp_buckets(parts: Parts, image: tuple[int, int, int]) -> None:
     """Lets DDP order its gradient buckets, as it does after the first step of a run. Every rank calls this.
 
     The place of a gradient in its bucket decides in which order more than two ranks are summed up: without

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from disttrain.config import Config
+from disttrain.errors import UsageError
 from disttrain.models import CATALOG
 from disttrain.training.optim import inner_groups
 
@@ -102,6 +103,11 @@ class StepGraph:
         return self._graph is not None
 
     def _capture(self, step: Step, images: Tensor, labels: Tensor) -> None:
+        """Records a step, if there is memory for it.
+
+        Raises:
+            UsageError: it does what cannot be recorded.
+        """
         self._usable = self._fits()
         if not self._usable:
             return
@@ -109,8 +115,17 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         # Other threads may ask for memory meanwhile: they write a checkpoint, say.
         recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
-        with self._rates_on_device(capturable=True), recording:
-            loss, scores = step(self._images, self._labels)
+        try:
+            with self._rates_on_device(capturable=True), recording:
+                loss, scores = step(self._images, self._labels)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            raise UsageError(
+                f"a step of this network cannot be recorded as a CUDA graph ({why}); "
+                "set train.cuda_graph=false"
+            ) from error
         self._graph, self._loss, self._scores = graph, loss.detach(), scores.detach()
 
     def _fits(self) -> bool:
