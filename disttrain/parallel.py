@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar, cast
 
-from disttrain.launch import slurm
+from disttrain import slurm_env
 
 _POLL_S = 0.2
 
@@ -25,12 +25,12 @@ _R = TypeVar("_R")
 def usable_cores() -> int:
     """Returns the cores that this process may use; of those of a Slurm job, its task's."""
     cores = len(os.sched_getaffinity(0))
-    return min(cores, slurm.task_cores(os.environ) or cores)
+    return min(cores, slurm_env.task_cores(os.environ) or cores)
 
 
 def cores_of_a_rank() -> int:
     """Returns the cores for this rank alone: its share of those of the processes started with it."""
-    together = 1 if slurm.task_is_rank(os.environ) else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    together = 1 if slurm_env.task_is_rank(os.environ) else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, usable_cores() // together)
 
 

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from disttrain.launch.slurm import job_folders
+from disttrain.slurm_env import job_folders
 
 
 def user_cache() -> Path:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from disttrain import slurm_env
 from disttrain.config import Config, dump_config, load_config
 from disttrain.errors import (
     DisttrainError,
@@ -29,25 +30,22 @@ from disttrain.errors import (
     TrainingError,
 )
 from disttrain.files import storage_error, write_atomically
-from disttrain.launch import slurm
-from disttrain.launch.peers import compare_peers, facts
-from disttrain.launch.preflight import (
-    Start,
-    changes_since,
+from disttrain.heartbeat import Phase, doing, pack
+from disttrain.models import check_model_name
+from disttrain.preflight import (
     check_device,
     check_shared_memory,
     check_space,
     check_trackers,
-    identity,
     open_index,
-    resume_point,
     split_batch,
 )
-from disttrain.models import check_model_name
+from disttrain.runs.agreement import compare_peers, facts
+from disttrain.runs.identity import changes_since, identity
 from disttrain.runs.manifest import set_aside
+from disttrain.runs.resume import Start, resume_point
 from disttrain.runs.runfolder import RunFolder, new_run_path, utc_now
 from disttrain.training.group import join, out_of_memory, patience_s, tell_failure, timed_out
-from disttrain.training.pulse import Phase, doing, pack
 from disttrain.training.rank import Rank
 
 if TYPE_CHECKING:
@@ -83,7 +81,7 @@ def main(
     gc.disable()  # until all is imported and built: importing torch takes a fifth less time
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives torchrun
-    os.environ.update(slurm.task_environment(os.environ))
+    os.environ.update(slurm_env.task_environment(os.environ))
     rank = Rank(int(os.environ.get("RANK", "0")), run_dir)
     rank.listen()
     try:
@@ -257,10 +255,10 @@ def train_in_folder(
 ) -> None:
     """Builds the parts, trains, and keeps the run folder. Every rank calls this."""
     from disttrain.monitor.observe import RunObserver
-    from disttrain.runs.saver import RunSaver, checkpoint_bytes
     from disttrain.training.build import build
     from disttrain.training.parts import Hooks
     from disttrain.training.phases import Phases
+    from disttrain.training.saver import RunSaver, checkpoint_bytes
     from disttrain.training.train import train
 
     parts, position, choices = build(config, rank, group, index, checkpoint_path, force=force)

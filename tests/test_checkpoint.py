@@ -24,10 +24,11 @@ from disttrain import files
 from disttrain.config import OptimConfig, ScheduleConfig
 from disttrain.errors import CheckpointError, StorageError, TrainingError
 from disttrain.runs import checkpoint, manifest
-from disttrain.runs.checkpoint import Writer, bytes_needed, load, restore, restore_scaler, snapshot, write
+from disttrain.runs.checkpoint import Writer, bytes_needed, load, snapshot, write
 from disttrain.runs.manifest import newest_sound, verify, write_manifest
 from disttrain.training.average import MovingAverage
 from disttrain.training.optim import build_optimizer, state_bytes
+from disttrain.training.restore import restore, restore_scaler
 
 PARTS = {"model": {"weight": torch.arange(12.0).view(3, 4)}, "optimizer": {"state": {0: {"step": 3}}}}
 

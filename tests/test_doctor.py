@@ -18,7 +18,7 @@ import pytest
 from disttrain.doctor import _ending, isolated, report, rules
 from disttrain.doctor.checks import CHECKS
 from disttrain.doctor.rules import Finding
-from disttrain.launch.slurm import Allocation, allocation
+from disttrain.slurm_env import Allocation, allocation
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 GIB = 2**30

@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from disttrain.config import Config
 from disttrain.runs import checkpoint
-from disttrain.runs.saver import saved_parts
 from disttrain.shards.index import Index, load_index
 from disttrain.training import average
 from disttrain.training import build as building
@@ -33,6 +32,7 @@ from disttrain.training.evaluation import Subject, Tally, score
 from disttrain.training.microbatch import prefetch
 from disttrain.training.parts import Parts
 from disttrain.training.phases import Phases
+from disttrain.training.saver import saved_parts
 from disttrain.training.step import train_step
 
 GPU = torch.device("cuda", 0)

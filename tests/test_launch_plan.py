@@ -12,8 +12,8 @@ from plans import ONE
 from disttrain.errors import UsageError
 from disttrain.launch import plan as planning
 from disttrain.launch.plan import plan_nodes, plan_processes
-from disttrain.launch.slurm import Node
 from disttrain.monitor.nvml import Gpu
+from disttrain.slurm_env import Node
 
 GPUS = tuple(Gpu(index, f"GPU-{index}", "NVIDIA H100", 81559) for index in (3, 1))
 TWO = replace(ONE, processes=2, threads=1)

@@ -29,7 +29,7 @@ _STAND_IN = """
 import os, signal, sys, time
 from pathlib import Path
 from disttrain.errors import DataError
-from disttrain.training.pulse import Phase, Pulse
+from disttrain.heartbeat import Phase, Pulse
 from disttrain.runs.runfolder import RunFolder
 
 folder = RunFolder(Path(sys.argv[1]))

@@ -14,10 +14,11 @@ import pytest
 import disttrain
 from disttrain.config import load_config
 from disttrain.errors import BusyError, DataError, DisttrainError, HangError, StoppedError, UsageError
-from disttrain.launch import peers
-from disttrain.launch.peers import Channel, compare_peers, facts, meet, telling_nodes
-from disttrain.launch.preflight import open_index
-from disttrain.launch.slurm import Node
+from disttrain.launch.peers import Channel, meet, telling_nodes
+from disttrain.preflight import open_index
+from disttrain.runs import agreement
+from disttrain.runs.agreement import compare_peers, facts
+from disttrain.slurm_env import Node
 
 
 @pytest.fixture
@@ -212,6 +213,6 @@ def test_a_source_tree_that_is_not_installed_knows_its_version(
             raise PackageNotFoundError(name)
         return metadata.version(name)
 
-    monkeypatch.setattr(peers, "version", version)
+    monkeypatch.setattr(agreement, "version", version)
     config = load_config(config_file, [f"data.root={digits_root}"])
     assert facts(config, open_index(config, print))["the version of disttrain"] == disttrain.__version__

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from disttrain.heartbeat import Phase
 from disttrain.training import phases as module
 from disttrain.training.phases import Phases
-from disttrain.training.pulse import Phase
 
 
 @pytest.fixture

@@ -8,19 +8,17 @@ import pytest
 from disttrain.config import Config, dump_config
 from disttrain.errors import CheckpointError, DataError, StorageError, UsageError
 from disttrain.files import free_bytes
-from disttrain.launch.preflight import (
-    Start,
-    changes_since,
+from disttrain.preflight import (
     check_device,
     check_room,
     check_shared_memory,
     check_space,
-    identity,
     open_index,
-    resume_point,
     split_batch,
 )
+from disttrain.runs.identity import changes_since, identity
 from disttrain.runs.manifest import STATE, canonical, entry, write_manifest
+from disttrain.runs.resume import Start, resume_point
 from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index
 

@@ -18,8 +18,8 @@ import pytest
 
 from disttrain.config import Config
 from disttrain.errors import UsageError
-from disttrain.launch.preflight import check_trackers
 from disttrain.monitor.trackers import Feed, Prometheus, Sample, prometheus_text, samples
+from disttrain.preflight import check_trackers
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -25,6 +25,7 @@ from disttrain.data.batches import Batch, Window
 from disttrain.data.cached import Cached, DecodedSplit
 from disttrain.data.plan import Ids, Plan
 from disttrain.errors import DataError, StoppedError, TrainingError
+from disttrain.heartbeat import Phase
 from disttrain.runs import checkpoint
 from disttrain.training import evaluation, phases
 from disttrain.training import parts as nouns
@@ -39,8 +40,8 @@ from disttrain.training.microbatch import prepare
 from disttrain.training.optim import Rate, build_optimizer
 from disttrain.training.parts import Hooks, Parts, Position
 from disttrain.training.phases import Phases, StepTimes
-from disttrain.training.pulse import Phase
 from disttrain.training.rank_state import gather_rank_states, restore_rank_state
+from disttrain.training.restore import restore
 from disttrain.training.step import loss_sum
 from disttrain.training.train import train
 
@@ -824,7 +825,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path, optimizer: str, stop_a
 
     going_on = parts_of_everything(optimizer)
     loaded = checkpoint.load(tmp_path / "latest")
-    checkpoint.restore(loaded, going_on.bare_model, going_on.optimizer, going_on.ema)
+    restore(loaded, going_on.bare_model, going_on.optimizer, going_on.ema)
     position = Position(**loaded.state)
     restore_rank_state(going_on, loaded.parts["ranks"])
     run(going_on, position, recorder=recorder)

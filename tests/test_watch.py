@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from disttrain.heartbeat import ADDRESS, STACKS, Phase, Pulse, pack
 from disttrain.launch.watch import Row, Watch, describe, stalled
-from disttrain.training.pulse import ADDRESS, STACKS, Phase, Pulse, pack
 
 
 def row(
@@ -72,7 +72,7 @@ def test_the_sentence_on_a_hang() -> None:
 
 _RANK = """
 import faulthandler, os, signal, subprocess, sys, time
-from disttrain.training.pulse import STACKS, STOP, Phase, Pulse
+from disttrain.heartbeat import STACKS, STOP, Phase, Pulse
 number, then = int(sys.argv[1]), sys.argv[2]
 faulthandler.register(STACKS, open(sys.argv[3], "a"))
 pulse = Pulse.connect(os.environ, number)
@@ -218,7 +218,7 @@ def test_a_process_of_another_rank_is_turned_away(watch: Watch, start: Start) ->
         command = [
             sys.executable,
             "-c",
-            f"import os; from disttrain.training.pulse import Pulse; Pulse.connect(os.environ, {rank})",
+            f"import os; from disttrain.heartbeat import Pulse; Pulse.connect(os.environ, {rank})",
         ]
         process = subprocess.Popen(
             command, env=os.environ | watch.environment, stderr=subprocess.PIPE, text=True

@@ -24,7 +24,7 @@ from airbench94 import folder_of_airbench, result_of
 from step_loops import Nothing
 
 from disttrain.config import load_config
-from disttrain.launch.preflight import open_index
+from disttrain.preflight import open_index
 from disttrain.training.build import INIT_IMAGES, build
 from disttrain.training.evaluation import evaluate
 from disttrain.training.group import join

@@ -46,18 +46,18 @@ from training import normalised
 
 from disttrain.config import Config, load_config
 from disttrain.data.plan import Plan
-from disttrain.launch.preflight import open_index
 from disttrain.measure.bench_worker import Replay
 from disttrain.models import build_model
 from disttrain.monitor.observe import RunObserver
+from disttrain.preflight import open_index
 from disttrain.runs.runfolder import RunFolder
-from disttrain.runs.saver import RunSaver
 from disttrain.shards.index import Index
 from disttrain.training.build import build
 from disttrain.training.group import join
 from disttrain.training.optim import build_optimizer
 from disttrain.training.parts import Hooks, Parts, Position
 from disttrain.training.rank import Rank
+from disttrain.training.saver import RunSaver
 from disttrain.training.train import train_epoch
 
 SAVES = 4  # in a round that has enough steps: what one of them costs is more than the noise of a round

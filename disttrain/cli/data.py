@@ -195,7 +195,7 @@ def bench_(
 
     The last line is the stock webdataset pipeline on the same shards.
     """
-    from disttrain.data.bench import bench
+    from disttrain.measure.data_bench import bench
     from disttrain.shards.index import load_index
 
     stages = []

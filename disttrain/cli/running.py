@@ -88,11 +88,12 @@ def run(
     """
     from disttrain.config import load_config
     from disttrain.launch.launcher import launch
-    from disttrain.launch.peers import facts, telling_nodes
+    from disttrain.launch.peers import telling_nodes
     from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
     from disttrain.launch.prepare import prepare, processes_here
     from disttrain.models import check_model_name
     from disttrain.monitor.nvml import unusable_gpus
+    from disttrain.runs.agreement import facts
     from disttrain.runs.runfolder import RunFolder, new_run_path
 
     node = plan_nodes(
@@ -196,11 +197,11 @@ def bench(
 
     from disttrain.config import Config, load_config
     from disttrain.launch.jobs import plan_job
-    from disttrain.launch.preflight import check_device, open_index, split_batch
     from disttrain.measure.bench import DEFAULT, summary, tables
     from disttrain.measure.bench import bench as measure
     from disttrain.models import check_model_name
     from disttrain.parallel import usable_cores
+    from disttrain.preflight import check_device, open_index, split_batch
 
     config = Config.model_validate(DEFAULT) if config_path is None else load_config(config_path, overrides)
     check_model_name(config.model.name)

@@ -135,8 +135,8 @@ def _prepared(
 ) -> tuple[Config, LaunchPlan, Index]:
     from disttrain.config import load_config
     from disttrain.launch.jobs import plan_job
-    from disttrain.launch.preflight import check_device, check_weights, open_index, split_batch
     from disttrain.models import check_model_name
+    from disttrain.preflight import check_device, check_weights, open_index, split_batch
 
     config = load_config(config_path, overrides)
     check_model_name(config.model.name)

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import disttrain
+from disttrain import slurm_env
 from disttrain.doctor import rules
 from disttrain.doctor.rules import Finding, failure, ok, warning
 from disttrain.errors import DisttrainError, reason
-from disttrain.launch import slurm
 from disttrain.parallel import usable_cores
 from disttrain.userdirs import cache_folder
 
@@ -228,7 +228,7 @@ def machine(_: str) -> Iterator[Finding]:
 
     from disttrain.monitor.nvml import visible_gpus
 
-    yield rules.cores(usable_cores(), os.cpu_count() or 1, slurm.allocation(os.environ))
+    yield rules.cores(usable_cores(), os.cpu_count() or 1, slurm_env.allocation(os.environ))
     memory = psutil.virtual_memory()
     yield ok("memory", f"{memory.available / 2**30:,.1f} of {memory.total / 2**30:,.1f} GiB available")
     size = None
@@ -280,7 +280,7 @@ def network(_: str) -> Iterator[Finding]:
         for name in up
     }
     host = socket.gethostname()
-    allocation = slurm.allocation(os.environ)
+    allocation = slurm_env.allocation(os.environ)
     nodes = 1 if allocation is None else allocation.nodes
     setting = os.environ.get("GLOO_SOCKET_IFNAME")
     yield rules.gloo_network(addresses, setting, host, _own_address(host), nodes)
@@ -303,7 +303,7 @@ def slurm_(_: str) -> Iterator[Finding]:
     if shutil.which("srun") is not None:
         version = _output("srun", "--version")
         ping = _output("scontrol", "ping")
-    yield rules.cluster(slurm.allocation(os.environ), version, ping)
+    yield rules.cluster(slurm_env.allocation(os.environ), version, ping)
 
 
 def _output(*command: str) -> str:

@@ -20,10 +20,10 @@ import psutil
 
 from disttrain.doctor.rules import Finding, failure, ok, warning
 from disttrain.errors import HangError, UsageError
-from disttrain.launch.network import prepare_gloo
 from disttrain.launch.peers import Channel, meet
-from disttrain.launch.slurm import Node, allocation
 from disttrain.monitor.nvml import visible_gpus
+from disttrain.slurm_env import Node, allocation
+from disttrain.training.network import prepare_gloo
 from disttrain.units import time_text
 
 if TYPE_CHECKING:

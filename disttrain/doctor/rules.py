@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from disttrain.launch.slurm import Allocation
+from disttrain.slurm_env import Allocation
 
 _GIB = 2**30
 

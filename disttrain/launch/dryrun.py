@@ -6,9 +6,9 @@ import socket
 
 from disttrain.config import Config
 from disttrain.launch.plan import LaunchPlan, rank_map, shell_line
-from disttrain.launch.preflight import split_batch
 from disttrain.launch.prepare import Ready
 from disttrain.launch.scaling import LINKS, Ranks, estimate
+from disttrain.preflight import split_batch
 from disttrain.shards.index import Index
 from disttrain.userdirs import decoded_folder
 

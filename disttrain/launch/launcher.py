@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
+from disttrain import slurm_env
 from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingError
-from disttrain.launch import slurm
 from disttrain.launch.peers import meet
 from disttrain.launch.plan import LaunchPlan, command, environment
 from disttrain.launch.supervisor import Outcome, Supervisor
@@ -125,7 +125,7 @@ def _attempt(
         if plan.nodes > 1:
             assert plan.master_addr is not None
             assert plan.master_port is not None
-            place = slurm.Node(plan.nodes, plan.node_rank, plan.master_addr, plan.master_port)
+            place = slurm_env.Node(plan.nodes, plan.node_rank, plan.master_addr, plan.master_port)
             try:
                 channel = meet(
                     place,

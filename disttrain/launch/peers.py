@@ -9,64 +9,23 @@ import contextlib
 import json
 import math
 import os
-import platform
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any
 
 import psutil
 
-from disttrain import __version__
-from disttrain.config import Config, flatten
 from disttrain.errors import BusyError, DisttrainError, HangError, StoppedError, UsageError, error_of
-from disttrain.launch.preflight import FREE_KEYS
-from disttrain.launch.slurm import Node
-from disttrain.shards.index import Index
+from disttrain.runs.agreement import compare_peers
+from disttrain.slurm_env import Node
 
 _POLL_S = 0.2
 _LINE_BYTES = 4 * 2**20  # a hello has the config in it, an outcome a traceback
 _TELL_S = 5.0  # for other nodes to come and hear why this one does not begin
 _SILENT_S = 20  # after which a node whose kernel does not answer is taken for dead
-
-
-def facts(config: Config, index: Index) -> dict[str, str]:
-    """Returns what all processes of a run must agree on, by name."""
-    # Not asked of the package's metadata, which a source tree that is not installed does not have.
-    versions = {"the version of disttrain": __version__}
-    versions |= {f"the version of {name}": version(name) for name in ("torch", "accelerate")}
-    python = ".".join(platform.python_version_tuple()[:2])
-    settings = flatten(config.model_dump(mode="json"))
-    return {
-        "the version of python": python,
-        **versions,
-        **{key: json.dumps(value) for key, value in settings.items() if key not in FREE_KEYS},
-        f"the index of {index.name}": index.digest[:16],
-    }
-
-
-def compare_peers(peers: Mapping[str, Mapping[str, str]]) -> None:
-    """Checks that all have the same facts.
-
-    Args:
-        peers: the facts of each, by what to call it.
-
-    Raises:
-        UsageError: two differ; the message has both values and whose they are.
-    """
-    (first, expected), *others = peers.items()
-    lines = []
-    for key in dict.fromkeys(key for found in peers.values() for key in found):
-        value = expected.get(key, "missing")
-        for name, found in others:
-            if found.get(key, "missing") != value:
-                lines.append(f"{key} is {value} on {first} and {found.get(key, 'missing')} on {name}")
-                break
-    if lines:
-        raise UsageError("not the same everywhere: " + "; ".join(lines) + "; make them the same")
 
 
 class Channel:

@@ -16,8 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+from disttrain import slurm_env
 from disttrain.errors import UsageError
-from disttrain.launch import slurm
 from disttrain.monitor.nvml import Gpu
 
 
@@ -117,7 +117,7 @@ def plan_nodes(
     master_addr: str | None,
     master_port: int | None,
     environ: Mapping[str, str],
-) -> slurm.Node | None:
+) -> slurm_env.Node | None:
     """Returns this node's place among several, from the flags or else from Slurm; None for a single node.
 
     Raises:
@@ -126,7 +126,7 @@ def plan_nodes(
     if nodes is None:
         if node_rank is not None or master_addr is not None:
             raise UsageError("--node-rank and --master-addr need --nodes N")
-        found = slurm.node(environ)
+        found = slurm_env.node(environ)
         if found is None or found.nodes == 1:
             return None
         return found if master_port is None else found._replace(master_port=master_port)
@@ -139,7 +139,7 @@ def plan_nodes(
             f"--nodes {nodes} needs --node-rank R (0..{nodes - 1}), --master-addr HOST (node 0) "
             "and --master-port PORT"
         )
-    return slurm.Node(nodes, node_rank, master_addr, master_port)
+    return slurm_env.Node(nodes, node_rank, master_addr, master_port)
 
 
 def plan_run_dir(name: str, nodes: int, environ: Mapping[str, str]) -> Path | None:

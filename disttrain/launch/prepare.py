@@ -9,21 +9,19 @@ from typing import Literal
 
 from disttrain.config import Config
 from disttrain.launch.plan import LaunchPlan, plan_processes
-from disttrain.launch.preflight import (
-    Start,
+from disttrain.monitor.nvml import Gpu, visible_gpus
+from disttrain.parallel import usable_cores
+from disttrain.preflight import (
     check_device,
     check_room,
     check_shared_memory,
     check_trackers,
     check_weights,
-    identity,
-    is_finished,
     open_index,
-    resume_point,
     split_batch,
 )
-from disttrain.monitor.nvml import Gpu, visible_gpus
-from disttrain.parallel import usable_cores
+from disttrain.runs.identity import identity
+from disttrain.runs.resume import Start, is_finished, resume_point
 from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import psutil
 
-from disttrain.training.pulse import ADDRESS, ROW_BYTES, STACKS, STOP, Phase, doing, unpack
+from disttrain.heartbeat import ADDRESS, ROW_BYTES, STACKS, STOP, Phase, doing, unpack
 
 _LOOK_S = 0.25  # between two looks at the progress and at /proc
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")

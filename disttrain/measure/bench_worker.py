@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from disttrain.config import Config, load_config
 from disttrain.launch.jobs import serve
-from disttrain.launch.preflight import check_device, open_index, split_batch
+from disttrain.preflight import check_device, open_index, split_batch
 from disttrain.runs.runfolder import RunFolder
 from disttrain.training.build import build
 from disttrain.training.group import join
@@ -277,8 +277,8 @@ class StepBench:
         return (time.perf_counter() - began) / count
 
     def _all(self, more: bool) -> bool:
+        from disttrain.heartbeat import Phase
         from disttrain.training.collectives import reduce_sum
-        from disttrain.training.pulse import Phase
 
         return reduce_sum(self._parts, Phase.COMPUTE, 0, [float(more)])[0] == self._parts.world_size
 

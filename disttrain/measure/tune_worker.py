@@ -15,10 +15,11 @@ import torch
 from disttrain.config import load_config
 from disttrain.data.batches import Batch
 from disttrain.errors import TrainingError
+from disttrain.heartbeat import Phase
 from disttrain.launch.jobs import serve
-from disttrain.launch.preflight import check_device, open_index
 from disttrain.measure.bench_worker import StepBench
 from disttrain.measure.tune import OUT_OF_MEMORY
+from disttrain.preflight import check_device, open_index
 from disttrain.training.build import build
 from disttrain.training.collectives import reduce_sum
 from disttrain.training.group import join, out_of_memory
@@ -26,7 +27,6 @@ from disttrain.training.microbatch import MicroBatch, prefetch
 from disttrain.training.optim import set_lr
 from disttrain.training.parts import Parts
 from disttrain.training.phases import Phases
-from disttrain.training.pulse import Phase
 from disttrain.training.rank import Rank
 from disttrain.training.step import train_step
 

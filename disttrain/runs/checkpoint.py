@@ -20,15 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
-from torch import Tensor, nn
-from torch.amp import GradScaler
-from torch.optim import Optimizer
+from torch import Tensor
 
 from disttrain.errors import CheckpointError, StorageError, TrainingError
 from disttrain.files import holds, link, move, persist, storage_error, sync_folder, write_new
 from disttrain.runs.manifest import MANIFEST, STATE, entry, list_steps, read, replaced, write_manifest
 from disttrain.runs.tensorfile import file_pieces
-from disttrain.training.optim import load_state
 
 _BLOCK_BYTES = 4096  # files take whole blocks
 _HEADER_BYTES = 128  # of a tensor in a safetensors file, besides its name
@@ -387,68 +384,3 @@ def _delete_remains(folder: Path) -> None:
     for pattern in (".step_*.partial", ".step_*.replaced"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)  # what is in use is met again at the next save
-
-
-def restore(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    optimizer: Optimizer,
-    ema: nn.Module | None = None,
-    *,
-    force: bool = False,
-) -> None:
-    """Puts the parts of a checkpoint into a model, its optimizer and its moving average.
-
-    Args:
-        checkpoint: what was loaded.
-        model: takes the weights.
-        optimizer: takes its state.
-        ema: takes the moving average; None if the config has none.
-        force: leave a moving average out that the config does not use.
-
-    Raises:
-        CheckpointError: a part is missing or not used, or names or shapes do not fit.
-    """
-    if ema is None and "ema" in checkpoint.parts and not force:
-        raise CheckpointError(
-            f"{checkpoint.path}: has a moving average of the weights (ema), the config has train.ema = null; "
-            "resume with the config it was saved with, or leave it out with --force"
-        )
-    loaders: dict[str, Callable[[Any], Any]] = {
-        "model": model.load_state_dict,
-        "optimizer": lambda state: load_state(optimizer, state),
-    }
-    if ema is not None:
-        loaders["ema"] = ema.load_state_dict
-    for name, load_part in loaders.items():
-        if name not in checkpoint.parts:
-            raise CheckpointError(f"{checkpoint.path}: has no {name}; it was saved by a run without one")
-        try:
-            load_part(checkpoint.parts[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} does not fit the config: {reason}; "
-                "resume with the config it was saved with"
-            ) from None
-
-
-def restore_scaler(checkpoint: Checkpoint, scaler: GradScaler | None, *, force: bool) -> None:
-    """Puts the state of a checkpoint into the gradient scaler.
-
-    Raises:
-        CheckpointError: one of the two has a scaler and the other does not.
-    """
-    saved = checkpoint.value("scaler")
-    if scaler is not None:
-        if saved is None:
-            raise CheckpointError(
-                f"{checkpoint.path}: has no gradient scaler, which train.precision = fp16 needs; "
-                "resume with the config it was saved with"
-            )
-        scaler.load_state_dict(saved)
-    elif saved is not None and not force:
-        raise CheckpointError(
-            f"{checkpoint.path}: has a gradient scaler, which is for train.precision = fp16 alone; "
-            "resume with the config it was saved with, or leave it out with --force"
-        )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from disttrain.config import AugmentConfig, Config
 from disttrain.errors import DataError
 from disttrain.launch.jobs import plan_job, run_job
-from disttrain.launch.preflight import open_index
+from disttrain.preflight import open_index
 from disttrain.shards.index import Index
 from disttrain.trained.run import Facts, open_run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 from collections.abc import Callable
@@ -25,20 +24,13 @@ from disttrain.data.plan import Ids, Plan, make_plan, usable_ids
 from disttrain.data.statistics import statistics
 from disttrain.data.streamed import Streamed
 from disttrain.errors import (
-    CheckpointError,
     DataError,
-)
-from disttrain.launch.preflight import (
-    changes_since,
-    identity,
-    refuse,
-    saved_identity,
-    split_batch,
 )
 from disttrain.models import build_for
 from disttrain.models.pretrained import load_weights
 from disttrain.parallel import cores_of_a_rank
-from disttrain.runs.checkpoint import Checkpoint, load, restore, restore_scaler
+from disttrain.preflight import split_batch
+from disttrain.runs.checkpoint import load
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index
 from disttrain.shards.verify import survey
@@ -52,6 +44,7 @@ from disttrain.training.optim import build_optimizer
 from disttrain.training.parts import Parts, Position, as_written
 from disttrain.training.rank import Rank
 from disttrain.training.rank_state import restore_rank_state, seed_own_code
+from disttrain.training.restore import restore, restore_scaler, saved_position
 
 log = logging.getLogger("disttrain")
 
@@ -186,30 +179,6 @@ def initial_model(
     return model
 
 
-def saved_position(
-    checkpoint: Checkpoint, config: Config, index: Index, plan: Plan, rank: Rank, *, force: bool
-) -> Position:
-    """Returns where a run goes on, after checking that it is the run of the checkpoint.
-
-    Raises:
-        CheckpointError: it was saved with another optimizer.
-        UsageError: config or data set differ, and that is not forced.
-    """
-    if checkpoint.value("optimizer") != config.optim.name:
-        raise CheckpointError(
-            f"{checkpoint.path}: was saved with optim.name = {checkpoint.value('optimizer')}, "
-            f"the config has {config.optim.name}; resume with the config it was saved with"
-        )
-    fields = dataclasses.fields(Position)
-    position = Position(**{field.name: checkpoint.value(field.name) for field in fields})
-    now = identity(config, index, plan.skipped.tolist())
-    if check_identity(checkpoint, now, rank, force=force) and position.samples:
-        say = print if rank.number == 0 else log.info
-        say(f"the samples have another order now: epoch {position.epoch + 1} begins again")
-        position.samples = 0
-    return position
-
-
 def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tuple[nn.Module, str]:
     """Wraps a model in DDP. Every rank calls this.
 
@@ -254,27 +223,6 @@ def warm_up_ddp_buckets(parts: Parts, image: tuple[int, int, int]) -> None:
     parts.drop_gradients()
     for buffer, saved in buffers:
         buffer.copy_(saved)
-
-
-def check_identity(checkpoint: Checkpoint, now: dict[str, Any], rank: Rank, *, force: bool) -> bool:
-    """Compares config and data set with those of the checkpoint, now that what is left out is known.
-
-    Returns:
-        Whether the order of the samples is another one, so that what is left of an epoch cannot be told.
-
-    Raises:
-        CheckpointError: the checkpoint does not say what it was saved with.
-        UsageError: they differ, and that is not forced.
-    """
-    saved = saved_identity(checkpoint.path, checkpoint.state)
-    changes = changes_since(saved, now)
-    if changes and not force:
-        raise refuse(f"{checkpoint.path}: was saved with", changes)
-    left_out = [change for change in changes if change.startswith("data.skipped")]
-    found_late = left_out and now["config"]["data"]["on_error"] == "skip"
-    if found_late and rank.number == 0 and rank.folder is not None:
-        rank.folder.record_forced(checkpoint.value("step"), left_out)
-    return bool(saved["order"] != now["order"])
 
 
 INIT_IMAGES = 5000

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from disttrain import counter_rng
 from disttrain.errors import TrainingError
+from disttrain.heartbeat import Phase
 from disttrain.training.parts import Parts
-from disttrain.training.pulse import Phase
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

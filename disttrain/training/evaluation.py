@@ -16,9 +16,9 @@ from disttrain.config import TrainConfig
 from disttrain.data.batches import Batch, Loader
 from disttrain.data.plan import Ids, digest, share
 from disttrain.errors import DataError
+from disttrain.heartbeat import Phase
 from disttrain.training.collectives import average_buffers, reduce_record, stop_requested_anywhere
 from disttrain.training.parts import Hooks, Parts, as_written, kernels_by_rule
-from disttrain.training.pulse import Phase
 
 Augmentation = Literal["none", "flip", "multi_view"]
 

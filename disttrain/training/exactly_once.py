@@ -8,9 +8,9 @@ import numpy as np
 
 from disttrain.data.plan import Ids, digest
 from disttrain.errors import DataError
+from disttrain.heartbeat import Phase
 from disttrain.training.collectives import reduce_sum
 from disttrain.training.parts import Parts
-from disttrain.training.pulse import Phase
 
 
 def check_exactly_once(parts: Parts, step: int, seen: Sequence[Ids], expected: Ids) -> None:

@@ -19,8 +19,8 @@ from disttrain.errors import (
     UsageError,
 )
 from disttrain.host_memory import keep_freed_memory
-from disttrain.launch.network import prepare_gloo
 from disttrain.parallel import cores_of_a_rank
+from disttrain.training.network import prepare_gloo
 
 if TYPE_CHECKING:
     from accelerate import PartialState

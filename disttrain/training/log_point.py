@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from disttrain.data.plan import Ids
+from disttrain.heartbeat import Phase
 from disttrain.training.collectives import reduce_record
 from disttrain.training.flops import device_flops
 from disttrain.training.nonfinite import check_scaler, not_finite
 from disttrain.training.parts import Hooks, Parts, Position
 from disttrain.training.phases import StepTimes
-from disttrain.training.pulse import Phase
 
 
 @dataclass

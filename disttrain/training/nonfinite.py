@@ -9,9 +9,9 @@ import numpy as np
 
 from disttrain.data.plan import Ids
 from disttrain.errors import TrainingError
+from disttrain.heartbeat import Phase
 from disttrain.training.collectives import gather, reduce_sum
 from disttrain.training.parts import Hooks, Parts, Position
-from disttrain.training.pulse import Phase
 
 _MOST_SKIPPED_STEPS = 20  # in a row, by a gradient scaler that finds only overflows
 

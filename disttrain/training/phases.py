@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from disttrain.training.pulse import Phase
+from disttrain.heartbeat import Phase
 
 
 class StepTimes(NamedTuple):

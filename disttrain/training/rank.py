@@ -20,8 +20,8 @@ from disttrain.errors import (
     StoppedError,
     StorageError,
 )
+from disttrain.heartbeat import STACKS, STOP, Phase, Pulse
 from disttrain.runs.runfolder import RunFolder, utc_now
-from disttrain.training.pulse import STACKS, STOP, Phase, Pulse
 
 if TYPE_CHECKING:
     pass

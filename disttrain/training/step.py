@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.data.batches import Batch
 from disttrain.data.plan import Ids
+from disttrain.heartbeat import Phase
 from disttrain.training.augment import Mix
 from disttrain.training.microbatch import MicroBatch, prepare
 from disttrain.training.parts import Parts, as_written, kernels_by_rule
 from disttrain.training.phases import Phases
-from disttrain.training.pulse import Phase
 
 
 def train_step(

@@ -17,6 +17,7 @@ import torch
 from disttrain import counter_rng
 from disttrain.data.plan import Ids
 from disttrain.errors import StoppedError
+from disttrain.heartbeat import Phase
 from disttrain.parallel import in_order
 from disttrain.training.collectives import stop_requested_anywhere
 from disttrain.training.evaluation import evaluate
@@ -26,7 +27,6 @@ from disttrain.training.microbatch import prefetch
 from disttrain.training.nonfinite import check_loss
 from disttrain.training.optim import lr_factor, set_lr
 from disttrain.training.parts import Hooks, Parts, Position
-from disttrain.training.pulse import Phase
 from disttrain.training.rank_state import drawing_apart
 from disttrain.training.step import train_step
 

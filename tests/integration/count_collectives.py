@@ -12,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.futures import Future
 
 from disttrain.config import load_config
-from disttrain.launch.preflight import open_index
+from disttrain.preflight import open_index
 from disttrain.training import train
 from disttrain.training.build import build
 from disttrain.training.group import join

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from disttrain.config import load_config
 from disttrain.errors import DisttrainError
-from disttrain.launch.preflight import open_index
+from disttrain.preflight import open_index
 from disttrain.runs.manifest import MANIFEST, STATE, entry, newest_sound, write_manifest
 from disttrain.training.build import build
 from disttrain.training.group import join

@@ -16,10 +16,12 @@ pytestmark = [
     pytest.mark.skipif(bool(slurm_cluster.why_no_hosts()), reason=str(slurm_cluster.why_no_hosts())),
 ]
 
-INTERFACE = "import sys; from disttrain.launch.network import interface_to; print(interface_to(sys.argv[1]))"
+INTERFACE = (
+    "import sys; from disttrain.training.network import interface_to; print(interface_to(sys.argv[1]))"
+)
 MEET = """
 import os
-from disttrain.launch.network import interface_to
+from disttrain.training.network import interface_to
 os.environ["GLOO_SOCKET_IFNAME"] = interface_to(os.environ["MASTER_ADDR"])
 import torch
 from torch import distributed

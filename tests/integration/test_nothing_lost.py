@@ -20,8 +20,10 @@ from runs import ids_per_step
 
 from disttrain.config import load_config
 from disttrain.errors import CheckpointError
-from disttrain.launch.preflight import identity, open_index, resume_point
+from disttrain.preflight import open_index
+from disttrain.runs.identity import identity
 from disttrain.runs.manifest import MANIFEST, list_steps, newest_sound
+from disttrain.runs.resume import resume_point
 from disttrain.runs.runfolder import RunFolder
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from disttrain.launch.preflight import identity
 from disttrain.runs.checkpoint import Writer, bytes_needed, snapshot
+from disttrain.runs.identity import identity
 from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index
 from disttrain.training.collectives import average_buffers

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from disttrain.heartbeat import ADDRESS, Phase, Pulse, doing, pack, unpack
 from disttrain.launch.watch import Watch
-from disttrain.training.pulse import ADDRESS, Phase, Pulse, doing, pack, unpack
 
 
 def test_progress_reads_back_and_orders_steps_phases_and_parts() -> None:
@@ -46,7 +46,7 @@ _SIGNALLED = """
 import os, signal, sys, time
 os.environ |= {"RANK": "0"}
 from disttrain.errors import StoppedError
-from disttrain.training.pulse import Phase
+from disttrain.heartbeat import Phase
 from disttrain.training.rank import Rank
 
 rank = Rank(0, None)

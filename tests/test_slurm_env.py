@@ -2,8 +2,8 @@
 
 import pytest
 
+from disttrain import slurm_env
 from disttrain.errors import UsageError
-from disttrain.launch import slurm
 from disttrain.parallel import usable_cores
 
 # What `env | grep SLURM` shows in the second of two tasks, one on each of two nodes.
@@ -37,19 +37,19 @@ INTERACTIVE = TASK | {
 
 
 def test_the_place_of_a_node():
-    node = slurm.node(TASK)
+    node = slurm_env.node(TASK)
     assert node is not None
     assert node[:3] == (2, 1, "gpu03")
-    assert slurm.node(TASK | {"SLURM_NODEID": "0", "SLURM_PROCID": "0"}) == node._replace(node_rank=0)
+    assert slurm_env.node(TASK | {"SLURM_NODEID": "0", "SLURM_PROCID": "0"}) == node._replace(node_rank=0)
 
 
 @pytest.mark.parametrize("environ", [{}, BATCH_SCRIPT, {"SLURM_STEP_ID": "0"}])
 def test_no_node_outside_of_a_step(environ):
-    assert slurm.node(environ) is None
+    assert slurm_env.node(environ) is None
 
 
 def test_an_interactive_shell_is_a_single_node():
-    node = slurm.node(INTERACTIVE)
+    node = slurm_env.node(INTERACTIVE)
     assert node is not None
     assert (node.nodes, node.node_rank) == (1, 0)
 
@@ -58,7 +58,7 @@ def test_several_tasks_on_a_node_are_refused():
     with pytest.raises(
         UsageError, match=r"started 8 tasks on 2 nodes.*--ntasks-per-node=1.*disttrain\.worker"
     ):
-        slurm.node(TASK | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"})
+        slurm_env.node(TASK | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"})
 
 
 @pytest.mark.parametrize(
@@ -77,21 +77,21 @@ def test_several_tasks_on_a_node_are_refused():
     ],
 )
 def test_the_first_host_of_a_list(hosts, first):
-    node = slurm.node(TASK | {"SLURM_STEP_NODELIST": hosts})
+    node = slurm_env.node(TASK | {"SLURM_STEP_NODELIST": hosts})
     assert node is not None
     assert node.master_addr == first
 
 
 def test_the_step_names_the_hosts_rather_than_the_job():
-    node = slurm.node(TASK | {"SLURM_JOB_NODELIST": "gpu[01-04]"})
+    node = slurm_env.node(TASK | {"SLURM_JOB_NODELIST": "gpu[01-04]"})
     assert node is not None
     assert node.master_addr == "gpu03"
 
 
 def test_a_task_gets_the_variables_of_torch():
-    node = slurm.node(TASK)
+    node = slurm_env.node(TASK)
     assert node is not None
-    assert slurm.task_environment(TASK) == {
+    assert slurm_env.task_environment(TASK) == {
         "RANK": "1",
         "WORLD_SIZE": "2",
         "LOCAL_RANK": "0",
@@ -111,7 +111,7 @@ def test_a_task_gets_the_variables_of_torch():
     ],
 )
 def test_the_threads_of_a_task(variables, threads):
-    assert slurm.task_environment(TASK | variables)["OMP_NUM_THREADS"] == threads
+    assert slurm_env.task_environment(TASK | variables)["OMP_NUM_THREADS"] == threads
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_the_threads_of_a_task(variables, threads):
 )
 def test_tasks_per_node(counts, node_rank, local_size):
     task = TASK | {"SLURM_STEP_TASKS_PER_NODE": counts, "SLURM_NODEID": str(node_rank)}
-    assert slurm.task_environment(task)["LOCAL_WORLD_SIZE"] == str(local_size)
+    assert slurm_env.task_environment(task)["LOCAL_WORLD_SIZE"] == str(local_size)
 
 
 @pytest.mark.parametrize(
@@ -142,24 +142,24 @@ def test_tasks_per_node(counts, node_rank, local_size):
     ids=["outside", "batch script", "interactive", "under torchrun", "a single task"],
 )
 def test_no_variables_where_there_is_no_group_of_tasks(environ):
-    assert slurm.task_environment(environ) == {}
+    assert slurm_env.task_environment(environ) == {}
 
 
 def test_an_address_of_the_user_is_kept():
-    variables = slurm.task_environment(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
+    variables = slurm_env.task_environment(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
     assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("10.0.0.1", "1234")
 
 
 def test_ports_of_neighbouring_jobs_and_steps_differ():
     steps = [("4711", "0"), ("4711", "1"), ("4711", "7"), ("4712", "0"), ("4713", "2")]
-    nodes = [slurm.node(TASK | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}) for job, step in steps]
+    nodes = [slurm_env.node(TASK | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}) for job, step in steps]
     assert len({node.master_port for node in nodes if node}) == len(steps)
 
 
 @pytest.mark.parametrize("job", ["1", "4711", "99999999", "4294967295"])
 @pytest.mark.parametrize("step", ["0", "3999", "4294967290"])
 def test_ports_are_below_those_that_the_kernel_hands_out(job, step):
-    node = slurm.node(TASK | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step})
+    node = slurm_env.node(TASK | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step})
     assert node is not None
     assert 1024 < node.master_port < 32768
 

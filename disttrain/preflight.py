@@ -1,0 +1,184 @@
+"""What must hold before anything starts: config, data, device and run folder against one another.
+
+The launcher asks before it launches, so that a mistake costs no process; every worker asks again, because
+it can be started by other launchers. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from disttrain.config import Config
+from disttrain.errors import DataError, StorageError, UsageError
+from disttrain.files import free_bytes
+from disttrain.runs.manifest import (
+    size,
+    step_of,
+)
+from disttrain.shards.index import Index, data_root, load_index, server_root
+
+_SHARED_BYTES = 2 * 9_637_888
+"""What NCCL takes of /dev/shm for each process of a node: a segment in each of at least two rings, of the
+size in its messages (github.com/NVIDIA/nccl/issues/342: four GPUs do not fit into the 64 MiB of Docker)."""
+
+_LEAST_BYTES = 2**24
+"""Free space below which no run begins: records, logs and a checkpoint of the smallest network."""
+
+
+def split_batch(config: Config, world_size: int) -> int:
+    """Returns the samples of one forward pass of one process.
+
+    Raises:
+        UsageError: the global batch cannot be divided evenly.
+    """
+    batch, accumulate = config.train.batch_size, config.train.accumulate
+    parts = world_size * accumulate
+    if batch % parts == 0:
+        return batch // parts
+    below, above = batch - batch % parts, batch + parts - batch % parts
+    sizes = " or ".join(str(size) for size in (below, above) if size)
+    worlds = [n for n in range(1, min(batch, 64) + 1) if batch % (n * accumulate) == 0]
+    hint = f", or {', '.join(map(str, worlds))} process{'es' * (worlds != [1])}" if worlds else ""
+    by = f"{world_size} process{'es' * (world_size > 1)}" + (
+        f" x train.accumulate = {accumulate}" if accumulate > 1 else ""
+    )
+    raise UsageError(
+        f"train.batch_size = {batch} cannot be divided by {by}; use a train.batch_size of {sizes}{hint}"
+    )
+
+
+def check_device(config: Config, device: Literal["cuda", "cpu"]) -> None:
+    """Raises UsageError for an arithmetic that the device does not have."""
+    if device == "cpu" and config.train.precision in {"fp16", "tf32"}:
+        raise UsageError(
+            f"train.precision = {config.train.precision} needs a GPU; use bf16, fp32 or auto on the CPU"
+        )
+
+
+def check_trackers(config: Config) -> None:
+    """Raises UsageError for a tracker that is not installed or a folder that cannot be written."""
+    for name in config.monitor.trackers:
+        found = importlib.util.find_spec(name)
+        if found is None or not found.has_location:  # a folder ./wandb is no package
+            raise UsageError(
+                f'monitor.trackers: {name} is not installed; pip install "disttrain[{name}]", or leave it out'
+            )
+    folder = config.monitor.prometheus_dir
+    if folder is not None and not (Path(folder).is_dir() and os.access(folder, os.W_OK)):
+        raise UsageError(
+            f"monitor.prometheus_dir: {folder} is not a folder that can be written; make it, and start "
+            "node_exporter with --collector.textfile.directory"
+        )
+
+
+def open_index(config: Config, say: Callable[[str], None]) -> Index:
+    """Returns the index of the configured data set; packs the embedded digits on first use.
+
+    Raises:
+        DataError: the data set is missing or damaged.
+        UsageError: it does not fit the config.
+    """
+    name, root = config.data.name, config.data.root
+    if name == "digits" and server_root(root) is None and not (data_root(root) / name).exists():
+        from disttrain.shards.datasets import prepare  # and with it numpy, which a launcher does not need
+
+        prepare(name, source=None, root=root, say=say)
+    index = load_index(name, root, strict=config.data.on_error == "stop")
+    if "val" not in index.splits:
+        raise DataError(f"{index.base or index.folder}: has no val split to evaluate on; make one")
+    classes = len(index.classes)
+    if config.model.num_classes not in (None, classes):
+        raise UsageError(
+            f"model.num_classes = {config.model.num_classes}, but {name} has {classes} classes; "
+            "set it to that or leave it out"
+        )
+    smallest = min(index.height, index.width)
+    if config.augment.crop_padding >= smallest:
+        raise UsageError(
+            f"augment.crop_padding = {config.augment.crop_padding} is too much for images of "
+            f"{index.width}x{index.height}; at most {smallest - 1}"
+        )
+    return index
+
+
+def check_weights(config: Config) -> None:
+    """Checks that the weights to begin with are there.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    if config.model.weights is not None and not Path(config.model.weights).is_file():
+        raise UsageError(f"model.weights: there is no file {config.model.weights}")
+
+
+def check_shared_memory(
+    device: Literal["cuda", "cpu"], local_processes: int, folder: Path = Path("/dev/shm")
+) -> None:
+    """Checks that NCCL finds the shared memory which it takes between the GPUs of one node.
+
+    Args:
+        device: of the processes; on the CPU none of it is used.
+        local_processes: processes on this node.
+        folder: where the shared memory is mounted.
+
+    Raises:
+        StorageError: there is too little.
+    """
+    if device == "cpu" or local_processes == 1 or os.environ.get("NCCL_SHM_DISABLE") == "1":
+        return
+    needed, free = local_processes * _SHARED_BYTES, free_bytes(folder)
+    if free is not None and free < needed:
+        raise StorageError(
+            f"{folder}: NCCL takes {needed:,} bytes for {local_processes} GPUs, {free:,} bytes are free; "
+            "start the container with --shm-size=1g or --ipc=host, or set NCCL_SHM_DISABLE=1, which is slower"
+        )
+
+
+def check_space(folder: Path, needed_bytes: int, keep: int) -> str | None:
+    """Checks that at least one more checkpoint fits.
+
+    Args:
+        folder: the checkpoints folder.
+        needed_bytes: of one checkpoint.
+        keep: checkpoints that are kept besides the best one; one more is there while it is written.
+
+    Returns:
+        What to tell the user if there is space for one but not for all that will be kept, else None.
+
+    Raises:
+        StorageError: not even one fits.
+    """
+    free = free_bytes(folder)
+    if free is None:
+        return None
+    if free < needed_bytes:
+        raise StorageError(
+            f"{folder}: a checkpoint does not fit: {needed_bytes:,} bytes needed, {free:,} bytes free; "
+            "free some space or choose another --run-dir"
+        )
+    missing = keep + 2 - sum(step_of(path) >= 0 for path in folder.glob("step_*"))
+    if free < missing * needed_bytes:
+        return (
+            f"{folder}: {free:,} bytes free are enough for {free // needed_bytes} of the {missing} further "
+            f"checkpoints of {needed_bytes:,} bytes that are kept at once"
+        )
+    return None
+
+
+def check_room(folder: Path, checkpoint: Path | None) -> None:
+    """Checks, before the size of a checkpoint is known, that a run can begin or go on at all.
+
+    Raises:
+        StorageError: the disk is as good as full.
+    """
+    needed = _LEAST_BYTES + (0 if checkpoint is None else size(checkpoint))
+    free = free_bytes(folder)
+    if free is not None and free < needed:
+        raise StorageError(
+            f"{folder}: the disk is full: {needed:,} bytes needed, {free:,} bytes free; "
+            "free some space or choose another --run-dir"
+        )

@@ -1,0 +1,50 @@
+"""What all processes of a run must agree on: versions, config and data set."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from disttrain import __version__
+from disttrain.config import Config, flatten
+from disttrain.errors import UsageError
+from disttrain.runs.identity import FREE_KEYS
+from disttrain.shards.index import Index
+
+
+def facts(config: Config, index: Index) -> dict[str, str]:
+    """Returns what all processes of a run must agree on, by name."""
+    # Not asked of the package's metadata, which a source tree that is not installed does not have.
+    versions = {"the version of disttrain": __version__}
+    versions |= {f"the version of {name}": version(name) for name in ("torch", "accelerate")}
+    python = ".".join(platform.python_version_tuple()[:2])
+    settings = flatten(config.model_dump(mode="json"))
+    return {
+        "the version of python": python,
+        **versions,
+        **{key: json.dumps(value) for key, value in settings.items() if key not in FREE_KEYS},
+        f"the index of {index.name}": index.digest[:16],
+    }
+
+
+def compare_peers(peers: Mapping[str, Mapping[str, str]]) -> None:
+    """Checks that all have the same facts.
+
+    Args:
+        peers: the facts of each, by what to call it.
+
+    Raises:
+        UsageError: two differ; the message has both values and whose they are.
+    """
+    (first, expected), *others = peers.items()
+    lines = []
+    for key in dict.fromkeys(key for found in peers.values() for key in found):
+        value = expected.get(key, "missing")
+        for name, found in others:
+            if found.get(key, "missing") != value:
+                lines.append(f"{key} is {value} on {first} and {found.get(key, 'missing')} on {name}")
+                break
+    if lines:
+        raise UsageError("not the same everywhere: " + "; ".join(lines) + "; make them the same")

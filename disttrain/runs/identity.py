@@ -1,0 +1,98 @@
+"""What tells one experiment from another, and what has changed since a checkpoint was saved."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from disttrain.config import Config, differences
+from disttrain.errors import CheckpointError, UsageError
+from disttrain.runs.manifest import canonical
+from disttrain.shards.index import Index
+
+FREE_KEYS = {
+    "data.root",
+    "data.cache",
+    "data.workers",
+    "train.cuda_graph",
+    "checkpoint.keep",
+    "monitor.gpu_interval_s",
+    "monitor.stall_timeout_s",
+    "monitor.trackers",
+    "monitor.prometheus_dir",
+}
+"""Keys that may change when a run goes on and differ between nodes: they say nothing about the experiment."""
+
+
+def identity(config: Config, index: Index, skipped: Sequence[int] | None = ()) -> dict[str, Any]:
+    """Returns what tells one experiment from another; it is saved with every checkpoint.
+
+    Args:
+        config: the resolved config.
+        index: its data set.
+        skipped: ids of the train split that are left out; None where that is not known yet.
+
+    Returns:
+        `config` and its `config_digest`; `data`: name, digest, samples of each split and what is left out;
+        `order`: the digest of what decides the order of the samples of an epoch, None if not known.
+    """
+    document = config.model_dump(mode="json")
+    data: dict[str, Any] = {
+        "name": index.name,
+        "digest": index.digest,
+        **{name: split.samples for name, split in index.splits.items()},
+    }
+    order = None
+    if skipped is not None:
+        ids = [int(i) for i in skipped]
+        data |= {"skipped": len(ids), "skipped_digest": _digest(ids) if ids else None}
+        shards = [shard.samples for shard in index.splits["train"].shards]
+        served = [config.data.remainder, config.data.streams, config.data.shuffle_buffer]
+        order = _digest([config.seed, config.train.batch_size, *served, shards, ids])
+    return {"config": document, "config_digest": _digest(document), "data": data, "order": order}
+
+
+def saved_identity(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the identity that the state of a checkpoint holds.
+
+    Raises:
+        CheckpointError: it lacks a part of it.
+    """
+    for key in ("step", "config", "config_digest", "data", "order"):
+        if key not in state:
+            raise CheckpointError(f"{checkpoint}: has no {key} in its state; use another checkpoint")
+    return {key: state[key] for key in ("config", "config_digest", "data", "order")}
+
+
+def changes_since(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns a line `key: old -> new` for each difference between two identities that matters.
+
+    Args:
+        saved: of a checkpoint, or with the key `config` alone.
+        now: of this run; what it does not know is not compared.
+    """
+    try:  # keys that were added to the schema since have their defaults
+        old = Config.model_validate_json(canonical(saved["config"])).model_dump(mode="json")
+    except pydantic.ValidationError:  # of another version: its own keys are differences
+        old = dict(saved["config"])
+    new = dict(now["config"])
+    for key in now["data"].keys() & saved.get("data", {}).keys():
+        old["data"] = old["data"] | {key: saved["data"][key]}
+        new["data"] = new["data"] | {key: now["data"][key]}
+    return [line for line in differences(old, new) if line.partition(":")[0] not in FREE_KEYS]
+
+
+def refuse(what: str, changes: Sequence[str]) -> UsageError:
+    """Returns the error to raise where changes need --force."""
+    return UsageError(
+        "\n  ".join([f"{what} another config or data set:", *changes])
+        + "\nundo the change, choose another --run-dir, or go on all the same with --force"
+    )
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(canonical(document)).hexdigest()
