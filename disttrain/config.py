@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -18,6 +19,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from disttrain.errors import UsageError
 from disttrain.yaml12 import Key, dotted_name, read_yaml, write_yaml
+
+
+class Role(Enum):
+    """What a key says something about; a field without one is part of the experiment."""
+
+    EXPERIMENT = "experiment"
+    """It decides the result: a run goes on with the same value."""
+    RESUME = "may change on resume"
+    """It is the same on all ranks, but may be another one when a run goes on."""
+    MACHINE = "machine"
+    """It may change and may differ from node to node."""
+
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -37,13 +50,13 @@ class DataConfig(_Section):
 
     name: Name
     """A packed data set: the name of a folder under the data root."""
-    root: str | None = None
+    root: Annotated[str | None, Role.MACHINE] = None
     """Folder of the packed data sets; null means $DISTTRAIN_DATA, else the user's cache folder."""
-    cache: Literal["auto", "device", "host", "none"] = "auto"
+    cache: Annotated[Literal["auto", "device", "host", "none"], Role.MACHINE] = "auto"
     """Where the decoded images live: on the device, in host memory (shared by the ranks of a node), or none:
     the shards are read and decoded in every epoch. auto: the first of these that they fit into. The choice
     changes the speed and nothing else."""
-    workers: Annotated[int, Field(ge=0)] | None = None
+    workers: Annotated[Annotated[int, Field(ge=0)] | None, Role.MACHINE] = None
     """Threads per process that read and decode shards ahead, with cache: none; 0 does it in the training
     thread; null: one per core of the process's share."""
     streams: PositiveInt = 16
@@ -52,7 +65,7 @@ class DataConfig(_Section):
     shuffle_buffer: PositiveInt = 65536
     """Samples, over all streams, among which the order is random; a split of up to so many is shuffled in
     full within each stream. Part of the order of the samples."""
-    on_error: Literal["stop", "skip"] = "stop"
+    on_error: Annotated[Literal["stop", "skip"], Role.RESUME] = "stop"
     """A shard or sample that cannot be used: stop with an error that names it, or look for all of them once
     and leave them out on all ranks, with their number in the metrics."""
     remainder: Literal["keep", "drop"] = "keep"
@@ -100,32 +113,33 @@ class ModelConfig(_Section):
 class TrainConfig(_Section):
     """The training loop."""
 
-    epochs: PositiveInt
-    """Passes over the training split."""
+    epochs: Annotated[PositiveInt, Role.RESUME]
+    """Passes over the training split. On resume it may be raised, also that of a finished run, and not
+    lowered; from there on the schedule is that of the longer run."""
     batch_size: PositiveInt
     """The GLOBAL batch of one optimizer step, whatever the number of processes."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward pass. auto: bf16 where the GPU has it, else fp16; fp32 on a CPU,
     where `disttrain bench` shows what bf16 would gain."""
-    channels_last: Literal["auto"] | bool = "auto"
+    channels_last: Annotated[Literal["auto"] | bool, Role.RESUME] = "auto"
     """Keep images and filters in NHWC memory order. auto: yes on a GPU, what is faster on a CPU."""
-    compile: Literal["auto"] | bool = "auto"
+    compile: Annotated[Literal["auto"] | bool, Role.RESUME] = "auto"
     """torch.compile the model. auto: if the run is long enough to repay it and it proves faster."""
-    cuda_graph: Literal["auto"] | bool = "auto"
+    cuda_graph: Annotated[Literal["auto"] | bool, Role.MACHINE] = "auto"
     """Replay a whole step as one CUDA graph, on a single GPU. auto: for our own networks. true: for any other
     too; one that waits for the GPU in a step cannot be recorded, which ends the run."""
     label_smoothing: Fraction = 0.0
     """Share of the target spread evenly over the classes (Szegedy et al. 2016)."""
     grad_clip: Positive | None = None
     """Largest norm of the gradient; null is off."""
-    accumulate: PositiveInt = 1
+    accumulate: Annotated[PositiveInt, Role.RESUME] = 1
     """Parts in which each process works through its share of the batch, to save memory. The global batch
     stays `batch_size`."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of the weights, used for evaluation; null is off."""
     reproducible: bool = False
     """Use deterministic kernels only: the same run on the same number of processes gives the same bits."""
-    trace_samples: bool = False
+    trace_samples: Annotated[bool, Role.RESUME] = False
     """Write the ids of the samples of every step to trace/."""
 
 
@@ -206,41 +220,43 @@ class OptimConfig(_Section):
 class EvalConfig(_Section):
     """Evaluation on the validation split."""
 
-    every_epochs: PositiveInt = 1
+    every_epochs: Annotated[PositiveInt, Role.RESUME] = 1
     """Evaluate after every so many epochs, and always after the last."""
-    tta: Literal["none", "flip", "multi_view"] = "none"
+    tta: Annotated[Literal["none", "flip", "multi_view"], Role.RESUME] = "none"
     """Test-time augmentation: the mean of the scores of the image and its mirror image; multi_view: half of
     that, and half of both shifted by a pixel to either corner (six views). The records have the result
     without it too."""
-    tta_when: Literal["always", "end"] = "always"
+    tta_when: Annotated[Literal["always", "end"], Role.RESUME] = "always"
     """In every evaluation, or in the one after the last epoch."""
 
 
 class CheckpointConfig(_Section):
     """When the run is saved."""
 
-    every_epochs: PositiveInt = 1
+    every_epochs: Annotated[PositiveInt, Role.RESUME] = 1
     """Save after every so many epochs, and always after the last."""
-    every_steps: PositiveInt | None = None
+    every_steps: Annotated[PositiveInt | None, Role.RESUME] = None
     """Also save after every so many steps."""
-    keep: PositiveInt = 2
+    keep: Annotated[PositiveInt, Role.MACHINE] = 2
     """Checkpoints kept besides the best one."""
 
 
 class MonitorConfig(_Section):
     """What is measured and shown."""
 
-    log_every_steps: PositiveInt = 20
+    log_every_steps: Annotated[PositiveInt, Role.RESUME] = 20
     """Steps between two lines of metrics.jsonl."""
-    gpu_interval_s: Annotated[float, Field(ge=0.1)] = 1.0
+    gpu_interval_s: Annotated[float, Field(ge=0.1), Role.MACHINE] = 1.0
     """Seconds between two readings of the GPUs."""
-    stall_timeout_s: Annotated[float, Field(ge=1)] = 300.0
+    stall_timeout_s: Annotated[float, Field(ge=1), Role.MACHINE] = 300.0
     """Seconds without progress after which a rank is taken for hung and the run ends with 71. Longer than the
     longest single part of a step: a compilation, a batch of evaluation, the writing of a checkpoint."""
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], Role.MACHINE] = Field(
+        default_factory=list
+    )
     """Experiment trackers that get every number of metrics.jsonl, each of an extra of its name:
     pip install "disttrain[tensorboard]"."""
-    prometheus_dir: str | None = None
+    prometheus_dir: Annotated[str | None, Role.MACHINE] = None
     """Folder of node_exporter's textfile collector, for a file with the last numbers while the run lasts;
     null is off."""
 
@@ -261,6 +277,19 @@ class Config(_Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+
+
+def role(key: str) -> Role:
+    """Returns what a dotted key says something about; a key that there is not (any more): the experiment."""
+    section: type[BaseModel] = Config
+    for name in key.split("."):
+        field = section.model_fields.get(name)
+        if field is None:
+            break
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, _Section)):
+            return next((item for item in field.metadata if isinstance(item, Role)), Role.EXPERIMENT)
+        section = field.annotation
+    return Role.EXPERIMENT
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

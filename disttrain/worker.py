@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from disttrain import slurm_env
-from disttrain.config import Config, dump_config, load_config
+from disttrain.config import Config, Role, differences, dump_config, load_config, role
 from disttrain.errors import (
     DisttrainError,
     HangError,
@@ -41,7 +41,7 @@ from disttrain.preflight import (
     split_batch,
 )
 from disttrain.runs.agreement import compare_peers, facts
-from disttrain.runs.identity import changes_since, identity
+from disttrain.runs.identity import identity
 from disttrain.runs.manifest import set_aside
 from disttrain.runs.resume import Start, resume_point
 from disttrain.runs.runfolder import RunFolder, new_run_path, utc_now
@@ -189,7 +189,7 @@ def enter_folder(
             print(f"{folder.path}: this run has finished already; nothing to do", flush=True)
         else:
             folder.create()
-            checkpoint = prepare_folder(folder, config, now, start)
+            checkpoint = prepare_folder(folder, config, start)
             agreed = [str(folder.path), checkpoint and str(checkpoint.resolve())]
     if group.num_processes > 1:
         broadcast_object_list(agreed)
@@ -204,13 +204,12 @@ def enter_folder(
     return folder, Path(checkpoint_path) if checkpoint_path else None
 
 
-def prepare_folder(folder: RunFolder, config: Config, now: dict[str, Any], start: Start) -> Path | None:
+def prepare_folder(folder: RunFolder, config: Config, start: Start) -> Path | None:
     """Makes a run folder ready to begin as decided, and says what was found. Rank 0 alone calls this.
 
     Args:
         folder: made and locked.
         config: of this run; takes the place of another one in the folder.
-        now: the identity of this run.
         start: what was decided.
 
     Returns:
@@ -231,7 +230,11 @@ def prepare_folder(folder: RunFolder, config: Config, now: dict[str, Any], start
         notes += [f"--force: going on with {change}" for change in start.changes]
     if folder.config.exists():
         old = load_config(folder.config)
-        if changes_since({"config": old.model_dump(mode="json")}, now):
+        changed = [
+            line for line in differences(old, config) if role(line.partition(":")[0]) is not Role.MACHINE
+        ]
+        if changed:
+            notes += [f"going on with {line}" for line in changed if line not in start.changes]
             kept = folder.path / f"config.{start.step}.yaml"
             if not kept.exists():
                 write_atomically(kept, dump_config(old))

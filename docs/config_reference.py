@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from disttrain.config import json_schema
+from disttrain.config import Role, json_schema, role
 
 TARGET = Path(__file__).with_name("config.md")
 
@@ -20,6 +20,10 @@ def reference() -> str:
         "Written by `docs/config_reference.py` from the schema. `disttrain config schema` prints the same",
         "as JSON Schema, for editors. Any key can be set on the command line:",
         "`disttrain run CONFIG optim.lr=0.1`.",
+        "",
+        'A run goes on with the values that it began with. What is marked "on resume" may be changed when',
+        'it goes on; what is marked "machine" says nothing of the experiment and may differ from node to',
+        "node too.",
         "",
         *_table("", top, schema["required"]),
     ]
@@ -37,12 +41,13 @@ def reference() -> str:
 
 
 def _table(prefix: str, fields: list[tuple[str, dict[str, Any]]], required: list[str]) -> list[str]:
-    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    rows = ["| key | value | default | may change | meaning |", "|---|---|---|---|---|"]
     for name, field in fields:
         empty = {"array": [], "object": {}}.get(field.get("type", ""))
         default = "required" if name in required else json.dumps(field.get("default", empty))
         meaning = " ".join(field.get("description", "").split()).replace("|", r"\|")
-        rows.append(f"| `{prefix}{name}` | {_type(field)} | {default} | {meaning} |")
+        change = {Role.EXPERIMENT: "", Role.RESUME: "on resume", Role.MACHINE: "machine"}[role(prefix + name)]
+        rows.append(f"| `{prefix}{name}` | {_type(field)} | {default} | {change} | {meaning} |")
     return rows
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from disttrain.config import Config, dump_config
+from disttrain.config import Config, Role, dump_config, role, settings
 from disttrain.errors import CheckpointError, DataError, StorageError, UsageError
 from disttrain.files import free_bytes
 from disttrain.preflight import (
@@ -230,11 +230,16 @@ def test_a_finished_run_is_not_continued(folder):
     assert resume_point(folder, "auto", now(data={"cache": "none"})).finished
 
 
-def test_a_finished_run_is_continued_if_it_is_forced_to_change(folder):
+def test_a_finished_run_goes_on_if_it_is_made_longer(folder):
     folder.update_status(state="finished")
-    start = resume_point(folder, "auto", now(train={"epochs": 3}), force=True)
-    assert start.checkpoint == folder.checkpoints / "step_00000020"
-    assert start.changes == ("train.epochs: 2 -> 3",)
+    start = resume_point(folder, "auto", now(train={"epochs": 3}))
+    assert start == Start(folder.checkpoints / "step_00000020", 20)
+
+
+def test_a_run_is_not_made_shorter(folder):
+    folder.update_status(state="finished")
+    with pytest.raises(UsageError, match=r"train.epochs: 2 -> 1\n"):
+        resume_point(folder, "auto", now(train={"epochs": 1}))
 
 
 def test_a_run_that_must_not_be_continued(folder):
@@ -242,7 +247,7 @@ def test_a_run_that_must_not_be_continued(folder):
         resume_point(folder, "never", now())
 
 
-CHANGED = {"optim": {"lr": 0.2}, "train": {"epochs": 3}}
+CHANGED = {"optim": {"lr": 0.2}, "train": {"label_smoothing": 0.1}}
 
 
 @pytest.mark.parametrize("place", ["own", "elsewhere", "no checkpoint"])
@@ -257,11 +262,11 @@ def test_another_config_is_shown_and_refused_unless_forced(folder, tmp_path, pla
     with pytest.raises(UsageError) as caught:
         resume_point(run, resume, now(**CHANGED))
     assert str(caught.value) == (
-        f"{what} another config or data set:\n  optim.lr: 0.1 -> 0.2\n  train.epochs: 2 -> 3\n"
+        f"{what} another config or data set:\n  optim.lr: 0.1 -> 0.2\n  train.label_smoothing: 0.0 -> 0.1\n"
         "undo the change, choose another --run-dir, or go on all the same with --force"
     )
     start = resume_point(run, resume, now(**CHANGED), force=True)
-    assert start.changes == ("optim.lr: 0.1 -> 0.2", "train.epochs: 2 -> 3")
+    assert start.changes == ("optim.lr: 0.1 -> 0.2", "train.label_smoothing: 0.0 -> 0.1")
     assert (start.checkpoint is None) == (place == "no checkpoint")
 
 
@@ -271,13 +276,40 @@ def test_another_data_set_is_refused(folder):
         resume_point(folder, "auto", now(other))
 
 
-def test_what_says_nothing_about_the_experiment_may_change(folder):
-    free = {
-        "data": {"root": "/x", "cache": "none", "workers": 3},
-        "checkpoint": {"keep": 5},
-        "monitor": {"gpu_interval_s": 3.0, "trackers": ["wandb"], "prometheus_dir": "/y"},
-    }
-    assert resume_point(folder, "auto", now(**free)).changes == ()
+MAY_DIFFER = {
+    *("data.root", "data.cache", "data.workers", "train.cuda_graph", "checkpoint.keep"),
+    *("monitor.gpu_interval_s", "monitor.stall_timeout_s", "monitor.trackers", "monitor.prometheus_dir"),
+}
+MAY_CHANGE = {
+    *("data.on_error", "train.epochs", "train.channels_last", "train.compile", "train.accumulate"),
+    *("train.trace_samples", "eval.every_epochs", "eval.tta", "eval.tta_when", "checkpoint.every_epochs"),
+    *("checkpoint.every_steps", "monitor.log_every_steps"),
+}
+
+
+@pytest.mark.parametrize("key", sorted(settings(experiment())))
+def test_what_each_key_may_do(folder, key):
+    """A run goes on with another value, or does not; nodes may have another one, or may not."""
+    assert settings(experiment()).keys() >= MAY_DIFFER | MAY_CHANGE
+    changed = now()
+    *sections, last = key.split(".")
+    section = changed["config"]
+    for name in sections:
+        section = section[name]
+    section[last] = 3 if key == "train.epochs" else "another"
+    if key == "data.name":
+        changed["data"]["name"] = "another"
+    if key in MAY_DIFFER | MAY_CHANGE:
+        assert resume_point(folder, "auto", changed).changes == ()
+    else:
+        with pytest.raises(UsageError, match=f"\n  {key}: "):
+            resume_point(folder, "auto", changed)
+    assert (role(key) is Role.MACHINE) == (key in MAY_DIFFER)
+
+
+def test_samples_that_are_left_out_since_do_not_hold_a_run_back(folder):
+    changed = identity(experiment(data={"on_error": "skip"}), INDEX, [3, 4])
+    assert resume_point(folder, "auto", changed).changes == ()
 
 
 @pytest.mark.parametrize("key", ["config", "config_digest", "data", "order"])

@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from disttrain.config import settings
+from disttrain.config import Role, role, settings
 from disttrain.errors import UsageError
 from disttrain.report.page import environment_rows, outcome, render, wall_s
 from disttrain.report.records import Run, reached, read_run
@@ -290,9 +290,9 @@ def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return found
 
 
-_MACHINE = ("data.root", "data.cache", "data.workers", "train.cuda_graph")
-_OF_NO_EXPERIMENT = ("seed", "name", *_MACHINE, "monitor.", "checkpoint.")
-"""Settings that make no other experiment; by seed alone the runs of a group may differ otherwise."""
+def _makes_an_experiment(key: str) -> bool:
+    """Tells whether runs that differ in a key are of two groups; the runs of one differ by their seed."""
+    return key not in {"seed", "name"} and (role(key) is Role.EXPERIMENT or key == "train.epochs")
 
 
 def _groups(runs: Mapping[str, Run]) -> list[Group]:
@@ -303,7 +303,7 @@ def _groups(runs: Mapping[str, Run]) -> list[Group]:
             continue
         accuracy = run.evals[-1].accuracy
         if accuracy is not None:
-            kept = {k: v for k, v in _settings(run).items() if not k.startswith(_OF_NO_EXPERIMENT)}
+            kept = {k: v for k, v in _settings(run).items() if _makes_an_experiment(k)}
             kept["data digest"] = _environment(run).get("data digest", "n/a")
             members.setdefault(tuple(sorted(kept.items())), []).append((title, accuracy))
     keys = [dict(key) for key in members]

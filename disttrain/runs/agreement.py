@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 from disttrain import __version__
-from disttrain.config import Config, flatten
+from disttrain.config import Config, Role, flatten, role
 from disttrain.errors import UsageError
-from disttrain.runs.identity import FREE_KEYS
 from disttrain.shards.index import Index
 
 
@@ -24,7 +23,7 @@ def facts(config: Config, index: Index) -> dict[str, str]:
     return {
         "the version of python": python,
         **versions,
-        **{key: json.dumps(value) for key, value in settings.items() if key not in FREE_KEYS},
+        **{key: json.dumps(value) for key, value in settings.items() if role(key) is not Role.MACHINE},
         f"the index of {index.name}": index.digest[:16],
     }
 

@@ -9,23 +9,10 @@ from typing import Any
 
 import pydantic
 
-from disttrain.config import Config, differences
+from disttrain.config import Config, Role, differences, role
 from disttrain.errors import CheckpointError, UsageError
 from disttrain.runs.manifest import canonical
 from disttrain.shards.index import Index
-
-FREE_KEYS = {
-    "data.root",
-    "data.cache",
-    "data.workers",
-    "train.cuda_graph",
-    "checkpoint.keep",
-    "monitor.gpu_interval_s",
-    "monitor.stall_timeout_s",
-    "monitor.trackers",
-    "monitor.prometheus_dir",
-}
-"""Keys that may change when a run goes on and differ between nodes: they say nothing about the experiment."""
 
 
 def identity(config: Config, index: Index, skipped: Sequence[int] | None = ()) -> dict[str, Any]:
@@ -83,7 +70,16 @@ def changes_since(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     for key in now["data"].keys() & saved.get("data", {}).keys():
         old["data"] = old["data"] | {key: saved["data"][key]}
         new["data"] = new["data"] | {key: now["data"][key]}
-    return [line for line in differences(old, new) if line.partition(":")[0] not in FREE_KEYS]
+    return [line for line in differences(old, new) if not _may_change(line.partition(":")[0], old, new)]
+
+
+def _may_change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Tells whether a run goes on although a key has another value."""
+    if key == "train.epochs":  # what is done cannot be undone
+        return bool(new["train"]["epochs"] > old.get("train", {}).get("epochs", 0))
+    if key in {"data.skipped", "data.skipped_digest"}:  # what is left out, where that is asked for
+        return bool(new["data"]["on_error"] == "skip")
+    return role(key) is not Role.EXPERIMENT
 
 
 def refuse(what: str, changes: Sequence[str]) -> UsageError:

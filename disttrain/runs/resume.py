@@ -37,7 +37,9 @@ def is_finished(folder: RunFolder, now: Mapping[str, Any]) -> bool:
     """Tells whether the run in a folder is the one of this identity and has finished; any node may ask."""
     if not folder.config.exists() or folder.status().get("state") != "finished":
         return False
-    return not changes_since({"config": load_config(folder.config).model_dump(mode="json")}, now)
+    saved = load_config(folder.config).model_dump(mode="json")
+    longer = now["config"]["train"]["epochs"] > saved["train"]["epochs"]
+    return not longer and not changes_since({"config": saved}, now)
 
 
 def resume_point(folder: RunFolder, resume: str, now: Mapping[str, Any], *, force: bool = False) -> Start:

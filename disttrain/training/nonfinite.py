@@ -41,7 +41,8 @@ def not_finite(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hoo
     back = steps - first  # from the end of the interval
     if not 0 < back <= len(seen):
         return TrainingError(
-            f"the sum of the losses up to step {position.step:,} is not finite; lower optim.lr"
+            f"the sum of the losses up to step {position.step:,} is not finite; lower optim.lr "
+            "(this run goes on so with --force)"
         )
     step = position.step - back + 1
     ids = np.concatenate(gather(parts, seen[-back]))
@@ -50,7 +51,7 @@ def not_finite(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hoo
     return TrainingError(
         f"the loss is not finite at step {step:,} (epoch {position.epoch + 1}, on rank {rank} first); "
         f"its batch is written down in {where}; lower optim.lr, set train.grad_clip, or use "
-        "train.precision=fp32"
+        "train.precision=fp32 (this run goes on so with --force)"
     )
 
 
@@ -70,5 +71,6 @@ def check_scaler(parts: Parts) -> None:
     if meter.skipped_steps >= _MOST_SKIPPED_STEPS:
         raise TrainingError(
             f"the gradients were not finite in the last {meter.skipped_steps} steps, at any loss scale "
-            f"down to {scale:.3g}; lower optim.lr or use train.precision=bf16 or fp32"
+            f"down to {scale:.3g}; lower optim.lr or use train.precision=bf16 or fp32 (this run goes on "
+            "so with --force)"
         )

@@ -62,10 +62,9 @@ def check_identity(checkpoint: Checkpoint, now: dict[str, Any], rank: Rank, *, f
     changes = changes_since(saved, now)
     if changes and not force:
         raise refuse(f"{checkpoint.path}: was saved with", changes)
-    left_out = [change for change in changes if change.startswith("data.skipped")]
-    found_late = left_out and now["config"]["data"]["on_error"] == "skip"
-    if found_late and rank.number == 0 and rank.folder is not None:
-        rank.folder.record_forced(checkpoint.value("step"), left_out)
+    before, left_out = (document["data"].get("skipped", 0) for document in (saved, now))
+    if before != left_out and rank.number == 0 and rank.folder is not None:
+        rank.folder.record_forced(checkpoint.value("step"), [f"data.skipped: {before} -> {left_out}"])
     return bool(saved["order"] != now["order"])
 
 

@@ -643,6 +643,17 @@ def test_skipping_trains_on_all_others_on_any_number_of_ranks_and_counts_the_res
     assert ids_per_step(tmp_path / "more") == second
 
 
+def test_a_run_that_ends_at_a_bad_sample_goes_on_without_it(tmp_path: Path, train: Run) -> None:
+    with_bad(tmp_path, "cut PNG")
+    ended = train("run", "--procs", "1", "data.cache=none")
+    assert ended.returncode == 65, ended.stderr
+    assert "data.on_error=skip" in ended.stderr  # the remedy, and it works
+    went_on = train("run", "--procs", "1", "data.cache=none", "data.on_error=skip")
+    assert went_on.returncode == 0, went_on.stderr
+    assert "going on with data.on_error: stop -> skip" in went_on.stdout
+    assert records(tmp_path / "run")[-2]["skipped"] == 1
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_split_without_a_usable_sample_is_a_data_error(tmp_path: Path, train: Run, split: str) -> None:
     folder = make(tmp_path)

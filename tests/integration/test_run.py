@@ -18,6 +18,7 @@ import pytest
 from runs import computed_records as records
 from runs import ids_per_step
 
+from disttrain.config import load_config
 from disttrain.runs import manifest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -283,6 +284,32 @@ def test_a_checkpoint_that_is_being_written_outlives_a_failure(
     latest = tmp_path / "run/checkpoints/latest"
     assert latest.resolve().name == "step_00000007"
     manifest.verify(latest)
+
+
+def test_a_finished_run_goes_on_for_more_epochs_and_with_what_may_change(
+    disttrain: Run, tmp_path: Path, config_file: Path
+) -> None:
+    run = ("run", config_file, "--procs", "1", "--run-dir", "run", "schedule.name=cosine")
+    succeeded(disttrain(*run))
+    again = disttrain(*run)
+    assert succeeded(again)
+    assert "finished already" in again.stdout
+    # What messages ask for: more often saved, in smaller parts.
+    changes = ("train.epochs=4", "checkpoint.every_steps=10", "train.accumulate=2")
+    longer = disttrain(*run, *changes)
+    assert succeeded(longer)
+    for change in ("train.epochs: 2 -> 4", "checkpoint.every_steps: None -> 10", "train.accumulate: 1 -> 2"):
+        assert f"going on with {change}" in longer.stdout
+    folder = tmp_path / "run"
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records if record["kind"] == "eval"] == [1, 2, 3, 4]
+    rates = [record["lr"] for record in records if record["kind"] == "train"]
+    assert min(rates[:-1]) > 0  # half way through the longer cosine
+    assert load_config(folder / "config.yaml").train.epochs == 4
+    assert [load_config(kept).train.epochs for kept in folder.glob("config.*.yaml")] == [2]
+    shorter = disttrain(*run, "train.epochs=3")
+    assert shorter.returncode == 2
+    assert "train.epochs: 4 -> 3" in shorter.stderr
 
 
 def test_compiled_model_trains(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
