@@ -6,7 +6,7 @@ from typing import Any
 
 MEASURED = {  # differ from run to run
     "time", "images_per_s", "step_time_s", "data_wait_pct", "phases_ms", "ranks_ms", "device_flops_per_s",
-    "device_peak_pct", "gpus", "processes",
+    "mfu_pct", "gpus", "processes",
 }  # fmt: skip
 
 

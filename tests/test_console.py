@@ -189,13 +189,11 @@ def test_a_verdict_is_shown_to_its_end() -> None:
 
 def test_the_arithmetic_of_a_device_is_shown_where_it_is_known() -> None:
     shown = dashboard()
-    shown.train({**TRAIN, "device_flops_per_s": 412_300_000_000_000, "device_peak_pct": 41.7})
-    rows = [row for row in frame(shown) if "peak" in row]
-    assert rows == [" " * 9 + "412.3 TFLOP/s, 42 % peak".ljust(len(rows[0]) - 9)]
-    assert (
-        line(frame(shown, 200), "train").rstrip().endswith("data wait 2 %         412.3 TFLOP/s, 42 % peak")
-    )
-    shown.train({**TRAIN, "device_flops_per_s": 12_340_000_000, "device_peak_pct": None})
+    shown.train({**TRAIN, "device_flops_per_s": 412_300_000_000_000, "mfu_pct": 41.7})
+    rows = [row for row in frame(shown) if "MFU" in row]
+    assert rows == [" " * 9 + "412.3 TFLOP/s, MFU 42 %".ljust(len(rows[0]) - 9)]
+    assert line(frame(shown, 200), "train").rstrip().endswith("data wait 2 %         412.3 TFLOP/s, MFU 42 %")
+    shown.train({**TRAIN, "device_flops_per_s": 12_340_000_000, "mfu_pct": None})
     assert any(row.strip() == "12.3 GFLOP/s" for row in frame(shown))
 
 

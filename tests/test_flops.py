@@ -119,7 +119,7 @@ def test_a_cpu_has_no_data_sheet() -> None:
 
 def test_speed_and_share_are_those_of_one_device() -> None:
     found = device_flops(3_000_000, 50_000, peak_per_s=1e12)
-    assert found == {"device_flops_per_s": 150_000_000_000, "device_peak_pct": 15.0}
-    assert device_flops(3_000_000, 50_000, peak_per_s=None)["device_peak_pct"] is None
-    unknown = {"device_flops_per_s": None, "device_peak_pct": None}
+    assert found == {"device_flops_per_s": 150_000_000_000, "mfu_pct": 15.0}
+    assert device_flops(3_000_000, 50_000, peak_per_s=None)["mfu_pct"] is None
+    unknown = {"device_flops_per_s": None, "mfu_pct": None}
     assert device_flops(None, 50_000, peak_per_s=1e12) == unknown

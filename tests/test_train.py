@@ -49,7 +49,8 @@ CLASSES = 4
 MEAN, STD = 0.4, 0.3
 TRAIN_KEYS = {  # with the readings of the gauges
     "kind", "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s",
-    "data_wait_pct", "phases_ms", "ranks_ms", "device_flops_per_s", "device_peak_pct", "skipped", "gpus",
+    "data_wait_pct", "phases_ms", "ranks_ms", "device_flops_per_s", "mfu_pct", "grad_norm", "skipped",
+    "gpus",
 }  # fmt: skip
 EVAL_KEYS = {"kind", "step", "epoch", "loss", "accuracy", "correct", "total", "skipped"}
 
@@ -268,6 +269,8 @@ def test_training_is_the_loop_written_by_hand(options: dict[str, Any]) -> None:
                     parameter -= rates[-1] * speed
     assert close(state(parts.bare_model), state(model))
     assert recorder.trains[-1]["lr"] == pytest.approx(rates[-1])
+    expected = None if clip is None else pytest.approx(norm.item(), rel=1e-3)
+    assert recorder.trains[-1]["grad_norm"] == expected
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 16])

@@ -429,8 +429,8 @@ def _train_rows(record: Record, width: int) -> list[Text]:
         ("data wait ", number(record.get("data_wait_pct"), ".0f", " %")),
     ]
     if (speed := record.get("device_flops_per_s")) is not None:
-        share = record.get("device_peak_pct")
-        fields.append(("", flops_text(speed) + ("" if share is None else f", {share:.0f} % peak")))
+        share = record.get("mfu_pct")
+        fields.append(("", flops_text(speed) + ("" if share is None else f", MFU {share:.0f} %")))
     cell, rows = 22, []
     lines = math.ceil(len(fields) / max(1, (width - _LABEL) // cell))
     per_row = math.ceil(len(fields) / lines)

@@ -146,7 +146,7 @@ def judge(evidence: Evidence) -> Verdict:
     rest = 100 - data_pct - communication_pct
     text = f"compute-bound: {rest:.0f} % of a step ({time_text(e.step_s)}) is computing"
     if e.peak_pct is not None:
-        text += f", at {e.peak_pct:.0f} % of the device's peak"
+        text += f", at {e.peak_pct:.0f} % of the device's peak (MFU)"
     if e.precision == "fp32" and e.on_gpu:
         return Verdict("compute-bound", f"{text}; train.precision=bf16 makes it cheaper", "train.precision")
     more = "GPUs" if e.on_gpu else "cores or a GPU"
@@ -223,7 +223,7 @@ def evidence(
         else None,
         memory_pct=max(full, default=None),
         throttled_pct=[_mean(rows, "throttled_thermal_pct") for rows in gpus.values()],
-        peak_pct=_mean(records, "device_peak_pct"),
+        peak_pct=_mean(records, "mfu_pct"),
         gpu_names=[f"GPU {index} on {host}" for host, index in gpus],
     )
 

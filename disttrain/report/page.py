@@ -252,11 +252,11 @@ def _facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
 
 
 def _arithmetic(run: Run) -> str:
-    """Returns the model's operations per second on one device, and their share of its peak; medians."""
-    per_s, peak_pct = run.train["device_flops_per_s"], run.train["device_peak_pct"]
+    """Returns the model's operations per second on one device, and their share of its peak (MFU); medians."""
+    per_s, peak_pct = run.train["device_flops_per_s"], run.train["mfu_pct"]
     if not np.isfinite(per_s).any():
         return "n/a"
-    share = f", {np.nanmedian(peak_pct):.1f} % of its peak" if np.isfinite(peak_pct).any() else ""
+    share = f", MFU {np.nanmedian(peak_pct):.1f} %" if np.isfinite(peak_pct).any() else ""
     return f"{flops_text(float(np.nanmedian(per_s)))} a device{share}"
 
 

@@ -77,7 +77,8 @@ class Record(msgspec.Struct, gc=False):
     step_time_s: float | None = None
     data_wait_pct: float | None = None
     device_flops_per_s: float | None = None
-    device_peak_pct: float | None = None
+    mfu_pct: float | None = None
+    grad_norm: float | None = None
     phases_ms: Phases = Phases()
     processes: tuple[Process, ...] = ()
     correct: int | None = None
@@ -117,7 +118,7 @@ MEASURES = {
 
 _TRAIN_COLUMNS = (
     "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s", "data_wait_pct",
-    "device_flops_per_s", "device_peak_pct",
+    "device_flops_per_s", "mfu_pct",
     *(f"phases_ms.{name}" for name in Phases.__struct_fields__),
 )  # fmt: skip
 _GPU_COLUMNS = ("utilization_pct", "memory_used_mib", "power_w", "temperature_c")

@@ -72,7 +72,7 @@ def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int | None
 def device_flops(
     per_image: int | None, images_per_s: float, *, peak_per_s: float | None
 ) -> dict[str, float | None]:
-    """Returns device_flops_per_s and device_peak_pct of a log point, None where they are not known.
+    """Returns device_flops_per_s and mfu_pct (model FLOPs utilisation) of a log point, None where not known.
 
     Args:
         per_image: of `flops_per_image`.
@@ -80,10 +80,10 @@ def device_flops(
         peak_per_s: of `peak_flops_per_s`.
     """
     if per_image is None:
-        return {"device_flops_per_s": None, "device_peak_pct": None}
+        return {"device_flops_per_s": None, "mfu_pct": None}
     found = per_image * images_per_s
     share_pct = None if peak_per_s is None else round(100 * found / peak_per_s, 2)
-    return {"device_flops_per_s": round(found), "device_peak_pct": share_pct}
+    return {"device_flops_per_s": round(found), "mfu_pct": share_pct}
 
 
 def peak_flops_per_s(device: torch.device, precision: str) -> tuple[float | None, str]:

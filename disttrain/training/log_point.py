@@ -78,6 +78,7 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
         times_s,
         list(hooks.gauges.read()),
     )
+    norm = meter.grad_norm.item()
     total = reduce_record(parts, Phase.REPORT, position.step, own)
     if not math.isfinite(total.loss):
         raise not_finite(parts, position, seen, hooks)
@@ -100,6 +101,7 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
         **device_flops(
             parts.flops_per_image, images_per_s / parts.world_size, peak_per_s=parts.peak_flops_per_s
         ),
+        "grad_norm": norm if math.isfinite(norm) else None,
         "skipped": len(parts.plan.skipped),
         **hooks.gauges.rows(total.readings),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -129,10 +130,12 @@ class Meter:
         step_time_s: seconds of a step as all ranks have agreed on at the last log point, or None.
         scale: of the gradient scaler at the last log point, or None.
         skipped_steps: that it has skipped in a row.
+        grad_norm: the norm of the last gradient before it was clipped, float32 [], NaN if it was not.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
+        self.grad_norm = torch.full((), math.nan, device=device)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._losses: list[tuple[int, Tensor]] = []
         self.step_time_s: float | None = None

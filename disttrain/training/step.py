@@ -129,7 +129,8 @@ def update(parts: Parts) -> None:
     if clip is not None:
         if scaler is not None:
             scaler.unscale_(parts.optimizer)
-        nn.utils.clip_grad_norm_(parts.model.parameters(), clip)
+        norm = nn.utils.clip_grad_norm_(parts.model.parameters(), clip)
+        parts.meter.grad_norm.copy_(norm)
     if scaler is None:
         parts.optimizer.step()
     else:

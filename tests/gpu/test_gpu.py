@@ -89,7 +89,7 @@ def test_a_batch_too_small_for_a_gpu_is_named(disttrain: Run, tmp_path: Path, co
     verdict = json.loads((tmp_path / "run/status.json").read_text())["verdict"]
     assert verdict["name"] == "launch-bound", verdict
     peak = json.loads((tmp_path / "run/env.json").read_text())["device_peak_flops_per_s"]
-    shares = [record["device_peak_pct"] for record in records if record["kind"] == "train"]
+    shares = [record["mfu_pct"] for record in records if record["kind"] == "train"]
     assert all((share is None) == (peak is None) for share in shares)
     assert peak is None or max(shares) < 5
 
