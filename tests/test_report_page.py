@@ -1,4 +1,4 @@
-"""Tests of the pages of `disttrain report` and `disttrain compare` in a real browser, Debian's Chromium."""
+"""Tests of the pages of `disttrain report` of one run and of several in a real browser, Debian's Chromium."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done with a run that was trained: eval, predict, export, report, compare."""
+"""What is done with a run that was trained: eval, predict, export, report."""
 
 from __future__ import annotations
 
@@ -157,18 +157,7 @@ def report(
     click.echo(write_report(runs[0], output, inside_s=seconds))
 
 
-@click.command()
-@_RUNS
-@_PAGE
-@_TARGET
-@_JSON
-def compare(runs: tuple[Path, ...], output: Path | None, target: float | None, as_json: bool) -> None:
-    """Compare runs: a table here, curves over one another and all that differs in an HTML file."""
-    _compare(runs, output, target, as_json)
-
-
 def _compare(runs: tuple[Path, ...], output: Path | None, target: float | None, as_json: bool) -> None:
-
     from rich.console import Console
 
     from disttrain.report import compare
@@ -179,9 +168,11 @@ def _compare(runs: tuple[Path, ...], output: Path | None, target: float | None, 
         click.echo(json.dumps(compare.to_json(comparison), indent=1))
         return
     Console(highlight=False).print(compare.table(comparison))
-    for contrast in comparison.contrasts:
-        click.echo(f"{contrast.second} against {contrast.first}: {contrast.verdict}")
+    for group in comparison.groups:
+        if group.deviation is not None:
+            spread = f"{100 * group.mean:.2f} % ± {100 * group.deviation:.2f} (n = {len(group.accuracies)})"
+            click.echo(f"{group.setting}: {spread}")
     click.echo(page)
 
 
-COMMANDS = (eval_, predict, export, report, compare)
+COMMANDS = (eval_, predict, export, report)

@@ -1,4 +1,4 @@
-"""Several runs beside one another: what differs, what came of it, and whether that is more than chance."""
+"""Several runs beside one another: what differs, what came of it, and how far the seeds alone spread it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from disttrain.errors import UsageError
 from disttrain.report.page import environment_rows, outcome, render, wall_s
 from disttrain.report.records import Run, reached, read_run
 
-CONFIDENCE = 0.95
-
 
 @dataclass(frozen=True)
 class Group:
@@ -28,37 +26,18 @@ class Group:
         setting: what tells them from the other groups.
         titles: of the runs.
         accuracies: the last one of each run, 0..1.
-        interval: half the width of the 95 % interval of the mean; None for a single run.
+        deviation: their standard deviation, 0..1; None for a single run.
     """
 
     setting: str
     titles: list[str]
     accuracies: list[float]
-    interval: float | None
+    deviation: float | None
 
     @property
     def mean(self) -> float:
         """The mean accuracy."""
         return float(np.mean(self.accuracies))
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Two groups of runs, by Welch's t test of their last accuracies.
-
-    Attributes:
-        difference: second mean minus first, 0..1.
-        interval: half the width of its 95 % interval; None where a group has a single run.
-        p_value: two-sided; None where a group has a single run.
-        verdict: one sentence.
-    """
-
-    first: str
-    second: str
-    difference: float
-    interval: float | None
-    p_value: float | None
-    verdict: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +50,6 @@ class Comparison:
         rows: name of a result -> its value in each run, None where unknown.
         differences: (what, value in each run) of config and environment, where they are not all the same.
         groups: runs that differ in their seed only.
-        contrasts: of the groups with one another.
     """
 
     runs: dict[str, Run]
@@ -79,7 +57,6 @@ class Comparison:
     rows: dict[str, list[float | str | None]]
     differences: list[tuple[str, list[str]]]
     groups: list[Group]
-    contrasts: list[Contrast]
 
 
 def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
@@ -99,14 +76,12 @@ def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
     if target is None:
         best = [run.best.accuracy for run in runs.values() if run.best and run.best.accuracy is not None]
         target = min(best, default=None)
-    groups = _groups(runs)
     return Comparison(
         runs=runs,
         target=target,
         rows=_rows(list(runs.values()), target),
         differences=_differences(list(runs.values())),
-        groups=groups,
-        contrasts=[_contrast(a, b) for i, a in enumerate(groups) for b in groups[i + 1 :]],
+        groups=_groups(runs),
     )
 
 
@@ -136,7 +111,6 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             what: dict(zip(comparison.runs, values, strict=True)) for what, values in comparison.differences
         },
         "groups": [vars(group) | {"mean": group.mean} for group in comparison.groups],
-        "contrasts": [vars(contrast) for contrast in comparison.contrasts],
     }
 
 
@@ -181,49 +155,6 @@ def cell(name: str, value: float | str | None) -> str:
         return f"{100 * value:.2f} %"
     precise = name.endswith("_s") and name != "images_per_s"
     return f"{value:.4f}" if "loss" in name else f"{value:,.1f}" if precise else f"{value:,.0f}"
-
-
-def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Returns the two-sided p value of Welch's t test, and half the width of the 95 % interval.
-
-    Args:
-        first: at least two values.
-        second: at least two values. (Welch 1947, "The generalization of Student's problem".)
-    """
-    sizes = np.array([len(first), len(second)])
-    errors = np.array([np.var(first, ddof=1), np.var(second, ddof=1)]) / sizes
-    total = float(errors.sum())
-    difference = float(np.mean(second) - np.mean(first))
-    if total == 0:  # no spread at all: any difference is certain
-        return (1.0 if difference == 0 else 0.0), 0.0
-    freedom = total**2 / float((errors**2 / (sizes - 1)).sum())
-    return student_p(difference / math.sqrt(total), freedom), student_quantile(freedom) * math.sqrt(total)
-
-
-def student_p(t: float, freedom: float) -> float:
-    """Returns the chance that Student's t is at least so far from 0.
-
-    With t = sqrt(freedom) tan(u) the density becomes cos(u) ** (freedom - 1), which is smooth on a finite
-    interval, so that Gauss-Legendre quadrature is exact to many digits.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(200)
-
-    def integral(begin: float) -> float:
-        half = (math.pi / 2 - begin) / 2
-        return half * float(weights @ np.cos(begin + half * (nodes + 1)) ** (freedom - 1))
-
-    return integral(math.atan(abs(t) / math.sqrt(freedom))) / integral(0.0)
-
-
-def student_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """Returns the distance from 0 that Student's t exceeds with a chance of 1 - confidence, by bisection."""
-    low, high = 0.0, 1.0
-    while student_p(high, freedom) > 1 - confidence:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, freedom) > 1 - confidence else (low, middle)
-    return high
 
 
 def _titles(folders: Sequence[Path]) -> list[str]:
@@ -313,26 +244,7 @@ def _groups(runs: Mapping[str, Run]) -> list[Group]:
     groups = []
     for key, own in zip(keys, members.values(), strict=True):
         accuracies = [accuracy for _, accuracy in own]
-        interval = None
-        if len(own) > 1:
-            error = float(np.std(accuracies, ddof=1)) / math.sqrt(len(own))
-            interval = student_quantile(len(own) - 1) * error
+        deviation = float(np.std(accuracies, ddof=1)) if len(own) > 1 else None
         setting = ", ".join(f"{k}={key.get(k, 'n/a')}" for k in telling) or "all runs"
-        groups.append(Group(setting, [title for title, _ in own], accuracies, interval))
+        groups.append(Group(setting, [title for title, _ in own], accuracies, deviation))
     return groups
-
-
-def _contrast(first: Group, second: Group) -> Contrast:
-    difference = second.mean - first.mean
-    sizes = f"n = {len(first.accuracies)} and {len(second.accuracies)}"
-    points = f"{100 * difference:+.2f} points ({sizes})"
-    if min(len(first.accuracies), len(second.accuracies)) < 2:
-        verdict = f"{points}: no claim, each setting needs at least two seeds"
-        return Contrast(first.setting, second.setting, difference, None, None, verdict)
-    p_value, interval = welch(first.accuracies, second.accuracies)
-    known = "more than the seeds explain" if p_value < 1 - CONFIDENCE else "no more than the seeds explain"
-    low, high = 100 * (difference - interval), 100 * (difference + interval)
-    verdict = (
-        f"{points}, 95 % interval {low:+.2f} to {high:+.2f}, p = {p_value:.2g} (Welch's t test): {known}"
-    )
-    return Contrast(first.setting, second.setting, difference, interval, p_value, verdict)
