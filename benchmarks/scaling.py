@@ -1,4 +1,4 @@
-"""The model of disttrain/launch/scaling.py beside measurements: steps, all-reduces on 1, 2 and 4 processes.
+"""The model of scaling_model.py beside measurements: steps, all-reduces on 1, 2 and 4 processes.
 
     python benchmarks/scaling.py [--models cnn_mnist alexnet_cifar] [--processes 2 4] [--batch 64] [--runs 5]
 
@@ -24,9 +24,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import scaling_model as scaling
 from common import machine, print_json_or, torchrun
-
-from disttrain.launch import scaling
 
 SHAPES = {
     "cnn_mnist": (1, 28, 28),

@@ -5,10 +5,14 @@ python docs/scaling_tables.py --images-per-s 30000 --fixed-ms 3 --link-us 20 --l
 """
 
 import argparse
+import sys
+from pathlib import Path
 
-from disttrain.launch.scaling import INFINIBAND, NVLINK, Link, Ranks, Step, efficiency
 from disttrain.models import build_model, parameter_count
 from disttrain.training.choices import bucket_mib
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from scaling_model import INFINIBAND, NVLINK, Link, Ranks, Step, efficiency
 
 MODELS = {
     "cnn_mnist": (1, 28),

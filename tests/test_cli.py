@@ -256,10 +256,6 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(
     assert ranks == ["rank 0 -> HOST -> cpu", "rank 1 -> HOST -> cpu"]
     threads = plan.pop("threads")[0]
     assert threads.startswith("1 per process on ")
-    (scaling,) = plan.pop("scaling")
-    assert re.match(
-        r"0\.01 MiB of gradients per step, summed up in about \S+ ms \(.* us and .* GB/s: gloo", scaling
-    )
     assert plan == {
         "batch": ["64 global = 2 ranks x 32"],
         "steps": [
@@ -294,7 +290,6 @@ def test_a_dry_run_of_one_process_with_other_settings(disttrain, config_file, tm
         "22 per epoch x 2 epochs = 44; 22 full batches, remainder: 30 samples: left out in each epoch"
     ]
     assert plan["run folder"] == ["my run"]
-    assert "scaling" not in plan
     assert not (tmp_path / "my run").exists()
 
 
@@ -328,7 +323,6 @@ def test_a_dry_run_on_a_node_of_a_slurm_job(disttrain, config_file, tmp_path):
     assert 1024 < int(port) < 32768
     assert [line.split(" -> ")[0] for line in plan["ranks"]] == ["rank 0", "rank 1"]
     assert plan["ranks"][0] == "rank 0 -> node 0 -> cpu"
-    assert "10 Gbit/s, assumed" in plan["scaling"][0]
 
 
 # --- Data sets --------------------------------------------------------------------------------------

@@ -1,17 +1,12 @@
 """The model of steps and all-reduces, by exact values."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from disttrain.launch.scaling import (
-    Link,
-    Ranks,
-    Step,
-    all_reduce_s,
-    efficiency,
-    estimate,
-    least_compute_s,
-    step_s,
-)
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from scaling_model import Link, Ranks, Step, all_reduce_s, efficiency, step_s
 
 FREE = Link(0.0, 1e30)
 LINK = Link(latency_s=0.001, bytes_per_s=1000, what="a slow one")
@@ -61,21 +56,3 @@ def test_efficiency_is_lost_to_what_does_not_shrink_and_to_the_line():
     assert efficiency(step, 90, 1000, 1000, ranks(1)) == pytest.approx(1)
     assert efficiency(step, 90, 1000, 1000, ranks(10, FREE)) == pytest.approx(1.0 / (10 * 0.19))
     assert efficiency(step, 90, 1000, 1000, ranks(2)) == pytest.approx(1.0 / (2 * (0.55 + 1.002)))
-
-
-@pytest.mark.parametrize("bucket", [1000, 400, 100])
-@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
-def test_the_least_arithmetic_for_a_share(share, bucket):
-    compute = least_compute_s(share, 1000, bucket, ranks(4))
-    assert compute / step_s(compute, 1000, bucket, ranks(4)) == pytest.approx(share)
-
-
-def test_the_line_for_a_plan():
-    assert estimate(2**20, 2**21, Ranks(1, 2, Link(50e-6, 2**30, "a ring"), FREE)) == (
-        "1.00 MiB of gradients per step, summed up in about 1.08 ms (50 us and 1.07 GB/s: a ring); "
-        "90 % of a step is arithmetic if a rank computes for 9.69 ms or more"
-    )
-
-
-def test_the_line_names_the_link_that_is_in_the_way():
-    assert "us and 1e+21 GB/s" in estimate(2**20, 2**21, Ranks(2, 1, LINK, FREE))

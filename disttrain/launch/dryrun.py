@@ -7,7 +7,6 @@ import socket
 from disttrain.config import Config
 from disttrain.launch.plan import LaunchPlan, rank_map, shell_line
 from disttrain.launch.prepare import Ready
-from disttrain.launch.scaling import LINKS, Ranks, estimate
 from disttrain.preflight import split_batch
 from disttrain.shards.index import Index
 from disttrain.userdirs import decoded_folder
@@ -63,20 +62,7 @@ def describe(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, 
     if start is not None:
         begin = [] if start.checkpoint is None else [f"going on from {start.checkpoint}"]
         lines += [("resume", text) for text in (*start.notes, *start.changes, *begin)]
-    if plan.world_size > 1:
-        lines.append(("scaling", _scaling(plan, parameters)))
     return lines
-
-
-def _scaling(plan: LaunchPlan, parameters: int) -> str:
-    """Returns what the ranks have to sum up, over the link that is usual for their device."""
-    import torch
-
-    from disttrain.training.choices import bucket_mib
-
-    bucket, _ = bucket_mib(parameters, torch.device(plan.device))
-    ranks = Ranks(plan.nodes, plan.processes, *LINKS[plan.device])
-    return estimate(4 * parameters, bucket * 2**20, ranks)
 
 
 def _model_size(config: Config, index: Index) -> tuple[int, int]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from disttrain.units import time_text
-
 
 class Link(NamedTuple):
     """What connects neighbours of a ring.
@@ -58,12 +56,8 @@ class Step(NamedTuple):
     sample_s: float
 
 
-SHARED_MEMORY = Link(250e-6, 0.5e9, "gloo within a machine of two busy cores, measured")
-ETHERNET = Link(100e-6, 1.2e9, "gloo over 10 Gbit/s, assumed")
 NVLINK = Link(5e-6, 200e9, "NVLink, assumed")
 INFINIBAND = Link(15e-6, 12e9, "100 Gbit/s for each GPU, assumed")
-LINKS = {"cpu": (SHARED_MEMORY, ETHERNET), "cuda": (NVLINK, INFINIBAND)}
-"""What lies between the ranks of a node and between nodes, where nobody has measured it."""
 
 _BACKWARD = 2 / 3  # of a step's arithmetic: gradients of the inputs and of the weights, after the outputs
 
@@ -120,35 +114,3 @@ def efficiency(step: Step, batch: int, gradient_bytes: float, bucket_bytes: floa
     alone = step.fixed_s + step.sample_s * batch
     own = step.fixed_s + step.sample_s * batch / ranks.world_size
     return alone / (ranks.world_size * step_s(own, gradient_bytes, bucket_bytes, ranks))
-
-
-def least_compute_s(share: float, gradient_bytes: float, bucket_bytes: float, ranks: Ranks) -> float:
-    """Returns what a rank must compute in a step at least, for that share of the step to be arithmetic."""
-    low, high = (
-        0.0,
-        all_reduce_s(gradient_bytes, ranks) * _buckets(gradient_bytes, bucket_bytes) / (1 - share),
-    )
-    for _ in range(60):
-        middle = (low + high) / 2
-        if middle < share * step_s(middle, gradient_bytes, bucket_bytes, ranks):
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def estimate(gradient_bytes: float, bucket_bytes: float, ranks: Ranks) -> str:
-    """Returns what is known of the communication of a run before it is measured, in one line."""
-    link = ranks.between if ranks.nodes > 1 else ranks.inside
-    time_s = all_reduce_s(gradient_bytes, ranks)
-    compute_s = least_compute_s(0.9, gradient_bytes, bucket_bytes, ranks)
-    speed = f"{1e6 * link.latency_s:,.0f} us and {link.bytes_per_s / 1e9:,.3g} GB/s: {link.what}"
-    gradients = f"{gradient_bytes / 2**20:,.2f} MiB of gradients per step"
-    return (
-        f"{gradients}, summed up in about {time_text(time_s)} "
-        f"({speed}); 90 % of a step is arithmetic if a rank computes for {time_text(compute_s)} or more"
-    )
-
-
-def _buckets(gradient_bytes: float, bucket_bytes: float) -> int:
-    return max(1, -int(-gradient_bytes // bucket_bytes))
