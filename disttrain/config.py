@@ -126,8 +126,9 @@ class TrainConfig(_Section):
     compile: Annotated[Literal["auto"] | bool, Role.RESUME] = "auto"
     """torch.compile the model. auto: if the run is long enough to repay it and it proves faster."""
     cuda_graph: Annotated[Literal["auto"] | bool, Role.MACHINE] = "auto"
-    """Replay a whole step as one CUDA graph, on a single GPU. auto: for our own networks. true: for any other
-    too; one that waits for the GPU in a step cannot be recorded, which ends the run."""
+    """Replay a whole step as one CUDA graph, on a single GPU. auto: for our own networks where they are not
+    compiled. true: for any other too; one that waits for the GPU in a step cannot be recorded, which ends the
+    run."""
     label_smoothing: Fraction = 0.0
     """Share of the target spread evenly over the classes (Szegedy et al. 2016)."""
     grad_clip: Positive | None = None

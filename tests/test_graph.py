@@ -21,6 +21,7 @@ from disttrain.errors import UsageError
 from disttrain.shards.index import Index, load_index
 from disttrain.training import graph as module
 from disttrain.training.build import build
+from disttrain.training.choices import Settings
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import join
 from disttrain.training.optim import inner_groups
@@ -248,6 +249,7 @@ ON = {"train": {"cuda_graph": True}}
         ({}, "cuda", 1, "bf16", "true: a single GPU"),
         (OTHER, "cuda", 1, "bf16", "false: not one of our networks; train.cuda_graph=true tries it"),
         (OTHER | ON, "cuda", 1, "bf16", "true: train.cuda_graph"),
+        ({"train": {"compile": True}}, "cuda", 1, "bf16", "false: compiled; train.cuda_graph=true does both"),
         ({"train": {"cuda_graph": False}}, "cuda", 1, "bf16", "false: train.cuda_graph"),
         (ON, "cpu", 1, "fp32", "false: there is no GPU"),
         (ON, "cuda", 2, "bf16", "false: several ranks reduce their gradients"),
@@ -257,7 +259,7 @@ ON = {"train": {"cuda_graph": True}}
     ],
 )  # fmt: skip
 def test_what_runs_as_a_graph(
-    options: dict[str, Any], device: str, ranks: int, precision: str, expected: str
+    options: dict[str, Any], device: str, ranks: int, precision: Any, expected: str
 ) -> None:
     tree: dict[str, Any] = {
         "name": "graph",
@@ -268,7 +270,9 @@ def test_what_runs_as_a_graph(
     }
     for section, values in options.items():
         tree[section] = tree.get(section, {}) | values
-    chosen, reason = graph_choice(Config.model_validate(tree), torch.device(device), ranks, precision)
+    config = Config.model_validate(tree)
+    settings = Settings(precision, True, config.train.compile is True, 1)
+    chosen, reason = graph_choice(config, torch.device(device), ranks, settings)
     assert reason == expected
     assert chosen == expected.startswith("true")
 

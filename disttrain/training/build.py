@@ -117,7 +117,7 @@ def build(
     model = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
     if accelerator.num_processes > 1:
         model, choices["bucket"] = wrap_ddp(model, device, timed_every=config.monitor.log_every_steps)
-    graphed, choices["cuda_graph"] = graph_choice(config, device, group.num_processes, settings.precision)
+    graphed, choices["cuda_graph"] = graph_choice(config, device, group.num_processes, settings)
     parts = Parts(
         config=config,
         accelerator=accelerator,

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from disttrain.config import Config
 from disttrain.errors import UsageError
 from disttrain.models import CATALOG
+from disttrain.training.choices import Settings
 from disttrain.training.optim import inner_groups
 
 _WARM_UP_STEPS = 3  # torch wants some before a capture: libraries are loaded, kernels and memory chosen
@@ -24,28 +25,32 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes images float32 [B, C, H, W] and labels int64 [B], returns loss float32 [] and scores [B, classes]."""
 
 
-def graph_choice(config: Config, device: torch.device, world_size: int, precision: str) -> tuple[bool, str]:
+def graph_choice(
+    config: Config, device: torch.device, world_size: int, settings: Settings
+) -> tuple[bool, str]:
     """Returns whether the steps of a run are replayed as a graph, and why.
 
     Args:
         config: of the run.
         device: of the rank.
         world_size: number of ranks.
-        precision: the arithmetic.
+        settings: how the passes are computed.
     """
     if config.train.cuda_graph is False:
         return False, "false: train.cuda_graph"
-    if obstacle := graph_obstacle(config, device, world_size, precision):
+    if obstacle := graph_obstacle(config, device, world_size, settings.precision):
         return False, f"false: {obstacle}"
     if config.train.cuda_graph is True:
         return True, "true: train.cuda_graph"
     if config.model.name not in CATALOG:
         return False, "false: not one of our networks; train.cuda_graph=true tries it"
+    if settings.compiled:
+        return False, "false: compiled; train.cuda_graph=true does both"
     return True, "true: a single GPU"
 
 
 def graph_obstacle(config: Config, device: torch.device, world_size: int, precision: str) -> str | None:
-    """Returns why no graph is possible, whatever `train.cuda_graph` says, or None; arguments as above."""
+    """Returns why no graph is possible, whatever `train.cuda_graph` says, or None."""
     obstacles = {
         "there is no GPU": device.type != "cuda",
         "several ranks reduce their gradients": world_size > 1,
