@@ -658,7 +658,7 @@ def test_an_epoch_over_other_samples_than_those_of_the_index_is_an_error(how: st
     parts = make_parts()
     parts.train_data = Careless(how)
     recorder = Recorder()
-    with pytest.raises(DataError, match=r"trained on \d+ samples, the plan has 40.*must not be") as caught:
+    with pytest.raises(DataError, match=r"trained on \d+ samples, it should be 40.*must not be") as caught:
         run(parts, recorder=recorder)
     assert caught.value.exit_code == 65
     assert recorder.evaluations == []
@@ -669,7 +669,7 @@ def test_an_evaluation_of_other_samples_is_an_error(how: str, seen: int) -> None
     parts = make_parts(batch_size=4)
     parts.val_data = Careless(how)
     parts.val_ids = np.arange(40)
-    with pytest.raises(DataError, match=rf"saw {seen} samples, the index has 40, or not the same ones"):
+    with pytest.raises(DataError, match=rf"saw {seen} samples, it should be 40, or not the same ones"):
         evaluate(parts, "none", step=0, hooks=QUIET)
 
 

@@ -31,7 +31,6 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         Subject,
         Tally,
         batch_size,
-        check_coverage,
         score,
         summary,
     )
@@ -74,7 +73,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         dist.all_reduce(tally.confusion)
         dist.destroy_process_group()
     sums = EvalSums(*flat.tolist())
-    check_coverage(sums, ids)
+    sums.check(ids, "the evaluation saw")
     confusion = tally.confusion.view(len(facts.classes), -1).tolist()
     result = summary(sums, request["tta"])
     top5 = int(sums.top5_correct) if len(facts.classes) > 5 else None

@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttrain.config import TrainConfig
 from disttrain.data.batches import Batch, Loader
-from disttrain.data.plan import Ids, digest, share
-from disttrain.errors import DataError
+from disttrain.data.plan import Ids, share
 from disttrain.heartbeat import Phase
 from disttrain.training.collectives import average_buffers, reduce_record, stop_requested_anywhere
+from disttrain.training.exactly_once import Seen, seen_by_rank
 from disttrain.training.parts import Hooks, Parts, as_written, kernels_by_rule
 
 Augmentation = Literal["none", "flip", "multi_view"]
@@ -97,7 +96,7 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dic
         if not score(subject, tta, tally.add, go_on):
             return None
     sums = reduce_record(parts, Phase.EVALUATE, step, tally.sums())
-    check_coverage(sums, parts.val_ids)
+    sums.check(parts.val_ids, "the evaluation saw")
     return summary(sums, tta) | {"skipped": parts.val_skipped}
 
 
@@ -158,26 +157,20 @@ def score(
 
 
 @dataclass
-class EvalSums:
-    """What an evaluation adds up over samples and ranks; exact in float64.
+class EvalSums(Seen):
+    """What an evaluation adds up over samples and ranks, with which samples they were; exact in float64.
 
     Attributes:
         loss: cross entropy.
         correct: samples that were predicted right.
         plain_correct: those without test-time augmentation.
         top5_correct: whose class is among the five best, if that was counted.
-        samples: that were seen.
-        digest_low: the lower 32 bits of the digest of their ids.
-        digest_high: the upper ones.
     """
 
     loss: float
     correct: float
     plain_correct: float
     top5_correct: float
-    samples: float
-    digest_low: float
-    digest_high: float
 
 
 class Tally:
@@ -216,28 +209,16 @@ class Tally:
 
     def sums(self) -> EvalSums:
         """Returns the sums of this rank; waits for the device."""
-        count, total = digest(np.concatenate(self._seen) if self._seen else np.empty(0, np.int64))
         correct, plain_correct, top5_correct = self._hits.tolist()
+        seen = seen_by_rank(self._seen)
         return EvalSums(
-            self._loss.item(), correct, plain_correct, top5_correct, count, total & 0xFFFFFFFF, total >> 32
-        )
-
-
-def check_coverage(sums: EvalSums, ids: Ids) -> None:
-    """Checks that the ranks saw each sample once.
-
-    Args:
-        sums: over all ranks.
-        ids: what they should have seen.
-
-    Raises:
-        DataError: a sample was left out, repeated or replaced.
-    """
-    seen = int(sums.samples), (int(sums.digest_low) + (int(sums.digest_high) << 32)) % 2**64
-    if seen != digest(ids):
-        raise DataError(
-            f"evaluation saw {seen[0]:,} samples, the index has {len(ids):,}, or not the same ones: "
-            "this must not be; please report it"
+            samples=seen.samples,
+            digest_low=seen.digest_low,
+            digest_high=seen.digest_high,
+            loss=self._loss.item(),
+            correct=correct,
+            plain_correct=plain_correct,
+            top5_correct=top5_correct,
         )
 
 

@@ -1,16 +1,55 @@
-"""The proof that the ranks together trained on every sample exactly once."""
+"""The proof that the ranks together saw every sample exactly once, in training and in an evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from disttrain.data.plan import Ids, digest
 from disttrain.errors import DataError
 from disttrain.heartbeat import Phase
-from disttrain.training.collectives import reduce_sum
+from disttrain.training.collectives import reduce_record
 from disttrain.training.parts import Parts
+
+
+@dataclass
+class Seen:
+    """Which samples were seen, as numbers that may be added up over ranks: exact in float64.
+
+    Attributes:
+        samples: how many.
+        digest_low: the lower 32 bits of the sum of their hashes; see `digest`.
+        digest_high: the upper ones.
+    """
+
+    samples: float
+    digest_low: float
+    digest_high: float
+
+    def check(self, expected: Ids, who: str) -> None:
+        """Checks the sums over all ranks.
+
+        Args:
+            expected: the ids that all ranks should have seen, in any order.
+            who: begins the sentence of the error.
+
+        Raises:
+            DataError: a sample was left out, repeated or replaced.
+        """
+        found = int(self.samples), (int(self.digest_low) + (int(self.digest_high) << 32)) % 2**64
+        if found != digest(expected):
+            raise DataError(
+                f"{who} {found[0]:,} samples, it should be {len(expected):,}, or not the same ones: "
+                "this must not be; please report it"
+            )
+
+
+def seen_by_rank(ids: Sequence[Ids]) -> Seen:
+    """Returns which samples this rank has seen, given the ids of its batches."""
+    count, total = digest(np.concatenate(ids) if ids else np.empty(0, np.int64))
+    return Seen(count, total & 0xFFFFFFFF, total >> 32)
 
 
 def check_exactly_once(parts: Parts, step: int, seen: Sequence[Ids], expected: Ids) -> None:
@@ -25,12 +64,5 @@ def check_exactly_once(parts: Parts, step: int, seen: Sequence[Ids], expected: I
     Raises:
         DataError: a sample was left out, repeated or replaced.
     """
-    count, total = digest(np.concatenate(seen) if seen else np.empty(0, np.int64))
-    # In halves, whose sums are exact in float64.
-    sums = reduce_sum(parts, Phase.REPORT, step, [count, total & 0xFFFFFFFF, total >> 32])
-    found = (int(sums[0]), (int(sums[1]) + (int(sums[2]) << 32)) % 2**64)
-    if found != digest(expected):
-        raise DataError(
-            f"the ranks trained on {found[0]:,} samples, the plan has {len(expected):,}, or not on the same "
-            "ones: this must not be; please report it"
-        )
+    total = reduce_record(parts, Phase.REPORT, step, seen_by_rank(seen))
+    total.check(expected, "the ranks trained on")
