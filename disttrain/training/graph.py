@@ -7,6 +7,7 @@ replayed, the step takes the time of its kernels.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,6 +19,8 @@ from disttrain.errors import UsageError
 from disttrain.models import CATALOG
 from disttrain.training.choices import Settings
 from disttrain.training.optim import inner_groups
+
+log = logging.getLogger("disttrain")
 
 _WARM_UP_STEPS = 3  # torch wants some before a capture: libraries are loaded, kernels and memory chosen
 
@@ -115,6 +118,7 @@ class StepGraph:
         """
         self._usable = self._fits()
         if not self._usable:
+            log.info("no CUDA graph: there is no memory for a second set of activations")
             return
         self._images, self._labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
