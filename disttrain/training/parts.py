@@ -117,6 +117,27 @@ class Position:
     evaluation_due: bool = False
 
 
+@dataclass
+class MeterState:
+    """What a run that is stopped between two log points needs to go on: sums of one rank since the last one.
+
+    Attributes:
+        loss: of the samples.
+        correct: samples that were predicted right.
+        samples: that were trained on.
+        steps: that were taken.
+        wait_s: seconds in which the host waited for data.
+        elapsed_s: seconds of training.
+    """
+
+    loss: float
+    correct: float
+    samples: float
+    steps: float
+    wait_s: float
+    elapsed_s: float
+
+
 class Meter:
     """Sums since the last log point: loss and hits on the device, times on the host.
 
@@ -197,16 +218,17 @@ class Meter:
         self.samples, self.steps, self.wait_s, self._before_s = 0, 0, 0.0, 0.0
         self.start()
 
-    def state(self) -> list[float]:
-        """Returns what a run that is stopped between two log points needs to go on; waits for the device."""
-        return [*self.totals(), self.samples, self.steps, self.wait_s, self.elapsed_s]
+    def state(self) -> MeterState:
+        """Returns the sums of this rank; waits for the device."""
+        loss, correct = self.totals()
+        return MeterState(loss, correct, self.samples, self.steps, self.wait_s, self.elapsed_s)
 
-    def load(self, state: Sequence[float]) -> None:
+    def load(self, state: MeterState) -> None:
         """Goes on with an interval."""
         self.restart()
-        loss, hits, samples, steps, self.wait_s, self._before_s = state
-        self._sums.copy_(torch.tensor([loss, hits], dtype=torch.float64))
-        self.samples, self.steps = int(samples), int(steps)
+        self._sums.copy_(torch.tensor([state.loss, state.correct], dtype=torch.float64))
+        self.samples, self.steps = int(state.samples), int(state.steps)
+        self.wait_s, self._before_s = state.wait_s, state.elapsed_s
 
 
 @dataclass

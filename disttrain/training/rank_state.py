@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from dataclasses import astuple, replace
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from disttrain import counter_rng
 from disttrain.training.collectives import fill, float_buffers
-from disttrain.training.parts import Parts
+from disttrain.training.parts import MeterState, Parts
 
 _OWN_CODE = 24  # the stream of random numbers that seeds Python's and numpy's generators
 
@@ -99,16 +100,19 @@ def restore_rank_state(parts: Parts, states: dict[str, Tensor]) -> None:
         if "buffers" in own:
             models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]
             fill([buffer for model in models for buffer in float_buffers(model)], own["buffers"])
-        parts.meter.load(own["meter"].tolist())
+        parts.meter.load(MeterState(*own["meter"].tolist()))
     else:
-        loss, hits, samples, steps, wait_s, elapsed_s = meters.sum(0).tolist()
-        shared = [steps / len(meters), wait_s / len(meters), elapsed_s / len(meters)]
-        parts.meter.load([*([loss, hits, samples] if parts.rank == 0 else [0.0, 0.0, 0.0]), *shared])
+        total, mean = (MeterState(*values.tolist()) for values in (meters.sum(0), meters.mean(0)))
+        if parts.rank:  # the sums go on with rank 0
+            total = MeterState(0, 0, 0, 0, 0, 0)
+        parts.meter.load(
+            replace(mean, loss=total.loss, correct=total.correct, samples=total.samples),
+        )
 
 
 def _rank_state(parts: Parts, with_buffers: bool) -> dict[str, Tensor]:
     state = _generators(parts.accelerator.device)
-    state["meter"] = torch.tensor(parts.meter.state(), dtype=torch.float64)
+    state["meter"] = torch.tensor(astuple(parts.meter.state()), dtype=torch.float64)
     models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]
     buffers = [buffer for model in models for buffer in float_buffers(model)]
     if with_buffers and buffers:
