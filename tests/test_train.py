@@ -27,7 +27,7 @@ from disttrain.data.plan import Ids, Plan
 from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.heartbeat import Phase
 from disttrain.runs import checkpoint
-from disttrain.training import evaluation, phases
+from disttrain.training import evaluation, microbatch, phases
 from disttrain.training import parts as nouns
 from disttrain.training import step as steps
 from disttrain.training import train as loops
@@ -585,7 +585,7 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
                 yield one
 
     monkeypatch.setattr(loops, "prefetch", slowly_prefetched)
-    monkeypatch.setattr(steps, "prepare", taking(steps.prepare, 0.25))
+    monkeypatch.setattr(microbatch, "prepare", taking(microbatch.prepare, 0.25))
     monkeypatch.setattr(steps, "loss_sum", taking(steps.loss_sum, 1.25))
     monkeypatch.setattr(loops, "evaluate", taking(loops.evaluate, 100))
     parts = with_(make_parts(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})

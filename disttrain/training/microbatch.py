@@ -13,8 +13,10 @@ from torch import Tensor
 
 from disttrain.data.batches import Batch, Window
 from disttrain.data.plan import Ids, share
+from disttrain.heartbeat import Phase
 from disttrain.training.augment import Mix
 from disttrain.training.parts import Parts
+from disttrain.training.phases import Phases
 
 
 class MicroBatch(NamedTuple):
@@ -61,6 +63,37 @@ def prefetch(
     micros, ahead = itertools.tee(micro for index in steps for micro in micro_batches(parts, epoch, index))
     with contextlib.closing(parts.train_data.batches(order, (micro.window for micro in ahead))) as batches:
         yield from zip(micros, batches, strict=True)
+
+
+class Inputs(NamedTuple):
+    """A micro-batch as the model reads it.
+
+    Attributes:
+        micro: which samples, and what they count for.
+        images: augmented and normalised, float32 [B, C, H, W].
+        labels: int64 [B].
+        partners: labels of the images that are mixed in, int64 [B], or None.
+        ids: of the rank's own samples, int64 [B].
+    """
+
+    micro: MicroBatch
+    images: Tensor
+    labels: Tensor
+    partners: Tensor | None
+    ids: Ids
+
+
+def next_inputs(
+    parts: Parts, batches: Iterator[tuple[MicroBatch, Batch]], step: int, number: int, phases: Phases
+) -> Inputs:
+    """Takes the next micro-batch, number `number` of a step, to the device and augments it."""
+    began = phases.enter(Phase.DATA, step, number)
+    micro, batch = next(batches)
+    parts.meter.wait_s += phases.enter(Phase.TO_DEVICE, step, number) - began
+    batch = batch.to(parts.accelerator.device)
+    phases.enter(Phase.AUGMENT, step, number)
+    images, labels, partners = prepare(parts, micro, batch)
+    return Inputs(micro, images, labels, partners, batch.ids[: micro.samples])
 
 
 def prepare(parts: Parts, micro: MicroBatch, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from disttrain.data.batches import Batch
 from disttrain.data.plan import Ids
 from disttrain.heartbeat import Phase
 from disttrain.training.augment import Mix
-from disttrain.training.microbatch import MicroBatch, prepare
+from disttrain.training.microbatch import MicroBatch, next_inputs
 from disttrain.training.parts import Parts, as_written, kernels_by_rule
 from disttrain.training.phases import Phases
 
@@ -49,12 +49,7 @@ def train_step(
     config, scaler, meter = parts.config.train, parts.accelerator.scaler, parts.meter
     ids: list[Ids] = []
     for number in itertools.count():
-        began = phases.enter(Phase.DATA, step, number)
-        micro, batch = next(batches)
-        meter.wait_s += phases.enter(Phase.TO_DEVICE, step, number) - began
-        batch = batch.to(parts.accelerator.device)
-        phases.enter(Phase.AUGMENT, step, number)
-        images, labels, partners = prepare(parts, micro, batch)
+        micro, images, labels, partners, own_ids = next_inputs(parts, batches, step, number, phases)
         phases.enter(Phase.COMPUTE, step, 2 * number)
         graph = parts.graph if micro.samples == config.batch_size else None
         if graph is not None:
@@ -68,7 +63,7 @@ def train_step(
                 (loss if scaler is None else scaler.scale(loss)).backward(torch.full_like(loss, weight))
         if micro.counts:
             meter.add(loss, scores, labels)
-            ids.append(batch.ids[: micro.samples])
+            ids.append(own_ids)
         if micro.last:
             break
     phases.enter(Phase.OPTIMIZE, step)
