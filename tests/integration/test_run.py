@@ -484,10 +484,10 @@ def test_a_run_that_began_from_a_checkpoint_goes_on_by_itself(
     disttrain: Run, tmp_path: Path, config_file: Path
 ) -> None:
     assert succeeded(disttrain("run", config_file, "--procs", "1", "--run-dir", "first", "train.epochs=1"))
-    arguments = ["run", config_file, "--procs", "1", "--run-dir", "second", "train.epochs=3"]
+    arguments = ["run", config_file, "--procs", "1", "--run-dir", "second", "train.epochs=3", "optim.lr=0.02"]
     refused = disttrain(*arguments, "--resume", "first")
     assert refused.returncode == 2
-    assert "train.epochs: 1 -> 3" in refused.stderr
+    assert "optim.lr: 0.01 -> 0.02" in refused.stderr
     assert succeeded(disttrain(*arguments, "--resume", "first", "--force"))
     again = disttrain(*arguments)
     assert succeeded(again)
