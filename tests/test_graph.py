@@ -12,6 +12,7 @@ import pytest
 import torch
 import toy
 from accelerate.state import AcceleratorState
+from graph_cases import CASES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -155,30 +156,6 @@ def trained(
     )
     train(parts, position, Hooks(quiet, quiet, quiet, lambda: False))
     return parts, records
-
-
-MUON = {
-    "name": "muon",
-    "lr": 0.02,
-    "momentum": 0.6,
-    "normalize_weights": True,
-    "groups": [
-        {"parameters": ".*bias", "name": "sgd", "lr": 1.0, "schedule": {"name": "linear", "end_epoch": 1}}
-    ],
-}
-CASES: dict[str, dict[str, Any]] = {
-    "batch norm": {},
-    "dropout": {"model": {"name": "alexnet_cifar"}},
-    "adam, average, clipping": {
-        "optim": {"name": "adam", "lr": 1e-3, "momentum": None},
-        "train": {"ema": 0.9, "grad_clip": 0.5, "label_smoothing": 0.1},
-    },
-    "augmented": {
-        "augment": {"crop_padding": 2, "flip": True, "cutout": 8},
-        "optim": {"name": "adamw", "lr": 1e-3, "momentum": None},
-    },
-    "muon and groups": {"model": {"name": "speednet"}, "optim": MUON},
-}
 
 
 @pytest.mark.usefixtures("gpu")

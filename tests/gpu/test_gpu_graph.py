@@ -11,6 +11,7 @@ import pytest
 import torch
 import toy
 from accelerate.state import AcceleratorState
+from graph_cases import CASES
 from torch import Tensor
 
 from disttrain.config import Config
@@ -86,33 +87,14 @@ def tensors(tree: Any, name: str = "") -> dict[str, Tensor]:
     return {}
 
 
-MUON = {
-    "name": "muon",
-    "lr": 0.02,
-    "normalize_weights": True,
-    "groups": [
-        {"parameters": ".*bias", "name": "sgd", "lr": 1.0, "schedule": {"name": "linear", "end_epoch": 1}}
-    ],
-}
-CASES: dict[str, dict[str, Any]] = {
-    "batch norm": {},
-    "dropout": {"model": {"name": "alexnet_cifar"}},
+MORE = {
     "fp32": {"train": {"precision": "fp32"}},
-    "adam, average, clipping": {
-        "optim": {"name": "adam", "lr": 1e-3, "momentum": None},
-        "train": {"ema": 0.9, "grad_clip": 0.5, "label_smoothing": 0.1},
-    },
-    "augmented": {
-        "augment": {"crop_padding": 2, "flip": True, "cutout": 8},
-        "optim": {"name": "adamw", "momentum": None},
-    },
-    "muon and groups": {"model": {"name": "speednet"}, "optim": MUON | {"momentum": 0.6}},
     "momentum 0": {"optim": {"name": "sgd", "lr": 0.01, "momentum": 0.0}},
     "inception": {"model": {"name": "inception_small"}},
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("options", [*CASES.values(), *MORE.values()], ids=[*CASES, *MORE])
 def test_a_graph_trains_to_the_same_bits(
     options: dict[str, Any], index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
