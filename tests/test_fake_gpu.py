@@ -118,7 +118,7 @@ def build(index: Index, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
     monkeypatch.setattr(average, "copy", again)
     group = SimpleNamespace(device=GPU, num_processes=1, process_index=0)
     parts, _, choices = building.build(config, SimpleNamespace(number=0), group, index, None)  # type: ignore[arg-type]
-    assert choices["cache"].startswith(tree["data"].get("cache", "device"))
+    assert choices["cache"].value == tree["data"].get("cache", "device")
 
     def backward(loss: Tensor, weight: Tensor) -> None:
         assert (loss.device, weight.device, weight.shape) == (GPU, GPU, loss.shape)
@@ -223,7 +223,7 @@ def test_the_second_task_that_sees_one_gpu_computes_on_that(monkeypatch: pytest.
     wrapped: Any
     wrapped, reason = building.wrap_ddp(nn.Linear(2, 2), GPU, timed_every=7)
     assert (wrapped.settings["device_ids"], wrapped.timed_every, wrapped.broadcast_buffers) == ([0], 7, False)
-    assert reason.startswith("1 MiB: one bucket")
+    assert str(reason).startswith("1 MiB: one bucket")
     wrapped, _ = building.wrap_ddp(nn.Linear(2, 2), torch.device("cpu"), timed_every=7)
     assert wrapped.settings["device_ids"] is None
 

@@ -22,7 +22,7 @@ from disttrain.monitor import observe
 from disttrain.monitor.observe import RunGauges, RunObserver
 from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import load_index
-from disttrain.training.choices import Settings
+from disttrain.training.choices import Choice, Settings
 from disttrain.training.train import Position
 
 HOSTS = ["a", "a", "b", "b"]
@@ -293,7 +293,7 @@ def observer_of(
         parts,
         Position(step=5, samples_seen=320),
         load_index("digits", str(digits_root)),
-        {"precision": "fp32: auto on a CPU", "cache": "host: small"},
+        {"precision": Choice("fp32", "auto on a CPU"), "cache": Choice("host", "small")},
         verbosity=0,
     )
 

@@ -53,6 +53,7 @@ from disttrain.preflight import open_index
 from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index
 from disttrain.training.build import build
+from disttrain.training.choices import Choice
 from disttrain.training.group import join
 from disttrain.training.optim import build_optimizer
 from disttrain.training.parts import Hooks, Parts, Position
@@ -86,7 +87,10 @@ class Ours:
 
     def __init__(self, config: Config, parts: Parts, index: Index, steps: int, scratch: Path) -> None:
         self.config, self.parts, self.index, self.steps, self.scratch = config, parts, index, steps, scratch
-        self.choices = {"precision": parts.settings.precision, "cache": "host"}
+        self.choices = {
+            "precision": Choice(parts.settings.precision, "given"),
+            "cache": Choice("host", "given"),
+        }
         batch = config.train.batch_size
         self.plan = Plan(config.seed, (steps * batch,), batch, False)
         self.rounds = 0

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from disttrain.data.batches import Batch, Loader, Window
     from disttrain.data.plan import Ids
     from disttrain.shards.index import Index
-    from disttrain.training.choices import Settings, Workload
+    from disttrain.training.choices import Choice, Settings, Workload
     from disttrain.training.microbatch import MicroBatch
     from disttrain.training.parts import Parts, Saver
 
@@ -64,7 +64,7 @@ def measure(config: Config, rank: Rank, what: str, seconds: float) -> dict[str, 
             "device": torch.cuda.get_device_name(group.device) if device == "cuda" else "CPU",
             "torch": torch.__version__,
             "batch": config.train.batch_size,
-            "choices": choices,
+            "choices": {name: str(choice) for name, choice in choices.items()},
             "step_s": bench.step(parts.train_data),
         }
         if what == "all":
@@ -203,7 +203,7 @@ class StepBench:
             )
         return result
 
-    def logging(self, config: Config, index: Index, choices: dict[str, str]) -> float:
+    def logging(self, config: Config, index: Index, choices: dict[str, Choice]) -> float:
         """Returns the seconds of a log point, metrics written and shown, divided by the steps between two."""
         from disttrain.monitor.observe import RunObserver
         from disttrain.training.log_point import log_point

@@ -43,6 +43,7 @@ from disttrain.monitor.verdict import Verdict, evidence, judge
 from disttrain.runs.runfolder import COMMAND, JsonLines, RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.shards.reader import sample_keys
+from disttrain.training.choices import Choice
 from disttrain.training.graph import graph_obstacle
 from disttrain.training.parts import Parts, Position
 
@@ -82,7 +83,7 @@ class RunObserver:
         parts: Parts,
         position: Position,
         index: Index,
-        choices: dict[str, str],
+        choices: dict[str, Choice],
         *,
         verbosity: int,
     ) -> None:
@@ -98,7 +99,7 @@ class RunObserver:
         )
         self._judge = partial(
             evidence,
-            cache=choices["cache"].partition(":")[0],
+            cache=choices["cache"].value,
             precision=parts.settings.precision,
             compiled=parts.settings.compiled,
             graph=None if obstacle else parts.graph is not None,
@@ -416,7 +417,7 @@ def _run_info(
     parts: Parts,
     index: Index,
     devices: list[dict[str, Any]],
-    choices: dict[str, str],
+    choices: dict[str, Choice],
 ) -> RunInfo:
     splits = ", ".join(f"{split.samples:,} {name}" for name, split in index.splits.items())
     names = sorted({device["name"] for device in devices})
@@ -431,9 +432,9 @@ def _run_info(
         model=config.model.name,
         parameters=parameter_count(parts.bare_model),
         data=f"{index.name} {splits}, {index.channels}x{index.height}x{index.width}, "
-        f"cache {choices['cache'].partition(':')[0]}",
+        f"cache {choices['cache'].value}",
         devices=where,
-        precision=choices["precision"].partition(":")[0],
+        precision=choices["precision"].value,
         batch_size=config.train.batch_size,
         epochs=config.train.epochs,
         steps_per_epoch=parts.plan.steps_per_epoch,
@@ -442,7 +443,7 @@ def _run_info(
 
 
 def _environment(
-    parts: Parts, index: Index, devices: list[dict[str, Any]], choices: dict[str, str]
+    parts: Parts, index: Index, devices: list[dict[str, Any]], choices: dict[str, Choice]
 ) -> dict[str, Any]:
     """Returns the content of env.json."""
     packages = ("torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow", "safetensors")
@@ -463,7 +464,7 @@ def _environment(
         "threads": torch.get_num_threads(),
         "flops_per_image": parts.flops_per_image,
         "device_peak_flops_per_s": parts.peak_flops_per_s,
-        "choices": choices,
+        "choices": {name: str(choice) for name, choice in choices.items()},
         "data": {
             "name": index.name,
             "digest": index.digest,

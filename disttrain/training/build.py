@@ -36,7 +36,7 @@ from disttrain.shards.index import Index
 from disttrain.shards.verify import survey
 from disttrain.training.augment import Augment
 from disttrain.training.average import MovingAverage
-from disttrain.training.choices import Settings, Workload, allow_tf32, bucket_mib, choose
+from disttrain.training.choices import Choice, Settings, Workload, allow_tf32, bucket_mib, choose
 from disttrain.training.flops import flops_per_image, peak_flops_per_s
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import wait_for_all
@@ -76,7 +76,7 @@ def build(
     checkpoint_path: Path | None,
     *,
     force: bool = False,
-) -> tuple[Parts, Position, dict[str, str]]:
+) -> tuple[Parts, Position, dict[str, Choice]]:
     """Makes model, optimizer, data and augmentation, in the state of the checkpoint if there is one.
 
     Every rank calls this. With `force`, config or data set may differ from the checkpoint's.
@@ -86,7 +86,7 @@ def build(
     """
     device, image = group.device, (index.channels, index.height, index.width)
     say = print if rank.number == 0 else log.info
-    choices: dict[str, str] = {}
+    choices: dict[str, Choice] = {}
     checkpoint = None if checkpoint_path is None else load(checkpoint_path)
     data = open_data(config, index, group, say, choices)
     model = initial_model(config, index, device, choices, resumed=checkpoint is not None)
@@ -117,7 +117,7 @@ def build(
     model = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
     if accelerator.num_processes > 1:
         model, choices["bucket"] = wrap_ddp(model, device, timed_every=config.monitor.log_every_steps)
-    graphed, choices["cuda_graph"] = graph_choice(config, device, group.num_processes, settings)
+    choices["cuda_graph"] = graph_choice(config, device, group.num_processes, settings)
     parts = Parts(
         config=config,
         accelerator=accelerator,
@@ -136,7 +136,7 @@ def build(
         flops_per_image=per_image,
         peak_flops_per_s=peak_flops_per_s(device, settings.precision)[0],
         compiled_batch=split_batch(config, group.num_processes) if settings.compiled else None,
-        graph=StepGraph(optimizer, device) if graphed else None,
+        graph=StepGraph(optimizer, device) if choices["cuda_graph"].value == "true" else None,
     )
     if checkpoint is not None and parts.world_size > 2:
         warm_up_ddp_buckets(parts, image)
@@ -147,7 +147,7 @@ def build(
 
 
 def open_data(
-    config: Config, index: Index, group: PartialState, say: Callable[[str], None], choices: dict[str, str]
+    config: Config, index: Index, group: PartialState, say: Callable[[str], None], choices: dict[str, Choice]
 ) -> Data:
     """Returns the samples of a run; `choices` takes how they are served. Every rank calls this."""
     skipped = skipped_samples(config, index, group, say)
@@ -159,7 +159,7 @@ def open_data(
 
 
 def initial_model(
-    config: Config, index: Index, device: torch.device, choices: dict[str, str], *, resumed: bool
+    config: Config, index: Index, device: torch.device, choices: dict[str, Choice], *, resumed: bool
 ) -> nn.Module:
     """Returns the network on its device: with random weights, the same on all ranks, or those of a file.
 
@@ -175,11 +175,11 @@ def initial_model(
     if config.model.weights is not None and not resumed:
         fresh = load_weights(model, Path(config.model.weights), len(index.classes))
         left = f", but {', '.join(fresh)}, which begin at random" if fresh else ""
-        choices["weights"] = f"{config.model.weights}: all{left}"
+        choices["weights"] = Choice(config.model.weights, f"all{left}")
     return model
 
 
-def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tuple[nn.Module, str]:
+def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tuple[nn.Module, Choice]:
     """Wraps a model in DDP. Every rank calls this.
 
     Args:
@@ -204,7 +204,7 @@ def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tup
     # constructor's argument has a new name in each torch.
     wrapped.broadcast_buffers = False
     wrapped._set_ddp_runtime_logging_sample_rate(timed_every)
-    return wrapped, f"{bucket:.3g} MiB: {reason}"
+    return wrapped, Choice(f"{bucket:.3g} MiB", reason)
 
 
 def warm_up_ddp_buckets(parts: Parts, image: tuple[int, int, int]) -> None:
@@ -236,7 +236,7 @@ def prepare_arithmetic(
     index: Index,
     steps: int,
     saved: dict[str, Any] | None,
-    choices: dict[str, str],
+    choices: dict[str, Choice],
 ) -> tuple[Accelerator, Settings]:
     """Chooses precision, memory order, compilation and threads and applies them to the model.
 
@@ -313,13 +313,13 @@ def open_loaders(
     skipped: dict[str, Ids],
     group: PartialState,
     say: Callable[[str], None],
-    choices: dict[str, str],
+    choices: dict[str, Choice],
 ) -> dict[str, Loader]:
     """Returns what serves each split to this rank; `choices` takes how and why."""
     device = group.device
     place, reason = choose_place(config.data.cache, index.decoded_bytes, device)
-    choices["cache"] = f"{place}: {reason}"
     if place != "none":
+        choices["cache"] = Choice(place, reason)
         return {
             split: Cached(open_split(index, split, skipped[split], say), device, place)
             for split in ("train", "val")
@@ -333,8 +333,9 @@ def open_loaders(
         split: Streamed(index, split, device, batch_size=size, workers=workers, say=say)
         for split in ("train", "val")
     }
-    choices["cache"] += (
+    how = (
         f"; {config.data.streams} streams, {workers} decoding threads per process, at most "
         f"{loaders['train'].most_bytes / 2**20:,.1f} MiB of decoded samples under way in each"
     )
+    choices["cache"] = Choice(place, reason + how)
     return dict(loaders)

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -61,12 +61,22 @@ class Settings:
         return f"{self.precision}, {order}{', compiled' * self.compiled}, {threads}"
 
 
+class Choice(NamedTuple):
+    """What was chosen for the user, and why."""
+
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.value}: {self.reason}"
+
+
 @dataclass
-class Choice:
-    """The settings of a run and the reason of each, ready for env.json."""
+class Chosen:
+    """The settings of a run, and each of them with its reason."""
 
     settings: Settings
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class Workload:
 
 def choose(
     config: TrainConfig, work: Workload, *, threads: int, saved: Mapping[str, Any] | None = None
-) -> Choice:
+) -> Chosen:
     """Decides how a run computes. Every rank calls this; all get the same answer.
 
     Args:
@@ -104,7 +114,7 @@ def choose(
     """
     device = next(work.model.parameters()).device
     settings, reasons = _rules(config, device, threads, saved["precision"] if saved else None)
-    choice = Choice(settings, reasons)
+    choice = Chosen(settings, reasons)
     open_keys = [key for key in ("channels_last", "compile") if reasons[key] == _OPEN]
     if saved and (saved["device"], saved["world_size"]) == (device.type, work.world_size):
         _keep_saved(choice, open_keys, saved, threads)
@@ -112,18 +122,18 @@ def choose(
         _keep(choice, open_keys, "train.reproducible: another run might measure otherwise")
     elif open_keys:
         _measure(choice, work, open_keys, vary_threads=device.type == "cpu" and threads > 1)
-    reasons.setdefault("threads", f"{threads}: cores divided by processes, or OMP_NUM_THREADS")
+    reasons.setdefault("threads", Choice(str(threads), "cores divided by processes, or OMP_NUM_THREADS"))
     return choice
 
 
-def _keep_saved(choice: Choice, open_keys: list[str], saved: Mapping[str, Any], threads: int) -> None:
+def _keep_saved(choice: Chosen, open_keys: list[str], saved: Mapping[str, Any], threads: int) -> None:
     for key in open_keys:
         value = saved["compiled" if key == "compile" else key]
         choice.settings = replace(choice.settings, **{"compiled" if key == "compile" else key: value})
-        choice.reasons[key] = f"{str(value).lower()}: as in the checkpoint"
+        choice.reasons[key] = Choice(str(value).lower(), "as in the checkpoint")
     if saved["threads"] < threads:
         choice.settings = replace(choice.settings, threads=saved["threads"])
-        choice.reasons["threads"] = f"{saved['threads']}: as in the checkpoint"
+        choice.reasons["threads"] = Choice(str(saved["threads"]), "as in the checkpoint")
 
 
 def bucket_mib(parameters: int, device: torch.device) -> tuple[float, str]:
@@ -148,42 +158,43 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-_OPEN = ""  # the reason of what is still to be decided
+_OPEN = Choice("", "still to be decided")
 
 
 def _rules(
     config: TrainConfig, device: torch.device, threads: int, fixed_precision: Precision | None
-) -> tuple[Settings, dict[str, str]]:
-    """Returns what is known without a measurement, with _OPEN for the reason of what is not."""
-    reasons = {}
+) -> tuple[Settings, dict[str, Choice]]:
+    """Returns what is known without a measurement, with _OPEN in the place of what is not."""
+    reasons: dict[str, Choice] = {}
     if config.precision != "auto":
         precision: Precision = config.precision
-        reasons["precision"] = f"{precision}: train.precision = {precision}"
+        reasons["precision"] = Choice(precision, f"train.precision = {precision}")
     elif fixed_precision is not None and (device.type == "cuda" or fixed_precision in {"fp32", "bf16"}):
         precision = fixed_precision
-        reasons["precision"] = f"{precision}: as in the checkpoint"
+        reasons["precision"] = Choice(precision, "as in the checkpoint")
     elif device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "fp16"
-        reasons["precision"] = f"{precision}: a GPU with{'' if has_bf16 else 'out'} bf16"
+        reasons["precision"] = Choice(precision, f"a GPU with{'' if has_bf16 else 'out'} bf16")
     else:
-        precision, reasons["precision"] = "fp32", "fp32: a CPU"
+        precision, reasons["precision"] = "fp32", Choice("fp32", "a CPU")
     if config.channels_last != "auto":
         channels_last = config.channels_last
-        reasons["channels_last"] = f"{str(channels_last).lower()}: train.channels_last"
+        reasons["channels_last"] = Choice(str(channels_last).lower(), "train.channels_last")
     else:
         channels_last = True
-        reasons["channels_last"] = "true: a GPU" if device.type == "cuda" else _OPEN
+        reasons["channels_last"] = Choice("true", "a GPU") if device.type == "cuda" else _OPEN
     if config.compile != "auto":
         compiled = config.compile
-        reasons["compile"] = f"{str(compiled).lower()}: train.compile"
+        reasons["compile"] = Choice(str(compiled).lower(), "train.compile")
     else:
         compiled = False
-        reasons["compile"] = _OPEN if device.type == "cuda" else "false: a CPU, where it makes CNNs slower"
+        slower = Choice("false", "a CPU, where it makes CNNs slower")
+        reasons["compile"] = _OPEN if device.type == "cuda" else slower
     return Settings(precision, channels_last, compiled, threads), reasons
 
 
-def _measure(choice: Choice, work: Workload, open_keys: list[str], *, vary_threads: bool) -> None:
+def _measure(choice: Chosen, work: Workload, open_keys: list[str], *, vary_threads: bool) -> None:
     """Decides the open keys by measuring, and writes the reasons into `choice`."""
     probe = Probe(work)
     plain = choice.settings
@@ -214,9 +225,9 @@ def _measure(choice: Choice, work: Workload, open_keys: list[str], *, vary_threa
         best = _consider_compiling(choice, probe, best, seconds[best])
     for key in open_keys:
         if key != "compile":
-            choice.reasons[key] = f"{_shown(best, key)}: {_table(seconds)}"
+            choice.reasons[key] = Choice(_shown(best, key), _table(seconds))
     if best.threads != plain.threads:
-        choice.reasons["threads"] = f"{best.threads}: {_table(seconds)}"
+        choice.reasons["threads"] = Choice(str(best.threads), _table(seconds))
     choice.settings = best
 
 
@@ -245,9 +256,9 @@ def _seconds_or_never(probe: Probe, settings: Settings) -> float:
         return math.inf
 
 
-def _keep(choice: Choice, open_keys: list[str], reason: str) -> None:
+def _keep(choice: Chosen, open_keys: list[str], reason: str) -> None:
     for key in open_keys:
-        choice.reasons[key] = f"{_shown(choice.settings, key)}: {reason}"
+        choice.reasons[key] = Choice(_shown(choice.settings, key), reason)
 
 
 def _candidates(plain: Settings, open_keys: list[str]) -> list[Settings]:
@@ -261,7 +272,7 @@ def _best(plain: Settings, seconds: dict[Settings, float]) -> Settings:
     return best if seconds[best] <= _WIN * seconds[plain] else plain
 
 
-def _consider_compiling(choice: Choice, probe: Probe, best: Settings, eager_s: float) -> Settings:
+def _consider_compiling(choice: Chosen, probe: Probe, best: Settings, eager_s: float) -> Settings:
     """Compiles if the run is so long that even a vain attempt costs little. Returns the settings to use."""
     run_s = eager_s * probe.passes
     if BUDGET * run_s < _COMPILE_S / 2:
@@ -274,9 +285,9 @@ def _consider_compiling(choice: Choice, probe: Probe, best: Settings, eager_s: f
         else:
             text = f"{time_text(compiled_s)} a pass, {time_text(eager_s)} as written"
             if compiled_s <= _COMPILE_WIN * eager_s:
-                choice.reasons["compile"] = f"true: {text}"
+                choice.reasons["compile"] = Choice("true", text)
                 return replace(best, compiled=True)
-    choice.reasons["compile"] = f"false: {text}"
+    choice.reasons["compile"] = Choice("false", text)
     return best
 
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from disttrain.config import Config
 from disttrain.errors import UsageError
 from disttrain.models import CATALOG
-from disttrain.training.choices import Settings
+from disttrain.training.choices import Choice, Settings
 from disttrain.training.optim import inner_groups
 
 log = logging.getLogger("disttrain")
@@ -28,10 +28,8 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes images float32 [B, C, H, W] and labels int64 [B], returns loss float32 [] and scores [B, classes]."""
 
 
-def graph_choice(
-    config: Config, device: torch.device, world_size: int, settings: Settings
-) -> tuple[bool, str]:
-    """Returns whether the steps of a run are replayed as a graph, and why.
+def graph_choice(config: Config, device: torch.device, world_size: int, settings: Settings) -> Choice:
+    """Returns whether the steps of a run are replayed as a graph, "true" or "false", and why.
 
     Args:
         config: of the run.
@@ -40,16 +38,16 @@ def graph_choice(
         settings: how the passes are computed.
     """
     if config.train.cuda_graph is False:
-        return False, "false: train.cuda_graph"
+        return Choice("false", "train.cuda_graph")
     if obstacle := graph_obstacle(config, device, world_size, settings.precision):
-        return False, f"false: {obstacle}"
+        return Choice("false", obstacle)
     if config.train.cuda_graph is True:
-        return True, "true: train.cuda_graph"
+        return Choice("true", "train.cuda_graph")
     if config.model.name not in CATALOG:
-        return False, "false: not one of our networks; train.cuda_graph=true tries it"
+        return Choice("false", "not one of our networks; train.cuda_graph=true tries it")
     if settings.compiled:
-        return False, "false: compiled; train.cuda_graph=true does both"
-    return True, "true: a single GPU"
+        return Choice("false", "compiled; train.cuda_graph=true does both")
+    return Choice("true", "a single GPU")
 
 
 def graph_obstacle(config: Config, device: torch.device, world_size: int, precision: str) -> str | None:

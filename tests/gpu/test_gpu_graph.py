@@ -63,7 +63,7 @@ def trained(index: Index, options: dict[str, Any]) -> Parts:
     tree["train"]["cuda_graph"] = True
     config = Config.model_validate(tree)
     parts, position, choices = build(config, Rank(0, None), join(config, "cuda"), index, None)
-    assert choices["cuda_graph"] == "true: train.cuda_graph"
+    assert choices["cuda_graph"].value == "true"
     nothing: Any = SimpleNamespace(
         train=lambda record: None,
         evaluate=lambda record: None,
