@@ -280,7 +280,7 @@ class StepBench:
         from disttrain.heartbeat import Phase
         from disttrain.training.collectives import reduce_sum
 
-        return reduce_sum(self._parts, Phase.COMPUTE, 0, [float(more)])[0] == self._parts.world_size
+        return reduce_sum(self._parts.group, Phase.COMPUTE, 0, [float(more)])[0] == self._parts.world_size
 
     def _synchronize(self) -> None:
         import torch

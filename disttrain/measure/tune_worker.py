@@ -80,7 +80,7 @@ def raise_rate(parts: Parts, low: float, high: float, steps: int, diverged: floa
             parts.meter.restart()
             train_step(parts, batches, step + 1, min(parts.plan.batch_size, parts.plan.samples), phases)
             loss, _ = parts.meter.totals()
-            total, samples = reduce_sum(parts, Phase.REPORT, step + 1, [loss, parts.meter.samples])
+            total, samples = reduce_sum(parts.group, Phase.REPORT, step + 1, [loss, parts.meter.samples])
             rates.append(rate)
             losses.append(total / samples)
             # Two steps in a row, because a single batch may be an odd one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from disttrain import counter_rng
 from disttrain.errors import TrainingError
 from disttrain.heartbeat import Phase
-from disttrain.training.parts import Parts
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -24,7 +23,21 @@ _WIDTH = 64  # numbers in a reduction at least, so that ranks at different place
 _PLACE = 23  # the stream of hashes of places
 
 
-def reduce_sum(parts: Parts, phase: Phase, step: int, values: Sequence[float]) -> list[float]:
+class Group(NamedTuple):
+    """The ranks that tell one another something, as one of them sees them.
+
+    Attributes:
+        rank: this one.
+        world_size: of them.
+        device: where this one computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def reduce_sum(group: Group, phase: Phase, step: int, values: Sequence[float]) -> list[float]:
     """Sums numbers over the ranks in float64, and makes sure that all of them are at the same place.
 
     Waits for the device.
@@ -32,60 +45,60 @@ def reduce_sum(parts: Parts, phase: Phase, step: int, values: Sequence[float]) -
     Raises:
         TrainingError: another rank is in another phase or step; nothing that was summed can be used.
     """
-    if parts.world_size == 1:
+    if group.world_size == 1:
         return list(values)
     place = counter_rng.derive(_PLACE, phase, step) >> 24  # 40 bits: sums over 2**13 ranks are exact
     padding = [0.0] * (_WIDTH - 1 - len(values))
-    totals = torch.tensor([place, *values, *padding], dtype=torch.float64, device=parts.accelerator.device)
+    totals = torch.tensor([place, *values, *padding], dtype=torch.float64, device=group.device)
     dist.all_reduce(totals)
     places, *sums = totals.tolist()
-    if places != place * parts.world_size:
-        found = gather(parts, (phase.name.lower(), step))
+    if places != place * group.world_size:
+        found = gather(group, (phase.name.lower(), step))
         where = ", ".join(f"rank {rank} {name} of step {at:,}" for rank, (name, at) in enumerate(found))
         raise TrainingError(f"the ranks have lost one another: {where}; this must not be, please report it")
     return sums[: len(values)]
 
 
-def reduce_record(parts: Parts, phase: Phase, step: int, record: Record) -> Record:
+def reduce_record(group: Group, phase: Phase, step: int, record: Record) -> Record:
     """Returns a record whose numbers are summed over the ranks, in one reduction; otherwise as `reduce_sum`.
 
     Args:
-        parts: of this rank.
+        group: as this rank sees it.
         phase: where all ranks are.
         step: where all ranks are.
         record: a dataclass of numbers and lists of numbers, as long on every rank.
     """
     values = [getattr(record, field.name) for field in dataclasses.fields(record)]
     flat = [number for value in values for number in (value if isinstance(value, list) else [value])]
-    sums = iter(reduce_sum(parts, phase, step, flat))
+    sums = iter(reduce_sum(group, phase, step, flat))
     totals = [[next(sums) for _ in value] if isinstance(value, list) else next(sums) for value in values]
     return type(record)(*totals)
 
 
-def stop_requested_anywhere(parts: Parts, phase: Phase, step: int, requested: bool) -> bool:
+def stop_requested_anywhere(group: Group, phase: Phase, step: int, requested: bool) -> bool:
     """Tells whether any rank was asked to stop."""
-    return reduce_sum(parts, phase, step, [float(requested)])[0] > 0
+    return reduce_sum(group, phase, step, [float(requested)])[0] > 0
 
 
-def gather(parts: Parts, value: Any) -> list[Any]:
+def gather(group: Group, value: Any) -> list[Any]:
     """Returns the value of every rank, on every rank."""
-    if parts.world_size == 1:
+    if group.world_size == 1:
         return [value]
-    values: list[Any] = [None] * parts.world_size
+    values: list[Any] = [None] * group.world_size
     dist.all_gather_object(values, value)
     return values
 
 
-def average_buffers(parts: Parts, model: nn.Module) -> None:
+def average_buffers(group: Group, model: nn.Module) -> None:
     """Makes the batch-norm statistics the mean over the ranks; does not change those that are equal."""
-    if parts.world_size == 1:
+    if group.world_size == 1:
         return
     buffers = float_buffers(model)
     if buffers:
         # In float64, in which the mean of equal fp32 numbers is that number whatever the world size.
         flat = torch.cat([buffer.reshape(-1).double() for buffer in buffers])
         dist.all_reduce(flat)
-        fill(buffers, flat / parts.world_size)
+        fill(buffers, flat / group.world_size)
 
 
 def float_buffers(model: nn.Module) -> list[Tensor]:

@@ -67,10 +67,10 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dic
     Raises:
         DataError: the ranks together did not see every sample.
     """
-    average_buffers(parts, parts.bare_model)
+    average_buffers(parts.group, parts.bare_model)
     network: nn.Module = parts.bare_model
     if parts.ema is not None:
-        average_buffers(parts, parts.ema.module)
+        average_buffers(parts.group, parts.ema.module)
         network = parts.ema.module
     subject = Subject(
         network,
@@ -88,14 +88,14 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dic
         hooks.phases.enter(Phase.EVALUATE, step, number)
         # Collective: every rank, also one that has no batch left.
         return not parts.look_due(number) or not stop_requested_anywhere(
-            parts, Phase.EVALUATE, step, hooks.stop_requested()
+            parts.group, Phase.EVALUATE, step, hooks.stop_requested()
         )
 
     tally = Tally(parts.accelerator.device)
     with as_written(parts):
         if not score(subject, tta, tally.add, go_on):
             return None
-    sums = reduce_record(parts, Phase.EVALUATE, step, tally.sums())
+    sums = reduce_record(parts.group, Phase.EVALUATE, step, tally.sums())
     sums.check(parts.val_ids, "the evaluation saw")
     return summary(sums, tta) | {"skipped": parts.val_skipped}
 

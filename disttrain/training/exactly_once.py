@@ -64,5 +64,5 @@ def check_exactly_once(parts: Parts, step: int, seen: Sequence[Ids], expected: I
     Raises:
         DataError: a sample was left out, repeated or replaced.
     """
-    total = reduce_record(parts, Phase.REPORT, step, seen_by_rank(seen))
+    total = reduce_record(parts.group, Phase.REPORT, step, seen_by_rank(seen))
     total.check(expected, "the ranks trained on")

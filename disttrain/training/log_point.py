@@ -79,7 +79,7 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
         list(hooks.gauges.read()),
     )
     norm = meter.grad_norm.item()
-    total = reduce_record(parts, Phase.REPORT, position.step, own)
+    total = reduce_record(parts.group, Phase.REPORT, position.step, own)
     if not math.isfinite(total.loss):
         raise not_finite(parts, position, seen, hooks)
     check_scaler(parts)

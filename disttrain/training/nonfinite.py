@@ -23,7 +23,7 @@ def check_loss(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hoo
         TrainingError: one is not finite.
     """
     loss, _ = parts.meter.totals()
-    if not math.isfinite(reduce_sum(parts, Phase.REPORT, position.step, [loss])[0]):
+    if not math.isfinite(reduce_sum(parts.group, Phase.REPORT, position.step, [loss])[0]):
         raise not_finite(parts, position, seen, hooks)
 
 
@@ -36,7 +36,7 @@ def not_finite(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hoo
     steps = parts.meter.steps
     own = parts.meter.first_not_finite()
     first, rank = min(
-        (steps if found is None else found, rank) for rank, found in enumerate(gather(parts, own))
+        (steps if found is None else found, rank) for rank, found in enumerate(gather(parts.group, own))
     )
     back = steps - first  # from the end of the interval
     if not 0 < back <= len(seen):
@@ -45,9 +45,11 @@ def not_finite(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hoo
             "(this run goes on so with --force)"
         )
     step = position.step - back + 1
-    ids = np.concatenate(gather(parts, seen[-back]))
+    ids = np.concatenate(gather(parts.group, seen[-back]))
     where = hooks.observer.bad_batch(position.epoch + 1, step, ids.tolist())
-    gather(parts, None)  # the first rank to fail takes the others down: not before rank 0 has written it
+    gather(
+        parts.group, None
+    )  # the first rank to fail takes the others down: not before rank 0 has written it
     return TrainingError(
         f"the loss is not finite at step {step:,} (epoch {position.epoch + 1}, on rank {rank} first); "
         f"its batch is written down in {where}; lower optim.lr, set train.grad_clip, or use "

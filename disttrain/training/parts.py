@@ -20,6 +20,7 @@ from disttrain.data.plan import Ids, Plan
 from disttrain.training.augment import Augment
 from disttrain.training.average import MovingAverage
 from disttrain.training.choices import Settings
+from disttrain.training.collectives import Group
 from disttrain.training.graph import StepGraph
 from disttrain.training.optim import Rate
 from disttrain.training.phases import Phases
@@ -294,6 +295,11 @@ class Parts:
         if self.world_size == 1 or step_time_s is None:
             return True
         return number % max(1, int(_LOOK_S / step_time_s)) == 0
+
+    @property
+    def group(self) -> Group:
+        """The ranks, for collectives."""
+        return Group(self.rank, self.world_size, self.accelerator.device)
 
     @property
     def bare_model(self) -> nn.Module:

@@ -62,9 +62,9 @@ class RunSaver:
         parts = self._parts
         # At a step where a run that is not stopped saves nothing, each rank's statistics are kept apart.
         ranks = gather_rank_states(parts, with_buffers=stopping and parts.world_size > 1)
-        average_buffers(parts, parts.bare_model)
+        average_buffers(parts.group, parts.bare_model)
         if parts.ema is not None:
-            average_buffers(parts, parts.ema.module)
+            average_buffers(parts.group, parts.ema.module)
         if self._writer is not None:
             scaler = parts.accelerator.scaler
             state = dataclasses.asdict(self._position) | self._state

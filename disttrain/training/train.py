@@ -124,7 +124,8 @@ def train_epoch(parts: Parts, position: Position, order: Ids, hooks: Hooks) -> N
                     meter.restart()
             elif parts.look_due(meter.steps):
                 # Collective where there are several ranks, about once a second.
-                stopping = stop_requested_anywhere(parts, Phase.REPORT, position.step, hooks.stop_requested())
+                asked = hooks.stop_requested()
+                stopping = stop_requested_anywhere(parts.group, Phase.REPORT, position.step, asked)
             if last or stopping:
                 check_exactly_once(parts, position.step, seen, plan.ids_between(order, begin, places.stop))
             if stopping and not last:
@@ -162,7 +163,7 @@ def finish_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
     hooks.phases.enter(Phase.SAVE, position.step, 0)
     if due:
         hooks.saver.save(best=best)
-    asked = stop_requested_anywhere(parts, Phase.SAVE, position.step, hooks.stop_requested())
+    asked = stop_requested_anywhere(parts.group, Phase.SAVE, position.step, hooks.stop_requested())
     if asked and not last:
         stop(position, hooks, f"after {done}", saved=due)
 
