@@ -47,9 +47,8 @@ def not_finite(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hoo
     step = position.step - back + 1
     ids = np.concatenate(gather(parts.group, seen[-back]))
     where = hooks.observer.bad_batch(position.epoch + 1, step, ids.tolist())
-    gather(
-        parts.group, None
-    )  # the first rank to fail takes the others down: not before rank 0 has written it
+    # The first rank to fail takes the others down: not before rank 0 has written it.
+    gather(parts.group, None)
     return TrainingError(
         f"the loss is not finite at step {step:,} (epoch {position.epoch + 1}, on rank {rank} first); "
         f"its batch is written down in {where}; lower optim.lr, set train.grad_clip, or use "
