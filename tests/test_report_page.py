@@ -254,6 +254,6 @@ def test_the_comparison_in_the_browser(tmp_path: Path, open_page: Open) -> None:
     for name in ("results", "curves", "seeds", "differences"):
         assert page.locator(f"section#{name} h2").is_visible()
     assert page.locator("#curves canvas").count() >= 4
-    assert page.locator("#seeds td", has_text="71.00 % ± 2.48").is_visible()
+    assert page.locator("#seeds td", has_text="71.00 % ± 1.00").is_visible()
     assert page.locator("#differences tr", has_text="seed").is_visible()
     assert page.locator("#results th", has_text=names[2]).is_visible()
