@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -136,6 +137,9 @@ def run(
             folder.create()
         else:
             folder.check_writable("logs", "errors")
+    if plan.nodes > 1 and "SLURM_STEP_ID" in os.environ:
+        # Slurm ends all tasks with the first that fails; once the run has ended, each still says why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     outcome = launch(
         replace(plan, run_dir=folder.path),
         folder,
