@@ -52,7 +52,7 @@ def launch(
         folder: the run folder.
         max_restarts: how often to go on from the last checkpoint after a failure.
         say: told about restarts.
-        facts: what all nodes must agree on, from `peers.facts`; for several nodes.
+        facts: what all nodes must agree on, from `runs.agreement.facts`; for several nodes.
     """
     signals: list[int] = []  # the first asks the ranks to stop, the second ends them at once
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
