@@ -35,15 +35,17 @@ CLAIMS = (
 
 def write_files(data: Path, folder: Path, side: int | None) -> list[str]:
     """Writes the validation split of CIFAR-10 as <class>/<key>.jpg."""
+    import numpy as np
     from PIL import Image
 
     from disttrain.shards.index import load_index
-    from disttrain.shards.reader import read_split
+    from disttrain.shards.reader import Reader
 
     index = load_index("cifar10", str(data))
     files = []
-    for key, image, label in read_split(index, "val"):
-        path = folder / index.classes[label] / f"{key.replace('/', '_')}.jpg"
+    for sample in Reader(index, "val").samples(np.arange(index.splits["val"].samples)):
+        image, name = sample["jpg"], sample["__key__"].replace("/", "_")
+        path = folder / index.classes[int(sample["cls"])] / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         if side is None:
             path.write_bytes(image)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from disttrain.errors import UsageError
+from disttrain.user_code import is_target
 from disttrain.yaml12 import Key, dotted_name, read_yaml, write_yaml
 
 
@@ -39,6 +40,12 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
+def _target(name: str) -> str:
+    if not is_target(name):
+        raise ValueError("expected package.module:function, such as my_stages:pipeline")
+    return name
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -56,6 +63,9 @@ class DataConfig(_Section):
     """Where the decoded images live: on the device, in host memory (shared by the ranks of a node), or none:
     the shards are read and decoded in every epoch. auto: the first of these that they fit into. The choice
     changes the speed and nothing else."""
+    pipeline: Annotated[str, AfterValidator(_target)] | None = None
+    """`package.module:function` of your own that arranges the stages which read, decode and batch the shards
+    (docs/data.md); null leaves them as they are. With it nothing is cached."""
     workers: Annotated[Annotated[int, Field(ge=0)] | None, Role.MACHINE] = None
     """Threads per process that read and decode shards ahead, with cache: none; 0 does it in the training
     thread; null: one per core of the process's share."""

@@ -71,6 +71,11 @@ def error_of(exit_code: int, message: str) -> DisttrainError:
     return kinds.get(exit_code, DisttrainError)(message)
 
 
+def describe(error: BaseException) -> str:
+    """Returns the type of an error of somebody else's code, and what it says."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 def reason(error: BaseException) -> str:
     """Returns why an operation failed, on one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

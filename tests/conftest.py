@@ -1,6 +1,7 @@
 """What every test gets: data and caches of its own, and a check that it leaves nothing running."""
 
 import io
+import itertools
 import os
 import signal
 import subprocess
@@ -9,9 +10,13 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from disttrain.shards.index import Index
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -67,6 +72,20 @@ def seven_root(tmp_path_factory: pytest.TempPathFactory, decoded_cache: Path) ->
         environment.setenv("DISTTRAIN_CACHE", str(decoded_cache))
         index_folder(root / "seven", patterns={"train": (), "val": ()}, say=lambda text: None)
     return root
+
+
+def read_split(index: "Index", split: str) -> Iterator[tuple[str, bytes, int]]:
+    """Yields key, image file and label of every sample of a split, in the order of the index."""
+    import numpy as np
+
+    from disttrain.shards.reader import Reader
+    from disttrain.shards.tar import IMAGE_EXTENSIONS
+
+    reader = Reader(index, split)
+    for begin, end in itertools.pairwise(index.first_ids(split)):  # a shard is opened when it is its turn
+        for sample in reader.samples(np.arange(begin, end)):
+            image = next(sample[name] for name in IMAGE_EXTENSIONS if name in sample)
+            yield sample["__key__"], image, int(sample["cls"])
 
 
 def write_tar(path: Path, samples: int, seed: int, size: int = 8) -> None:

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from conftest import read_split
 
 from disttrain.data import batches, cached
 from disttrain.data.batches import choose_place
@@ -25,7 +26,6 @@ from disttrain.data.cached import Cached, DecodedSplit, open_split
 from disttrain.errors import DataError, StorageError
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import Index, load_index
-from disttrain.shards.reader import read_split
 
 REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import read_split
 from PIL import Image
 
 from disttrain.errors import DataError, UsageError
 from disttrain.shards import datasets, imagefolder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
-from disttrain.shards.reader import read_split
 
 
 @pytest.fixture

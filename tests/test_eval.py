@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run
+from conftest import Run, read_split
 from marks import nightly
 
 from disttrain.errors import UsageError
@@ -20,7 +20,6 @@ from disttrain.shards.datasets import CIFAR10_CLASSES
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Listed, pack
-from disttrain.shards.reader import read_split
 from disttrain.shards.writer import Sample
 from disttrain.trained.classifier import load_model
 from disttrain.trained.eval import report

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, read_split
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,7 +24,6 @@ from disttrain.errors import DisttrainError, UsageError
 from disttrain.runs import checkpoint
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
-from disttrain.shards.reader import read_split
 from disttrain.trained import exporting
 from disttrain.trained.classifier import load_model
 from disttrain.trained.exporting import SUFFIXES, export

@@ -9,14 +9,13 @@ import tarfile
 
 import numpy as np
 import pytest
-from conftest import SEVEN, write_tar
+from conftest import SEVEN, read_split, write_tar
 from toy import encode
 
 from disttrain.errors import DataError, UnsafeError, UsageError
 from disttrain.shards.foreign import index_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
-from disttrain.shards.reader import read_split
 
 
 def index_it(folder, train=(), val=(), **options):

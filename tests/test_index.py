@@ -4,11 +4,11 @@ import os
 
 import numpy as np
 import pytest
+from conftest import read_split
 from toy import PNG, edit_index, pack, rewrite_shard
 
 from disttrain.errors import DataError, UnsafeError, UsageError
 from disttrain.shards.index import data_root, load_index
-from disttrain.shards.reader import read_split
 
 
 @pytest.fixture
@@ -200,8 +200,3 @@ def test_shard_with_wrong_members(root, members, reason):
     index = load_index("toy", None)
     with pytest.raises(DataError, match=rf"train-000000\.tar: .*{reason}.*make the data set again"):
         list(read_split(index, "train"))
-
-
-def test_unknown_split(root):
-    with pytest.raises(DataError, match="no split 'test'; it has train, val"):
-        next(read_split(pack(), "test"))

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from conftest import read_split
 from toy import CLASSES, encode, images, pack, samples, tree
 
 from disttrain.errors import DataError, StorageError
@@ -24,7 +25,6 @@ from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Listed
 from disttrain.shards.pack import pack as pack_samples
-from disttrain.shards.reader import read_split
 from disttrain.shards.verify import verify
 from disttrain.shards.writer import Sample
 

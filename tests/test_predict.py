@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, read_split
 from PIL import Image, ImageOps
 
 from disttrain.shards.imagefolder import fitted, pack_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
-from disttrain.shards.reader import read_split
 from disttrain.trained.classifier import Classifier, load_model
 from disttrain.trained.contactsheet import Cell, draw
 from disttrain.trained.prediction import predict, prepared

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SEVEN
+from conftest import REPOSITORY, SEVEN, read_split
 
 import disttrain
 from disttrain.data.plan import digest
 from disttrain.errors import DataError, StoppedError, UsageError
 from disttrain.shards.index import load_index
-from disttrain.shards.reader import read_split
 
 
 def python(code: str, cwd: Path, *launcher: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import read_split
 
 from disttrain.errors import DataError, StorageError, UnsafeError, UsageError
 from disttrain.shards import remote
 from disttrain.shards.index import load_index
-from disttrain.shards.reader import read_split
 from disttrain.shards.remote import check_url, fetch_shard, fetch_text
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB

@@ -17,7 +17,7 @@ import torch
 
 from disttrain.data.batches import Window
 from disttrain.data.cached import Cached, open_split
-from disttrain.data.plan import Ids, Plan, share
+from disttrain.data.plan import Plan, share
 from disttrain.data.streamed import Streamed
 from disttrain.errors import DataError
 from disttrain.shards import reader
@@ -86,6 +86,16 @@ def test_the_ranks_together_get_every_sample_once_and_the_batches_of_one(
     assert sorted(sample for batch in batches.values() for sample in batch) == list(range(720))
 
 
+def ids_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns the list that takes every id which is read from now on."""
+    read: list[int] = []
+    places = reader.Reader._places
+    monkeypatch.setattr(
+        reader.Reader, "_places", lambda self, ids: (read.extend(ids.tolist()), places(self, ids))[1]
+    )
+    return read
+
+
 @pytest.mark.parametrize("begin", [1, 7, 11])
 def test_going_on_in_mid_epoch_reads_what_is_left_and_nothing_else(
     seven: Index, cached: Cached, monkeypatch: pytest.MonkeyPatch, begin: int
@@ -93,24 +103,13 @@ def test_going_on_in_mid_epoch_reads_what_is_left_and_nothing_else(
     plan = plan_of(seven)
     order = plan.order(0)
     windows = windows_of(plan, 0, 1, begin)
-    read: list[int] = []
-    decode = reader.Reader.decode
-
-    def counted(self: reader.Reader, ids: Ids, images: np.ndarray, labels: Ids) -> None:
-        read.extend(ids.tolist())
-        decode(self, ids, images, labels)
-
-    monkeypatch.setattr(reader.Reader, "decode", counted)
+    read = ids_read(monkeypatch)
     found = [batch.ids for batch in stream(seven, 0).batches(order, windows)]
     assert np.concatenate(found).tolist() == read == order[begin * 64 :].tolist()
 
 
 def test_partners_are_decoded_once(seven: Index, cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    decode = reader.Reader.decode
-    monkeypatch.setattr(
-        reader.Reader, "decode", lambda self, ids, *out: (read.extend(ids), decode(self, ids, *out))[1]
-    )
+    read = ids_read(monkeypatch)
     order = plan_of(seven).order(0)
     windows: list[Window] = [np.r_[3:40, 7:44], np.r_[60:90, 61:90, 60]]
     both = zip(stream(seven).batches(order, windows), cached.batches(order, windows), strict=True)

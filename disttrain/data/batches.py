@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from disttrain.data.plan import Ids
+from disttrain.errors import UsageError
 from disttrain.userdirs import decoded_folder
 
 Window = slice | Ids
@@ -61,7 +62,11 @@ def gather(source: Tensor, places: Tensor, *, pinned: bool) -> Tensor:
 
 
 def choose_place(
-    cache: Literal["auto", "device", "host", "none"], needed: int, device: torch.device
+    cache: Literal["auto", "device", "host", "none"],
+    needed: int,
+    device: torch.device,
+    *,
+    streamed: bool = False,
 ) -> tuple[Literal["device", "host", "none"], str]:
     """Decides where the images of a rank come from, and says why.
 
@@ -71,7 +76,17 @@ def choose_place(
         cache: `data.cache` of the config.
         needed: bytes of the decoded splits.
         device: the device of the rank.
+        streamed: whether the data has stages of the user's own, which run in every epoch.
+
+    Raises:
+        UsageError: a decoded copy is asked for, but the data has stages of the user's own.
     """
+    if streamed:
+        if cache not in ("auto", "none"):
+            raise UsageError(
+                f"data.cache = {cache}, but the stages of data.pipeline run in every epoch; leave it at auto"
+            )
+        return "none", "data.pipeline: read from the shards in every epoch"
     size = f"{needed / 2**20:,.0f} MiB decoded"
     if cache == "none":
         return "none", "data.cache = none: read from the shards in every epoch"

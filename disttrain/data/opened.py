@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import numpy as np
@@ -14,51 +15,98 @@ import torch.distributed as dist
 from disttrain.data.batches import Batch, Loader, choose_place
 from disttrain.data.cached import Cached, open_split
 from disttrain.data.plan import Ids, Plan, share
-from disttrain.data.streamed import Streamed
+from disttrain.data.stages import Pipeline, open_stream
 from disttrain.errors import DataError, UsageError
 from disttrain.parallel import usable_cores
-from disttrain.shards.index import Index, load_index
+from disttrain.shards.index import load_index
 
 
+@dataclass
 class OpenData:
-    """A split of a data set, served to one rank.
+    """A split of a packed data set, served to one rank. Every rank opens it.
 
     Each iteration over it is the next epoch; `epoch` gives a certain one. An epoch has every sample exactly
     once, over all ranks together, in an order that depends on the seed and its number alone. All ranks get
     the same number of batches.
 
-    Args:
-        index: the data set.
-        loader: serves the split to this rank.
-        plan: the order of its samples.
-        device: where they are wanted.
-        shuffle: False keeps the order of the index.
-        rank: this one.
-        world_size: of them.
-
     Attributes:
+        name: of the data set, as in `data.name`.
+        split: train or val.
+        batch_size: over all ranks together; each gets its share of it.
+        root: where the data sets lie, as `data.root`.
+        seed: of the order.
+        shuffle: None shuffles train alone; False keeps the order of the index.
+        drop_remainder: leave out the samples that do not fill a last batch. Otherwise that is smaller, and on
+            some ranks it may be empty.
+        cache: where the decoded images live, as `data.cache`.
+        pipeline: arranges the stages that read, decode and batch: a function, whose name `data.pipeline` has.
+        device: where batches are wanted.
+        rank: this one; None asks torch.distributed, else $RANK.
+        world_size: of them; None asks torch.distributed, else $WORLD_SIZE.
+        say: told of decoding and downloads.
         index: classes, channels, height, width, mean, std, and the number of samples of each split.
+
+    Raises:
+        UsageError: the batch or the rank is impossible.
+        DataError: the data set is missing or damaged, or has no such split.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        loader: Loader,
-        plan: Plan,
-        device: torch.device,
-        *,
-        shuffle: bool,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.index = index
-        self._loader = loader
-        self._plan = plan
-        self._device = device
-        self._shuffle = shuffle
-        self._rank = rank
-        self._world_size = world_size
+    name: str
+    split: str = "train"
+    _: KW_ONLY
+    batch_size: int
+    root: str | None = None
+    seed: int = 0
+    shuffle: bool | None = None
+    drop_remainder: bool = False
+    cache: Literal["auto", "device", "host", "none"] = "auto"
+    pipeline: Pipeline | None = None
+    device: str | torch.device = "cpu"
+    rank: int | None = None
+    world_size: int | None = None
+    say: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        group = dist.is_available() and dist.is_initialized()
+        rank, world_size = self.rank, self.world_size
+        if rank is None:
+            rank = dist.get_rank() if group else int(os.environ.get("RANK", "0"))
+        if world_size is None:
+            world_size = dist.get_world_size() if group else int(os.environ.get("WORLD_SIZE", "1"))
+        if not 0 <= rank < world_size <= self.batch_size:
+            raise UsageError(
+                f"rank {rank} of {world_size} with batch_size = {self.batch_size}: every rank needs a share "
+                "of a batch"
+            )
+        self.index = load_index(self.name, self.root)
+        if self.split not in self.index.splits:
+            raise DataError(
+                f"{self.name}: has no split {self.split!r}; it has {', '.join(self.index.splits)}"
+            )
+        self._rank, self._world_size, self._device = rank, world_size, torch.device(self.device)
+        self._shuffle = self.split == "train" if self.shuffle is None else self.shuffle
+        shards = tuple(shard.samples for shard in self.index.splits[self.split].shards)
+        self._plan = Plan(self.seed, shards, self.batch_size, self.drop_remainder)
+        self._loader = self._open()
         self._next = 0
+
+    def _open(self) -> Loader:
+        place, _ = choose_place(
+            self.cache, self.index.decoded_bytes, self._device, streamed=self.pipeline is not None
+        )
+        if place != "none":
+            none_skipped = np.empty(0, np.int64)
+            split = open_split(self.index, self.split, none_skipped, self.say)
+            return Cached(split, self._device, place)
+        return open_stream(
+            self.index,
+            self.split,
+            self._device,
+            batch_size=-(-self.batch_size // self._world_size),
+            workers=min(8, usable_cores()),
+            say=self.say,
+            pipeline=self.pipeline,
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -94,70 +142,4 @@ class OpenData:
             yield Batch(images, torch.empty(0, dtype=torch.int64, device=self._device), order[:0])
 
 
-def open_data(
-    name: str,
-    split: str = "train",
-    *,
-    batch_size: int,
-    root: str | None = None,
-    seed: int = 0,
-    shuffle: bool | None = None,
-    drop_remainder: bool = False,
-    cache: Literal["auto", "device", "host", "none"] = "auto",
-    device: str | torch.device = "cpu",
-    rank: int | None = None,
-    world_size: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> OpenData:
-    """Opens a packed data set for a loop of one's own. Every rank calls this.
-
-    Args:
-        name: of the data set, as in `data.name`.
-        split: train or val.
-        batch_size: over all ranks together; each gets its share of it.
-        root: where the data sets lie, as `data.root`.
-        seed: of the order.
-        shuffle: None shuffles train alone.
-        drop_remainder: leave out the samples that do not fill a last batch. Otherwise that is smaller, and on
-            some ranks it may be empty.
-        cache: where the decoded images live, as `data.cache`.
-        device: where batches are wanted.
-        rank: this one; None asks torch.distributed, else $RANK.
-        world_size: of them; None asks torch.distributed, else $WORLD_SIZE.
-        say: told of decoding and downloads.
-
-    Raises:
-        UsageError: the batch or the rank is impossible.
-        DataError: the data set is missing or damaged, or has no such split.
-    """
-    group = dist.is_available() and dist.is_initialized()
-    if rank is None:
-        rank = dist.get_rank() if group else int(os.environ.get("RANK", "0"))
-    if world_size is None:
-        world_size = dist.get_world_size() if group else int(os.environ.get("WORLD_SIZE", "1"))
-    if not 0 <= rank < world_size <= batch_size:
-        raise UsageError(
-            f"rank {rank} of {world_size} with batch_size = {batch_size}: every rank needs a share of a batch"
-        )
-    index = load_index(name, root)
-    if split not in index.splits:
-        raise DataError(f"{name}: has no split {split!r}; it has {', '.join(index.splits)}")
-    device = torch.device(device)
-    none = np.empty(0, np.int64)
-    shards = tuple(shard.samples for shard in index.splits[split].shards)
-    place, _ = choose_place(cache, index.decoded_bytes, device)
-    loader: Loader
-    if place == "none":
-        size = -(-batch_size // world_size)
-        loader = Streamed(index, split, device, batch_size=size, workers=min(8, usable_cores()), say=say)
-    else:
-        loader = Cached(open_split(index, split, none, say), device, place)
-    return OpenData(
-        index,
-        loader,
-        Plan(seed, shards, batch_size, drop_remainder),
-        device,
-        shuffle=split == "train" if shuffle is None else shuffle,
-        rank=rank,
-        world_size=world_size,
-    )
+open_data = OpenData

@@ -7,13 +7,13 @@ another; there is nothing to skip when a run resumes. Memory is bounded by the b
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from webdataset.pipeline import DataPipeline
 
 from disttrain.data.batches import Batch, Window, gather
 from disttrain.data.plan import Ids
@@ -21,17 +21,17 @@ from disttrain.parallel import in_order
 from disttrain.shards.index import Index
 from disttrain.shards.reader import Reader
 
-_PIECE = 64  # samples that one thread reads and decodes at a time
+PIECE = 64  # samples that one thread reads and decodes at a time
 
 
-class _Buffer(NamedTuple):
-    """A batch that is being filled.
+class Wanted(NamedTuple):
+    """A batch that is due.
 
     Attributes:
         ids: what was asked for, int64 [B].
         unique: the same without repetitions, int64 [U].
         inverse: int64 [B], such that ids = unique[inverse]; None if nothing is repeated.
-        images: uint8 [U, H, W, C].
+        images: takes those of `unique`, uint8 [U, H, W, C].
         labels: int64 [U].
     """
 
@@ -40,6 +40,14 @@ class _Buffer(NamedTuple):
     inverse: npt.NDArray[np.intp] | None
     images: torch.Tensor
     labels: torch.Tensor
+
+    def batch(self) -> Batch:
+        """Returns the batch, when `images` and `labels` are filled."""
+        images, labels = self.images, self.labels
+        if self.inverse is not None:
+            places, pinned = torch.from_numpy(self.inverse), images.is_pinned()
+            images, labels = (gather(rows, places, pinned=pinned) for rows in (images, labels))
+        return Batch(images, labels, self.ids)
 
 
 class Streamed:
@@ -68,51 +76,41 @@ class Streamed:
         self._reader = Reader(index, split, say)
         self._pinned = device.type == "cuda"
         self._workers = workers
-        self._batch = -(-batch_size // _PIECE)  # in pieces
+        self._batch = -(-batch_size // PIECE)  # in pieces
         self._ahead = max(2 * workers, 2 * self._batch)
 
     @property
     def most_bytes(self) -> int:
         """Memory that decoded samples under way take at most, for windows of the usual size."""
         # A window in which samples are repeated is put together from those that are decoded.
-        return (self._ahead + 2 + self._batch) * _PIECE * int(np.prod(self._shape))
+        return (self._ahead + 2 + self._batch) * PIECE * int(np.prod(self._shape))
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
         """Yields the samples at each window of an order."""
-        source = (order[window] for window in windows)
-        pipeline = DataPipeline(lambda: source, self._cut, self._decode, self._join)
-        batches: Generator[Batch, None, None] = iter(pipeline)
-        return batches
+        wanted = (self.wanted(order[window]) for window in windows)
+        pieces = ((due, piece) for due in wanted for piece in cut(len(due.unique)))
+        with contextlib.closing(in_order(self._fill, pieces, self._workers, self._ahead)) as filled:
+            for due, piece in filled:
+                if piece.stop == len(due.unique):
+                    yield due.batch()
 
-    def _cut(self, wanted: Iterable[Ids]) -> Iterator[tuple[_Buffer, slice]]:
-        """Makes room for each batch and cuts it into pieces of work."""
-        for ids in wanted:
-            unique, inverse = np.unique(ids, return_inverse=True)
-            repeated = len(unique) < len(ids)
-            if not repeated:
-                unique = ids  # read in the order of the plan
-            count = len(unique)
-            images = torch.empty((count, *self._shape), dtype=torch.uint8, pin_memory=self._pinned)
-            labels = torch.empty(count, dtype=torch.int64, pin_memory=self._pinned)
-            buffer = _Buffer(ids, unique, inverse if repeated else None, images, labels)
-            for begin in range(0, count, _PIECE):
-                yield buffer, slice(begin, min(begin + _PIECE, count))
+    def wanted(self, ids: Ids) -> Wanted:
+        """Makes room for a batch."""
+        unique, inverse = np.unique(ids, return_inverse=True)
+        repeated = len(unique) < len(ids)
+        if not repeated:
+            unique = ids  # read in the order of the plan
+        count = len(unique)
+        images = torch.empty((count, *self._shape), dtype=torch.uint8, pin_memory=self._pinned)
+        labels = torch.empty(count, dtype=torch.int64, pin_memory=self._pinned)
+        return Wanted(ids, unique, inverse if repeated else None, images, labels)
 
-    def _decode(self, pieces: Iterable[tuple[_Buffer, slice]]) -> Iterator[tuple[_Buffer, slice]]:
-        return in_order(self._fill, pieces, self._workers, self._ahead)
-
-    def _fill(self, work: tuple[_Buffer, slice]) -> tuple[_Buffer, slice]:
-        buffer, piece = work
-        self._reader.decode(buffer.unique[piece], buffer.images[piece].numpy(), buffer.labels[piece].numpy())
+    def _fill(self, work: tuple[Wanted, slice]) -> tuple[Wanted, slice]:
+        due, piece = work
+        self._reader.decode(due.unique[piece], due.images[piece].numpy(), due.labels[piece].numpy())
         return work
 
-    def _join(self, pieces: Iterable[tuple[_Buffer, slice]]) -> Iterator[Batch]:
-        """Delivers a batch when its last piece has been filled."""
-        for buffer, piece in pieces:
-            if piece.stop < len(buffer.unique):
-                continue
-            images, labels = buffer.images, buffer.labels
-            if buffer.inverse is not None:
-                places = torch.from_numpy(buffer.inverse)
-                images, labels = (gather(rows, places, pinned=self._pinned) for rows in (images, labels))
-            yield Batch(images, labels, buffer.ids)
+
+def cut(count: int) -> Iterator[slice]:
+    """Cuts a number of samples into what one thread reads and decodes at a time."""
+    return (slice(begin, min(begin + PIECE, count)) for begin in range(0, count, PIECE))

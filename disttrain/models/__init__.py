@@ -6,16 +6,14 @@ modules beside it. Importing it does not import torch: the launcher checks names
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from disttrain.errors import UsageError
+from disttrain.errors import UsageError, describe
+from disttrain.user_code import did_you_mean, import_target, is_target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,13 +59,12 @@ def check_model_name(name: str) -> None:
     """
     if name in CATALOG:
         return
-    origin, colon, member = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise UsageError(
-            f"model.name: unknown model {name!r}{_did_you_mean(name, CATALOG)}; choose one of "
+            f"model.name: unknown model {name!r}{did_you_mean(name, CATALOG)}; choose one of "
             "`disttrain models`, torchvision:NAME or package.module:Class"
         )
-    if not member.isidentifier() or not all(part.isidentifier() for part in origin.split(".")):
+    if not is_target(name):
         raise UsageError(
             f"model.name: {name!r} is neither torchvision:NAME (such as torchvision:resnet50) nor "
             "package.module:Class (such as my_models:Net)"
@@ -114,16 +111,13 @@ def build_model(
     try:
         if name.startswith("torchvision:"):
             model = _build_torchvision(name.partition(":")[2], given, args)
-        elif name in CATALOG:
-            model = _build_target(_import_target(CATALOG[name].target), given, args)
         else:
-            if str(Path.cwd()) not in sys.path:  # as `python -m` has it; a console script does not
-                sys.path.insert(0, str(Path.cwd()))
-            model = _build_target(_import_target(name), given, args)
+            target = CATALOG[name].target if name in CATALOG else name
+            model = _build_target(import_target(target), given, args)
     except UsageError as error:
         raise UsageError(f"model {name}: {error}") from error.__cause__
     except Exception as error:
-        raise UsageError(f"model {name}: cannot be built: {_describe(error)}") from error
+        raise UsageError(f"model {name}: cannot be built: {describe(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name}: gives a value of type {type(model).__name__}, not a torch.nn.Module")
     _check_output(model, name, num_classes, (in_channels, *image_size))
@@ -133,20 +127,6 @@ def build_model(
 def parameter_count(model: nn.Module) -> int:
     """Returns the number of parameters, frozen ones included, buffers not."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _import_target(target: str) -> Callable[..., Any]:
-    module_name, _, member = target.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UsageError(f"cannot import {module_name}: {_describe(error)}") from error
-    if not hasattr(module, member):
-        raise UsageError(f"module {module_name} has no {member}{_did_you_mean(member, vars(module))}")
-    factory = getattr(module, member)
-    if not callable(factory):
-        raise UsageError(f"{member} is of type {type(factory).__name__}, not a class or function")
-    return factory  # type: ignore[no-any-return]
 
 
 def _build_target(factory: Callable[..., Any], given: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
@@ -176,7 +156,7 @@ def _build_torchvision(name: str, given: Mapping[str, Any], args: Mapping[str, A
     models: Any = importlib.import_module("torchvision.models")  # untyped, and 1.7 s to import
     known = models.list_models(module=models)
     if name not in known:
-        raise UsageError(f"torchvision has no classifier of this name{_did_you_mean(name, known)}")
+        raise UsageError(f"torchvision has no classifier of this name{did_you_mean(name, known)}")
     if given["in_channels"] != 3:
         raise UsageError(
             f"torchvision's networks take 3 channels, the images have {given['in_channels']}; "
@@ -234,7 +214,7 @@ def _check_output(model: nn.Module, name: str, num_classes: int, shape: tuple[in
         with torch.no_grad():
             output = try_out(model, torch.zeros(1, *shape))
     except Exception as error:
-        raise UsageError(f"model {name}: fails on an image of {image}: {_describe(error)}") from error
+        raise UsageError(f"model {name}: fails on an image of {image}: {describe(error)}") from error
     got = (
         list(output.shape) if isinstance(output, torch.Tensor) else f"a value of type {type(output).__name__}"
     )
@@ -252,13 +232,4 @@ def _given_argument(key: str) -> UsageError:
 
 def _unknown_argument(key: str, options: list[str]) -> UsageError:
     accepted = f"accepted: {', '.join(options)}" if options else "this model takes none"
-    return UsageError(f"model.args.{key}: unknown argument{_did_you_mean(key, options)}; {accepted}")
-
-
-def _did_you_mean(word: str, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(choices), 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return UsageError(f"model.args.{key}: unknown argument{did_you_mean(key, options)}; {accepted}")

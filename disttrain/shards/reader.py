@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ from disttrain.shards.tar import Contents, scan
 from disttrain.userdirs import cache_folder
 
 Ids = npt.NDArray[np.int64]
+Sample: TypeAlias = dict[str, Any]
+"""Of webdataset: a field of its own for each member of a sample, by extension."""
 
 _CHUNK = 256  # samples that one thread decodes at a time
 _OPEN_SHARDS = 64
@@ -82,12 +84,23 @@ class OpenShard:
             raise ValueError("the shard was cut while it was read")
         return image
 
-    def error(self, index: Index, position: int, problem: object) -> DataError:
-        """Returns what to raise about a sample."""
-        return DataError(
-            f"{self.place}: sample {self.contents.keys[position]}: {problem}; {again(index)}, or leave such "
-            "samples out with data.on_error=skip"
-        )
+    def sample(self, position: int) -> Sample:
+        """Returns a sample as webdataset has it: `__key__`, `__url__`, the image file and `cls`, in bytes.
+
+        Raises:
+            ValueError: as for `read`.
+        """
+        key, extension = self.contents.keys[position], self.contents.extensions[position]
+        label = b"%d" % self.contents.labels[position]
+        return {"__key__": key, "__url__": self.place, extension: self.read(position), "cls": label}
+
+
+def sample_error(index: Index, place: str, key: str, error: Exception) -> DataError:
+    """Returns what to raise about a sample that cannot be used; `place` is its shard."""
+    return DataError(
+        f"{place}: sample {key}: {reason(error)}; {again(index)}, or leave such samples out with "
+        "data.on_error=skip"
+    )
 
 
 def open_shard(index: Index, split: str, number: int, say: Callable[[str], None] | None = None) -> OpenShard:
@@ -257,20 +270,45 @@ class Reader:
             DataError: a shard or a sample cannot be used; the message names it.
             UnsafeError: a shard holds something that does not belong into one.
         """
+        places = self._places(ids)
+        files: list[bytes] = []
+        at = 0
+        try:
+            for at, (shard, position) in enumerate(places):
+                files.append(shard.read(position))
+                labels[at] = shard.contents.labels[position]
+            decode_into(files, images)
+        except (ValueError, OSError) as error:
+            raise self._error(places[error.place if isinstance(error, ImageError) else at], error) from None
+
+    def samples(self, ids: Ids) -> list[Sample]:
+        """Returns samples as webdataset has them, each with its id as `__id__`.
+
+        Args:
+            ids: int64 [B].
+
+        Raises:
+            DataError, UnsafeError: as for `decode`.
+        """
+        places = self._places(ids)
+        samples: list[Sample] = []
+        try:
+            for id_, (shard, position) in zip(ids.tolist(), places, strict=True):
+                samples.append({"__id__": id_} | shard.sample(position))
+        except (ValueError, OSError) as error:
+            raise self._error(places[len(samples)], error) from None
+        return samples
+
+    def _places(self, ids: Ids) -> list[tuple[OpenShard, int]]:
+        """Returns the shard of each sample, open, and the sample's position in it."""
         numbers = np.searchsorted(self._first, ids, side="right") - 1
         positions = (ids - self._first[numbers]).tolist()
         shards = {number: self._shard(number) for number in set(numbers.tolist())}
-        files: list[bytes] = []
-        place = 0
-        try:
-            for place, (number, position) in enumerate(zip(numbers.tolist(), positions, strict=True)):
-                files.append(shards[number].read(position))
-                labels[place] = shards[number].contents.labels[position]
-            decode_into(files, images)
-        except (ValueError, OSError) as error:
-            place = error.place if isinstance(error, ImageError) else place
-            shard = shards[int(numbers[place])]
-            raise shard.error(self._index, positions[place], reason(error)) from None
+        return [(shards[n], position) for n, position in zip(numbers.tolist(), positions, strict=True)]
+
+    def _error(self, place: tuple[OpenShard, int], error: Exception) -> DataError:
+        shard, position = place
+        return sample_error(self._index, shard.place, shard.contents.keys[position], error)
 
     def _shard(self, number: int) -> OpenShard:
         with self._lock:
@@ -287,29 +325,6 @@ class Reader:
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)  # closed when the last thread has read from it
             return shard
-
-
-def read_split(index: Index, split: str) -> Iterator[tuple[str, bytes, int]]:
-    """Yields key, image file and label of every sample of a split, in the order of the shards.
-
-    Every caller gets all of them, whatever its rank.
-
-    Raises:
-        DataError: there is no such split, or a shard or a sample cannot be used; the message names it.
-        UnsafeError: a shard holds something that does not belong into one.
-    """
-    if split not in index.splits:
-        raise DataError(
-            f"{index.base or index.folder}/index.json: no split {split!r}; it has {', '.join(index.splits)}"
-        )
-    for number in range(len(index.splits[split].shards)):
-        shard = open_shard(index, split, number)
-        for position, key in enumerate(shard.contents.keys):
-            try:
-                image = shard.read(position)
-            except (ValueError, OSError) as error:
-                raise shard.error(index, position, reason(error)) from None
-            yield key, image, int(shard.contents.labels[position])
 
 
 class Chunk(NamedTuple):

@@ -22,7 +22,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from disttrain.data.streamed import Streamed
+    from disttrain.data.stages import open_stream
     from disttrain.parallel import usable_cores
     from disttrain.shards.images import expect_images
     from disttrain.trained.classifier import load_model
@@ -47,7 +47,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         workers = max(1, min(8, usable_cores() // world_size))
     expect_images(len(ids) // world_size)
     # One pass: nothing is gained from a decoded copy.
-    data = Streamed(index, "val", device, batch_size=size, workers=workers, say=lambda text: None)
+    data = open_stream(
+        index,
+        "val",
+        device,
+        batch_size=size,
+        workers=workers,
+        pipeline=config.data.pipeline,
+    )
     subject = Subject(
         classifier.network,
         device,

@@ -151,14 +151,21 @@ def _export(trained: Trained, file_format: Format, index: Index, path: Path, par
 def real_images(trained: Trained, index: Index) -> npt.NDArray[np.uint8]:
     """Returns images of the validation split, spread over it: uint8 [B, H, W, C]."""
     import numpy as np
+    import torch
 
-    from disttrain.shards.reader import Reader
+    from disttrain.data.stages import open_stream
 
     usable = usable_samples(trained.config, index)
     ids = usable[np.unique(np.linspace(0, len(usable) - 1, _IMAGES).astype(np.int64))]
-    images = np.empty((len(ids), *trained.facts.shape), np.uint8)
-    Reader(index, "val").decode(ids, images, np.empty(len(ids), np.int64))
-    return images
+    loader = open_stream(
+        index,
+        "val",
+        torch.device("cpu"),
+        batch_size=len(ids),
+        workers=0,
+        pipeline=trained.config.data.pipeline,
+    )
+    return next(loader.batches(ids, [slice(None)])).images.numpy()
 
 
 def _write_safetensors(classifier: Classifier, path: Path) -> Scores:

@@ -21,8 +21,8 @@ from disttrain.config import Config
 from disttrain.data.batches import Loader, choose_place
 from disttrain.data.cached import Cached, open_split
 from disttrain.data.plan import Ids, Plan, make_plan, usable_ids
+from disttrain.data.stages import open_stream
 from disttrain.data.statistics import statistics
-from disttrain.data.streamed import Streamed
 from disttrain.errors import (
     DataError,
 )
@@ -317,7 +317,9 @@ def open_loaders(
 ) -> dict[str, Loader]:
     """Returns what serves each split to this rank; `choices` takes how and why."""
     device = group.device
-    place, reason = choose_place(config.data.cache, index.decoded_bytes, device)
+    place, reason = choose_place(
+        config.data.cache, index.decoded_bytes, device, streamed=config.data.pipeline is not None
+    )
     if place != "none":
         choices["cache"] = Choice(place, reason)
         return {
@@ -330,7 +332,9 @@ def open_loaders(
     expect_images(index.splits["train"].samples * config.train.epochs // group.num_processes)
     size = config.train.batch_size // group.num_processes
     loaders = {
-        split: Streamed(index, split, device, batch_size=size, workers=workers, say=say)
+        split: open_stream(
+            index, split, device, batch_size=size, workers=workers, say=say, pipeline=config.data.pipeline
+        )
         for split in ("train", "val")
     }
     how = (

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from conftest import read_split
 from PIL import Image
 from runs import ids_per_step
 
@@ -30,7 +31,6 @@ from disttrain.data.streamed import Streamed
 from disttrain.errors import DataError, DisttrainError, UnsafeError
 from disttrain.shards.foreign import index_folder
 from disttrain.shards.index import Index, load_index
-from disttrain.shards.reader import read_split
 from disttrain.shards.verify import survey, verify
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

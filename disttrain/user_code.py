@@ -1,0 +1,45 @@
+"""Classes and functions of the user's own, named `package.module:member` in a config."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from disttrain.errors import UsageError, describe
+
+
+def is_target(name: str) -> bool:
+    """Tells whether a name has the form `package.module:member`; nothing is imported."""
+    module, _, member = name.partition(":")
+    return member.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def import_target(target: str) -> Callable[..., Any]:
+    """Imports `package.module:member`, a class or function; the working directory is looked in too.
+
+    Raises:
+        UsageError: it is not there, or its module cannot be imported.
+    """
+    if str(Path.cwd()) not in sys.path:  # as `python -m` has it; a console script does not
+        sys.path.insert(0, str(Path.cwd()))
+    name, _, member = target.partition(":")
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        raise UsageError(f"cannot import {name}: {describe(error)}") from error
+    if not hasattr(module, member):
+        raise UsageError(f"module {name} has no {member}{did_you_mean(member, vars(module))}")
+    found = getattr(module, member)
+    if not callable(found):
+        raise UsageError(f"{member} is of type {type(found).__name__}, not a class or function")
+    return found  # type: ignore[no-any-return]
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Returns `; did you mean ...?` with the choice that is most like a word, or nothing."""
+    close = difflib.get_close_matches(word, list(choices), 1)
+    return f"; did you mean {close[0]}?" if close else ""
