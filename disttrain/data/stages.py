@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from webdataset.pipeline import DataPipeline
 
 from disttrain.data.batches import Batch, Window
 from disttrain.data.plan import Ids
@@ -86,6 +85,8 @@ class Staged(Streamed):
         Raises:
             UsageError: the pipeline fails, or does not give the samples that are due.
         """
+        from webdataset.pipeline import DataPipeline  # not where no run needs it
+
         ahead, due = itertools.tee(self.wanted(order[window]) for window in windows)
         stages = Stages(partial(self._read, ahead), self._decode, partial(self._collect, due), self._threaded)
         try:
