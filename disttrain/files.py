@@ -1,15 +1,17 @@
-"""Files that are complete or absent.
+"""Files that are complete or absent, and made by one process at a time.
 
 On disks that fill up, and on NFS, where an operation may lag or be reported as failed although it was done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,19 +33,19 @@ _PASSING = {
 }
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Replaces a file by a complete new one.
 
     Args:
         path: the file.
-        text: its new content.
+        content: the new one.
         durable: whether to wait until it is on the disk.
 
     Raises:
         StorageError: it cannot be written; the old file is as it was and nothing else is left.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    data = text.encode()
+    partial = path.with_name(f".{path.name}.{threading.get_native_id()}.partial")
+    data = content.encode() if isinstance(content, str) else content
     try:
         partial.unlink(missing_ok=True)
         try:
@@ -53,6 +55,66 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(path, error, len(data)) from None
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Gives a hidden name under which to make a file or folder; then it takes the place of what was there.
+
+    One process at a time, as `turn` sees to it. After an error nothing of it is left.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    _remove(partial)  # left by a process that was killed
+    try:
+        yield partial
+        if partial.is_dir():  # which cannot be renamed to what is not empty
+            _remove(path)
+        move(partial, path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(IsADirectoryError):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def turn(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
+    """Lets one process at a time make a file or folder; the lock is a hidden file beside it.
+
+    Args:
+        path: what is made.
+        on_wait: called when another process has its turn.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout  # here, because a launcher takes no turn
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.with_name(f".{path.name}.lock")
+    lock = FileLock(name)
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        on_wait()
+        held = lock.acquire()
+    with held:
+        try:
+            yield
+        finally:
+            name.unlink(missing_ok=True)  # who has waited for this very file notices, and takes a new one
+
+
+def stamp(file: Path | int) -> list[int]:
+    """Returns what changes when a file does: its size in bytes and when it was written and changed, in ns."""
+    status = os.stat(file)  # noqa: PTH116  # of a descriptor too
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def write_new(path: Path, *pieces: bytes | memoryview, durable: bool = True) -> None:

@@ -1,14 +1,14 @@
-"""Where this user's caches lie, and how the processes of a node take turns in them."""
+"""Where this user's caches lie."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from disttrain.errors import StorageError
+from disttrain.files import write_atomically
 from disttrain.slurm_env import job_folders
 
 
@@ -46,22 +46,8 @@ def _is_private(folder: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not others_write
 
 
-@contextlib.contextmanager
-def turn(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Lets one process of the node at a time make a file or folder of the cache.
-
-    Args:
-        path: what is made; the lock is a hidden file beside it, and stays.
-        on_wait: called when another process has its turn.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def remember(record: Path, content: str | bytes) -> None:
+    """Writes to the cache what was found; if it cannot be written, the next process has to look again."""
+    with contextlib.suppress(OSError, StorageError):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, content, durable=False)

@@ -21,11 +21,12 @@ import torch
 from disttrain.data.batches import Batch, Window, gather
 from disttrain.data.plan import Ids
 from disttrain.errors import DataError, StorageError
+from disttrain.files import appearing, stamp, turn
 from disttrain.parallel import usable_cores
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index, again
 from disttrain.shards.reader import decoded
-from disttrain.userdirs import decoded_folder, turn
+from disttrain.userdirs import decoded_folder
 
 _FILES = ("images.npy", "labels.npy")
 _SEAL = "seal.json"  # the hashes of the files, and their size and times when it was written
@@ -100,14 +101,9 @@ def _is_sealed(target: Path) -> bool:
     """Tells whether the files are those that were written; they are hashed only if they were touched."""
     seal = json.loads((target / _SEAL).read_text())
     for name in _FILES:
-        if seal[name]["stamp"] != _stamp(target / name) and seal[name]["sha256"] != _sha256(target / name):
+        if seal[name]["stamp"] != stamp(target / name) and seal[name]["sha256"] != _sha256(target / name):
             return False
     return True
-
-
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _sha256(path: Path) -> str:
@@ -127,10 +123,8 @@ def _decode(index: Index, split: str, skipped: Ids, target: Path, say: Callable[
         )
     expect_images(shape[0])
     say(f"decoding {index.name}/{split} once: {shape[0]:,} images, {needed / 2**20:,.1f} MiB")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with appearing(target) as partial:
+        partial.mkdir()
         images = np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
         with (partial / "images.npy").open("r+b") as mapped:  # a full disk is an error here, a SIGBUS later
             os.posix_fallocate(mapped.fileno(), 0, os.fstat(mapped.fileno()).st_size)
@@ -154,12 +148,8 @@ def _decode(index: Index, split: str, skipped: Ids, target: Path, say: Callable[
         for name in _FILES:
             with (partial / name).open("rb") as unsynced:
                 os.fsync(unsynced.fileno())
-        seal = {n: {"sha256": _sha256(partial / n), "stamp": _stamp(partial / n)} for n in _FILES}
+        seal = {n: {"sha256": _sha256(partial / n), "stamp": stamp(partial / n)} for n in _FILES}
         (partial / _SEAL).write_text(json.dumps(seal))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class Cached:

@@ -241,6 +241,7 @@ class RunFolder:
         return os.environ.get(LOCKED_BY_LAUNCHER) == str(self.path.resolve())
 
     def _take_lock(self) -> None:
+        # Not filelock: who comes second is told host and process of the first, also where there is no flock.
         lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

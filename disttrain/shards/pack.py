@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import multiprocessing
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from disttrain.errors import DataError, StorageError
-from disttrain.files import sync, sync_folder
+from disttrain.files import sync, sync_folder, turn
 from disttrain.parallel import KilledError, in_processes, usable_cores
 from disttrain.shards.index import (
     VERSION,
@@ -350,21 +348,9 @@ def _scratch_folder(target: Path, say: Callable[[str], None], *, keep: bool) -> 
         say: told when another process is waited for.
         keep: leave it as it is after a failure, for the next try.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".{target.name}.partial"
-    with contextlib.ExitStack() as stack:
-        while True:
-            scratch.mkdir(exist_ok=True)
-            descriptor = os.open(scratch, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"waiting for another process that packs {target.name}")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), scratch.stat()):
-                    break  # else the other process has published or removed it
+    with turn(target, lambda: say(f"waiting for another process that packs {target.name}")):
+        scratch.mkdir(exist_ok=True)
         try:
             yield scratch
         except BaseException:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.errors import DataError, StorageError, UnsafeError, UsageError, reason
-from disttrain.userdirs import cache_folder, turn
+from disttrain.files import appearing, turn
+from disttrain.userdirs import cache_folder
 
 _TIMEOUT_S = 30.0  # to connect, and for each read
 _TRIES = 4
@@ -120,23 +121,18 @@ def fetch_shard(url: str, *, size: int, sha256: str, say: Callable[[str], None] 
 
 
 def _download(url: str, target: Path, size: int, sha256: str) -> None:
-    """Downloads to a hidden file, goes on where a connection broke, and renames it when it is right."""
-    partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)  # left by a killed process
-    try:
+    """Downloads a shard, going on where a connection broke, and once again if its hash is wrong."""
+    with appearing(target) as partial:
         for last in (False, True):
             _persist(url, lambda: _fetch_rest(url, partial, size))
             with partial.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
             if found == sha256:
-                partial.rename(target)
                 return
             partial.unlink()
             if last:
                 raise DataError(f"{_shown(url)}: its SHA-256 is not that of the index; repair it there")
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _fetch_rest(url: str, partial: Path, size: int) -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 
+from disttrain.files import stamp, turn
 from disttrain.parallel import usable_cores
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index, mean_std
 from disttrain.shards.pack import Progress
 from disttrain.shards.reader import Ids, ShardError, decoded, open_shard
-from disttrain.userdirs import cache_folder, turn
+from disttrain.userdirs import cache_folder, remember
 
 
 class Problem(NamedTuple):
@@ -170,10 +170,7 @@ def survey(index: Index, split: str, say: Callable[[str], None]) -> Ids:
             if kept["stamps"] == stamps:
                 return np.array(kept["unusable"], np.int64)
         unusable = _look_through(index, split, say)
-        partial = record.with_name(f".{record.name}.{os.getpid()}")
-        with suppress(OSError):
-            partial.write_text(json.dumps({"stamps": stamps, "unusable": unusable}))
-            partial.replace(record)
+        remember(record, json.dumps({"stamps": stamps, "unusable": unusable}))
     return np.array(unusable, np.int64)
 
 
@@ -196,7 +193,6 @@ def _stamp(index: Index, split: str, number: int) -> list[int] | None:
     if index.url(shard):
         return None
     try:
-        status = (index.folder / shard.file).stat()
+        return stamp(index.folder / shard.file)
     except OSError:
         return None
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
