@@ -1,11 +1,10 @@
-"""Image files to pixels, against Pillow's own reader, by both JPEG decoders; and the threads that do it."""
+"""Image files to pixels, against Pillow's own reader, by both JPEG decoders."""
 
 import io
 import json
 import struct
 import subprocess
 import sys
-import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from disttrain.parallel import in_order
 from disttrain.shards import images
 from disttrain.shards.images import (
     ImageError,
     Pixels,
     decode_image,
     decode_into,
-    map_in_threads,
+    expect_images,
     open_image,
     use_torchvision,
 )
@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).parents[1]
 @pytest.fixture(params=["pillow", "torchvision"])
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The JPEG decoder in use during a test; the others use Pillow's."""
-    monkeypatch.setattr(images, "_torchvision_jpeg", None)
+    monkeypatch.setattr(images, "_many", False)
     if request.param == "torchvision":
         assert use_torchvision()
     return str(request.param)
@@ -372,15 +372,24 @@ def test_threads_decode_batches_of_the_same_pixels(decoder: str) -> None:
         decode_into(files[start : start + 40], out[start : start + 40])
         return start
 
-    assert list(map_in_threads(decode, range(0, 600, 40), chunk=1, slow_s=0)) == list(range(0, 600, 40))
+    assert list(in_order(decode, range(0, 600, 40), threads=8)) == list(range(0, 600, 40))
     np.testing.assert_array_equal(out, np.stack([pillow(file, 3) for file in files]))
 
 
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torchvision was not tried yet, and is tried anew by the next test."""
+    monkeypatch.setattr(images, "_many", False)
+    images._torchvision_jpeg.cache_clear()
+    yield
+    images._torchvision_jpeg.cache_clear()
+
+
+@pytest.mark.usefixtures("undecided")
 def test_torchvision_is_not_used_where_its_pixels_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
+    import torchvision  # noqa: F401
 
-    monkeypatch.setattr(images, "_torchvision_jpeg", None)
-    assert use_torchvision()
     sound = torch.ops.image.decode_jpeg.default
 
     class Brighter:
@@ -388,19 +397,29 @@ def test_torchvision_is_not_used_where_its_pixels_differ(monkeypatch: pytest.Mon
         def default(*arguments: Any) -> Any:
             return sound(*arguments) | 1
 
-    monkeypatch.setattr(images, "_torchvision_jpeg", None)
     monkeypatch.setattr(torch.ops.image, "decode_jpeg", Brighter)
     assert not use_torchvision()
     image = encode(photo(9, 9), "JPEG")
     np.testing.assert_array_equal(decode_image(image, 3), pillow(image, 3))
 
 
+@pytest.mark.usefixtures("undecided")
 def test_torchvision_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_torchvision_jpeg", None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     assert not use_torchvision()
     image = encode(photo(9, 9), "JPEG")
     np.testing.assert_array_equal(decode_image(image, 3), pillow(image, 3))
+
+
+def test_torchvision_decodes_where_many_jpegs_are_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(images, "_many", False)
+    monkeypatch.setattr(images, "_torchvision_jpeg", lambda: calls.append(1))
+    files = {kind: encode(photo(9, 9), kind) for kind in ("JPEG", "PNG")}
+    for count, kind, used in ((10_000, "JPEG", 0), (20_000, "PNG", 0), (10, "JPEG", 1)):
+        expect_images(count)
+        decode_image(files[kind], 3)
+        assert len(calls) == used
 
 
 def test_decoding_imports_no_torch(tmp_path: Path) -> None:
@@ -419,31 +438,3 @@ def test_decoding_imports_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert run.stdout.strip() == "set()"
-
-
-# --- Threads ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("slow_s", [0, 3600], ids=["threads", "inline"])
-def test_map_in_threads_keeps_order_and_raises(slow_s: float) -> None:
-    results = map_in_threads(str, range(1000), chunk=7, slow_s=slow_s)
-    assert list(results) == [str(i) for i in range(1000)]
-    with pytest.raises(ZeroDivisionError):
-        list(map_in_threads(lambda x: 1 // x, [1, 0], chunk=7, slow_s=slow_s))
-
-
-@pytest.mark.parametrize("slow_s", [0, 3600], ids=["threads", "inline"])
-def test_map_in_threads_may_be_left_early(slow_s: float) -> None:
-    taken: list[int] = []
-    before = threading.active_count()
-
-    def source() -> Iterator[int]:
-        for i in range(10_000):
-            taken.append(i)
-            yield i
-
-    results = map_in_threads(str, source(), slow_s=slow_s)
-    assert next(results) == "0"
-    results.close()  # type: ignore[attr-defined]
-    assert len(taken) < 2_000
-    assert threading.active_count() == before

@@ -1,15 +1,41 @@
-"""Work that is spread over processes: results in order, errors, and processes that are killed."""
+"""Work that is spread over threads or processes: results in order, errors, processes that are killed."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 
-from disttrain.parallel import KilledError, in_processes
+from disttrain.parallel import KilledError, in_order, in_processes
+
+
+@pytest.mark.parametrize("threads", [0, 1, 8])
+def test_threads_keep_the_order_and_raise(threads: int) -> None:
+    assert list(in_order(str, range(1000), threads)) == [str(i) for i in range(1000)]
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(inverse, [1, 0, 2], threads))
+
+
+@pytest.mark.parametrize("threads", [0, 1, 8])
+def test_threads_end_where_results_are_left(threads: int) -> None:
+    taken: list[int] = []
+    before = threading.active_count()
+
+    def source() -> Iterator[int]:
+        for i in range(10_000):
+            taken.append(i)
+            yield i
+
+    results = in_order(str, source(), threads)
+    assert next(results) == "0"
+    results.close()
+    assert len(taken) < 100
+    assert threading.active_count() == before
 
 
 def slower_first(last: int, number: int) -> tuple[int, int]:

@@ -13,12 +13,12 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from disttrain.errors import DataError, UsageError, reason
+from disttrain.parallel import in_order
 from disttrain.shards.images import (
     Pixels,
     as_picture,
     decode_image,
     encode_image,
-    map_in_threads,
     open_image,
 )
 from disttrain.shards.index import Index, data_folder
@@ -29,6 +29,7 @@ Say = Callable[[str], None]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: JPEG files of some phones
+_READERS = 8  # threads that read headers: more than cores, because on a server's disk they wait
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
 _LAYOUT = (
     "expected {0}/train/<class>/<image files> and {0}/val/<class>/... (or test), "
@@ -160,7 +161,7 @@ def scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Say) -> 
     gray = True
     for split, files in listing.items():
         pictures = []
-        headers = map_in_threads(_read_header, (file for file, _ in files))
+        headers = in_order(_read_header, (file for file, _ in files), _READERS)
         for (file, label), header in zip(files, headers, strict=True):
             pictures.append(_Picture(file, label, *header[:2], header.bytes, header.mtime_ns))
             sizes.setdefault(header.size, file)
