@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from disttrain.errors import StorageError, reason
 
@@ -217,12 +216,6 @@ def free_bytes(path: Path) -> int | None:
         except OSError:
             return None
     return None
-
-
-def sync(file: BinaryIO) -> None:
-    """Makes sure that what was written to a file is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

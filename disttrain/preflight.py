@@ -85,8 +85,9 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
     name, root = config.data.name, config.data.root
     if name == "digits" and server_root(root) is None and not (data_root(root) / name).exists():
         from disttrain.shards.datasets import prepare  # and with it numpy, which a launcher does not need
+        from disttrain.shards.pack import Options
 
-        prepare(name, source=None, root=root, say=say)
+        prepare(name, None, root, Options(say=say))
     index = load_index(name, root, strict=config.data.on_error == "stop")
     if "val" not in index.splits:
         raise DataError(f"{index.base or index.folder}: has no val split to evaluate on; make one")

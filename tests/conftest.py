@@ -43,9 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with the digits packed in it; shared by all tests, never written by them."""
     from disttrain.shards.datasets import prepare
+    from disttrain.shards.pack import Options
 
     root = tmp_path_factory.mktemp("data")
-    prepare("digits", source=None, root=str(root), say=lambda text: None)
+    prepare("digits", None, str(root), Options())
     return root
 
 

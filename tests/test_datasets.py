@@ -20,6 +20,7 @@ from disttrain.errors import DataError, UsageError
 from disttrain.shards import datasets, imagefolder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
+from disttrain.shards.pack import Options
 
 
 @pytest.fixture
@@ -44,12 +45,12 @@ def said():
 
 def prepare(name, source=None, said=None, **options):
     say = [].append if said is None else said.append
-    return datasets.prepare(name, source=source, root=None, say=say, **options)
+    return datasets.prepare(name, source, None, Options(say=say, **options))
 
 
-def pack(folder, said=None, **options):
+def pack(folder, said=None, name="mine", force=False, **options):
     say = [].append if said is None else said.append
-    return imagefolder.pack_folder(folder, **{"name": "mine", "root": None, "say": say} | options)
+    return imagefolder.pack_folder(folder, name, None, Options(force, say=say), **options)
 
 
 def read(index, split):

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from conftest import Run, read_split
 from marks import nightly
+from toy import Listed
 
 from disttrain.errors import UsageError
 from disttrain.shards.datasets import CIFAR10_CLASSES
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
-from disttrain.shards.pack import Listed, pack
+from disttrain.shards.pack import Options, pack
 from disttrain.shards.writer import Sample
 from disttrain.trained.classifier import load_model
 from disttrain.trained.eval import report
@@ -118,7 +119,7 @@ def repacked(root: Path, name: str, classes: tuple[str, ...], digits_root: Path,
         for _, image, label in read_split(index, "val")
     ]
     splits = {"train": Listed(samples[:40]), "val": Listed(samples)}
-    pack(name, str(root), splits, classes, channels=options.get("channels", 1))
+    pack(name, str(root), splits, classes, options.get("channels", 1), Options())
 
 
 def test_another_data_set_is_matched_by_the_names_of_its_classes(

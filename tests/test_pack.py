@@ -16,17 +16,19 @@ import numpy as np
 import psutil
 import pytest
 from conftest import read_split
-from toy import CLASSES, encode, images, pack, samples, tree
+from toy import CLASSES, Listed, encode, images, pack, samples, tree
 
 from disttrain.errors import DataError, StorageError
 from disttrain.shards import pack as packing
 from disttrain.shards.imagefolder import pack_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
-from disttrain.shards.pack import Listed
+from disttrain.shards.pack import Options
 from disttrain.shards.pack import pack as pack_samples
 from disttrain.shards.verify import verify
 from disttrain.shards.writer import Sample
+
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_mean_and_std_are_those_of_the_train_split(root):
 
 def test_constant_images_have_std_zero(root):
     white = Sample(encode(np.full((4, 4), 255, np.uint8)), "png", 0)
-    index = pack_samples("white", None, {"train": Listed([white] * 3)}, ["one"], channels=1)
+    index = pack_samples("white", None, {"train": Listed([white] * 3)}, ["one"], 1, Options())
     assert (index.mean, index.std) == ((1.0,), (0.0,))
 
 
@@ -158,7 +160,7 @@ def test_samples_are_taken_as_they_are_needed(root):
     def watch(done, total):
         ahead.append(source.loaded - done)
 
-    pack_samples("long", None, {"train": source}, CLASSES, channels=3, on_progress=watch)
+    pack_samples("long", None, {"train": source}, CLASSES, 3, Options(on_progress=watch))
     assert max(ahead) <= 1
 
 
@@ -175,9 +177,9 @@ def test_existing_data_set_stays(root):
     assert [path.name for path in root.iterdir()] == ["toy"]
 
 
-def test_overwrite_replaces(root):
+def test_force_replaces(root):
     old = pack()
-    new = pack(seed=7, train=3, overwrite=True)
+    new = pack(seed=7, train=3, force=True)
     assert new.digest != old.digest
     assert len(list(read_split(new, "train"))) == 3
     assert [path.name for path in root.iterdir()] == ["toy"]
@@ -186,15 +188,15 @@ def test_overwrite_replaces(root):
 def test_reader_of_a_replaced_shard_is_not_disturbed(root):
     reader = read_split(pack(), "train")
     next(reader)
-    pack(seed=7, overwrite=True)
+    pack(seed=7, force=True)
     assert len(list(reader)) == 9
 
 
-def test_overwrite_spares_what_is_no_data_set(root):
+def test_force_spares_what_is_no_data_set(root):
     (root / "toy").mkdir(parents=True)
     (root / "toy" / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match=r"thesis\.tex: not part of a packed data set; move it away"):
-        pack(overwrite=True)
+        pack(force=True)
     assert (root / "toy" / "thesis.tex").read_text() == "years of work"
 
 
@@ -202,7 +204,7 @@ def test_data_set_may_be_a_link_to_another_disk(root, tmp_path):
     (tmp_path / "disk" / "toy").mkdir(parents=True)
     root.mkdir()
     (root / "toy").symlink_to(tmp_path / "disk" / "toy")
-    pack(overwrite=True)
+    pack(force=True)
     assert (root / "toy").is_symlink()
     assert (tmp_path / "disk" / "toy" / "index.json").is_file()
 
@@ -218,7 +220,9 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_sample_is_named_and_nothing_is_left(root, case):
     with pytest.raises(DataError, match=r"^a/b\.png") as caught:
-        pack_samples("toy", None, {"train": Listed([*samples(images(3)), BROKEN[case]])}, CLASSES, channels=3)
+        pack_samples(
+            "toy", None, {"train": Listed([*samples(images(3)), BROKEN[case]])}, CLASSES, 3, Options()
+        )
     assert "\n" not in str(caught.value)
     assert list(root.iterdir()) == []
 
@@ -226,13 +230,13 @@ def test_broken_sample_is_named_and_nothing_is_left(root, case):
 def test_sizes_are_both_named(root):
     train = [*samples(images(2)), BROKEN["other size"]]
     with pytest.raises(DataError, match=r"a/b\.png is 5x7 but train sample 0 is 5x6"):
-        pack_samples("toy", None, {"train": Listed(train)}, CLASSES, channels=3)
+        pack_samples("toy", None, {"train": Listed(train)}, CLASSES, 3, Options())
 
 
 def test_empty_split_is_refused(root):
     with pytest.raises(DataError, match="the val split has no images"):
         pack_samples(
-            "toy", None, {"train": Listed(samples(images(2))), "val": Listed([])}, CLASSES, channels=3
+            "toy", None, {"train": Listed(samples(images(2))), "val": Listed([])}, CLASSES, 3, Options()
         )
     assert not root.exists()
 
@@ -241,7 +245,7 @@ def test_empty_split_is_refused(root):
 def test_interruption_leaves_nothing(root, stop):
     source = Watched(200, fail_at=150, error=stop)
     with pytest.raises(stop):
-        pack_samples("toy", None, {"train": source}, CLASSES, channels=3)
+        pack_samples("toy", None, {"train": source}, CLASSES, 3, Options())
     assert list(root.iterdir()) == []
 
 
@@ -255,14 +259,15 @@ def test_failed_write_is_a_storage_error(tmp_path):
 PACK_ON_SIGNAL = """
 import sys, webdataset
 from disttrain.errors import DataError
-from disttrain.shards.pack import Listed, pack
+from disttrain.shards.pack import Options, pack
 from disttrain.shards.writer import Sample
+from toy import Listed
 splits, classes, root = eval(sys.stdin.readline())
 print("ready", flush=True)
 sys.stdin.readline()
 try:
     splits = {name: Listed([Sample(*sample) for sample in samples]) for name, samples in splits.items()}
-    print(pack("toy", root, splits, classes, channels=3).digest)
+    print(pack("toy", root, splits, classes, 3, Options()).digest)
 except DataError as error:
     print(error)
 """
@@ -272,7 +277,8 @@ except DataError as error:
 def test_two_processes_at_once(root, seeds):
     command = [sys.executable, "-c", PACK_ON_SIGNAL]
     processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in seeds
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TESTS)
+        for _ in seeds
     ]
     for process, seed in zip(processes, seeds, strict=True):
         splits = {"train": [tuple(sample) for sample in samples(images(60, seed))]}
@@ -320,9 +326,8 @@ def many_photos(photos, tmp_path_factory):
     return folder
 
 
-def pack_photos(folder, name, processes=1, say=lambda text: None, **options):
-    options = {"root": None, "shard_mib": 0.1, "say": say} | options
-    return pack_folder(folder, name=name, processes=processes, **options)
+def pack_photos(folder, name, processes=1, **options):
+    return pack_folder(folder, name, None, Options(shard_mib=0.1, processes=processes, **options))
 
 
 def command(folder, root, *options):
@@ -442,5 +447,5 @@ def test_import_is_light():
     heavy = "{'torch', 'torchvision', 'webdataset'}"
     code = f"import disttrain.shards.datasets, sys; print({heavy} & set(sys.modules))"
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS)
     assert run.stdout.strip() == "set()"

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from disttrain.shards.imagefolder import fitted, pack_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
+from disttrain.shards.pack import Options
 from disttrain.trained.classifier import Classifier, load_model
 from disttrain.trained.contactsheet import Cell, draw
 from disttrain.trained.prediction import predict, prepared
@@ -101,7 +102,7 @@ def test_a_file_of_any_kind_becomes_what_packing_makes_of_it(tmp_path: Path, cha
         count = len(list(files.iterdir()))
         assert count == 5
     shutil.copytree(source / "train", source / "val")
-    index = pack_folder(source, name="kinds", root=str(tmp_path), size=8, say=lambda text: None)
+    index = pack_folder(source, "kinds", str(tmp_path), Options(), size=8)
     assert index.channels == channels
     packed = Counter(decode_image(image, channels).tobytes() for _, image, _ in read_split(index, "val"))
     found = Counter(prepared(path, facts(8, 8, channels)).tobytes() for path in files.iterdir())

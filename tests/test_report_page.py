@@ -14,7 +14,7 @@ from run_files import CONFIG, stamp, write_run
 
 from disttrain.report import compare
 from disttrain.report.page import write_report
-from disttrain.shards.pack import Listed
+from disttrain.shards.pack import Options
 from disttrain.shards.pack import pack as pack_samples
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -73,10 +73,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("page")
     splits = {
-        name: Listed(toy.samples(toy.images(count, seed, (8, 8, 3))))
+        name: toy.Listed(toy.samples(toy.images(count, seed, (8, 8, 3))))
         for seed, (name, count) in enumerate({"train": 30, "val": 12}.items())
     }
-    pack_samples("evil", str(root / "data"), splits, EVIL, channels=3)
+    pack_samples("evil", str(root / "data"), splits, EVIL, 3, Options())
     config = CONFIG.replace("{name: none}", f"{{name: evil, root: {root / 'data'}}}")
     run = write_run(root / "run", config=config, gpus=4, status={"restarts": 1})
     env = json.loads((run / "env.json").read_text())

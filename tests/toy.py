@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from disttrain.shards.pack import Listed
+from disttrain.shards.pack import Options
 from disttrain.shards.pack import pack as pack_samples
 from disttrain.shards.writer import Sample
 
@@ -26,6 +26,25 @@ def images(count, seed=0, shape=(6, 5, 3)):
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
+class Listed:
+    """Samples in memory."""
+
+    def __init__(self, samples):
+        self._samples = samples
+
+    def __len__(self):
+        return len(self._samples)
+
+    def load(self, number):
+        return self._samples[number]
+
+    def size(self, number):
+        return len(self._samples[number].image)
+
+    def identity(self, number):
+        return None
+
+
 def samples(pixels):
     return [Sample(encode(image), "png", i % len(CLASSES)) for i, image in enumerate(pixels)]
 
@@ -35,7 +54,7 @@ def pack(name="toy", train=10, val=4, seed=0, root=None, shape=(6, 5, 3), **opti
         "train": Listed(samples(images(train, seed, shape))),
         "val": Listed(samples(images(val, seed + 1, shape))),
     }
-    return pack_samples(name, root, splits, CLASSES, channels=3, **options)
+    return pack_samples(name, root, splits, CLASSES, 3, Options(**options))
 
 
 def tree(folder):

@@ -30,11 +30,11 @@ _FORCE = click.option("--force", is_flag=True, help="Replace an existing data se
 def prepare(name: str, source: Path | None, root: str | None, force: bool) -> None:
     """Make a known data set, downloading it if no source is given."""
     from disttrain.shards import datasets
+    from disttrain.shards.pack import Options
 
     with progress() as on_progress:
-        index = datasets.prepare(
-            name, source=source, root=root, force=force, say=click.echo, on_progress=on_progress
-        )
+        options = Options(force, say=click.echo, on_progress=on_progress)
+        index = datasets.prepare(name, source, root, options)
     _show_index(index)
 
 
@@ -73,21 +73,11 @@ def pack(
     --val-fraction. If packing is interrupted, the same command goes on with the shards that are finished.
     """
     from disttrain.shards.imagefolder import pack_folder
+    from disttrain.shards.pack import Options
 
     with progress() as on_progress:
-        index = pack_folder(
-            folder,
-            name=name,
-            root=root,
-            size=size,
-            val_fraction=val_fraction,
-            seed=seed,
-            shard_mib=shard_mib,
-            processes=procs,
-            force=force,
-            say=click.echo,
-            on_progress=on_progress,
-        )
+        options = Options(force, shard_mib, procs, click.echo, on_progress)
+        index = pack_folder(folder, name, root, options, size=size, val_fraction=val_fraction, seed=seed)
     _show_index(index)
 
 

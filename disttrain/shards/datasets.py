@@ -17,18 +17,18 @@ import tarfile
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from disttrain.errors import DataError, UsageError, reason
-from disttrain.shards.imagefolder import Say, Tree, is_tree, pack_tree, scan_tree
+from disttrain.shards.imagefolder import Tree, is_tree, scan_tree
 from disttrain.shards.images import Pixels, encode_image
 from disttrain.shards.index import BUILT_IN, Index, data_folder, data_root, load_index, remedy
-from disttrain.shards.pack import Progress, Source, pack
+from disttrain.shards.pack import Options, Source, pack
 from disttrain.shards.reader import open_shard
 from disttrain.shards.writer import Sample
 
@@ -43,24 +43,14 @@ _DOWNLOAD_TIMEOUT_S = 30.0
 _Splits = Mapping[str, Source]
 
 
-def prepare(
-    name: str,
-    *,
-    source: Path | None,
-    root: str | None,
-    force: bool = False,
-    say: Say,
-    on_progress: Progress | None = None,
-) -> Index:
+def prepare(name: str, source: Path | None, root: str | None, options: Options) -> Index:
     """Makes a known data set, unless it is there and its shards are what its index says.
 
     Args:
         name: digits, mnist or cifar10.
         source: folder of the original files; None downloads them (digits needs neither).
         root: as for `data_root`.
-        force: make it again even if it is there.
-        say: takes lines for the user.
-        on_progress: as for `pack`.
+        options: as for `pack`; `force` makes it again even if it is there.
 
     Raises:
         UsageError: there is no such data set.
@@ -78,31 +68,25 @@ def prepare(
         raise UsageError("digits comes with disttrain; leave out --source")
     if source is not None and not source.exists():
         raise DataError(f"{source}: no such folder; give the folder of the {name} files with --source")
-    overwrite = force
-    if not force and data_folder(name, root).exists():
+    say = options.say
+    if not options.force and data_folder(name, root).exists():
         try:
             index = _intact(name, root)
         except DataError as error:
             say(str(error).partition("; make ")[0] + "; making it again")
-            overwrite = True
+            options = replace(options, force=True)
         else:
             say(f"{name} is prepared already: {index.folder}")
             return index
-    if name == "cifar10" and source is not None and is_tree(source):
-        tree = scan_tree(source, None, 0, say)
-        _check_cifar_tree(source, tree)
-        return pack_tree(tree, name, root, None, overwrite=overwrite, say=say, on_progress=on_progress)
-    splits: _Splits
-    channels: Literal[1, 3] = 1
     if name == "digits":
-        classes, splits = _DIGITS, _digits()
-    elif name == "mnist":
-        classes, splits = _DIGITS, _mnist(source, root, say)
-    else:
-        classes, splits, channels = CIFAR10_CLASSES, _cifar10(source, root, say), 3
-    return pack(
-        name, root, splits, classes, channels=channels, overwrite=overwrite, say=say, on_progress=on_progress
-    )
+        return pack(name, root, _digits(), _DIGITS, 1, options)
+    if name == "mnist":
+        return pack(name, root, _mnist(source, root, say), _DIGITS, 1, options)
+    if source is None or not is_tree(source):
+        return pack(name, root, _cifar10(source, root, say), CIFAR10_CLASSES, 3, options)
+    tree = scan_tree(source, None, 0, say)
+    _check_cifar_tree(source, tree)
+    return pack(name, root, tree.sources(), tree.classes, tree.channels, options)
 
 
 def _intact(name: str, root: str | None) -> Index:
@@ -160,7 +144,7 @@ _MNIST_FILES = {
 }
 
 
-def _mnist(source: Path | None, root: str | None, say: Say) -> _Splits:
+def _mnist(source: Path | None, root: str | None, say: Callable[[str], None]) -> _Splits:
     files = [f"{name}.gz" for pair in _MNIST_FILES.values() for name in pair]
     if source is None:
         import torchvision
@@ -226,7 +210,7 @@ _CIFAR_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["te
 _MAX_BATCH_BYTES = 2**26  # twice that of the real ones
 
 
-def _cifar10(source: Path | None, root: str | None, say: Say) -> _Splits:
+def _cifar10(source: Path | None, root: str | None, say: Callable[[str], None]) -> _Splits:
     if source is None:
         import torchvision
 
@@ -318,7 +302,9 @@ def _check_cifar_tree(source: Path, tree: Tree) -> None:
 
 
 @contextlib.contextmanager
-def _downloading(name: str, size: str, files: Sequence[str], root: str | None, say: Say) -> Iterator[Path]:
+def _downloading(
+    name: str, size: str, files: Sequence[str], root: str | None, say: Callable[[str], None]
+) -> Iterator[Path]:
     """Runs a download of torchvision in silence; a failure says what to do without a network."""
     downloads = data_root(root) / "downloads"
     say(f"downloading {name} ({size}) into {downloads}")

@@ -22,10 +22,8 @@ from disttrain.shards.images import (
     open_image,
 )
 from disttrain.shards.index import Index, data_folder
-from disttrain.shards.pack import Progress, pack
+from disttrain.shards.pack import Options, Source, pack
 from disttrain.shards.writer import Sample
-
-Say = Callable[[str], None]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: JPEG files of some phones
@@ -42,17 +40,13 @@ _Files = list[tuple[str, int]]
 
 def pack_folder(
     folder: Path,
-    *,
     name: str,
     root: str | None,
+    options: Options,
+    *,
     size: int | None = None,
     val_fraction: float | None = None,
     seed: int = 0,
-    shard_mib: float = 64,
-    processes: int | None = None,
-    force: bool = False,
-    say: Say,
-    on_progress: Progress | None = None,
 ) -> Index:
     """Packs a folder of images: DIR/{train,val|test}/<class>/<files>, or DIR/<class>/<files> to be split.
 
@@ -64,15 +58,11 @@ def pack_folder(
         folder: the images. Hidden files, other files and links that leave the folder are skipped.
         name: the new data set.
         root: as for `data_root`.
+        options: as for `pack`.
         size: side in pixels; the shorter side of an image is resized to it and the middle cut out
             (JPEG files become JPEG of quality 95, others PNG). None: all images must have one size.
         val_fraction: share of each class that becomes the val split, when the folder has none.
         seed: of the order and of the split.
-        shard_mib: as for `pack`.
-        processes: as for `pack`.
-        force: replace an existing data set.
-        say: takes lines for the user.
-        on_progress: as for `pack`.
 
     Raises:
         DataError: the folder has not the expected layout, an image is broken, or the sizes differ.
@@ -80,35 +70,27 @@ def pack_folder(
         StorageError: a write failed.
     """
     target = data_folder(name, root)
-    if target.exists() and not force:
+    if target.exists() and not options.force:
         raise DataError(f"{target}: exists; replace it with --force or choose another name")
     if size is not None and size < 1:
         raise UsageError(f"--size {size}: must be at least 1")
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction}: must be between 0 and 1")
-    tree = scan_tree(folder, val_fraction, seed, say)
+    tree = scan_tree(folder, val_fraction, seed, options.say)
     if size is None and len(tree.sizes) > 1:
         (one, first), (other, second) = list(tree.sizes.items())[:2]
         raise DataError(
             f"images of different sizes: {first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}; "
             f"give one size with --size N, for example --size {min(min(one), min(other))}"
         )
-    return pack_tree(
-        tree,
-        name,
-        root,
-        size,
-        shard_mib=shard_mib,
-        processes=processes,
-        overwrite=force,
-        say=say,
-        on_progress=on_progress,
-    )
+    return pack(name, root, tree.sources(size), tree.classes, tree.channels, options)
 
 
-class _Header(NamedTuple):
-    """What the first bytes of an image file tell."""
+class _Picture(NamedTuple):
+    """An image file, as its header tells."""
 
+    file: str
+    label: int
     extension: str
     """Its format if that may be in a shard, else empty."""
     plain: bool
@@ -116,17 +98,6 @@ class _Header(NamedTuple):
     gray: bool
     size: tuple[int, int]
     """Width and height when upright."""
-    bytes: int
-    mtime_ns: int
-
-
-class _Picture(NamedTuple):
-    """An image file before it is read."""
-
-    file: str
-    label: int
-    extension: str
-    plain: bool
     bytes: int
     mtime_ns: int
 
@@ -141,13 +112,17 @@ class Tree(NamedTuple):
     """Every width and height, with the first file that has it."""
     channels: Literal[1, 3]
 
+    def sources(self, side: int | None = None) -> dict[str, Source]:
+        """Returns the splits as `pack` takes them, resized to squares of `side` pixels or as they are."""
+        return {split: _Pictures(pictures, self.channels, side) for split, pictures in self.splits.items()}
+
 
 def is_tree(source: Path) -> bool:
     """Tells whether a folder holds a folder of each split."""
     return (source / "train").is_dir()
 
 
-def scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Say) -> Tree:
+def scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Callable[[str], None]) -> Tree:
     """Lists a folder of images, reads their headers, and settles split and order."""
     skipped: list[str] = []
     classes, listing = _list_tree(folder, val_fraction, skipped)
@@ -160,12 +135,10 @@ def scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Say) -> 
     sizes: dict[tuple[int, int], str] = {}
     gray = True
     for split, files in listing.items():
-        pictures = []
-        headers = in_order(_read_header, (file for file, _ in files), _READERS)
-        for (file, label), header in zip(files, headers, strict=True):
-            pictures.append(_Picture(file, label, *header[:2], header.bytes, header.mtime_ns))
-            sizes.setdefault(header.size, file)
-            gray = gray and header.gray
+        pictures = list(in_order(_read_header, files, _READERS))
+        for picture in pictures:
+            sizes.setdefault(picture.size, picture.file)
+            gray = gray and picture.gray
         splits[split] = [pictures[i] for i in rng.permutation(len(pictures))]
     return Tree(classes, splits, sizes, 1 if gray else 3)
 
@@ -255,7 +228,8 @@ def _split_off(
     return listing
 
 
-def _read_header(file: str) -> _Header:
+def _read_header(item: tuple[str, int]) -> _Picture:
+    file, label = item
     try:
         with Path(file).open("rb") as stream, open_image(stream) as picture:
             status = os.fstat(stream.fileno())
@@ -264,8 +238,10 @@ def _read_header(file: str) -> _Header:
         raise _broken(file, error) from None
     extension = _EXTENSIONS.get(picture.format or "", "")
     turned = orientation in range(5, 9)
-    return _Header(
-        extension=extension,
+    return _Picture(
+        file,
+        label,
+        extension,
         plain=bool(extension) and picture.mode in ("L", "RGB") and orientation not in range(2, 9),
         gray=picture.mode in GRAY_MODES,
         size=(picture.height, picture.width) if turned else picture.size,
@@ -293,7 +269,22 @@ class _Pictures:
 
     def load(self, number: int) -> Sample:
         """Reads a file; its bytes are kept if they are plain and of the right size."""
-        return _load(self.pictures[number], self.channels, self.side)
+        picture = self.pictures[number]
+        try:
+            image = Path(picture.file).read_bytes()
+            kept = Sample(image, picture.extension, picture.label, picture.file)
+            if picture.plain and self.side is None:
+                return kept
+            pixels = decode_image(image, self.channels)
+        except (OSError, ValueError) as error:
+            raise _broken(picture.file, error) from None
+        if self.side is not None:
+            if picture.plain and pixels.shape[:2] == (self.side, self.side):
+                return kept
+            pixels = fitted(pixels, self.side, self.side)
+            if picture.extension == "jpg":
+                return kept._replace(image=encode_image(pixels, "JPEG"))
+        return kept._replace(image=encode_image(pixels, "PNG"), extension="png")
 
     def size(self, number: int) -> int:
         """Returns the bytes of the file, or of the pixels if it is resized."""
@@ -302,53 +293,6 @@ class _Pictures:
     def identity(self, number: int) -> str:
         """Returns what the file is and how it is packed."""
         return f"{self.pictures[number]} {self.side}"
-
-
-def pack_tree(
-    tree: Tree,
-    name: str,
-    root: str | None,
-    size: int | None,
-    *,
-    shard_mib: float = 64,
-    processes: int | None = None,
-    overwrite: bool,
-    say: Say,
-    on_progress: Progress | None,
-) -> Index:
-    """Packs the images of a folder; arguments as for `pack_folder` and `pack`."""
-    return pack(
-        name,
-        root,
-        {split: _Pictures(pictures, tree.channels, size) for split, pictures in tree.splits.items()},
-        tree.classes,
-        channels=tree.channels,
-        shard_mib=shard_mib,
-        processes=processes,
-        overwrite=overwrite,
-        say=say,
-        on_progress=on_progress,
-    )
-
-
-def _load(picture: _Picture, channels: int, size: int | None) -> Sample:
-    """Reads an image file; its bytes are kept if they are plain and of the right size."""
-    try:
-        image = Path(picture.file).read_bytes()
-        kept = Sample(image, picture.extension, picture.label, picture.file)
-        if picture.plain and size is None:
-            return kept
-        pixels = decode_image(image, channels)
-    except (OSError, ValueError) as error:
-        raise _broken(picture.file, error) from None
-    if size is None:
-        return kept._replace(image=encode_image(pixels, "PNG"), extension="png")
-    if picture.plain and pixels.shape[:2] == (size, size):
-        return kept
-    pixels = fitted(pixels, size, size)
-    if picture.extension == "jpg":
-        return kept._replace(image=encode_image(pixels, "JPEG"))
-    return kept._replace(image=encode_image(pixels, "PNG"), extension="png")
 
 
 def fitted(pixels: Pixels, height: int, width: int) -> Pixels:

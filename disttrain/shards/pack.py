@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import operator
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from disttrain.errors import DataError, StorageError
-from disttrain.files import sync, sync_folder, turn
+from disttrain.files import sync_folder, turn, write_new
 from disttrain.parallel import KilledError, in_processes, usable_cores
 from disttrain.shards.index import (
     VERSION,
@@ -38,10 +39,29 @@ from disttrain.shards.index import (
 )
 from disttrain.shards.writer import Record, Sample, check_shape, member_bytes, write_shard
 
-Progress = Callable[[int, int | None], None]
-"""Called now and then with the samples done and their total, if that is known."""
+Progress = Callable[[int, int], None]
+"""Called now and then with the samples done and their total."""
 
 _FEW = 4000  # samples that are not worth other processes
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a data set is made.
+
+    Attributes:
+        force: replace an existing data set.
+        shard_mib: a shard is closed when it has reached this size, by the sizes that the source tells.
+        processes: that write; None means one per usable core, if there is enough to do.
+        say: takes lines for the user.
+        on_progress: told how far packing is.
+    """
+
+    force: bool = False
+    shard_mib: float = 64
+    processes: int | None = None
+    say: Callable[[str], None] = lambda text: None
+    on_progress: Progress = lambda done, total: None
 
 
 class Source(Protocol):
@@ -64,39 +84,13 @@ class Source(Protocol):
         """
 
 
-class Listed:
-    """Samples in memory."""
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def load(self, number: int) -> Sample:
-        """Returns a sample."""
-        return self._samples[number]
-
-    def size(self, number: int) -> int:
-        """Returns the size of its image in bytes."""
-        return len(self._samples[number].image)
-
-    def identity(self, number: int) -> None:
-        """Returns None: the samples are in memory."""
-
-
 def pack(
     name: str,
     root: str | None,
     splits: Mapping[str, Source],
     classes: Sequence[str],
-    *,
     channels: Literal[1, 3],
-    shard_mib: float = 64,
-    processes: int | None = None,
-    overwrite: bool = False,
-    say: Callable[[str], None] = lambda text: None,
-    on_progress: Progress | None = None,
+    options: Options,
 ) -> Index:
     """Writes samples as a data set, which appears under its name when it is complete.
 
@@ -109,12 +103,8 @@ def pack(
         root: as for `data_root`.
         splits: the samples of `train` and other splits, each in the order of the shards.
         classes: their names; labels are positions in it.
-        channels: 1 or 3, to which the images are converted when they are decoded.
-        shard_mib: a shard is closed when it has reached this size, by the sizes that the source tells.
-        processes: that write; None means one per usable core, if there is enough to do.
-        overwrite: replace an existing data set.
-        say: told of shards that are kept, and of another process that is waited for.
-        on_progress: as for `Progress`.
+        channels: to which the images are converted when they are decoded.
+        options: how.
 
     Raises:
         DataError: an image is broken or of another shape, a split is empty, or another data set of that
@@ -126,19 +116,19 @@ def pack(
             raise DataError(f"the {split} split has no images; add some")
     target = data_folder(name, root)
     place = target.resolve()  # a data set may be a link to a larger disk
-    if overwrite:
+    if options.force:
         _check_replaceable(place)
-    jobs = list(_plan(splits, int(shard_mib * 2**20), len(classes), channels))
+    jobs = list(_plan(splits, int(options.shard_mib * 2**20), len(classes), channels))
     try:
-        with _scratch_folder(place, say, keep=all(job.fingerprint for job in jobs)) as scratch:
-            records = _write(jobs, splits, scratch, processes, say, on_progress)
-            text = index_bytes(_describe(jobs, records, classes, channels))
-            _leave_only(scratch, [job.file for job in jobs])
-            with (scratch / "index.json").open("wb") as file:
-                file.write(text)
-                sync(file)
+        with _scratch_folder(place, options.say, keep=all(job.fingerprint for job in jobs)) as scratch:
+            text = index_bytes(_describe(jobs, _write(jobs, splits, scratch, options), classes, channels))
+            files = {job.file for job in jobs}
+            for path in scratch.iterdir():  # records, and shards of an earlier plan
+                if path.name not in files:
+                    path.unlink()
+            write_new(scratch / "index.json", text)
             sync_folder(scratch)
-            published = _publish(scratch, place, overwrite)
+            published = _publish(scratch, place, options.force)
     except OSError as error:
         raise StorageError(
             f"{error.filename or target}: the data set cannot be written: {error.strerror or error}; "
@@ -164,8 +154,7 @@ class _Job:
     Attributes:
         split: it belongs to.
         file: its name.
-        first: number of its first sample in the split.
-        end: number after its last.
+        numbers: of its samples in the split.
         size: bytes that it will have, about.
         fingerprint: changes when anything does that goes into it; empty if that is unknown.
         classes: number of classes.
@@ -174,8 +163,7 @@ class _Job:
 
     split: str
     file: str
-    first: int
-    end: int
+    numbers: range
     size: int
     fingerprint: str
     classes: int
@@ -188,13 +176,15 @@ def _plan(splits: Mapping[str, Source], shard_bytes: int, classes: int, channels
         for number in range(len(source)):
             size += member_bytes(source.size(number))
             if size >= shard_bytes or number + 1 == len(source):
-                identities = [source.identity(i) for i in range(first, number + 1)]
+                numbers = range(first, number + 1)
+                identities = [source.identity(i) for i in numbers]
                 fingerprint = ""
                 if None not in identities:
                     text = json.dumps([VERSION, classes, channels, first, identities])
                     fingerprint = hashlib.sha256(text.encode()).hexdigest()
-                file = f"{split}-{next(shards):06d}.tar"
-                yield _Job(split, file, first, number + 1, size, fingerprint, classes, channels)
+                yield _Job(
+                    split, f"{split}-{next(shards):06d}.tar", numbers, size, fingerprint, classes, channels
+                )
                 first, size = number + 1, 0
 
 
@@ -202,46 +192,66 @@ def _plan(splits: Mapping[str, Source], shard_bytes: int, classes: int, channels
 
 
 def _write(
-    jobs: Sequence[_Job],
-    splits: Mapping[str, Source],
-    scratch: Path,
-    processes: int | None,
-    say: Callable[[str], None],
-    on_progress: Progress | None,
+    jobs: Sequence[_Job], splits: Mapping[str, Source], scratch: Path, options: Options
 ) -> list[Record]:
-    """Writes the shards that are not there yet and returns the records of all, in order."""
+    """Writes the shards that are not there yet and returns the records of all, in order.
+
+    Raises:
+        KilledError: a process was killed.
+    """
     records = {job.file: _kept(scratch, job) for job in jobs}
     missing = [job for job in jobs if records[job.file] is None]
-    total = sum(job.end - job.first for job in jobs)
-    done = total - sum(job.end - job.first for job in missing)
+    total = sum(len(job.numbers) for job in jobs)
+    done = total - sum(len(job.numbers) for job in missing)
     if done:
         kept = len(jobs) - len(missing)
-        say(f"going on: {kept:,} of {len(jobs):,} shards were finished before")
+        options.say(f"going on: {kept:,} of {len(jobs):,} shards were finished before")
     free, needed = shutil.disk_usage(scratch).free, sum(job.size for job in missing)
     if needed > free:
         raise StorageError(
             f"{scratch.parent}: {needed / 2**20:,.0f} MiB needed for the shards, {free / 2**20:,.0f} MiB "
             "free; make room or choose another folder with --root"
         )
-    show = on_progress or (lambda done, total: None)
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        if done % 100 == 0:
-            show(done, total)
-
-    processes = min(processes or (usable_cores() if total >= _FEW else 1), len(missing))
+    processes = min(options.processes or (usable_cores() if total >= _FEW else 1), len(missing))
     if processes > 1 and all(job.fingerprint for job in jobs):
-        before = done
-        records |= _write_in_processes(
-            missing, splits, scratch, processes, lambda new: show(before + new, total)
+        written = multiprocessing.get_context("spawn").RawArray("q", len(missing))  # samples of each shard
+        work = partial(_write_numbered, splits, scratch, written)
+        found = in_processes(
+            work,
+            list(enumerate(missing)),
+            processes,
+            lambda: options.on_progress(done + sum(written), total),
         )
+        records |= {job.file: record for job, record in zip(missing, found, strict=True)}
     else:
         for job in missing:
-            records[job.file] = _write_job(job, splits[job.split], scratch, count)
-    show(total, total)
+            show = partial(_show_hundreds, options.on_progress, done, total)
+            records[job.file] = _write_job(job, splits[job.split], scratch, show)
+            done += len(job.numbers)
+    options.on_progress(total, total)
     return [record for job in jobs if (record := records[job.file])]
+
+
+def _show_hundreds(on_progress: Progress, before: int, total: int, written: int) -> None:
+    if (before + written) % 100 == 0:
+        on_progress(before + written, total)
+
+
+def _write_numbered(
+    splits: Mapping[str, Source], scratch: Path, written: Any, numbered: tuple[int, _Job]
+) -> Record:
+    """Writes a shard, and counts its samples in `written` at its number."""
+    number, job = numbered
+    return _write_job(job, splits[job.split], scratch, partial(operator.setitem, written, number))
+
+
+def _write_job(job: _Job, source: Source, scratch: Path, on_sample: Callable[[int], object]) -> Record:
+    samples = ((number, source.load(number)) for number in job.numbers)
+    record = write_shard(scratch / job.file, samples, job.classes, job.channels, on_sample)
+    if job.fingerprint:
+        content = {"fingerprint": job.fingerprint, **dataclasses.asdict(record)}
+        (scratch / job.file).with_suffix(".json").write_text(json.dumps(content))
+    return record
 
 
 def _kept(scratch: Path, job: _Job) -> Record | None:
@@ -259,51 +269,6 @@ def _kept(scratch: Path, job: _Job) -> Record | None:
     return record if intact else None
 
 
-def _write_job(job: _Job, source: Source, scratch: Path, on_sample: Callable[[], None]) -> Record:
-    record = write_shard(
-        scratch / job.file,
-        job.first,
-        (source.load(number) for number in range(job.first, job.end)),
-        classes=job.classes,
-        channels=job.channels,
-        on_sample=on_sample,
-    )
-    if job.fingerprint:
-        content = {"fingerprint": job.fingerprint, **dataclasses.asdict(record)}
-        (scratch / job.file).with_suffix(".json").write_text(json.dumps(content))
-    return record
-
-
-def _write_in_processes(
-    jobs: Sequence[_Job],
-    splits: Mapping[str, Source],
-    scratch: Path,
-    processes: int,
-    on_progress: Callable[[int], None],
-) -> dict[str, Record | None]:
-    """Has processes write the shards, each one after the other, and returns their records.
-
-    Raises:
-        KilledError: a process was killed.
-    """
-    done = multiprocessing.get_context("spawn").RawArray("q", len(jobs))
-    work = partial(_write_numbered, splits, scratch, done)
-    records = in_processes(work, list(enumerate(jobs)), processes, lambda: on_progress(sum(done)))
-    return {job.file: record for job, record in zip(jobs, records, strict=True)}
-
-
-def _write_numbered(
-    splits: Mapping[str, Source], scratch: Path, done: Any, numbered: tuple[int, _Job]
-) -> Record:
-    """Writes a shard, and counts its samples in `done` at its number."""
-    number, job = numbered
-    return _write_job(job, splits[job.split], scratch, partial(_count, done, number))
-
-
-def _count(done: Any, number: int) -> None:
-    done[number] += 1
-
-
 def _describe(
     jobs: Sequence[_Job], records: Sequence[Record], classes: Sequence[str], channels: Literal[1, 3]
 ) -> IndexFile:
@@ -314,11 +279,12 @@ def _describe(
         shards, counts = [], [0] * len(classes)
         for job, record in group:
             check_shape(record.first, record.shape, records[0].first, records[0].shape)
-            shards.append(Shard(job.file, job.end - job.first, record.bytes, record.sha256))
+            shards.append(Shard(job.file, len(job.numbers), record.bytes, record.sha256))
             counts = [one + other for one, other in zip(counts, record.class_counts, strict=True)]
         splits[split] = Split(sum(counts), tuple(shards), tuple(counts))
     train = [record for job, record in zip(jobs, records, strict=True) if job.split == "train"]
-    sums, squares = ([sum(row) for row in zip(*rows, strict=True)] for rows in _sums(train))
+    sums = [sum(values) for values in zip(*(record.sums for record in train), strict=True)]
+    squares = [sum(values) for values in zip(*(record.squares for record in train), strict=True)]
     mean, std = mean_std(sums, squares, splits["train"].samples * height * width)
     return IndexFile(
         version=VERSION,
@@ -330,10 +296,6 @@ def _describe(
         std=std,
         splits=splits,
     )
-
-
-def _sums(records: Sequence[Record]) -> tuple[list[list[int]], list[list[int]]]:
-    return [record.sums for record in records], [record.squares for record in records]
 
 
 # --- Folders ----------------------------------------------------------------------------------------
@@ -360,27 +322,13 @@ def _scratch_folder(target: Path, say: Callable[[str], None], *, keep: bool) -> 
         shutil.rmtree(scratch, ignore_errors=True)  # there only if another data set was published meanwhile
 
 
-def _leave_only(folder: Path, files: Sequence[str]) -> None:
-    """Removes the records, and shards of an earlier plan."""
-    for path in folder.iterdir():
-        if path.name not in files:
-            path.unlink()
-
-
 def _check_replaceable(target: Path) -> None:
     """Refuses to replace what is not a packed data set: a wrong --root must not delete a home folder."""
     if not target.exists():
         return
-    foreign = (
-        target
-        if not target.is_dir()
-        else next(
-            (path for path in target.iterdir() if not (path.name == "index.json" or path.suffix == ".tar")),
-            None,
-        )
-    )
-    if foreign:
-        raise DataError(f"{foreign}: not part of a packed data set; move it away, or choose another name")
+    for path in target.iterdir() if target.is_dir() else [target]:
+        if path == target or not (path.name == "index.json" or path.suffix == ".tar"):
+            raise DataError(f"{path}: not part of a packed data set; move it away, or choose another name")
 
 
 def _publish(folder: Path, target: Path, overwrite: bool) -> bool:

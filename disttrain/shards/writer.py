@@ -7,6 +7,7 @@ sample's running number in its split. The same samples give the same bytes.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 
 from disttrain.errors import DataError
-from disttrain.files import sync
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import MAX_SHARD_PIXELS
 
@@ -65,22 +65,19 @@ def member_bytes(size: int) -> int:
 
 def write_shard(
     path: Path,
-    first: int,
-    samples: Iterable[Sample],
-    *,
+    samples: Iterable[tuple[int, Sample]],
     classes: int,
     channels: int,
-    on_sample: Callable[[], None],
+    on_sample: Callable[[int], object],
 ) -> Record:
     """Writes a shard and checks every sample on the way: it must be sound and have the shape of the first.
 
     Args:
         path: the tar.
-        first: running number of the first sample in its split.
-        samples: at least one.
+        samples: at least one, each with its running number in its split.
         classes: labels are below.
         channels: 1 or 3, to which the images are converted when they are decoded.
-        on_sample: called after each sample.
+        on_sample: told the number of samples written, after each.
 
     Raises:
         DataError: an image is broken or of another shape, or a label is none of the classes.
@@ -96,7 +93,7 @@ def write_shard(
             file, encoder=False, mtime=0, mode=0o444, user="disttrain", group="disttrain", compress=False
         )
         with tar:
-            for number, sample in enumerate(samples, first):
+            for count, (number, sample) in enumerate(samples, 1):
                 name = sample.origin or f"{path.stem.partition('-')[0]} sample {number}"
                 if not 0 <= sample.label < classes:
                     raise DataError(f"{name}: label {sample.label}, but {classes} classes")
@@ -114,8 +111,9 @@ def write_shard(
                 counts[sample.label] += 1
                 label = str(sample.label).encode()
                 tar.write({"__key__": f"{number:08d}", sample.extension: sample.image, "cls": label})
-                on_sample()
-        sync(file)
+                on_sample(count)
+        file.flush()
+        os.fsync(file.fileno())
     with path.open("rb") as written:
         digest = hashlib.file_digest(written, "sha256").hexdigest()
     size = path.stat().st_size
