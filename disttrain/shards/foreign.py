@@ -6,6 +6,8 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +26,9 @@ from disttrain.shards.index import (
     data_folder,
     index_bytes,
     load_index,
-    mean_std,
     parse_index,
 )
-from disttrain.shards.pack import Progress
+from disttrain.shards.pack import Progress, silent
 from disttrain.shards.reader import OpenShard
 from disttrain.shards.tar import Contents, scan
 from disttrain.shards.verify import double_keys, examine
@@ -46,7 +47,7 @@ def index_folder(
     skip_unusable: bool = False,
     force: bool = False,
     say: Callable[[str], None],
-    on_progress: Progress | None = None,
+    on_progress: Progress = silent,
 ) -> Index:
     """Reads the tars of a folder through and writes its index.json; the tars stay as they are.
 
@@ -71,16 +72,45 @@ def index_folder(
     target = data_folder(folder.name, str(folder.parent)) / "index.json"
     if target.exists() and not force:
         raise DataError(f"{target}: exists; replace it with --force")
-    files = _find(folder, patterns)
-    shards: dict[str, list[tuple[Shard, Contents]]] = {}
-    for split, paths in files.items():
-        shards[split] = list(in_order(lambda path: _look_at(folder, path), paths, usable_cores()))
+    shards = {
+        split: list(in_order(partial(_look_at, folder), paths, usable_cores()))
+        for split, paths in _find(folder, patterns).items()
+    }
+    content = _without_statistics(folder, shards, classes)
+    index = parse_index(index_bytes(content), folder.name, folder)
+    for split in index.splits:
+        if double := next(double_keys(index, split), None):
+            raise DataError(f"{double.place}: sample {double.key}: {double.text}; remove one of them")
+    findings = examine(index, tuple(index.splits), statistics=True, on_progress=on_progress)
+    if findings.problems:
+        count, first = len(findings.problems), findings.problems[0]
+        text = f"{first.place}: sample {first.key}: {first.text}"
+        if not skip_unusable:
+            raise DataError(
+                f"{text} ({count:,} such samples); repair it, make one size with `disttrain data pack`, or "
+                "leave such samples out with --skip"
+            )
+        say(f"{count:,} samples cannot be used, such as {text}; train with data.on_error=skip")
+    counts = findings.class_counts
+    if not counts["train"].any():
+        raise DataError(f"{folder}: no sample of the train split can be used")
+    mean, std = findings.mean_std()
+    for split, found in index.splits.items():
+        content.splits[split] = replace(found, class_counts=tuple(counts[split].tolist()))
+    write_atomically(target, index_bytes(content.model_copy(update={"mean": mean, "std": std})))
+    return load_index(folder.name, str(folder.parent))
+
+
+def _without_statistics(
+    folder: Path, shards: dict[str, list[tuple[Shard, Contents]]], classes: Sequence[str] | None
+) -> IndexFile:
+    """Returns the index as far as headers and labels tell it."""
     labels = {int(label) for found in shards.values() for _, c in found for label in c.labels if label >= 0}
     if not labels:
         raise DataError(f"{folder}: no sample has a label; each needs a member KEY.cls with a number")
     names = tuple(classes or (str(label) for label in range(max(labels) + 1)))
     height, width, channels = _shape(folder, shards)
-    content = IndexFile(
+    return IndexFile(
         version=VERSION,
         classes=names,
         channels=channels,
@@ -93,31 +123,6 @@ def index_folder(
             for split, found in shards.items()
         },
     )
-    index = parse_index(index_bytes(content), folder.name, folder)
-    for split in files:
-        if double := next(double_keys(index, split), None):
-            raise DataError(f"{double.place}: sample {double.key}: {double.text}; remove one of them")
-    findings = examine(index, tuple(files), statistics=True, on_progress=on_progress)
-    if findings.problems:
-        first = findings.problems[0]
-        text = f"{first.place}: sample {first.key}: {first.text}"
-        if not skip_unusable:
-            raise DataError(
-                f"{text} ({len(findings.problems):,} such samples); repair it, make one size with `disttrain "
-                "data pack`, or leave such samples out with --skip"
-            )
-        count = len(findings.problems)
-        say(f"{count:,} samples cannot be used, such as {text}; train with data.on_error=skip")
-    counts = findings.class_counts
-    if not counts["train"].any():
-        raise DataError(f"{folder}: no sample of the train split can be used")
-    mean, std = mean_std(
-        findings.sums.tolist(), findings.squares.tolist(), int(counts["train"].sum()) * height * width
-    )
-    for split, found in index.splits.items():
-        content.splits[split] = Split(found.samples, found.shards, tuple(counts[split].tolist()))
-    write_atomically(target, index_bytes(content.model_copy(update={"mean": mean, "std": std})).decode())
-    return load_index(folder.name, str(folder.parent))
 
 
 def _find(folder: Path, patterns: dict[str, Sequence[str]]) -> dict[str, list[Path]]:

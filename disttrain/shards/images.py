@@ -252,6 +252,13 @@ def _convert(picture: Image.Image, mode: str) -> Image.Image:
     return picture.convert(mode)
 
 
+def pixel_sums(pixels: Pixels) -> npt.NDArray[np.int64]:
+    """Returns the sums of uint8 [..., C] pixels and of their squares, exact: int64 [2, C]."""
+    flat = pixels.reshape(-1, pixels.shape[-1])
+    squares = np.square(flat, dtype=np.uint16)  # 255 * 255 < 2**16
+    return np.stack([flat.sum(axis=0, dtype=np.int64), squares.sum(axis=0, dtype=np.int64)])
+
+
 def encode_image(pixels: Pixels, image_format: Literal["PNG", "JPEG"]) -> bytes:
     """Returns uint8 [H, W] or [H, W, C] pixels as an image file; JPEG of quality 95."""
     file = io.BytesIO()

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
 import shlex
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -69,8 +67,27 @@ class Split:
     class_counts: tuple[Annotated[int, Field(ge=0)], ...]
 
 
-@dataclass(frozen=True)
-class Index:
+class IndexFile(pydantic.BaseModel):
+    """What index.json holds."""
+
+    model_config = pydantic.ConfigDict(frozen=True)
+
+    version: Literal[1]
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    channels: Literal[1, 3]
+    height: _Count
+    width: _Count
+    mean: tuple[_Fraction, ...]
+    std: tuple[_Fraction, ...]
+    splits: dict[str, Split]
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards of all splits, in order."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
+
+class Index(IndexFile):
     """A packed data set.
 
     `mean` and `std` are per channel, of the train split's pixels scaled to 0..1; `std` is 0 where a channel
@@ -80,13 +97,6 @@ class Index:
 
     folder: Path
     name: str
-    classes: tuple[str, ...]
-    channels: int
-    height: int
-    width: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    splits: dict[str, Split]
     digest: str
     base: str | None = None
 
@@ -112,19 +122,6 @@ class Index:
 
         counts = [shard.samples for shard in self.splits[split].shards]
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-class IndexFile(pydantic.BaseModel):
-    """What index.json holds."""
-
-    version: Literal[1]
-    classes: Annotated[tuple[str, ...], Field(min_length=1)]
-    channels: Literal[1, 3]
-    height: _Count
-    width: _Count
-    mean: tuple[_Fraction, ...]
-    std: tuple[_Fraction, ...]
-    splits: dict[str, Split]
 
 
 def data_root(root: str | None) -> Path:
@@ -225,12 +222,12 @@ def parse_index(text: bytes, name: str, folder: Path, *, base: str | None = None
         DataError: the index is damaged or contradicts itself.
         UnsafeError: it names something that is not a shard of this data set.
     """
-    place = f"{base}/index.json" if base else str(folder / "index.json")
+    place = f"{base or folder}/index.json"
     try:
         content = IndexFile.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         raise DataError(f"{place}: {_first_problem(error)}; {_again(name, folder, base)}") from None
-    for shard in itertools.chain.from_iterable(split.shards for split in content.splits.values()):
+    for shard in content.shards:
         if not _is_place(shard.file):
             raise UnsafeError(
                 f"{place}: refused to open {shard.file!r}: a shard is a file in the folder of its index or "
@@ -238,8 +235,8 @@ def parse_index(text: bytes, name: str, folder: Path, *, base: str | None = None
             )
     if problem := _contradiction(content):
         raise DataError(f"{place}: {problem}; {_again(name, folder, base)}")
-    fields = {field: getattr(content, field) for field in IndexFile.model_fields if field != "version"}
-    return Index(folder=folder, name=name, digest=hashlib.sha256(text).hexdigest(), base=base, **fields)
+    digest = hashlib.sha256(text).hexdigest()
+    return Index.model_construct(**dict(content), folder=folder, name=name, digest=digest, base=base)
 
 
 def _is_place(file: str) -> bool:
@@ -266,15 +263,17 @@ def again(index: Index) -> str:
 
 def _check_files(index: Index) -> None:
     """Raises DataError if a local shard is missing, of another size, or not in the index."""
-    named = set()
-    for shard in itertools.chain.from_iterable(split.shards for split in index.splits.values()):
-        named.add(shard.file)
+    for shard in index.shards:
         if index.url(shard) is None and (problem := size_problem(index.folder / shard.file, shard)):
             raise DataError(f"{problem}; {again(index)}")
-    if index.base is None:
-        for path in index.folder.glob("*.tar"):
-            if path.name not in named:
-                raise DataError(f"{path}: a shard that is not in index.json; remove it, or {again(index)}")
+    for path in extra_shards(index):
+        raise DataError(f"{path}: a shard that is not in index.json; remove it, or {again(index)}")
+
+
+def extra_shards(index: Index) -> list[Path]:
+    """Returns the tars in the folder of a data set that are not in its index, sorted."""
+    named = {shard.file for shard in index.shards}
+    return [] if index.base else sorted(p for p in index.folder.glob("*.tar") if p.name not in named)
 
 
 def _missing(name: str, folder: Path) -> str:
@@ -312,30 +311,26 @@ def _contradiction(content: IndexFile) -> str | None:
         total, counted = sum(shard.samples for shard in split.shards), sum(split.class_counts)
         if not split.samples == total >= counted:  # samples without a valid label have no class
             return f"splits.{name}: {split.samples} samples, but {total} in shards and {counted} in classes"
-    shards = list(itertools.chain.from_iterable(split.shards for split in content.splits.values()))
-    for shard in shards:
+    for shard in content.shards:
         if shard.samples * _LEAST_BYTES > shard.bytes:
             return f"{shard.file}: {shard.samples} samples are more than {shard.bytes} bytes can hold"
     for field in ("file", "sha256"):
         seen = set[str]()
-        for shard in shards:
+        for shard in content.shards:
             if getattr(shard, field) in seen:
                 return f"the shard {shard.file} is there twice (same {field})"
             seen.add(getattr(shard, field))
     return None
 
 
-def mean_std(
-    sums: Sequence[int], squares: Sequence[int], pixels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def mean_std(sums: npt.NDArray[np.int64], pixels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and standard deviation per channel for pixels in 0..1, rounded once from exact integers.
 
     Args:
-        sums: of the pixel values 0..255 per channel.
-        squares: of their squares per channel.
+        sums: as `pixel_sums` has them.
         pixels: their number.
     """
-    pairs = list(zip(sums, squares, strict=True))
+    pairs = list(zip(*sums.tolist(), strict=True))
     mean = tuple(total / (255 * pixels) for total, _ in pairs)
     std = tuple(math.sqrt(pixels * square - total**2) / (255 * pixels) for total, square in pairs)
     return mean, std

@@ -8,7 +8,6 @@ business of `datasets` and `imagefolder`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import itertools
@@ -22,6 +21,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+import msgspec
+import numpy as np
 
 from disttrain.errors import DataError, StorageError
 from disttrain.files import sync_folder, turn, write_new
@@ -42,6 +44,11 @@ from disttrain.shards.writer import Record, Sample, check_shape, member_bytes, w
 Progress = Callable[[int, int], None]
 """Called now and then with the samples done and their total."""
 
+
+def silent(*told: object) -> None:
+    """Tells nobody."""
+
+
 _FEW = 4000  # samples that are not worth other processes
 
 
@@ -60,8 +67,8 @@ class Options:
     force: bool = False
     shard_mib: float = 64
     processes: int | None = None
-    say: Callable[[str], None] = lambda text: None
-    on_progress: Progress = lambda done, total: None
+    say: Callable[[str], None] = silent
+    on_progress: Progress = silent
 
 
 class Source(Protocol):
@@ -149,23 +156,16 @@ def pack(
 
 @dataclass(frozen=True)
 class _Job:
-    """One shard to write.
-
-    Attributes:
-        split: it belongs to.
-        file: its name.
-        numbers: of its samples in the split.
-        size: bytes that it will have, about.
-        fingerprint: changes when anything does that goes into it; empty if that is unknown.
-        classes: number of classes.
-        channels: of the images.
-    """
+    """One shard to write."""
 
     split: str
     file: str
     numbers: range
+    """Of its samples in the split."""
     size: int
+    """About the bytes that it will have."""
     fingerprint: str
+    """Changes when anything does that goes into it; empty if that is unknown."""
     classes: int
     channels: int
 
@@ -249,8 +249,8 @@ def _write_job(job: _Job, source: Source, scratch: Path, on_sample: Callable[[in
     samples = ((number, source.load(number)) for number in job.numbers)
     record = write_shard(scratch / job.file, samples, job.classes, job.channels, on_sample)
     if job.fingerprint:
-        content = {"fingerprint": job.fingerprint, **dataclasses.asdict(record)}
-        (scratch / job.file).with_suffix(".json").write_text(json.dumps(content))
+        kept = msgspec.json.encode((job.fingerprint, record))
+        (scratch / job.file).with_suffix(".json").write_bytes(kept)
     return record
 
 
@@ -258,15 +258,13 @@ def _kept(scratch: Path, job: _Job) -> Record | None:
     """Returns the record of a shard that an earlier try has finished from the same input."""
     path = scratch / job.file
     try:
-        content = json.loads(path.with_suffix(".json").read_text())
-        if not job.fingerprint or content.pop("fingerprint") != job.fingerprint:
-            return None
-        record = Record(**content | {"shape": tuple(content["shape"])})
+        kept = path.with_suffix(".json").read_bytes()
+        fingerprint, record = msgspec.json.decode(kept, type=tuple[str, Record])
         with path.open("rb") as file:
-            intact = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
-    except (OSError, ValueError, TypeError, KeyError):
+            found = fingerprint, hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, msgspec.DecodeError):
         return None
-    return record if intact else None
+    return record if found == (job.fingerprint, record.sha256) else None
 
 
 def _describe(
@@ -276,16 +274,15 @@ def _describe(
     height, width = records[0].shape
     splits: dict[str, Split] = {}
     for split, group in itertools.groupby(zip(jobs, records, strict=True), key=lambda pair: pair[0].split):
-        shards, counts = [], [0] * len(classes)
+        shards, counts = [], np.zeros(len(classes), np.int64)
         for job, record in group:
             check_shape(record.first, record.shape, records[0].first, records[0].shape)
             shards.append(Shard(job.file, len(job.numbers), record.bytes, record.sha256))
-            counts = [one + other for one, other in zip(counts, record.class_counts, strict=True)]
-        splits[split] = Split(sum(counts), tuple(shards), tuple(counts))
+            counts += record.class_counts
+        splits[split] = Split(int(counts.sum()), tuple(shards), tuple(counts.tolist()))
     train = [record for job, record in zip(jobs, records, strict=True) if job.split == "train"]
-    sums = [sum(values) for values in zip(*(record.sums for record in train), strict=True)]
-    squares = [sum(values) for values in zip(*(record.squares for record in train), strict=True)]
-    mean, std = mean_std(sums, squares, splits["train"].samples * height * width)
+    sums = np.sum([record.sums for record in train], axis=0)
+    mean, std = mean_std(sums, splits["train"].samples * height * width)
     return IndexFile(
         version=VERSION,
         classes=tuple(classes),

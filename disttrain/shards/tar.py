@@ -172,15 +172,15 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int, bytes]]:
         raise ValueError(
             f"{end} bytes are not a whole number of {_BLOCK}-byte blocks: the tar was cut or added to"
         )
-    place, long_name, name = 0, "", ""
-    records: dict[str, str] = {}
+    place, name = 0, ""
+    stated: dict[str, str] = {}  # of the next member, by headers of its own
     while True:
         block = os.pread(descriptor, 2 * _BLOCK, place)
         header, head = block[:_BLOCK], block[_BLOCK:]
         if len(header) < _BLOCK:
             raise ValueError(f"ends without an end mark after {name or 'nothing'}: the tar was cut")
         if header == _ZEROS:
-            if long_name or records:
+            if stated:
                 raise ValueError("ends after the header of a name")
             _check_end(descriptor, place, end, name)
             return
@@ -192,24 +192,15 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int, bytes]]:
         if kind in (_PAX, _PAX_GLOBAL, _LONG_NAME):
             if size > _MAX_NAME_BYTES:
                 raise ValueError(f"a header of {size} bytes for a name near byte {place}")
-            data = os.pread(descriptor, size, content)
-            if kind == _LONG_NAME:
-                long_name = _text(data, place)
-            else:
-                records = _pax_records(data, place)
-                if kind == _PAX_GLOBAL and records.keys() & {"path", "size"}:
-                    raise UnsafeError(
-                        "a global header gives a name or size to all members; make the shard again"
-                    )
-                records = {} if kind == _PAX_GLOBAL else records
+            stated |= _stated(kind, os.pread(descriptor, size, content), place)
             place = next_place
             continue
         prefix = _text(header[345:500], place) if header[257:263] == b"ustar\0" else ""
         name = _text(header[:100], place)
-        name = records.get("path") or long_name or (f"{prefix}/{name}" if prefix else name)
-        if "size" in records and records["size"] != str(size):
+        name = stated.get("path") or (f"{prefix}/{name}" if prefix else name)
+        if "size" in stated and stated["size"] != str(size):
             raise ValueError(f"member {name}: two different sizes")
-        long_name, records, place = "", {}, next_place
+        stated, place = {}, next_place
         _check_name(name)
         if kind == _FOLDER and size == 0:
             continue
@@ -221,6 +212,18 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int, bytes]]:
         if size > _MAX_MEMBER_BYTES:
             raise UnsafeError(f"member {name} has {size} bytes, more than the limit of {_MAX_MEMBER_BYTES}")
         yield name, content, size, head
+
+
+def _stated(kind: bytes, data: bytes, place: int) -> dict[str, str]:
+    """Returns what a header before a member states about it, in the words of pax."""
+    if kind == _LONG_NAME:
+        return {"path": _text(data, place)}
+    records = _pax_records(data, place)
+    if kind == _PAX:
+        return records
+    if records.keys() & {"path", "size"}:
+        raise UnsafeError("a global header gives a name or size to all members; make the shard again")
+    return {}
 
 
 def _check_header(header: bytes, place: int, after: str) -> int:

@@ -12,9 +12,9 @@ import numpy as np
 
 from disttrain.files import stamp, turn
 from disttrain.parallel import usable_cores
-from disttrain.shards.images import expect_images
-from disttrain.shards.index import Index, mean_std
-from disttrain.shards.pack import Progress
+from disttrain.shards.images import expect_images, pixel_sums
+from disttrain.shards.index import Index, Shard, extra_shards, mean_std
+from disttrain.shards.pack import Progress, silent
 from disttrain.shards.reader import Ids, ShardError, decoded, open_shard
 from disttrain.userdirs import cache_folder, remember
 
@@ -36,20 +36,24 @@ class Findings:
         problems: in the order of the shards.
         unusable: split -> ids of the samples that cannot be used, in order.
         class_counts: split -> usable samples of each class.
-        sums: of the pixels of the train split per channel, exact.
-        squares: of the squares of the pixels, exact.
+        sums: of the pixels of the train split, as `pixel_sums` has them.
     """
 
     def __init__(self, index: Index) -> None:
+        self._pixels = index.height * index.width
         self.problems: list[Problem] = []
         self.unusable: dict[str, list[int]] = {split: [] for split in index.splits}
         self.class_counts = {split: np.zeros(len(index.classes), np.int64) for split in index.splits}
-        self.sums = np.zeros(index.channels, np.int64)
-        self.squares = np.zeros(index.channels, np.int64)
+        self.sums = np.zeros((2, index.channels), np.int64)
+
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Returns what index.json says of the pixels of the train split, from its usable samples."""
+        pixels = int(self.class_counts["train"].sum()) * self._pixels
+        return mean_std(self.sums, pixels)
 
 
 def examine(
-    index: Index, splits: tuple[str, ...], *, statistics: bool, on_progress: Progress | None = None
+    index: Index, splits: tuple[str, ...], *, statistics: bool, on_progress: Progress = silent
 ) -> Findings:
     """Reads and decodes every sample of some splits.
 
@@ -63,8 +67,9 @@ def examine(
         UnsafeError: a shard holds something that does not belong into one.
     """
     findings = Findings(index)
-    expect_images(sum(index.splits[split].samples for split in splits))
-    done, total = 0, sum(index.splits[split].samples for split in splits)
+    total = sum(index.splits[split].samples for split in splits)
+    expect_images(total)
+    done = 0
     for split in splits:
         first_ids = index.first_ids(split)
         for number, shard in enumerate(index.splits[split].shards):
@@ -79,12 +84,9 @@ def examine(
                         chunk.labels[good], minlength=len(index.classes)
                     )
                     if statistics and split == "train":
-                        pixels = chunk.images[good].reshape(-1, index.channels)
-                        findings.sums += pixels.sum(axis=0, dtype=np.int64)
-                        findings.squares += np.square(pixels, dtype=np.uint16).sum(axis=0, dtype=np.int64)
+                        findings.sums += pixel_sums(chunk.images[good])
                     done += len(chunk.labels)
-                    if on_progress:
-                        on_progress(done, total)
+                    on_progress(done, total)
             except ShardError as error:
                 findings.problems.append(Problem(index.place(shard), None, error.problem))
                 begin, end = first_ids[number], first_ids[number + 1]
@@ -94,7 +96,7 @@ def examine(
     return findings
 
 
-def verify(index: Index, *, on_progress: Progress | None = None) -> list[Problem]:
+def verify(index: Index, *, on_progress: Progress = silent) -> list[Problem]:
     """Reads and decodes a whole data set and compares it with its index.
 
     Args:
@@ -108,7 +110,9 @@ def verify(index: Index, *, on_progress: Progress | None = None) -> list[Problem
         UnsafeError: a shard holds something that does not belong into one.
     """
     findings = examine(index, tuple(index.splits), statistics=True, on_progress=on_progress)
-    problems = findings.problems + list(_foreign_files(index))
+    problems = findings.problems
+    for path in extra_shards(index):
+        problems.append(Problem(str(path), None, "a shard that is not in index.json"))
     place = f"{index.base or index.folder}/index.json"
     for split in index.splits:
         problems += double_keys(index, split)
@@ -117,19 +121,9 @@ def verify(index: Index, *, on_progress: Progress | None = None) -> list[Problem
     for split, content in index.splits.items():
         if findings.class_counts[split].tolist() != list(content.class_counts):
             problems.append(Problem(place, None, f"class_counts of {split} are not those of the shards"))
-    pixels = int(findings.class_counts["train"].sum()) * index.height * index.width
-    if mean_std(findings.sums.tolist(), findings.squares.tolist(), pixels) != (index.mean, index.std):
+    if findings.mean_std() != (index.mean, index.std):
         problems.append(Problem(place, None, "mean or std are not those of the train split"))
     return problems
-
-
-def _foreign_files(index: Index) -> Iterator[Problem]:
-    if index.base is not None:
-        return
-    named = {shard.file for split in index.splits.values() for shard in split.shards}
-    for path in sorted(index.folder.glob("*.tar")):
-        if path.name not in named:
-            yield Problem(str(path), None, "a shard that is not in index.json")
 
 
 def double_keys(index: Index, split: str) -> Iterator[Problem]:
@@ -160,7 +154,7 @@ def survey(index: Index, split: str, say: Callable[[str], None]) -> Ids:
         UnsafeError: a shard holds something that does not belong into one.
     """
     record = cache_folder() / "surveys" / f"{index.name}-{index.digest[:16]}-{split}.json"
-    stamps = [_stamp(index, split, number) for number in range(len(index.splits[split].shards))]
+    stamps = [_stamp(index, shard) for shard in index.splits[split].shards]
     with contextlib.ExitStack() as stack:
         with suppress(OSError):  # a cache that cannot be written: every process looks for itself
             wait = f"waiting for another process that looks through {index.name}/{split}"
@@ -187,12 +181,8 @@ def _look_through(index: Index, split: str, say: Callable[[str], None]) -> list[
     return findings.unusable[split]
 
 
-def _stamp(index: Index, split: str, number: int) -> list[int] | None:
+def _stamp(index: Index, shard: Shard) -> list[int] | None:
     """Returns what changes when a shard's file does; None for a shard on a server or a missing one."""
-    shard = index.splits[split].shards[number]
-    if index.url(shard):
-        return None
-    try:
-        return stamp(index.folder / shard.file)
-    except OSError:
-        return None
+    with suppress(OSError):
+        return None if index.url(shard) else stamp(index.folder / shard.file)
+    return None

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from disttrain.errors import DataError
-from disttrain.shards.images import decode_image
+from disttrain.shards.images import decode_image, pixel_sums
 from disttrain.shards.index import MAX_SHARD_PIXELS
 
 BLOCK = 512  # of a tar, in bytes
@@ -35,27 +35,18 @@ class Sample(NamedTuple):
     """Where it comes from, for messages; not stored."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """What went into a shard; counts and sums are exact.
-
-    Attributes:
-        bytes: size of the tar.
-        sha256: of the tar.
-        class_counts: samples of each class.
-        shape: height and width of its images.
-        first: origin of its first sample.
-        sums: of the pixels, per channel.
-        squares: of the squares of the pixels, per channel.
-    """
+class Record(msgspec.Struct, frozen=True):
+    """What went into a shard."""
 
     bytes: int
     sha256: str
     class_counts: list[int]
     shape: tuple[int, int]
+    """Height and width of its images."""
     first: str
-    sums: list[int]
-    squares: list[int]
+    """Origin of its first sample."""
+    sums: list[list[int]]
+    """Of the pixels, as `pixel_sums` has them."""
 
 
 def member_bytes(size: int) -> int:
@@ -86,7 +77,7 @@ def write_shard(
     from webdataset.writer import TarWriter
 
     counts = [0] * classes
-    sums, squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)  # exact up to 1e14 pixels
+    sums = np.zeros((2, channels), np.int64)
     shape, origin = (0, 0), ""
     with path.open("wb") as file:
         tar = TarWriter(
@@ -105,9 +96,7 @@ def write_shard(
                 if not origin:
                     shape, origin = found, name
                 check_shape(name, found, origin, shape)
-                flat = pixels.reshape(-1, channels)
-                sums += flat.sum(axis=0, dtype=np.int64)
-                squares += np.square(flat, dtype=np.uint16).sum(axis=0, dtype=np.int64)  # 255 * 255 < 2**16
+                sums += pixel_sums(pixels)
                 counts[sample.label] += 1
                 label = str(sample.label).encode()
                 tar.write({"__key__": f"{number:08d}", sample.extension: sample.image, "cls": label})
@@ -117,7 +106,7 @@ def write_shard(
     with path.open("rb") as written:
         digest = hashlib.file_digest(written, "sha256").hexdigest()
     size = path.stat().st_size
-    return Record(size, digest, counts, shape, origin, sums.tolist(), squares.tolist())
+    return Record(size, digest, counts, shape, origin, sums.tolist())
 
 
 def check_shape(name: str, shape: tuple[int, int], first: str, expected: tuple[int, int]) -> None:
