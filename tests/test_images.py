@@ -330,7 +330,8 @@ def test_bombs_are_refused_at_once_and_take_no_memory(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     grown_mib, took_s, reasons = json.loads(run.stdout)
     assert {name: len(given) for name, given in reasons.items()} == dict.fromkeys(bombs(), 2)
-    assert all("limit of" in reason for given in reasons.values() for reason in given)
+    known = ("limit of", "could not create decoder")  # the second is what Pillow below 13 says of a WebP
+    assert all(any(words in reason for words in known) for given in reasons.values() for reason in given)
     assert grown_mib < 64
     assert took_s < 5
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import math
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from disttrain.errors import DataError, StorageError, UnsafeError, UsageError, reason
 from disttrain.files import appearing, turn
@@ -29,6 +30,8 @@ _PAUSE_S = 1.0  # before the second try; doubles with each
 _CHUNK_BYTES = 2**20
 _TEMPORARY = frozenset((408, 425, 429, 500, 502, 503, 504))
 _LIMIT = "DISTTRAIN_SHARD_CACHE_GIB"
+
+_T = TypeVar("_T")
 
 
 def is_url(text: str) -> bool:
@@ -70,20 +73,15 @@ def fetch_text(url: str, limit_bytes: int) -> bytes:
     """
     check_url(url)
 
-    def fetch() -> Any:
+    def fetch() -> bytes:
         with _open(url, {}) as response:
-            content = response.read(limit_bytes + 1)
-        if len(content) > limit_bytes:
-            raise DataError(f"{_shown(url)}: more than {limit_bytes} bytes; is it the right file?")
+            content: bytes = response.read(limit_bytes + 1)
         return content
 
-    content: bytes = _persist(url, fetch)
+    content = _persist(url, fetch)
+    if len(content) > limit_bytes:
+        raise DataError(f"{_shown(url)}: more than {limit_bytes} bytes; is it the right file?")
     return content
-
-
-def shard_cache() -> Path:
-    """Returns the folder of downloaded shards."""
-    return cache_folder() / "shards"
 
 
 def fetch_shard(url: str, *, size: int, sha256: str, say: Callable[[str], None] | None = None) -> Path:
@@ -103,7 +101,7 @@ def fetch_shard(url: str, *, size: int, sha256: str, say: Callable[[str], None] 
         UnsafeError, UsageError: as for `fetch_text`.
     """
     check_url(url)
-    target = shard_cache() / f"{sha256}.tar"
+    target = cache_folder() / "shards" / f"{sha256}.tar"
     tell = say or (lambda text: None)
     try:
         with turn(target, lambda: tell(f"waiting for the download of {_shown(url)}")):
@@ -153,7 +151,7 @@ def _fetch_rest(url: str, partial: Path, size: int) -> None:
         raise http.client.IncompleteRead(b"", size - done)
 
 
-def _persist(url: str, fetch: Callable[[], Any]) -> Any:
+def _persist(url: str, fetch: Callable[[], _T]) -> _T:
     """Calls `fetch` until it succeeds, with growing pauses between tries that may help."""
     for attempt in range(_TRIES):
         if attempt:
@@ -200,16 +198,14 @@ def _shown(url: str) -> str:
 
 def _make_room(target: Path, size: int) -> None:
     """Removes the shards that were not used for longest, as far as the limit of the cache asks for it."""
-    limit = _limit_bytes()
-    if limit is not None:
-        shards = sorted(target.parent.glob("*.tar"), key=_used_at)
-        total = size + sum(path.stat().st_size for path in shards)
-        for path in shards:
-            if total <= limit:
-                break
-            total -= path.stat().st_size
-            for file in (path, path.with_suffix(".used")):
-                file.unlink(missing_ok=True)  # who has it open can still read it
+    if text := os.environ.get(_LIMIT):
+        room = _limit_bytes(text) - size
+        for path in sorted(target.parent.glob("*.tar"), key=_used_at, reverse=True):
+            room -= path.stat().st_size
+            if room >= 0:
+                continue
+            path.unlink(missing_ok=True)  # who has it open can still read it
+            path.with_suffix(".used").unlink(missing_ok=True)
     free = shutil.disk_usage(target.parent).free
     if size > free:
         raise StorageError(
@@ -224,14 +220,8 @@ def _used_at(path: Path) -> float:
     return 0.0
 
 
-def _limit_bytes() -> float | None:
-    text = os.environ.get(_LIMIT)
-    if not text:
-        return None
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = 0.0
-    if not 0 < limit < float("inf"):
-        raise UsageError(f"{_LIMIT}={text}: expected a positive number of GiB")
-    return limit * 2**30
+def _limit_bytes(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (limit := float(text)) < math.inf:
+            return limit * 2**30
+    raise UsageError(f"{_LIMIT}={text}: expected a positive number of GiB")

@@ -74,10 +74,44 @@ def scan(file: BinaryIO, classes: int | None) -> Contents:
         ValueError: the tar is damaged or incomplete; the message says what and near which member.
         UnsafeError: a member is of a kind that does not belong into a shard.
     """
-    samples = _Samples(classes)
+    samples: list[_Sample] = []
+    seen: set[str] = set()
     for name, offset, size, head in _members(file.fileno()):
-        samples.add(name, offset, size, head)
-    return samples.contents()
+        folder, slash, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if not stem:  # a hidden file, as some systems add
+            continue
+        key, extension, problem = f"{folder}{slash}{stem}", extension.lower(), ""
+        if not samples or samples[-1].key != key:
+            if key in seen:
+                problem = f"key {key} is there twice: interleaved or duplicated members"
+            samples.append(_Sample(key, problem=problem))
+            seen.add(key)
+        sample = samples[-1]
+        if extension in sample.members:
+            problem = f"two members {name}"
+        elif extension in IMAGE_EXTENSIONS:
+            if sample.extension:
+                problem = "two images"
+            elif size == 0:
+                problem = "the image is empty"
+            elif size > _MAX_IMAGE_BYTES:
+                problem = f"an image file of {size} bytes, more than the limit of {_MAX_IMAGE_BYTES}"
+            sample.extension, sample.offset, sample.size = extension, offset, size
+        elif extension == "cls":
+            sample.label, problem = _label(head[:size].strip(), size, classes)
+        sample.members.add(extension)
+        sample.problem = sample.problem or problem
+    if not samples:
+        raise ValueError("holds no samples")
+    return Contents(
+        tuple(sample.key for sample in samples),
+        tuple(sample.extension for sample in samples),
+        np.array([sample.offset for sample in samples], np.int64),
+        np.array([sample.size for sample in samples], np.int64),
+        np.array([sample.label for sample in samples], np.int64),
+        {place: problem for place, sample in enumerate(samples) if (problem := sample.unusable())},
+    )
 
 
 @dataclass
@@ -90,74 +124,20 @@ class _Sample:
     problem: str = ""
     members: set[str] = field(default_factory=set)
 
+    def unusable(self) -> str:
+        """Returns why, once all of its members have been seen, or nothing."""
+        if self.problem or not self.extension:
+            return self.problem or "no image"
+        return "" if "cls" in self.members else "no label (member cls)"
 
-class _Samples:
-    """Groups members into samples as they come."""
 
-    def __init__(self, classes: int | None) -> None:
-        self._classes = classes
-        self._samples: list[_Sample] = []
-        self._seen: set[str] = set()
-
-    def add(self, name: str, offset: int, size: int, head: bytes) -> None:
-        """Takes a regular member; `head` is its first bytes."""
-        folder, slash, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        if not stem:  # a hidden file, as some systems add
-            return
-        key, extension = f"{folder}{slash}{stem}", extension.lower()
-        sample = self._samples[-1] if self._samples else None
-        if sample is None or sample.key != key:
-            sample = _Sample(key)
-            if key in self._seen:
-                sample.problem = f"key {key} is there twice: interleaved or duplicated members"
-            self._samples.append(sample)
-            self._seen.add(key)
-        problem = ""
-        if extension in sample.members:
-            problem = f"two members {name}"
-        elif extension in IMAGE_EXTENSIONS:
-            if sample.extension:
-                problem = "two images"
-            elif size == 0:
-                problem = "the image is empty"
-            elif size > _MAX_IMAGE_BYTES:
-                problem = f"an image file of {size} bytes, more than the limit of {_MAX_IMAGE_BYTES}"
-            sample.extension, sample.offset, sample.size = extension, offset, size
-        elif extension == "cls":
-            sample.label, problem = self._label(head, size)
-        sample.members.add(extension)
-        sample.problem = sample.problem or problem
-
-    def _label(self, head: bytes, size: int) -> tuple[int, str]:
-        text = head[:size].strip()
-        if size > _MAX_LABEL_BYTES or not text.isdigit() or int(text) > _MAX_LABEL:
-            return -1, f"{text[:20]!r} is not a label"
-        label = int(text)
-        if self._classes is not None and label >= self._classes:
-            return -1, f"label {label} is not one from 0 to {self._classes - 1}"
-        return label, ""
-
-    def contents(self) -> Contents:
-        """Returns the samples, with a problem for every one that lacks a part."""
-        if not self._samples:
-            raise ValueError("holds no samples")
-        problems = {}
-        for position, sample in enumerate(self._samples):
-            if not sample.problem and not sample.extension:
-                sample.problem = "no image"
-            if not sample.problem and "cls" not in sample.members:
-                sample.problem = "no label (member cls)"
-            if sample.problem:
-                problems[position] = sample.problem
-        return Contents(
-            tuple(sample.key for sample in self._samples),
-            tuple(sample.extension for sample in self._samples),
-            np.array([sample.offset for sample in self._samples], np.int64),
-            np.array([sample.size for sample in self._samples], np.int64),
-            np.array([sample.label for sample in self._samples], np.int64),
-            problems,
-        )
+def _label(text: bytes, size: int, classes: int | None) -> tuple[int, str]:
+    """Returns the label that a member states, or -1 and what is wrong with it."""
+    if size > _MAX_LABEL_BYTES or not text.isdigit() or int(text) > _MAX_LABEL:
+        return -1, f"{text[:20]!r} is not a label"
+    if classes is not None and int(text) >= classes:
+        return -1, f"label {int(text)} is not one from 0 to {classes - 1}"
+    return int(text), ""
 
 
 def _members(descriptor: int) -> Iterator[tuple[str, int, int, bytes]]:
