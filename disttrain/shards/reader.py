@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -26,12 +27,13 @@ import numpy as np
 import numpy.typing as npt
 
 from disttrain.errors import DataError, DisttrainError, UnsafeError, reason
+from disttrain.files import stamp
 from disttrain.parallel import in_order
 from disttrain.shards.images import ImageError, Pixels, decode_into
 from disttrain.shards.index import Index, Shard, again, size_problem
 from disttrain.shards.remote import fetch_shard
 from disttrain.shards.tar import Contents, scan
-from disttrain.userdirs import cache_folder
+from disttrain.userdirs import cache_folder, remember
 
 Ids = npt.NDArray[np.int64]
 Sample: TypeAlias = dict[str, Any]
@@ -165,11 +167,10 @@ def _open(index: Index, shard: Shard, path: Path) -> OpenShard:
 
 def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Contents:
     """Returns what an open shard holds, from the cache if this very file has been checked before."""
-    status = os.fstat(descriptor)
     if problem := size_problem(path, shard):
         raise ShardError(index, shard, problem.removeprefix(f"{path}: "))
-    stamps = status.st_size, status.st_mtime_ns, status.st_ctime_ns
-    identity = f"{path.resolve()} {len(index.classes)} {stamps}"
+    seen = stamp(descriptor)
+    identity = f"{path.resolve()} {len(index.classes)} {seen}"
     name = f"{shard.sha256[:32]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     record = cache_folder() / "checked" / name
     if (contents := _load(record)) is not None and len(contents.keys) == shard.samples:
@@ -193,7 +194,7 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
         raise ShardError(index, shard, problem)
     if len(contents.keys) != shard.samples:
         raise ShardError(index, shard, f"{len(contents.keys)} samples, but the index says {shard.samples}")
-    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _TICK_NS:
+    if time.time_ns() - max(seen[1:]) > _TICK_NS:
         _store(record, contents)
     return contents
 
@@ -221,23 +222,16 @@ def _load(record: Path) -> Contents | None:
 
 
 def _store(record: Path, contents: Contents) -> None:
-    """Keeps what was found; a cache that cannot be written only costs the next process another look."""
     text = {"keys": contents.keys, "extensions": contents.extensions, "problems": contents.problems}
-    partial = record.with_name(f".{record.name}.{os.getpid()}.{threading.get_ident()}")
-    with suppress(OSError):
-        record.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                np.savez(
-                    file,
-                    text=np.frombuffer(json.dumps(text).encode(), np.uint8),
-                    offsets=contents.offsets,
-                    sizes=contents.sizes,
-                    labels=contents.labels,
-                )
-            partial.replace(record)
-        finally:
-            partial.unlink(missing_ok=True)
+    file = io.BytesIO()
+    np.savez(
+        file,
+        text=np.frombuffer(json.dumps(text).encode(), np.uint8),
+        offsets=contents.offsets,
+        sizes=contents.sizes,
+        labels=contents.labels,
+    )
+    remember(record, file.getvalue())
 
 
 class Reader:
