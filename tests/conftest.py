@@ -64,6 +64,7 @@ SEVEN = {"train": (3, 301, 1, 120, 49, 13, 233), "val": (5, 90)}
 def seven_root(tmp_path_factory: pytest.TempPathFactory, decoded_cache: Path) -> Path:
     """A data root with `seven`: seven uneven shards made elsewhere, of PNG, JPEG and WebP files."""
     from disttrain.shards.foreign import index_folder
+    from disttrain.shards.pack import Options
 
     root = tmp_path_factory.mktemp("seven")
     for split, shards in SEVEN.items():
@@ -71,7 +72,7 @@ def seven_root(tmp_path_factory: pytest.TempPathFactory, decoded_cache: Path) ->
             write_tar(root / "seven" / f"{split}-{number}.tar", samples, seed=1000 * len(split) + number)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DISTTRAIN_CACHE", str(decoded_cache))
-        index_folder(root / "seven", patterns={"train": (), "val": ()}, say=lambda text: None)
+        index_folder(root / "seven", {"train": (), "val": ()}, Options())
     return root
 
 

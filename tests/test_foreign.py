@@ -16,10 +16,11 @@ from disttrain.errors import DataError, UnsafeError, UsageError
 from disttrain.shards.foreign import index_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
+from disttrain.shards.pack import Options
 
 
-def index_it(folder, train=(), val=(), **options):
-    return index_folder(folder, patterns={"train": train, "val": val}, say=lambda text: None, **options)
+def index_it(folder, train=(), val=(), force=False, **options):
+    return index_folder(folder, {"train": train, "val": val}, Options(force), **options)
 
 
 def write(path, images, labels):

@@ -13,6 +13,7 @@ from toy import edit_index, pack
 from disttrain.shards import verify as module
 from disttrain.shards.foreign import index_folder
 from disttrain.shards.index import load_index
+from disttrain.shards.pack import Options
 from disttrain.shards.verify import survey, verify
 
 
@@ -38,7 +39,7 @@ def with_bad_labels(root, bad=(2, 5)):
         place -= place % 512
         content = content[:place] + b"x" + content[place + 1 :]
     (root / "set" / "train-0.tar").write_bytes(content)
-    index_folder(root / "set", patterns={"train": (), "val": ()}, skip_unusable=True, say=quiet)
+    index_folder(root / "set", {"train": (), "val": ()}, Options(), skip_unusable=True)
     return load_index("set", str(root))
 
 

@@ -145,6 +145,7 @@ def index_(
     """
     from disttrain.errors import UsageError
     from disttrain.shards.foreign import index_folder
+    from disttrain.shards.pack import Options
 
     names = None
     if classes is not None:
@@ -156,12 +157,10 @@ def index_(
     with progress() as on_progress:
         index = index_folder(
             folder,
-            patterns={"train": train, "val": val},
+            {"train": train, "val": val},
+            Options(force, say=click.echo, on_progress=on_progress),
             classes=names,
             skip_unusable=skip,
-            force=force,
-            say=click.echo,
-            on_progress=on_progress,
         )
     _show_index(index)
     click.echo(f"use it with data.name={index.name} data.root={index.folder.parent}")

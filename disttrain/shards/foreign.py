@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from disttrain.shards.index import (
     load_index,
     parse_index,
 )
-from disttrain.shards.pack import Progress, silent
+from disttrain.shards.pack import Options
 from disttrain.shards.reader import OpenShard
 from disttrain.shards.tar import Contents, scan
 from disttrain.shards.verify import double_keys, examine
@@ -41,13 +41,11 @@ _PATTERNS = {
 
 def index_folder(
     folder: Path,
-    *,
     patterns: dict[str, Sequence[str]],
+    options: Options,
+    *,
     classes: Sequence[str] | None = None,
     skip_unusable: bool = False,
-    force: bool = False,
-    say: Callable[[str], None],
-    on_progress: Progress = silent,
 ) -> Index:
     """Reads the tars of a folder through and writes its index.json; the tars stay as they are.
 
@@ -56,12 +54,10 @@ def index_folder(
     Args:
         folder: holds the tars; its name becomes the name of the data set.
         patterns: split -> patterns of the file names; an empty list means the usual ones.
+        options: of them, `force`, `say` and `on_progress`.
         classes: their names; None takes the labels themselves.
         skip_unusable: accept samples that cannot be used; training on the data set needs
             data.on_error = skip.
-        force: replace an existing index.
-        say: takes lines for the user.
-        on_progress: called now and then with the samples decoded and their total.
 
     Raises:
         DataError: a tar is damaged, a sample cannot be used, or there are no tars.
@@ -70,7 +66,7 @@ def index_folder(
     """
     folder = folder.absolute()
     target = data_folder(folder.name, str(folder.parent)) / "index.json"
-    if target.exists() and not force:
+    if target.exists() and not options.force:
         raise DataError(f"{target}: exists; replace it with --force")
     shards = {
         split: list(in_order(partial(_look_at, folder), paths, usable_cores()))
@@ -81,7 +77,7 @@ def index_folder(
     for split in index.splits:
         if double := next(double_keys(index, split), None):
             raise DataError(f"{double.place}: sample {double.key}: {double.text}; remove one of them")
-    findings = examine(index, tuple(index.splits), statistics=True, on_progress=on_progress)
+    findings = examine(index, tuple(index.splits), statistics=True, on_progress=options.on_progress)
     if findings.problems:
         count, first = len(findings.problems), findings.problems[0]
         text = f"{first.place}: sample {first.key}: {first.text}"
@@ -90,7 +86,7 @@ def index_folder(
                 f"{text} ({count:,} such samples); repair it, make one size with `disttrain data pack`, or "
                 "leave such samples out with --skip"
             )
-        say(f"{count:,} samples cannot be used, such as {text}; train with data.on_error=skip")
+        options.say(f"{count:,} samples cannot be used, such as {text}; train with data.on_error=skip")
     counts = findings.class_counts
     if not counts["train"].any():
         raise DataError(f"{folder}: no sample of the train split can be used")

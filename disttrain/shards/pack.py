@@ -129,10 +129,8 @@ def pack(
     try:
         with _scratch_folder(place, options.say, keep=all(job.fingerprint for job in jobs)) as scratch:
             text = index_bytes(_describe(jobs, _write(jobs, splits, scratch, options), classes, channels))
-            files = {job.file for job in jobs}
-            for path in scratch.iterdir():  # records, and shards of an earlier plan
-                if path.name not in files:
-                    path.unlink()
+            for path in set(scratch.iterdir()) - {scratch / job.file for job in jobs}:
+                path.unlink()  # the record of a shard, or a shard of an earlier plan
             write_new(scratch / "index.json", text)
             sync_folder(scratch)
             published = _publish(scratch, place, options.force)
@@ -300,13 +298,7 @@ def _describe(
 
 @contextlib.contextmanager
 def _scratch_folder(target: Path, say: Callable[[str], None], *, keep: bool) -> Iterator[Path]:
-    """Makes the hidden folder beside the target, for one process at a time.
-
-    Args:
-        target: the data set to be.
-        say: told when another process is waited for.
-        keep: leave it as it is after a failure, for the next try.
-    """
+    """Makes the hidden folder beside the target; after a failure it is kept for the next try, or removed."""
     scratch = target.parent / f".{target.name}.partial"
     with turn(target, lambda: say(f"waiting for another process that packs {target.name}")):
         scratch.mkdir(exist_ok=True)

@@ -31,6 +31,7 @@ from disttrain.data.streamed import Streamed
 from disttrain.errors import DataError, DisttrainError, UnsafeError
 from disttrain.shards.foreign import index_folder
 from disttrain.shards.index import Index, load_index
+from disttrain.shards.pack import Options
 from disttrain.shards.verify import survey, verify
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -89,9 +90,7 @@ def tar_of(*members: Member | tarfile.TarInfo, form: int = tarfile.USTAR_FORMAT)
 
 def index_it(folder: Path, *, skip: bool = True, force: bool = False) -> Index:
     usual: dict[str, Sequence[str]] = {"train": (), "val": ()}
-    return index_folder(
-        folder, patterns=usual, classes=CLASSES, skip_unusable=skip, force=force, say=lambda text: None
-    )
+    return index_folder(folder, usual, Options(force), classes=CLASSES, skip_unusable=skip)
 
 
 def make(root: Path, **shards: bytes) -> Path:
