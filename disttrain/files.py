@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import threading
@@ -114,6 +115,12 @@ def stamp(file: Path | int) -> list[int]:
     """Returns what changes when a file does: its size in bytes and when it was written and changed, in ns."""
     status = os.stat(file)  # noqa: PTH116  # of a descriptor too
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def sha256(path: Path) -> str:
+    """Returns the hash of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_new(path: Path, *pieces: bytes | memoryview, durable: bool = True) -> None:

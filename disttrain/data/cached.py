@@ -21,7 +21,7 @@ import torch
 from disttrain.data.batches import Batch, Window, gather
 from disttrain.data.plan import Ids
 from disttrain.errors import DataError, StorageError
-from disttrain.files import appearing, stamp, turn
+from disttrain.files import appearing, sha256, stamp, turn
 from disttrain.parallel import usable_cores
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index, again
@@ -101,14 +101,9 @@ def _is_sealed(target: Path) -> bool:
     """Tells whether the files are those that were written; they are hashed only if they were touched."""
     seal = json.loads((target / _SEAL).read_text())
     for name in _FILES:
-        if seal[name]["stamp"] != stamp(target / name) and seal[name]["sha256"] != _sha256(target / name):
+        if seal[name]["stamp"] != stamp(target / name) and seal[name]["sha256"] != sha256(target / name):
             return False
     return True
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _decode(index: Index, split: str, skipped: Ids, target: Path, say: Callable[[str], None]) -> None:
@@ -148,7 +143,7 @@ def _decode(index: Index, split: str, skipped: Ids, target: Path, say: Callable[
         for name in _FILES:
             with (partial / name).open("rb") as unsynced:
                 os.fsync(unsynced.fileno())
-        seal = {n: {"sha256": _sha256(partial / n), "stamp": stamp(partial / n)} for n in _FILES}
+        seal = {n: {"sha256": sha256(partial / n), "stamp": stamp(partial / n)} for n in _FILES}
         (partial / _SEAL).write_text(json.dumps(seal))
 
 

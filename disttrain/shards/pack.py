@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from disttrain.errors import DataError, StorageError
-from disttrain.files import sync_folder, turn, write_new
+from disttrain.files import sha256, sync_folder, turn, write_new
 from disttrain.parallel import KilledError, in_processes, usable_cores
 from disttrain.shards.index import (
     VERSION,
@@ -258,11 +258,10 @@ def _kept(scratch: Path, job: _Job) -> Record | None:
     try:
         kept = path.with_suffix(".json").read_bytes()
         fingerprint, record = msgspec.json.decode(kept, type=tuple[str, Record])
-        with path.open("rb") as file:
-            found = fingerprint, hashlib.file_digest(file, "sha256").hexdigest()
+        sound = fingerprint == job.fingerprint and sha256(path) == record.sha256
     except (OSError, msgspec.DecodeError):
         return None
-    return record if found == (job.fingerprint, record.sha256) else None
+    return record if sound else None
 
 
 def _describe(

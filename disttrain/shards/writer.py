@@ -6,7 +6,6 @@ sample's running number in its split. The same samples give the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +15,7 @@ import msgspec
 import numpy as np
 
 from disttrain.errors import DataError
+from disttrain.files import sha256
 from disttrain.shards.images import decode_image, pixel_sums
 from disttrain.shards.index import MAX_SHARD_PIXELS
 
@@ -103,10 +103,7 @@ def write_shard(
                 on_sample(count)
         file.flush()
         os.fsync(file.fileno())
-    with path.open("rb") as written:
-        digest = hashlib.file_digest(written, "sha256").hexdigest()
-    size = path.stat().st_size
-    return Record(size, digest, counts, shape, origin, sums.tolist())
+    return Record(path.stat().st_size, sha256(path), counts, shape, origin, sums.tolist())
 
 
 def check_shape(name: str, shape: tuple[int, int], first: str, expected: tuple[int, int]) -> None:
