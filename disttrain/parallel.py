@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
@@ -35,7 +36,11 @@ def cores_of_a_rank() -> int:
 
 
 def in_order(
-    function: Callable[[_T], _R], items: Iterable[_T], threads: int, ahead: int | None = None
+    function: Callable[[_T], _R],
+    items: Iterable[_T],
+    threads: int,
+    ahead: int | None = None,
+    chunk: int = 1,
 ) -> Generator[_R, None, None]:
     """Yields `function(item)` in the order of the items, computed ahead by threads.
 
@@ -43,8 +48,16 @@ def in_order(
         function: work that leaves Python, such as reading or decoding images.
         items: taken in the caller's thread.
         threads: 0 computes in the caller's thread, when a result is asked for.
-        ahead: results that may be ready or under way; None means two per thread.
+        ahead: chunks of results that may be ready or under way; None means two per thread.
+        chunk: items of a task. One that takes some microseconds is not worth a task of its own.
     """
+    if chunk > 1:
+        source = iter(items)
+        chunks = iter(lambda: list(itertools.islice(source, chunk)), [])
+        done = in_order(lambda part: list(map(function, part)), chunks, threads, ahead)
+        with contextlib.closing(done):
+            yield from itertools.chain.from_iterable(done)
+        return
     if threads == 0:
         yield from map(function, items)
         return

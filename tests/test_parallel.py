@@ -16,7 +16,8 @@ from disttrain.parallel import KilledError, in_order, in_processes
 
 @pytest.mark.parametrize("threads", [0, 1, 8])
 def test_threads_keep_the_order_and_raise(threads: int) -> None:
-    assert list(in_order(str, range(1000), threads)) == [str(i) for i in range(1000)]
+    for chunk in (1, 7, 2000):
+        assert list(in_order(str, range(1000), threads, chunk=chunk)) == [str(i) for i in range(1000)]
     with pytest.raises(ZeroDivisionError):
         list(in_order(inverse, [1, 0, 2], threads))
 

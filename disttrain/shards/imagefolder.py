@@ -135,7 +135,7 @@ def scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Callable
     sizes: dict[tuple[int, int], str] = {}
     gray = True
     for split, files in listing.items():
-        pictures = list(in_order(_read_header, files, _READERS))
+        pictures = list(in_order(_read_header, files, _READERS, chunk=64))
         for picture in pictures:
             sizes.setdefault(picture.size, picture.file)
             gray = gray and picture.gray
