@@ -38,7 +38,7 @@ Encoded = bytes | bytearray | memoryview
 _Operator: TypeAlias = "Callable[[torch.Tensor, int, bool], torch.Tensor]"
 """torchvision's on a file's bytes, 1 for gray or 3 for RGB, and whether EXIF turns it; to [C, H, W]."""
 
-_MANY = 20_000  # JPEGs from which on torchvision is worth its import
+_MANY = 100_000  # JPEGs from which on torchvision is worth its import
 
 _many = False  # of them are to come
 
