@@ -21,7 +21,7 @@ LAYERS = [
     ["shards"],
     [
         *("config", "counter_rng", "errors", "files", "heartbeat", "host_memory", "parallel", "slurm_env"),
-        *("terminal", "units", "user_code", "userdirs", "yaml12"),
+        *("terminal", "units", "user_code", "userdirs"),
     ],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

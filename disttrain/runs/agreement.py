@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 from disttrain import __version__
-from disttrain.config import Config, Role, flatten, role
+from disttrain.config import Config, Role, role, settings
 from disttrain.errors import UsageError
 from disttrain.shards.index import Index
 
@@ -19,11 +19,13 @@ def facts(config: Config, index: Index) -> dict[str, str]:
     versions = {"the version of disttrain": __version__}
     versions |= {f"the version of {name}": version(name) for name in ("torch", "accelerate")}
     python = ".".join(platform.python_version_tuple()[:2])
-    settings = flatten(config.model_dump(mode="json"))
+    shared = {key: value for key, value in settings(config).items() if role(key) is not Role.MACHINE}
     return {
         "the version of python": python,
         **versions,
-        **{key: json.dumps(value) for key, value in settings.items() if role(key) is not Role.MACHINE},
+        **{
+            key: json.dumps(value) for key, value in settings(config).items() if role(key) is not Role.MACHINE
+        },
         f"the index of {index.name}": index.digest[:16],
     }
 

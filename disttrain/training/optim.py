@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from disttrain.config import GroupConfig, OptimConfig, ScheduleConfig
+from disttrain.config import GroupConfig, OptimConfig, OptimizerFields, ScheduleConfig
 from disttrain.errors import UsageError
 
 
@@ -45,8 +45,8 @@ def build_optimizer(
     """
     parts: list[Optimizer] = []
     rates: list[Rate] = []
-    for settings, parameters in _groups(config, model):
-        rate = Rate(settings.lr, settings.schedule or schedule)
+    for settings, shape, parameters in _groups(config, schedule, model):
+        rate = Rate(settings.lr, shape)
         if settings.name == "muon":
             filters = [p for p in parameters if p.ndim in {2, 4} and p is not _head(model)]
             if filters:
@@ -59,20 +59,10 @@ def build_optimizer(
     return (parts[0] if len(parts) == 1 else Together(parts)), rates
 
 
-class _Settings(NamedTuple):
-    name: str
-    lr: float
-    momentum: float | None
-    nesterov: bool | None
-    betas: tuple[float, float] | None
-    weight_decay: float
-    adjust_lr: str | None
-    normalize_weights: bool | None
-    schedule: ScheduleConfig | None
-
-
-def _groups(config: OptimConfig, model: nn.Module) -> list[tuple[_Settings, list[nn.Parameter]]]:
-    """Returns the trainable parameters with their settings: the groups in order, then the rest."""
+def _groups(
+    config: OptimConfig, schedule: ScheduleConfig, model: nn.Module
+) -> list[tuple[OptimConfig, ScheduleConfig, list[nn.Parameter]]]:
+    """Returns the trainable parameters, how and at which rate: the groups in order, then the rest."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = []
     for i, group in enumerate(config.groups):
@@ -82,23 +72,21 @@ def _groups(config: OptimConfig, model: nn.Module) -> list[tuple[_Settings, list
                 f"optim.groups.{i}.parameters: {group.parameters!r} matches none of the parameters that are "
                 f"trained and not in an earlier group: {', '.join(named) or 'there are none left'}"
             )
-        found.append((_settings(config, group), [named.pop(name) for name in names]))
-    if named:
-        found.append((_settings(config, None), list(named.values())))
-    return found
+        parameters = [named.pop(name) for name in names]
+        found.append((_settings(config, group), group.schedule or schedule, parameters))
+    return [*found, (config, schedule, list(named.values()))]
 
 
-def _settings(config: OptimConfig, group: GroupConfig | None) -> _Settings:
-    values: dict[str, Any] = {field: getattr(config, field, None) for field in _Settings._fields}
-    if group is not None:
-        if group.name not in (None, config.name):  # these would be settings of another optimizer
-            values |= dict.fromkeys(("momentum", "nesterov", "betas", "adjust_lr", "normalize_weights"))
-        own = {field: getattr(group, field) for field in _Settings._fields}
-        values |= {field: value for field, value in own.items() if value is not None}
-    return _Settings(**values)
+def _settings(config: OptimConfig, group: GroupConfig) -> OptimConfig:
+    """Returns the optimizer of a group: what it sets itself, and of the rest what `optim` has."""
+    own = {field: getattr(group, field) for field in OptimizerFields.model_fields}
+    own = {field: value for field, value in own.items() if value is not None}
+    if group.name not in (None, config.name):  # the others are settings of another optimizer
+        own = {name: None for name, field in OptimConfig.model_fields.items() if field.default is None} | own
+    return config.model_copy(update=own)
 
 
-def _plain(settings: _Settings, parameters: list[nn.Parameter]) -> Optimizer:
+def _plain(settings: OptimConfig, parameters: list[nn.Parameter]) -> Optimizer:
     betas, decay = settings.betas or (0.9, 0.999), settings.weight_decay
     if settings.name == "sgd":
         return SGD(
@@ -190,7 +178,7 @@ class FilterMuon(Optimizer):
         settings: lr, momentum, nesterov, weight_decay, adjust_lr and normalize_weights are used.
     """
 
-    def __init__(self, filters: list[nn.Parameter], settings: _Settings) -> None:
+    def __init__(self, filters: list[nn.Parameter], settings: OptimConfig) -> None:
         self._matrices: list[Tensor] = [nn.Parameter(_matrix(p.detach(), p)) for p in filters]
         self._muon = StackedMuon(
             self._matrices,

@@ -83,55 +83,72 @@ def read_yaml(text: str, name: str, *, numbered: bool) -> tuple[Any, dict[Key, i
     Raises:
         UsageError: the text is not such a document; keys given twice too.
     """
-    lines: dict[Key, int] = {}
+    document = _Document(name, numbered)
+    node = document.compose(text)
+    return (None if node is None else document.build(node, ())), document.lines
 
-    def place(mark: yaml.Mark | None) -> str:
-        return f"{name}:{mark.line + 1}" if numbered and mark else name
 
-    def build(node: yaml.Node, key: Key) -> Any:
-        lines.setdefault(key, node.start_mark.line + 1)
+class _Document:
+    """One document while it is read; arguments as of `read_yaml`."""
+
+    def __init__(self, name: str, numbered: bool) -> None:
+        self._name = name
+        self._numbered = numbered
+        self.lines: dict[Key, int] = {}
+
+    def _error(self, line: int | None, text: str) -> UsageError:
+        """Returns the error to raise; lines count from 0 here."""
+        place = f"{self._name}:{line + 1}" if self._numbered and line is not None else self._name
+        return UsageError(f"{place}: {text}")
+
+    def compose(self, text: str) -> yaml.Node | None:
+        """Returns the tree of the text."""
+        try:
+            for token in yaml.scan(text, Loader=_CoreLoader):
+                if isinstance(token, (yaml.AliasToken, yaml.AnchorToken, yaml.TagToken)):
+                    remark = (
+                        "anchors, aliases and tags (& * !) are not allowed; write the value out or quote it"
+                    )
+                    raise self._error(token.start_mark.line, remark)
+            return yaml.compose(text, Loader=_CoreLoader)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line if error.problem_mark else None
+            if isinstance(error, yaml.composer.ComposerError):
+                remark = "a second document; keep one and remove the line ---"
+                raise self._error(line, remark) from None
+            raise self._error(line, f"not valid YAML: {error.problem or error.context}") from None
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position)
+            raise self._error(line, "not valid YAML: a control character; remove it") from None
+        except RecursionError:
+            raise self._error(None, "not valid YAML: nested too deeply") from None
+
+    def build(self, node: yaml.Node, key: Key) -> Any:
+        """Returns the data below a node, whose place is `key`."""
+        self.lines.setdefault(key, node.start_mark.line + 1)
         if isinstance(node, yaml.SequenceNode):
-            return [build(item, (*key, i)) for i, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
-            try:
-                return _scalar(node)
-            except ValueError as error:
-                dotted = f"{dotted_name(key)}: " if key else ""
-                raise UsageError(f"{place(node.start_mark)}: {dotted}{error}") from None
+            return [self.build(item, (*key, i)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, key)
+        try:
+            return _scalar(node)
+        except ValueError as error:
+            dotted = f"{dotted_name(key)}: " if key else ""
+            raise self._error(node.start_mark.line, f"{dotted}{error}") from None
+
+    def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
+            line = key_node.start_mark.line
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
-                raise UsageError(f"{place(key_node.start_mark)}: a key must be a plain name")
+                raise self._error(line, "a key must be a plain name")
             child = (*key, key_node.value)
             if key_node.value in mapping:
-                also = f" (also on line {lines[child]})" if numbered else ""
-                raise UsageError(f"{place(key_node.start_mark)}: {dotted_name(child)} is given twice{also}")
-            lines[child] = key_node.start_mark.line + 1
-            mapping[key_node.value] = build(value_node, child)
+                also = f" (also on line {self.lines[child]})" if self._numbered else ""
+                raise self._error(line, f"{dotted_name(child)} is given twice{also}")
+            self.lines[child] = line + 1
+            mapping[key_node.value] = self.build(value_node, child)
         return mapping
-
-    try:
-        for token in yaml.scan(text, Loader=_CoreLoader):
-            if isinstance(token, (yaml.AliasToken, yaml.AnchorToken, yaml.TagToken)):
-                raise UsageError(
-                    f"{place(token.start_mark)}: anchors, aliases and tags (& * !) are not allowed; "
-                    "write the value out or quote it"
-                )
-        node = yaml.compose(text, Loader=_CoreLoader)
-    except yaml.composer.ComposerError as error:
-        raise UsageError(
-            f"{place(error.problem_mark)}: a second document; keep one and remove the line ---"
-        ) from None
-    except yaml.MarkedYAMLError as error:
-        problem = error.problem or error.context
-        raise UsageError(f"{place(error.problem_mark)}: not valid YAML: {problem}") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        where = f"{name}:{line}" if numbered else name
-        raise UsageError(f"{where}: not valid YAML: a control character; remove it") from None
-    except RecursionError:
-        raise UsageError(f"{name}: not valid YAML: nested too deeply") from None
-    return (None if node is None else build(node, ())), lines
 
 
 def _scalar(node: yaml.Node) -> Any:

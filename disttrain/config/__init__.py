@@ -1,0 +1,48 @@
+"""The experiment: a typed schema, read from YAML with `key=value` overrides.
+
+The YAML describes the experiment, never the machine. Everything is checked here, before anything starts:
+unknown keys, wrong types and impossible combinations each give one line that names the place and the remedy.
+Nothing here imports torch.
+"""
+
+from disttrain.config.loading import (
+    differences,
+    dump_config,
+    flatten,
+    json_schema,
+    load_config,
+    settings,
+)
+from disttrain.config.schema import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    GroupConfig,
+    ModelConfig,
+    OptimConfig,
+    OptimizerFields,
+    Role,
+    ScheduleConfig,
+    TrainConfig,
+    role,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "Config",
+    "DataConfig",
+    "GroupConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "OptimizerFields",
+    "Role",
+    "ScheduleConfig",
+    "TrainConfig",
+    "differences",
+    "dump_config",
+    "flatten",
+    "json_schema",
+    "load_config",
+    "role",
+    "settings",
+]

@@ -1,0 +1,129 @@
+"""Reading a config from YAML and overrides, and writing it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from disttrain.config.mistakes import conflicts, explained
+from disttrain.config.schema import Config
+from disttrain.config.yaml12 import Key, dotted_name, read_yaml, write_yaml
+from disttrain.errors import UsageError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `a.b=c` overrides and checks the result.
+
+    Args:
+        path: the YAML file.
+        overrides: Hydra-style assignments; values are read as YAML.
+
+    Raises:
+        UsageError: the file or an override is wrong; the message names file and line, or the override.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such config file{_similar_file(path)}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    tree, lines = read_yaml(text, str(path), numbered=True)
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: expected the sections of an experiment (data:, model:, train:, ...)")
+    where: dict[Key, str] = {(): str(path)} | {key: f"{path}:{line}" for key, line in lines.items() if key}
+    for override in overrides:
+        _apply_override(tree, where, override)
+    try:
+        config = Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        problems = explained(error)
+    else:
+        problems = conflicts(config)
+        if not problems:
+            return config
+    found = [f"{_place(key, where)}: {message}" for key, message in problems]
+    raise UsageError("\n".join(dict.fromkeys(found)))
+
+
+def dump_config(config: Config) -> str:
+    """Returns the resolved config as YAML; reading it again gives an equal `Config`."""
+    return write_yaml(config.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON Schema of the config, for editors."""
+    schema = Config.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "disttrain config"}
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Returns every setting by its dotted key, such as optim.lr."""
+    return flatten(config.model_dump(mode="json"))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested sections by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[str]:
+    """Returns one `key: old -> new` line for each key in which two configs, or documents, differ."""
+    before, after = (settings(item) if isinstance(item, Config) else flatten(item) for item in (old, new))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _apply_override(tree: dict[str, Any], where: dict[Key, str], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = tuple(name.strip().split("."))
+    if not equals or not all(keys):
+        raise UsageError(f"{override!r} is not an override; write key=value, for example optim.lr=0.1")
+    source = f"override {override!r}"
+    value, _ = read_yaml(text, source, numbered=False)
+    section = tree
+    for depth, key in enumerate(keys[:-1], 1):
+        if section.get(key) is None:
+            section[key] = {}
+            where.setdefault(keys[:depth], source)
+        section = section[key]
+        if not isinstance(section, dict):
+            raise UsageError(f"{source}: {dotted_name(keys[:depth])} is a value, not a section")
+    old = section.get(keys[-1])
+    if isinstance(old, dict) and not isinstance(value, dict):
+        example = f"{name}.{next(iter(old), 'name')}=..."
+        raise UsageError(f"{source}: {name} is a section; set one of its keys, such as {example}")
+    section[keys[-1]] = value
+    for place in [place for place in where if place[: len(keys)] == keys]:
+        del where[place]  # what the file held below this key is gone
+    where[keys] = source
+
+
+def _place(key: Key, where: Mapping[Key, str]) -> str:
+    """Returns where a value comes from, or the nearest section above it that is written down."""
+    return next(where[key[:end]] for end in range(len(key), -1, -1) if key[:end] in where)
+
+
+def _similar_file(path: Path) -> str:
+    try:
+        names = [file.name for file in path.parent.iterdir() if file.suffix in {".yaml", ".yml"}]
+    except OSError:
+        return ""
+    names_like = (path.name, f"{path.stem}.yaml")
+    close = [match for name in names_like for match in difflib.get_close_matches(name, names, 1)]
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
