@@ -13,6 +13,7 @@ import torch
 
 from disttrain.config import AugmentConfig
 from disttrain.training.augment import Augment, Mix
+from disttrain.training.normalise import Normalise
 
 EVERYTHING = {"crop_padding": 2, "flip": True, "cutout": 3}
 RESIZED = {"resized_crop": 0.2, "flip": True, "cutout": 3}
@@ -25,14 +26,9 @@ def augment(
     channels_last: bool = True,
     **config: Any,
 ) -> Augment:
-    return Augment(
-        AugmentConfig(**config),
-        seed=seed,
-        mean=mean,
-        std=std,
-        device=torch.device("cpu"),
-        channels_last=channels_last,
-    )
+    # A row of a single pixel: fits images of any width.
+    normalise = Normalise(mean, std, 1, channels_last=channels_last)
+    return Augment(AugmentConfig(**config), seed=seed, normalise=normalise)
 
 
 def started(samples: int, height: int, width: int, epoch: int = 0, **options: Any) -> Augment:
@@ -56,10 +52,10 @@ def train(images: torch.Tensor, epoch: int = 0, **options: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_plain_subtracts_the_mean_and_divides_by_the_deviation(channels: int, channels_last: bool) -> None:
+def test_normalising_takes_off_mean_and_divides_by_deviation(channels: int, channels_last: bool) -> None:
     mean, std = (0.49, 0.48, 0.45)[:channels], (0.2, 0.25, 0.3)[:channels]
     images = random_images(5, channels=channels)
-    result = augment(mean=mean, std=std, channels_last=channels_last).plain(images)
+    result = Normalise(mean, std, 6, channels_last=channels_last)(images)
     expected = (images.numpy().astype(np.float64) / 255 - np.array(mean)) / np.array(std)
     assert result.dtype == torch.float32
     assert result.shape == (5, channels, 7, 6)
@@ -71,14 +67,15 @@ def test_plain_subtracts_the_mean_and_divides_by_the_deviation(channels: int, ch
 def test_a_constant_channel_is_zero() -> None:
     images = random_images(4, channels=3)
     images[..., 1] = 102
-    result = augment(mean=(0.5, 0.4, 0.5), std=(0.2, 0.0, 0.2)).plain(images)
+    result = augment(mean=(0.5, 0.4, 0.5), std=(0.2, 0.0, 0.2)).normalise(images)
     assert result.isfinite().all()
     assert result[:, 1].abs().max() < 1e-6
 
 
 def test_without_augmentation_training_images_are_plain() -> None:
     images = random_images(9)
-    assert torch.equal(train(images, mean=(0.3,), std=(0.2,)), augment(mean=(0.3,), std=(0.2,)).plain(images))
+    plain = augment(mean=(0.3,), std=(0.2,)).normalise(images)
+    assert torch.equal(train(images, mean=(0.3,), std=(0.2,)), plain)
 
 
 # --- Crop and flip ----------------------------------------------------------------------------------

@@ -193,9 +193,8 @@ def test_an_evaluation_and_a_snapshot_stay_on_the_device(
 ) -> None:
     parts = build(index, monkeypatch, {"data": {"cache": "host"}, "train": {"ema": 0.9}})
     tally, copies = Tally(GPU, len(index.classes)), Copies()
-    subject = Subject(
-        parts.bare_model, GPU, parts.augment.plain, parts.val_data, parts.val_ids, 0, 1, 8, OneGpu().autocast
-    )
+    model, normalise = parts.bare_model, parts.augment.normalise
+    subject = Subject(model, GPU, normalise, parts.val_data, parts.val_ids, 0, 1, 8, OneGpu().autocast)
     with copies:
         assert score(subject, tta, tally.add)
     assert copies.seen == {("cpu", "cuda", False)}

@@ -37,6 +37,7 @@ from disttrain.training.choices import Settings
 from disttrain.training.evaluation import evaluate
 from disttrain.training.log_point import step_times
 from disttrain.training.microbatch import prepare
+from disttrain.training.normalise import Normalise
 from disttrain.training.optim import Rate, build_optimizer
 from disttrain.training.parts import Hooks, Parts, Position
 from disttrain.training.phases import Phases, StepTimes
@@ -156,10 +157,7 @@ def make_parts(
         augment=Augment(
             config.augment,
             seed=config.seed,
-            mean=(MEAN,),
-            std=(STD,),
-            device=device,
-            channels_last=channels_last,
+            normalise=Normalise((MEAN,), (STD,), 6, channels_last=channels_last),
         ),
         train_data=Cached(split(samples, 1), device, "host"),
         val_data=Cached(split(val_samples, 2), device, "host"),

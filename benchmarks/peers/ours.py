@@ -23,6 +23,7 @@ from disttrain.data.streamed import Streamed
 from disttrain.shards.images import use_torchvision
 from disttrain.shards.index import Index, load_index
 from disttrain.training.augment import Augment
+from disttrain.training.normalise import Normalise
 
 CPU = torch.device("cpu")
 NONE = np.empty(0, np.int64)
@@ -35,9 +36,8 @@ def quiet(text: str) -> None:
 
 def epoch_of(loader: Cached | Streamed, plan: Plan, epoch: int, begin: int, limit: int | None) -> int:
     """Serves and augments an epoch from step `begin` on; returns the samples served."""
-    augment = Augment(
-        AugmentConfig(crop_padding=4, flip=True), seed=0, mean=MEAN, std=STD, device=CPU, channels_last=True
-    )
+    normalise = Normalise(MEAN, STD, 32, channels_last=True)
+    augment = Augment(AugmentConfig(crop_padding=4, flip=True), seed=0, normalise=normalise)
     augment.start_epoch(epoch, plan.order(epoch), 32, 32)
     windows = [slice(p.start, p.stop) for p in map(plan.batch, range(begin, plan.steps_per_epoch))]
     seen = 0

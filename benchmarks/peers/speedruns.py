@@ -44,7 +44,7 @@ def ours(config_file: Path, overrides: list[str], seed: int) -> dict[str, float]
     torch.cuda.synchronize()
     began = time.perf_counter()
     first = parts.train_data.batches(parts.plan.ids, [slice(0, INIT_IMAGES)])
-    cast(Any, parts.bare_model).init_from_images(parts.augment.plain(next(first).images))
+    cast(Any, parts.bare_model).init_from_images(parts.augment.normalise(next(first).images))
     for epoch in range(config.train.epochs):
         train_epoch(parts, position, parts.plan.order(epoch), hooks)
     torch.cuda.synchronize()

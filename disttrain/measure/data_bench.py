@@ -25,6 +25,7 @@ from disttrain.shards.index import Index
 from disttrain.shards.reader import decoded, open_shard
 from disttrain.shards.tar import scan
 from disttrain.training.augment import Augment
+from disttrain.training.normalise import Normalise
 
 
 class Stage(NamedTuple):
@@ -108,10 +109,7 @@ def bench(index: Index, *, samples: int, batch_size: int, threads: int | None = 
     augment = Augment(
         AugmentConfig(crop_padding=min(4, min(index.height, index.width) - 1), flip=True),
         seed=0,
-        mean=index.mean,
-        std=index.std,
-        device=cpu,
-        channels_last=True,
+        normalise=Normalise(index.mean, index.std, index.width, channels_last=True),
     )
     augment.start_epoch(0, order, index.height, index.width)
     labels = np.zeros(samples, np.int64)

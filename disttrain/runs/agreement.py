@@ -23,9 +23,7 @@ def facts(config: Config, index: Index) -> dict[str, str]:
     return {
         "the version of python": python,
         **versions,
-        **{
-            key: json.dumps(value) for key, value in settings(config).items() if role(key) is not Role.MACHINE
-        },
+        **{key: json.dumps(value) for key, value in shared.items()},
         f"the index of {index.name}": index.digest[:16],
     }
 

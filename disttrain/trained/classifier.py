@@ -17,8 +17,8 @@ from disttrain.errors import CheckpointError
 from disttrain.models import build_model
 from disttrain.runs.checkpoint import load
 from disttrain.trained.run import FACTS, Facts, open_run
-from disttrain.training.augment import offset_and_scale
 from disttrain.training.choices import allow_tf32
+from disttrain.training.normalise import Normalise
 
 METADATA = "disttrain"
 """The key of the header of a safetensors file under which the `Facts` stand, as JSON."""
@@ -37,12 +37,10 @@ class Classifier(nn.Module):
         channels_last: the memory order of its images and filters.
 
     Attributes:
+        input: its normalisation.
         source: the checkpoint or file its weights are from, for people.
         step: optimizer steps it was trained for, where that is known.
     """
-
-    _offset: Tensor
-    _scale: Tensor
 
     def __init__(
         self, network: nn.Module, facts: Facts, *, precision: str = "fp32", channels_last: bool = False
@@ -51,14 +49,11 @@ class Classifier(nn.Module):
         self.network = network
         self.facts = facts
         self.precision = precision
-        self.channels_last = channels_last
         self.source = ""
         self.step: int | None = None
         if channels_last:
             network.to(memory_format=torch.channels_last)
-        for name, values in zip(("_offset", "_scale"), offset_and_scale(facts.mean, facts.std), strict=True):
-            # For the values of a whole row: over three channels alone the arithmetic would be slower.
-            self.register_buffer(name, values.repeat(facts.width), persistent=False)
+        self.input = Normalise(facts.mean, facts.std, facts.width, channels_last=channels_last)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -68,7 +63,7 @@ class Classifier(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it computes; images must be there."""
-        return self._offset.device
+        return self.input.offset.device
 
     def normalise(self, images: Tensor) -> Tensor:
         """Returns uint8 [B, H, W, C] images as the network reads them, float32 [B, C, H, W].
@@ -82,10 +77,8 @@ class Classifier(nn.Module):
                 f"expected uint8 images [B, {height}, {width}, {channels}], got {images.dtype} "
                 f"{list(images.shape)}; disttrain.predict takes files of any size"
             )
-        values = images.reshape(-1, len(self._offset)).float()
-        values = torch.addcmul(self._offset, values, self._scale)
-        result = values.view(images.shape).permute(0, 3, 1, 2)
-        return result if self.channels_last else result.contiguous()
+        result: Tensor = self.input(images)
+        return result
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the scores of the classes, float32 [B, classes], for uint8 images [B, H, W, C]."""

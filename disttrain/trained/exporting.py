@@ -117,7 +117,7 @@ def _export(trained: Trained, file_format: Format, index: Index, path: Path, par
     from disttrain.trained.classifier import load_model
 
     classifier = load_model(trained.folder.path, trained.checkpoint)
-    classifier.channels_last = False
+    classifier.input.channels_last = False
     classifier.network.to(memory_format=torch.contiguous_format)
     images = real_images(trained, index)
     try:

@@ -1,4 +1,4 @@
-"""Augmentation and normalisation of whole batches, on the device.
+"""Augmentation of whole batches, on the device.
 
 Every random choice is a function of (seed, epoch, place of the sample in the epoch), or of the sample itself,
 so that an image is augmented the same way on any number of ranks.
@@ -6,7 +6,6 @@ so that an image is augmented the same way on any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from disttrain import counter_rng
 from disttrain.config import AugmentConfig
 from disttrain.data.plan import Ids
+from disttrain.training.normalise import Normalise
 
 _ROWS, _COLUMNS, _FLIP, _CUT_ROWS, _CUT_COLUMNS, _MIX = range(2, 8)  # streams of random numbers
 _PART_AREA, _PART_ASPECT, _PART_ROW, _PART_COLUMN = range(8, 12)
@@ -46,28 +46,14 @@ class Augment:
     Args:
         config: the augmentation of training images.
         seed: the seed of the run.
-        mean: per channel, of pixel values in 0..1.
-        std: per channel, of pixel values in 0..1; 0 for a constant channel, which is not scaled.
-        device: where the images are.
-        channels_last: memory order of the result.
+        normalise: on the device of the images.
     """
 
-    def __init__(
-        self,
-        config: AugmentConfig,
-        *,
-        seed: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        device: torch.device,
-        channels_last: bool,
-    ) -> None:
+    def __init__(self, config: AugmentConfig, *, seed: int, normalise: Normalise) -> None:
+        self.normalise = normalise
         self._config = config
         self._seed = seed
-        self._device = device
-        self._channels_last = channels_last
-        self._offset, self._scale = (values.to(device) for values in offset_and_scale(mean, std))
-        self._rows: tuple[Tensor, Tensor] | None = None  # offset and scale of every value of a row
+        self._device = normalise.offset.device
         self._draws: dict[int, Tensor] = {}
         self._parts: Tensor | None = None  # centre and half size of each part, in grid_sample's units
 
@@ -112,11 +98,11 @@ class Augment:
         """
         batch, height, width, _ = images.shape
         if self._parts is not None:
-            result = self._enlarge(self.plain(images), places)
+            result = self._enlarge(self.normalise(images), places)
         else:
             if _ROWS in self._draws or _FLIP in self._draws:
                 images = self._crop_and_flip(images, places)
-            result = self.plain(images)
+            result = self.normalise(images)
         if _CUT_ROWS in self._draws:
             half = self._config.cutout / 2
             rows = torch.arange(height, device=self._device) - self._draws[_CUT_ROWS][places, None]
@@ -126,20 +112,6 @@ class Augment:
             hole = inside_rows[:, :, None] & inside_columns[:, None, :]
             result = result.masked_fill(hole.view(batch, 1, height, width), 0.0)
         return result
-
-    def plain(self, images: Tensor) -> Tensor:
-        """Normalises: uint8 [B, H, W, C] to float32 [B, C, H, W]."""
-        _, _, width, channels = images.shape
-        if self._rows is None or len(self._rows[0]) != width * channels:
-            self._rows = (
-                self._offset.expand(channels).repeat(width),
-                self._scale.expand(channels).repeat(width),
-            )
-        # Row by row: over three channels alone the arithmetic would be five times as slow on a CPU.
-        values = images.reshape(-1, width * channels).float()
-        torch.addcmul(self._rows[0], values, self._rows[1], out=values)
-        result = values.view(images.shape).permute(0, 3, 1, 2)
-        return result if self._channels_last else result.contiguous()
 
     def mix(self, epoch: int, step: int, batch: int, height: int, width: int) -> Mix | None:
         """Returns how the global batch of a step of an epoch is mixed, or None.
@@ -196,7 +168,7 @@ class Augment:
         theta = torch.cat([torch.diag_embed(half), centre[:, :, None]], 2)
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         result = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        order = torch.channels_last if self._channels_last else torch.contiguous_format
+        order = torch.channels_last if self.normalise.channels_last else torch.contiguous_format
         return result.contiguous(memory_format=order)
 
     def _crop_and_flip(self, images: Tensor, places: slice | Tensor) -> Tensor:
@@ -213,12 +185,6 @@ class Augment:
         lines = torch.arange(0, batch * height, height, device=self._device)[:, None] + rows
         pixels = (lines[:, :, None] * width + columns.expand(batch, -1)[:, None, :]).view(-1)
         return images.reshape(-1, channels).index_select(0, pixels).view(batch, height, width, channels)
-
-
-def offset_and_scale(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Returns what normalises pixel values 0..255 by offset + scale * value: float32 [C] each."""
-    divisor = torch.tensor([value or 1.0 for value in std])
-    return -(torch.tensor(mean) / divisor), 1 / (255 * divisor)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

@@ -40,6 +40,7 @@ from disttrain.training.choices import Choice, Settings, Workload, allow_tf32, b
 from disttrain.training.flops import flops_per_image, peak_flops_per_s
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import wait_for_all
+from disttrain.training.normalise import Normalise
 from disttrain.training.optim import build_optimizer
 from disttrain.training.parts import Parts, Position, as_written
 from disttrain.training.rank import Rank
@@ -96,17 +97,11 @@ def build(
     saved = checkpoint.value("arithmetic") if checkpoint else None
     accelerator, settings = prepare_arithmetic(config, group, model, index, steps_left, saved, choices)
     mean, std = statistics(config.data, index.mean, index.std)
-    augment = Augment(
-        config.augment,
-        seed=config.seed,
-        mean=mean,
-        std=std,
-        device=device,
-        channels_last=settings.channels_last,
-    )
+    normalise = Normalise(mean, std, index.width, channels_last=settings.channels_last, device=device)
+    augment = Augment(config.augment, seed=config.seed, normalise=normalise)
     if checkpoint is None and hasattr(model, "init_from_images"):
         with contextlib.closing(data.train.batches(data.plan.ids, [slice(0, INIT_IMAGES)])) as batches:
-            cast(Any, model).init_from_images(augment.plain(next(batches).to(device).images))
+            cast(Any, model).init_from_images(normalise(next(batches).to(device).images))
     ema = None if config.train.ema is None else MovingAverage(model, config.train.ema)
     optimizer, rates = build_optimizer(config.optim, config.schedule, model)
     position = Position()

@@ -75,7 +75,7 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dic
     subject = Subject(
         network,
         parts.accelerator.device,
-        parts.augment.plain,
+        parts.augment.normalise,
         parts.val_data,
         parts.val_ids,
         parts.rank,

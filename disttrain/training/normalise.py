@@ -1,0 +1,47 @@
+"""From stored pixels to what a network reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalise(nn.Module):
+    """Turns images as they are stored, uint8 [B, H, W, C], into float32 [B, C, H, W]: offset + scale * value.
+
+    Args:
+        mean: per channel, of pixel values in 0..1.
+        std: per channel, of pixel values in 0..1; 0 for a constant channel, which is not scaled.
+        width: of the images in pixels.
+        channels_last: memory order of the result.
+        device: where the images are.
+    """
+
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        width: int,
+        *,
+        channels_last: bool,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.channels_last = channels_last
+        divisor = torch.tensor([value or 1.0 for value in std])
+        factors = {"offset": -(torch.tensor(mean) / divisor), "scale": 1 / (255 * divisor)}
+        for name, values in factors.items():
+            # For the values of a whole row: over three channels alone the arithmetic would be slower.
+            self.register_buffer(name, values.repeat(width).to(device), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the images as the network reads them."""
+        values = images.reshape(-1, len(self.offset)).float()
+        torch.addcmul(self.offset, values, self.scale, out=values)
+        result = values.view(images.shape).permute(0, 3, 1, 2)
+        return result if self.channels_last else result.contiguous()
