@@ -194,7 +194,7 @@ def test_an_evaluation_and_a_snapshot_stay_on_the_device(
     parts = build(index, monkeypatch, {"data": {"cache": "host"}, "train": {"ema": 0.9}})
     tally, copies = Tally(GPU, len(index.classes)), Copies()
     model, normalise = parts.bare_model, parts.augment.normalise
-    subject = Subject(model, GPU, normalise, parts.val_data, parts.val_ids, 0, 1, 8, OneGpu().autocast)
+    subject = Subject(model, GPU, normalise, parts.val.data, parts.val.ids, 0, 1, 8, OneGpu().autocast)
     with copies:
         assert score(subject, tta, tally.add)
     assert copies.seen == {("cpu", "cuda", False)}

@@ -39,7 +39,7 @@ from disttrain.training.log_point import step_times
 from disttrain.training.microbatch import prepare
 from disttrain.training.normalise import Normalise
 from disttrain.training.optim import Rate, build_optimizer
-from disttrain.training.parts import Hooks, Parts, Position
+from disttrain.training.parts import Hooks, Parts, Position, Validation
 from disttrain.training.phases import Phases, StepTimes
 from disttrain.training.rank_state import gather_rank_states, restore_rank_state
 from disttrain.training.restore import restore
@@ -160,9 +160,7 @@ def make_parts(
             normalise=Normalise((MEAN,), (STD,), 6, channels_last=channels_last),
         ),
         train_data=Cached(split(samples, 1), device, "host"),
-        val_data=Cached(split(val_samples, 2), device, "host"),
-        val_ids=np.arange(val_samples),
-        val_skipped=0,
+        val=Validation(Cached(split(val_samples, 2), device, "host"), np.arange(val_samples)),
         image_size=(6, 6),
         settings=Settings("fp32", channels_last, compiled=False, threads=1),
     )
@@ -665,8 +663,7 @@ def test_an_epoch_over_other_samples_than_those_of_the_index_is_an_error(how: st
 @pytest.mark.parametrize(("how", "seen"), [("repeats", 40), ("drops", 39)])
 def test_an_evaluation_of_other_samples_is_an_error(how: str, seen: int) -> None:
     parts = make_parts(batch_size=4)
-    parts.val_data = Careless(how)
-    parts.val_ids = np.arange(40)
+    parts.val = Validation(Careless(how), np.arange(40))
     with pytest.raises(DataError, match=rf"saw {seen} samples, it should be 40, or not the same ones"):
         evaluate(parts, "none", step=0, hooks=QUIET)
 

@@ -13,8 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.config import Config
@@ -23,31 +22,42 @@ from disttrain.data.cached import Cached, open_split
 from disttrain.data.plan import Ids, Plan, make_plan, usable_ids
 from disttrain.data.stages import open_stream
 from disttrain.data.statistics import statistics
-from disttrain.errors import (
-    DataError,
-)
+from disttrain.errors import DataError
 from disttrain.models import build_for
 from disttrain.models.pretrained import load_weights
 from disttrain.parallel import cores_of_a_rank
 from disttrain.preflight import split_batch
-from disttrain.runs.checkpoint import load
+from disttrain.runs.checkpoint import Checkpoint, load
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index
 from disttrain.shards.verify import survey
 from disttrain.training.augment import Augment
 from disttrain.training.average import MovingAverage
-from disttrain.training.choices import Choice, Settings, Workload, allow_tf32, bucket_mib, choose
+from disttrain.training.choices import (
+    Choice,
+    Chosen,
+    Settings,
+    Workload,
+    allow_tf32,
+    bucket_mib,
+    choose,
+)
+from disttrain.training.collectives import Group, gather
 from disttrain.training.flops import flops_per_image, peak_flops_per_s
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import wait_for_all
 from disttrain.training.normalise import Normalise
 from disttrain.training.optim import build_optimizer
-from disttrain.training.parts import Parts, Position, as_written
+from disttrain.training.parts import Parts, Position, Validation, as_written
 from disttrain.training.rank import Rank
 from disttrain.training.rank_state import restore_rank_state, seed_own_code
-from disttrain.training.restore import restore, restore_scaler, saved_position
+from disttrain.training.restore import go_on
 
 log = logging.getLogger("disttrain")
+
+
+INIT_IMAGES = 5000
+"""Training images at most that a model with `init_from_images` sees before the first step."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +67,20 @@ class Data:
     Attributes:
         plan: the order of the training samples.
         train: serves the training split.
-        val: serves the validation split.
-        val_ids: samples of that which can be used, int64 [samples].
-        val_skipped: how many cannot.
+        val: the validation split.
+        place: where the images come from, and why.
     """
 
     plan: Plan
     train: Loader
-    val: Loader
-    val_ids: Ids
-    val_skipped: int
+    val: Validation
+    place: Choice
 
 
 def build(
     config: Config,
     rank: Rank,
-    group: PartialState,
+    process_group: PartialState,
     index: Index,
     checkpoint_path: Path | None,
     *,
@@ -85,93 +93,165 @@ def build(
     Returns:
         The parts, where to begin, and what was chosen for the user and why.
     """
-    device, image = group.device, (index.channels, index.height, index.width)
-    say = print if rank.number == 0 else log.info
-    choices: dict[str, Choice] = {}
+    group = Group(process_group.process_index, process_group.num_processes, process_group.device)
+    device = group.device
     checkpoint = None if checkpoint_path is None else load(checkpoint_path)
-    data = open_data(config, index, group, say, choices)
-    model = initial_model(config, index, device, choices, resumed=checkpoint is not None)
-    per_image = flops_per_image(model, image)
-    steps_left = data.plan.steps_per_epoch * config.train.epochs
-    steps_left -= checkpoint.value("step") if checkpoint else 0
-    saved = checkpoint.value("arithmetic") if checkpoint else None
-    accelerator, settings = prepare_arithmetic(config, group, model, index, steps_left, saved, choices)
+    data = open_data(config, index, group)
+    model, weights = initial_model(config, index, device, resumed=checkpoint is not None)
+    per_image = flops_per_image(model, (index.channels, index.height, index.width))
+    chosen = choose_arithmetic(config, group, model, index, data.plan, checkpoint)
+    settings = chosen.settings
+    accelerator = apply_arithmetic(settings, device, model)
+    choices = {"cache": data.place} | weights | chosen.reasons
     mean, std = statistics(config.data, index.mean, index.std)
     normalise = Normalise(mean, std, index.width, channels_last=settings.channels_last, device=device)
-    augment = Augment(config.augment, seed=config.seed, normalise=normalise)
     if checkpoint is None and hasattr(model, "init_from_images"):
-        with contextlib.closing(data.train.batches(data.plan.ids, [slice(0, INIT_IMAGES)])) as batches:
-            cast(Any, model).init_from_images(normalise(next(batches).to(device).images))
-    ema = None if config.train.ema is None else MovingAverage(model, config.train.ema)
+        cast(Any, model).init_from_images(normalise(first_images(data, device)))
     optimizer, rates = build_optimizer(config.optim, config.schedule, model)
-    position = Position()
-    if checkpoint is not None:
-        position = saved_position(checkpoint, config, index, data.plan, rank, force=force)
-        restore(checkpoint, model, optimizer, ema, force=force)
-        restore_scaler(checkpoint, accelerator.scaler, force=force)
-    model = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
-    if accelerator.num_processes > 1:
-        model, choices["bucket"] = wrap_ddp(model, device, timed_every=config.monitor.log_every_steps)
-    choices["cuda_graph"] = graph_choice(config, device, group.num_processes, settings)
     parts = Parts(
         config=config,
         accelerator=accelerator,
         model=model,
-        ema=ema,
+        ema=None if config.train.ema is None else MovingAverage(model, config.train.ema),
         optimizer=optimizer,
         rates=rates,
         plan=data.plan,
-        augment=augment,
+        augment=Augment(config.augment, seed=config.seed, normalise=normalise),
         train_data=data.train,
-        val_data=data.val,
-        val_ids=data.val_ids,
-        val_skipped=data.val_skipped,
+        val=data.val,
         image_size=(index.height, index.width),
         settings=settings,
         flops_per_image=per_image,
         peak_flops_per_s=peak_flops_per_s(device, settings.precision)[0],
-        compiled_batch=split_batch(config, group.num_processes) if settings.compiled else None,
-        graph=StepGraph(optimizer, device) if choices["cuda_graph"].value == "true" else None,
     )
-    if checkpoint is not None and parts.world_size > 2:
-        warm_up_ddp_buckets(parts, image)
-    seed_own_code(config.seed, rank.number)
+    position = Position() if checkpoint is None else go_on(checkpoint, parts, index, rank, force=force)
+    parts.model = model = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
+    if group.world_size > 1:
+        parts.model, choices["bucket"] = wrap_ddp(model, device, timed_every=config.monitor.log_every_steps)
+    choices["cuda_graph"] = graph_choice(config, device, group.world_size, settings)
+    if choices["cuda_graph"].value == "true":
+        parts.graph = StepGraph(optimizer, device)
+    seed_own_code(config.seed, group.rank)
     if checkpoint is not None:
+        if group.world_size > 2:
+            warm_up_ddp_buckets(parts, index)
         restore_rank_state(parts, checkpoint.part("ranks"))
     return parts, position, choices
 
 
-def open_data(
-    config: Config, index: Index, group: PartialState, say: Callable[[str], None], choices: dict[str, Choice]
-) -> Data:
-    """Returns the samples of a run; `choices` takes how they are served. Every rank calls this."""
-    skipped = skipped_samples(config, index, group, say)
+def open_data(config: Config, index: Index, group: Group) -> Data:
+    """Returns the samples of a run. Every rank calls this."""
+    say = print if group.rank == 0 else log.info
+    skipped = {split: skipped_samples(config, index, split, group, say) for split in ("train", "val")}
     plan = make_plan(config, index, skipped["train"])
-    loaders = open_loaders(config, index, skipped, group, say, choices)
+    pipeline = config.data.pipeline
+    place, reason = choose_place(
+        config.data.cache, index.decoded_bytes, group.device, streamed=pipeline is not None
+    )
+    loaders: dict[str, Loader] = {}
+    if place != "none":
+        for split in skipped:
+            loaders[split] = Cached(open_split(index, split, skipped[split], say), group.device, place)
+    else:
+        workers = min(8, cores_of_a_rank()) if config.data.workers is None else config.data.workers
+        expect_images(index.splits["train"].samples * config.train.epochs // group.world_size)
+        size = config.train.batch_size // group.world_size
+        for split in skipped:
+            streamed = open_stream(
+                index, split, group.device, batch_size=size, workers=workers, say=say, pipeline=pipeline
+            )
+            loaders[split] = streamed
+        reason += (
+            f"; {config.data.streams} streams, {workers} decoding threads per process, at most "
+            f"{streamed.most_bytes / 2**20:,.1f} MiB of decoded samples under way in each"
+        )
     wait_for_all("data")
     val_ids = usable_ids(index.splits["val"].samples, skipped["val"])
-    return Data(plan, loaders["train"], loaders["val"], val_ids, len(skipped["val"]))
+    val = Validation(loaders["val"], val_ids, len(skipped["val"]))
+    return Data(plan, loaders["train"], val, Choice(place, reason))
+
+
+def skipped_samples(
+    config: Config, index: Index, split: str, group: Group, say: Callable[[str], None]
+) -> Ids:
+    """Returns the ids of a split that cannot be used on any node. Every rank calls this."""
+    if config.data.on_error != "skip":
+        return np.empty(0, np.int64)
+    found = survey(index, split, say)
+    wait_for_all(f"survey of {split}")
+    found = np.unique(np.concatenate(gather(group, found)))
+    if len(found) == index.splits[split].samples:
+        raise DataError(
+            f"{index.base or index.folder}: no sample of the {split} split can be used; "
+            f"`disttrain data verify {index.name}` tells why"
+        )
+    return found
+
+
+def first_images(data: Data, device: torch.device) -> Tensor:
+    """Returns the first training images by their number, the same on every rank: uint8 [N, H, W, C]."""
+    with contextlib.closing(data.train.batches(data.plan.ids, [slice(0, INIT_IMAGES)])) as batches:
+        return next(batches).to(device).images
 
 
 def initial_model(
-    config: Config, index: Index, device: torch.device, choices: dict[str, Choice], *, resumed: bool
-) -> nn.Module:
+    config: Config, index: Index, device: torch.device, *, resumed: bool
+) -> tuple[nn.Module, dict[str, Choice]]:
     """Returns the network on its device: with random weights, the same on all ranks, or those of a file.
 
     Args:
         config: says which network, and the file.
         index: the data set.
         device: of the rank.
-        choices: takes what came from the file.
         resumed: whether the weights of a checkpoint come next, so that no file is read.
+
+    Returns:
+        The network, and what came from the file.
     """
     torch.manual_seed(config.seed)
     model = build_for(config.model, index).to(device)
-    if config.model.weights is not None and not resumed:
-        fresh = load_weights(model, Path(config.model.weights), len(index.classes))
-        left = f", but {', '.join(fresh)}, which begin at random" if fresh else ""
-        choices["weights"] = Choice(config.model.weights, f"all{left}")
-    return model
+    if config.model.weights is None or resumed:
+        return model, {}
+    fresh = load_weights(model, Path(config.model.weights), len(index.classes))
+    left = f", but {', '.join(fresh)}, which begin at random" if fresh else ""
+    return model, {"weights": Choice(config.model.weights, f"all{left}")}
+
+
+def choose_arithmetic(
+    config: Config, group: Group, model: nn.Module, index: Index, plan: Plan, checkpoint: Checkpoint | None
+) -> Chosen:
+    """Chooses precision, memory order, compilation and threads, for what is left of the run.
+
+    Every rank calls this. The model is on its device, and not changed.
+    """
+    steps = plan.steps_per_epoch * config.train.epochs - (checkpoint.value("step") if checkpoint else 0)
+    work = Workload(
+        model,
+        split_batch(config, group.world_size),
+        (index.channels, index.height, index.width),
+        len(index.classes),
+        steps * config.train.accumulate,
+        group.world_size,
+    )
+    saved = checkpoint.value("arithmetic") if checkpoint else None
+    return choose(config.train, work, threads=torch.get_num_threads(), saved=saved)
+
+
+def apply_arithmetic(settings: Settings, device: torch.device, model: nn.Module) -> Accelerator:
+    """Puts the model into the chosen memory order and compiles it; sets what holds for the process."""
+    allow_tf32(settings.precision == "tf32")
+    if device.type == "cpu":
+        torch.set_num_threads(settings.threads)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if settings.compiled:
+        model.compile(dynamic=False)
+    # A launcher's settings are not part of the experiment.
+    os.environ |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=settings.precision if settings.precision in {"bf16", "fp16"} else "no",
+    )
 
 
 def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tuple[nn.Module, Choice]:
@@ -202,139 +282,17 @@ def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tup
     return wrapped, Choice(f"{bucket:.3g} MiB", reason)
 
 
-def warm_up_ddp_buckets(parts: Parts, image: tuple[int, int, int]) -> None:
+def warm_up_ddp_buckets(parts: Parts, index: Index) -> None:
     """Lets DDP order its gradient buckets, as it does after the first step of a run. Every rank calls this.
 
     The place of a gradient in its bucket decides in which order more than two ranks are summed up: without
     this, the first step of a run that goes on would differ in the last bit from one that was never stopped.
-
-    Args:
-        parts: of a run that goes on; only the generators of random numbers change.
-        image: channels, height and width.
+    Only the generators of random numbers change.
     """
     buffers = [(buffer, buffer.clone()) for buffer in parts.bare_model.buffers()]
     with as_written(parts):
-        parts.model(torch.zeros(2, *image, device=parts.accelerator.device)).sum().backward()
+        shape = (2, index.channels, index.height, index.width)
+        parts.model(torch.zeros(shape, device=parts.accelerator.device)).sum().backward()
     parts.drop_gradients()
     for buffer, saved in buffers:
         buffer.copy_(saved)
-
-
-INIT_IMAGES = 5000
-"""Training images at most that a model with `init_from_images` sees before the first step."""
-
-
-def prepare_arithmetic(
-    config: Config,
-    group: PartialState,
-    model: nn.Module,
-    index: Index,
-    steps: int,
-    saved: dict[str, Any] | None,
-    choices: dict[str, Choice],
-) -> tuple[Accelerator, Settings]:
-    """Chooses precision, memory order, compilation and threads and applies them to the model.
-
-    Every rank calls this.
-
-    Args:
-        config: what the user has set.
-        group: the process group.
-        model: on its device; is put into the chosen memory order and compiled.
-        index: the data set.
-        steps: optimizer steps in the rest of the run.
-        saved: the settings kept in the checkpoint that is gone on from, with their device and world size, or
-            None.
-        choices: takes what is chosen and why.
-
-    Returns:
-        The accelerator, and what was chosen.
-    """
-    batch = split_batch(config, group.num_processes)
-    choice = choose(
-        config.train,
-        Workload(
-            model,
-            batch,
-            (index.channels, index.height, index.width),
-            len(index.classes),
-            steps * config.train.accumulate,
-            group.num_processes,
-        ),
-        threads=torch.get_num_threads(),
-        saved=saved,
-    )
-    choices |= choice.reasons
-    settings = choice.settings
-    allow_tf32(settings.precision == "tf32")
-    if group.device.type == "cpu":
-        torch.set_num_threads(settings.threads)
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if settings.compiled:
-        model.compile(dynamic=False)
-    # A launcher's settings are not part of the experiment.
-    os.environ |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
-    accelerator = Accelerator(
-        cpu=group.device.type == "cpu",
-        mixed_precision=settings.precision if settings.precision in {"bf16", "fp16"} else "no",
-    )
-    return accelerator, settings
-
-
-def skipped_samples(
-    config: Config, index: Index, group: PartialState, say: Callable[[str], None]
-) -> dict[str, Ids]:
-    """Returns the ids of each split that cannot be used on any node. Every rank calls this."""
-    skipped = {split: np.empty(0, np.int64) for split in ("train", "val")}
-    if config.data.on_error == "skip":
-        for split in skipped:
-            found = survey(index, split, say)
-            wait_for_all(f"survey of {split}")
-            if group.num_processes > 1:
-                found = np.unique(np.concatenate(gather_object([found])))
-            skipped[split] = found
-            if len(found) == index.splits[split].samples:
-                raise DataError(
-                    f"{index.base or index.folder}: no sample of the {split} split can be used; "
-                    f"`disttrain data verify {index.name}` tells why"
-                )
-    return skipped
-
-
-def open_loaders(
-    config: Config,
-    index: Index,
-    skipped: dict[str, Ids],
-    group: PartialState,
-    say: Callable[[str], None],
-    choices: dict[str, Choice],
-) -> dict[str, Loader]:
-    """Returns what serves each split to this rank; `choices` takes how and why."""
-    device = group.device
-    place, reason = choose_place(
-        config.data.cache, index.decoded_bytes, device, streamed=config.data.pipeline is not None
-    )
-    if place != "none":
-        choices["cache"] = Choice(place, reason)
-        return {
-            split: Cached(open_split(index, split, skipped[split], say), device, place)
-            for split in ("train", "val")
-        }
-    workers = config.data.workers
-    if workers is None:
-        workers = min(8, cores_of_a_rank())
-    expect_images(index.splits["train"].samples * config.train.epochs // group.num_processes)
-    size = config.train.batch_size // group.num_processes
-    loaders = {
-        split: open_stream(
-            index, split, device, batch_size=size, workers=workers, say=say, pipeline=config.data.pipeline
-        )
-        for split in ("train", "val")
-    }
-    how = (
-        f"; {config.data.streams} streams, {workers} decoding threads per process, at most "
-        f"{loaders['train'].most_bytes / 2**20:,.1f} MiB of decoded samples under way in each"
-    )
-    choices["cache"] = Choice(place, reason + how)
-    return dict(loaders)

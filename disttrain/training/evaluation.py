@@ -76,8 +76,8 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dic
         network,
         parts.accelerator.device,
         parts.augment.normalise,
-        parts.val_data,
-        parts.val_ids,
+        parts.val.data,
+        parts.val.ids,
         parts.rank,
         parts.world_size,
         batch_size(parts.config.train, parts.world_size),
@@ -96,8 +96,8 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dic
         if not score(subject, tta, tally.add, go_on):
             return None
     sums = reduce_record(parts.group, Phase.EVALUATE, step, tally.sums())
-    sums.check(parts.val_ids, "the evaluation saw")
-    return summary(sums, tta) | {"skipped": parts.val_skipped}
+    sums.check(parts.val.ids, "the evaluation saw")
+    return summary(sums, tta) | {"skipped": parts.val.skipped}
 
 
 def batch_size(config: TrainConfig, world_size: int) -> int:

@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from disttrain.config import Config
 from disttrain.data.batches import Loader
 from disttrain.data.plan import Ids, Plan
+from disttrain.preflight import split_batch
 from disttrain.training.augment import Augment
 from disttrain.training.average import MovingAverage
 from disttrain.training.choices import Settings
@@ -232,6 +234,20 @@ class Meter:
         self.wait_s, self._before_s = state.wait_s, state.elapsed_s
 
 
+class Validation(NamedTuple):
+    """A split to evaluate on, as one rank sees it.
+
+    Attributes:
+        data: serves the samples to this rank.
+        ids: those that all ranks together evaluate, int64 [samples].
+        skipped: how many more there are, which cannot be used.
+    """
+
+    data: Loader
+    ids: Ids
+    skipped: int = 0
+
+
 @dataclass
 class Parts:
     """What one rank trains with, built by the worker.
@@ -242,16 +258,14 @@ class Parts:
         rates: the learning rate of each of its parameter groups.
         plan: the order of the training samples.
         train_data: the training split, served to this rank.
-        val_data: the validation split, served to this rank.
-        val_ids: the samples to evaluate on, int64 [samples].
-        val_skipped: samples of the validation split that cannot be used.
+        val: the validation split.
         image_size: height and width in pixels.
         settings: how the forward and backward pass is computed.
         flops_per_image: of training, or None if that is not known.
         peak_flops_per_s: the most that the device does, or None if that is not known.
-        compiled_batch: images in the forward pass that the model is compiled for, or None if it is not.
         graph: takes the steps with a whole batch as a CUDA graph, or None.
         meter: sums since the last log point.
+        compiled_batch: images in the forward pass that the model is compiled for, or None if it is not.
         parameters: those that the optimizer changes.
     """
 
@@ -264,24 +278,24 @@ class Parts:
     plan: Plan
     augment: Augment
     train_data: Loader
-    val_data: Loader
-    val_ids: Ids
-    val_skipped: int
+    val: Validation
     image_size: tuple[int, int]
     settings: Settings
     flops_per_image: int | None = None
     peak_flops_per_s: float | None = None
-    compiled_batch: int | None = None
     graph: StepGraph | None = None
     rank: int = field(init=False)
     world_size: int = field(init=False)
     meter: Meter = field(init=False)
+    compiled_batch: int | None = field(init=False)
     parameters: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.meter = Meter(self.accelerator.device)
+        compiled = self.settings.compiled
+        self.compiled_batch = split_batch(self.config, self.world_size) if compiled else None
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def drop_gradients(self) -> None:
@@ -304,7 +318,7 @@ class Parts:
     @property
     def bare_model(self) -> nn.Module:
         """The model without DDP."""
-        model = self.model.module if self.world_size > 1 else self.model
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         assert isinstance(model, nn.Module)
         return model
 

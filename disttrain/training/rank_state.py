@@ -12,11 +12,10 @@ from dataclasses import astuple, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from disttrain import counter_rng
-from disttrain.training.collectives import fill, float_buffers
+from disttrain.training.collectives import fill, float_buffers, gather
 from disttrain.training.parts import MeterState, Parts
 
 _OWN_CODE = 24  # the stream of random numbers that seeds Python's and numpy's generators
@@ -73,8 +72,8 @@ def _set_generators(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def gather_rank_states(parts: Parts, *, with_buffers: bool) -> dict[str, Tensor] | None:
-    """Returns what differs from rank to rank in a run, on rank 0; None on the others.
+def gather_rank_states(parts: Parts, *, with_buffers: bool) -> dict[str, Tensor]:
+    """Returns what differs from rank to rank in a run.
 
     Args:
         parts: of this rank.
@@ -83,12 +82,13 @@ def gather_rank_states(parts: Parts, *, with_buffers: bool) -> dict[str, Tensor]
     Returns:
         Tensors [ranks, ...]: random number generators, the sums since the last log point, statistics.
     """
-    own = _rank_state(parts, with_buffers)
-    if parts.world_size == 1:
-        return {name: value[None] for name, value in own.items()}
-    states: list[dict[str, Tensor]] = [{}] * parts.world_size
-    dist.gather_object(own, states if parts.rank == 0 else None)
-    return {name: torch.stack([state[name] for state in states]) for name in own} if parts.rank == 0 else None
+    own = _generators(parts.accelerator.device)
+    own["meter"] = torch.tensor(astuple(parts.meter.state()), dtype=torch.float64)
+    buffers = _statistics(parts)
+    if with_buffers and buffers:
+        own["buffers"] = torch.cat([buffer.reshape(-1).double() for buffer in buffers]).cpu()
+    states = gather(parts.group, own)
+    return {name: torch.stack([state[name] for state in states]) for name in own}
 
 
 def restore_rank_state(parts: Parts, states: dict[str, Tensor]) -> None:
@@ -98,23 +98,16 @@ def restore_rank_state(parts: Parts, states: dict[str, Tensor]) -> None:
         own = {name: value[parts.rank].clone() for name, value in states.items()}  # aligned in memory
         _set_generators(own, parts.accelerator.device)
         if "buffers" in own:
-            models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]
-            fill([buffer for model in models for buffer in float_buffers(model)], own["buffers"])
+            fill(_statistics(parts), own["buffers"])
         parts.meter.load(MeterState(*own["meter"].tolist()))
     else:
         total, mean = (MeterState(*values.tolist()) for values in (meters.sum(0), meters.mean(0)))
         if parts.rank:  # the sums go on with rank 0
             total = MeterState(0, 0, 0, 0, 0, 0)
-        parts.meter.load(
-            replace(mean, loss=total.loss, correct=total.correct, samples=total.samples),
-        )
+        parts.meter.load(replace(mean, loss=total.loss, correct=total.correct, samples=total.samples))
 
 
-def _rank_state(parts: Parts, with_buffers: bool) -> dict[str, Tensor]:
-    state = _generators(parts.accelerator.device)
-    state["meter"] = torch.tensor(astuple(parts.meter.state()), dtype=torch.float64)
+def _statistics(parts: Parts) -> list[Tensor]:
+    """Returns the batch-norm statistics of the model and its moving average."""
     models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]
-    buffers = [buffer for model in models for buffer in float_buffers(model)]
-    if with_buffers and buffers:
-        state["buffers"] = torch.cat([buffer.reshape(-1).double() for buffer in buffers]).cpu()
-    return state
+    return [buffer for model in models for buffer in float_buffers(model)]

@@ -18,10 +18,25 @@ from disttrain.runs.checkpoint import Checkpoint
 from disttrain.runs.identity import changes_since, identity, refuse, saved_identity
 from disttrain.shards.index import Index
 from disttrain.training.optim import load_state
-from disttrain.training.parts import Position
+from disttrain.training.parts import Parts, Position
 from disttrain.training.rank import Rank
 
 log = logging.getLogger("disttrain")
+
+
+def go_on(checkpoint: Checkpoint, parts: Parts, index: Index, rank: Rank, *, force: bool) -> Position:
+    """Puts a checkpoint into the parts of a run, whose model is not wrapped yet.
+
+    Returns:
+        Where the run goes on.
+
+    Raises:
+        CheckpointError, UsageError: as `saved_position`, `restore` and `restore_scaler` do.
+    """
+    position = saved_position(checkpoint, parts.config, index, parts.plan, rank, force=force)
+    restore(checkpoint, parts.model, parts.optimizer, parts.ema, force=force)
+    restore_scaler(checkpoint, parts.accelerator.scaler, force=force)
+    return position
 
 
 def saved_position(
@@ -30,7 +45,7 @@ def saved_position(
     """Returns where a run goes on, after checking that it is the run of the checkpoint.
 
     Raises:
-        CheckpointError: it was saved with another optimizer.
+        CheckpointError: it was saved with another optimizer, or does not say what it was saved with.
         UsageError: config or data set differ, and that is not forced.
     """
     if checkpoint.value("optimizer") != config.optim.name:
@@ -40,32 +55,19 @@ def saved_position(
         )
     fields = dataclasses.fields(Position)
     position = Position(**{field.name: checkpoint.value(field.name) for field in fields})
-    now = identity(config, index, plan.skipped.tolist())
-    if check_identity(checkpoint, now, rank, force=force) and position.samples:
-        say = print if rank.number == 0 else log.info
-        say(f"the samples have another order now: epoch {position.epoch + 1} begins again")
-        position.samples = 0
-    return position
-
-
-def check_identity(checkpoint: Checkpoint, now: dict[str, Any], rank: Rank, *, force: bool) -> bool:
-    """Compares config and data set with those of the checkpoint, now that what is left out is known.
-
-    Returns:
-        Whether the order of the samples is another one, so that what is left of an epoch cannot be told.
-
-    Raises:
-        CheckpointError: the checkpoint does not say what it was saved with.
-        UsageError: they differ, and that is not forced.
-    """
     saved = saved_identity(checkpoint.path, checkpoint.state)
+    now = identity(config, index, plan.skipped.tolist())  # now that what is left out is known
     changes = changes_since(saved, now)
     if changes and not force:
         raise refuse(f"{checkpoint.path}: was saved with", changes)
     before, left_out = (document["data"].get("skipped", 0) for document in (saved, now))
     if before != left_out and rank.number == 0 and rank.folder is not None:
-        rank.folder.record_forced(checkpoint.value("step"), [f"data.skipped: {before} -> {left_out}"])
-    return bool(saved["order"] != now["order"])
+        rank.folder.record_forced(position.step, [f"data.skipped: {before} -> {left_out}"])
+    if saved["order"] != now["order"] and position.samples:
+        say = print if rank.number == 0 else log.info
+        say(f"the samples have another order now: epoch {position.epoch + 1} begins again")
+        position.samples = 0
+    return position
 
 
 def restore(
