@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class Residual(nn.Module):
     def __init__(self, branch: nn.Module, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.branch = branch
+        self.outputs = outputs
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else conv_bn(inputs, outputs, 1, stride=stride, relu=False)
 
@@ -53,8 +55,8 @@ class ResNet(nn.Sequential):
     reduce them by 4 before the first block.
 
     Args:
+        block: makes a block of its inputs, its width and its stride.
         depths: blocks of each of the four stages.
-        deep: bottleneck blocks in place of basic ones.
         num_classes: outputs.
         in_channels: channels of the images.
         image_size: height and width of the images.
@@ -62,9 +64,9 @@ class ResNet(nn.Sequential):
 
     def __init__(
         self,
+        block: Callable[[int, int, int], Residual],
         depths: Sequence[int],
         *,
-        deep: bool,
         num_classes: int,
         in_channels: int,
         image_size: tuple[int, int],
@@ -73,36 +75,20 @@ class ResNet(nn.Sequential):
             stem = conv_bn(in_channels, 64, 3)
         else:
             stem = nn.Sequential(conv_bn(in_channels, 64, 7, stride=2), nn.MaxPool2d(3, 2, padding=1))
-        block, expansion = (bottleneck, 4) if deep else (basic_block, 1)
         stages = nn.Sequential()
         channels = 64
         for depth, width, stride in zip(depths, (64, 128, 256, 512), (1, 2, 2, 2), strict=True):
-            stage = nn.Sequential(block(channels, width, stride))
-            channels = expansion * width
-            for _ in range(depth - 1):
-                stage.append(block(channels, width, 1))
+            stage = nn.Sequential()
+            for number in range(depth):
+                added = block(channels, width, 1 if number else stride)
+                stage.append(added)
+                channels = added.outputs
             stages.append(stage)
         classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
         super().__init__(OrderedDict(stem=stem, stages=stages, classifier=classifier))
         init_weights(self)
 
 
-def resnet18(*, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> ResNet:
-    """Returns the network of 18 layers with weights."""
-    return ResNet(
-        (2, 2, 2, 2), deep=False, num_classes=num_classes, in_channels=in_channels, image_size=image_size
-    )
-
-
-def resnet34(*, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> ResNet:
-    """Returns the network of 34 layers with weights."""
-    return ResNet(
-        (3, 4, 6, 3), deep=False, num_classes=num_classes, in_channels=in_channels, image_size=image_size
-    )
-
-
-def resnet50(*, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> ResNet:
-    """Returns the network of 50 layers with weights, in bottleneck blocks."""
-    return ResNet(
-        (3, 4, 6, 3), deep=True, num_classes=num_classes, in_channels=in_channels, image_size=image_size
-    )
+resnet18 = partial(ResNet, basic_block, (2, 2, 2, 2))
+resnet34 = partial(ResNet, basic_block, (3, 4, 6, 3))
+resnet50 = partial(ResNet, bottleneck, (3, 4, 6, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
@@ -34,7 +35,7 @@ class VGG(nn.Sequential):
         num_classes: int,
         in_channels: int,
         image_size: tuple[int, int],
-        dropout: float,
+        dropout: float = 0.5,
     ) -> None:
         features = nn.Sequential()
         channels = in_channels
@@ -51,23 +52,5 @@ class VGG(nn.Sequential):
         init_weights(self)
 
 
-def vgg16(*, num_classes: int, in_channels: int, image_size: tuple[int, int], dropout: float = 0.5) -> VGG:
-    """Returns configuration D: 13 convolutions."""
-    return VGG(
-        (2, 2, 3, 3, 3),
-        num_classes=num_classes,
-        in_channels=in_channels,
-        image_size=image_size,
-        dropout=dropout,
-    )
-
-
-def vgg19(*, num_classes: int, in_channels: int, image_size: tuple[int, int], dropout: float = 0.5) -> VGG:
-    """Returns configuration E: 16 convolutions."""
-    return VGG(
-        (2, 2, 4, 4, 4),
-        num_classes=num_classes,
-        in_channels=in_channels,
-        image_size=image_size,
-        dropout=dropout,
-    )
+vgg16 = partial(VGG, (2, 2, 3, 3, 3))  # configuration D: 13 convolutions
+vgg19 = partial(VGG, (2, 2, 4, 4, 4))  # configuration E: 16 convolutions
