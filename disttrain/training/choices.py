@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -71,12 +71,11 @@ class Choice(NamedTuple):
         return f"{self.value}: {self.reason}"
 
 
-@dataclass
-class Chosen:
+class Chosen(NamedTuple):
     """The settings of a run, and each of them with its reason."""
 
     settings: Settings
-    reasons: dict[str, Choice] = field(default_factory=dict)
+    reasons: dict[str, Choice]
 
 
 @dataclass(frozen=True)
@@ -114,26 +113,21 @@ def choose(
     """
     device = next(work.model.parameters()).device
     settings, reasons = _rules(config, device, threads, saved["precision"] if saved else None)
-    choice = Chosen(settings, reasons)
-    open_keys = [key for key in ("channels_last", "compile") if reasons[key] == _OPEN]
+    unknown = next((key for key in _FIELDS if key not in reasons), None)
     if saved and (saved["device"], saved["world_size"]) == (device.type, work.world_size):
-        _keep_saved(choice, open_keys, saved, threads)
-    elif config.reproducible:
-        _keep(choice, open_keys, "train.reproducible: another run might measure otherwise")
-    elif open_keys:
-        _measure(choice, work, open_keys, vary_threads=device.type == "cpu" and threads > 1)
+        kept = {} if unknown is None else {unknown: _FIELDS[unknown]}
+        if saved["threads"] < threads:
+            kept["threads"] = "threads"
+        settings = replace(settings, **{field: saved[field] for field in kept.values()})
+        reasons |= {key: Choice(_shown(settings, key), "as in the checkpoint") for key in kept}
+    elif unknown is not None and config.reproducible:
+        why = "train.reproducible: another run might measure otherwise"
+        reasons[unknown] = Choice(_shown(settings, unknown), why)
+    elif unknown is not None:
+        settings, found = _measured(Probe(work), settings, unknown)
+        reasons |= found
     reasons.setdefault("threads", Choice(str(threads), "cores divided by processes, or OMP_NUM_THREADS"))
-    return choice
-
-
-def _keep_saved(choice: Chosen, open_keys: list[str], saved: Mapping[str, Any], threads: int) -> None:
-    for key in open_keys:
-        value = saved["compiled" if key == "compile" else key]
-        choice.settings = replace(choice.settings, **{"compiled" if key == "compile" else key: value})
-        choice.reasons[key] = Choice(str(value).lower(), "as in the checkpoint")
-    if saved["threads"] < threads:
-        choice.settings = replace(choice.settings, threads=saved["threads"])
-        choice.reasons["threads"] = Choice(str(saved["threads"]), "as in the checkpoint")
+    return Chosen(settings, reasons)
 
 
 def bucket_mib(parameters: int, device: torch.device) -> tuple[float, str]:
@@ -158,13 +152,14 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-_OPEN = Choice("", "still to be decided")
+_FIELDS = {"channels_last": "channels_last", "compile": "compiled"}
+"""Keys that may be measured, the first on a CPU and the second on a GPU, with their fields of `Settings`."""
 
 
 def _rules(
     config: TrainConfig, device: torch.device, threads: int, fixed_precision: Precision | None
 ) -> tuple[Settings, dict[str, Choice]]:
-    """Returns what is known without a measurement, with _OPEN in the place of what is not."""
+    """Returns the settings by the rules, and the reason of each that is not to be measured."""
     reasons: dict[str, Choice] = {}
     if config.precision != "auto":
         precision: Precision = config.precision
@@ -178,57 +173,74 @@ def _rules(
         reasons["precision"] = Choice(precision, f"a GPU with{'' if has_bf16 else 'out'} bf16")
     else:
         precision, reasons["precision"] = "fp32", Choice("fp32", "a CPU")
+    channels_last = config.channels_last is not False
     if config.channels_last != "auto":
-        channels_last = config.channels_last
         reasons["channels_last"] = Choice(str(channels_last).lower(), "train.channels_last")
-    else:
-        channels_last = True
-        reasons["channels_last"] = Choice("true", "a GPU") if device.type == "cuda" else _OPEN
+    elif device.type == "cuda":
+        reasons["channels_last"] = Choice("true", "a GPU")
+    compiled = config.compile is True
     if config.compile != "auto":
-        compiled = config.compile
         reasons["compile"] = Choice(str(compiled).lower(), "train.compile")
-    else:
-        compiled = False
-        slower = Choice("false", "a CPU, where it makes CNNs slower")
-        reasons["compile"] = _OPEN if device.type == "cuda" else slower
+    elif device.type == "cpu":
+        reasons["compile"] = Choice("false", "a CPU, where it makes CNNs slower")
     return Settings(precision, channels_last, compiled, threads), reasons
 
 
-def _measure(choice: Chosen, work: Workload, open_keys: list[str], *, vary_threads: bool) -> None:
-    """Decides the open keys by measuring, and writes the reasons into `choice`."""
-    probe = Probe(work)
-    plain = choice.settings
+def _measured(probe: Probe, plain: Settings, key: str) -> tuple[Settings, dict[str, Choice]]:
+    """Decides one key by measuring, and on a CPU the threads. Every rank calls this.
+
+    Args:
+        probe: measures.
+        plain: the settings by the rules.
+        key: channels_last or compile.
+
+    Returns:
+        The settings to use, and the reasons of what was decided.
+    """
     try:
-        seconds = {plain: probe.seconds(plain)}
+        plain_s = probe.seconds(plain)
     except ProbeError as error:
-        _keep(choice, open_keys, f"cannot be measured: {error}")
-        return
-    run_s = seconds[plain] * probe.passes
+        return plain, {key: Choice(_shown(plain, key), f"cannot be measured: {error}")}
+    run_s = plain_s * probe.passes
     if run_s < SHORT_RUN_S:
-        _keep(choice, open_keys, f"a run of about {run_s:.0f} s does not repay measuring")
-        return
+        text = f"a run of about {run_s:.0f} s does not repay measuring"
+        return plain, {key: Choice(_shown(plain, key), text)}
+    if key == "compile":
+        return _compiled_or_not(probe, plain, plain_s)
     budget = BUDGET * run_s
-    for candidate in _candidates(plain, open_keys):
-        if probe.spent_s < budget:
-            seconds[candidate] = _seconds_or_never(probe, candidate)
-    if vary_threads:
-        best = _best(plain, seconds)
-        while best.threads > 1 and probe.spent_s < budget:
-            fewer = replace(best, threads=best.threads // 2)
-            seconds[fewer] = _seconds_or_never(probe, fewer)
-            if _best(plain, seconds) != fewer:
-                break
-            best = fewer
-    _measure_in_turns(probe, seconds, budget)
+    seconds = {plain: plain_s}
+    other = replace(plain, channels_last=False)
+    if probe.spent_s < budget:
+        seconds[other] = _seconds_or_never(probe, other)
     best = _best(plain, seconds)
-    if "compile" in open_keys:
-        best = _consider_compiling(choice, probe, best, seconds[best])
-    for key in open_keys:
-        if key != "compile":
-            choice.reasons[key] = Choice(_shown(best, key), _table(seconds))
+    while best.threads > 1 and probe.spent_s < budget:
+        fewer = replace(best, threads=best.threads // 2)
+        seconds[fewer] = _seconds_or_never(probe, fewer)
+        if _best(plain, seconds) != fewer:
+            break
+        best = fewer
+    _measure_in_turns(probe, seconds, budget)
+    best, table = _best(plain, seconds), _table(seconds)
+    reasons = {key: Choice(_shown(best, key), table)}
     if best.threads != plain.threads:
-        choice.reasons["threads"] = Choice(str(best.threads), _table(seconds))
-    choice.settings = best
+        reasons["threads"] = Choice(str(best.threads), table)
+    return best, reasons
+
+
+def _compiled_or_not(probe: Probe, plain: Settings, plain_s: float) -> tuple[Settings, dict[str, Choice]]:
+    """Compiles if the run is so long that even a vain attempt costs little."""
+    run_s, compiled, best = plain_s * probe.passes, replace(plain, compiled=True), plain
+    if BUDGET * run_s < _COMPILE_S / 2:
+        text = f"a run of about {run_s:,.0f} s does not repay compiling"
+    else:
+        try:
+            compiled_s = probe.seconds(compiled)
+        except ProbeError as error:
+            text = f"compiling fails: {error}"
+        else:
+            text = f"{time_text(compiled_s)} a pass, {time_text(plain_s)} as written"
+            best = compiled if compiled_s <= _COMPILE_WIN * plain_s else plain
+    return best, {"compile": Choice(_shown(best, "compile"), text)}
 
 
 def _measure_in_turns(probe: Probe, seconds: dict[Settings, float], budget: float) -> None:
@@ -256,43 +268,14 @@ def _seconds_or_never(probe: Probe, settings: Settings) -> float:
         return math.inf
 
 
-def _keep(choice: Chosen, open_keys: list[str], reason: str) -> None:
-    for key in open_keys:
-        choice.reasons[key] = Choice(_shown(choice.settings, key), reason)
-
-
-def _candidates(plain: Settings, open_keys: list[str]) -> list[Settings]:
-    """Returns the settings to compare with the plain ones."""
-    return [replace(plain, channels_last=False)] if "channels_last" in open_keys else []
-
-
 def _best(plain: Settings, seconds: dict[Settings, float]) -> Settings:
     """Returns the fastest settings, or the plain ones where the gain is no more than noise can be."""
     best = min(seconds, key=lambda settings: seconds[settings])
     return best if seconds[best] <= _WIN * seconds[plain] else plain
 
 
-def _consider_compiling(choice: Chosen, probe: Probe, best: Settings, eager_s: float) -> Settings:
-    """Compiles if the run is so long that even a vain attempt costs little. Returns the settings to use."""
-    run_s = eager_s * probe.passes
-    if BUDGET * run_s < _COMPILE_S / 2:
-        text = f"a run of about {run_s:,.0f} s does not repay compiling"
-    else:
-        try:
-            compiled_s = probe.seconds(replace(best, compiled=True))
-        except ProbeError as error:
-            text = f"compiling fails: {error}"
-        else:
-            text = f"{time_text(compiled_s)} a pass, {time_text(eager_s)} as written"
-            if compiled_s <= _COMPILE_WIN * eager_s:
-                choice.reasons["compile"] = Choice("true", text)
-                return replace(best, compiled=True)
-    choice.reasons["compile"] = Choice("false", text)
-    return best
-
-
 def _shown(settings: Settings, key: str) -> str:
-    return str(settings.compiled if key == "compile" else getattr(settings, key)).lower()
+    return str(getattr(settings, _FIELDS.get(key, key))).lower()
 
 
 def _table(seconds: dict[Settings, float]) -> str:
