@@ -101,35 +101,25 @@ def card(trained: Trained, file_format: str, file: str, index: Index, difference
         difference: of its scores from the network's.
         images: on which that was found.
     """
-    config, facts = trained.config, trained.facts
-    state = json.loads((trained.checkpoint / "state.json").read_text())["state"]
-    result = evaluation_of(trained.folder, state["step"])
-    accuracy = "not evaluated at this step"
-    if result is not None:
-        share = f"{100 * result['accuracy']:.2f} % ({result['correct']:,} of {result['total']:,})"
-        accuracy = f"{share} of the validation split, loss {result['loss']:.4f}"
-        if "tta" in result:
-            accuracy += f", with test-time augmentation ({result['tta']})"
-    splits = ", ".join(f"{split.samples:,} {name}" for name, split in index.splits.items())
-    ema = f", moving average of the weights with decay {config.train.ema}" if config.train.ema else ""
-    shape = {"height": facts.height, "width": facts.width, "channels": facts.channels}
-    from_file = _FROM_FILE.format(mode="L" if facts.channels == 1 else "RGB", **shape)
-    program = _PROGRAMS[file_format].format(file=json.dumps(file), from_file=from_file)
+    facts = trained.facts
     rows = {
         "file": f"`{file}` ({file_format})",
         "check": f"scores differ by {difference:.2g} at most from the network's on {images} images",
         "network": f"`{facts.model}` {json.dumps(facts.args) if facts.args else ''}".rstrip(),
-        "accuracy": accuracy,
-        "data": f"`{facts.data}`: {splits}",
-        "training": f"{state['epoch']} epochs, {state['step']:,} steps of {config.train.batch_size}{ema}",
+        **_training(trained),
+        "data": f"`{facts.data}`: "
+        + ", ".join(f"{split.samples:,} {name}" for name, split in index.splits.items()),
         "input": input_text(facts),
         "preprocessing": _preprocessing(facts, inside=file_format != "safetensors"),
         "output": OUTPUT_TEXT,
         "made with": f"disttrain {__version__}",
     }
     table = "\n".join(f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows.items())
+    shape = {"height": facts.height, "width": facts.width, "channels": facts.channels}
+    from_file = _FROM_FILE.format(mode="L" if facts.channels == 1 else "RGB", **shape)
+    program = _PROGRAMS[file_format].format(file=json.dumps(file), from_file=from_file)
     return f"""{_MARK}
-# {config.name}
+# {trained.config.name}
 
 | | |
 |---|---|
@@ -153,6 +143,22 @@ with `classify.py`:
 {program.strip()}
 ```
 """
+
+
+def _training(trained: Trained) -> dict[str, str]:
+    """Returns how the network was trained, and how good it is."""
+    state = json.loads((trained.checkpoint / "state.json").read_text())["state"]
+    result = evaluation_of(trained.folder, state["step"])
+    accuracy = "not evaluated at this step"
+    if result is not None:
+        share = f"{100 * result['accuracy']:.2f} % ({result['correct']:,} of {result['total']:,})"
+        accuracy = f"{share} of the validation split, loss {result['loss']:.4f}"
+        if "tta" in result:
+            accuracy += f", with test-time augmentation ({result['tta']})"
+    train = trained.config.train
+    ema = f", moving average of the weights with decay {train.ema}" if train.ema else ""
+    steps = f"{state['epoch']} epochs, {state['step']:,} steps of {train.batch_size}{ema}"
+    return {"accuracy": accuracy, "training": steps}
 
 
 def _preprocessing(facts: Facts, *, inside: bool) -> str:

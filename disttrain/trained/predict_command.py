@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from disttrain.errors import DataError
+from disttrain.host_memory import keep_freed_memory
 from disttrain.shards.imagefolder import SUFFIXES
 from disttrain.shards.images import Pixels, expect_images
 from disttrain.trained.contactsheet import MOST, Cell, check_name, draw, save
@@ -50,31 +51,25 @@ def predict(
 
     Raises:
         DataError: there is no image, or some could not be used; the others were printed.
-        UsageError: the run or a name is wrong.
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        UsageError, CheckpointError: as of `open_run` and `check_name`.
     """
     if grid is not None:
         check_name(grid)
     if not run.is_file():
         open_run(run, checkpoint)
-    files = listed(name for given in names for name in (_read_names() if given == "-" else [given]))
-    if not files:
-        raise DataError(f"{' '.join(names)}: no image files; give files, or folders with images")
+    files = listed(names)
     expect_images(len(files))
     # What libraries warn of in a file is either an error below, or of no importance.
     warnings.filterwarnings("ignore", module="PIL")
 
     import torch
 
-    from disttrain.host_memory import keep_freed_memory
     from disttrain.trained.classifier import load_model
     from disttrain.trained.prediction import predictions
 
     keep_freed_memory()
     classifier = load_model(run, checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
-    widths = (min(_WIDEST, max(map(len, files))), max(map(len, classifier.classes)))
-    if not as_json:
-        click.echo(f"{'image':<{widths[0]}}  {'class':<{widths[1]}}  probability")
+    show = _json if as_json else _table(files, classifier.classes)
     cells: list[Cell] = []
     failed = 0
     for number, (prediction, pixels) in enumerate(predictions(classifier, files, top), 1):
@@ -82,7 +77,7 @@ def predict(
             failed += 1
             click.echo(f"disttrain: {_shown(prediction.image)}: {prediction.problem}", err=True)
         else:
-            click.echo(json.dumps(prediction.as_json()) if as_json else _row(prediction, *widths))
+            click.echo(show(prediction))
             if grid is not None and len(cells) < MOST:
                 cells.append(_cell(prediction, pixels, classifier.classes))
         if number % 64 == 0 or number == len(files):
@@ -95,10 +90,16 @@ def predict(
         raise DataError(f"{failed:,} of {len(files):,} files could not be used")
 
 
-def listed(names: Iterable[str]) -> list[str]:
-    """Returns the files that names stand for; a folder stands for the image files below it, sorted."""
+def listed(names: Sequence[str]) -> list[str]:
+    """Returns the files that names stand for.
+
+    A folder stands for the image files below it, sorted; - for the names on standard input.
+
+    Raises:
+        DataError: there is none.
+    """
     files: list[str] = []
-    for name in names:
+    for name in (name for given in names for name in (_read_names() if given == "-" else [given])):
         if not Path(name).is_dir():
             files.append(name)
             continue
@@ -106,6 +107,8 @@ def listed(names: Iterable[str]) -> list[str]:
             folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
             images = (entry for entry in entries if entry.lower().endswith(SUFFIXES))
             files += (str(Path(folder) / entry) for entry in sorted(images) if not entry.startswith("."))
+    if not files:
+        raise DataError(f"{' '.join(names)}: no image files; give files, or folders with images")
     return files
 
 
@@ -116,9 +119,20 @@ def _read_names() -> list[str]:
     return [os.fsdecode(name) for name in data.split(separator) if name]
 
 
-def _row(prediction: Prediction, image_width: int, class_width: int) -> str:
-    cells = (f"{label:<{class_width}}  {100 * probability:6.2f} %" for label, probability in prediction.top)
-    return f"{_shown(prediction.image):<{image_width}}  {'   '.join(cells)}"
+def _json(prediction: Prediction) -> str:
+    return json.dumps(prediction.as_json())
+
+
+def _table(files: Sequence[str], classes: Sequence[str]) -> Callable[[Prediction], str]:
+    """Prints the head of a table, and returns what makes its rows."""
+    image_width, class_width = min(_WIDEST, max(map(len, files))), max(map(len, classes))
+    click.echo(f"{'image':<{image_width}}  {'class':<{class_width}}  probability")
+
+    def row(prediction: Prediction) -> str:
+        cells = (f"{label:<{class_width}}  {100 * share:6.2f} %" for label, share in prediction.top)
+        return f"{_shown(prediction.image):<{image_width}}  {'   '.join(cells)}"
+
+    return row
 
 
 def _shown(name: str) -> str:
