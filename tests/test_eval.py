@@ -17,6 +17,7 @@ from marks import nightly
 from toy import Listed
 
 from disttrain.errors import UsageError
+from disttrain.runs.evaluation import evaluation_of
 from disttrain.shards.datasets import CIFAR10_CLASSES
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
@@ -69,6 +70,10 @@ def test_every_number_is_that_of_the_run_and_of_plain_torch(
     predicted = scores.argmax(1)
     confusion = [[int(((labels == i) & (predicted == j)).sum()) for j in range(10)] for i in range(10)]
     assert result["confusion"] == confusion
+    kept = evaluation_of(trained_run / "checkpoints" / "latest")
+    assert kept is not None
+    assert (kept.confusion, kept.classes, kept.top5_correct) == (confusion, DIGITS, result["top5_correct"])
+    assert kept.record | {"time": record["time"]} == record
     assert [row["correct"] for row in result["per_class"]] == [confusion[i][i] for i in range(10)]
     assert [row["total"] for row in result["per_class"]] == [sum(row) for row in confusion]
     assert [row["class"] for row in result["per_class"]] == list(DIGITS)

@@ -28,6 +28,7 @@ from disttrain.runs import checkpoint
 from disttrain.shards.index import Index, load_index
 from disttrain.training import average
 from disttrain.training import build as building
+from disttrain.training.collectives import Group
 from disttrain.training.evaluation import Subject, Tally, score
 from disttrain.training.microbatch import prefetch
 from disttrain.training.parts import Parts
@@ -193,10 +194,10 @@ def test_an_evaluation_and_a_snapshot_stay_on_the_device(
 ) -> None:
     parts = build(index, monkeypatch, {"data": {"cache": "host"}, "train": {"ema": 0.9}})
     tally, copies = Tally(GPU, len(index.classes)), Copies()
-    model, normalise = parts.bare_model, parts.augment.normalise
-    subject = Subject(model, GPU, normalise, parts.val.data, parts.val.ids, 0, 1, 8, OneGpu().autocast)
+    group = Group(0, 1, GPU)
+    subject = Subject(parts.bare_model, parts.augment.normalise, parts.val, group, 8, OneGpu().autocast)
     with copies:
-        assert score(subject, tta, tally.add)
+        assert score(subject, tta, tally.add, lambda number: True)
     assert copies.seen == {("cpu", "cuda", False)}
     copies.seen.clear()
     with copies:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +28,7 @@ from disttrain.data.plan import Ids, Plan
 from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.heartbeat import Phase
 from disttrain.runs import checkpoint
+from disttrain.runs.evaluation import Evaluation
 from disttrain.training import evaluation, microbatch, phases
 from disttrain.training import parts as nouns
 from disttrain.training import step as steps
@@ -48,6 +50,7 @@ from disttrain.training.train import train
 
 CLASSES = 4
 MEAN, STD = 0.4, 0.3
+NAMES = tuple(map(str, range(CLASSES)))
 TRAIN_KEYS = {  # with the readings of the gauges
     "kind", "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s",
     "data_wait_pct", "phases_ms", "ranks_ms", "device_flops_per_s", "mfu_pct", "grad_norm", "skipped",
@@ -160,7 +163,7 @@ def make_parts(
             normalise=Normalise((MEAN,), (STD,), 6, channels_last=channels_last),
         ),
         train_data=Cached(split(samples, 1), device, "host"),
-        val=Validation(Cached(split(val_samples, 2), device, "host"), np.arange(val_samples)),
+        val=Validation(Cached(split(val_samples, 2), device, "host"), np.arange(val_samples), NAMES),
         image_size=(6, 6),
         settings=Settings("fp32", channels_last, compiled=False, threads=1),
     )
@@ -436,9 +439,9 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
             logits = logits + (model(seen) + model(seen.flip(3))) / 8
     correct, plain_correct = (int((scores.argmax(1) == labels).sum()) for scores in (logits, plain))
     before = state(parts.bare_model)
-    record = evaluate(parts, tta, step=0, hooks=QUIET)
-    assert record is not None
-    assert record == {
+    found = evaluate(parts, tta, step=0, hooks=QUIET)
+    assert found is not None
+    assert found.record == {
         "kind": "eval",
         "loss": pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5),
         "accuracy": correct / samples,
@@ -451,6 +454,15 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
             else {"tta": tta, "plain_accuracy": plain_correct / samples, "plain_correct": plain_correct}
         ),
     }
+    predicted = logits.argmax(1)
+    pairs = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
+    assert found.confusion == [[pairs[i, j] for j in range(CLASSES)] for i in range(CLASSES)]
+    assert (found.classes, found.top5_correct) == (NAMES, samples)
+    chances = logits.softmax(1).amax(1).tolist()
+    wrong = sorted((predicted != labels).nonzero().flatten().tolist(), key=lambda i: -chances[i])
+    assert [(one.id, one.label, one.predicted) for one in found.mistakes] == [
+        (i, int(labels[i]), int(predicted[i])) for i in wrong[:24]
+    ]
     assert same(state(parts.bare_model), before)
     assert parts.bare_model.training  # as it was
 
@@ -663,7 +675,7 @@ def test_an_epoch_over_other_samples_than_those_of_the_index_is_an_error(how: st
 @pytest.mark.parametrize(("how", "seen"), [("repeats", 40), ("drops", 39)])
 def test_an_evaluation_of_other_samples_is_an_error(how: str, seen: int) -> None:
     parts = make_parts(batch_size=4)
-    parts.val = Validation(Careless(how), np.arange(40))
+    parts.val = Validation(Careless(how), np.arange(40), NAMES)
     with pytest.raises(DataError, match=rf"saw {seen} samples, it should be 40, or not the same ones"):
         evaluate(parts, "none", step=0, hooks=QUIET)
 
@@ -765,11 +777,19 @@ def test_saves_come_when_due_once_and_at_the_end(options: dict[str, int], expect
 
 def test_the_best_is_saved_whenever_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([0.5, 0.4, 0.5, 0.6, 0.6])
-    monkeypatch.setattr(loops, "evaluate", lambda *_, **__: {"kind": "eval", "accuracy": next(accuracies)})
+
+    def evaluation(*_: object, **__: object) -> Evaluation:
+        return Evaluation({"kind": "eval", "accuracy": next(accuracies)}, 0, NAMES, [], [])
+
+    monkeypatch.setattr(loops, "evaluate", evaluation)
     parts = with_(make_parts(epochs=5), checkpoint={"every_epochs": 9})
     position, saves = Position(), []
-    run(parts, position, save=lambda best: saves.append((position.epoch, best, position.best_accuracy)))
-    assert saves == [(1, True, 0.5), (4, True, 0.6), (5, False, 0.6)]
+
+    def save(*, best: bool, evaluation: Evaluation) -> None:
+        saves.append((position.epoch, best, position.best_accuracy, evaluation.record["accuracy"]))
+
+    run(parts, position, save=save)
+    assert saves == [(1, True, 0.5, 0.5), (4, True, 0.6, 0.6), (5, False, 0.6, 0.6)]
 
 
 # --- Stopping and going on --------------------------------------------------------------------------
@@ -810,7 +830,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path, optimizer: str, stop_a
     position, steps = Position(), []
     recorder = Recorder()
 
-    def save(*, best: bool, stopping: bool = False) -> None:
+    def save(*, best: bool, stopping: bool = False, **_: object) -> None:
         steps.append(position.step)
         states = saved_states(stopped) | {"ranks": gather_rank_states(stopped, with_buffers=False)}
         taken = checkpoint.snapshot(position.step, states, dataclasses.asdict(position))

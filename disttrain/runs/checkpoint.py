@@ -77,6 +77,7 @@ class Snapshot:
         state: JSON values.
         ready: recorded after the copies on a GPU, or None.
         buffers: name of each part -> the tensors of it that may be infinite.
+        files: name of each further file -> its content.
     """
 
     step: int
@@ -85,6 +86,7 @@ class Snapshot:
     state: dict[str, Any]
     ready: torch.cuda.Event | None
     buffers: Mapping[str, Collection[str]] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def snapshot(
@@ -92,6 +94,7 @@ def snapshot(
     parts: Mapping[str, Any],
     state: Mapping[str, Any],
     buffers: Mapping[str, Collection[str]] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> Snapshot:
     """Copies what a checkpoint holds, without waiting for the device.
 
@@ -100,6 +103,7 @@ def snapshot(
         parts: name -> nested dicts and lists of tensors and JSON values, such as a state_dict.
         state: JSON values.
         buffers: name of a part -> names of those of its tensors that may be infinite; no tensor may be NaN.
+        files: name -> content of what else belongs to the checkpoint.
     """
     skeletons, views = _take_apart(parts)
     # Copies of their own, for training changes the originals; in the order of a file.
@@ -111,7 +115,7 @@ def snapshot(
     if any(tensor.is_cuda for part in tensors.values() for tensor in part.values()):
         ready = torch.cuda.Event()
         ready.record()
-    return Snapshot(step, skeletons, tensors, dict(state), ready, buffers or {})
+    return Snapshot(step, skeletons, tensors, dict(state), ready, buffers or {}, files or {})
 
 
 def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
@@ -141,7 +145,8 @@ def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
             _check_finite(part, host, taken)
             name = f"{part}.safetensors"
             parts[name] = _write_part(partial / name, *file_pieces(host))
-        parts[STATE] = _write_part(partial / STATE, _document(taken.skeletons, taken.state))
+        for name, content in ({STATE: _document(taken.skeletons, taken.state)} | dict(taken.files)).items():
+            parts[name] = _write_part(partial / name, content)
         _check_written(partial / MANIFEST, write_manifest(partial, parts))
         sync_folder(partial)
         _put_in_place(partial, target)

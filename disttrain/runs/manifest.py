@@ -81,16 +81,26 @@ def read(path: Path) -> dict[str, bytes]:
     return {name: _read(path / name, expected) for name, expected in read_manifest(path).items()}
 
 
+def read_part(path: Path, name: str) -> bytes | None:
+    """Returns the bytes of one part of a checkpoint; None if it has none of this name.
+
+    Raises:
+        CheckpointError: as `verify` does, but of this part alone.
+    """
+    parts = read_manifest(path)
+    return _read(path / name, parts[name]) if name in parts else None
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """Returns the JSON state of a checkpoint without its tensors.
 
     Raises:
         CheckpointError: as `verify` does, but of this part alone.
     """
-    parts = read_manifest(path)
-    if STATE not in parts:
+    data = read_part(path, STATE)
+    if data is None:
         raise CheckpointError(f"{path}: has no {STATE}; use an earlier checkpoint")
-    state: dict[str, Any] = json.loads(_read(path / STATE, parts[STATE]))["state"]
+    state: dict[str, Any] = json.loads(data)["state"]
     return state
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from disttrain import __version__
 from disttrain.errors import UsageError
+from disttrain.runs.evaluation import evaluation_of
+from disttrain.runs.manifest import read_state
 from disttrain.shards.index import Index
-from disttrain.trained.run import Facts, Trained, evaluation_of
+from disttrain.trained.run import Facts, Trained
 
 NAME = "README.md"
 OUTPUT_TEXT = "logits: float32 [B, classes], the scores of the classes; their softmax are probabilities"
@@ -147,10 +149,11 @@ with `classify.py`:
 
 def _training(trained: Trained) -> dict[str, str]:
     """Returns how the network was trained, and how good it is."""
-    state = json.loads((trained.checkpoint / "state.json").read_text())["state"]
-    result = evaluation_of(trained.folder, state["step"])
+    state = read_state(trained.checkpoint)
+    found = evaluation_of(trained.checkpoint)
     accuracy = "not evaluated at this step"
-    if result is not None:
+    if found is not None:
+        result = found.record
         share = f"{100 * result['accuracy']:.2f} % ({result['correct']:,} of {result['total']:,})"
         accuracy = f"{share} of the validation split, loss {result['loss']:.4f}"
         if "tta" in result:

@@ -167,7 +167,7 @@ def open_data(config: Config, index: Index, group: Group) -> Data:
         )
     wait_for_all("data")
     val_ids = usable_ids(index.splits["val"].samples, skipped["val"])
-    val = Validation(loaders["val"], val_ids, len(skipped["val"]))
+    val = Validation(loaders["val"], val_ids, index.classes, len(skipped["val"]))
     return Data(plan, loaders["train"], val, Choice(place, reason))
 
 

@@ -1,23 +1,32 @@
-"""The evaluation loop: integers over a whole split, whatever the number of ranks."""
+"""The evaluation, in training and of what was trained: integers over a split, on any number of ranks."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttrain.config import TrainConfig
-from disttrain.data.batches import Batch, Loader
+from disttrain.data.batches import Batch
 from disttrain.data.plan import Ids, share
 from disttrain.heartbeat import Phase
-from disttrain.training.collectives import average_buffers, reduce_record, stop_requested_anywhere
+from disttrain.runs.evaluation import MISTAKES, Evaluation, Mistake
+from disttrain.training.collectives import (
+    Group,
+    average_buffers,
+    gather,
+    reduce_record,
+    stop_requested_anywhere,
+)
 from disttrain.training.exactly_once import Seen, seen_by_rank
-from disttrain.training.parts import Hooks, Parts, as_written, kernels_by_rule
+from disttrain.training.parts import Hooks, Parts, Validation, as_written, kernels_by_rule
 
 Augmentation = Literal["none", "flip", "multi_view"]
 
@@ -30,28 +39,24 @@ class Subject:
 
     Attributes:
         network: on the device of the rank, not wrapped.
-        device: of the rank.
         normalise: uint8 [B, H, W, C] to float32 [B, C, H, W].
-        data: serves the samples to this rank.
-        ids: the samples that all ranks together evaluate, int64 [samples].
-        rank: this one.
-        world_size: of them.
+        split: the samples.
+        group: the ranks.
         batch_size: images that go through the network at once.
         autocast: gives the context of the forward pass.
+        places: of each class of the split among the scores, int64 [classes] on the device; None is the same.
     """
 
     network: nn.Module
-    device: torch.device
     normalise: Callable[[Tensor], Tensor]
-    data: Loader
-    ids: Ids
-    rank: int
-    world_size: int
+    split: Validation
+    group: Group
     batch_size: int
     autocast: Callable[[], contextlib.AbstractContextManager[object]]
+    places: Tensor | None = None
 
 
-def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dict[str, Any] | None:
+def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> Evaluation | None:
     """Evaluates the model, or its moving average, on the validation split. Every rank calls this.
 
     Args:
@@ -61,28 +66,19 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dic
         hooks: told of what begins, and gives the wish to stop.
 
     Returns:
-        A record of metrics.jsonl: loss, accuracy 0..1, correct, total; with a test-time augmentation also
-        the accuracy and the correct ones without it. None if a rank was asked to stop meanwhile.
+        What was found; None if a rank was asked to stop meanwhile.
 
     Raises:
         DataError: the ranks together did not see every sample.
     """
-    average_buffers(parts.group, parts.bare_model)
     network: nn.Module = parts.bare_model
+    average_buffers(parts.group, network)
     if parts.ema is not None:
-        average_buffers(parts.group, parts.ema.module)
         network = parts.ema.module
-    subject = Subject(
-        network,
-        parts.accelerator.device,
-        parts.augment.normalise,
-        parts.val.data,
-        parts.val.ids,
-        parts.rank,
-        parts.world_size,
-        batch_size(parts.config.train, parts.world_size),
-        parts.accelerator.autocast,
-    )
+        average_buffers(parts.group, network)
+    size = batch_size(parts.config.train, parts.world_size)
+    normalise, autocast = parts.augment.normalise, parts.accelerator.autocast
+    subject = Subject(network, normalise, parts.val, parts.group, size, autocast)
 
     def go_on(number: int) -> bool:
         hooks.phases.enter(Phase.EVALUATE, step, number)
@@ -91,13 +87,43 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dic
             parts.group, Phase.EVALUATE, step, hooks.stop_requested()
         )
 
-    tally = Tally(parts.accelerator.device)
     with as_written(parts):
-        if not score(subject, tta, tally.add, go_on):
-            return None
-    sums = reduce_record(parts.group, Phase.EVALUATE, step, tally.sums())
-    sums.check(parts.val.ids, "the evaluation saw")
-    return summary(sums, tta) | {"skipped": parts.val.skipped}
+        return measure(subject, tta, step=step, go_on=go_on)
+
+
+def measure(
+    subject: Subject, tta: Augmentation, *, step: int = 0, go_on: Callable[[int], bool] = lambda number: True
+) -> Evaluation | None:
+    """Evaluates; every rank calls this.
+
+    Args:
+        subject: what is evaluated.
+        tta: the test-time augmentation.
+        step: optimizer steps taken.
+        go_on: asked before each batch, as often on every rank; False ends the evaluation.
+
+    Returns:
+        What was found; None if it was ended.
+
+    Raises:
+        DataError: the ranks together did not see every sample.
+    """
+    group, split = subject.group, subject.split
+    tally = Tally(group.device, len(split.classes))
+    if not score(subject, tta, tally.add, go_on):
+        return None
+    sums = reduce_record(group, Phase.EVALUATE, step, tally.sums())
+    sums.check(split.ids, "the evaluation saw")
+    if group.world_size > 1:
+        dist.all_reduce(tally.confusion)
+    mistakes = sorted(chain.from_iterable(gather(group, tally.mistakes())), reverse=True)
+    return Evaluation(
+        record=summary(sums, tta) | {"skipped": split.skipped},
+        top5_correct=int(sums.top5_correct),
+        classes=split.classes,
+        confusion=tally.confusion.view(len(split.classes), -1).tolist(),
+        mistakes=mistakes[:MISTAKES],
+    )
 
 
 def batch_size(config: TrainConfig, world_size: int) -> int:
@@ -111,29 +137,26 @@ def score(
     subject: Subject,
     tta: Augmentation,
     take: Callable[[Batch, Tensor, Tensor], None],
-    go_on: Callable[[int], bool] = lambda number: True,
+    go_on: Callable[[int], bool],
 ) -> bool:
-    """Puts this rank's samples through the network.
+    """Puts this rank's samples through the network; returns whether all were seen.
 
     Args:
         subject: what is evaluated.
         tta: the test-time augmentation.
         take: is given each batch, its scores float32 [B, classes], and its scores without augmentation.
-        go_on: asked before each batch, as often on every rank; False ends the evaluation.
-
-    Returns:
-        Whether all were seen.
+        go_on: as of `measure`.
     """
-    network, size, samples = subject.network, subject.batch_size, len(subject.ids)
-    own = share(range(samples), subject.rank, subject.world_size)
+    network, size, ids = subject.network, subject.batch_size, subject.split.ids
+    own = share(range(len(ids)), subject.group.rank, subject.group.world_size)
     windows = (slice(begin, min(begin + size, own.stop)) for begin in range(own.start, own.stop, size))
-    most = len(share(range(samples), 0, subject.world_size))  # of all ranks
+    most = len(share(range(len(ids)), 0, subject.group.world_size))  # of all ranks
     training = network.training
     network.eval()
     with (
         torch.inference_mode(),
         subject.autocast(),
-        contextlib.closing(subject.data.batches(subject.ids, windows)) as batches,
+        contextlib.closing(subject.split.data.batches(ids, windows)) as batches,
     ):
         for number in range(-(-most // size)):
             if not go_on(number):
@@ -141,7 +164,9 @@ def score(
             batch = next(batches, None)
             if batch is None:
                 continue
-            batch = batch.to(subject.device)
+            batch = batch.to(subject.group.device)
+            if subject.places is not None:
+                batch = batch._replace(labels=subject.places[batch.labels])
             passes = (
                 (network(images).float(), weight)
                 for images, weight in views(subject.normalise(batch.images), tta)
@@ -174,38 +199,47 @@ class EvalSums(Seen):
 
 
 class Tally:
-    """Sums over the samples that a rank has seen, on its device.
+    """What a rank counts over the samples that it has seen, on its device.
 
     Args:
         device: of the rank.
-        classes: their number, to count each pair of a true and a predicted class too; None does not.
+        classes: their number.
 
     Attributes:
-        confusion: int64 [classes * classes], row by row the predictions for each true class; or None.
+        confusion: int64 [classes * classes], row by row the predictions for each true class.
     """
 
-    def __init__(self, device: torch.device, classes: int | None = None) -> None:
+    def __init__(self, device: torch.device, classes: int) -> None:
         self._hits = torch.zeros(3, dtype=torch.int64, device=device)  # correct, without augmentation, top 5
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._classes = classes
-        self.confusion: Tensor | None = None
-        if classes is not None:
-            self.confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
+        self.confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
         self._seen: list[Ids] = []
+        self._wrong: list[tuple[Ids, list[Tensor]]] = []  # of each batch the columns of its mistakes
 
     def add(self, batch: Batch, logits: Tensor, plain: Tensor) -> None:
-        """Adds a batch; arguments as `score` gives them."""
-        labels = batch.labels
+        """Adds a batch, without a synchronisation; arguments as `score` gives them."""
+        labels, predicted = batch.labels, logits.argmax(1)
         self._loss += F.cross_entropy(logits, labels, reduction="sum")
-        predicted = logits.argmax(1)
-        hits = [(predicted == labels).sum(), (plain.argmax(1) == labels).sum()]
-        if self.confusion is not None and self._classes is not None:
-            pairs = labels * self._classes + predicted
-            self.confusion.index_add_(0, pairs, torch.ones_like(pairs))  # bincount would wait for a GPU
-            best = logits.topk(min(5, self._classes)).indices
-            hits.append((best == labels[:, None]).sum())
-        self._hits[: len(hits)] += torch.stack(hits)
+        best = logits.topk(min(5, self._classes)).indices
+        hits = (predicted == labels, plain.argmax(1) == labels, (best == labels[:, None]).any(1))
+        self._hits += torch.stack(hits).sum(1)
+        pairs = labels * self._classes + predicted
+        self.confusion.index_add_(0, pairs, torch.ones_like(pairs))  # bincount would wait for a GPU
+        chances = logits.softmax(1).amax(1).where(predicted != labels, -1.0)
+        worst = chances.topk(min(MISTAKES, len(labels)))
+        places = worst.indices
+        self._wrong.append((batch.ids, [worst.values, places, labels[places], predicted[places]]))
         self._seen.append(batch.ids)
+
+    def mistakes(self) -> list[Mistake]:
+        """Returns the most confident ones of each batch of this rank; waits for the device."""
+        return [
+            Mistake(chance, int(ids[place]), label, predicted)
+            for ids, columns in self._wrong
+            for chance, place, label, predicted in zip(*(c.tolist() for c in columns), strict=True)
+            if chance >= 0  # a batch may have fewer mistakes
+        ]
 
     def sums(self) -> EvalSums:
         """Returns the sums of this rank; waits for the device."""

@@ -19,6 +19,7 @@ from disttrain.config import Config
 from disttrain.data.batches import Loader
 from disttrain.data.plan import Ids, Plan
 from disttrain.preflight import split_batch
+from disttrain.runs.evaluation import Evaluation
 from disttrain.training.augment import Augment
 from disttrain.training.average import MovingAverage
 from disttrain.training.choices import Settings
@@ -54,11 +55,12 @@ class Observer(Protocol):
 class Saver(Protocol):
     """Saves checkpoints beside the training."""
 
-    def save(self, *, best: bool, stopping: bool = False) -> None:
+    def save(self, *, best: bool, evaluation: Evaluation | None = None, stopping: bool = False) -> None:
         """Begins to save the state as it is now. Every rank calls this.
 
         Args:
             best: whether it is the best so far.
+            evaluation: of the state, if there was one.
             stopping: whether the run ends here at a step where it would not have saved otherwise; what goes
                 on from it must not differ from a run that was never stopped.
         """
@@ -240,11 +242,13 @@ class Validation(NamedTuple):
     Attributes:
         data: serves the samples to this rank.
         ids: those that all ranks together evaluate, int64 [samples].
-        skipped: how many more there are, which cannot be used.
+        classes: their names, in the order of the scores.
+        skipped: how many more samples there are, which cannot be used.
     """
 
     data: Loader
     ids: Ids
+    classes: tuple[str, ...]
     skipped: int = 0
 
 

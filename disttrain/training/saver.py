@@ -8,7 +8,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from disttrain.runs.checkpoint import Writer, bytes_needed, snapshot
+from disttrain.runs.evaluation import FILE, Evaluation
 from disttrain.runs.identity import identity
 from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index
@@ -57,7 +60,7 @@ class RunSaver:
         keep = parts.config.checkpoint.keep
         self._writer = Writer(folder.checkpoints, keep, done, writing) if parts.rank == 0 else None
 
-    def save(self, *, best: bool, stopping: bool = False) -> None:
+    def save(self, *, best: bool, evaluation: Evaluation | None = None, stopping: bool = False) -> None:
         """Takes a snapshot and begins to write it. Every rank calls this."""
         parts = self._parts
         # At a step where a run that is not stopped saves nothing, each rank's statistics are kept apart.
@@ -70,7 +73,8 @@ class RunSaver:
             state = dataclasses.asdict(self._position) | self._state
             state["scaler"] = scaler.state_dict() if scaler else None
             contents = saved_parts(parts) | {"ranks": ranks}
-            self._writer.begin(snapshot(self._position.step, contents, state, self._buffers), best)
+            files = {} if evaluation is None else {FILE: msgspec.json.encode(evaluation)}
+            self._writer.begin(snapshot(self._position.step, contents, state, self._buffers, files), best)
 
     def check(self) -> None:
         """Reports a save that has ended."""
@@ -91,7 +95,10 @@ def saved_parts(parts: Parts) -> dict[str, Any]:
 
 def checkpoint_bytes(parts: Parts) -> int:
     """Returns what a checkpoint will take on the disk, rounded up."""
-    return bytes_needed(saved_parts(parts)) + state_bytes(parts.optimizer) + _RANK_BYTES * parts.world_size
+    beside = _RANK_BYTES * parts.world_size + _MISTAKES_BYTES + _CELL_BYTES * len(parts.val.classes) ** 2
+    return bytes_needed(saved_parts(parts)) + state_bytes(parts.optimizer) + beside
 
 
 _RANK_BYTES = 2**14  # the random number generators of a rank
+_MISTAKES_BYTES = 2**13  # of an evaluation, and its record
+_CELL_BYTES = 4  # of its confusion matrix; almost all are 0

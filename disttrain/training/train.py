@@ -142,14 +142,15 @@ def finish_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
     """
     config, done = parts.config, f"epoch {position.epoch}"
     last = position.epoch == config.train.epochs
-    best = False
+    best, found = False, None
     if last or position.epoch % config.eval.every_epochs == 0:
         tta = config.eval.tta if last or config.eval.tta_when == "always" else "none"
         with drawing_apart(parts.accelerator.device):
-            record = evaluate(parts, tta, step=position.step, hooks=hooks)
-        if record is None:
+            found = evaluate(parts, tta, step=position.step, hooks=hooks)
+        if found is None:
             stop(position, hooks, f"in the evaluation after {done}")
             return
+        record = found.record
         record |= {"step": position.step, "epoch": position.epoch}
         hooks.observer.evaluate(record)
         best = position.best_accuracy is None or record["accuracy"] > position.best_accuracy
@@ -162,7 +163,7 @@ def finish_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
         due = due or position.step % every_steps == 0
     hooks.phases.enter(Phase.SAVE, position.step, 0)
     if due:
-        hooks.saver.save(best=best)
+        hooks.saver.save(best=best, evaluation=found)
     asked = stop_requested_anywhere(parts.group, Phase.SAVE, position.step, hooks.stop_requested())
     if asked and not last:
         stop(position, hooks, f"after {done}", saved=due)
