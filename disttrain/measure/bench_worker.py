@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from disttrain.shards.index import Index
     from disttrain.training.choices import Choice, Settings, Workload
     from disttrain.training.microbatch import MicroBatch
-    from disttrain.training.parts import Parts, Saver
+    from disttrain.training.parts import Parts
+    from disttrain.training.saver import RunSaver
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +216,8 @@ class StepBench:
             run = RunFolder(Path(folder))
             observer = RunObserver(config, run, self._parts, position, index, choices, verbosity=-1)
 
-            hooks = Hooks(observer, observer.gauges, cast("Saver", None), lambda: False)  # nothing is saved
+            nothing_saved = cast("RunSaver", None)
+            hooks = Hooks(observer, observer.gauges, nothing_saved, lambda: False)
 
             def point() -> None:
                 self._parts.meter.samples, self._parts.meter.steps = 1, every

@@ -17,7 +17,7 @@ from disttrain.errors import CheckpointError
 from disttrain.models import build_model
 from disttrain.runs.checkpoint import load
 from disttrain.trained.run import FACTS, Facts, open_run
-from disttrain.training.choices import allow_tf32
+from disttrain.training.choices import allow_tf32, autocast
 from disttrain.training.normalise import Normalise
 
 METADATA = "disttrain"
@@ -96,8 +96,7 @@ class Classifier(nn.Module):
         """Computes inside in the precision that the run was evaluated in, as far as the device has it."""
         if self.device.type == "cuda":
             allow_tf32(self.evaluated_in == "tf32")
-        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.evaluated_in)
-        with torch.autocast(self.device.type, kind, enabled=kind is not None):
+        with autocast(self.device, self.evaluated_in):
             yield
 
 

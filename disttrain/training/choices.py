@@ -152,6 +152,12 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Returns the context of a forward pass in a precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 _FIELDS = {"channels_last": "channels_last", "compile": "compiled"}
 """Keys that may be measured, the first on a CPU and the second on a GPU, with their fields of `Settings`."""
 
@@ -352,10 +358,9 @@ class Probe:
                 model.compile(dynamic=False)
             images = torch.randn(self.batch, *work.image, device=device).to(memory_format=memory)
             labels = torch.randint(work.classes, (self.batch,), device=device)
-            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
 
             def step() -> None:
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                with autocast(device, settings.precision):
                     scores = model(images)
                 F.cross_entropy(scores.float(), labels).backward()
                 model.zero_grad(set_to_none=True)

@@ -71,14 +71,11 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> Eva
     Raises:
         DataError: the ranks together did not see every sample.
     """
-    network: nn.Module = parts.bare_model
-    average_buffers(parts.group, network)
-    if parts.ema is not None:
-        network = parts.ema.module
+    for network in parts.networks:
         average_buffers(parts.group, network)
     size = batch_size(parts.config.train, parts.world_size)
     normalise, autocast = parts.augment.normalise, parts.accelerator.autocast
-    subject = Subject(network, normalise, parts.val, parts.group, size, autocast)
+    subject = Subject(parts.networks[-1], normalise, parts.val, parts.group, size, autocast)
 
     def go_on(number: int) -> bool:
         hooks.phases.enter(Phase.EVALUATE, step, number)
@@ -116,9 +113,19 @@ def measure(
     sums.check(split.ids, "the evaluation saw")
     if group.world_size > 1:
         dist.all_reduce(tally.confusion)
+    total, correct, plain = int(sums.samples), int(sums.correct), int(sums.plain_correct)
+    record: dict[str, Any] = {
+        "kind": "eval",
+        "loss": sums.loss / total,
+        "accuracy": correct / total,
+        "correct": correct,
+        "total": total,
+    }
+    if tta != "none":
+        record |= {"tta": tta, "plain_accuracy": plain / total, "plain_correct": plain}
     mistakes = sorted(chain.from_iterable(gather(group, tally.mistakes())), reverse=True)
     return Evaluation(
-        record=summary(sums, tta) | {"skipped": split.skipped},
+        record=record | {"skipped": split.skipped},
         top5_correct=int(sums.top5_correct),
         classes=split.classes,
         confusion=tally.confusion.view(len(split.classes), -1).tolist(),
@@ -254,22 +261,6 @@ class Tally:
             plain_correct=plain_correct,
             top5_correct=top5_correct,
         )
-
-
-def summary(sums: EvalSums, tta: Augmentation) -> dict[str, Any]:
-    """Returns an evaluation record of what was summed over the ranks."""
-    total, correct = int(sums.samples), int(sums.correct)
-    record = {
-        "kind": "eval",
-        "loss": sums.loss / total,
-        "accuracy": correct / total,
-        "correct": correct,
-        "total": total,
-    }
-    if tta != "none":
-        plain = int(sums.plain_correct)
-        record |= {"tta": tta, "plain_accuracy": plain / total, "plain_correct": plain}
-    return record
 
 
 def views(images: Tensor, tta: Augmentation) -> Iterator[tuple[Tensor, float]]:

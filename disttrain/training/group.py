@@ -12,12 +12,7 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 from disttrain.config import Config
-from disttrain.errors import (
-    BusyError,
-    HangError,
-    TrainingError,
-    UsageError,
-)
+from disttrain.errors import BusyError, HangError, TrainingError, UsageError
 from disttrain.host_memory import keep_freed_memory
 from disttrain.parallel import cores_of_a_rank
 from disttrain.training.network import prepare_gloo

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,6 @@ from disttrain.config import Config
 from disttrain.data.batches import Loader
 from disttrain.data.plan import Ids, Plan
 from disttrain.preflight import split_batch
-from disttrain.runs.evaluation import Evaluation
 from disttrain.training.augment import Augment
 from disttrain.training.average import MovingAverage
 from disttrain.training.choices import Settings
@@ -27,6 +26,9 @@ from disttrain.training.collectives import Group
 from disttrain.training.graph import StepGraph
 from disttrain.training.optim import Rate
 from disttrain.training.phases import Phases
+
+if TYPE_CHECKING:
+    from disttrain.training.saver import RunSaver
 
 _LOOK_S = 1.0  # between two looks for a wish to stop, unless a step takes longer
 _COUNTED_AT_ONCE = 16  # forward passes whose hits are counted together
@@ -50,26 +52,6 @@ class Observer(Protocol):
         Returns:
             Where they can be read.
         """
-
-
-class Saver(Protocol):
-    """Saves checkpoints beside the training."""
-
-    def save(self, *, best: bool, evaluation: Evaluation | None = None, stopping: bool = False) -> None:
-        """Begins to save the state as it is now. Every rank calls this.
-
-        Args:
-            best: whether it is the best so far.
-            evaluation: of the state, if there was one.
-            stopping: whether the run ends here at a step where it would not have saved otherwise; what goes
-                on from it must not differ from a run that was never stopped.
-        """
-
-    def check(self) -> None:
-        """Raises the error of a save that has failed in the meantime."""
-
-    def wait(self) -> None:
-        """Returns when everything is saved, or raises the error that a save ended with."""
 
 
 class Gauges(Protocol):
@@ -96,7 +78,7 @@ class Hooks:
 
     observer: Observer
     gauges: Gauges
-    saver: Saver
+    saver: RunSaver
     stop_requested: Callable[[], bool]
     phases: Phases = field(default_factory=Phases)
 
@@ -325,6 +307,11 @@ class Parts:
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         assert isinstance(model, nn.Module)
         return model
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The model without DDP and, if there is one, its moving average, which is evaluated then."""
+        return [self.bare_model, *([] if self.ema is None else [self.ema.module])]
 
 
 @contextmanager

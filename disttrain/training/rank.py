@@ -13,18 +13,11 @@ import time
 import traceback
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from disttrain.errors import (
-    DisttrainError,
-    StoppedError,
-    StorageError,
-)
+from disttrain.errors import DisttrainError, StoppedError, StorageError
 from disttrain.heartbeat import STACKS, STOP, Phase, Pulse
 from disttrain.runs.runfolder import RunFolder, utc_now
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("disttrain")
 

@@ -109,5 +109,4 @@ def restore_rank_state(parts: Parts, states: dict[str, Tensor]) -> None:
 
 def _statistics(parts: Parts) -> list[Tensor]:
     """Returns the batch-norm statistics of the model and its moving average."""
-    models = [parts.bare_model, *([] if parts.ema is None else [parts.ema.module])]
-    return [buffer for model in models for buffer in float_buffers(model)]
+    return [buffer for network in parts.networks for buffer in float_buffers(network)]

@@ -57,34 +57,34 @@ class RunSaver:
         self._buffers = {"model": {name for name, _ in parts.bare_model.named_buffers()}}
         if parts.ema is not None:
             self._buffers["ema"] = {name for name, _ in parts.ema.named_buffers()}
-        keep = parts.config.checkpoint.keep
-        self._writer = Writer(folder.checkpoints, keep, done, writing) if parts.rank == 0 else None
+        self._writer = Writer(folder.checkpoints, parts.config.checkpoint.keep, done, writing)
+        self.check = self._writer.check  # whether a save has failed in the meantime
+        self.wait = self._writer.wait  # until everything is saved
 
     def save(self, *, best: bool, evaluation: Evaluation | None = None, stopping: bool = False) -> None:
-        """Takes a snapshot and begins to write it. Every rank calls this."""
+        """Begins to save the state as it is now. Every rank calls this.
+
+        Args:
+            best: whether it is the best so far.
+            evaluation: of the state, if there was one.
+            stopping: whether the run ends here at a step where it would not have saved otherwise; what goes
+                on from it must not differ from a run that was never stopped.
+
+        Raises:
+            StorageError, TrainingError: the save before could not be completed.
+        """
         parts = self._parts
         # At a step where a run that is not stopped saves nothing, each rank's statistics are kept apart.
         ranks = gather_rank_states(parts, with_buffers=stopping and parts.world_size > 1)
-        average_buffers(parts.group, parts.bare_model)
-        if parts.ema is not None:
-            average_buffers(parts.group, parts.ema.module)
-        if self._writer is not None:
+        for network in parts.networks:
+            average_buffers(parts.group, network)
+        if parts.rank == 0:
             scaler = parts.accelerator.scaler
             state = dataclasses.asdict(self._position) | self._state
             state["scaler"] = scaler.state_dict() if scaler else None
             contents = saved_parts(parts) | {"ranks": ranks}
             files = {} if evaluation is None else {FILE: msgspec.json.encode(evaluation)}
             self._writer.begin(snapshot(self._position.step, contents, state, self._buffers, files), best)
-
-    def check(self) -> None:
-        """Reports a save that has ended."""
-        if self._writer is not None:
-            self._writer.check()
-
-    def wait(self) -> None:
-        """Returns when everything is saved."""
-        if self._writer is not None:
-            self._writer.wait()
 
 
 def saved_parts(parts: Parts) -> dict[str, Any]:
