@@ -196,7 +196,7 @@ class EvalSums(Seen):
         loss: cross entropy.
         correct: samples that were predicted right.
         plain_correct: those without test-time augmentation.
-        top5_correct: whose class is among the five best, if that was counted.
+        top5_correct: whose class is among the five best.
     """
 
     loss: float
@@ -251,11 +251,8 @@ class Tally:
     def sums(self) -> EvalSums:
         """Returns the sums of this rank; waits for the device."""
         correct, plain_correct, top5_correct = self._hits.tolist()
-        seen = seen_by_rank(self._seen)
         return EvalSums(
-            samples=seen.samples,
-            digest_low=seen.digest_low,
-            digest_high=seen.digest_high,
+            **vars(seen_by_rank(self._seen)),
             loss=self._loss.item(),
             correct=correct,
             plain_correct=plain_correct,
