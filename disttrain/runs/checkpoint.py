@@ -96,14 +96,10 @@ def snapshot(
     buffers: Mapping[str, Collection[str]] | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> Snapshot:
-    """Copies what a checkpoint holds, without waiting for the device.
+    """Copies what a checkpoint holds, without waiting for the device; arguments as of `Snapshot`.
 
-    Args:
-        step: optimizer steps taken.
-        parts: name -> nested dicts and lists of tensors and JSON values, such as a state_dict.
-        state: JSON values.
-        buffers: name of a part -> names of those of its tensors that may be infinite; no tensor may be NaN.
-        files: name -> content of what else belongs to the checkpoint.
+    The parts are nested dicts and lists of tensors and JSON values, such as a state_dict. No tensor may be
+    NaN, and only those of `buffers` may be infinite.
     """
     skeletons, views = _take_apart(parts)
     # Copies of their own, for training changes the originals; in the order of a file.
@@ -119,16 +115,9 @@ def snapshot(
 
 
 def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
-    """Writes a checkpoint and makes it the latest. Rank 0 alone calls this.
+    """Writes a checkpoint and makes it the latest, and perhaps the best; older ones but `keep` go.
 
-    Args:
-        folder: the checkpoints folder of the run.
-        taken: what to write.
-        keep: number of checkpoints to keep, besides the best one.
-        best: also make it the best.
-
-    Returns:
-        The folder of the checkpoint.
+    Rank 0 alone calls this, with the checkpoints folder of the run. Returns the folder of the checkpoint.
 
     Raises:
         TrainingError: a tensor is not finite.
@@ -232,7 +221,7 @@ class Writer:
 
     Args:
         folder: the checkpoints folder of the run.
-        keep: number of checkpoints to keep, besides the best one.
+        keep: as of `write`.
         done: told of every complete checkpoint and whether it is the best, in the thread that calls `check`
             or `wait`.
         writing: around the writing of each, in the thread that writes.
@@ -252,11 +241,7 @@ class Writer:
         self._pending: tuple[ThreadPoolExecutor, Future[Path], bool] | None = None
 
     def begin(self, taken: Snapshot, best: bool) -> None:
-        """Begins to write, when the one before is complete.
-
-        Raises:
-            StorageError, TrainingError: the one before could not be written; see `write`.
-        """
+        """Begins to write, when the one before is complete; raises what `wait` does."""
         self.wait()
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = thread, thread.submit(self._write, taken, best), best
@@ -267,11 +252,7 @@ class Writer:
             return write(self._folder, taken, keep=self._keep, best=best)
 
     def check(self) -> None:
-        """Reports a checkpoint that has become complete.
-
-        Raises:
-            StorageError, TrainingError: it could not be written; see `write`.
-        """
+        """Reports a checkpoint that has become complete; raises what `wait` does."""
         if self._pending is not None and self._pending[1].done():
             self.wait()
 
@@ -288,10 +269,7 @@ class Writer:
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads and verifies a checkpoint.
-
-    Args:
-        path: its folder, or a link to it.
+    """Reads and verifies a checkpoint, given its folder or a link to it.
 
     Raises:
         CheckpointError: it is missing, or a part is missing or damaged; names the file.

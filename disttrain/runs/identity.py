@@ -20,7 +20,7 @@ def identity(config: Config, index: Index, skipped: Sequence[int] | None = ()) -
 
     Args:
         config: the resolved config.
-        index: its data set.
+        index: of its data set.
         skipped: ids of the train split that are left out; None where that is not known yet.
 
     Returns:

@@ -49,12 +49,7 @@ def entry(name: str, *pieces: bytes | memoryview) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Writes the manifest of parts that are in the folder already, and returns its bytes.
-
-    Args:
-        folder: of the checkpoint.
-        parts: name of each file -> its `entry`.
-    """
+    """Writes the manifest of parts that are in the folder, each with its `entry`, and returns its bytes."""
     document = {"format": FORMAT, "parts": parts}
     sha256 = hashlib.sha256(canonical(document)).hexdigest()
     data = canonical(document | {"sha256": sha256})
@@ -194,10 +189,7 @@ def replaced(path: Path) -> Path:
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
-    """Finds the newest checkpoint that verifies, by its step; links are not asked.
-
-    Args:
-        folder: the checkpoints folder of a run; need not exist.
+    """Finds the newest checkpoint that verifies, by its step; links are not asked, nor need the folder exist.
 
     Returns:
         The checkpoint, or None if there never was one; and why each newer one was passed over.

@@ -221,11 +221,9 @@ class RunFolder:
             self.error(rank).unlink(missing_ok=True)
 
     def first_error(self, ranks: Iterable[int] | None = None, since: str = "") -> dict[str, Any] | None:
-        """Returns the earliest error that a rank wrote down: the cause, not its victims.
+        """Returns the earliest error that one of the ranks, or any, wrote down: the cause, not its victims.
 
-        Args:
-            ranks: whose; None means all.
-            since: as `utc_now` has it; what is older is of an earlier attempt.
+        What is older than `since`, a time as of `utc_now`, is of an earlier attempt.
         """
         errors = []
         for path in self.error(0).parent.glob("rank_*.json") if ranks is None else map(self.error, ranks):

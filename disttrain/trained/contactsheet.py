@@ -68,11 +68,7 @@ def draw(cells: list[Cell]) -> Image.Image:
 
 
 def save(sheet: Image.Image, path: Path) -> None:
-    """Writes a sheet.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Writes a sheet, or raises StorageError."""
     try:
         sheet.save(path)
     except OSError as error:

@@ -70,13 +70,7 @@ def evaluate(
 
 
 def open_data(config: Config, facts: Facts, data: str | None, root: str | None) -> Index:
-    """Returns the index of what a run is evaluated on.
-
-    Args:
-        config: of the run.
-        facts: of its network.
-        data: another data set than the run's, or None.
-        root: another root than the config's, or None.
+    """Returns the index of what a run is evaluated on: its own data set and root, or others.
 
     Raises:
         DataError: the data set is missing or damaged, or its classes or images are others.

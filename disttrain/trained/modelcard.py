@@ -93,16 +93,7 @@ def input_text(facts: Facts) -> str:
 
 
 def card(trained: Trained, file_format: str, file: str, index: Index, difference: float, images: int) -> str:
-    """Returns the model card of an exported file.
-
-    Args:
-        trained: the run.
-        file_format: of the file.
-        file: its name.
-        index: of the data set.
-        difference: of its scores from the network's.
-        images: on which that was found.
-    """
+    """Returns the model card of an exported file; on so many images its scores differ so much at most."""
     facts = trained.facts
     rows = {
         "file": f"`{file}` ({file_format})",

@@ -38,16 +38,7 @@ def predict(
     as_json: bool,
     on_progress: Callable[[int, int | None], None],
 ) -> None:
-    """Predicts, prints, and draws the sheet.
-
-    Args:
-        run: run folder or exported file.
-        names: files, folders, or - for names on standard input.
-        checkpoint: best, latest, or a path.
-        top: classes for each image.
-        grid: takes the sheet, or None.
-        as_json: print JSON lines instead of a table.
-        on_progress: told of images done and their number.
+    """Predicts, prints, and draws the sheet; arguments as of the command.
 
     Raises:
         DataError: there is no image, or some could not be used; the others were printed.

@@ -68,11 +68,7 @@ class Trained(NamedTuple):
 
 
 def open_run(run: Path, checkpoint: str | Path = "best") -> Trained:
-    """Finds what is needed of a run.
-
-    Args:
-        run: the run folder.
-        checkpoint: best, latest, or the path of a checkpoint.
+    """Finds what is needed of a run folder; the checkpoint is best, latest, or a path.
 
     Raises:
         UsageError: it is not a run folder, or damaged.

@@ -58,14 +58,7 @@ class Augment:
         self._parts: Tensor | None = None  # centre and half size of each part, in grid_sample's units
 
     def start_epoch(self, epoch: int, order: Ids, height: int, width: int) -> None:
-        """Draws the random choices of an epoch for every place in it.
-
-        Args:
-            epoch: counts from 0.
-            order: the sample at each place, int64 [samples].
-            height: of the images in pixels.
-            width: of the images in pixels.
-        """
+        """Draws the random choices of an epoch, counted from 0, for every place in its order."""
         padding, size = self._config.crop_padding, self._config.cutout
         ranges: dict[int, int] = {}
         if padding:
@@ -114,15 +107,7 @@ class Augment:
         return result
 
     def mix(self, epoch: int, step: int, batch: int, height: int, width: int) -> Mix | None:
-        """Returns how the global batch of a step of an epoch is mixed, or None.
-
-        Args:
-            epoch: the epoch.
-            step: the step within the epoch.
-            batch: samples in the global batch.
-            height: of the images in pixels.
-            width: of the images in pixels.
-        """
+        """Returns how the global batch of so many samples in a step of an epoch is mixed, or None."""
         mixup, cutmix = self._config.mixup, self._config.cutmix
         if not (mixup or cutmix) or batch < 2:
             return None

@@ -197,16 +197,10 @@ def first_images(data: Data, device: torch.device) -> Tensor:
 def initial_model(
     config: Config, index: Index, device: torch.device, *, resumed: bool
 ) -> tuple[nn.Module, dict[str, Choice]]:
-    """Returns the network on its device: with random weights, the same on all ranks, or those of a file.
+    """Returns the network on its device, and what came from a file of weights.
 
-    Args:
-        config: says which network, and the file.
-        index: the data set.
-        device: of the rank.
-        resumed: whether the weights of a checkpoint come next, so that no file is read.
-
-    Returns:
-        The network, and what came from the file.
+    The weights are random, the same on all ranks, or those of the file; if those of a checkpoint come next,
+    no file is read.
     """
     torch.manual_seed(config.seed)
     model = build_for(config.model, index).to(device)
@@ -255,15 +249,9 @@ def apply_arithmetic(settings: Settings, device: torch.device, model: nn.Module)
 
 
 def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tuple[nn.Module, Choice]:
-    """Wraps a model in DDP. Every rank calls this.
+    """Returns a model wrapped in DDP, and the size of its gradient buckets. Every rank calls this.
 
-    Args:
-        model: on its device.
-        device: of the rank.
-        timed_every: steps, of which DDP measures one.
-
-    Returns:
-        The wrapped model, and the size of its gradient buckets with the reason.
+    Of so many steps as `timed_every` DDP measures one.
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     bucket, reason = bucket_mib(trained, device)

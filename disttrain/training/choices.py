@@ -131,12 +131,7 @@ def choose(
 
 
 def bucket_mib(parameters: int, device: torch.device) -> tuple[float, str]:
-    """Returns the size of DDP's gradient buckets in MiB, and why.
-
-    Args:
-        parameters: of the model that are trained.
-        device: of the rank.
-    """
+    """Returns the size of DDP's gradient buckets in MiB for so many trained parameters, and why."""
     size = 4 * parameters / 2**20
     if device.type == "cpu" or size <= 4:
         # One reduction: fewer messages; on CPUs there is no engine beside the cores that could overlap.
@@ -193,12 +188,7 @@ def _rules(
 
 
 def _measured(probe: Probe, plain: Settings, key: str) -> tuple[Settings, dict[str, Choice]]:
-    """Decides one key by measuring, and on a CPU the threads. Every rank calls this.
-
-    Args:
-        probe: measures.
-        plain: the settings by the rules.
-        key: channels_last or compile.
+    """Decides one key by measuring, and on a CPU the threads; `plain` is by the rules. Every rank calls this.
 
     Returns:
         The settings to use, and the reasons of what was decided.

@@ -62,11 +62,7 @@ def reduce_sum(group: Group, phase: Phase, step: int, values: Sequence[float]) -
 def reduce_record(group: Group, phase: Phase, step: int, record: Record) -> Record:
     """Returns a record whose numbers are summed over the ranks, in one reduction; otherwise as `reduce_sum`.
 
-    Args:
-        group: as this rank sees it.
-        phase: where all ranks are.
-        step: where all ranks are.
-        record: a dataclass of numbers and lists of numbers, as long on every rank.
+    The record is a dataclass of numbers and lists of numbers, which are as long on every rank.
     """
     values = [getattr(record, field.name) for field in dataclasses.fields(record)]
     flat = [number for value in values for number in (value if isinstance(value, list) else [value])]

@@ -59,12 +59,6 @@ class Subject:
 def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> Evaluation | None:
     """Evaluates the model, or its moving average, on the validation split. Every rank calls this.
 
-    Args:
-        parts: what to evaluate with.
-        tta: the test-time augmentation.
-        step: optimizer steps taken so far.
-        hooks: told of what begins, and gives the wish to stop.
-
     Returns:
         What was found; None if a rank was asked to stop meanwhile.
 
@@ -96,7 +90,7 @@ def measure(
     Args:
         subject: what is evaluated.
         tta: the test-time augmentation.
-        step: optimizer steps taken.
+        step: optimizer steps taken so far.
         go_on: asked before each batch, as often on every rank; False ends the evaluation.
 
     Returns:

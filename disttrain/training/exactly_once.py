@@ -29,14 +29,10 @@ class Seen:
     digest_high: float
 
     def check(self, expected: Ids, who: str) -> None:
-        """Checks the sums over all ranks.
-
-        Args:
-            expected: the ids that all ranks should have seen, in any order.
-            who: begins the sentence of the error.
+        """Compares the sums over all ranks with the ids that they should have seen, in any order.
 
         Raises:
-            DataError: a sample was left out, repeated or replaced.
+            DataError: a sample was left out, repeated or replaced; `who` begins the sentence.
         """
         found = int(self.samples), (int(self.digest_low) + (int(self.digest_high) << 32)) % 2**64
         if found != digest(expected):
@@ -54,12 +50,6 @@ def seen_by_rank(ids: Sequence[Ids]) -> Seen:
 
 def check_exactly_once(parts: Parts, step: int, seen: Sequence[Ids], expected: Ids) -> None:
     """Checks that all ranks together trained on exactly the expected samples. Every rank calls this.
-
-    Args:
-        parts: what was trained with.
-        step: optimizer steps taken.
-        seen: ids that this rank trained on.
-        expected: ids that all ranks should have trained on, in any order.
 
     Raises:
         DataError: a sample was left out, repeated or replaced.

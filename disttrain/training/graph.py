@@ -29,14 +29,7 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def graph_choice(config: Config, device: torch.device, world_size: int, settings: Settings) -> Choice:
-    """Returns whether the steps of a run are replayed as a graph, "true" or "false", and why.
-
-    Args:
-        config: of the run.
-        device: of the rank.
-        world_size: number of ranks.
-        settings: how the passes are computed.
-    """
+    """Returns whether the steps of a run are replayed as a graph, "true" or "false", and why."""
     if config.train.cuda_graph is False:
         return Choice("false", "train.cuda_graph")
     if obstacle := graph_obstacle(config, device, world_size, settings.precision):

@@ -13,14 +13,7 @@ _ELSEWHERE = "192.0.2.1"  # nobody's (RFC 5737): stands for whatever the default
 
 
 def prepare_gloo(master_addr: str) -> str | None:
-    """Sets GLOO_SOCKET_IFNAME where this node's own name leads nowhere, unless it is set.
-
-    Args:
-        master_addr: name or address of the first node.
-
-    Returns:
-        The interface, if one was set.
-    """
+    """Sets GLOO_SOCKET_IFNAME where this node's own name leads nowhere; returns what it set, if anything."""
     if "GLOO_SOCKET_IFNAME" in os.environ or own_name_leads_here():
         return None
     interface = interface_to(master_addr)

@@ -33,12 +33,8 @@ def build_optimizer(
 ) -> tuple[Optimizer, list[Rate]]:
     """Returns the configured optimizer and the learning rate of each of its parameter groups.
 
-    The fused kernels of torch are used; the learning rates are the peaks until `set_lr` is called.
-
-    Args:
-        config: optimizer, settings and groups.
-        schedule: the learning rate of the groups that have none of their own.
-        model: on its device; its frozen parameters are left out.
+    The fused kernels of torch are used; the learning rates are the peaks until `set_lr` is called. Frozen
+    parameters are left out.
 
     Raises:
         UsageError: a group of the config has no parameter.

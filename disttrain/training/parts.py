@@ -66,15 +66,7 @@ class Gauges(Protocol):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loops call.
-
-    Attributes:
-        observer: told of every log point and evaluation.
-        gauges: readings that go into the train records.
-        saver: saves checkpoints.
-        stop_requested: whether this rank was asked to stop.
-        phases: told of every phase that begins: heartbeat and clock.
-    """
+    """What the loops call; `phases` is told of every phase that begins: heartbeat and clock."""
 
     observer: Observer
     gauges: Gauges

@@ -78,14 +78,9 @@ def restore(
     *,
     force: bool = False,
 ) -> None:
-    """Puts the parts of a checkpoint into a model, its optimizer and its moving average.
+    """Puts the parts of a checkpoint into a model, its optimizer and its moving average, if there is one.
 
-    Args:
-        checkpoint: what was loaded.
-        model: takes the weights.
-        optimizer: takes its state.
-        ema: takes the moving average; None if the config has none.
-        force: leave a moving average out that the config does not use.
+    With `force` a moving average that the config does not use is left out.
 
     Raises:
         CheckpointError: a part is missing or not used, or names or shapes do not fit.

@@ -34,12 +34,7 @@ _NOISE = 16  # the stream of random numbers that seeds dropout
 
 
 def train(parts: Parts, position: Position, hooks: Hooks) -> None:
-    """Trains from `position` to the end of the run. Every rank calls this.
-
-    Args:
-        parts: what to train with.
-        position: where to begin; kept up to date.
-        hooks: what to call.
+    """Trains from `position`, which is kept up to date, to the end of the run. Every rank calls this.
 
     Raises:
         TrainingError: the loss is not finite, or the ranks have lost one another.
@@ -74,13 +69,7 @@ def stop(position: Position, hooks: Hooks, where: str, *, saved: bool = False) -
 
 
 def train_epoch(parts: Parts, position: Position, order: Ids, hooks: Hooks) -> None:
-    """Trains from `position` to the end of its epoch. Every rank calls this.
-
-    Args:
-        parts: what to train with.
-        position: where to begin; kept up to date.
-        order: the plan's order of the epoch, int64 [samples].
-        hooks: what to call.
+    """Trains from `position` to the end of its epoch, whose order is given. Every rank calls this.
 
     Raises:
         TrainingError, StoppedError, DataError, StorageError: as `train` does.
