@@ -238,7 +238,7 @@ def test_groups_of_muon_keep_its_settings_unless_they_change_the_optimizer() -> 
 
 
 def _muons(optimizer: Any) -> list[Any]:
-    parts = [part for part in optimizer._parts if isinstance(part, FilterMuon)]
+    parts = [part for part in optimizer.inner if isinstance(part, FilterMuon)]
     return [SimpleNamespace(momentum=part._muon.param_groups[0]["momentum"]) for part in parts]
 
 

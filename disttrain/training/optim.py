@@ -131,7 +131,11 @@ class StackedMuon(Muon):
             by_shape.setdefault(matrix.shape, []).append(i)
         for shape, places in by_shape.items():
             stacked = orthogonalized(torch.stack([updates[i] for i in places])).float()
-            stacked *= lr * muon_lr_ratio(group["adjust_lr_fn"], *shape)
+            rows, columns = shape
+            ratio = max(1.0, math.sqrt(rows / columns))
+            if group["adjust_lr_fn"] == "match_rms_adamw":
+                ratio = 0.2 * math.sqrt(max(rows, columns))
+            stacked *= lr * ratio
             torch._foreach_sub_([matrices[i] for i in places], list(stacked.unbind()))
 
 
@@ -155,14 +159,6 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def muon_lr_ratio(adjust_lr: str, rows: int, columns: int) -> float:
-    """Returns what the learning rate is multiplied with for a matrix; the names are those of torch's Muon."""
-    if adjust_lr == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    ratio = math.sqrt(rows / columns)
-    return ratio if adjust_lr == "spectral_unclamped" else max(1.0, ratio)
-
-
 class FilterMuon(Optimizer):
     """Muon for filters and hidden matrices (Jordan et al. 2024).
 
@@ -184,6 +180,7 @@ class FilterMuon(Optimizer):
             weight_decay=settings.weight_decay,
             adjust_lr_fn=settings.adjust_lr or "match_rms_adamw",
         )
+        self.inner = [self._muon]
         self._norms = [len(p) ** 0.5 for p in filters] if settings.normalize_weights else None
         super().__init__(filters, {"lr": settings.lr})
 
@@ -219,7 +216,7 @@ class Together(Optimizer):
     """
 
     def __init__(self, parts: list[Optimizer]) -> None:
-        self._parts = parts
+        self.inner = parts
         groups = [part.param_groups[0] for part in parts]
         super().__init__([{"params": group["params"], "lr": group["lr"]} for group in groups], {})
 
@@ -227,28 +224,24 @@ class Together(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Takes one step of every part."""
         assert closure is None
-        for part, group in zip(self._parts, self.param_groups, strict=True):
+        for part, group in zip(self.inner, self.param_groups, strict=True):
             part.param_groups[0]["lr"] = group["lr"]
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the parts, in order."""
-        return {"parts": [part.state_dict() for part in self._parts]}
+        return {"parts": [part.state_dict() for part in self.inner]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the states of the parts."""
-        for part, state in zip(self._parts, state_dict["parts"], strict=True):
+        for part, state in zip(self.inner, state_dict["parts"], strict=True):
             load_state(part, state)
 
 
 def inner_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Returns the parameter groups of the optimizers that an optimizer is made of, if it is."""
-    parts: list[Optimizer] = []
-    if isinstance(optimizer, Together):
-        parts = optimizer._parts
-    if isinstance(optimizer, FilterMuon):
-        parts = [optimizer._muon]
-    return [group for part in parts for group in (*part.param_groups, *inner_groups(part))]
+    inner: list[Optimizer] = getattr(optimizer, "inner", [])
+    return [group for part in inner for group in (*part.param_groups, *inner_groups(part))]
 
 
 def _matrix(values: Tensor, filters: Tensor) -> Tensor:
@@ -301,10 +294,8 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Returns the bytes that the state of an optimizer will take beyond what it holds already."""
-    if isinstance(optimizer, Together):
-        return sum(map(state_bytes, optimizer._parts))
-    if isinstance(optimizer, FilterMuon):
-        return state_bytes(optimizer._muon)
+    if inner := getattr(optimizer, "inner", []):
+        return sum(map(state_bytes, inner))
     total = 0
     for group in optimizer.param_groups:
         averages = 2 if isinstance(optimizer, Adam) else int(group["momentum"] > 0)  # AdamW is an Adam
