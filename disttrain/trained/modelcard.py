@@ -18,7 +18,23 @@ OUTPUT_TEXT = "logits: float32 [B, classes], the scores of the classes; their so
 
 _MARK = "<!-- model card, written by disttrain export -->"
 
-_FROM_FILE = '''\
+_WITH_DISTTRAIN = """\
+import sys
+
+import disttrain
+
+for prediction in disttrain.predict({file}, sys.argv[1:]):
+    print(prediction.image, prediction.label, prediction.probability)
+"""
+_WITHOUT = '''\
+import json
+import sys
+
+import numpy as np
+import {package}
+from PIL import Image, ImageOps
+
+
 def pixels(path):
     """Returns an image file as the network reads it: uint8 [1, {height}, {width}, {channels}]."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")
@@ -28,54 +44,31 @@ def pixels(path):
     image = image.resize(({width}, {height}), Image.Resampling.BICUBIC, box, reducing_gap=4.0)
     return np.array(image).reshape(1, {height}, {width}, {channels})
 
-'''
-_PROGRAMS = {
-    "safetensors": """\
-import sys
 
-import disttrain
-
-for prediction in disttrain.predict({file}, sys.argv[1:]):
-    print(prediction.image, prediction.label, prediction.probability)
-""",
-    "torch-export": """\
-import json
-import sys
-
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-
-
-{from_file}
-about = {{"disttrain.json": ""}}
-network = torch.export.load({file}, extra_files=about).module()
-classes = json.loads(about["disttrain.json"])["classes"]
+{load}
 for path in sys.argv[1:]:
-    with torch.no_grad():
-        probabilities = network(torch.from_numpy(pixels(path))).softmax(1)[0]
-    best = int(probabilities.argmax())
-    print(path, classes[best], float(probabilities[best]))
-""",
-    "onnx": """\
-import json
-import sys
-
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
-
-
-{from_file}
-session = onnxruntime.InferenceSession({file})
-classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-for path in sys.argv[1:]:
-    scores = session.run(["logits"], {{"images": pixels(path)}})[0][0]
+    scores = {scores}
     probabilities = np.exp(scores - scores.max())
     probabilities /= probabilities.sum()
     best = int(probabilities.argmax())
     print(path, classes[best], float(probabilities[best]))
-""",
+'''
+_PROGRAMS = {
+    "torch-export": {
+        "package": "torch",
+        "load": """\
+about = {{"disttrain.json": ""}}
+network = torch.export.load({file}, extra_files=about).module()
+classes = json.loads(about["disttrain.json"])["classes"]""",
+        "scores": "network(torch.from_numpy(pixels(path)))[0].detach().numpy()",
+    },
+    "onnx": {
+        "package": "onnxruntime",
+        "load": """\
+session = onnxruntime.InferenceSession({file})
+classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])""",
+        "scores": 'session.run(["logits"], {{"images": pixels(path)}})[0][0]',
+    },
 }
 
 
@@ -108,9 +101,6 @@ def card(trained: Trained, file_format: str, file: str, index: Index, difference
         "made with": f"disttrain {__version__}",
     }
     table = "\n".join(f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows.items())
-    shape = {"height": facts.height, "width": facts.width, "channels": facts.channels}
-    from_file = _FROM_FILE.format(mode="L" if facts.channels == 1 else "RGB", **shape)
-    program = _PROGRAMS[file_format].format(file=json.dumps(file), from_file=from_file)
     return f"""{_MARK}
 # {trained.config.name}
 
@@ -133,9 +123,18 @@ In the order of the scores:
 with `classify.py`:
 
 ```python
-{program.strip()}
+{_program(facts, file_format, json.dumps(file)).strip()}
 ```
 """
+
+
+def _program(facts: Facts, file_format: str, file: str) -> str:
+    """Returns the program that uses a file, whose name is given as Python has it."""
+    if file_format == "safetensors":
+        return _WITH_DISTTRAIN.format(file=file)
+    fields = {name: text.format(file=file) for name, text in _PROGRAMS[file_format].items()}
+    shape = {"height": facts.height, "width": facts.width, "channels": facts.channels}
+    return _WITHOUT.format(mode="L" if facts.channels == 1 else "RGB", **shape, **fields)
 
 
 def _training(trained: Trained) -> dict[str, str]:
