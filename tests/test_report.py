@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -21,7 +22,8 @@ from disttrain.report.charts import PALETTE
 from disttrain.report.inside import look_inside, mosaic, most_confused
 from disttrain.report.page import outcome, write_report
 from disttrain.report.records import read_run
-from disttrain.runs import checkpoint
+from disttrain.runs import checkpoint, evaluation
+from disttrain.runs.manifest import MANIFEST, read_manifest, write_manifest
 from disttrain.shards.index import load_index
 
 SECTIONS = ("summary", "learning", "speed", "devices", "classes", "examples", "network", "data", "setup")
@@ -110,12 +112,18 @@ def test_the_confusion_matrix_is_that_of_the_last_evaluation(trained: Path, digi
 def test_a_network_too_slow_for_the_time_is_shown_fewer_images_and_the_page_says_so(
     trained: Path, digits: None, tmp_path: Path
 ) -> None:
-    inside = look_inside(
-        trained, load_config(trained / "config.yaml"), load_index("digits", None), budget_s=0
-    )
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, symlinks=True)
+    best = run / "checkpoints" / "best"
+    (best / evaluation.FILE).unlink()  # as in a checkpoint that was saved between two evaluations
+    parts = read_manifest(best)
+    del parts[evaluation.FILE]
+    (best / MANIFEST).unlink()
+    write_manifest(best, parts)
+    inside = look_inside(run, load_config(run / "config.yaml"), load_index("digits", None), budget_s=0)
     assert inside.samples == 359
     assert inside.confusion.sum() == 256
-    text = visible(write_report(trained, tmp_path / "page.html", inside_s=1e-9))
+    text = visible(write_report(run, tmp_path / "page.html", inside_s=1e-9))
     assert "of 256 of 359 validation images, chosen at random, as many as the time allowed, are right" in text
 
 

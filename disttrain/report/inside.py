@@ -15,9 +15,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from disttrain.config import Config
+from disttrain.data.plan import Ids
 from disttrain.errors import CheckpointError, DisttrainError
-from disttrain.shards.images import Pixels, as_picture
+from disttrain.parallel import usable_cores
+from disttrain.runs.evaluation import MISTAKES, Mistake, evaluation_of
+from disttrain.shards.images import Pixels, as_picture, expect_images
 from disttrain.shards.index import Index
+from disttrain.shards.reader import Reader
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +29,6 @@ if TYPE_CHECKING:
     from disttrain.trained.classifier import Classifier
 
 _BATCH = 256
-_MISTAKES = 24
 _GRID = 40
 _SAMPLES = 40
 _MOST_SIDE = 96  # pixels of a picture
@@ -98,80 +101,85 @@ class Inside:
 
 
 def look_inside(run_dir: Path, config: Config, index: Index, *, budget_s: float) -> Inside:
-    """Puts validation images through the best checkpoint, in a fixed random order, as the run evaluated them.
+    """Shows what the evaluation of the best checkpoint has found, and what its layers make of an image.
 
     Args:
         run_dir: the run folder.
         config: of the run.
         index: its data set.
-        budget_s: after this many seconds no further batch is begun, so that a large network on a CPU does not
-            hold up the report.
+        budget_s: of a checkpoint that was not evaluated: after this many seconds no further batch is put
+            through it, so that a large network on a CPU does not hold up the report.
 
     Raises:
         DisttrainError: the checkpoint or the data set cannot be used.
     """
     import torch
 
-    from disttrain.data.plan import usable_ids
-    from disttrain.shards.images import expect_images
-    from disttrain.shards.reader import Reader
-    from disttrain.shards.verify import survey
+    from disttrain.trained.eval import usable_samples
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = _load(run_dir, device)
     assert classifier.step is not None
-    skipped = np.empty(0, np.int64)
-    if config.data.on_error == "skip":
-        skipped = survey(index, "val", lambda text: None)
-    usable = usable_ids(index.splits["val"].samples, skipped)
-    ids = np.random.default_rng(0).permutation(usable)
-    expect_images(len(ids))
+    ids = np.random.default_rng(0).permutation(usable_samples(config, index))
+    kept = evaluation_of(Path(classifier.source))
+    if kept is not None:
+        confusion, worst = np.array(kept.confusion), kept.mistakes
+    else:
+        confusion, worst = _evaluate(classifier, config, index, ids, budget_s)
     reader = Reader(index, "val")
-
-    def scores(pixels: Pixels) -> torch.Tensor:
-        with classifier.as_evaluated():
-            probabilities: torch.Tensor = classifier(torch.from_numpy(pixels).to(device)).softmax(1)
-        return probabilities
-
-    labels = np.empty(len(ids), np.int64)
-    predicted = np.empty(len(ids), np.int64)
-    probability = np.empty(len(ids), np.float64)
-    done, began = 0, time.monotonic()
-    with torch.inference_mode():
-        while done < len(ids) and (done == 0 or time.monotonic() - began < budget_s):
-            part = slice(done, min(done + _BATCH, len(ids)))
-            pixels, labels[part] = _read(reader, index, ids[part])
-            best, chosen = scores(pixels).max(1)
-            probability[part], predicted[part] = best.cpu().numpy(), chosen.cpu().numpy()
-            done = part.stop
-        classes = len(index.classes)
-        cells = labels[:done] * classes + predicted[:done]
-        wrong = np.flatnonzero(predicted[:done] != labels[:done])
-        wrong = wrong[np.argsort(-probability[wrong], kind="stable")][:_MISTAKES]
-
-        def shots(places: npt.NDArray[np.int64]) -> list[Shot]:
-            pixels, _ = _read(reader, index, ids[places])
-            return [
-                Shot(picture_of(image), int(labels[at]), int(predicted[at]), float(probability[at]))
-                for image, at in zip(pixels, places, strict=True)
-            ]
-
-        grid = shots(np.arange(min(_GRID, done)))
+    pixels, _ = _read(reader, index, np.array([one.id for one in worst], np.int64))
+    mistakes = [
+        Shot(picture_of(image), one.label, one.predicted, one.probability)
+        for image, one in zip(pixels, worst, strict=True)
+    ]
+    pixels, labels = _read(reader, index, ids[:_GRID])
+    images = torch.from_numpy(pixels).to(device)
+    with torch.inference_mode(), classifier.as_evaluated():
+        best, chosen = classifier(images).softmax(1).max(1)
+        columns = zip(pixels, labels.tolist(), chosen.tolist(), best.tolist(), strict=True)
+        grid = [Shot(picture_of(image), *found) for image, *found in columns]
         right = next((n for n, shot in enumerate(grid) if shot.label == shot.predicted), 0)
-        pixels, _ = _read(reader, index, ids[right : right + 1])
-        layers = _layers(classifier.network, lambda: scores(pixels))
+        layers = _layers(classifier.network, lambda: classifier(images[right : right + 1]))
     return Inside(
         checkpoint=Path(classifier.source).name,
         step=classifier.step,
         precision=classifier.evaluated_in,
-        confusion=np.bincount(cells, minlength=classes**2).reshape(classes, classes),
+        confusion=confusion,
         samples=len(ids),
-        mistakes=shots(wrong),
+        mistakes=mistakes,
         grid=grid,
         filters=_filters(classifier.network),
         image=grid[right],
         layers=layers,
     )
+
+
+def _evaluate(
+    classifier: Classifier, config: Config, index: Index, ids: Ids, budget_s: float
+) -> tuple[npt.NDArray[np.int64], list[Mistake]]:
+    """Evaluates on as many samples as the time allows; returns the confusion and the worst mistakes."""
+    from disttrain.data.stages import open_stream
+    from disttrain.training.collectives import Group
+    from disttrain.training.evaluation import Subject, Tally, score
+    from disttrain.training.parts import Validation
+
+    expect_images(len(ids))
+    began, device = time.monotonic(), classifier.device
+    workers = min(8, usable_cores())
+    pipeline = config.data.pipeline
+    data = open_stream(index, "val", device, batch_size=_BATCH, workers=workers, pipeline=pipeline)
+    split = Validation(data, ids, index.classes)
+    group, autocast = Group(0, 1, device), classifier.as_evaluated
+    subject = Subject(classifier.network, classifier.normalise, split, group, _BATCH, autocast)
+    tally = Tally(device, len(index.classes))
+    score(
+        subject,
+        "none",
+        tally.add,
+        lambda number: number == 0 or time.monotonic() - began < budget_s,
+    )
+    confusion = tally.confusion.view(len(index.classes), -1).cpu().numpy()
+    return confusion, sorted(tally.mistakes(), reverse=True)[:MISTAKES]
 
 
 def sample_grid(index: Index) -> list[Shot]:
