@@ -51,7 +51,7 @@ def ours(config_file: Path, overrides: list[str], seed: int) -> dict[str, float]
     seconds = time.perf_counter() - began
     found = evaluate(parts, config.eval.tta, step=position.step, hooks=hooks)
     assert found is not None
-    return {"seconds": seconds, "accuracy": found["accuracy"]}
+    return {"seconds": seconds, "accuracy": found.record["accuracy"]}
 
 
 def airbench94() -> dict[str, float]:
