@@ -31,6 +31,12 @@ class CnnMnist(nn.Sequential):
         super().__init__(OrderedDict(features=features, classifier=classifier))
 
 
+def _lenet_head(inputs: int, num_classes: int, activate: type[nn.Module]) -> nn.Sequential:
+    """Returns the linear layers of LeNet-5."""
+    layers = (nn.Linear(inputs, 120), activate(), nn.Linear(120, 84), activate(), nn.Linear(84, num_classes))
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
 class LeNet5(nn.Sequential):
     """LeNet-5 (LeCun et al. 1998, section II.B): tanh and average pooling, 28x28 digits padded to 32x32.
 
@@ -53,14 +59,7 @@ class LeNet5(nn.Sequential):
             nn.AvgPool2d(2),
         )
         height, width = map_size(features, image_size)
-        classifier = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(16 * height * width, 120),
-            nn.Tanh(),
-            nn.Linear(120, 84),
-            nn.Tanh(),
-            nn.Linear(84, num_classes),
-        )
+        classifier = _lenet_head(16 * height * width, num_classes, nn.Tanh)
         super().__init__(OrderedDict(features=features, classifier=classifier))
 
 
@@ -82,14 +81,7 @@ class LeNetBN(nn.Sequential):
             nn.BatchNorm2d(16),
         )
         height, width = map_size(features, image_size)
-        classifier = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(16 * height * width, 120),
-            nn.ReLU(),
-            nn.Linear(120, 84),
-            nn.ReLU(),
-            nn.Linear(84, num_classes),
-        )
+        classifier = _lenet_head(16 * height * width, num_classes, nn.ReLU)
         super().__init__(OrderedDict(features=features, classifier=classifier))
 
 
