@@ -133,8 +133,9 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
     stopped = None
     try:
         if rank.pulse.connection is None and group.num_processes > 1:  # else the launchers have compared
-            gathered: list[Any] = [None] * group.num_processes
-            dist.all_gather_object(gathered, (socket.gethostname(), facts(config, index)))
+            from disttrain.training.collectives import Group, gather
+
+            gathered = gather(Group.of(group), (socket.gethostname(), facts(config, index)))
             compare_peers({f"rank {i} on {host}": found for i, (host, found) in enumerate(gathered)})
         folder, checkpoint = enter_folder(config, rank, group, index, resume, force=force)
         rank.pulse.beat(Phase.START, 0, 5)
@@ -176,7 +177,7 @@ def enter_folder(
     Returns:
         The run folder, or None when the run in it has finished already; and the checkpoint to go on from.
     """
-    from accelerate.utils import broadcast_object_list
+    from disttrain.training.collectives import Group, gather
 
     agreed: list[Any] = [None, None]
     if rank.number == 0:
@@ -191,9 +192,7 @@ def enter_folder(
             folder.create()
             checkpoint = prepare_folder(folder, config, start)
             agreed = [str(folder.path), checkpoint and str(checkpoint.resolve())]
-    if group.num_processes > 1:
-        broadcast_object_list(agreed)
-    path, checkpoint_path = agreed
+    path, checkpoint_path = gather(Group.of(group), agreed)[0]
     if path is None:
         return None, None
     if rank.number:

@@ -26,8 +26,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from disttrain.training.parts import Validation
 
     _, config, facts, checkpoint = open_run(Path(request["run"]), request["checkpoint"])
-    joined = join(config, "cuda" if torch.cuda.is_available() else "cpu")
-    group = Group(joined.process_index, joined.num_processes, joined.device)
+    group = Group.of(join(config, "cuda" if torch.cuda.is_available() else "cpu"))
     classifier = load_model(request["run"], checkpoint, device=group.device)
     index = open_data(config, facts, request["data"], request["root"])
     ids = usable_samples(config, index)

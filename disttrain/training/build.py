@@ -93,7 +93,7 @@ def build(
     Returns:
         The parts, where to begin, and what was chosen for the user and why.
     """
-    group = Group(process_group.process_index, process_group.num_processes, process_group.device)
+    group = Group.of(process_group)
     device = group.device
     checkpoint = None if checkpoint_path is None else load(checkpoint_path)
     data = open_data(config, index, group)

@@ -16,6 +16,7 @@ from disttrain.heartbeat import Phase
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from accelerate import PartialState
 
 Record = TypeVar("Record", bound="DataclassInstance")
 
@@ -35,6 +36,11 @@ class Group(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
+
+    @classmethod
+    def of(cls, state: PartialState) -> Group:
+        """Returns what Accelerate says of them."""
+        return cls(state.process_index, state.num_processes, state.device)
 
 
 def reduce_sum(group: Group, phase: Phase, step: int, values: Sequence[float]) -> list[float]:
