@@ -26,7 +26,7 @@ from rich.cells import cell_len
 
 from disttrain.monitor import top
 from disttrain.monitor.readings import READINGS
-from disttrain.monitor.top import ago, lines
+from disttrain.monitor.top import lines
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
@@ -163,10 +163,6 @@ def test_the_state_of_the_run_comes_first(status: dict[str, Any], silent_s: floa
 def test_nothing_in_a_name_moves_the_cursor() -> None:
     rows = [row | {"host": "a\x1b[2J"} for row in gpus(1)] + gpus(1)
     assert not any("\x1b" in line for line in plain(snapshot(rows, status={"state": "x\x1b[H"})))
-
-
-def test_ages() -> None:
-    assert [ago(s) for s in (None, 0.4, 59, 61, 3700, 90000)] == ["n/a", "0 s", "59 s", "1 min", "1 h", "1 d"]
 
 
 # --- The files of a run -------------------------------------------------------------------------------

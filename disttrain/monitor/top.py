@@ -25,10 +25,11 @@ from rich.text import Text
 
 from disttrain.errors import UsageError
 from disttrain.monitor import nvml
-from disttrain.monitor.console import Frame, Output, bar, device_label, number
 from disttrain.monitor.readings import GpuReaders
+from disttrain.monitor.widgets import Frame, bar, devices, plain
 from disttrain.runs.runfolder import RunFolder
-from disttrain.terminal import is_animated
+from disttrain.terminal import Output, is_animated
+from disttrain.units import ago, number, percent
 
 _INTERVAL_S = 0.5
 _SILENT_S = 60.0  # after which a run that should be running is suspicious
@@ -221,16 +222,6 @@ def _age_s(when: object, now: datetime) -> float | None:
         return None
 
 
-def ago(seconds: float | None) -> str:
-    """Returns an age in its largest unit: `3 s`, `12 min`, `5 h`, `2 d`."""
-    if seconds is None:
-        return "n/a"
-    for unit, length_s in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length_s:
-            return f"{seconds / length_s:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def _of(key: str, form: str = ".0f", unit: str = "", scale: float = 1) -> Cell:
     return lambda row: number(row.get(key), form, unit, scale)
 
@@ -288,42 +279,31 @@ def _slowed_by(reasons: Sequence[str] | None) -> str:
 
 def lines(snapshot: Snapshot, width: int, height: int | None) -> list[Text]:
     """Returns the view of a snapshot, at most `height` lines; the caller crops what is wider than `width`."""
-    head = [_text(f"disttrain top  {snapshot['run'] or 'this node, ' + snapshot['host']}", "bold")]
+    head = [plain(f"disttrain top  {snapshot['run'] or 'this node, ' + snapshot['host']}", "bold")]
     if snapshot["run"] is not None:
         head += _state_lines(snapshot, width)
-    on_gpus = bool(snapshot["gpus"]) or not snapshot.get("processes")
-    rows, name, index, use = (
-        (snapshot["gpus"], "GPU", "index", "utilization_pct")
-        if on_gpus
-        else (snapshot["processes"], "rank", "rank", "cpu_pct")
-    )
+    found = devices(snapshot["gpus"], snapshot.get("processes") or [])
+    rows, labels = found.rows, found.labels
     if not rows:
         what = "no NVIDIA GPU that NVML knows" if snapshot["run"] is None else "no readings yet"
-        return [*head, _text(what)][:height]
-    rows = sorted(rows, key=lambda row: (str(row.get("host")), row.get(index) or 0, str(row.get("uuid"))))
-    several = len({row.get("host") for row in rows}) > 1
-    labels = [
-        device_label(row, f"{name} {number(row.get(index), 'd')}{_slice(row)}", several) for row in rows
-    ]
-    notes = [_text(note, "bold red") for note in _notes(rows, labels) + snapshot["notes"]]
+        return [*head, plain(what)][:height]
+    notes = [plain(note, "bold red") for note in _notes(rows, labels) + snapshot["notes"]]
     room = len(rows) if height is None else max(1, height - len(head) - 1 - len(notes))
     shown = len(rows) if len(rows) <= room else room - 1
     label_width = max(len(label) for label in labels) + 1
-    columns, bar_width = _fitting(_GPU_COLUMNS if on_gpus else _PROCESS_COLUMNS, width - label_width)
+    columns, bar_width = _fitting(_GPU_COLUMNS if snapshot["gpus"] else _PROCESS_COLUMNS, width - label_width)
     titles = " ".join(column.title.rjust(column.width) for column in columns)
-    body = [_text(" " * (label_width + bar_width + 1) + titles, "bright_black")]
+    body = [plain(" " * (label_width + bar_width + 1) + titles, "bright_black")]
     for label, row in zip(labels[:shown], rows[:shown], strict=True):
-        done, rest = bar((row.get(use) or 0) / 100, bar_width)
+        done, rest = bar((row.get(found.use) or 0) / 100, bar_width)
         cells = " ".join(column.cell(row).rjust(column.width) for column in columns)
         body.append(
             Text.assemble(
-                _text(label.ljust(label_width), "bold"), (done, "green"), (rest, "bright_black"), f" {cells}"
+                plain(label.ljust(label_width), "bold"), (done, "green"), (rest, "bright_black"), f" {cells}"
             )
         )
     if shown < len(rows):
-        hidden = [row[use] for row in rows[shown:] if row.get(use) is not None]
-        spread = f"{min(hidden):.0f} to {max(hidden):.0f} %" if hidden else "n/a"
-        body.append(_text(f"+{len(rows) - shown} more, use {spread}; all are shown through a pipe"))
+        body.append(plain(f"{found.folded(shown)}; all are shown through a pipe"))
     return [*head, *body, *notes][:height]
 
 
@@ -342,19 +322,19 @@ def _state_lines(snapshot: Snapshot, width: int) -> list[Text]:
         f"step {number(train.get('step', status.get('step')), ',d')}",
         f"epoch {number(train.get('epoch', status.get('epoch')), ',d')}",
         f"loss {number(train.get('loss'), '.4f')}",
-        f"accuracy {number(train.get('accuracy'), '.2f', ' %', 100)}",
+        f"accuracy {percent(train.get('accuracy'))}",
         number(train.get("images_per_s"), ",.0f", " images/s"),
         f"wait {number(train.get('data_wait_pct'), '.0f', ' %')}",
     ]
     if evaluation:
-        place.append(f"eval {number(evaluation.get('accuracy'), '.2f', ' %', 100)}")
+        place.append(f"eval {percent(evaluation.get('accuracy'))}")
     numbers = [place[0]]
     for part in place[1:]:
         if len(numbers[-1]) + len(part) + 2 > width:
             numbers.append(part)
         else:
             numbers[-1] += f"  {part}"
-    return [_text(text.splitlines()[0], style), *map(_text, numbers)]
+    return [plain(text.splitlines()[0], style), *map(plain, numbers)]
 
 
 def _notes(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[str]:
@@ -372,12 +352,6 @@ def _notes(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[str
     return notes
 
 
-def _slice(row: Mapping[str, Any]) -> str:
-    """Returns what tells the MIG instances of a GPU apart."""
-    uuid = str(row.get("uuid"))
-    return f"/{uuid[4:8]}" if uuid.startswith("MIG-") else ""
-
-
 def _fitting(columns: Sequence[_Column], width: int) -> tuple[Sequence[_Column], int]:
     """Returns the first columns that fit beside a bar of at least a sixth of the width, and its width."""
     sizes = [0]
@@ -385,7 +359,3 @@ def _fitting(columns: Sequence[_Column], width: int) -> tuple[Sequence[_Column],
         sizes.append(sizes[-1] + column.width + 1)
     fitting = max(count for count, size in enumerate(sizes) if count == 0 or size <= width - width // 6)
     return columns[:fitting], max(0, min(_BAR, width - sizes[fitting]))
-
-
-def _text(text: str, style: str = "") -> Text:
-    return Text("".join(letter if letter.isprintable() else "?" for letter in text), style)

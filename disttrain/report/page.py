@@ -17,11 +17,10 @@ from disttrain import __version__
 from disttrain.config import dump_config
 from disttrain.errors import DisttrainError, reason
 from disttrain.files import write_atomically
-from disttrain.monitor.console import duration, number
-from disttrain.report.records import MEASURES, Array, Device, Run, read_gpus, read_ranks, read_run, utc
-from disttrain.runs.runfolder import RunFolder, utc_now
+from disttrain.report.records import MEASURES, Array, Device, Run, read_gpus, read_ranks, read_run
+from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index, load_index
-from disttrain.units import flops_text
+from disttrain.units import accuracy_text, duration, flops_text, number, percent, utc
 
 if TYPE_CHECKING:
     from disttrain.report.charts import Charts
@@ -132,15 +131,13 @@ def render(template: str, output: Path, drawn: Charts, **content: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "number": number, "duration": duration, "utc": utc, "percent": _percent, "days": _days,
-    }  # fmt: skip
+    environment.filters |= {"number": number, "percent": percent, "duration": duration, "utc": utc}
     text = environment.get_template(template).render(
         library="\n".join(library.js_raw) if drawn.figures else "",
         script=script,
         charts=places,
         version=__version__,
-        written=utc_now()[:19].replace("T", " ") + " UTC",
+        written=utc(),
         **content,
     )
     write_atomically(output, text)
@@ -155,11 +152,9 @@ def outcome(run: Run) -> tuple[str, str]:
     if last is None or last.accuracy is None:
         result = "no evaluation"
     else:
-        result = f"accuracy {_percent(last.accuracy)}"
-        if last.correct is not None and last.total is not None:
-            result += f" ({last.correct:,} of {last.total:,})"
+        result = f"accuracy {accuracy_text(last.accuracy, last.correct, last.total)}"
         if best is not None and best is not last and best.accuracy != last.accuracy:
-            result += f", best {_percent(best.accuracy)} after epoch {best.epoch}"
+            result += f", best {percent(best.accuracy)} after epoch {best.epoch}"
     where = f"epoch {number(status.get('epoch'), ',d')}, step {number(status.get('step'), ',d')}"
     if state == "finished":
         return state, f"finished: {result}"
@@ -167,8 +162,8 @@ def outcome(run: Run) -> tuple[str, str]:
         silent_s = time.time() - _time_of(status.get("updated_at"))
         if silent_s > _SILENT_S:
             return "silent", (
-                f"says that it is running, but has written nothing for {_days(silent_s)}: most likely it was "
-                f"killed after {where}; {result}"
+                f"says that it is running, but has written nothing for {duration(silent_s)}: most likely it "
+                f"was killed after {where}; {result}"
             )
         return state, f"running, {where}; {result} so far"
     if state == "unknown":
@@ -198,20 +193,6 @@ def environment_rows(run: Run) -> list[tuple[str, str]]:
     return [(key, str(value)) for key, value in rows.items() if value is not None]
 
 
-def _percent(share: float | None) -> str:
-    return number(share, ".2f", " %", 100)
-
-
-def _days(seconds: float | None) -> str:
-    """Returns a length of time in the units that people would choose."""
-    if seconds is None or not math.isfinite(seconds):
-        return "n/a"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    days, rest = divmod(seconds, 86400)
-    return f"{days:.0f} d {duration(rest)}" if days else duration(rest)
-
-
 def _time_of(text: object) -> float:
     try:
         return datetime.fromisoformat(str(text)).timestamp()
@@ -232,13 +213,13 @@ def _facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
     spent = run.training_s
     peak = [np.nanmax(v) for gpu in gpus if np.isfinite(v := gpu.values["memory_gib"]).any()]
     facts = [
-        ("best accuracy", _percent(best.accuracy) if best else "n/a"),
+        ("best accuracy", percent(best.accuracy) if best else "n/a"),
         ("lowest validation loss", _least([record.loss for record in run.evals])),
         ("epochs", f"{number(run.status.get('epoch'), ',d')} of {number(info.get('epochs'), ',d')}"),
         ("steps", number(run.status.get("step"), ",d")),
         ("images trained on", number(run.status.get("samples_seen"), ",d")),
-        ("training", _days(float(spent[-1])) if len(spent) else "n/a"),
-        ("start to end", _days(wall_s(run))),
+        ("training", duration(float(spent[-1])) if len(spent) else "n/a"),
+        ("start to end", duration(wall_s(run))),
         ("median speed", f"{np.nanmedian(speed):,.0f} images/s" if np.isfinite(speed).any() else "n/a"),
         ("model arithmetic", _arithmetic(run)),
         ("ran on", str(info.get("devices") or "n/a")),

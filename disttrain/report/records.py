@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -546,8 +546,3 @@ def _stalls(train: dict[str, Array]) -> Iterator[Event]:
         times = f"{step_time_s / usual_s:,.0f} times as long as usual"
         text = f"{which} took {count * step_time_s:,.0f} s, {times}"
         yield Event("stall", float(train["time_s"][at]), count * step_time_s, text)
-
-
-def utc(time_s: float) -> str:
-    """Returns a time as people read it."""
-    return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
