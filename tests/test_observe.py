@@ -18,8 +18,11 @@ from torch import nn
 from disttrain.config import Config
 from disttrain.data.plan import Plan
 from disttrain.errors import StoppedError
+from disttrain.monitor import gauges as gauges_module
 from disttrain.monitor import observe
-from disttrain.monitor.observe import RunGauges, RunObserver
+from disttrain.monitor.environment import git_state
+from disttrain.monitor.gauges import RunGauges, assign
+from disttrain.monitor.observe import RunObserver
 from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import load_index
 from disttrain.training.choices import Choice, Settings
@@ -43,7 +46,7 @@ GPUS = [
 def reading(uuid: str) -> dict[str, Any]:
     """Returns what a sampler says of a GPU: numbers that tell GPUs and fields apart."""
     number = int(uuid[-1])
-    fields = enumerate(observe._GPU_FIELDS)
+    fields = enumerate(gauges_module._GPU_FIELDS)
     return {field: 100.0 * place + 10.04 + number for place, field in fields} | {"critical_events": number}
 
 
@@ -84,7 +87,7 @@ class Sampler:
 @pytest.fixture
 def sampler(monkeypatch: pytest.MonkeyPatch) -> type[Sampler]:
     kind = type("OwnSampler", (Sampler,), {"asked": [], "pids": []})
-    monkeypatch.setattr(observe, "GpuSampler", kind)
+    monkeypatch.setattr(gauges_module, "GpuSampler", kind)
     return kind
 
 
@@ -94,9 +97,9 @@ def _processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def means() -> dict[str, Any]:
         number = next(numbers)
-        return {"host": "x", "cpu_pct": 50.0 + number, "memory_used_mib": 100 + number}
+        return {"cpu_pct": 50.0 + number, "memory_used_mib": 100 + number}
 
-    monkeypatch.setattr(observe, "ProcessorSampler", lambda: SimpleNamespace(means=means))
+    monkeypatch.setattr(gauges_module, "ProcessorSampler", lambda: SimpleNamespace(means=means))
 
 
 def all_ranks(
@@ -204,20 +207,20 @@ def device(rank: int, host: str, uuid: str, index: int, minor: int, reach: list[
 
 def test_a_gpu_is_read_by_the_first_rank_of_its_host_that_may_see_it() -> None:
     all_seen = [device(i, "a", f"U{i}", 1 - i, 1 - i, ["U0", "U1"]) for i in range(2)]
-    assert observe._assign(all_seen) == [
+    assert assign(all_seen) == [
         {"rank": 0, "host": "a", "uuid": "U0", "index": 1, "reader": 0},
         {"rank": 1, "host": "a", "uuid": "U1", "index": 0, "reader": 0},
     ]
     # Each task has one GPU, which is GPU 0 to it: told apart by device files.
     confined = [device(i, "a", f"U{i}", 0, 5 - i, [f"U{i}"]) for i in range(3)]
-    assert [(each["reader"], each["index"]) for each in observe._assign(confined)] == [(0, 5), (1, 4), (2, 3)]
+    assert [(each["reader"], each["index"]) for each in assign(confined)] == [(0, 5), (1, 4), (2, 3)]
     # Two machines that believe to have the same name.
     twins = [device(0, "localhost", "U0", 0, 0, ["U0"]), device(1, "localhost", "U1", 0, 0, ["U1"])]
-    assert [each["reader"] for each in observe._assign(twins)] == [0, 1]
+    assert [each["reader"] for each in assign(twins)] == [0, 1]
     # NVML shows a rank no GPU at all.
     blind = [device(0, "a", "U0", 0, 0, []), device(1, "a", "U1", 1, 1, ["U0"])]
-    assert [each["reader"] for each in observe._assign(blind)] == [1, 1]
-    assert observe._assign(CPUS) == CPUS
+    assert [each["reader"] for each in assign(blind)] == [1, 1]
+    assert assign(CPUS) == CPUS
 
 
 @pytest.mark.usefixtures("_processor")
@@ -240,8 +243,8 @@ def test_on_cpus_every_rank_has_a_row(tmp_path: Path, sampler: type[Sampler]) ->
 def test_the_readings_of_all_nodes_share_a_file(tmp_path: Path) -> None:
     program = """
 import pathlib, sys
-from disttrain.monitor.observe import _SharedLines
-lines = _SharedLines(pathlib.Path(sys.argv[1]))
+from disttrain.monitor.gauges import SharedLines
+lines = SharedLines(pathlib.Path(sys.argv[1]))
 for i in range(300):
     lines.write([{"node": sys.argv[2], "i": i, "gpu": gpu, "filling": 20000 * "x"} for gpu in range(2)])
 lines.close()
@@ -275,11 +278,12 @@ EVAL_RECORD = {
 def observer_of(
     rank: int, folder: RunFolder, digits_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> RunObserver:
-    monkeypatch.setattr(observe, "_gather_devices", lambda parts: CPUS[:2])
+    monkeypatch.setattr(observe, "gather_devices", lambda group: CPUS[:2])
     (folder.path / "logs").mkdir(parents=True, exist_ok=True)
     parts: Any = SimpleNamespace(
         rank=rank,
         world_size=2,
+        group=None,
         accelerator=SimpleNamespace(device=torch.device("cpu")),
         flops_per_image=3_000_000,
         peak_flops_per_s=None,
@@ -372,4 +376,4 @@ def test_a_folder_that_is_no_repository_has_no_commit(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert observe._git() is None
+    assert git_state() is None

@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import logging
 import math
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -186,13 +185,12 @@ class ProcessorSampler:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._host = socket.gethostname()
         self._before = self._clocks()
         self._memory_mib: int | None = None
         self._memory_due_s = 0.0
 
     def means(self) -> dict[str, object]:
-        """Returns host, cpu_pct and memory_used_mib.
+        """Returns cpu_pct and memory_used_mib.
 
         cpu_pct is the mean since the last call, 100 for one core kept busy; memory (the resident set) is of
         the last second. Processes started by this one are not counted.
@@ -204,7 +202,7 @@ class ProcessorSampler:
             with contextlib.suppress(psutil.Error, OSError):
                 self._memory_mib = round(self._process.memory_info().rss / _MIB)
         cpu_pct = round(100 * busy_s / wall_s, 1) if wall_s > 0 else None
-        return {"host": self._host, "cpu_pct": cpu_pct, "memory_used_mib": self._memory_mib}
+        return {"cpu_pct": cpu_pct, "memory_used_mib": self._memory_mib}
 
     @staticmethod
     def _clocks() -> tuple[float, float]:

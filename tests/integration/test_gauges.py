@@ -25,13 +25,12 @@ from types import SimpleNamespace
 rank = int(os.environ["RANK"])
 import torch
 from accelerate import PartialState
-from disttrain.monitor.observe import RunGauges, _gather_devices
+from disttrain.monitor.gauges import RunGauges, gather_devices
 from disttrain.runs.runfolder import RunFolder
+from disttrain.training.collectives import Group
 
-group = PartialState(cpu=True)
-parts = SimpleNamespace(
-    rank=rank, world_size=2, accelerator=SimpleNamespace(device=torch.device("cuda", 0))
-)
+PartialState(cpu=True)
+group = Group(rank, 2, torch.device("cuda", 0))
 for name, tasks in json.loads(os.environ["TASKS"]).items():
     task, folder, alarms = tasks[rank], Path(sys.argv[1], name), []
     os.environ.update(task["environment"])
@@ -39,7 +38,7 @@ for name, tasks in json.loads(os.environ["TASKS"]).items():
     if task["uuid"] == "00000000-0000-0000-0000-000000000000":  # else as by a torch that knows no bus
         said |= {"pci_domain_id": 0, "pci_bus_id": task["bus"], "pci_device_id": 0}
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(**said)
-    devices = _gather_devices(parts)
+    devices = gather_devices(group)
     gauges = RunGauges(devices, rank, 0.1, RunFolder(folder), alarms.append)
     gauges.start()
     limit = time.monotonic() + 60
