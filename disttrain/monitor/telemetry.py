@@ -8,27 +8,25 @@ asked for, pynvml.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
 import psutil
 
 from disttrain.monitor.readings import READINGS, GpuReaders
+from disttrain.units import MIB
 
 _log = logging.getLogger("disttrain")
 
-_MIB = 2**20
 _MEMORY_INTERVAL_S = 1.0
-_STOP_TIMEOUT_S = (
-    5.0  # a GPU that fell off the bus can hold an NVML call for longer than anyone wants to wait
-)
+_STOP_TIMEOUT_S = 5.0  # a GPU that fell off the bus can hold an NVML call for longer than that
 _GREATEST = ("memory_used_mib", "memory_used_by_us_mib")
 _LATEST = ("memory_total_mib", "power_limit_w", "ecc_corrected", "ecc_uncorrected")
 _SLOWED = {  # reasons for lower clocks that make training slower, by what they are counted as
@@ -117,13 +115,13 @@ class GpuSampler:
                 self._stop.wait(deadline - time.monotonic())
 
     def _keep(self, sweep: Sequence[Mapping[str, Any] | None]) -> None:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         records = []
         with self._lock:
             for window, reading in zip(self._windows, sweep, strict=True):
                 if reading is not None:
                     window.add(reading)
-                    records.append({"time": now.replace("+00:00", "Z"), **window.gpu, **reading})
+                    records.append({"time": now, **window.gpu, **reading})
         if self._sink is None:
             return
         try:
@@ -149,9 +147,7 @@ class _Window:
     """The readings of one GPU since they were last taken."""
 
     gpu: dict[str, object]
-    last: dict[str, float | None] = field(
-        default_factory=lambda: _numbers(dict.fromkeys(READINGS)),
-    )
+    last: dict[str, float | None] = field(default_factory=lambda: _numbers(dict.fromkeys(READINGS)))
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     fresh: bool = False
     critical_events: int | None = None
@@ -200,7 +196,7 @@ class ProcessorSampler:
         if self._before[0] >= self._memory_due_s:
             self._memory_due_s, self._memory_mib = self._before[0] + _MEMORY_INTERVAL_S, None
             with contextlib.suppress(psutil.Error, OSError):
-                self._memory_mib = round(self._process.memory_info().rss / _MIB)
+                self._memory_mib = round(self._process.memory_info().rss / MIB)
         cpu_pct = round(100 * busy_s / wall_s, 1) if wall_s > 0 else None
         return {"cpu_pct": cpu_pct, "memory_used_mib": self._memory_mib}
 
