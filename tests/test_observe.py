@@ -11,8 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from msgspec.structs import asdict
+from run_files import eval_record, train_record
 from torch import nn
 
 from disttrain.config import Config
@@ -23,6 +26,7 @@ from disttrain.monitor import observe
 from disttrain.monitor.environment import git_state
 from disttrain.monitor.gauges import RunGauges, assign
 from disttrain.monitor.observe import RunObserver
+from disttrain.runs.records import EvalRecord, GpuMeans, Process, StepTimes, TrainRecord
 from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import load_index
 from disttrain.training.choices import Choice, Settings
@@ -46,7 +50,7 @@ GPUS = [
 def reading(uuid: str) -> dict[str, Any]:
     """Returns what a sampler says of a GPU: numbers that tell GPUs and fields apart."""
     number = int(uuid[-1])
-    fields = enumerate(gauges_module._GPU_FIELDS)
+    fields = enumerate(name for name in GpuMeans.__struct_fields__ if name not in gauges_module._ABOUT)
     return {field: 100.0 * place + 10.04 + number for place, field in fields} | {"critical_events": number}
 
 
@@ -133,18 +137,17 @@ def test_the_sums_of_all_ranks_are_the_rows_of_all_gpus(tmp_path: Path, sampler:
     assert sampler.pids == [[100, 101], [100, 101], [102, 103], [102, 103]]
     assert [any(vector) for vector in vectors] == [True, False, True, False]
     assert sampler.running == 0
-    expected = [
-        {
-            "host": host, "index": 3 - rank, "uuid": f"GPU-{rank}", "name": f"GPU {rank}",
-            "memory_total_mib": 81920, "utilization_pct": 10.0 + rank, "memory_utilization_pct": 110.0 + rank,
-            "memory_used_mib": 210.0 + rank, "power_w": 310.0 + rank, "power_limit_w": 410.0 + rank,
-            "temperature_c": 510.0 + rank, "sm_clock_mhz": 610.0 + rank, "throttled_power_pct": 710.0 + rank,
-            "throttled_thermal_pct": 810.0 + rank, "sm_activity_pct": 910.0 + rank, "critical_events": rank,
-        }
+    expected = tuple(
+        GpuMeans(
+            host=host, index=3 - rank, uuid=f"GPU-{rank}", name=f"GPU {rank}",
+            memory_total_mib=81920, utilization_pct=10.0 + rank, memory_utilization_pct=110.0 + rank,
+            memory_used_mib=210.0 + rank, power_w=310.0 + rank, power_limit_w=410.0 + rank,
+            temperature_c=510.0 + rank, sm_clock_mhz=610.0 + rank, throttled_power_pct=710.0 + rank,
+            throttled_thermal_pct=810.0 + rank, sm_activity_pct=910.0 + rank, critical_events=rank,
+        )
         for rank, host in enumerate(HOSTS)
-    ]  # fmt: skip
+    )  # fmt: skip
     assert rows == [{"gpus": expected}] * 4
-    assert json.loads(json.dumps(rows[0]))["gpus"][0]["index"] == 3
 
 
 def test_what_is_unknown_is_none(tmp_path: Path, sampler: type[Sampler]) -> None:
@@ -153,10 +156,10 @@ def test_what_is_unknown_is_none(tmp_path: Path, sampler: type[Sampler]) -> None
     vectors, rows = read_all(devices, tmp_path)
     assert [sum(math.isnan(number) for number in vector) for vector in vectors] == [2, 0, 2, 0]
     for number, row in enumerate(rows[1]["gpus"]):
-        assert row["index"] is None
-        assert row["memory_total_mib"] is None
-        assert row["power_w"] is None
-        assert row["temperature_c"] == 510 + number
+        assert row.index is None
+        assert row.memory_total_mib is None
+        assert row.power_w is None
+        assert row.temperature_c == 510 + number
 
 
 def test_one_unknown_gpu_leaves_the_others(tmp_path: Path, sampler: type[Sampler]) -> None:
@@ -164,22 +167,22 @@ def test_one_unknown_gpu_leaves_the_others(tmp_path: Path, sampler: type[Sampler
     values = gauges[0].read()
     values[: len(values) // 2] = [math.nan] * (len(values) // 2)
     first, second = gauges[1].rows(values)["gpus"]
-    known = {key for key, value in first.items() if value is not None}
+    known = {key for key, value in asdict(first).items() if value is not None}
     assert known == {"host", "index", "uuid", "name", "memory_total_mib"}
-    assert second["utilization_pct"] == 11.0
+    assert second.utilization_pct == 11.0
 
 
 def test_zero_is_a_reading(tmp_path: Path, sampler: type[Sampler]) -> None:
     (gauges,) = all_ranks(GPUS[:1], tmp_path)
     (row,) = gauges.rows([0.0] * len(gauges.read()))["gpus"]
-    assert (row["utilization_pct"], row["critical_events"]) == (0.0, 0)
+    assert (row.utilization_pct, row.critical_events) == (0.0, 0)
 
 
 def test_ranks_on_one_gpu_give_one_row_and_it_is_read_once(tmp_path: Path, sampler: type[Sampler]) -> None:
     devices = [GPUS[0], GPUS[0] | {"rank": 1, "pid": 101}, GPUS[1] | {"rank": 2, "pid": 102}]
     _, rows = read_all(devices, tmp_path)
-    assert [row["uuid"] for row in rows[0]["gpus"]] == ["GPU-0", "GPU-1"]
-    assert rows[0]["gpus"][0]["utilization_pct"] == 10.0
+    assert [gpu.uuid for gpu in rows[0]["gpus"]] == ["GPU-0", "GPU-1"]
+    assert rows[0]["gpus"][0].utilization_pct == 10.0
     assert [[gpu["uuid"] for gpu in gpus] for gpus in sampler.asked] == [["GPU-0", "GPU-1"], [], []]
     assert sampler.pids[0] == [100, 101, 102]
 
@@ -232,11 +235,11 @@ def test_on_cpus_every_rank_has_a_row(tmp_path: Path, sampler: type[Sampler]) ->
         [4, 5],
         [6, 7],
     ]
-    processes = [
-        {"rank": rank, "host": host, "cpu_pct": 50.0 + rank, "memory_used_mib": 100 + rank}
+    processes = tuple(
+        Process(rank=rank, host=host, cpu_pct=50.0 + rank, memory_used_mib=100 + rank)
         for rank, host in enumerate(HOSTS)
-    ]
-    assert rows == [{"gpus": [], "processes": processes}] * 4
+    )
+    assert rows == [{"gpus": (), "processes": processes}] * 4
     assert sampler.asked == [[], [], [], []]
 
 
@@ -266,13 +269,8 @@ CONFIG: dict[str, Any] = {
     "train": {"epochs": 1, "batch_size": 64, "trace_samples": True},
     "optim": {"lr": 0.1},
 }
-TRAIN_RECORD: dict[str, Any] = {
-    "kind": "train", "step": 5, "epoch": 1, "samples": 320, "loss": 1.5, "accuracy": 0.25, "lr": 0.1,
-    "images_per_s": 100.0, "step_time_s": 0.64, "data_wait_pct": 1.0, "gpus": [],
-}  # fmt: skip
-EVAL_RECORD = {
-    "kind": "eval", "step": 5, "epoch": 1, "loss": 1.0, "accuracy": 0.5, "correct": 180, "total": 360,
-}  # fmt: skip
+TRAIN_RECORD = train_record(5, samples=320, accuracy=0.25, ranks_ms=StepTimes(compute=(1.0, 1.0)))
+EVAL_RECORD = eval_record(5, 0.5, epoch=1, correct=180, total=360)
 
 
 def observer_of(
@@ -316,9 +314,11 @@ def test_rank_0_writes_the_story_of_the_run(
         observer.train(TRAIN_RECORD)
         observer.evaluate(EVAL_RECORD)
         observer.finished()
-    times, written = zip(*((record.pop("time"), record) for record in lines(folder.metrics)), strict=True)
-    assert written == (TRAIN_RECORD, EVAL_RECORD)
-    assert before <= times[0] <= times[1] <= utc_now()
+    trained, evaluated = lines(folder.metrics)
+    assert (trained["kind"], evaluated["kind"]) == ("train", "eval")
+    assert msgspec.convert(trained, TrainRecord) == TRAIN_RECORD
+    assert msgspec.convert(evaluated, EvalRecord) == EVAL_RECORD
+    assert before <= trained["time"] <= evaluated["time"] <= utc_now()
     assert lines(folder.trace(0)) == [{"epoch": 1, "step": 1, "ids": [3, 4]}]
     status = folder.status()
     assert (status["step"], status["samples_seen"]) == (5, 320)

@@ -20,7 +20,7 @@ from disttrain.errors import StorageError
 from disttrain.report.charts import PALETTE
 from disttrain.report.inside import look_inside, mosaic, most_confused
 from disttrain.report.page import outcome, write_report
-from disttrain.report.records import read_run
+from disttrain.report.run import read_run
 from disttrain.runs import checkpoint
 from disttrain.shards.index import load_index
 

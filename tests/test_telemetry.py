@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from disttrain.monitor import telemetry
-from disttrain.monitor.readings import READINGS
 from disttrain.monitor.telemetry import ProcessorSampler
+from disttrain.runs.records import READINGS
 
 UUIDS = [f"GPU-{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(4)]
 
@@ -25,10 +25,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SAMPLE = """
 import json, logging, os, threading, time
+import msgspec
 from disttrain.monitor.telemetry import GpuSampler
 records, alarms = [], []
 gpus = [{"host": "h", "index": i, "uuid": uuid} for i, uuid in enumerate(os.environ["UUIDS"].split(","))]
-sampler = GpuSampler(gpus, 0.1, records.extend, pids=[1003, 2003], alarm=alarms.append)
+sink = lambda found: records.extend(map(msgspec.to_builtins, found))
+sampler = GpuSampler(gpus, 0.1, sink, pids=[1003, 2003], alarm=alarms.append)
 def wait(count):
     limit = time.monotonic() + 60
     while len(records) < count and time.monotonic() < limit:
@@ -76,7 +78,7 @@ print(json.dumps([means, again, records, alive]))
     # No reading since: the last one, whose numbers are all the same here.
     assert again == means
     assert [record["index"] for record in records[:4]] == [0, 1, 0, 1]  # nothing is made up for the unknown
-    assert set(records[0]) == {"time", "host", "index", "uuid", *READINGS}
+    assert set(records[0]) == {"time", "host", "index", "uuid", "name", *READINGS}
     assert records[0]["throttle"] == ["power"]
     assert records[0]["time"].endswith("Z")
     assert len(records[0]["time"]) == len("2026-01-31T12:00:00.000Z")

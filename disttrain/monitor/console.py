@@ -1,19 +1,18 @@
 """What rank 0 shows of a run: a live dashboard on a terminal, plain lines everywhere else.
 
-It is fed the records of metrics.jsonl and one-line notes. It knows nothing of torch, NVML or the training
+It is fed the records of the run and one-line notes. It knows nothing of torch, NVML or the training
 loop, and whatever becomes of the terminal, training goes on.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 import textwrap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TextIO, cast
@@ -25,14 +24,13 @@ from rich.live import Live
 from rich.text import Text
 
 from disttrain.monitor.widgets import LABEL, Frame, devices, gauge, plain, row, sparkline
+from disttrain.runs.records import EvalRecord, GpuMeans, Process, TrainRecord, mean
 from disttrain.terminal import Output, is_animated, printable
 from disttrain.units import flops_text, hms, number, percent, utc
 
 _REFRESHES_PER_S = 2  # each takes some milliseconds in which the training waits for the interpreter
 _DEVICE_MIN = 72  # cells that a device's row needs: rows go side by side from twice as many
 _POINTS_KEPT = 400
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,11 @@ class Console:
         self._clock = clock
         self._out = Output(stream)
         self._lock = threading.Lock()
-        self._train: Record = {}
-        self._eval: Record = {}
-        self._best: Record = {}
+        self._train: TrainRecord | None = None
+        self._eval: EvalRecord | None = None
+        self._best: EvalRecord | None = None
         self._verdict = ""
-        self._curves = {key: deque[float | None](maxlen=_POINTS_KEPT) for key in ("loss", "accuracy")}
+        self._curves = {key: deque[float](maxlen=_POINTS_KEPT) for key in ("loss", "accuracy")}
         self._notes: deque[str] = deque(maxlen=3)
         self._started_s = clock()
         self._origin: tuple[float, int] | None = None  # time and samples from which the pace is measured
@@ -119,23 +117,23 @@ class Console:
         for label, text in _facts(self._info):
             self._line(f"{label:<5}  {text}")
 
-    def train(self, record: Record) -> None:
-        """Takes a record of kind train."""
+    def train(self, record: TrainRecord) -> None:
+        """Takes a log point."""
         with self._lock:
             self._train = record
             for key, points in self._curves.items():
-                points.append(record.get(key))
+                points.append(getattr(record, key))
         now = self._clock()
         if self._verbosity >= 1 or now - self._last_line_s >= self._line_interval_s:
             self._last_line_s = now
             self._line(train_line(record, self._info))
 
-    def evaluate(self, record: Record) -> None:
-        """Takes a record of kind eval."""
+    def evaluate(self, record: EvalRecord) -> None:
+        """Takes an evaluation."""
         with self._lock:
             self._eval = record
-            best = (record.get("accuracy") or 0.0) >= (self._best.get("accuracy") or 0.0)
-            self._best = record if best else self._best
+            if self._best is None or record.accuracy >= self._best.accuracy:
+                self._best = record
         self._line(eval_line(record, self._info))
 
     def verdict(self, text: str) -> None:
@@ -207,7 +205,7 @@ class Console:
         middle = _device_rows(train, width, max(1, room))
         return [*top, *([rule, *middle] if middle else []), *bottom][:height]
 
-    def _progress(self, train: Record, width: int) -> list[Text]:
+    def _progress(self, train: TrainRecord | None, width: int) -> list[Text]:
         info, now = self._info, self._clock()
         step, samples = self._position()
         if self._origin is None or samples <= self._origin[1]:  # start-up is no part of the pace
@@ -216,7 +214,7 @@ class Console:
         epoch = min(info.epochs, max(1, math.ceil(samples / max(1, info.samples_per_epoch))))
         in_epoch = samples - (epoch - 1) * info.samples_per_epoch
         pace = (samples - self._origin[1]) / (now - self._origin[0]) if now > self._origin[0] else None
-        speed = train.get("images_per_s")
+        speed = train.images_per_s if train else None
         bars = (
             ("epoch", in_epoch / max(1, info.samples_per_epoch), f"{epoch:,}/{info.epochs:,}",
              eta(info.samples_per_epoch - in_epoch, speed)),
@@ -239,31 +237,29 @@ def eta(samples: float, samples_per_s: float | None) -> str:
     return hms(max(0.0, samples) / samples_per_s)
 
 
-def train_line(record: Record, info: RunInfo) -> str:
+def train_line(record: TrainRecord, info: RunInfo) -> str:
     """Returns the line of a train record, its fields aligned with those of the run's other lines."""
-    gpus, processes = record.get("gpus") or [], record.get("processes") or []
-    name, busy = ("gpu", _mean(gpus, "utilization_pct")) if gpus else ("cpu", _mean(processes, "cpu_pct"))
+    name, busy = "cpu", mean(process.cpu_pct for process in record.processes or ())
+    if record.gpus:
+        name, busy = "gpu", mean(gpu.utilization_pct for gpu in record.gpus)
     return (
-        f"{_result(record, info)}  lr {number(record.get('lr'), '.1e'):>7}"
-        f"  {number(record.get('images_per_s'), ',.0f', ' images/s'):>18}"
-        f"  wait {number(record.get('data_wait_pct'), '.0f', ' %'):>5}"
-        f"  {name} {number(busy, '.0f', ' %'):>5}"
+        f"{_result(record, info)}  lr {record.lr:7.1e}"
+        f"  {number(record.images_per_s, ',.0f', ' images/s'):>18}"
+        f"  wait {number(record.data_wait_pct, '.0f', ' %'):>5}  {name} {number(busy, '.0f', ' %'):>5}"
     )
 
 
-def eval_line(record: Record, info: RunInfo) -> str:
+def eval_line(record: EvalRecord, info: RunInfo) -> str:
     """Returns the line of an eval record."""
-    correct, total = (number(record.get(key), ",d") for key in ("correct", "total"))
-    return f"{_result(record, info)}  eval: {correct} of {total} correct"
+    return f"{_result(record, info)}  eval: {record.correct:,d} of {record.total:,d} correct"
 
 
-def _result(record: Record, info: RunInfo) -> str:
+def _result(record: TrainRecord | EvalRecord, info: RunInfo) -> str:
     """Returns what the lines of all records begin with: where the run is, and how good."""
     epochs, steps = f"{info.epochs:,}", f"{info.epochs * info.steps_per_epoch:,}"
-    epoch, step = (number(record.get(key), ",d") for key in ("epoch", "step"))
     return (
-        f"epoch {epoch:>{len(epochs)}}/{epochs}  step {step:>{len(steps)}}/{steps}"
-        f"  loss {number(record.get('loss'), '.4f'):>7}  acc {percent(record.get('accuracy')):>8}"
+        f"epoch {record.epoch:>{len(epochs)},d}/{epochs}  step {record.step:>{len(steps)},d}/{steps}"
+        f"  loss {number(record.loss, '.4f'):>7}  acc {percent(record.accuracy):>8}"
     )
 
 
@@ -276,23 +272,18 @@ def _time_of_day() -> str:
     return utc().split()[1]
 
 
-def _mean(rows: Sequence[Record], key: str) -> float | None:
-    known = [row[key] for row in rows if row.get(key) is not None]
-    return statistics.fmean(known) if known else None
-
-
-def _train_rows(record: Record, width: int) -> list[Text]:
+def _train_rows(record: TrainRecord | None, width: int) -> list[Text]:
     fields = [
-        ("loss ", number(record.get("loss"), ".4f")),
-        ("accuracy ", percent(record.get("accuracy"))),
-        ("lr ", number(record.get("lr"), ".1e")),
-        ("", number(record.get("images_per_s"), ",.0f", " images/s")),
-        ("step ", number(record.get("step_time_s"), ",.1f", " ms", 1000)),
-        ("data wait ", number(record.get("data_wait_pct"), ".0f", " %")),
+        ("loss ", number(getattr(record, "loss", None), ".4f")),
+        ("accuracy ", percent(getattr(record, "accuracy", None))),
+        ("lr ", number(getattr(record, "lr", None), ".1e")),
+        ("", number(getattr(record, "images_per_s", None), ",.0f", " images/s")),
+        ("step ", number(getattr(record, "step_time_s", None), ",.1f", " ms", 1000)),
+        ("data wait ", number(getattr(record, "data_wait_pct", None), ".0f", " %")),
     ]
-    if (speed := record.get("device_flops_per_s")) is not None:
-        share = record.get("mfu_pct")
-        fields.append(("", flops_text(speed) + ("" if share is None else f", MFU {share:.0f} %")))
+    if record is not None and record.device_flops_per_s is not None:
+        share = "" if record.mfu_pct is None else f", MFU {record.mfu_pct:.0f} %"
+        fields.append(("", flops_text(record.device_flops_per_s) + share))
     cell, rows = 22, []
     lines = math.ceil(len(fields) / max(1, (width - LABEL) // cell))
     per_row = math.ceil(len(fields) / lines)
@@ -304,31 +295,29 @@ def _train_rows(record: Record, width: int) -> list[Text]:
     return rows
 
 
-def _eval_summary(last: Record, best: Record) -> str:
-    if not last:
+def _eval_summary(last: EvalRecord | None, best: EvalRecord | None) -> str:
+    if last is None or best is None:
         return "n/a"
-    both = [
-        f"{percent(record.get('accuracy'))} "
-        f"({number(record.get('correct'), ',d')}/{number(record.get('total'), ',d')})"
-        for record in (last, best)
-    ]
-    return f"{both[0]}   best {both[1]} in epoch {number(best.get('epoch'), ',d')}"
+    both = [f"{percent(one.accuracy)} ({one.correct:,d}/{one.total:,d})" for one in (last, best)]
+    return f"{both[0]}   best {both[1]} in epoch {best.epoch:,d}"
 
 
 def _curve_row(
-    label: str, points: Sequence[float | None], width: int, form: str, unit: str = "", scale: float = 1
+    label: str, points: Sequence[float], width: int, form: str, unit: str = "", scale: float = 1
 ) -> Text:
     shown = points[-max(1, width - LABEL - 22) :]
-    known = [scale * point for point in shown if point is not None and math.isfinite(point)]
+    known = [scale * point for point in shown if math.isfinite(point)]
     if not known:
         return row(label, "n/a")
     return row(label, f"{sparkline(shown)}  {min(known):{form}} to {max(known):{form}}{unit}")
 
 
-def _device_rows(record: Record, width: int, room: int) -> list[Text]:
+def _device_rows(record: TrainRecord | None, width: int, room: int) -> list[Text]:
     """Returns the rows of the GPUs, else of the processes, in `room` lines, the last summing up the rest."""
-    gpus = record.get("gpus") or []
-    found, draw = devices(gpus, record.get("processes") or []), _gpu_row if gpus else _process_row
+    if record is None:
+        return []
+    draw: Callable[[Any, int], Text] = _gpu_row if record.gpus else _process_row
+    found = devices(record.gpus or (), record.processes or ())
     count = len(found.rows)
     label_width = max([LABEL, *(cell_len(label) + 1 for label in found.labels)])
     columns = max(1, width // _DEVICE_MIN) if count > room else 1
@@ -345,19 +334,16 @@ def _device_rows(record: Record, width: int, room: int) -> list[Text]:
     return lines if shown == count else [*lines, plain(found.folded(shown))]
 
 
-def _gpu_row(gpu: Record, width: int) -> Text:
-    use, used_mib, total_mib = (
-        gpu.get(key) for key in ("utilization_pct", "memory_used_mib", "memory_total_mib")
-    )
+def _gpu_row(gpu: GpuMeans, width: int) -> Text:
+    use, used_mib, total_mib = gpu.utilization_pct, gpu.memory_used_mib, gpu.memory_total_mib
     memory = f"{number(used_mib, '.1f', '', 1 / 1024)}/{number(total_mib, '.1f', ' GiB', 1 / 1024)}"
     after_use = f"{number(use, '.0f', ' %'):>7}"
     after_memory = (
-        f"{memory:>17}{number(gpu.get('power_w'), '.0f', ' W'):>8}"
-        f"{number(gpu.get('temperature_c'), '.0f', ' °C'):>8}"
+        f"{memory:>17}{number(gpu.power_w, '.0f', ' W'):>8}{number(gpu.temperature_c, '.0f', ' °C'):>8}"
     )
     wide = width >= 110
     if wide:
-        after_memory += printable(f"   {gpu.get('name') or 'n/a'}")
+        after_memory += printable(f"   {gpu.name or 'n/a'}")
     room = width - len(after_use) - cell_len(after_memory) - 3 * wide
     line = gauge(use and use / 100, room // 2 if wide else room, "green").append(after_use)
     if wide:
@@ -366,7 +352,7 @@ def _gpu_row(gpu: Record, width: int) -> Text:
     return line.append(after_memory)
 
 
-def _process_row(process: Record, width: int) -> Text:
-    use = number(process.get("cpu_pct"), ".0f", " %")
-    memory = number(process.get("memory_used_mib"), ".1f", " GiB", 1 / 1024)
+def _process_row(process: Process, width: int) -> Text:
+    use = number(process.cpu_pct, ".0f", " %")
+    memory = number(process.memory_used_mib, ".1f", " GiB", 1 / 1024)
     return plain(f"cpu {use:>7} of one core   memory {memory:>10}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 import socket
@@ -19,24 +18,13 @@ import torch
 
 from disttrain.monitor import nvml
 from disttrain.monitor.telemetry import GpuSampler, ProcessorSampler
+from disttrain.runs.jsonl import encoded
+from disttrain.runs.records import GpuMeans, Process
 from disttrain.runs.runfolder import RunFolder
 from disttrain.training.collectives import Group, gather
 
-_GPU_FIELDS = (
-    "utilization_pct",
-    "memory_utilization_pct",
-    "memory_used_mib",
-    "power_w",
-    "power_limit_w",
-    "temperature_c",
-    "sm_clock_mhz",
-    "throttled_power_pct",
-    "throttled_thermal_pct",
-    "sm_activity_pct",
-    "critical_events",
-)
-"""What of a GPU travels with the loss; gpu.jsonl has all that is read."""
-_PROCESS_FIELDS = ("cpu_pct", "memory_used_mib")
+_ABOUT = ("rank", "host", "index", "uuid", "name", "memory_total_mib")
+"""What a device is: known from the start. All other fields travel with the loss."""
 
 
 class RunGauges:
@@ -67,7 +55,8 @@ class RunGauges:
         # Ranks may share a GPU: it has one place, and the description by its first rank.
         first = {device["uuid"] or device["rank"]: device for device in reversed(devices)}
         self._devices = sorted(first.values(), key=lambda device: int(device["rank"]))
-        self._fields = _GPU_FIELDS if self._on_gpu else _PROCESS_FIELDS
+        self._kind = GpuMeans if self._on_gpu else Process
+        self._fields = [name for name in self._kind.__struct_fields__ if name not in _ABOUT]
         key = "reader" if self._on_gpu else "rank"
         self._own = [place for place, device in enumerate(self._devices) if device[key] == rank]
         self._told = [0] * len(self._devices)
@@ -107,24 +96,30 @@ class RunGauges:
         return values
 
     def rows(self, totals: Sequence[float]) -> dict[str, Any]:
-        """Returns the gpus rows of a train record, and on CPUs the processes rows."""
-        about = ("host", "index", "uuid", "name", "memory_total_mib") if self._on_gpu else ("rank", "host")
+        """Returns the gpus of a train record, and on CPUs the processes."""
         numbers = iter([None if math.isnan(number) else round(number, 1) for number in totals])
-        rows = [
-            {key: device[key] for key in about} | {field: next(numbers) for field in self._fields}
-            for device in self._devices
-        ]
-        if not self._on_gpu:
-            return {"gpus": [], "processes": rows}
-        for place, row in enumerate(rows):
-            events = int(row["critical_events"] or 0)
-            if self._rank == 0 and place not in self._own and events > self._told[place]:
-                self._alarm(
-                    f"GPU {row['index']} ({row['name']}, {row['uuid']}) on {row['host']}: a critical error; "
-                    "gpu.jsonl has its Xid, or that the GPU is lost"
-                )
-            self._told[place] = events
-        return {"gpus": rows}
+        rows = []
+        for place, device in enumerate(self._devices):
+            fields: dict[str, Any] = {
+                name: device[name] if name in _ABOUT else next(numbers)
+                for name in self._kind.__struct_fields__
+            }
+            row = self._kind(**fields)
+            rows.append(row)
+            if isinstance(row, GpuMeans):
+                self._tell_of_others(place, row)
+        if self._on_gpu:
+            return {"gpus": tuple(rows)}
+        return {"gpus": (), "processes": tuple(rows)}
+
+    def _tell_of_others(self, place: int, gpu: GpuMeans) -> None:
+        events = int(gpu.critical_events or 0)
+        if self._rank == 0 and place not in self._own and events > self._told[place]:
+            self._alarm(
+                f"GPU {gpu.index} ({gpu.name}, {gpu.uuid}) on {gpu.host}: a critical error; "
+                "gpu.jsonl has its Xid, or that the GPU is lost"
+            )
+        self._told[place] = events
 
 
 class SharedLines:
@@ -137,15 +132,15 @@ class SharedLines:
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
 
-    def write(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, records: Sequence[object]) -> None:
         """Appends records, each a line, at once."""
-        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        lines = b"".join(map(encoded, records))
         # NFS appends where this node believes the end to be; with the lock it asks the server. Not every
         # file system has locks, and those without them append to the true end.
         with contextlib.suppress(OSError):
             fcntl.lockf(self._file, fcntl.LOCK_EX)
         try:
-            self._file.write(text.encode())
+            self._file.write(lines)
         finally:
             with contextlib.suppress(OSError):
                 fcntl.lockf(self._file, fcntl.LOCK_UN)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from disttrain.config import Config
 from disttrain.errors import StoppedError
@@ -24,7 +24,9 @@ from disttrain.monitor.environment import environment, run_info
 from disttrain.monitor.gauges import RunGauges, gather_devices
 from disttrain.monitor.trackers import Trackers
 from disttrain.monitor.verdict import Verdict, evidence, judge
-from disttrain.runs.runfolder import JsonLines, RunFolder, utc_now
+from disttrain.runs.jsonl import JsonLines
+from disttrain.runs.records import EvalRecord, TrainRecord
+from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.shards.reader import sample_keys
 from disttrain.training.choices import Choice
@@ -69,9 +71,9 @@ class RunObserver:
         self._position = position
         self._rank = parts.rank
         self._index = index
-        self._last_eval: dict[str, Any] = {}
+        self._last_eval: EvalRecord | None = None
         self._status_due_s = 0.0
-        self._records: deque[dict[str, Any]] = deque(maxlen=_JUDGED_RECORDS)
+        self._records: deque[TrainRecord] = deque(maxlen=_JUDGED_RECORDS)
         devices = gather_devices(parts.group)
         settings = parts.settings
         obstacle = graph_obstacle(config, parts.accelerator.device, parts.world_size, settings.precision)
@@ -123,7 +125,7 @@ class RunObserver:
         for file in self._files:
             file.close()
 
-    def train(self, record: dict[str, Any]) -> None:
+    def train(self, record: TrainRecord) -> None:
         """Writes and shows a train record; once a second, judges the last ones and updates status.json."""
         if self._shown is None:
             return
@@ -137,7 +139,7 @@ class RunObserver:
             if verdict := self._verdict(_LIVE_RECORDS):
                 self._shown.console.verdict(verdict.text)
 
-    def evaluate(self, record: dict[str, Any]) -> None:
+    def evaluate(self, record: EvalRecord) -> None:
         """Writes and shows an evaluation."""
         if self._shown is None:
             return
@@ -186,14 +188,14 @@ class RunObserver:
         if verdict := self._verdict(_JUDGED_RECORDS):
             self._shown.console.note(f"verdict: {verdict.text}")
             self._folder.update_status(verdict=asdict(verdict))
-        result = self._last_eval
         accuracy = "no evaluation"
-        if result:
-            accuracy = f"accuracy {accuracy_text(result['accuracy'], result['correct'], result['total'])}"
+        if last := self._last_eval:
+            accuracy = f"accuracy {accuracy_text(last.accuracy, last.correct, last.total)}"
         self._shown.console.finish(f"finished: {accuracy}, run folder {self._folder.path}", ok=True)
 
-    def _write(self, record: dict[str, Any], shown: _Shown) -> None:
-        shown.metrics.write({"time": utc_now(), **record})
+    def _write(self, record: TrainRecord | EvalRecord, shown: _Shown) -> None:
+        record.time = utc_now()
+        shown.metrics.write(record)
         shown.trackers.log(record)
 
     def _say(self, level: int, text: str) -> None:

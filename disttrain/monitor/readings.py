@@ -15,36 +15,12 @@ from typing import Any
 
 from disttrain.monitor.nvml import Gpu, ask, describe, handle_of, session
 from disttrain.monitor.xids import XidWatch, address_of, meaning
+from disttrain.runs.records import READINGS
 from disttrain.units import MIB
 
 _log = logging.getLogger("disttrain")
 
 _RARELY_S = 30.0  # between two questions that take milliseconds: the processes of a GPU, counts of errors
-
-READINGS = (
-    "utilization_pct",
-    "memory_utilization_pct",
-    "memory_used_mib",
-    "memory_used_by_us_mib",
-    "memory_total_mib",
-    "power_w",
-    "power_limit_w",
-    "temperature_c",
-    "sm_clock_mhz",
-    "memory_clock_mhz",
-    "throttle",
-    "sm_activity_pct",
-    "tensor_activity_pct",
-    "pcie_rx_mib_per_s",
-    "pcie_tx_mib_per_s",
-    "nvlink_rx_mib_per_s",
-    "nvlink_tx_mib_per_s",
-    "ecc_corrected",
-    "ecc_uncorrected",
-    "xids",
-    "lost",
-)
-"""Keys of a reading; see `GpuReaders.sweep`."""
 
 _THROTTLE = {  # bits of NVML's clocks event reasons; an idle GPU (bit 0) is not held back by anything
     0x002: "clock_setting",
@@ -133,14 +109,7 @@ class GpuReaders:
 
         Returns:
             In the order of the UUIDs a reading, None for a GPU that was not found or has been lost. Its keys
-            are READINGS. utilization_pct: share of the past second, or less, in which a kernel ran.
-            memory_utilization_pct: the same for the memory controller. memory_used_by_us_mib: of the given
-            processes, None where NVML lists none of them, as in most containers; up to 30 s old, as are
-            power_limit_w and the errors. throttle: what holds the clocks down, names of which only `power`
-            is usual under load. sm_activity_pct: multiprocessors at work, tensor_activity_pct: time in which
-            tensor cores were, both since the last sweep, from Hopper on. Traffic: since the last sweep; on
-            older drivers of older GPUs one of 20 ms every 30 s. ecc_*: since the driver was loaded. xids:
-            critical errors since the last sweep. lost: True in the last reading of a GPU that went.
+            are READINGS.
         """
         now_s = time.monotonic()
         rarely = now_s >= self._rarely_due_s

@@ -20,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from disttrain.monitor.readings import READINGS, GpuReaders
+from disttrain.monitor.readings import GpuReaders
+from disttrain.runs.records import READINGS, GpuReading
 from disttrain.units import MIB
 
 _log = logging.getLogger("disttrain")
@@ -45,17 +46,17 @@ class GpuSampler:
         gpus: what describes each GPU in its readings, such as host, index and name, and its uuid, with or
             without the `GPU-` or `MIG-` prefix.
         interval_s: seconds between two readings. A moment that was missed is not made up for.
-        sink: called in the sampler's thread after each sweep over the GPUs, with a record per GPU that was
-            read: time (UTC), what describes it, and a reading as of `readings.GpuReaders.sweep`.
+        sink: called in the sampler's thread after each sweep over the GPUs, with a reading of each GPU that
+            was read.
         pids: processes whose memory counts as ours.
         alarm: told in the sampler's thread, once each, of GPUs that are lost and of critical errors.
     """
 
     def __init__(
         self,
-        gpus: Sequence[Mapping[str, object]],
+        gpus: Sequence[Mapping[str, Any]],
         interval_s: float,
-        sink: Callable[[Sequence[Mapping[str, object]]], None] | None = None,
+        sink: Callable[[Sequence[GpuReading]], None] | None = None,
         *,
         pids: Sequence[int] = (),
         alarm: Callable[[str], None] = _log.error,
@@ -121,7 +122,7 @@ class GpuSampler:
             for window, reading in zip(self._windows, sweep, strict=True):
                 if reading is not None:
                     window.add(reading)
-                    records.append({"time": now, **window.gpu, **reading})
+                    records.append(GpuReading(time=now, **window.gpu, **reading))
         if self._sink is None:
             return
         try:
@@ -146,7 +147,7 @@ def _numbers(reading: Mapping[str, Any]) -> dict[str, float | None]:
 class _Window:
     """The readings of one GPU since they were last taken."""
 
-    gpu: dict[str, object]
+    gpu: dict[str, Any]
     last: dict[str, float | None] = field(default_factory=lambda: _numbers(dict.fromkeys(READINGS)))
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     fresh: bool = False

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 
+from disttrain.runs.records import GpuMeans, GpuReading, Process
 from disttrain.terminal import printable
 from disttrain.units import number
 
@@ -77,35 +78,38 @@ class Devices(NamedTuple):
     Attributes:
         rows: of a record, in order of host and index.
         labels: of the rows.
-        use: the key of the rows that says how busy a device is, in percent.
+        use: the field of the rows that says how busy a device is, in percent.
     """
 
-    rows: list[Mapping[str, Any]]
+    rows: list[Any]
     labels: list[str]
     use: str
 
     def folded(self, shown: int) -> str:
         """Returns what stands for the rows after the first `shown`."""
-        known = [row[self.use] for row in self.rows[shown:] if row.get(self.use) is not None]
+        uses = [getattr(row, self.use) for row in self.rows[shown:]]
+        known = [use for use in uses if use is not None]
         spread = f"{min(known):.0f} to {max(known):.0f} %" if known else "n/a"
         return f"+{len(self.rows) - shown} more, use {spread}"
 
 
-def devices(gpus: Sequence[Mapping[str, Any]], processes: Sequence[Mapping[str, Any]]) -> Devices:
+def devices(gpus: Sequence[GpuMeans | GpuReading], processes: Sequence[Process]) -> Devices:
     """Returns the GPUs, or the processes if there are none, by their names in a list."""
-    rows, kind, index, use = (
-        (gpus, "GPU", "index", "utilization_pct") if gpus else (processes, "rank", "rank", "cpu_pct")
-    )
-
-    def place(row: Mapping[str, Any]) -> tuple[str, bool, int, str]:
-        return str(row.get("host")), row.get(index) is None, row.get(index) or 0, str(row.get("uuid"))
-
-    rows = sorted(rows, key=place)
-    several_hosts = len({row.get("host") for row in rows}) > 1
+    if not gpus:
+        by_rank = sorted(processes, key=lambda process: (process.host, process.rank))
+        labels = [_label(processes, process.host, f"rank {process.rank}") for process in by_rank]
+        return Devices(by_rank, labels, "cpu_pct")
+    by_index = sorted(gpus, key=lambda gpu: (gpu.host, gpu.index is None, gpu.index or 0, gpu.uuid))
     labels = []
-    for row in rows:
-        host, uuid = str(row.get("host") or "?").partition(".")[0], str(row.get("uuid"))
-        host = host if len(host) <= 14 else "…" + host[-13:]  # nodes differ in the end of their names
-        instance = f"/{uuid[4:8]}" if uuid.startswith("MIG-") else ""
-        labels.append(f"{host} " * several_hosts + f"{kind} {number(row.get(index), 'd')}{instance}")
-    return Devices(rows, labels, use)
+    for gpu in by_index:
+        instance = f"/{gpu.uuid[4:8]}" if gpu.uuid.startswith("MIG-") else ""
+        labels.append(_label(gpus, gpu.host, f"GPU {number(gpu.index, 'd')}{instance}"))
+    return Devices(by_index, labels, "utilization_pct")
+
+
+def _label(devices: Sequence[GpuMeans | GpuReading | Process], host: str, name: str) -> str:
+    """Returns the name of a device, with its host where there are several."""
+    if len({device.host for device in devices}) == 1:
+        return name
+    host = host.partition(".")[0]
+    return f"{host if len(host) <= 14 else '…' + host[-13:]} {name}"  # nodes differ in the end of their names

@@ -25,7 +25,10 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from disttrain.report.records import MEASURES, Array, Device, Event, Record, Run, thin
+from disttrain.report.columns import Array, thin
+from disttrain.report.devices import MEASURES, Device
+from disttrain.report.run import Event, Run
+from disttrain.runs.records import EvalRecord
 
 PALETTE = (
     "#2f7fd1", "#d2691e", "#1f9254", "#a35bd6", "#e0443e", "#138a96", "#d4509b", "#86800a",
@@ -222,7 +225,7 @@ def _line(fig: Any, run: Run, values: Array, **options: Any) -> Any:
     return fig.line("x", "y", source=ColumnDataSource(data), color=PALETTE[0], **options)
 
 
-def _validation(fig: Any, evals: Sequence[Record], name: str, scale: float, form: str) -> None:
+def _validation(fig: Any, evals: Sequence[EvalRecord], name: str, scale: float, form: str) -> None:
     known = [record for record in evals if getattr(record, name) is not None]
     if not known:
         return

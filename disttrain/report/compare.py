@@ -15,7 +15,7 @@ from rich.text import Text
 from disttrain.config import Role, role, settings
 from disttrain.errors import UsageError
 from disttrain.report.page import environment_rows, outcome, render, wall_s
-from disttrain.report.records import Run, reached, read_run
+from disttrain.report.run import Run, reached, read_run
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
         raise UsageError(f"{', '.join(map(str, paths))}: the same run twice; give different run folders")
     runs = dict(zip(_titles(folders), map(read_run, paths), strict=True))
     if target is None:
-        best = [run.best.accuracy for run in runs.values() if run.best and run.best.accuracy is not None]
-        target = min(best, default=None)
+        target = min((run.best.accuracy for run in runs.values() if run.best), default=None)
     return Comparison(
         runs=runs,
         target=target,
@@ -232,11 +231,9 @@ def _groups(runs: Mapping[str, Run]) -> list[Group]:
     for title, run in runs.items():
         if run.config is None or run.status.get("state") != "finished" or not run.evals:
             continue
-        accuracy = run.evals[-1].accuracy
-        if accuracy is not None:
-            kept = {k: v for k, v in _settings(run).items() if _makes_an_experiment(k)}
-            kept["data digest"] = _environment(run).get("data digest", "n/a")
-            members.setdefault(tuple(sorted(kept.items())), []).append((title, accuracy))
+        kept = {k: v for k, v in _settings(run).items() if _makes_an_experiment(k)}
+        kept["data digest"] = _environment(run).get("data digest", "n/a")
+        members.setdefault(tuple(sorted(kept.items())), []).append((title, run.evals[-1].accuracy))
     keys = [dict(key) for key in members]
     telling = [
         k for k in dict.fromkeys(k for key in keys for k in key) if len({key.get(k) for key in keys}) > 1

@@ -17,7 +17,9 @@ from disttrain import __version__
 from disttrain.config import dump_config
 from disttrain.errors import DisttrainError, reason
 from disttrain.files import write_atomically
-from disttrain.report.records import MEASURES, Array, Device, Run, read_gpus, read_ranks, read_run
+from disttrain.report.columns import Array
+from disttrain.report.devices import MEASURES, Device, read_gpus
+from disttrain.report.run import Run, read_ranks, read_run
 from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index, load_index
 from disttrain.units import accuracy_text, duration, flops_text, number, percent, utc
@@ -149,7 +151,7 @@ def outcome(run: Run) -> tuple[str, str]:
     status = run.status
     state = str(status.get("state") or "unknown")
     last, best = run.evals[-1] if run.evals else None, run.best
-    if last is None or last.accuracy is None:
+    if last is None:
         result = "no evaluation"
     else:
         result = f"accuracy {accuracy_text(last.accuracy, last.correct, last.total)}"

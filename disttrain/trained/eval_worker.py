@@ -85,6 +85,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     result = summary(sums, request["tta"])
     top5 = int(sums.top5_correct) if len(facts.classes) > 5 else None
     return result | {
+        "kind": "eval",
         "top5_correct": top5,
         "top5_accuracy": None if top5 is None else top5 / result["total"],
         "skipped": index.splits["val"].samples - len(ids),

@@ -61,8 +61,7 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> dic
         hooks: told of what begins, and gives the wish to stop.
 
     Returns:
-        A record of metrics.jsonl: loss, accuracy 0..1, correct, total; with a test-time augmentation also
-        the accuracy and the correct ones without it. None if a rank was asked to stop meanwhile.
+        What an EvalRecord has, but for the step and the epoch. None if a rank was asked to stop meanwhile.
 
     Raises:
         DataError: the ranks together did not see every sample.
@@ -223,10 +222,9 @@ class Tally:
 
 
 def summary(sums: EvalSums, tta: Augmentation) -> dict[str, Any]:
-    """Returns an evaluation record of what was summed over the ranks."""
+    """Returns what an EvalRecord has of what was summed over the ranks."""
     total, correct = int(sums.samples), int(sums.correct)
-    record = {
-        "kind": "eval",
+    record: dict[str, Any] = {
         "loss": sums.loss / total,
         "accuracy": correct / total,
         "correct": correct,

@@ -19,6 +19,7 @@ from disttrain.data.plan import Ids
 from disttrain.errors import StoppedError
 from disttrain.heartbeat import Phase
 from disttrain.parallel import in_order
+from disttrain.runs.records import EvalRecord
 from disttrain.training.collectives import stop_requested_anywhere
 from disttrain.training.evaluation import evaluate
 from disttrain.training.exactly_once import check_exactly_once
@@ -146,15 +147,14 @@ def finish_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
     if last or position.epoch % config.eval.every_epochs == 0:
         tta = config.eval.tta if last or config.eval.tta_when == "always" else "none"
         with drawing_apart(parts.accelerator.device):
-            record = evaluate(parts, tta, step=position.step, hooks=hooks)
-        if record is None:
+            found = evaluate(parts, tta, step=position.step, hooks=hooks)
+        if found is None:
             stop(position, hooks, f"in the evaluation after {done}")
             return
-        record |= {"step": position.step, "epoch": position.epoch}
-        hooks.observer.evaluate(record)
-        best = position.best_accuracy is None or record["accuracy"] > position.best_accuracy
+        hooks.observer.evaluate(EvalRecord(step=position.step, epoch=position.epoch, **found))
+        best = position.best_accuracy is None or found["accuracy"] > position.best_accuracy
         if best:
-            position.best_accuracy = record["accuracy"]
+            position.best_accuracy = found["accuracy"]
     position.evaluation_due = False
     every_epochs, every_steps = config.checkpoint.every_epochs, config.checkpoint.every_steps
     due = last or best or position.epoch % every_epochs == 0

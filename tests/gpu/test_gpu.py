@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from disttrain.monitor.nvml import node_gpus, visible_gpus
-from disttrain.monitor.readings import READINGS, GpuReaders
+from disttrain.monitor.readings import GpuReaders
 from disttrain.runs import checkpoint
+from disttrain.runs.records import READINGS
 
 pytestmark = pytest.mark.gpu
 

@@ -23,7 +23,7 @@ import json, os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 rank = int(os.environ["RANK"])
-import torch
+import msgspec, torch
 from accelerate import PartialState
 from disttrain.monitor.gauges import RunGauges, gather_devices
 from disttrain.runs.runfolder import RunFolder
@@ -50,7 +50,7 @@ for name, tasks in json.loads(os.environ["TASKS"]).items():
     totals = torch.tensor(gauges.read(), dtype=torch.float64)
     torch.distributed.all_reduce(totals)
     gauges.stop()
-    rows = gauges.rows(totals.tolist())["gpus"]
+    rows = msgspec.to_builtins(gauges.rows(totals.tolist())["gpus"])
     readers = [each["reader"] for each in devices]
     (folder / f"{rank}.json").write_text(json.dumps([rows, readers, alarms]))
     for variable in task["environment"]:
