@@ -98,19 +98,16 @@ class RunGauges:
     def rows(self, totals: Sequence[float]) -> dict[str, Any]:
         """Returns the gpus of a train record, and on CPUs the processes."""
         numbers = iter([None if math.isnan(number) else round(number, 1) for number in totals])
-        rows = []
-        for place, device in enumerate(self._devices):
-            fields: dict[str, Any] = {
-                name: device[name] if name in _ABOUT else next(numbers)
-                for name in self._kind.__struct_fields__
-            }
-            row = self._kind(**fields)
-            rows.append(row)
-            if isinstance(row, GpuMeans):
-                self._tell_of_others(place, row)
-        if self._on_gpu:
-            return {"gpus": tuple(rows)}
-        return {"gpus": (), "processes": tuple(rows)}
+        names = self._kind.__struct_fields__
+        rows: list[Any] = []
+        for device in self._devices:
+            fields: Any = {name: device[name] if name in _ABOUT else next(numbers) for name in names}
+            rows.append(self._kind(**fields))
+        if not self._on_gpu:
+            return {"gpus": (), "processes": tuple(rows)}
+        for place, gpu in enumerate(rows):
+            self._tell_of_others(place, gpu)
+        return {"gpus": tuple(rows)}
 
     def _tell_of_others(self, place: int, gpu: GpuMeans) -> None:
         events = int(gpu.critical_events or 0)

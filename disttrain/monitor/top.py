@@ -226,14 +226,8 @@ class _Column(NamedTuple):
 
 _GPU_COLUMNS = (  # the first that fit are shown
     _Column("use", 5, _of("utilization_pct", unit=" %")),
-    _Column(
-        "memory",
-        14,
-        _pair(
-            _of("memory_used_mib", ".1f", scale=1 / 1024),
-            _of("memory_total_mib", ".1f", " GiB", 1 / 1024),
-        ),
-    ),
+    _Column("memory", 14, _pair(_of("memory_used_mib", ".1f", scale=1 / 1024),
+                                _of("memory_total_mib", ".1f", " GiB", 1 / 1024))),
     _Column("power", 9, _pair(_of("power_w"), _of("power_limit_w", unit=" W"))),
     _Column("temp", 6, _of("temperature_c", unit=" °C")),
     _Column("age", 6, lambda row: ago(row.age_s)),
@@ -242,19 +236,13 @@ _GPU_COLUMNS = (  # the first that fit are shown
     _Column("tensor", 6, _of("tensor_activity_pct", unit=" %")),
     _Column("mem use", 7, _of("memory_utilization_pct", unit=" %")),
     _Column("ours", 8, _of("memory_used_by_us_mib", ".1f", " GiB", 1 / 1024)),
-    _Column(
-        "PCIe in/out MiB/s",
-        17,
-        _pair(_of("pcie_rx_mib_per_s", ",.0f"), _of("pcie_tx_mib_per_s", ",.0f")),
-    ),
-    _Column(
-        "NVLink in/out MiB/s",
-        19,
-        _pair(_of("nvlink_rx_mib_per_s", ",.0f"), _of("nvlink_tx_mib_per_s", ",.0f")),
-    ),
+    _Column("PCIe in/out MiB/s", 17,
+            _pair(_of("pcie_rx_mib_per_s", ",.0f"), _of("pcie_tx_mib_per_s", ",.0f"))),
+    _Column("NVLink in/out MiB/s", 19,
+            _pair(_of("nvlink_rx_mib_per_s", ",.0f"), _of("nvlink_tx_mib_per_s", ",.0f"))),
     _Column("ECC", 7, _pair(_of("ecc_corrected"), _of("ecc_uncorrected"))),
     _Column("slowed by", 16, lambda row: _slowed_by(row.throttle)),
-)
+)  # fmt: skip
 _PROCESS_COLUMNS = (
     _Column("of one core", 11, _of("cpu_pct", unit=" %")),
     _Column("memory", 9, _of("memory_used_mib", ".1f", " GiB", 1 / 1024)),

@@ -151,9 +151,8 @@ class Feed:
     def __init__(self, sink: Sink, say: Callable[[str], None], most: int = _MOST_WAITING) -> None:
         self._sink = sink
         self._say = say
-        self._most = most
-        self._records: deque[TrainRecord | EvalRecord] = deque()
-        self._lost = 0
+        self._waiting: deque[TrainRecord | EvalRecord] = deque(maxlen=most)  # drops its oldest
+        self._put = self._taken = 0
         self._failed = False
         self._off = False
         self._ending = False
@@ -167,12 +166,8 @@ class Feed:
     def put(self, record: TrainRecord | EvalRecord) -> None:
         """Hands a record on, at the cost of the oldest one where the queue is full."""
         with self._changed:
-            if self._off:
-                return
-            if len(self._records) == self._most:
-                self._records.popleft()
-                self._lost += 1
-            self._records.append(record)
+            self._waiting.append(record)
+            self._put += 1
             self._changed.notify()
 
     def end(self) -> None:
@@ -189,29 +184,24 @@ class Feed:
         """
         self._thread.join(max(0.0, deadline - time.monotonic()))
         with self._changed:
-            lost, off = self._lost, self._off
-            if self._thread.is_alive():
-                lost += len(self._records)
-                self._say(f"{self._sink.name}: does not come to its end; left behind")
-            self._off = True
+            off, self._off = self._off, True
+            lost = self._put - self._taken
+        if self._thread.is_alive():
+            self._say(f"{self._sink.name}: does not come to its end; left behind")
         if lost and not off:
             self._say(f"{self._sink.name}: {lost:,} records were not taken; metrics.jsonl has them all")
 
     def _run(self) -> None:
         if not self._try(self._sink.start):
-            with self._changed:
-                self._off = True
-                self._records.clear()
+            self._off = True
             return
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._records or self._ending)
-                if not self._records:
+                self._changed.wait_for(lambda: self._waiting or self._ending)
+                if not self._waiting:
                     break
-                record = self._records.popleft()
-            if not self._try(lambda record=record: self._sink.log(record)):  # type: ignore[misc]
-                with self._changed:
-                    self._lost += 1
+                record = self._waiting.popleft()
+            self._taken += self._try(lambda record=record: self._sink.log(record))  # type: ignore[misc]
         self._try(self._sink.finish)
 
     def _try(self, call: Callable[[], None]) -> bool:

@@ -77,16 +77,6 @@ class Evidence:
         """Seconds of a step that go into getting samples."""
         return self.data_s + self.to_device_s + self.augmentation_s
 
-    @property
-    def input_pct(self) -> float:
-        """Their share of a step."""
-        return _share(self.input_s, self.step_s)
-
-    @property
-    def communication_pct(self) -> float:
-        """Share of a step that is waiting for the reduction of gradients."""
-        return _share(self.communication_s, self.step_s)
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -139,10 +129,11 @@ def _straggler(e: Evidence) -> Verdict | None:
 
 
 def _input_bound(e: Evidence) -> Verdict | None:
-    if e.input_pct < INPUT_PCT:
+    pct = _share(e.input_s, e.step_s)
+    if pct < INPUT_PCT:
         return None
     what, help_, key = _input(e)
-    text = f"{e.input_pct:.0f} % of a step ({time_text(e.input_s)}) is {what}; {help_}"
+    text = f"{pct:.0f} % of a step ({time_text(e.input_s)}) is {what}; {help_}"
     return _verdict("input-bound", text, key)
 
 
@@ -162,11 +153,12 @@ def _input(e: Evidence) -> tuple[str, str, str | None]:
 
 
 def _communication_bound(e: Evidence) -> Verdict | None:
-    if e.communication_pct < COMMUNICATION_PCT:
+    pct = _share(e.communication_s, e.step_s)
+    if pct < COMMUNICATION_PCT:
         return None
     return _verdict(
         "communication-bound",
-        f"{e.communication_pct:.0f} % of a step ({time_text(e.communication_s)}) is waiting for the "
+        f"{pct:.0f} % of a step ({time_text(e.communication_s)}) is waiting for the "
         "gradients of other ranks; raise train.batch_size, or use fewer processes",
         "train.batch_size",
     )
@@ -195,7 +187,7 @@ def _memory_tight(e: Evidence) -> Verdict | None:
 
 
 def _compute_bound(e: Evidence) -> Verdict:
-    rest_pct = 100 - e.input_pct - e.communication_pct
+    rest_pct = 100 - _share(e.input_s + e.communication_s, e.step_s)
     text = f"{rest_pct:.0f} % of a step ({time_text(e.step_s)}) is computing"
     if e.peak_pct is not None:
         text += f", at {e.peak_pct:.0f} % of the device's peak (MFU)"

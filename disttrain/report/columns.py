@@ -16,16 +16,7 @@ Ids = npt.NDArray[np.int64]
 
 def columns(rows: Sequence[object], names: Sequence[str]) -> Array:
     """Returns attributes of rows as float64 [rows, names], NaN for None."""
-    if not rows:
-        return np.empty((0, len(names)))
-    return np.stack([_column(rows, name) for name in names], axis=1)
-
-
-def _column(rows: Sequence[object], name: str) -> Array:
-    try:
-        return np.fromiter(map(attrgetter(name), rows), np.float64, len(rows))
-    except TypeError:  # there is a None
-        return np.array(list(map(attrgetter(name), rows)), np.float64)
+    return np.array([[*map(attrgetter(name), rows)] for name in names], np.float64).T
 
 
 def parse_times(times: Sequence[str]) -> Array:

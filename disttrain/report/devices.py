@@ -102,16 +102,14 @@ class _Readings(NamedTuple):
 def _read_readings(path: Path, place: tuple[int, int]) -> _Readings:
     """Reads the lines that begin in a part of gpu.jsonl; `place` is where it begins and ends."""
     first: dict[str, GpuReading] = {}
-    numbers: dict[str, int] = {}
     whose, times_s = [np.empty(0, np.int16)], [np.empty(0)]
     values, unread = [np.empty((0, len(_GPU_COLUMNS)), np.float32)], 0
     for part in parts(path, GPUS, *place):
         unread += part.unread
-        uuids = [reading.uuid for reading in part.rows]
-        for uuid in set(uuids) - set(numbers):
-            numbers[uuid] = len(numbers)
-            first[uuid] = part.rows[uuids.index(uuid)]
-        whose.append(np.fromiter(map(numbers.__getitem__, uuids), np.int16, len(uuids)))
+        for reading in part.rows:
+            first.setdefault(reading.uuid, reading)
+        numbers = {uuid: number for number, uuid in enumerate(first)}
+        whose.append(np.array([numbers[reading.uuid] for reading in part.rows], np.int16))
         times_s.append(parse_times([reading.time or "" for reading in part.rows]))
         values.append(columns(part.rows, _GPU_COLUMNS).astype(np.float32))
     return _Readings(first, np.concatenate(whose), np.concatenate(times_s), np.concatenate(values), unread)

@@ -32,8 +32,6 @@ _STALL_S = 10.0  # that costs at least so long
 _LOGGED = re.compile(
     r"(?P<time>\S+Z) INFO (?:(?P<start>rank 0, process )|saved .*step_(?P<step>\d+)(?P<best>, the best)?$)"
 )
-
-
 _TRAIN_COLUMNS = (
     "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s", "data_wait_pct",
     "device_flops_per_s", "mfu_pct",
@@ -140,10 +138,10 @@ def read_ranks(path: Path) -> tuple[dict[str, list[float]], int]:
 
     They are the means over the steps of the last ones in metrics.jsonl.
     """
-    records = [record for part in parts(path, METRICS, -_TAIL_BYTES) for record in part.rows]
     times = [
         (record.step, {phase: row for phase, row in msgspec.structs.asdict(record.ranks_ms).items() if row})
-        for record in records
+        for part in parts(path, METRICS, -_TAIL_BYTES)
+        for record in part.rows
         if isinstance(record, TrainRecord)
     ]
     found = [(step, rows) for step, rows in times if rows]

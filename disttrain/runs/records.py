@@ -119,7 +119,7 @@ class LogPoint(msgspec.Struct, tag="train", tag_field="kind", kw_only=True):
     """On CPUs, in order of rank."""
 
 
-class TrainRecord(LogPoint, tag="train", tag_field="kind", kw_only=True):
+class TrainRecord(LogPoint, kw_only=True):
     """A log point as it is written."""
 
     ranks_ms: StepTimes[tuple[float, ...]] = StepTimes()

@@ -8,11 +8,8 @@ from typing import Any
 
 from disttrain import __version__
 from disttrain.errors import UsageError
-from disttrain.runs.records import read_metrics
-from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index
-from disttrain.trained.run import Facts, Trained
-from disttrain.units import accuracy_text, number
+from disttrain.trained.run import Facts, Trained, evaluation_of
 
 NAME = "README.md"
 OUTPUT_TEXT = "logits: float32 [B, classes], the scores of the classes; their softmax are probabilities"
@@ -106,6 +103,13 @@ def card(trained: Trained, file_format: str, file: str, index: Index, difference
     """
     config, facts = trained.config, trained.facts
     state = json.loads((trained.checkpoint / "state.json").read_text())["state"]
+    result = evaluation_of(trained.folder, state["step"])
+    accuracy = "not evaluated at this step"
+    if result is not None:
+        share = f"{100 * result['accuracy']:.2f} % ({result['correct']:,} of {result['total']:,})"
+        accuracy = f"{share} of the validation split, loss {result['loss']:.4f}"
+        if "tta" in result:
+            accuracy += f", with test-time augmentation ({result['tta']})"
     splits = ", ".join(f"{split.samples:,} {name}" for name, split in index.splits.items())
     ema = f", moving average of the weights with decay {config.train.ema}" if config.train.ema else ""
     shape = {"height": facts.height, "width": facts.width, "channels": facts.channels}
@@ -115,7 +119,7 @@ def card(trained: Trained, file_format: str, file: str, index: Index, difference
         "file": f"`{file}` ({file_format})",
         "check": f"scores differ by {difference:.2g} at most from the network's on {images} images",
         "network": f"`{facts.model}` {json.dumps(facts.args) if facts.args else ''}".rstrip(),
-        "accuracy": _accuracy(trained.folder, state["step"]),
+        "accuracy": accuracy,
         "data": f"`{facts.data}`: {splits}",
         "training": f"{state['epoch']} epochs, {state['step']:,} steps of {config.train.batch_size}{ema}",
         "input": input_text(facts),
@@ -149,18 +153,6 @@ with `classify.py`:
 {program.strip()}
 ```
 """
-
-
-def _accuracy(folder: RunFolder, step: int) -> str:
-    """Returns what the last evaluation at a step found."""
-    _, evals, _ = read_metrics(folder.metrics)
-    found = [record for record in evals if record.step == step]
-    if not found:
-        return "not evaluated at this step"
-    last = found[-1]
-    share = accuracy_text(last.accuracy, last.correct, last.total)
-    augmented = "" if last.tta is None else f", with test-time augmentation ({last.tta})"
-    return f"{share} of the validation split, loss {number(last.loss, '.4f')}{augmented}"
 
 
 def _preprocessing(facts: Facts, *, inside: bool) -> str:

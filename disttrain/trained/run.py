@@ -117,3 +117,15 @@ def _facts(folder: RunFolder, config: Config) -> Facts:
             f"{folder.env}: does not say what the images of the run are ({type(error).__name__}); "
             "it is written when a run starts: resume the run to have it written again"
         ) from None
+
+
+def evaluation_of(folder: RunFolder, step: int) -> dict[str, Any] | None:
+    """Returns the last evaluation in metrics.jsonl that was made at a step, if there is one."""
+    found = None
+    with folder.metrics.open(encoding="utf-8") as lines:
+        for line in lines:
+            if '"eval"' in line:
+                record = json.loads(line)
+                if record["kind"] == "eval" and record["step"] == step:
+                    found = record
+    return found
