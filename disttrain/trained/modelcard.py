@@ -10,6 +10,7 @@ from disttrain import __version__
 from disttrain.errors import UsageError
 from disttrain.shards.index import Index
 from disttrain.trained.run import Facts, Trained, evaluation_of
+from disttrain.units import accuracy_text
 
 NAME = "README.md"
 OUTPUT_TEXT = "logits: float32 [B, classes], the scores of the classes; their softmax are probabilities"
@@ -106,7 +107,7 @@ def card(trained: Trained, file_format: str, file: str, index: Index, difference
     result = evaluation_of(trained.folder, state["step"])
     accuracy = "not evaluated at this step"
     if result is not None:
-        share = f"{100 * result['accuracy']:.2f} % ({result['correct']:,} of {result['total']:,})"
+        share = accuracy_text(result["accuracy"], result["correct"], result["total"])
         accuracy = f"{share} of the validation split, loss {result['loss']:.4f}"
         if "tta" in result:
             accuracy += f", with test-time augmentation ({result['tta']})"

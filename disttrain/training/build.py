@@ -45,6 +45,7 @@ from disttrain.training.parts import Parts, Position, as_written
 from disttrain.training.rank import Rank
 from disttrain.training.rank_state import restore_rank_state, seed_own_code
 from disttrain.training.restore import restore, restore_scaler, saved_position
+from disttrain.units import mib
 
 log = logging.getLogger("disttrain")
 
@@ -339,7 +340,7 @@ def open_loaders(
     }
     how = (
         f"; {config.data.streams} streams, {workers} decoding threads per process, at most "
-        f"{loaders['train'].most_bytes / 2**20:,.1f} MiB of decoded samples under way in each"
+        f"{mib(loaders['train'].most_bytes, 1)} of decoded samples under way in each"
     )
     choices["cache"] = Choice(place, reason + how)
     return dict(loaders)
