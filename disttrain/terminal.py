@@ -5,19 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 _ASCII = str.maketrans("━╾─▁▂▃▄▅▆▇█°…", "#--_..-=+*# ~")  # for terminals that have nothing else
 
 
-class Stream(Protocol):
-    """What is written to."""
-
-    def isatty(self) -> bool:
-        """Tells whether it leads to a terminal."""
-
-
-def is_animated(stream: Stream) -> bool:
+def is_animated(stream: TextIO | Output) -> bool:
     """Tells whether what is written can be replaced in place, as a dashboard or a progress bar does.
 
     Not on a terminal that knows no movements of the cursor, nor in a cell of a Jupyter notebook: it gives the
