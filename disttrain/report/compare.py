@@ -16,7 +16,7 @@ from disttrain.config import Role, role, settings
 from disttrain.errors import UsageError
 from disttrain.report import charts
 from disttrain.report.facts import environment_rows, median, outcome, wall_s
-from disttrain.report.html import render
+from disttrain.report.rendering import render
 from disttrain.report.run import Run, reached, read_run
 from disttrain.units import number, percent
 

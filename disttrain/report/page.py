@@ -21,8 +21,8 @@ from disttrain.report.facts import (
     summaries,
     time_use,
 )
-from disttrain.report.html import render
 from disttrain.report.inside import Inside, look_inside, sample_grid
+from disttrain.report.rendering import render
 from disttrain.report.run import Run, read_ranks, read_run
 from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index, load_index
