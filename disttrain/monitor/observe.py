@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from msgspec import structs
+
 from disttrain.config import Config
 from disttrain.errors import StoppedError
 from disttrain.files import write_atomically
@@ -194,7 +196,7 @@ class RunObserver:
         self._shown.console.finish(f"finished: {accuracy}, run folder {self._folder.path}", ok=True)
 
     def _write(self, record: TrainRecord | EvalRecord, shown: _Shown) -> None:
-        record.time = utc_now()
+        record = structs.replace(record, time=utc_now())
         shown.metrics.write(record)
         shown.trackers.log(record)
 
