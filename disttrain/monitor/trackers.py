@@ -76,14 +76,10 @@ def samples(record: TrainRecord | EvalRecord) -> Iterator[Sample]:
     yield from _numbers(kind, {}, document)
 
 
-def _numbers(
-    group: str, place: dict[str, str], tree: Mapping[str, Any], prefix: str = ""
-) -> Iterator[Sample]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(group, place, value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and math.isfinite(value):
-            yield Sample(group, place, prefix + key, value)
+def _numbers(group: str, place: dict[str, str], tree: Mapping[str, Any]) -> Iterator[Sample]:
+    for key, value in flatten(tree).items():
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            yield Sample(group, place, key.replace(".", "/"), value)
 
 
 class Sink(Protocol):
