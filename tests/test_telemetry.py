@@ -23,19 +23,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return nvml.build(tmp_path_factory.mktemp("nvml"))
 
 
-WHILE = """
-import contextlib
-@contextlib.contextmanager
-def reading(sampler):
-    sampler.start()
-    try:
-        yield
-    finally:
-        sampler.stop()
-"""
-SAMPLE = (
-    WHILE
-    + """
+SAMPLE = """
 import json, logging, os, threading, time
 import msgspec
 from disttrain.monitor.telemetry import GpuSampler
@@ -48,14 +36,13 @@ def wait(count):
     while len(records) < count and time.monotonic() < limit:
         time.sleep(0.01)
 """
-)
 
 
 def test_sampler_gives_means_in_the_order_asked_for(library: Path) -> None:
     program = (
         SAMPLE
         + """
-with reading(sampler):
+with sampler:
     wait(6)
 sampler.stop()
 means, again = sampler.means(), sampler.means()
@@ -103,10 +90,7 @@ print(json.dumps([means, again, records, alive]))
 
 def test_without_nvml_the_sampler_gives_nothing_and_ends(tmp_path: Path) -> None:
     (tmp_path / "libnvidia-ml.so.1").write_bytes(b"not a library")
-    program = (
-        SAMPLE
-        + "with reading(sampler): time.sleep(0.2)\nprint(json.dumps([sampler.means(), records, alarms]))"
-    )
+    program = SAMPLE + "with sampler: time.sleep(0.2)\nprint(json.dumps([sampler.means(), records, alarms]))"
     (row,), records, alarms = nvml.run(program, tmp_path, UUIDS=UUIDS[0])
     assert {key for key, value in row.items() if value is not None} == {"host", "index", "uuid"}
     assert (records, alarms) == ([], [])
@@ -116,7 +100,7 @@ def test_a_gpu_that_is_lost_becomes_unknown_and_the_others_go_on(library: Path) 
     program = (
         SAMPLE
         + """
-with reading(sampler):
+with sampler:
     wait(4)
     before = sampler.means()
     wait(len(records) + 4)
@@ -138,9 +122,7 @@ print(json.dumps([before, sampler.means(), records, alarms]))
 
 
 def test_a_failing_sink_is_reported_once_and_readings_go_on(library: Path) -> None:
-    program = (
-        WHILE
-        + """
+    program = """
 import json, logging, time
 from disttrain.monitor.telemetry import GpuSampler
 messages, calls = [], []
@@ -152,13 +134,12 @@ def sink(records):
     calls.append(1)
     raise OSError(28, "No space left on device")
 sampler = GpuSampler([{"uuid": "GPU-01000000-aaaa-bbbb-cccc-000000000001"}], 0.1, sink)
-with reading(sampler):
+with sampler:
     limit = time.monotonic() + 60
     while len(calls) < 3 and time.monotonic() < limit:
         time.sleep(0.01)
 print(json.dumps([len(calls), messages, sampler.means()]))
 """
-    )
     calls, messages, (row,) = nvml.run(program, library)
     assert calls >= 3
     assert messages == ["GPU readings cannot be written: OSError: [Errno 28] No space left on device"]
@@ -166,20 +147,17 @@ print(json.dumps([len(calls), messages, sampler.means()]))
 
 
 def test_readings_keep_to_the_interval(library: Path) -> None:
-    program = (
-        WHILE
-        + """
+    program = """
 import json, time
 from disttrain.monitor.telemetry import GpuSampler
 times = []
 def sink(records):
     times.append(time.monotonic())
     time.sleep(0.2)
-with reading(GpuSampler([{"uuid": "00000000-aaaa-bbbb-cccc-000000000000"}], 0.4, sink)):
+with GpuSampler([{"uuid": "00000000-aaaa-bbbb-cccc-000000000000"}], 0.4, sink):
     time.sleep(3)
 print(json.dumps(times))
 """
-    )
     times = nvml.run(program, library)
     assert len(times) <= 9
     offsets = [(moment - times[0]) / 0.4 for moment in times]
@@ -193,7 +171,7 @@ def test_slow_answers_skip_deadlines_and_hold_up_nobody_who_asks_for_means(libra
         + """
 times = []
 sampler._sink = lambda records: times.append(time.monotonic())
-with reading(sampler):
+with sampler:
     began, longest = time.monotonic(), 0.0
     while time.monotonic() < began + 4:
         asked = time.monotonic()

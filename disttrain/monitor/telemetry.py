@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any
 
 import psutil
@@ -83,6 +84,15 @@ class GpuSampler:
         if self._thread is not None:
             self._thread.join(_STOP_TIMEOUT_S)
             self._thread = None
+
+    def __enter__(self) -> GpuSampler:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
     def means(self) -> list[dict[str, Any]]:
         """Returns one row per GPU, in the order of `gpus`, over the readings since the last call.
