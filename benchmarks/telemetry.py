@@ -27,7 +27,7 @@ from common import REPOSITORY, Claim, interleaved, machine, print_json_or
 from torch import nn
 
 from disttrain.monitor import nvml, readings
-from disttrain.monitor.observe import RunGauges
+from disttrain.monitor.gauges import RunGauges
 from disttrain.runs.runfolder import RunFolder
 
 SLOW = "nvmlDeviceGetComputeRunningProcesses_v3:4"  # milliseconds, of one GPU
@@ -57,7 +57,7 @@ def sweep_s(uuids: list[str], runs: int) -> tuple[list[float], list[float]]:
 
 
 def devices(ranks: int, uuids: list[str]) -> list[dict]:
-    """Returns so many ranks on nodes with these GPUs, as observe._gather_devices does."""
+    """Returns so many ranks on nodes with these GPUs, as gauges.gather_devices does."""
     width = len(uuids)
     same = {"name": "NVIDIA H100", "memory_total_mib": 81559}
     place = [{"rank": rank, "pid": rank, "index": rank % width, **same} for rank in range(ranks)]

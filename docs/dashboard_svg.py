@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import rich.console
 
 from disttrain.monitor.console import Console, RunInfo
+from disttrain.runs.jsonl import parts
+from disttrain.runs.records import METRICS, EvalRecord, TrainRecord
 from disttrain.runs.runfolder import RunFolder
 
 
@@ -23,11 +23,11 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="SVG file to write")
     parser.add_argument("--records", type=int, help="stop after so many lines of metrics.jsonl")
     args = parser.parse_args()
-    lines = (args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    env = json.loads((args.run / "env.json").read_text(encoding="utf-8"))
-    verdict = RunFolder(args.run).status().get("verdict") or {}
-    records = [json.loads(line) for line in lines[: args.records]]
-    frame = _replay(RunInfo(**env["run"]), records, verdict.get("text", ""))
+    folder = RunFolder(args.run)
+    info = json.loads(folder.env.read_text(encoding="utf-8"))["run"]
+    verdict = folder.status().get("verdict") or {}
+    records = [record for part in parts(folder.metrics, METRICS) for record in part.rows]
+    frame = _replay(RunInfo(**info), records[: args.records], verdict.get("text", ""))
     picture = rich.console.Console(file=io.StringIO(), record=True, width=100, height=30)
     picture.print(frame)
     svg = picture.export_svg(title="disttrain run")
@@ -35,18 +35,19 @@ def main() -> None:
     args.output.write_text(own.replace("Fira Code, monospace", "monospace"), encoding="utf-8")
 
 
-def _replay(info: RunInfo, records: list[dict[str, Any]], verdict: str) -> rich.console.RenderableType:
+def _replay(
+    info: RunInfo, records: list[TrainRecord | EvalRecord], verdict: str
+) -> rich.console.RenderableType:
     """Returns the frame after the records, on a clock that runs at the speed which they report."""
     now_s, position = 0.0, (0, 0)
     console = Console(info, verbosity=0, position=lambda: position, stream=io.StringIO(), clock=lambda: now_s)
     console.start()
-    for before, record in itertools.pairwise([{}, *records]):
-        if record["kind"] == "train":
-            steps = record["step"] - before.get("step", 0)
-            now_s += steps * (record.get("step_time_s") or 0.0)
-            position = (record["step"], record["samples"])
+    for record in records:
+        if isinstance(record, TrainRecord):
+            now_s += (record.step - position[0]) * record.step_time_s
+            position = (record.step, record.samples)
             console.train(record)
-        elif record["kind"] == "eval":
+        else:
             console.evaluate(record)
     console.verdict(verdict)
     return console.render()

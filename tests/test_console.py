@@ -15,25 +15,18 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from rich.cells import cell_len
 from rich.console import Console as RichConsole
+from run_files import eval_record, train_record, write_lines
 
-from disttrain.monitor.console import (
-    Console,
-    RunInfo,
-    bar,
-    duration,
-    eta,
-    eval_line,
-    number,
-    sparkline,
-    train_line,
-)
+from disttrain.monitor.console import Console, RunInfo, eta, eval_line, train_line
+from disttrain.monitor.widgets import bar, sparkline
+from disttrain.runs.records import GpuMeans, Process, TrainRecord
 
 ROOT = Path(__file__).parent.parent
 INFO = RunInfo(
@@ -41,33 +34,27 @@ INFO = RunInfo(
     data="cifar10 50,000 train, 10,000 val, 3x32x32", devices="4 x NVIDIA H100", precision="bf16",
     batch_size=512, epochs=10, steps_per_epoch=98, samples_per_epoch=50_000,
 )  # fmt: skip
-TRAIN: Mapping[str, Any] = {
-    "kind": "train", "step": 234, "epoch": 2, "samples": 119_552, "loss": 0.12344, "accuracy": 0.96123,
-    "lr": 0.001, "images_per_s": 18_200.4, "step_time_s": 0.02813, "data_wait_pct": 2.1, "gpus": [],
-}  # fmt: skip
-EVAL: Mapping[str, Any] = {
-    "kind": "eval",
-    "step": 196,
-    "epoch": 2,
-    "loss": 0.61,
-    "accuracy": 0.8123,
-    "correct": 8123,
-    "total": 10000,
-}
+TRAIN = train_record(
+    234, epoch=3, samples=119_552, loss=0.12344, accuracy=0.96123, lr=0.001, images_per_s=18_200.4,
+    step_time_s=0.02813, data_wait_pct=2.1,
+)  # fmt: skip
+EVAL = eval_record(196, 0.8123, epoch=2, loss=0.61, correct=8123, total=10000)
 
 
-def gpus(count: int, hosts: int = 1) -> list[dict[str, Any]]:
+def gpus(count: int, hosts: int = 1) -> tuple[GpuMeans, ...]:
     per_host = max(1, count // hosts)
-    return [
-        {"host": f"node{i // per_host}", "index": i % per_host, "uuid": f"GPU-{i}", "name": "NVIDIA H100",
-         "utilization_pct": 30 + i, "memory_used_mib": 12_400, "memory_total_mib": 81_559, "power_w": 612.4,
-         "temperature_c": 64}
+    return tuple(
+        GpuMeans(
+            host=f"node{i // per_host}", index=i % per_host, uuid=f"GPU-{i}", name="NVIDIA H100",
+            utilization_pct=30 + i, memory_used_mib=12_400, memory_total_mib=81_559, power_w=612.4,
+            temperature_c=64,
+        )
         for i in range(count)
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
-def processes(count: int) -> list[dict[str, Any]]:
-    return [{"rank": i, "host": "a", "cpu_pct": 398.1, "memory_used_mib": 1234} for i in range(count)]
+def processes(count: int) -> tuple[Process, ...]:
+    return tuple(Process(rank=i, host="a", cpu_pct=398.1, memory_used_mib=1234) for i in range(count))
 
 
 class Clock:
@@ -105,7 +92,7 @@ AWKWARD = dataclasses.replace(
     model="[red]m[/]\n\x1b[2J",
     devices="非常に長い名前" * 20,
 )
-UNKNOWN_GPU = dict.fromkeys(gpus(1)[0])
+UNKNOWN_GPU = GpuMeans(host="", index=None, uuid="GPU-x")
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 24), (200, 50), (132, 43), (40, 10), (12, 3), (1, 1)])
@@ -113,26 +100,26 @@ UNKNOWN_GPU = dict.fromkeys(gpus(1)[0])
 @pytest.mark.parametrize(
     "record",
     [
-        {},
-        {**TRAIN, "gpus": gpus(1)},
-        {**TRAIN, "gpus": gpus(4)},
-        {**TRAIN, "gpus": gpus(8)},
-        {**TRAIN, "gpus": gpus(64, hosts=8)},
-        {**TRAIN, "gpus": [{**gpu, "host": "ノード" * 9 + gpu["host"]} for gpu in gpus(64, hosts=8)]},
-        {**TRAIN, "processes": processes(2)},
-        {**TRAIN, "processes": processes(64)},
-        {**dict.fromkeys(TRAIN), "gpus": [UNKNOWN_GPU, UNKNOWN_GPU, *gpus(1)]},
-        {**TRAIN, "loss": math.nan, "gpus": [{}], "images_per_s": math.inf},
-        {**TRAIN, "loss": 1e30, "images_per_s": 1e15, "accuracy": 1.0, "step_time_s": 1e6},
+        None,
+        replace(TRAIN, gpus=gpus(1)),
+        replace(TRAIN, gpus=gpus(4)),
+        replace(TRAIN, gpus=gpus(8)),
+        replace(TRAIN, gpus=gpus(64, hosts=8)),
+        replace(TRAIN, gpus=tuple(replace(gpu, host="ノード" * 9 + gpu.host) for gpu in gpus(64, hosts=8))),
+        replace(TRAIN, processes=processes(2)),
+        replace(TRAIN, processes=processes(64)),
+        replace(TRAIN, gpus=(UNKNOWN_GPU, UNKNOWN_GPU, *gpus(1))),
+        replace(TRAIN, loss=math.nan, gpus=(UNKNOWN_GPU,), images_per_s=math.inf),
+        replace(TRAIN, loss=1e30, images_per_s=1e15, accuracy=1.0, step_time_s=1e6),
     ],
     ids=["start", "1", "4", "8", "64", "wide", "cpu", "cpu64", "unknown", "nan", "huge"],
 )
-def test_a_frame_never_overflows(size: tuple[int, int], info: RunInfo, record: Mapping[str, Any]) -> None:
+def test_a_frame_never_overflows(size: tuple[int, int], info: RunInfo, record: TrainRecord | None) -> None:
     width, height = size
     shown = dashboard(info)
-    for _ in range(300):
+    for _ in range(300 if record else 0):
         shown.train(record)
-    shown.evaluate({**EVAL, "total": None})
+    shown.evaluate(EVAL)
     for text in ("first", "[bold]second[/bold]", "third " * 99, "fourth\nwith a line break"):
         shown.note(text)
     lines = frame(shown, width, height)
@@ -149,9 +136,9 @@ def test_a_frame_says_what_it_is_told() -> None:
     shown = dashboard(position=lambda: position, clock=clock)
     shown.start()
     clock.now_s = 727
-    shown.train({**TRAIN, "loss": 0.5, "gpus": []})
-    shown.train({**TRAIN, "gpus": list(reversed(gpus(2)))})
-    shown.evaluate({**EVAL, "step": 98, "accuracy": 0.9, "correct": 9000})
+    shown.train(replace(TRAIN, loss=0.5, gpus=()))
+    shown.train(replace(TRAIN, gpus=gpus(2)[::-1]))
+    shown.evaluate(replace(EVAL, step=98, epoch=1, accuracy=0.9, correct=9000))
     shown.evaluate(EVAL)
     lines = frame(shown)
     assert re.fullmatch(r"disttrain  alexnet +elapsed 00:12:07", lines[0])
@@ -189,11 +176,11 @@ def test_a_verdict_is_shown_to_its_end() -> None:
 
 def test_the_arithmetic_of_a_device_is_shown_where_it_is_known() -> None:
     shown = dashboard()
-    shown.train({**TRAIN, "device_flops_per_s": 412_300_000_000_000, "mfu_pct": 41.7})
+    shown.train(replace(TRAIN, device_flops_per_s=412_300_000_000_000, mfu_pct=41.7))
     rows = [row for row in frame(shown) if "MFU" in row]
     assert rows == [" " * 9 + "412.3 TFLOP/s, MFU 42 %".ljust(len(rows[0]) - 9)]
     assert line(frame(shown, 200), "train").rstrip().endswith("data wait 2 %         412.3 TFLOP/s, MFU 42 %")
-    shown.train({**TRAIN, "device_flops_per_s": 12_340_000_000, "mfu_pct": None})
+    shown.train(replace(TRAIN, device_flops_per_s=12_340_000_000, mfu_pct=None))
     assert any(row.strip() == "12.3 GFLOP/s" for row in frame(shown))
 
 
@@ -214,16 +201,17 @@ def test_the_pace_leaves_out_the_start_and_counts_the_pauses() -> None:
 
 def test_unknown_values_are_not_numbers() -> None:
     shown = dashboard()
-    shown.train({"gpus": [UNKNOWN_GPU]})
-    text = "\n".join(frame(shown))
-    assert re.search(r"GPU n/a +─+ +n/a +n/a/n/a +n/a +n/a *$", text, re.MULTILINE)
-    assert re.search(r"loss n/a +accuracy n/a +lr n/a", text)
-    assert "None" not in text
+    texts = ["\n".join(frame(shown))]
+    assert re.search(r"loss n/a +accuracy n/a +lr n/a", texts[0])
+    shown.train(replace(TRAIN, gpus=(UNKNOWN_GPU,)))
+    texts.append("\n".join(frame(shown)))
+    assert re.search(r"GPU n/a +─+ +n/a +n/a/n/a +n/a +n/a *$", texts[1], re.MULTILINE)
+    assert not any("None" in text for text in texts)
 
 
 def test_many_gpus_are_folded_and_the_rest_summed_up() -> None:
     shown = dashboard()
-    shown.train({**TRAIN, "gpus": gpus(64, hosts=8)})
+    shown.train(replace(TRAIN, gpus=gpus(64, hosts=8)))
     lines = frame(shown)
     assert line(lines, "+") == "+55 more, use 39 to 93 %"
     assert sum(" GPU " in row for row in lines) == 9
@@ -238,8 +226,8 @@ def test_hosts_are_named_when_there_are_several_by_the_end_of_their_names() -> N
     for row, name in zip(
         rows, ("a-very-long-cluster-node-0007.example.org", "short.example.org"), strict=True
     ):
-        row["host"] = name
-    shown.train({**TRAIN, "gpus": rows})
+        row.host = name
+    shown.train(replace(TRAIN, gpus=rows))
     lines = frame(shown)
     assert line(lines, "…ter-node-0007 GPU 0")
     assert line(lines, "short GPU 0")
@@ -247,7 +235,7 @@ def test_hosts_are_named_when_there_are_several_by_the_end_of_their_names() -> N
 
 def test_processes_are_shown_where_there_are_no_gpus() -> None:
     shown = dashboard()
-    shown.train({**TRAIN, "processes": processes(2)})
+    shown.train(replace(TRAIN, processes=processes(2)))
     assert line(frame(shown), "rank 1") == "rank 1   cpu   398 % of one core   memory    1.2 GiB"
 
 
@@ -255,7 +243,7 @@ def test_colour_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     shown = dashboard()
-    shown.train({**TRAIN, "gpus": gpus(4)})
+    shown.train(replace(TRAIN, gpus=gpus(4)))
     assert re.search(r"\x1b\[[0-9;]*3[0-9]", "\n".join(frame(shown, force_terminal=True)))
     monkeypatch.setenv("NO_COLOR", "1")
     plain = "\n".join(frame(shown, force_terminal=True))
@@ -277,27 +265,22 @@ def test_sparkline() -> None:
     assert sparkline([]) == ""
 
 
-def test_numbers() -> None:
-    assert number(18_200.4, ",.0f", " images/s") == "18,200 images/s"
-    assert number(0.96127, ".2f", " %", 100, 8) == " 96.13 %"
-    assert number(None, ".2f", " %", 100, 8) == "     n/a"
-    assert number(0, ".1f") == "0.0"
-    assert (duration(0.9), duration(727), duration(360_000)) == ("00:00:00", "00:12:07", "100:00:00")
-    assert (eta(100, 50), eta(100, None), eta(100, 0)) == ("00:00:02", "     n/a", "     n/a")
+def test_the_time_left() -> None:
+    assert (eta(100, 50), eta(100, None), eta(100, 0)) == ("00:00:02", "n/a", "n/a")
 
 
 def test_lines() -> None:
-    assert train_line({**TRAIN, "gpus": gpus(4)}, INFO) == (
+    assert train_line(replace(TRAIN, gpus=gpus(4)), INFO) == (
         "epoch  3/10  step 234/980  loss  0.1234  acc  96.12 %  lr 1.0e-03     18,200 images/s"
         "  wait   2 %  gpu  32 %"
     )
-    assert train_line({**TRAIN, "step": 980, "processes": processes(2)}, INFO) == (
+    assert train_line(replace(TRAIN, step=980, epoch=10, processes=processes(2)), INFO) == (
         "epoch 10/10  step 980/980  loss  0.1234  acc  96.12 %  lr 1.0e-03     18,200 images/s"
         "  wait   2 %  cpu 398 %"
     )
-    assert train_line({"gpus": [UNKNOWN_GPU]}, INFO) == (
-        "epoch n/a/10  step n/a/980  loss     n/a  acc      n/a  lr     n/a                 n/a"
-        "  wait   n/a  gpu   n/a"
+    assert train_line(replace(TRAIN, gpus=(UNKNOWN_GPU,)), INFO) == (
+        "epoch  3/10  step 234/980  loss  0.1234  acc  96.12 %  lr 1.0e-03     18,200 images/s"
+        "  wait   2 %  gpu   n/a"
     )
     assert eval_line(EVAL, INFO) == (
         "epoch  2/10  step 196/980  loss  0.6100  acc  81.23 %  eval: 8,123 of 10,000 correct"
@@ -315,7 +298,7 @@ def test_a_file_gets_plain_lines() -> None:
     with dashboard(stream=stream, clock=clock) as shown:
         for now_s in (0, 1, 9.9, 10, 11, 19, 20.5):
             clock.now_s = now_s
-            shown.train({**TRAIN, "step": int(now_s) + 1})
+            shown.train(replace(TRAIN, step=int(now_s) + 1))
         shown.evaluate(EVAL)
         shown.note("saved [bold]checkpoint[/bold]\x1b[31m")
         shown.finish("finished", ok=True)
@@ -524,8 +507,7 @@ def test_console_imports_nothing_heavy() -> None:
 
 def test_the_picture_of_a_run_is_drawn_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "env.json").write_text(json.dumps({"run": dataclasses.asdict(INFO)}))
-    records = [{**TRAIN, "gpus": gpus(2)}, EVAL]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_lines(tmp_path / "metrics.jsonl", [replace(TRAIN, gpus=gpus(2)), EVAL])
     picture = tmp_path / "dashboard.svg"
     command = [sys.executable, ROOT / "docs" / "dashboard_svg.py", tmp_path, picture]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)

@@ -118,8 +118,6 @@ def test_a_cpu_has_no_data_sheet() -> None:
 
 
 def test_speed_and_share_are_those_of_one_device() -> None:
-    found = device_flops(3_000_000, 50_000, peak_per_s=1e12)
-    assert found == {"device_flops_per_s": 150_000_000_000, "mfu_pct": 15.0}
-    assert device_flops(3_000_000, 50_000, peak_per_s=None)["mfu_pct"] is None
-    unknown = {"device_flops_per_s": None, "mfu_pct": None}
-    assert device_flops(None, 50_000, peak_per_s=1e12) == unknown
+    assert device_flops(3_000_000, 50_000, peak_per_s=1e12) == (150_000_000_000, 15.0)
+    assert device_flops(3_000_000, 50_000, peak_per_s=None) == (150_000_000_000, None)
+    assert device_flops(None, 50_000, peak_per_s=1e12) == (None, None)

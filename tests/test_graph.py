@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from disttrain.config import Config
 from disttrain.errors import UsageError
+from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.shards.index import Index, load_index
 from disttrain.training import graph as module
 from disttrain.training.build import build
@@ -144,7 +145,7 @@ def trained(
     parts, position, _ = build(config, Rank(0, None), join(config, "cpu"), index, None)
     if graph:
         parts.graph = StepGraph(parts.optimizer, parts.accelerator.device)
-    records: list[dict[str, Any]] = []
+    records: list[TrainRecord | EvalRecord] = []
     quiet: Any = SimpleNamespace(
         train=records.append,
         evaluate=records.append,
@@ -170,7 +171,9 @@ def test_replayed_steps_are_the_same_to_the_last_bit(
     monkeypatch.setattr(module, "_WARM_UP_STEPS", 10**6)
     taken, taken_records = trained(index, options)
     for key in ("loss", "accuracy", "lr", "samples", "correct"):
-        assert [record.get(key) for record in records] == [record.get(key) for record in taken_records]
+        assert [getattr(record, key, None) for record in records] == [
+            getattr(record, key, None) for record in taken_records
+        ]
     for one, other in zip(tree_leaves(state(taken)), tree_leaves(state(replayed)), strict=True):
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
@@ -186,7 +189,10 @@ def test_a_run_with_a_graph_learns_as_one_without(case: str, index: Index) -> No
     plain, plain_records = trained(index, CASES[case], graph=False)
     replayed, records = trained(index, CASES[case])
     for key in ("loss", "lr"):
-        found = [[record[key] for record in one if key in record] for one in (plain_records, records)]
+        found = [
+            [getattr(record, key) for record in one if hasattr(record, key)]
+            for one in (plain_records, records)
+        ]
         assert found[1] == pytest.approx(found[0], rel=1e-3)
     # No rate is left on the device: a checkpoint is the same with a graph and without.
     states = [parts.optimizer.state_dict() for parts in (plain, replayed)]
@@ -213,7 +219,7 @@ def test_without_memory_for_its_activations_nothing_is_recorded(
     parts, records = trained(index, {}, graph=True)
     assert parts.graph is not None
     assert not parts.graph.recorded
-    assert records[-1]["total"] == 20
+    assert records[-1].total == 20
 
 
 OTHER = {"model": {"name": "torchvision:resnet18"}}

@@ -11,15 +11,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from msgspec.structs import asdict, replace
+from run_files import eval_record, train_record
 from torch import nn
 
 from disttrain.config import Config
 from disttrain.data.plan import Plan
 from disttrain.errors import StoppedError
+from disttrain.monitor import gauges as gauges_module
 from disttrain.monitor import observe
-from disttrain.monitor.observe import RunGauges, RunObserver
+from disttrain.monitor.environment import git_state
+from disttrain.monitor.gauges import RunGauges, assign
+from disttrain.monitor.observe import RunObserver
+from disttrain.runs.records import GpuMeans, Process, StepTimes
 from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import load_index
 from disttrain.training.choices import Choice, Settings
@@ -43,7 +50,7 @@ GPUS = [
 def reading(uuid: str) -> dict[str, Any]:
     """Returns what a sampler says of a GPU: numbers that tell GPUs and fields apart."""
     number = int(uuid[-1])
-    fields = enumerate(observe._GPU_FIELDS)
+    fields = enumerate(name for name in GpuMeans.__struct_fields__ if name not in gauges_module._ABOUT)
     return {field: 100.0 * place + 10.04 + number for place, field in fields} | {"critical_events": number}
 
 
@@ -84,7 +91,7 @@ class Sampler:
 @pytest.fixture
 def sampler(monkeypatch: pytest.MonkeyPatch) -> type[Sampler]:
     kind = type("OwnSampler", (Sampler,), {"asked": [], "pids": []})
-    monkeypatch.setattr(observe, "GpuSampler", kind)
+    monkeypatch.setattr(gauges_module, "GpuSampler", kind)
     return kind
 
 
@@ -94,9 +101,9 @@ def _processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def means() -> dict[str, Any]:
         number = next(numbers)
-        return {"host": "x", "cpu_pct": 50.0 + number, "memory_used_mib": 100 + number}
+        return {"cpu_pct": 50.0 + number, "memory_used_mib": 100 + number}
 
-    monkeypatch.setattr(observe, "ProcessorSampler", lambda: SimpleNamespace(means=means))
+    monkeypatch.setattr(gauges_module, "ProcessorSampler", lambda: SimpleNamespace(means=means))
 
 
 def all_ranks(
@@ -130,18 +137,17 @@ def test_the_sums_of_all_ranks_are_the_rows_of_all_gpus(tmp_path: Path, sampler:
     assert sampler.pids == [[100, 101], [100, 101], [102, 103], [102, 103]]
     assert [any(vector) for vector in vectors] == [True, False, True, False]
     assert sampler.running == 0
-    expected = [
-        {
-            "host": host, "index": 3 - rank, "uuid": f"GPU-{rank}", "name": f"GPU {rank}",
-            "memory_total_mib": 81920, "utilization_pct": 10.0 + rank, "memory_utilization_pct": 110.0 + rank,
-            "memory_used_mib": 210.0 + rank, "power_w": 310.0 + rank, "power_limit_w": 410.0 + rank,
-            "temperature_c": 510.0 + rank, "sm_clock_mhz": 610.0 + rank, "throttled_power_pct": 710.0 + rank,
-            "throttled_thermal_pct": 810.0 + rank, "sm_activity_pct": 910.0 + rank, "critical_events": rank,
-        }
+    expected = tuple(
+        GpuMeans(
+            host=host, index=3 - rank, uuid=f"GPU-{rank}", name=f"GPU {rank}",
+            memory_total_mib=81920, utilization_pct=10.0 + rank, memory_utilization_pct=110.0 + rank,
+            memory_used_mib=210.0 + rank, power_w=310.0 + rank, power_limit_w=410.0 + rank,
+            temperature_c=510.0 + rank, sm_clock_mhz=610.0 + rank, throttled_power_pct=710.0 + rank,
+            throttled_thermal_pct=810.0 + rank, sm_activity_pct=910.0 + rank, critical_events=rank,
+        )
         for rank, host in enumerate(HOSTS)
-    ]  # fmt: skip
+    )  # fmt: skip
     assert rows == [{"gpus": expected}] * 4
-    assert json.loads(json.dumps(rows[0]))["gpus"][0]["index"] == 3
 
 
 def test_what_is_unknown_is_none(tmp_path: Path, sampler: type[Sampler]) -> None:
@@ -150,10 +156,10 @@ def test_what_is_unknown_is_none(tmp_path: Path, sampler: type[Sampler]) -> None
     vectors, rows = read_all(devices, tmp_path)
     assert [sum(math.isnan(number) for number in vector) for vector in vectors] == [2, 0, 2, 0]
     for number, row in enumerate(rows[1]["gpus"]):
-        assert row["index"] is None
-        assert row["memory_total_mib"] is None
-        assert row["power_w"] is None
-        assert row["temperature_c"] == 510 + number
+        assert row.index is None
+        assert row.memory_total_mib is None
+        assert row.power_w is None
+        assert row.temperature_c == 510 + number
 
 
 def test_one_unknown_gpu_leaves_the_others(tmp_path: Path, sampler: type[Sampler]) -> None:
@@ -161,22 +167,22 @@ def test_one_unknown_gpu_leaves_the_others(tmp_path: Path, sampler: type[Sampler
     values = gauges[0].read()
     values[: len(values) // 2] = [math.nan] * (len(values) // 2)
     first, second = gauges[1].rows(values)["gpus"]
-    known = {key for key, value in first.items() if value is not None}
+    known = {key for key, value in asdict(first).items() if value is not None}
     assert known == {"host", "index", "uuid", "name", "memory_total_mib"}
-    assert second["utilization_pct"] == 11.0
+    assert second.utilization_pct == 11.0
 
 
 def test_zero_is_a_reading(tmp_path: Path, sampler: type[Sampler]) -> None:
     (gauges,) = all_ranks(GPUS[:1], tmp_path)
     (row,) = gauges.rows([0.0] * len(gauges.read()))["gpus"]
-    assert (row["utilization_pct"], row["critical_events"]) == (0.0, 0)
+    assert (row.utilization_pct, row.critical_events) == (0.0, 0)
 
 
 def test_ranks_on_one_gpu_give_one_row_and_it_is_read_once(tmp_path: Path, sampler: type[Sampler]) -> None:
     devices = [GPUS[0], GPUS[0] | {"rank": 1, "pid": 101}, GPUS[1] | {"rank": 2, "pid": 102}]
     _, rows = read_all(devices, tmp_path)
-    assert [row["uuid"] for row in rows[0]["gpus"]] == ["GPU-0", "GPU-1"]
-    assert rows[0]["gpus"][0]["utilization_pct"] == 10.0
+    assert [gpu.uuid for gpu in rows[0]["gpus"]] == ["GPU-0", "GPU-1"]
+    assert rows[0]["gpus"][0].utilization_pct == 10.0
     assert [[gpu["uuid"] for gpu in gpus] for gpus in sampler.asked] == [["GPU-0", "GPU-1"], [], []]
     assert sampler.pids[0] == [100, 101, 102]
 
@@ -204,20 +210,20 @@ def device(rank: int, host: str, uuid: str, index: int, minor: int, reach: list[
 
 def test_a_gpu_is_read_by_the_first_rank_of_its_host_that_may_see_it() -> None:
     all_seen = [device(i, "a", f"U{i}", 1 - i, 1 - i, ["U0", "U1"]) for i in range(2)]
-    assert observe._assign(all_seen) == [
+    assert assign(all_seen) == [
         {"rank": 0, "host": "a", "uuid": "U0", "index": 1, "reader": 0},
         {"rank": 1, "host": "a", "uuid": "U1", "index": 0, "reader": 0},
     ]
     # Each task has one GPU, which is GPU 0 to it: told apart by device files.
     confined = [device(i, "a", f"U{i}", 0, 5 - i, [f"U{i}"]) for i in range(3)]
-    assert [(each["reader"], each["index"]) for each in observe._assign(confined)] == [(0, 5), (1, 4), (2, 3)]
+    assert [(each["reader"], each["index"]) for each in assign(confined)] == [(0, 5), (1, 4), (2, 3)]
     # Two machines that believe to have the same name.
     twins = [device(0, "localhost", "U0", 0, 0, ["U0"]), device(1, "localhost", "U1", 0, 0, ["U1"])]
-    assert [each["reader"] for each in observe._assign(twins)] == [0, 1]
+    assert [each["reader"] for each in assign(twins)] == [0, 1]
     # NVML shows a rank no GPU at all.
     blind = [device(0, "a", "U0", 0, 0, []), device(1, "a", "U1", 1, 1, ["U0"])]
-    assert [each["reader"] for each in observe._assign(blind)] == [1, 1]
-    assert observe._assign(CPUS) == CPUS
+    assert [each["reader"] for each in assign(blind)] == [1, 1]
+    assert assign(CPUS) == CPUS
 
 
 @pytest.mark.usefixtures("_processor")
@@ -229,19 +235,19 @@ def test_on_cpus_every_rank_has_a_row(tmp_path: Path, sampler: type[Sampler]) ->
         [4, 5],
         [6, 7],
     ]
-    processes = [
-        {"rank": rank, "host": host, "cpu_pct": 50.0 + rank, "memory_used_mib": 100 + rank}
+    processes = tuple(
+        Process(rank=rank, host=host, cpu_pct=50.0 + rank, memory_used_mib=100 + rank)
         for rank, host in enumerate(HOSTS)
-    ]
-    assert rows == [{"gpus": [], "processes": processes}] * 4
+    )
+    assert rows == [{"gpus": (), "processes": processes}] * 4
     assert sampler.asked == [[], [], [], []]
 
 
 def test_the_readings_of_all_nodes_share_a_file(tmp_path: Path) -> None:
     program = """
 import pathlib, sys
-from disttrain.monitor.observe import _SharedLines
-lines = _SharedLines(pathlib.Path(sys.argv[1]))
+from disttrain.monitor.gauges import SharedLines
+lines = SharedLines(pathlib.Path(sys.argv[1]))
 for i in range(300):
     lines.write([{"node": sys.argv[2], "i": i, "gpu": gpu, "filling": 20000 * "x"} for gpu in range(2)])
 lines.close()
@@ -263,23 +269,19 @@ CONFIG: dict[str, Any] = {
     "train": {"epochs": 1, "batch_size": 64, "trace_samples": True},
     "optim": {"lr": 0.1},
 }
-TRAIN_RECORD: dict[str, Any] = {
-    "kind": "train", "step": 5, "epoch": 1, "samples": 320, "loss": 1.5, "accuracy": 0.25, "lr": 0.1,
-    "images_per_s": 100.0, "step_time_s": 0.64, "data_wait_pct": 1.0, "gpus": [],
-}  # fmt: skip
-EVAL_RECORD = {
-    "kind": "eval", "step": 5, "epoch": 1, "loss": 1.0, "accuracy": 0.5, "correct": 180, "total": 360,
-}  # fmt: skip
+TRAIN_RECORD = train_record(5, samples=320, accuracy=0.25, ranks_ms=StepTimes(compute=(1.0, 1.0)))
+EVAL_RECORD = eval_record(5, 0.5, epoch=1, correct=180, total=360)
 
 
 def observer_of(
     rank: int, folder: RunFolder, digits_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> RunObserver:
-    monkeypatch.setattr(observe, "_gather_devices", lambda parts: CPUS[:2])
+    monkeypatch.setattr(observe, "gather_devices", lambda group: CPUS[:2])
     (folder.path / "logs").mkdir(parents=True, exist_ok=True)
     parts: Any = SimpleNamespace(
         rank=rank,
         world_size=2,
+        group=None,
         accelerator=SimpleNamespace(device=torch.device("cpu")),
         flops_per_image=3_000_000,
         peak_flops_per_s=None,
@@ -312,9 +314,11 @@ def test_rank_0_writes_the_story_of_the_run(
         observer.train(TRAIN_RECORD)
         observer.evaluate(EVAL_RECORD)
         observer.finished()
-    times, written = zip(*((record.pop("time"), record) for record in lines(folder.metrics)), strict=True)
-    assert written == (TRAIN_RECORD, EVAL_RECORD)
-    assert before <= times[0] <= times[1] <= utc_now()
+    trained, evaluated = lines(folder.metrics)
+    assert (trained["kind"], evaluated["kind"]) == ("train", "eval")
+    for written, record in ((trained, TRAIN_RECORD), (evaluated, EVAL_RECORD)):
+        assert msgspec.convert(written, type(record)) == replace(record, time=written["time"])
+    assert before <= trained["time"] <= evaluated["time"] <= utc_now()
     assert lines(folder.trace(0)) == [{"epoch": 1, "step": 1, "ids": [3, 4]}]
     status = folder.status()
     assert (status["step"], status["samples_seen"]) == (5, 320)
@@ -372,4 +376,4 @@ def test_a_folder_that_is_no_repository_has_no_commit(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert observe._git() is None
+    assert git_state() is None

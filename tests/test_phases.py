@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import astuple
 from torch import nn
 
 from disttrain.heartbeat import Phase
@@ -27,7 +28,7 @@ def pass_through(phases: Phases, clock: SimpleNamespace, *stays: tuple[Phase, fl
         clock.now += seconds
 
 
-def test_the_seconds_of_each_phase_are_the_means_of_the_steps(clock: SimpleNamespace) -> None:
+def test_the_milliseconds_of_each_phase_are_the_means_of_the_steps(clock: SimpleNamespace) -> None:
     phases = Phases()
     step = [
         (Phase.DATA, 1.0),
@@ -42,10 +43,11 @@ def test_the_seconds_of_each_phase_are_the_means_of_the_steps(clock: SimpleNames
     clock.now = 1000  # the start is no part of a step
     pass_through(phases, clock, *step, *step, (Phase.REPORT, 0.25))
     times = phases.take(2, nn.Identity())
-    assert times == (3.0, 0.125, 0.75, 9.0, 0.0, 0.5, 0.125, 0.0, 0.0)
+    assert astuple(times) == (3000, 125, 750, 9000, 0, 500, 125, 0, 0)
     clock.now += 0.75  # the rest of the log point belongs to the next interval
     pass_through(phases, clock, *step, (Phase.SAVE, 2.0), (Phase.EVALUATE, 4.0), (Phase.REPORT, 1.0))
-    assert phases.take(1, nn.Identity()) == (3.0, 0.125, 0.75, 9.0, 0.0, 0.5, 1.75, 4.0, 2.0)
+    times = phases.take(1, nn.Identity())
+    assert astuple(times) == (3000, 125, 750, 9000, 0, 500, 1750, 4000, 2000)
 
 
 class Event:
@@ -97,8 +99,8 @@ def test_on_a_gpu_a_step_between_two_log_points_is_timed_by_the_device(
         clock.now += logging_s
         Event.now += 100  # the device waits for the host
         times = phases.take(steps, nn.Identity())
-        assert times[:6] == pytest.approx([factor * each for each in (2, 4, 6, 24, 0, 16)])
-        assert times.logging_s == pytest.approx(logging_s / steps)
+        assert astuple(times)[:6] == pytest.approx([1000 * factor * each for each in (2, 4, 6, 24, 0, 16)])
+        assert times.logging == pytest.approx(1000 * logging_s / steps)
         assert Event.made == made + (
             0 if timed is None else 12
         )  # one for each phase of the step, and its end
@@ -111,15 +113,15 @@ def test_on_a_gpu_what_the_host_waits_for_the_device_is_no_logging(clock: Simple
         clock.now += 8
         phases.synchronized()
         clock.now += 0.25
-        assert phases.take(1, nn.Identity()).logging_s == logging_s
+        assert phases.take(1, nn.Identity()).logging == 1000 * logging_s
 
 
 def test_waiting_for_others_is_no_computing(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "exposed_communication_s", lambda model: 1.5)
+    monkeypatch.setattr(module, "exposed_communication_ms", lambda model: 1500)
     phases = Phases()
     pass_through(phases, clock, (Phase.COMPUTE, 4.0), (Phase.REPORT, 0.0))
     times = phases.take(1, nn.Identity())
-    assert (times.compute_s, times.communication_s) == (2.5, 1.5)
+    assert (times.compute, times.communication) == (2500, 1500)
 
 
 def test_every_phase_is_a_beat() -> None:

@@ -9,7 +9,7 @@ import nvml
 import pytest
 from nvml import UUIDS
 
-from disttrain.monitor.readings import READINGS
+from disttrain.runs.records import READINGS
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,12 @@ from run_files import CONFIG, stamp, write_run
 from disttrain.config import load_config
 from disttrain.errors import StorageError
 from disttrain.report.charts import PALETTE
-from disttrain.report.inside import look_inside, mosaic, most_confused
-from disttrain.report.page import outcome, write_report
-from disttrain.report.records import read_run
+from disttrain.report.confusion import most_confused
+from disttrain.report.facts import outcome
+from disttrain.report.inside import look_inside
+from disttrain.report.page import write_report
+from disttrain.report.pictures import mosaic
+from disttrain.report.run import read_run
 from disttrain.runs import checkpoint, evaluation
 from disttrain.runs.manifest import MANIFEST, read_manifest, write_manifest
 from disttrain.shards.index import load_index

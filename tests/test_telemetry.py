@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +12,8 @@ import psutil
 import pytest
 
 from disttrain.monitor import telemetry
-from disttrain.monitor.readings import READINGS
 from disttrain.monitor.telemetry import ProcessorSampler
+from disttrain.runs.records import READINGS
 
 UUIDS = [f"GPU-{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(4)]
 
@@ -26,10 +25,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SAMPLE = """
 import json, logging, os, threading, time
+import msgspec
 from disttrain.monitor.telemetry import GpuSampler
 records, alarms = [], []
 gpus = [{"host": "h", "index": i, "uuid": uuid} for i, uuid in enumerate(os.environ["UUIDS"].split(","))]
-sampler = GpuSampler(gpus, 0.1, records.extend, pids=[1003, 2003], alarm=alarms.append)
+sink = lambda found: records.extend(map(msgspec.to_builtins, found))
+sampler = GpuSampler(gpus, 0.1, sink, pids=[1003, 2003], alarm=alarms.append)
 def wait(count):
     limit = time.monotonic() + 60
     while len(records) < count and time.monotonic() < limit:
@@ -77,7 +78,7 @@ print(json.dumps([means, again, records, alive]))
     # No reading since: the last one, whose numbers are all the same here.
     assert again == means
     assert [record["index"] for record in records[:4]] == [0, 1, 0, 1]  # nothing is made up for the unknown
-    assert set(records[0]) == {"time", "host", "index", "uuid", *READINGS}
+    assert set(records[0]) == {"time", "host", "index", "uuid", "name", *READINGS}
     assert records[0]["throttle"] == ["power"]
     assert records[0]["time"].endswith("Z")
     assert len(records[0]["time"]) == len("2026-01-31T12:00:00.000Z")
@@ -132,7 +133,8 @@ logging.getLogger("disttrain").addHandler(Handler())
 def sink(records):
     calls.append(1)
     raise OSError(28, "No space left on device")
-with GpuSampler([{"uuid": "GPU-01000000-aaaa-bbbb-cccc-000000000001"}], 0.1, sink) as sampler:
+sampler = GpuSampler([{"uuid": "GPU-01000000-aaaa-bbbb-cccc-000000000001"}], 0.1, sink)
+with sampler:
     limit = time.monotonic() + 60
     while len(calls) < 3 and time.monotonic() < limit:
         time.sleep(0.01)
@@ -215,7 +217,6 @@ def test_processor_sampler_measures_this_process() -> None:
         pass
     wall_s = time.monotonic() - started
     busy = sampler.means()
-    assert busy["host"] == os.uname().nodename
     assert busy["cpu_pct"] == pytest.approx(100 * 0.3 / wall_s, rel=0.5)
     assert busy["memory_used_mib"] > 5
     time.sleep(0.5)

@@ -20,54 +20,58 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import nvml
 import pytest
+from msgspec.structs import replace
 from rich.cells import cell_len
+from run_files import eval_record, train_record, write_lines
 
 from disttrain.monitor import top
-from disttrain.monitor.readings import READINGS
-from disttrain.monitor.top import ago, lines
+from disttrain.monitor.top import Gpu, Snapshot, lines
+from disttrain.runs import jsonl
+from disttrain.runs.records import GpuReading
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
-READING = dict.fromkeys(READINGS) | {
-    "utilization_pct": 97, "memory_utilization_pct": 40, "memory_used_mib": 71000,
-    "memory_used_by_us_mib": 70000, "memory_total_mib": 81559, "power_w": 650.4, "power_limit_w": 700.0,
-    "temperature_c": 64, "sm_clock_mhz": 1980, "memory_clock_mhz": 2619, "throttle": ["power"],
-    "sm_activity_pct": 81.2, "tensor_activity_pct": 41.5, "pcie_rx_mib_per_s": 12345.6,
-    "pcie_tx_mib_per_s": 234.5, "nvlink_rx_mib_per_s": 123456.7, "nvlink_tx_mib_per_s": 123456.7,
-    "ecc_corrected": 2, "ecc_uncorrected": 0, "xids": [], "lost": False,
-}  # fmt: skip
-TRAIN = {
-    "kind": "train", "step": 1200, "epoch": 3, "loss": 0.45123, "accuracy": 0.832, "lr": 0.1,
-    "images_per_s": 12345.4, "step_time_s": 0.04, "data_wait_pct": 3.1, "gpus": [],
-}  # fmt: skip
-EVAL = {"kind": "eval", "step": 1000, "epoch": 2, "accuracy": 0.8125, "correct": 8125, "total": 10000}
+READING = Gpu(
+    time=NOW.isoformat(), uuid="GPU-x", name="NVIDIA H100 80GB HBM3",
+    utilization_pct=97, memory_utilization_pct=40, memory_used_mib=71000, memory_used_by_us_mib=70000,
+    memory_total_mib=81559, power_w=650.4, power_limit_w=700.0, temperature_c=64, sm_clock_mhz=1980,
+    memory_clock_mhz=2619, throttle=("power",), sm_activity_pct=81.2, tensor_activity_pct=41.5,
+    pcie_rx_mib_per_s=12345.6, pcie_tx_mib_per_s=234.5, nvlink_rx_mib_per_s=123456.7,
+    nvlink_tx_mib_per_s=123456.7, ecc_corrected=2, ecc_uncorrected=0, xids=(), lost=False,
+)  # fmt: skip
+TRAIN = train_record(
+    1200, epoch=3, loss=0.45123, accuracy=0.832, images_per_s=12345.4, step_time_s=0.04, data_wait_pct=3.1
+)
+EVAL = eval_record(1000, 0.8125, epoch=2, correct=8125, total=10000)
 STATUS = {
     "state": "running", "exit_code": None, "reason": None, "rank": None, "host": None, "step": 1200,
     "epoch": 2, "updated_at": NOW.isoformat(),
 }  # fmt: skip
 
 
-def gpus(count: int, per_host: int = 8) -> list[dict[str, Any]]:
+def gpus(count: int, per_host: int = 8) -> list[Gpu]:
     return [
-        {
-            "time": NOW.isoformat(), "host": f"cluster-node-{i // per_host:04d}", "index": i % per_host,
-            "uuid": f"GPU-{i:04d}", "name": "NVIDIA H100 80GB HBM3", **READING, "utilization_pct": i % 100,
-        }
+        replace(
+            READING, host=f"cluster-node-{i // per_host:04d}", index=i % per_host, uuid=f"GPU-{i:04d}",
+            utilization_pct=i % 100,
+        )
         for i in range(count)
     ]  # fmt: skip
 
 
-def snapshot(rows: Sequence[dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    return {
-        "run": "runs/alexnet/1", "time": (NOW + timedelta(seconds=2)).isoformat(), "status": STATUS,
-        "last_sign_age_s": 1.5, "train": TRAIN, "eval": EVAL, "gpus": [row | {"age_s": 1.5} for row in rows],
-        "processes": [], "notes": [], **changes,
+def snapshot(rows: Sequence[Gpu], **changes: Any) -> Snapshot:
+    known: dict[str, Any] = {
+        "run": "runs/alexnet/1", "time": NOW + timedelta(seconds=2), "status": STATUS,
+        "last_sign_age_s": 1.5, "train": TRAIN, "eval": EVAL,
+        "gpus": [replace(row, age_s=1.5) for row in rows],
     }  # fmt: skip
+    return Snapshot(**known | changes)
 
 
-def plain(shown: dict[str, Any], width: int = 80, height: int | None = None) -> list[str]:
+def plain(shown: Snapshot, width: int = 80, height: int | None = None) -> list[str]:
     return [line.plain for line in lines(shown, width, height)]
 
 
@@ -109,23 +113,23 @@ def test_more_gpus_than_lines_are_folded_and_a_pipe_gets_all() -> None:
 
 
 def test_what_is_unknown_is_said_to_be() -> None:
-    row = {"host": "a", "uuid": "GPU-1", "index": None, "name": None, "age_s": None}
-    (shown,) = (line for line in plain(snapshot([]) | {"gpus": [row]}, 200) if line.startswith("GPU n/a"))
+    row = Gpu(host="a", uuid="GPU-1")
+    (shown,) = (line for line in plain(snapshot([], gpus=[row]), 200) if line.startswith("GPU n/a"))
     assert re.fullmatch(r"GPU n/a ─+ +n/a +n/a/n/a +n/a/n/a( +n/a){7} +n/a/n/a +n/a/n/a +n/a/n/a +n/a", shown)
-    bare = snapshot([], train={}, eval=None, status={}, last_sign_age_s=None)
+    bare = snapshot([], train=None, eval=None, status={}, last_sign_age_s=None)
     assert plain(bare)[1] == "starting, last sign of life n/a ago"
     assert plain(bare)[-1] == "no readings yet"
 
 
 def test_instances_of_a_split_gpu_are_told_apart() -> None:
-    rows = [row | {"index": 0, "uuid": f"MIG-{i}a{i}b-1"} for i, row in enumerate(gpus(2))]
+    rows = [replace(row, index=0, uuid=f"MIG-{i}a{i}b-1") for i, row in enumerate(gpus(2))]
     assert [line[:10] for line in plain(snapshot(rows))[-2:]] == ["GPU 0/0a0b", "GPU 0/1a1b"]
 
 
 def test_what_is_wrong_stands_below() -> None:
     rows = gpus(4, per_host=2)
-    rows[1] |= dict.fromkeys(READINGS) | {"lost": True, "xids_seen": [63, 79]}
-    rows[2] |= {"throttle": ["power", "thermal"], "ecc_uncorrected": 3}
+    rows[1] = Gpu(host=rows[1].host, index=1, uuid=rows[1].uuid, lost=True, xids_seen=(63, 79))
+    rows[2] = replace(rows[2], throttle=("power", "thermal"), ecc_uncorrected=3)
     assert plain(snapshot(rows), 200)[-2:] == [
         "…ter-node-0000 GPU 1: is lost: it has fallen off the bus or must be reset, Xid 63, Xid 79",
         "…ter-node-0001 GPU 0: 3 uncorrectable memory errors, slowed by thermal",
@@ -161,33 +165,34 @@ def test_the_state_of_the_run_comes_first(status: dict[str, Any], silent_s: floa
 
 
 def test_nothing_in_a_name_moves_the_cursor() -> None:
-    rows = [row | {"host": "a\x1b[2J"} for row in gpus(1)] + gpus(1)
+    rows = [replace(row, host="a\x1b[2J") for row in gpus(1)] + gpus(1)
     assert not any("\x1b" in line for line in plain(snapshot(rows, status={"state": "x\x1b[H"})))
-
-
-def test_ages() -> None:
-    assert [ago(s) for s in (None, 0.4, 59, 61, 3700, 90000)] == ["n/a", "0 s", "59 s", "1 min", "1 h", "1 d"]
 
 
 # --- The files of a run -------------------------------------------------------------------------------
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]], mode: str = "w") -> None:
-    with path.open(mode) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def readings(rows: Sequence[Gpu]) -> list[GpuReading]:
+    """Returns what gpu.jsonl has of them."""
+    return [msgspec.convert(row, GpuReading, from_attributes=True) for row in rows]
+
+
+def step_of(found: Snapshot) -> int:
+    assert found.train is not None
+    return found.train.step
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """The folder of a run on two nodes of two GPUs, as of now."""
     now = datetime.now(UTC).isoformat()
-    rows = [row | {"time": now} for row in gpus(4, per_host=2)]
+    rows = [replace(row, time=now) for row in gpus(4, per_host=2)]
     devices = [
-        {"rank": i, **{k: row[k] for k in ("host", "index", "uuid", "name")}} for i, row in enumerate(rows)
+        {"rank": i, **{k: getattr(row, k) for k in ("host", "index", "uuid", "name")}}
+        for i, row in enumerate(rows)
     ]
-    (tmp_path / "run").mkdir()
-    write(tmp_path / "run/gpu.jsonl", rows)
-    write(tmp_path / "run/metrics.jsonl", [EVAL, TRAIN])
+    write_lines(tmp_path / "run/gpu.jsonl", readings(rows))
+    write_lines(tmp_path / "run/metrics.jsonl", [EVAL, TRAIN])
     (tmp_path / "run/env.json").write_text(json.dumps({"devices": devices}))
     (tmp_path / "run/status.json").write_text(json.dumps(STATUS | {"updated_at": now}))
     return tmp_path / "run"
@@ -195,45 +200,42 @@ def run_dir(tmp_path: Path) -> Path:
 
 def test_new_lines_are_followed_and_torn_ones_left(run_dir: Path) -> None:
     file = run_dir / "gpu.jsonl"
-    with top._run(run_dir) as look:
-        assert [row["utilization_pct"] for row in look()["gpus"]] == [0, 1, 2, 3]
-        with file.open("a") as end:
-            end.write('torn\n[1]\n{"uuid": "GPU-0001", "utilization_pct": 50}\n{"uuid": "GPU-0002", "utiliz')
-        assert [row["utilization_pct"] for row in look()["gpus"]] == [0, 50, 2, 3]
-        with file.open("a") as end:
-            end.write('ation_pct": 60}\n')
-        found = look()
-        assert [row["utilization_pct"] for row in found["gpus"]] == [0, 50, 60, 3]
-        assert found["train"]["step"] == 1200
-        # A run that goes on drops the records after its checkpoint: the file is another one.
-        write(run_dir / "other", [TRAIN | {"step": 1000}])
-        (run_dir / "other").replace(run_dir / "metrics.jsonl")
-        assert look()["train"]["step"] == 1000
-        write(run_dir / "metrics.jsonl", [TRAIN | {"step": 1001}], "a")
-        assert look()["train"]["step"] == 1001
+    look = top._run(run_dir)
+    assert [gpu.utilization_pct for gpu in look().gpus] == [0, 1, 2, 3]
+    with file.open("a") as end:
+        end.write('torn\n[1]\n{"uuid": "GPU-0001", "utilization_pct": 50}\n{"uuid": "GPU-0002", "utiliz')
+    assert [gpu.utilization_pct for gpu in look().gpus] == [0, 50, 2, 3]
+    with file.open("a") as end:
+        end.write('ation_pct": 60}\n')
+    assert [gpu.utilization_pct for gpu in look().gpus] == [0, 50, 60, 3]
+    assert step_of(look()) == 1200
+    # A run that goes on drops the records after its checkpoint: the file is another one.
+    write_lines(run_dir / "other", [replace(TRAIN, step=1000)])
+    (run_dir / "other").replace(run_dir / "metrics.jsonl")
+    assert step_of(look()) == 1000
+    write_lines(run_dir / "metrics.jsonl", [replace(TRAIN, step=1001)], "ab")
+    assert step_of(look()) == 1001
 
 
 def test_the_last_reading_of_a_node_that_fell_silent_is_found_far_back(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(top, "_FIRST_BYTES", 2000)
-    with (run_dir / "gpu.jsonl").open("a") as file:
-        file.write(json.dumps(gpus(4)[3] | {"xids": [79], "lost": True, "time": NOW.isoformat()}) + "\n")
-        for i in range(500):
-            file.writelines(json.dumps(row | {"utilization_pct": i}) + "\n" for row in gpus(3))
-    with top._run(run_dir) as look:
-        rows = look()["gpus"]
-    assert [row["utilization_pct"] for row in rows] == [499, 499, 499, 3]
-    assert (rows[3]["lost"], rows[3]["xids_seen"]) == (True, [79])
+    monkeypatch.setattr(jsonl, "_FIRST_BYTES", 2000)
+    lost = replace(gpus(4)[3], xids=(79,), lost=True)
+    later = [replace(row, utilization_pct=i) for i in range(500) for row in gpus(3)]
+    write_lines(run_dir / "gpu.jsonl", readings([lost, *later]), "ab")
+    rows = top._run(run_dir)().gpus
+    assert [row.utilization_pct for row in rows] == [499, 499, 499, 3]
+    assert (rows[3].lost, rows[3].xids_seen) == (True, (79,))
 
 
 def test_gpus_without_a_reading_are_shown_too(run_dir: Path) -> None:
     (run_dir / "gpu.jsonl").unlink()
-    with top._run(run_dir) as look:
-        assert [row.get("utilization_pct") for row in look()["gpus"]] == [None] * 4
-        assert "GPU 1" in "\n".join(plain(look()))
-        write(run_dir / "gpu.jsonl", gpus(1))
-        assert [row.get("utilization_pct") for row in look()["gpus"]] == [0, None, None, None]
+    look = top._run(run_dir)
+    assert [gpu.utilization_pct for gpu in look().gpus] == [None] * 4
+    assert "GPU 1" in "\n".join(plain(look()))
+    write_lines(run_dir / "gpu.jsonl", readings(gpus(1)))
+    assert [gpu.utilization_pct for gpu in look().gpus] == [0, None, None, None]
 
 
 # --- The command --------------------------------------------------------------------------------------
@@ -344,7 +346,7 @@ class Terminal:
 def test_on_a_terminal_it_is_live_and_calm_and_ends_cleanly(run_dir: Path, end: signal.Signals) -> None:
     with contextlib.closing(Terminal("top", run_dir)) as terminal:
         assert terminal.read(lambda text: "GPU 1" in text)
-        write(run_dir / "gpu.jsonl", [gpus(4)[1] | {"power_w": 77.0}], "a")
+        write_lines(run_dir / "gpu.jsonl", readings([replace(gpus(4)[1], power_w=77.0)]), "ab")
         assert terminal.read(lambda text: "77/700 W" in text)
         began, before = time.monotonic(), terminal.output.count("disttrain top")
         terminal.read(lambda text: False, limit_s=3)

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import eval_record, train_record
 
 from disttrain.config import Config
 from disttrain.errors import UsageError
 from disttrain.monitor.trackers import Feed, Prometheus, Sample, prometheus_text, samples
 from disttrain.preflight import check_trackers
+from disttrain.runs.jsonl import parts
+from disttrain.runs.records import METRICS, EvalRecord, GpuMeans, Process, StepTimes, TrainRecord
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-RECORD: dict[str, Any] = {
-    "kind": "train", "step": 20, "epoch": 1, "loss": 0.5, "lr": None, "verdict": "compute-bound",
-    "checked": True, "scale": float("inf"), "phases": {"data_ms": 1.5, "deep": {"er_ms": 2}},
-    "gpus": [
-        {"host": "n1", "index": 0, "uuid": "GPU-a", "name": "A", "power_w": 300.5, "temperature_c": None},
-        {"host": "n2", "index": 0, "uuid": "MIG-b", "name": "B", "power_w": None, "memory_used_mib": 7},
-        {"host": "n2", "index": None, "uuid": "GPU-c", "name": "C", "power_w": 0.0},
-    ],
-    "processes": [{"rank": 3, "host": "n1", "cpu_pct": 99.0}],
-}  # fmt: skip
+RECORD = train_record(
+    20, epoch=1, loss=0.5, mfu_pct=None, lr=math.inf, phases_ms=StepTimes(data=1.5),
+    gpus=(
+        GpuMeans(host="n1", index=0, uuid="GPU-a", name="A", power_w=300.5),
+        GpuMeans(host="n2", index=0, uuid="MIG-b", name="B", memory_used_mib=7),
+        GpuMeans(host="n2", index=None, uuid="GPU-c", name="C", power_w=0.0),
+    ),
+    processes=(Process(rank=3, host="n1", cpu_pct=99.0),),
+)  # fmt: skip
 
 RUN = ["run", "--procs", "1", "--run-dir", "run", "tiny.yaml"]
 SAVE_OFTEN = ["checkpoint.every_steps=10", "checkpoint.keep=9"]
@@ -56,13 +59,16 @@ def experiment(**monitor: Any) -> Config:
 
 def test_every_number_of_a_record_has_its_name_and_nothing_else_has() -> None:
     assert {sample.name: sample.value for sample in samples(RECORD)} == {
-        "train/step": 20, "train/epoch": 1, "train/loss": 0.5,
-        "train/phases/data_ms": 1.5, "train/phases/deep/er_ms": 2,
+        "train/step": 20, "train/epoch": 1, "train/samples": 200, "train/loss": 0.5, "train/accuracy": 0.4,
+        "train/images_per_s": 10, "train/step_time_s": 1, "train/data_wait_pct": 20, "train/skipped": 0,
+        "train/phases_ms/data": 1.5,
         "gpu/n1/0/power_w": 300.5, "gpu/n2/MIG-b/memory_used_mib": 7, "gpu/n2/GPU-c/power_w": 0.0,
         "process/n1/3/cpu_pct": 99.0,
     }  # fmt: skip
-    names = [sample.name for sample in samples({"kind": "eval", "step": 3, "accuracy": 0.25})]
-    assert names == ["eval/step", "eval/accuracy"]
+    names = [sample.name for sample in samples(eval_record(3, 0.25))]
+    assert names == [
+        f"eval/{key}" for key in ("loss", "accuracy", "correct", "total", "skipped", "step", "epoch")
+    ]
 
 
 # --- Prometheus -------------------------------------------------------------------------------------
@@ -104,7 +110,7 @@ def test_prometheus_reads_all_of_a_record_with_its_labels() -> None:
     strange = 'a "run" \\ of\ntwo lines'
     found = parsed(prometheus_text(samples(RECORD), {"run": strange}, 5.0))
     assert found[("disttrain_gpu_power_w", (("host", "n1"), ("index", "0"), ("run", strange)))] == 300.5
-    assert found[("disttrain_train_phases_data_ms", (("run", strange),))] == 1.5
+    assert found[("disttrain_train_phases_ms_data", (("run", strange),))] == 1.5
     assert len(found) == len(list(samples(RECORD))) + 1
 
 
@@ -113,17 +119,15 @@ def test_the_prometheus_file_has_the_last_of_each_kind_and_goes_with_the_run(tmp
     first, second = (Prometheus(config, tmp_path / name / "run") for name in "ab")
     for sink in (first, second):
         sink.start()
-        sink.log({"kind": "train", "step": 1, "loss": 2.0})
-        sink.log({"kind": "train", "step": 2, "loss": 1.0})
-        sink.log({"kind": "eval", "step": 2, "accuracy": 0.5})
+        sink.log(train_record(1, loss=2.0))
+        sink.log(train_record(2, loss=1.0))
+        sink.log(eval_record(2, 0.5))
     files = sorted(tmp_path.iterdir())
     assert [file.suffix for file in files] == [".prom", ".prom"]  # of two runs of one name; nothing else
     values = {name: value for (name, _), value in parsed(files[0].read_text()).items()}
     assert abs(values.pop("disttrain_updated_timestamp_seconds") - time.time()) < 600
-    assert values == {
-        "disttrain_train_step": 2, "disttrain_train_loss": 1.0,
-        "disttrain_eval_step": 2, "disttrain_eval_accuracy": 0.5,
-    }  # fmt: skip
+    assert (values["disttrain_train_step"], values["disttrain_train_loss"]) == (2, 1.0)
+    assert (values["disttrain_eval_step"], values["disttrain_eval_accuracy"]) == (2, 0.5)
     first.finish()
     assert len(list(tmp_path.iterdir())) == 1
     second.finish()
@@ -146,9 +150,9 @@ class Tool:
     def start(self) -> None:
         self._do("start")
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: TrainRecord | EvalRecord) -> None:
         self.gate.wait()
-        self._do(record["step"])
+        self._do(record.step)
 
     def finish(self) -> None:
         self._do("finish")
@@ -164,7 +168,7 @@ def test_a_slow_tool_costs_the_loop_nothing_and_loses_the_oldest() -> None:
     feed = Feed(tool, said.append, most=3)
     feed.start()
     for step in range(10):
-        feed.put({"step": step})  # returns, though the tool takes nothing
+        feed.put(train_record(step))  # returns, though the tool takes nothing
     tool.gate.set()
     feed.end()
     feed.join(time.monotonic() + 60)
@@ -180,7 +184,7 @@ def test_a_tool_that_fails_is_said_once_and_gets_what_comes_later() -> None:
     feed = Feed(tool, said.append)
     feed.start()
     for step in range(5):
-        feed.put({"step": step})
+        feed.put(train_record(step))
     feed.end()
     feed.join(time.monotonic() + 60)
     assert tool.taken == ["start", 0, 3, 4, "finish"]
@@ -195,7 +199,7 @@ def test_a_tool_that_does_not_start_is_said_once() -> None:
     feed = Feed(tool, said.append)
     feed.start()
     for step in range(5):
-        feed.put({"step": step})
+        feed.put(train_record(step))
     feed.end()
     feed.join(time.monotonic() + 60)
     assert (tool.taken, len(said)) == ([], 1)
@@ -206,8 +210,8 @@ def test_a_tool_that_hangs_is_left_behind() -> None:
     tool, said = Tool(), list[str]()
     feed = Feed(tool, said.append)
     feed.start()
-    feed.put({"step": 1})
-    feed.put({"step": 2})
+    feed.put(train_record(1))
+    feed.put(train_record(2))
     feed.end()
     feed.join(time.monotonic() + 0.5)
     assert said[0] == "tool: does not come to its end; left behind"
@@ -245,8 +249,8 @@ def test_a_prometheus_folder_that_is_not_there(tmp_path: Path) -> None:
 # --- Runs -------------------------------------------------------------------------------------------
 
 
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def metrics(run_dir: Path) -> list[TrainRecord | EvalRecord]:
+    return [record for part in parts(run_dir / "metrics.jsonl", METRICS) for record in part.rows]
 
 
 def test_tensorboard_has_what_the_records_have_once_also_after_going_back(
@@ -271,7 +275,7 @@ def test_tensorboard_has_what_the_records_have_once_also_after_going_back(
     }
     assert sum(len(events.Scalars(name)) for name in events.Tags()["scalars"]) == len(found)
     expected = {
-        (sample.name, record["step"]): sample.value
+        (sample.name, record.step): sample.value
         for record in metrics(tmp_path / "run")
         for sample in samples(record)
     }
@@ -339,7 +343,7 @@ def test_trackers_that_fail_or_hang_do_not_stop_a_run(
     assert done.stdout.count("mlflow: does not come to its end; left behind") == 1
     records = metrics(tmp_path / "run")
     assert f"trackio: {len(records)} records were not taken" in done.stdout
-    assert records[-1]["kind"] == "eval"
+    assert isinstance(records[-1], EvalRecord)
 
 
 def _read_wandb(folder: Path, run_dir: Path) -> tuple[int, int]:
@@ -381,9 +385,9 @@ def test_real_trackers_get_the_records_and_go_on_with_their_run(
     }  # fmt: skip
     done = disttrain(*arguments, env=home)
     assert done.returncode == 0, done.stderr
-    count = sum(record["kind"] == "train" for record in metrics(tmp_path / "run"))
+    count = sum(isinstance(record, TrainRecord) for record in metrics(tmp_path / "run"))
     back = disttrain(*arguments, "--resume", "run/checkpoints/step_00000020", env=home)
     assert back.returncode == 0, back.stderr
     assert f"{name}: " not in done.stdout + back.stdout
-    again = sum(r["kind"] == "train" and r["step"] > 20 for r in metrics(tmp_path / "run"))
+    again = sum(isinstance(r, TrainRecord) and r.step > 20 for r in metrics(tmp_path / "run"))
     assert read(tmp_path, tmp_path / "run") == (1, count + again)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import random
 import threading
 from collections import Counter
@@ -13,12 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from msgspec.structs import asdict
+from runs import MEASURED
 from torch import Tensor, nn
 
 from disttrain.config import Config
@@ -29,6 +33,8 @@ from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.heartbeat import Phase
 from disttrain.runs import checkpoint
 from disttrain.runs.evaluation import Evaluation
+from disttrain.runs.jsonl import encoded
+from disttrain.runs.records import EvalRecord, StepTimes, TrainRecord
 from disttrain.training import evaluation, microbatch, phases
 from disttrain.training import parts as nouns
 from disttrain.training import step as steps
@@ -42,7 +48,7 @@ from disttrain.training.microbatch import prepare
 from disttrain.training.normalise import Normalise
 from disttrain.training.optim import Rate, build_optimizer
 from disttrain.training.parts import Hooks, Parts, Position, Validation
-from disttrain.training.phases import Phases, StepTimes
+from disttrain.training.phases import Phases
 from disttrain.training.rank_state import gather_rank_states, restore_rank_state
 from disttrain.training.restore import restore
 from disttrain.training.step import loss_sum
@@ -52,7 +58,7 @@ CLASSES = 4
 MEAN, STD = 0.4, 0.3
 NAMES = tuple(map(str, range(CLASSES)))
 TRAIN_KEYS = {  # with the readings of the gauges
-    "kind", "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s",
+    "kind", "time", "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s",
     "data_wait_pct", "phases_ms", "ranks_ms", "device_flops_per_s", "mfu_pct", "grad_norm", "skipped",
     "gpus",
 }  # fmt: skip
@@ -73,16 +79,16 @@ class Recorder:
     """Observer and gauges that remember what they were told."""
 
     def __init__(self) -> None:
-        self.trains: list[dict[str, Any]] = []
-        self.evaluations: list[dict[str, Any]] = []
+        self.trains: list[TrainRecord] = []
+        self.evaluations: list[EvalRecord] = []
         self.traces: list[tuple[int, int, list[int]]] = []
         self.after_log: Callable[[], None] = lambda: None
 
-    def train(self, record: dict[str, Any]) -> None:
+    def train(self, record: TrainRecord) -> None:
         self.trains.append(record)
         self.after_log()
 
-    def evaluate(self, record: dict[str, Any]) -> None:
+    def evaluate(self, record: EvalRecord) -> None:
         self.evaluations.append(record)
 
     def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
@@ -267,9 +273,9 @@ def test_training_is_the_loop_written_by_hand(options: dict[str, Any]) -> None:
                     speed.mul_(0.9).add_(gradient * factor)
                     parameter -= rates[-1] * speed
     assert close(state(parts.bare_model), state(model))
-    assert recorder.trains[-1]["lr"] == pytest.approx(rates[-1])
+    assert recorder.trains[-1].lr == pytest.approx(rates[-1])
     expected = None if clip is None else pytest.approx(norm.item(), rel=1e-3)
-    assert recorder.trains[-1]["grad_norm"] == expected
+    assert recorder.trains[-1].grad_norm == expected
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 16])
@@ -277,8 +283,8 @@ def test_accumulating_gives_the_weights_of_one_pass(accumulate: int) -> None:
     expected, parts = make_parts(ema=0.5), make_parts(ema=0.5, accumulate=accumulate)
     records = [run(each).trains[-1] for each in (expected, parts)]
     assert close(state(parts.bare_model), state(expected.bare_model))
-    assert records[1]["loss"] == pytest.approx(records[0]["loss"], abs=1e-5)
-    assert records[1]["accuracy"] == records[0]["accuracy"]
+    assert records[1].loss == pytest.approx(records[0].loss, abs=1e-5)
+    assert records[1].accuracy == records[0].accuracy
 
 
 def test_accumulating_mixes_the_same_pairs() -> None:
@@ -405,7 +411,7 @@ def test_the_moving_average_follows_weights_and_statistics_and_is_evaluated() ->
     model = copy.deepcopy(parts.ema.module).eval()
     images, labels = batch_of(2, range(23), 23)
     expected = F.cross_entropy(model(images), labels).item()
-    assert recorder.evaluations[-1]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert recorder.evaluations[-1].loss == pytest.approx(expected, rel=1e-5)
     bare = F.cross_entropy(copy.deepcopy(parts.bare_model).eval()(images), labels).item()
     assert abs(bare - expected) > 1e-4
 
@@ -441,7 +447,7 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
     before = state(parts.bare_model)
     found = evaluate(parts, tta, step=0, hooks=QUIET)
     assert found is not None
-    assert found.record == {
+    assert msgspec.to_builtins(found.record) == {
         "kind": "eval",
         "loss": pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5),
         "accuracy": correct / samples,
@@ -470,14 +476,14 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
 @pytest.mark.parametrize(("every", "epochs"), [(1, [1, 2, 3]), (2, [2, 3]), (5, [3])])
 def test_evaluations_come_when_due_and_at_the_end(every: int, epochs: list[int]) -> None:
     recorder = run(with_(make_parts(epochs=3), eval={"every_epochs": every}))
-    assert [record["epoch"] for record in recorder.evaluations] == epochs
-    assert [record["step"] for record in recorder.evaluations] == [3 * epoch for epoch in epochs]
+    assert [record.epoch for record in recorder.evaluations] == epochs
+    assert [record.step for record in recorder.evaluations] == [3 * epoch for epoch in epochs]
 
 
 def test_test_time_augmentation_can_wait_for_the_end() -> None:
     sections = {"tta": "multi_view", "tta_when": "end"}
     recorder = run(with_(make_parts(epochs=3), eval=sections))
-    assert [record.get("tta") for record in recorder.evaluations] == [None, None, "multi_view"]
+    assert [record.tta for record in recorder.evaluations] == [None, None, "multi_view"]
 
 
 # --- Records ----------------------------------------------------------------------------------------
@@ -511,31 +517,29 @@ def test_what_is_drawn_in_training_does_not_depend_on_evaluations() -> None:
 
 
 def test_the_phases_of_a_step_are_told_for_each_rank() -> None:
-    fields = len(StepTimes._fields)
-    told = step_times([0.001 * number for number in range(3 * fields)], 3)
-    assert told["ranks_ms"]["data"] == [0.0, 1.0, 2.0]
-    assert told["ranks_ms"]["checkpoint"] == [24.0, 25.0, 26.0]
-    assert told["phases_ms"]["augmentation"] == 7.0
-    assert list(told["phases_ms"]) == list(told["ranks_ms"]) == [
+    fields = len(StepTimes.__struct_fields__)
+    means, ranks = step_times([float(number) for number in range(3 * fields)], 3)
+    assert ranks.data == (0.0, 1.0, 2.0)
+    assert ranks.checkpoint == (24.0, 25.0, 26.0)
+    assert means.augmentation == 7.0
+    assert StepTimes.__struct_fields__ == (
         "data", "to_device", "augmentation", "compute", "communication", "optimizer",
         "logging", "evaluation", "checkpoint",
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def test_records_have_the_documented_keys() -> None:
     recorder = run(with_(make_parts(epochs=2), monitor={"log_every_steps": 2}))
-    assert all(record.keys() == TRAIN_KEYS for record in recorder.trains)
-    assert all(record.keys() == EVAL_KEYS for record in recorder.evaluations)
-    assert {record["kind"] for record in recorder.trains} == {"train"}
-    assert {record["kind"] for record in recorder.evaluations} == {"eval"}
-    places = [(record["step"], record["epoch"], record["samples"]) for record in recorder.trains]
+    assert all(json.loads(encoded(record)).keys() == TRAIN_KEYS for record in recorder.trains)
+    assert all(json.loads(encoded(record)).keys() == EVAL_KEYS for record in recorder.evaluations)
+    places = [(record.step, record.epoch, record.samples) for record in recorder.trains]
     assert places == [(2, 1, 32), (3, 1, 40), (4, 2, 56), (6, 2, 80)]  # and the last step of an epoch
     for record in recorder.trains:
-        assert 0 <= record["accuracy"] <= 1
-        assert record["images_per_s"] > 0
-        assert 0 <= record["data_wait_pct"] <= 100
-        assert record["gpus"][0] == 1.5
-        assert np.isnan(record["gpus"][1])
+        assert 0 <= record.accuracy <= 1
+        assert record.images_per_s > 0
+        assert 0 <= record.data_wait_pct <= 100
+        assert record.gpus[0] == 1.5
+        assert np.isnan(record.gpus[1])
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -549,8 +553,8 @@ def test_a_record_is_the_mean_over_the_samples_of_its_steps(accumulate: int) -> 
     ):
         images, labels = batch_of(1, parts.plan.order(epoch)[list(places)].tolist())
         logits = model(images)
-        assert record["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-        assert record["accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+        assert record.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert record.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
 
 
 @pytest.mark.parametrize("batch_size", [16, 20])
@@ -598,9 +602,9 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loops, "evaluate", taking(loops.evaluate, 100))
     parts = with_(make_parts(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})
     recorder = run(parts, save=taking(lambda **_: None, 1000))
-    assert [record["step_time_s"] for record in recorder.trains] == [2.0] * 6  # each save follows a log point
-    assert [record["images_per_s"] for record in recorder.trains] == [8.0, 8.0, 4.0] * 2
-    assert [record["data_wait_pct"] for record in recorder.trains] == [25.0] * 6  # not of the augmentation
+    assert [record.step_time_s for record in recorder.trains] == [2.0] * 6  # each save follows a log point
+    assert [record.images_per_s for record in recorder.trains] == [8.0, 8.0, 4.0] * 2
+    assert [record.data_wait_pct for record in recorder.trains] == [25.0] * 6  # not of the augmentation
 
 
 @pytest.mark.parametrize(("samples", "drop"), [(40, False), (40, True), (5, False)])
@@ -633,7 +637,7 @@ def test_the_order_of_the_next_epoch_is_computed_beside_this_one(monkeypatch: py
     monkeypatch.setattr(Plan, "order", order)
     parts = with_(make_parts(epochs=3), monitor={"log_every_steps": 1})
     recorder = Recorder()
-    recorder.after_log = lambda: ready[min(recorder.trains[-1]["epoch"], 2)].wait(60) or pytest.fail("waits")
+    recorder.after_log = lambda: ready[min(recorder.trains[-1].epoch, 2)].wait(60) or pytest.fail("waits")
     run(parts, recorder=recorder)
     assert computed == [0, 1, 2]
 
@@ -779,14 +783,15 @@ def test_the_best_is_saved_whenever_it_is_found(monkeypatch: pytest.MonkeyPatch)
     accuracies = iter([0.5, 0.4, 0.5, 0.6, 0.6])
 
     def evaluation(*_: object, **__: object) -> Evaluation:
-        return Evaluation({"kind": "eval", "accuracy": next(accuracies)}, 0, NAMES, [], [])
+        record = EvalRecord(loss=1.0, accuracy=next(accuracies), correct=1, total=2)
+        return Evaluation(record, 0, NAMES, [], [])
 
     monkeypatch.setattr(loops, "evaluate", evaluation)
     parts = with_(make_parts(epochs=5), checkpoint={"every_epochs": 9})
     position, saves = Position(), []
 
     def save(*, best: bool, evaluation: Evaluation) -> None:
-        saves.append((position.epoch, best, position.best_accuracy, evaluation.record["accuracy"]))
+        saves.append((position.epoch, best, position.best_accuracy, evaluation.record.accuracy))
 
     run(parts, position, save=save)
     assert saves == [(1, True, 0.5, 0.5), (4, True, 0.6, 0.6), (5, False, 0.6, 0.6)]
@@ -857,10 +862,9 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path, optimizer: str, stop_a
     assert computed(recorder.trains) == computed(uninterrupted.trains)
 
 
-def computed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def computed(records: list[TrainRecord]) -> list[dict[str, Any]]:
     """Returns train records without what is measured."""
-    measured = {"images_per_s", "step_time_s", "data_wait_pct", "phases_ms", "ranks_ms", "gpus"}
-    return [{key: value for key, value in record.items() if key not in measured} for record in records]
+    return [{k: v for k, v in asdict(record).items() if k not in MEASURED} for record in records]
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -886,7 +890,7 @@ def test_a_wish_to_stop_is_heard_in_an_evaluation(epoch: int, monkeypatch: pytes
     with pytest.raises(StoppedError, match=rf"in the evaluation after epoch {epoch}; saved, resumable"):
         train(parts, position, hooks)
     assert predictions == 3, "of thirteen batches"
-    assert [record["epoch"] for record in recorder.evaluations] == list(range(1, epoch))
+    assert [record.epoch for record in recorder.evaluations] == list(range(1, epoch))
     assert saves[-1] == {"best": False, "stopping": True}
     assert position.evaluation_due
     whole = run(make_parts(val_samples=200))
@@ -899,5 +903,5 @@ def test_a_wish_to_stop_is_heard_in_an_evaluation(epoch: int, monkeypatch: pytes
 def test_the_network_learns() -> None:
     parts = make_parts(samples=100, epochs=40, optim={"lr": 0.02})
     recorder = run(parts)
-    assert recorder.trains[-1]["accuracy"] > 0.8  # of random labels: learnt by heart
-    assert recorder.trains[-1]["loss"] < 0.5 * recorder.trains[0]["loss"]
+    assert recorder.trains[-1].accuracy > 0.8  # of random labels: learnt by heart
+    assert recorder.trains[-1].loss < 0.5 * recorder.trains[0].loss

@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from run_files import train_record
 
 from disttrain.config import Config
 from disttrain.monitor.verdict import Evidence, evidence, judge
+from disttrain.runs.records import GpuMeans, StepTimes, TrainRecord
 
 FINE = Evidence(step_s=0.1, data_s=0.002, on_gpu=True, precision="bf16", utilization_pct=97, memory_pct=60)
 CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
@@ -134,12 +136,17 @@ def test_the_figures_give_the_verdict(
         assert not field or field in model.model_fields  # type: ignore[union-attr]
 
 
-def record(data_ms: float, compute_ms: list[float], **gpu: float | None) -> dict[str, Any]:
-    row = {"host": "n1", "index": 3, "memory_used_mib": None, "memory_total_mib": 1000.0, **gpu}
+def record(data_ms: float, compute_ms: list[float], **gpu: float | None) -> TrainRecord:
     phases = {"data": data_ms, "to_device": 0.25, "augmentation": 0.5, "communication": 1.0}
-    ranks = {key: [ms] * len(compute_ms) for key, ms in {**phases, "optimizer": 2.0}.items()}
-    ranks["compute"] = compute_ms
-    return {"step_time_s": 0.01, "phases_ms": phases, "ranks_ms": ranks, "gpus": [row] if gpu else []}
+    ranks = {key: (ms,) * len(compute_ms) for key, ms in {**phases, "optimizer": 2.0}.items()}
+    ranks["compute"] = tuple(compute_ms)
+    return train_record(
+        1,
+        step_time_s=0.01,
+        phases_ms=StepTimes(**phases),
+        ranks_ms=StepTimes(**ranks),
+        gpus=(GpuMeans("n1", 3, "GPU-3", memory_total_mib=1000, **gpu),) if gpu else (),
+    )
 
 
 def test_the_evidence_is_the_means_of_the_records() -> None:

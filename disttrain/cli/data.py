@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from disttrain.cli.shared import PATH, ROOT, progress
+from disttrain.units import mib
 
 if TYPE_CHECKING:
     from disttrain.shards.index import Index
@@ -205,9 +206,9 @@ def _show_index(index: Index, *, classes: bool = False) -> None:
     for label, values in (("mean", index.mean), ("std", index.std)):
         click.echo(f"{label:<8} {' '.join(f'{value:.4f}' for value in values)}")
     for name, split in index.splits.items():
-        mib = sum(shard.bytes for shard in split.shards) / 2**20
+        size = mib(sum(shard.bytes for shard in split.shards), 1)
         shards = f"{len(split.shards)} shard{'s' * (len(split.shards) > 1)}"
-        click.echo(f"{name:<8} {split.samples:,} samples in {shards}, {mib:,.1f} MiB")
+        click.echo(f"{name:<8} {split.samples:,} samples in {shards}, {size}")
     if classes:
         width = max(5, *(len(name) for name in index.classes))
         click.echo(f"{'class':<{width}} " + " ".join(f"{name:>10}" for name in index.splits))

@@ -10,6 +10,7 @@ from typing import Literal
 import click
 
 from disttrain.cli.shared import PATH, ROOT, progress
+from disttrain.units import percent
 
 _RUN = click.argument("run_path", metavar="RUN", type=PATH)
 _CHECKPOINT = click.option(
@@ -170,7 +171,7 @@ def _compare(runs: tuple[Path, ...], output: Path | None, target: float | None, 
     Console(highlight=False).print(compare.table(comparison))
     for group in comparison.groups:
         if group.deviation is not None:
-            spread = f"{100 * group.mean:.2f} % ± {100 * group.deviation:.2f} (n = {len(group.accuracies)})"
+            spread = f"{percent(group.mean)} ± {100 * group.deviation:.2f} (n = {len(group.accuracies)})"
             click.echo(f"{group.setting}: {spread}")
     click.echo(page)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from disttrain.data.plan import Ids
 from disttrain.errors import UsageError
+from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
 
 Window = slice | Ids
@@ -87,15 +88,15 @@ def choose_place(
                 f"data.cache = {cache}, but the stages of data.pipeline run in every epoch; leave it at auto"
             )
         return "none", "data.pipeline: read from the shards in every epoch"
-    size = f"{needed / 2**20:,.0f} MiB decoded"
+    size = f"{mib(needed)} decoded"
     if cache == "none":
         return "none", "data.cache = none: read from the shards in every epoch"
     if cache == "auto":
         memory, disk = psutil.virtual_memory().available, _free_disk()
         if needed > 0.5 * memory:
-            return "none", f"{size}, more than half of the {memory / 2**20:,.0f} MiB of free memory"
+            return "none", f"{size}, more than half of the {mib(memory)} of free memory"
         if needed > 0.8 * disk:
-            return "none", f"{size}, more than 80 % of the {disk / 2**20:,.0f} MiB free in {decoded_folder()}"
+            return "none", f"{size}, more than 80 % of the {mib(disk)} free in {decoded_folder()}"
     if device.type == "cpu":
         return (
             "host",
@@ -104,7 +105,7 @@ def choose_place(
     if cache != "auto":
         return cache, f"data.cache = {cache}"
     free, _ = torch.cuda.mem_get_info(device)
-    size += f", {free / 2**20:,.0f} MiB free on the device"
+    size += f", {mib(free)} free on the device"
     if needed <= 0.3 * free:
         return "device", f"{size}: fits in 30 % of it"
     return "host", f"{size}: more than 30 % of it"

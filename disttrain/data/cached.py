@@ -26,6 +26,7 @@ from disttrain.parallel import usable_cores
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index, again
 from disttrain.shards.reader import decoded
+from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
 
 _FILES = ("images.npy", "labels.npy")
@@ -112,12 +113,12 @@ def _decode(index: Index, split: str, skipped: Ids, target: Path, say: Callable[
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise StorageError(
-            f"{target.parent}: {needed / 2**20:,.0f} MiB needed for the decoded copy of {index.name}, "
-            f"{free / 2**20:,.0f} MiB free; free some space, set DISTTRAIN_CACHE to another folder, or read "
+            f"{target.parent}: {mib(needed)} needed for the decoded copy of {index.name}, "
+            f"{mib(free)} free; free some space, set DISTTRAIN_CACHE to another folder, or read "
             "the shards in every epoch with data.cache=none"
         )
     expect_images(shape[0])
-    say(f"decoding {index.name}/{split} once: {shape[0]:,} images, {needed / 2**20:,.1f} MiB")
+    say(f"decoding {index.name}/{split} once: {shape[0]:,} images, {mib(needed, 1)}")
     with appearing(target) as partial:
         partial.mkdir()
         images = np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape)

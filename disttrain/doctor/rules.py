@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from disttrain.slurm_env import Allocation
+from disttrain.units import gib, mib
 
 _GIB = 2**30
 
@@ -228,7 +229,7 @@ def cores(usable: int, present: int, allocation: Allocation | None) -> Finding:
 
 def shared_memory(total_bytes: int | None, gpus: int) -> Finding:
     """Judges /dev/shm, through which NCCL connects processes of a node; None where there is none."""
-    found = "not there" if total_bytes is None else f"{total_bytes / _GIB:,.2f} GiB"
+    found = "not there" if total_bytes is None else gib(total_bytes, 2)
     if gpus > 1 and (total_bytes or 0) <= 64 * 2**20:
         return warning(
             "/dev/shm", f"{found}: too small for NCCL between {gpus} GPUs",
@@ -248,7 +249,7 @@ def open_files(soft: int, hard: int) -> Finding:
 
 def locked_memory(soft_bytes: int, infiniband: Sequence[str]) -> Finding:
     """Judges the limit of locked memory, which InfiniBand needs; -1 is none."""
-    found = "no limit" if soft_bytes < 0 else f"at most {soft_bytes / 2**20:,.0f} MiB"
+    found = "no limit" if soft_bytes < 0 else f"at most {mib(soft_bytes)}"
     if infiniband and 0 <= soft_bytes < _GIB:
         return warning(
             "locked memory", f"{found}, with {', '.join(infiniband)}: NCCL cannot use it",
@@ -282,7 +283,7 @@ def cluster(job: Allocation | None, version: str | None, ping: str | None) -> Fi
 
 def disk(subject: str, path: str, free_bytes: int, free_files: int | None) -> Finding:
     """Judges the room on the disk of a folder; free_files is None where there is no such limit."""
-    found = f"{free_bytes / _GIB:,.1f} GiB free in {path}"
+    found = f"{gib(free_bytes)} free in {path}"
     remedy = "delete old runs and caches, or choose another disk: --run-dir, DISTTRAIN_DATA, DISTTRAIN_CACHE"
     if free_files is not None and free_files < 100:
         return failure(subject, f"{found}, but only {free_files} files can be made", remedy)

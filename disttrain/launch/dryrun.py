@@ -9,6 +9,7 @@ from disttrain.launch.plan import LaunchPlan, rank_map, shell_line
 from disttrain.launch.prepare import Ready
 from disttrain.preflight import split_batch
 from disttrain.shards.index import Index
+from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
 
 
@@ -33,7 +34,7 @@ def describe(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, 
         )
     shards = ", ".join(
         f"{name} {split.samples:,} in {len(split.shards)} shard{'s' * (len(split.shards) > 1)} "
-        f"({sum(shard.bytes for shard in split.shards) / 2**20:,.1f} MiB)"
+        f"({mib(sum(shard.bytes for shard in split.shards), 1)})"
         for name, split in index.splits.items()
     )
     if config.data.cache == "none":
@@ -42,7 +43,7 @@ def describe(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, 
             "read and decoded in every epoch"
         )
     else:
-        decoded = f"{index.decoded_bytes / 2**20:,.1f} MiB in {decoded_folder()}"
+        decoded = f"{mib(index.decoded_bytes, 1)} in {decoded_folder()}"
         shards_line = f"every node decodes all shards once: {decoded}"
         if config.data.cache == "auto":
             shards_line += ", or streams them if that does not fit"
@@ -56,7 +57,7 @@ def describe(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, 
         ("data", f"{index.name}: {shards}, images {index.channels}x{index.height}x{index.width}"),
         ("shards", shards_line),
         ("model", f"{config.model.name}, {parameters:,} parameters"),
-        ("checkpoint", f"{checkpoint_bytes / 2**20:,.2f} MiB each, {config.checkpoint.keep} + the best"),
+        ("checkpoint", f"{mib(checkpoint_bytes, 2)} each, {config.checkpoint.keep} + the best"),
         ("run folder", str(plan.run_dir)),
     ]  # fmt: skip
     if start is not None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from disttrain.config import Config, dump_config
 from disttrain.launch.jobs import run_job
 from disttrain.launch.plan import LaunchPlan, plan_processes
-from disttrain.units import flops_text
+from disttrain.units import flops_text, percent
 
 DEFAULT = {
     "name": "bench",
@@ -83,7 +83,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     step = Table("phase", "ms", "share", title="a training step, phase by phase", title_justify="left")
     total = sum(results["phases_s"].values())
     for name, seconds in results["phases_s"].items():
-        step.add_row(name.replace("_", " "), f"{1e3 * seconds:,.3f}", f"{100 * seconds / total:.1f} %")
+        step.add_row(name.replace("_", " "), f"{1e3 * seconds:,.3f}", percent(seconds / total, 1))
     step.add_row("one after the other", f"{1e3 * total:,.3f}", "", style="dim")
     step.add_row("the ordinary loop", f"{1e3 * step_s:,.3f}", "")
     data = Table("samples", "ms a step", "images/s", title="throughput", title_justify="left")
@@ -108,7 +108,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     first = results["scaling"][0]
     for row in results["scaling"]:
         efficiency = row["images_per_s"] / first["images_per_s"] * first["processes"] / row["processes"]
-        cells = (row["processes"], row["threads"], f"{row['images_per_s']:,.0f}", f"{100 * efficiency:.0f} %")
+        cells = (row["processes"], row["threads"], f"{row['images_per_s']:,.0f}", percent(efficiency, 0))
         scaling.add_row(*map(str, cells))
     for table in (step, data, settings, scaling):
         for column in table.columns[1:]:

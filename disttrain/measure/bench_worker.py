@@ -338,7 +338,7 @@ def flops(parts: Parts, step_s: float) -> dict[str, Any]:
     if parts.accelerator.device.type == "cpu":
         peak, source = _measured_peak(precision)
     images_per_s = parts.plan.batch_size / step_s / parts.world_size
-    found = device_flops(parts.flops_per_image, images_per_s, peak_per_s=peak)["device_flops_per_s"]
+    found, _ = device_flops(parts.flops_per_image, images_per_s, peak_per_s=peak)
     return {
         "flops_per_image": parts.flops_per_image,
         "flops_per_s_and_device": found,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from disttrain.measure.tune import BatchRow, RateFinding
 from disttrain.report import charts
-from disttrain.report.page import render
+from disttrain.report.rendering import render
 
 
 def write_rates(found: RateFinding, outcome: str, subject: str, output: Path) -> Path:

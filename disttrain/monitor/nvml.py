@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_log = logging.getLogger("disttrain")
+from disttrain.units import MIB
 
-_MIB = 2**20
+_log = logging.getLogger("disttrain")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def describe(nvml: Any, handle: Any, index: int | None = None) -> Gpu | None:
     if uuid is None or index is None:
         return None
     memory = ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-    total_mib = None if memory is None else memory.total // _MIB
+    total_mib = None if memory is None else memory.total // MIB
     name = ask(nvml.nvmlDeviceGetName, handle) or "unknown GPU"
     return Gpu(index, uuid, name, total_mib, ask(nvml.nvmlDeviceGetMinorNumber, whole))
 

@@ -6,7 +6,6 @@ What cannot be read is None; why is said once in the log. When to read is decide
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import math
 import time
@@ -15,37 +14,13 @@ from types import TracebackType
 from typing import Any
 
 from disttrain.monitor.nvml import Gpu, ask, describe, handle_of, session
+from disttrain.monitor.xids import XidWatch, address_of, meaning
+from disttrain.runs.records import READINGS
+from disttrain.units import MIB
 
 _log = logging.getLogger("disttrain")
 
-_MIB = 2**20
 _RARELY_S = 30.0  # between two questions that take milliseconds: the processes of a GPU, counts of errors
-_EVENTS_AT_ONCE = 100  # a GPU that fails can tell of thousands of errors a second
-
-READINGS = (
-    "utilization_pct",
-    "memory_utilization_pct",
-    "memory_used_mib",
-    "memory_used_by_us_mib",
-    "memory_total_mib",
-    "power_w",
-    "power_limit_w",
-    "temperature_c",
-    "sm_clock_mhz",
-    "memory_clock_mhz",
-    "throttle",
-    "sm_activity_pct",
-    "tensor_activity_pct",
-    "pcie_rx_mib_per_s",
-    "pcie_tx_mib_per_s",
-    "nvlink_rx_mib_per_s",
-    "nvlink_tx_mib_per_s",
-    "ecc_corrected",
-    "ecc_uncorrected",
-    "xids",
-    "lost",
-)
-"""Keys of a reading; see `GpuReaders.sweep`."""
 
 _THROTTLE = {  # bits of NVML's clocks event reasons; an idle GPU (bit 0) is not held back by anything
     0x002: "clock_setting",
@@ -59,21 +34,6 @@ _THROTTLE = {  # bits of NVML's clocks event reasons; an idle GPU (bit 0) is not
     0x200: "board_limit",
     0x400: "reliability",
 }
-_XIDS = {  # the ones that a training run meets, in the words of NVIDIA's catalogue of Xid errors
-    13: "a kernel failed",
-    31: "a program touched memory that is not its own",
-    43: "a program's work stopped",
-    45: "a program's work was cleaned up after an error",
-    48: "uncorrectable memory error",
-    63: "a row of memory is remapped at the next reset",
-    64: "a row of memory cannot be remapped",
-    74: "NVLink error",
-    79: "the GPU has fallen off the bus",
-    94: "contained memory error",
-    95: "uncontained memory error",
-    119: "the GPU's system processor does not answer",
-    120: "error in the GPU's system processor",
-}
 _GPM = {  # keys of readings -> metrics of NVML's GPU performance monitoring, Hopper and later
     "sm_activity_pct": "NVML_GPM_METRIC_SM_UTIL",
     "tensor_activity_pct": "NVML_GPM_METRIC_ANY_TENSOR_UTIL",
@@ -84,8 +44,8 @@ _GPM = {  # keys of readings -> metrics of NVML's GPU performance monitoring, Ho
 }
 _ALL_LINKS = 0xFFFFFFFF
 _COUNTERS = {  # keys of readings -> counter, its scope and units in a MiB, before Hopper
-    "pcie_rx_mib_per_s": ("NVML_FI_DEV_PCIE_COUNT_RX_BYTES", 0, _MIB),
-    "pcie_tx_mib_per_s": ("NVML_FI_DEV_PCIE_COUNT_TX_BYTES", 0, _MIB),
+    "pcie_rx_mib_per_s": ("NVML_FI_DEV_PCIE_COUNT_RX_BYTES", 0, MIB),
+    "pcie_tx_mib_per_s": ("NVML_FI_DEV_PCIE_COUNT_TX_BYTES", 0, MIB),
     "nvlink_rx_mib_per_s": ("NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX", _ALL_LINKS, 1024),
     "nvlink_tx_mib_per_s": ("NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX", _ALL_LINKS, 1024),
 }
@@ -110,25 +70,17 @@ class GpuReaders:
         self._alarm = alarm
         self._stack = contextlib.ExitStack()
         self._readers: list[_Reader | None] = []
-        self._events: _Events | None = None
+        self._xids: XidWatch | None = None
         self._rarely_due_s = -math.inf
 
     def __enter__(self) -> GpuReaders:
         with self._stack:
             nvml = self._stack.enter_context(session())
+            if nvml is not None:
+                self._xids = XidWatch(nvml)
+                self._stack.callback(self._xids.close)
             said: set[str] = set()
-            for uuid in self._uuids:
-                handle = None if nvml is None else handle_of(nvml, uuid)
-                gpu = None if nvml is None else describe(nvml, handle)
-                reader = None if gpu is None else _Reader(nvml, handle, gpu, self._pids, said)
-                if nvml is not None and gpu is None:
-                    _log.info("GPU %s: NVML does not show it to this process; it is not read", uuid)
-                self._readers.append(reader)
-                if reader is not None:
-                    self._stack.callback(reader.close)
-            if any(self._readers):
-                self._events = _Events(nvml, [reader for reader in self._readers if reader is not None])
-                self._stack.callback(self._events.close)
+            self._readers = [self._reader(nvml, uuid, said) for uuid in self._uuids]
             self._stack = self._stack.pop_all()
         return self
 
@@ -138,33 +90,40 @@ class GpuReaders:
         self._readers = []
         self._stack.close()
 
+    def _reader(self, nvml: Any, uuid: str, said: set[str]) -> _Reader | None:
+        if nvml is None or self._xids is None:
+            return None
+        handle = handle_of(nvml, uuid)
+        gpu = describe(nvml, handle)
+        if gpu is None:
+            _log.info("GPU %s: NVML does not show it to this process; it is not read", uuid)
+            return None
+        reader = _Reader(nvml, handle, gpu, self._pids, said)
+        self._stack.callback(reader.close)
+        with contextlib.suppress(_LostError):
+            reader.watched = bool(reader.ask("xids", self._xids.add, handle))
+        return reader
+
     def sweep(self) -> list[dict[str, Any] | None]:
         """Reads every GPU once.
 
         Returns:
             In the order of the UUIDs a reading, None for a GPU that was not found or has been lost. Its keys
-            are READINGS. utilization_pct: share of the past second, or less, in which a kernel ran.
-            memory_utilization_pct: the same for the memory controller. memory_used_by_us_mib: of the given
-            processes, None where NVML lists none of them, as in most containers; up to 30 s old, as are
-            power_limit_w and the errors. throttle: what holds the clocks down, names of which only `power`
-            is usual under load. sm_activity_pct: multiprocessors at work, tensor_activity_pct: time in which
-            tensor cores were, both since the last sweep, from Hopper on. Traffic: since the last sweep; on
-            older drivers of older GPUs one of 20 ms every 30 s. ecc_*: since the driver was loaded. xids:
-            critical errors since the last sweep. lost: True in the last reading of a GPU that went.
+            are READINGS.
         """
         now_s = time.monotonic()
         rarely = now_s >= self._rarely_due_s
         if rarely:
             self._rarely_due_s = now_s + _RARELY_S
         rows = [None if reader is None else reader.read(rarely) for reader in self._readers]
-        xids = {} if self._events is None else self._events.take()  # now: a GPU that is lost says why
+        xids = {} if self._xids is None else self._xids.take()  # now: a GPU that is lost says why
         for place, (reader, reading) in enumerate(zip(self._readers, rows, strict=True)):
             if reader is None or reading is None:
                 continue
-            reading["xids"] = xids.get(reader.address, []) if reader.watched else None
+            reading["xids"] = xids.get(address_of(reader.handle), []) if reader.watched else None
             for xid in sorted(set(reading["xids"] or ()) - reader.told):
                 reader.told.add(xid)
-                self._alarm(f"{reader.title}: Xid {xid}, {_XIDS.get(xid, 'a critical error')}; see dmesg")
+                self._alarm(f"{reader.title}: Xid {xid}, {meaning(xid)}; see dmesg")
             if reading["lost"]:
                 self._alarm(
                     f"{reader.title}: {reader.loss}; it is not read any more, and what computes on it fails "
@@ -189,7 +148,6 @@ class _Reader:
         self._unsupported: set[str] = set()
         self._rare: dict[str, Any] = {}
         self.handle = handle
-        self.address = ctypes.addressof(handle.contents)
         self.title = f"GPU {gpu.index} ({gpu.name}, {gpu.uuid})"
         self.watched = False
         self.told: set[int] = set()
@@ -244,24 +202,19 @@ class _Reader:
         nvml, ask, handle = self._nvml, self.ask, self.handle
         use = ask("utilization", nvml.nvmlDeviceGetUtilizationRates, handle)
         memory = self._memory()
-        power_mw = ask("power_w", nvml.nvmlDeviceGetPowerUsage, handle)
-        reasons = self._throttle()
+        codes = {
+            "temperature_c": (nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+            "sm_clock_mhz": (nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": (nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
+        }
         return {
             "utilization_pct": None if use is None else use.gpu,
             "memory_utilization_pct": None if use is None else use.memory,
-            "memory_used_mib": None if memory is None else memory.used // _MIB,
-            "memory_total_mib": None if memory is None else memory.total // _MIB,
-            "power_w": None if power_mw is None else round(power_mw / 1000, 1),
-            "temperature_c": ask(
-                "temperature_c", nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU
-            ),
-            "sm_clock_mhz": ask("sm_clock_mhz", nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": ask(
-                "memory_clock_mhz", nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM
-            ),
-            "throttle": None
-            if reasons is None
-            else [name for bit, name in _THROTTLE.items() if reasons & bit],
+            "memory_used_mib": None if memory is None else memory.used // MIB,
+            "memory_total_mib": None if memory is None else memory.total // MIB,
+            "power_w": _rounded(ask("power_w", nvml.nvmlDeviceGetPowerUsage, handle), 1000),
+            "throttle": self._throttle(),
+            **{key: ask(key, query, handle, which) for key, (query, which) in codes.items()},
             **self._traffic(),
             **self._activity(),
         }
@@ -274,15 +227,17 @@ class _Reader:
             memory = self.ask("memory without a reserve", nvml.nvmlDeviceGetMemoryInfo, self.handle)
         return memory
 
-    def _throttle(self) -> int | None:
+    def _throttle(self) -> list[str] | None:
         nvml = self._nvml
         reasons = self.ask("throttle", nvml.nvmlDeviceGetCurrentClocksEventReasons, self.handle)
         if reasons is None:  # before driver 535
             query = nvml.nvmlDeviceGetCurrentClocksThrottleReasons
             reasons = self.ask("throttle by its old name", query, self.handle)
-        if reasons is not None and reasons & 0x0C0:
+        if reasons is None:
+            return None
+        if reasons & 0x0C0:
             reasons &= ~0x008  # said of either of them too, and of nothing else by GPUs of today
-        return None if reasons is None else int(reasons)
+        return [name for bit, name in _THROTTLE.items() if reasons & bit]
 
     def _activity(self) -> dict[str, float | None]:
         """Returns what the GPU measures of itself; nothing but the keys of _GPM that it knows."""
@@ -315,28 +270,31 @@ class _Reader:
         nvml = self._nvml
         if self._performance is not None or "pcie_rx_mib_per_s" in self._before[1]:
             return {}
-        traffic_kib = {
-            key: self.ask("traffic of a moment", nvml.nvmlDeviceGetPcieThroughput, self.handle, counter)
-            for key, counter in (
-                ("pcie_rx_mib_per_s", nvml.NVML_PCIE_UTIL_RX_BYTES),
-                ("pcie_tx_mib_per_s", nvml.NVML_PCIE_UTIL_TX_BYTES),
-            )
+        counters = {
+            "pcie_rx_mib_per_s": nvml.NVML_PCIE_UTIL_RX_BYTES,
+            "pcie_tx_mib_per_s": nvml.NVML_PCIE_UTIL_TX_BYTES,
         }
-        return {key: None if kib is None else round(kib / 1024, 1) for key, kib in traffic_kib.items()}
+        query = nvml.nvmlDeviceGetPcieThroughput  # in KiB
+        return {
+            key: _rounded(self.ask("traffic of a moment", query, self.handle, counter), 1024)
+            for key, counter in counters.items()
+        }
 
     def _read_rarely(self) -> dict[str, Any]:
         """Asks what takes milliseconds."""
         nvml, ask, handle = self._nvml, self.ask, self.handle
-        limit_mw = ask("power_limit_w", nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
-        errors = {
-            key: ask(key, nvml.nvmlDeviceGetTotalEccErrors, handle, kind, nvml.NVML_VOLATILE_ECC)
-            for key, kind in (
-                ("ecc_corrected", nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED),
-                ("ecc_uncorrected", nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED),
-            )
+        kinds = {
+            "ecc_corrected": nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED,
+            "ecc_uncorrected": nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
         }
-        power_limit_w = None if limit_mw is None else round(limit_mw / 1000, 1)
-        return {"power_limit_w": power_limit_w, "memory_used_by_us_mib": self._ours_mib(), **errors}
+        errors = nvml.nvmlDeviceGetTotalEccErrors
+        return {
+            "power_limit_w": _rounded(
+                ask("power_limit_w", nvml.nvmlDeviceGetEnforcedPowerLimit, handle), 1000
+            ),
+            "memory_used_by_us_mib": self._ours_mib(),
+            **{key: ask(key, errors, handle, kind, nvml.NVML_VOLATILE_ECC) for key, kind in kinds.items()},
+        }
 
     def _ours_mib(self) -> int | None:
         if not self._pids:
@@ -345,7 +303,11 @@ class _Reader:
         processes = self.ask("memory_used_by_us_mib", query, self.handle) or ()
         ours = [process.usedGpuMemory for process in processes if process.pid in self._pids]
         # None of ours: a container hides them. Memory unknown: the driver's right.
-        return sum(ours) // _MIB if ours and None not in ours else None
+        return sum(ours) // MIB if ours and None not in ours else None
+
+
+def _rounded(value: float | None, units: int) -> float | None:
+    return None if value is None else round(value / units, 1)
 
 
 class _Performance:
@@ -392,38 +354,3 @@ class _Performance:
             else None
             for key, metric in zip(_GPM, request.metrics, strict=False)
         }
-
-
-class _Events:
-    """Critical errors (Xid) of the GPUs as they happen; of MIG instances NVML tells none."""
-
-    def __init__(self, nvml: Any, readers: Sequence[_Reader]) -> None:
-        self._nvml = nvml
-        self._set: Any = None
-        if hasattr(nvml.nvmlLib, "nvmlEventSetWait_v2"):
-            self._set = ask(nvml.nvmlEventSetCreate)
-        for reader in readers if self._set is not None else ():
-            with contextlib.suppress(_LostError):
-                reader.watched = bool(reader.ask("xids", self._register, reader.handle))
-
-    def _register(self, handle: Any) -> bool:
-        kind = self._nvml.nvmlEventTypeXidCriticalError
-        if not self._nvml.nvmlDeviceGetSupportedEventTypes(handle) & kind:
-            return False
-        self._nvml.nvmlDeviceRegisterEvents(handle, kind, self._set)
-        return True
-
-    def close(self) -> None:
-        if self._set is not None:
-            ask(self._nvml.nvmlEventSetFree, self._set)
-
-    def take(self) -> dict[int, list[int]]:
-        """Returns the numbers of the errors since the last call, by the address of the GPU's handle."""
-        found: dict[int, list[int]] = {}
-        for _ in range(_EVENTS_AT_ONCE if self._set is not None else 0):
-            event = ask(self._nvml.nvmlEventSetWait_v2, self._set, 0)
-            if event is None:  # a time-out: nothing more
-                break
-            address = ctypes.addressof(event.device.contents)
-            found.setdefault(address, []).append(int(event.eventData))
-        return found

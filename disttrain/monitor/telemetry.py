@@ -8,28 +8,26 @@ asked for, pynvml.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import math
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
 import psutil
 
-from disttrain.monitor.readings import READINGS, GpuReaders
+from disttrain.monitor.readings import GpuReaders
+from disttrain.runs.records import READINGS, GpuReading
+from disttrain.units import MIB
 
 _log = logging.getLogger("disttrain")
 
-_MIB = 2**20
 _MEMORY_INTERVAL_S = 1.0
-_STOP_TIMEOUT_S = (
-    5.0  # a GPU that fell off the bus can hold an NVML call for longer than anyone wants to wait
-)
+_STOP_TIMEOUT_S = 5.0  # a GPU that fell off the bus can hold an NVML call for longer than that
 _GREATEST = ("memory_used_mib", "memory_used_by_us_mib")
 _LATEST = ("memory_total_mib", "power_limit_w", "ecc_corrected", "ecc_uncorrected")
 _SLOWED = {  # reasons for lower clocks that make training slower, by what they are counted as
@@ -48,17 +46,17 @@ class GpuSampler:
         gpus: what describes each GPU in its readings, such as host, index and name, and its uuid, with or
             without the `GPU-` or `MIG-` prefix.
         interval_s: seconds between two readings. A moment that was missed is not made up for.
-        sink: called in the sampler's thread after each sweep over the GPUs, with a record per GPU that was
-            read: time (UTC), what describes it, and a reading as of `readings.GpuReaders.sweep`.
+        sink: called in the sampler's thread after each sweep over the GPUs, with a reading of each GPU that
+            was read.
         pids: processes whose memory counts as ours.
         alarm: told in the sampler's thread, once each, of GPUs that are lost and of critical errors.
     """
 
     def __init__(
         self,
-        gpus: Sequence[Mapping[str, object]],
+        gpus: Sequence[Mapping[str, Any]],
         interval_s: float,
-        sink: Callable[[Sequence[Mapping[str, object]]], None] | None = None,
+        sink: Callable[[Sequence[GpuReading]], None] | None = None,
         *,
         pids: Sequence[int] = (),
         alarm: Callable[[str], None] = _log.error,
@@ -118,13 +116,13 @@ class GpuSampler:
                 self._stop.wait(deadline - time.monotonic())
 
     def _keep(self, sweep: Sequence[Mapping[str, Any] | None]) -> None:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         records = []
         with self._lock:
             for window, reading in zip(self._windows, sweep, strict=True):
                 if reading is not None:
                     window.add(reading)
-                    records.append({"time": now.replace("+00:00", "Z"), **window.gpu, **reading})
+                    records.append(GpuReading(time=now, **window.gpu, **reading))
         if self._sink is None:
             return
         try:
@@ -149,10 +147,8 @@ def _numbers(reading: Mapping[str, Any]) -> dict[str, float | None]:
 class _Window:
     """The readings of one GPU since they were last taken."""
 
-    gpu: dict[str, object]
-    last: dict[str, float | None] = field(
-        default_factory=lambda: _numbers(dict.fromkeys(READINGS)),
-    )
+    gpu: dict[str, Any]
+    last: dict[str, float | None] = field(default_factory=lambda: _numbers(dict.fromkeys(READINGS)))
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     fresh: bool = False
     critical_events: int | None = None
@@ -186,13 +182,12 @@ class ProcessorSampler:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._host = socket.gethostname()
         self._before = self._clocks()
         self._memory_mib: int | None = None
         self._memory_due_s = 0.0
 
     def means(self) -> dict[str, object]:
-        """Returns host, cpu_pct and memory_used_mib.
+        """Returns cpu_pct and memory_used_mib.
 
         cpu_pct is the mean since the last call, 100 for one core kept busy; memory (the resident set) is of
         the last second. Processes started by this one are not counted.
@@ -202,9 +197,9 @@ class ProcessorSampler:
         if self._before[0] >= self._memory_due_s:
             self._memory_due_s, self._memory_mib = self._before[0] + _MEMORY_INTERVAL_S, None
             with contextlib.suppress(psutil.Error, OSError):
-                self._memory_mib = round(self._process.memory_info().rss / _MIB)
+                self._memory_mib = round(self._process.memory_info().rss / MIB)
         cpu_pct = round(100 * busy_s / wall_s, 1) if wall_s > 0 else None
-        return {"host": self._host, "cpu_pct": cpu_pct, "memory_used_mib": self._memory_mib}
+        return {"cpu_pct": cpu_pct, "memory_used_mib": self._memory_mib}
 
     @staticmethod
     def _clocks() -> tuple[float, float]:

@@ -10,7 +10,7 @@ The names of the numbers are made in one place, `samples`:
     gpu/<host>/<index>/<key>        gpu/node1/0/utilization_pct; a MIG instance has its UUID for an index
     process/<host>/<rank>/<key>     process/node1/3/cpu_pct, on CPUs
 
-A section within a record adds its name: train/phases/data_ms. For Prometheus the same numbers are called
+A section within a record adds its name: train/phases_ms/data. For Prometheus the same numbers are called
 disttrain_train_loss or disttrain_gpu_utilization_pct, with host, index and rank as labels.
 """
 
@@ -29,15 +29,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from disttrain.config import Config, dump_config, flatten
 from disttrain.errors import reason
 from disttrain.files import write_atomically
+from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.runs.runfolder import RunFolder
 
 _MOST_WAITING = 256  # records in a queue
 _CLOSE_S = 15.0  # for all tools together to take what is left at the end of a run
-_GROUPS = {"gpus": "gpu", "processes": "process"}
-_PLACE = ("host", "index", "rank")  # what tells the rows of a list apart
 
 
 class Sample(NamedTuple):
@@ -61,29 +62,24 @@ class Sample(NamedTuple):
         return "/".join([self.group, *self.place.values(), self.field])
 
 
-def samples(record: Mapping[str, Any]) -> Iterator[Sample]:
-    """Yields every number of a record of metrics.jsonl; what is unknown is left out."""
-    for key, value in record.items():
-        if isinstance(value, list):
-            for row in value:
-                if isinstance(row, Mapping):
-                    place = {name: str(row[name]) for name in _PLACE if name in row}
-                    if row.get("index", "") is None or str(row.get("uuid")).startswith("MIG-"):
-                        place["index"] = str(row["uuid"])
-                    rest = {name: row[name] for name in row if name not in _PLACE}
-                    yield from _numbers(_GROUPS.get(key, key), place, rest)
-        else:
-            yield from _numbers(record["kind"], {}, {key: value})
+def samples(record: TrainRecord | EvalRecord) -> Iterator[Sample]:
+    """Yields every number of a record; what is unknown is left out."""
+    document = msgspec.to_builtins(record)
+    kind = document.pop("kind")
+    for row in document.pop("gpus", ()):
+        place = {"host": row.pop("host"), "index": str(row.pop("index"))}
+        if place["index"] == "None" or row["uuid"].startswith("MIG-"):
+            place["index"] = row["uuid"]
+        yield from _numbers("gpu", place, row)
+    for row in document.pop("processes", ()):
+        yield from _numbers("process", {"host": row.pop("host"), "rank": str(row.pop("rank"))}, row)
+    yield from _numbers(kind, {}, document)
 
 
-def _numbers(
-    group: str, place: dict[str, str], tree: Mapping[str, Any], prefix: str = ""
-) -> Iterator[Sample]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(group, place, value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            yield Sample(group, place, prefix + key, value)
+def _numbers(group: str, place: dict[str, str], tree: Mapping[str, Any]) -> Iterator[Sample]:
+    for key, value in flatten(tree).items():
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            yield Sample(group, place, key.replace(".", "/"), value)
 
 
 class Sink(Protocol):
@@ -94,8 +90,8 @@ class Sink(Protocol):
     def start(self) -> None:
         """Called once, first."""
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Takes a record of metrics.jsonl."""
+    def log(self, record: TrainRecord | EvalRecord) -> None:
+        """Takes a record."""
 
     def finish(self) -> None:
         """Called once, last."""
@@ -124,7 +120,7 @@ class Trackers:
         for feed in self._feeds:
             feed.start()
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: TrainRecord | EvalRecord) -> None:
         """Hands a record on; returns at once. It must not be changed afterwards."""
         for feed in self._feeds:
             feed.put(record)
@@ -151,9 +147,8 @@ class Feed:
     def __init__(self, sink: Sink, say: Callable[[str], None], most: int = _MOST_WAITING) -> None:
         self._sink = sink
         self._say = say
-        self._most = most
-        self._records: deque[Mapping[str, Any]] = deque()
-        self._lost = 0
+        self._waiting: deque[TrainRecord | EvalRecord] = deque(maxlen=most)  # drops its oldest
+        self._put = self._taken = 0
         self._failed = False
         self._off = False
         self._ending = False
@@ -164,15 +159,11 @@ class Feed:
         """Begins; the tool itself is started in the thread."""
         self._thread.start()
 
-    def put(self, record: Mapping[str, Any]) -> None:
+    def put(self, record: TrainRecord | EvalRecord) -> None:
         """Hands a record on, at the cost of the oldest one where the queue is full."""
         with self._changed:
-            if self._off:
-                return
-            if len(self._records) == self._most:
-                self._records.popleft()
-                self._lost += 1
-            self._records.append(record)
+            self._waiting.append(record)
+            self._put += 1
             self._changed.notify()
 
     def end(self) -> None:
@@ -189,29 +180,24 @@ class Feed:
         """
         self._thread.join(max(0.0, deadline - time.monotonic()))
         with self._changed:
-            lost, off = self._lost, self._off
-            if self._thread.is_alive():
-                lost += len(self._records)
-                self._say(f"{self._sink.name}: does not come to its end; left behind")
-            self._off = True
+            off, self._off = self._off, True
+            lost = self._put - self._taken
+        if self._thread.is_alive():
+            self._say(f"{self._sink.name}: does not come to its end; left behind")
         if lost and not off:
             self._say(f"{self._sink.name}: {lost:,} records were not taken; metrics.jsonl has them all")
 
     def _run(self) -> None:
         if not self._try(self._sink.start):
-            with self._changed:
-                self._off = True
-                self._records.clear()
+            self._off = True
             return
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._records or self._ending)
-                if not self._records:
+                self._changed.wait_for(lambda: self._waiting or self._ending)
+                if not self._waiting:
                     break
-                record = self._records.popleft()
-            if not self._try(lambda record=record: self._sink.log(record)):  # type: ignore[misc]
-                with self._changed:
-                    self._lost += 1
+                record = self._waiting.popleft()
+            self._taken += self._try(lambda record=record: self._sink.log(record))  # type: ignore[misc]
         self._try(self._sink.finish)
 
     def _try(self, call: Callable[[], None]) -> bool:
@@ -258,13 +244,13 @@ class Tracker:
             }
             self._tracker.store_init_configuration(plain)
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: TrainRecord | EvalRecord) -> None:
         """Hands on the numbers of a record."""
         values = {sample.name: sample.value for sample in samples(record)}
         if self.name == "wandb":  # its own steps never go back, as those of a run that is resumed do
-            self._tracker.log({**values, "step": record["step"]})
+            self._tracker.log({**values, "step": record.step})
         else:
-            self._tracker.log(values, step=record["step"])
+            self._tracker.log(values, step=record.step)
 
     def finish(self) -> None:
         """Closes the tracker."""
@@ -353,14 +339,14 @@ class Prometheus:
         name = f"disttrain_{config.name}_{hashlib.sha256(run.encode()).hexdigest()[:8]}.prom"
         self._path = Path(config.monitor.prometheus_dir) / name
         self._labels = {"experiment": config.name, "run": run}
-        self._last: dict[str, list[Sample]] = {}
+        self._last: dict[type, list[Sample]] = {}
 
     def start(self) -> None:
         """Nothing is known yet."""
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: TrainRecord | EvalRecord) -> None:
         """Replaces the file."""
-        self._last[record["kind"]] = list(samples(record))
+        self._last[type(record)] = list(samples(record))
         every = [sample for last in self._last.values() for sample in last]
         write_atomically(self._path, prometheus_text(every, self._labels, time.time()))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from disttrain.runs.records import GpuMeans, TrainRecord, mean
 from disttrain.units import time_text
 
 Name = Literal[
@@ -71,6 +72,11 @@ class Evidence:
     gpu_names: Sequence[str] = ()
     peak_pct: float | None = None
 
+    @property
+    def input_s(self) -> float:
+        """Seconds of a step that go into getting samples."""
+        return self.data_s + self.to_device_s + self.augmentation_s
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -89,68 +95,46 @@ class Verdict:
 
 def judge(evidence: Evidence) -> Verdict:
     """Returns the first cause that applies: what spoils the figures of others comes before them."""
-    e = evidence
+    causes = (_throttled, _straggler, _input_bound, _communication_bound, _launch_bound, _memory_tight)
+    found = (cause(evidence) for cause in causes)
+    return next((verdict for verdict in found if verdict is not None), None) or _compute_bound(evidence)
+
+
+def _verdict(name: Name, text: str, key: str | None = None) -> Verdict:
+    return Verdict(name, f"{name}: {text}", key)
+
+
+def _throttled(e: Evidence) -> Verdict | None:
     hot = [(pct, name) for pct, name in zip(e.throttled_pct, e.gpu_names, strict=True) if pct is not None]
-    if hot and max(hot)[0] >= THROTTLED_PCT:
-        pct, name = max(hot)
-        return Verdict(
-            "throttled",
-            f"throttled: {name} was too hot for its clocks in {pct:.0f} % of the readings; see to its "
-            "cooling, no setting here helps",
-            None,
-        )
-    if len(e.own_s) > 1:
-        slowest = max(range(len(e.own_s)), key=lambda rank: e.own_s[rank])
-        median = statistics.median(own for rank, own in enumerate(e.own_s) if rank != slowest)
-        late_pct = _share(e.own_s[slowest] - median, e.step_s)
-        if e.own_s[slowest] >= STRAGGLER * median and late_pct >= STRAGGLER_PCT:
-            return Verdict(
-                "straggler",
-                f"straggler: {e.where[slowest]} needs {time_text(e.own_s[slowest])} for its part of a step, "
-                f"the others {time_text(median)} (median), and all wait for it; look for other work on that "
-                "host",
-                None,
-            )
-    data_s = e.data_s + e.to_device_s + e.augmentation_s
-    data_pct = _share(data_s, e.step_s)
-    if data_pct >= INPUT_PCT:
-        what, help_, key = _input(e)
-        text = f"input-bound: {data_pct:.0f} % of a step ({time_text(data_s)}) is {what}; {help_}"
-        return Verdict("input-bound", text, key)
-    communication_pct = _share(e.communication_s, e.step_s)
-    if communication_pct >= COMMUNICATION_PCT:
-        return Verdict(
-            "communication-bound",
-            f"communication-bound: {communication_pct:.0f} % of a step ({time_text(e.communication_s)}) is "
-            "waiting for the gradients of other ranks; raise train.batch_size, or use fewer processes",
-            "train.batch_size",
-        )
-    if e.on_gpu and e.utilization_pct is not None and e.utilization_pct < IDLE_GPU_PCT:
-        switch = None
-        if e.graph is not None or not e.compiled:
-            switch = {True: None, False: "train.cuda_graph", None: "train.compile"}[e.graph]
-        help_ = "raise train.batch_size" + (f" or set {switch}=true" if switch else "")
-        return Verdict(
-            "launch-bound",
-            f"launch-bound: the GPUs are busy {e.utilization_pct:.0f} % of the time and wait for nothing: "
-            f"the steps ({time_text(e.step_s)}) are too small for them; {help_}",
-            switch or "train.batch_size",
-        )
-    if e.memory_pct is not None and e.memory_pct >= TIGHT_PCT:
-        return Verdict(
-            "memory-tight",
-            f"memory-tight: {e.memory_pct:.0f} % of a GPU's memory is in use; raise train.accumulate before "
-            "anything grows",
-            "train.accumulate",
-        )
-    rest = 100 - data_pct - communication_pct
-    text = f"compute-bound: {rest:.0f} % of a step ({time_text(e.step_s)}) is computing"
-    if e.peak_pct is not None:
-        text += f", at {e.peak_pct:.0f} % of the device's peak (MFU)"
-    if e.precision == "fp32" and e.on_gpu:
-        return Verdict("compute-bound", f"{text}; train.precision=bf16 makes it cheaper", "train.precision")
-    more = "GPUs" if e.on_gpu else "cores or a GPU"
-    return Verdict("compute-bound", f"{text}: as it should be; more {more} would make it faster", None)
+    pct, name = max(hot, default=(0.0, ""))
+    if pct < THROTTLED_PCT:
+        return None
+    where = f"{name} was too hot for its clocks in {pct:.0f} % of the readings"
+    return _verdict("throttled", f"{where}; see to its cooling, no setting here helps")
+
+
+def _straggler(e: Evidence) -> Verdict | None:
+    if len(e.own_s) < 2:
+        return None
+    slowest = max(range(len(e.own_s)), key=lambda rank: e.own_s[rank])
+    own_s = e.own_s[slowest]
+    median_s = statistics.median(own for rank, own in enumerate(e.own_s) if rank != slowest)
+    if own_s < STRAGGLER * median_s or _share(own_s - median_s, e.step_s) < STRAGGLER_PCT:
+        return None
+    return _verdict(
+        "straggler",
+        f"{e.where[slowest]} needs {time_text(own_s)} for its part of a step, the others "
+        f"{time_text(median_s)} (median), and all wait for it; look for other work on that host",
+    )
+
+
+def _input_bound(e: Evidence) -> Verdict | None:
+    pct = _share(e.input_s, e.step_s)
+    if pct < INPUT_PCT:
+        return None
+    what, help_, key = _input(e)
+    text = f"{pct:.0f} % of a step ({time_text(e.input_s)}) is {what}; {help_}"
+    return _verdict("input-bound", text, key)
 
 
 def _input(e: Evidence) -> tuple[str, str, str | None]:
@@ -168,8 +152,53 @@ def _input(e: Evidence) -> tuple[str, str, str | None]:
     return "gathering samples", "the network is too small to hide it; no setting here helps", None
 
 
+def _communication_bound(e: Evidence) -> Verdict | None:
+    pct = _share(e.communication_s, e.step_s)
+    if pct < COMMUNICATION_PCT:
+        return None
+    return _verdict(
+        "communication-bound",
+        f"{pct:.0f} % of a step ({time_text(e.communication_s)}) is waiting for the "
+        "gradients of other ranks; raise train.batch_size, or use fewer processes",
+        "train.batch_size",
+    )
+
+
+def _launch_bound(e: Evidence) -> Verdict | None:
+    if not e.on_gpu or e.utilization_pct is None or e.utilization_pct >= IDLE_GPU_PCT:
+        return None
+    switch = None
+    if e.graph is not None or not e.compiled:
+        switch = {True: None, False: "train.cuda_graph", None: "train.compile"}[e.graph]
+    help_ = "raise train.batch_size" + (f" or set {switch}=true" if switch else "")
+    return _verdict(
+        "launch-bound",
+        f"the GPUs are busy {e.utilization_pct:.0f} % of the time and wait for nothing: the steps "
+        f"({time_text(e.step_s)}) are too small for them; {help_}",
+        switch or "train.batch_size",
+    )
+
+
+def _memory_tight(e: Evidence) -> Verdict | None:
+    if e.memory_pct is None or e.memory_pct < TIGHT_PCT:
+        return None
+    text = f"{e.memory_pct:.0f} % of a GPU's memory is in use; raise train.accumulate before anything grows"
+    return _verdict("memory-tight", text, "train.accumulate")
+
+
+def _compute_bound(e: Evidence) -> Verdict:
+    rest_pct = 100 - _share(e.input_s + e.communication_s, e.step_s)
+    text = f"{rest_pct:.0f} % of a step ({time_text(e.step_s)}) is computing"
+    if e.peak_pct is not None:
+        text += f", at {e.peak_pct:.0f} % of the device's peak (MFU)"
+    if e.precision == "fp32" and e.on_gpu:
+        return _verdict("compute-bound", f"{text}; train.precision=bf16 makes it cheaper", "train.precision")
+    more = "GPUs" if e.on_gpu else "cores or a GPU"
+    return _verdict("compute-bound", f"{text}: as it should be; more {more} would make it faster")
+
+
 def evidence(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[TrainRecord],
     hosts: Sequence[str],
     *,
     cache: str,
@@ -177,40 +206,35 @@ def evidence(
     compiled: bool,
     graph: bool | None,
 ) -> Evidence | None:
-    """Returns the means of some train records of metrics.jsonl, or None if there is none.
+    """Returns the means of some train records, or None if there is none.
 
     Args:
         records: of a run on the same ranks; others are left out.
         hosts: of each rank.
-        cache: where the decoded samples are: device, host or none.
+        cache: as in Evidence, as are the rest.
         precision: the arithmetic.
         compiled: whether the model is compiled.
-        graph: whether the steps are replayed as a CUDA graph; None is no and cannot be.
+        graph: whether the steps are replayed.
     """
-    records = [record for record in records if len(record["ranks_ms"]["compute"]) == len(hosts)]
+    records = [record for record in records if len(record.ranks_ms.compute) == len(hosts)]
     if not records:
         return None
-
-    def mean_s(key: str) -> float:
-        return statistics.fmean(record["phases_ms"][key] for record in records) / 1000
-
-    own_ms = [record["ranks_ms"][phase] for record in records for phase in _OWN]
-    gpus: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
+    own_ms = [getattr(record.ranks_ms, phase) for record in records for phase in _OWN]
+    gpus: dict[tuple[str, int | None], list[GpuMeans]] = {}
     for record in records:
-        for gpu in record["gpus"]:
-            gpus.setdefault((gpu["host"], gpu["index"]), []).append(gpu)
-    used = [_mean(rows, "utilization_pct") for rows in gpus.values()]
+        for gpu in record.gpus or ():
+            gpus.setdefault((gpu.host, gpu.index), []).append(gpu)
     full = [
-        100 * gpu["memory_used_mib"] / gpu["memory_total_mib"]
-        for gpu in records[-1]["gpus"]
-        if gpu["memory_used_mib"] is not None and gpu["memory_total_mib"]
+        100 * gpu.memory_used_mib / gpu.memory_total_mib
+        for gpu in records[-1].gpus or ()
+        if gpu.memory_used_mib is not None and gpu.memory_total_mib
     ]
     return Evidence(
-        step_s=statistics.fmean(record["step_time_s"] for record in records),
-        data_s=mean_s("data"),
-        to_device_s=mean_s("to_device"),
-        augmentation_s=mean_s("augmentation"),
-        communication_s=mean_s("communication"),
+        step_s=statistics.fmean(record.step_time_s for record in records),
+        data_s=statistics.fmean(record.phases_ms.data for record in records) / 1000,
+        to_device_s=statistics.fmean(record.phases_ms.to_device for record in records) / 1000,
+        augmentation_s=statistics.fmean(record.phases_ms.augmentation for record in records) / 1000,
+        communication_s=statistics.fmean(record.phases_ms.communication for record in records) / 1000,
         own_s=[sum(times_ms) / len(records) / 1000 for times_ms in zip(*own_ms, strict=True)],
         where=[f"rank {rank} on {host}" for rank, host in enumerate(hosts)],
         on_gpu=bool(gpus),
@@ -218,23 +242,16 @@ def evidence(
         precision=precision,
         compiled=compiled,
         graph=graph,
-        utilization_pct=statistics.fmean(known)
-        if (known := [pct for pct in used if pct is not None])
-        else None,
+        utilization_pct=mean(mean(gpu.utilization_pct for gpu in rows) for rows in gpus.values()),
         memory_pct=max(full, default=None),
-        throttled_pct=[_mean(rows, "throttled_thermal_pct") for rows in gpus.values()],
-        peak_pct=_mean(records, "mfu_pct"),
+        throttled_pct=[mean(gpu.throttled_thermal_pct for gpu in rows) for rows in gpus.values()],
+        peak_pct=mean(record.mfu_pct for record in records),
         gpu_names=[f"GPU {index} on {host}" for host, index in gpus],
     )
 
 
 # What a rank does whatever the others do.
 _OWN = ("data", "to_device", "augmentation", "compute", "optimizer")
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    known = [row[key] for row in rows if row.get(key) is not None]
-    return statistics.fmean(known) if known else None
 
 
 def _share(part_s: float, whole_s: float) -> float:

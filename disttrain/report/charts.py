@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from bokeh.models import (
@@ -25,7 +25,10 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from disttrain.report.records import MEASURES, Array, Device, Event, Record, Run, thin
+from disttrain.report.columns import Array, thin
+from disttrain.report.devices import MEASURES, Device
+from disttrain.report.run import Event, Run
+from disttrain.runs.records import EvalRecord
 
 PALETTE = (
     "#2f7fd1", "#d2691e", "#1f9254", "#a35bd6", "#e0443e", "#138a96", "#d4509b", "#86800a",
@@ -78,37 +81,63 @@ class Charts:
         return fig
 
 
-def learning(charts: Charts, run: Run, steps_per_epoch: int | None) -> None:
+class Curve(NamedTuple):
+    """A column of the train records as it is drawn, over the steps.
+
+    Attributes:
+        key: of the column.
+        label: of the axis.
+        scale: from what is recorded to what is shown.
+        form: of the values, in words.
+        unit: behind them.
+        tip: the form in which Bokeh shows them.
+    """
+
+    key: str
+    label: str
+    scale: float
+    form: str
+    unit: str
+    tip: str
+
+
+_LOSS = Curve("loss", "loss", 1.0, ".4f", "", "0.0000")
+_ACCURACY = Curve("accuracy", "accuracy, %", 100.0, ".2f", " %", "0.00")
+LEARNING = (
+    _LOSS,
+    _ACCURACY,
+    Curve("lr", "learning rate", 1.0, ".3g", "", "%.3g"),
+    Curve("images_per_s", "images per second", 1.0, ",.0f", " images/s", "0,0"),
+    Curve("data_wait_pct", "data wait, % of the time", 1.0, ".1f", " %", "0.0"),
+)
+
+
+def learning(charts: Charts, run: Run) -> None:
     """Adds loss, accuracy, learning rate, throughput and data wait over the steps, with the epochs above."""
-    curves = (
-        ("loss", "loss", 1.0, "0.0000"),
-        ("accuracy", "accuracy, %", 100.0, "0.00"),
-        ("lr", "learning rate", 1.0, "%.3g"),
-        ("images_per_s", "images per second", 1.0, "0,0"),
-        ("data_wait_pct", "data wait, % of the time", 1.0, "0.0"),
-    )
-    for name, label, scale, form in curves:
-        fig = charts.add(name, "steps", label, x_axis_label="step")
+    steps_per_epoch = (run.env.get("run") or {}).get("steps_per_epoch")
+    for curve in LEARNING:
+        printf = "%" in curve.tip
+        fig = charts.add(curve.key, "steps", curve.label, x_axis_label="step")
         fig.xaxis.formatter = NumeralTickFormatter(format="0,0")
         fig.yaxis.formatter = (
-            PrintfTickFormatter(format="%.3g") if name == "lr" else NumeralTickFormatter(format="0,0.[00]")
+            PrintfTickFormatter(format=curve.tip) if printf else NumeralTickFormatter(format="0,0.[00]")
         )
-        if steps_per_epoch:
+        if isinstance(steps_per_epoch, int) and steps_per_epoch > 0:
             _epoch_axis(fig, steps_per_epoch)
-        values = scale * run.train[name]
-        if name in ("loss", "accuracy"):
+        values = curve.scale * run.train[curve.key]
+        if curve in (_LOSS, _ACCURACY):
             raw = _line(fig, run, values, legend_label="training")
             if (window := len(values) // 40) > 1:
                 raw.glyph.line_alpha = 0.4
-                label_text = f"mean of {window} log points"
-                _line(fig, run, _rolling_mean(values, window), line_width=2.2, legend_label=label_text)
-            _validation(fig, run.evals, name, scale, form)
+                label = f"mean of {window} log points"
+                _line(fig, run, _rolling_mean(values, window), line_width=2.2, legend_label=label)
+            _validation(fig, run.evals, curve)
             _legend(fig)
         else:
             raw = _line(fig, run, values)
             fig.y_range.start = 0
-        tips = [("step", "@x{0,0}"), ("epoch", "@epoch{0,0}"), (label, f"@y{{{form}}}")]
-        _hover(fig, raw, tips, formatters={"@y": "printf" if name == "lr" else "numeral"})
+        tips = [("step", "@x{0,0}"), ("epoch", "@epoch{0,0}"), (curve.label, f"@y{{{curve.tip}}}")]
+        _hover(fig, raw, tips, formatters={"@y": "printf" if printf else "numeral"})
 
 
 def timeline(charts: Charts, run: Run, devices: Sequence[Device], events: Sequence[Event]) -> list[str]:
@@ -144,33 +173,26 @@ def _drawable(device: Device, key: str) -> bool:
 def overlay(charts: Charts, runs: Mapping[str, Run]) -> None:
     """Adds loss and accuracy of several runs over one another, over epochs and over the time of training."""
     x_axes = (("epochs", "epoch"), ("seconds", "training time, s, without evaluations and pauses"))
-    for (axis, x_label), (name, scale, form) in itertools.product(
-        x_axes, (("accuracy", 100.0, "0.00"), ("loss", 1.0, "0.0000"))
-    ):
-        label = f"{name}, %" if name == "accuracy" else name
-        fig = charts.add(f"{axis}_{name}", axis, label, x_axis_label=x_label)
+    for (axis, x_label), curve in itertools.product(x_axes, (_ACCURACY, _LOSS)):
+        fig = charts.add(f"{axis}_{curve.key}", axis, curve.label, x_axis_label=x_label)
         for number, (title, run) in enumerate(runs.items()):
             color = PALETTE[number % len(PALETTE)]
-            x = run.training_s if axis == "seconds" else _epochs(run)
-            ids = thin(run.train[name], _POINTS // 2)
-            trained = {"x": x[ids], "y": scale * run.train[name][ids], "run": [title] * len(ids)}
-            fig.line("x", "y", source=ColumnDataSource(trained), color=color, line_alpha=0.4, line_width=1)
-            steps = run.train["step"]
-            known = [r for r in run.evals if getattr(r, name) is not None]
-            at = np.searchsorted(steps, [r.step for r in known], side="right") - 1
-            known = [record for record, place in zip(known, at, strict=True) if place >= 0]
-            source = ColumnDataSource(
-                {
-                    "x": x[at[at >= 0]],
-                    "y": [scale * getattr(record, name) for record in known],
-                    "run": [title] * len(known),
-                }
-            )
             dash = ("solid", "dashed", "dotdash", "dotted")[number // len(PALETTE) % 4]
+            x = run.training_s if axis == "seconds" else _epochs(run)
+            ids = thin(run.train[curve.key], _POINTS // 2)
+            trained = {"x": x[ids], "y": curve.scale * run.train[curve.key][ids], "run": [title] * len(ids)}
+            fig.line("x", "y", source=ColumnDataSource(trained), color=color, line_alpha=0.4, line_width=1)
+            known = [record for record in run.evals if getattr(record, curve.key) is not None]
+            at = np.searchsorted(run.train["step"], [record.step for record in known], side="right") - 1
+            known = [record for record, place in zip(known, at, strict=True) if place >= 0]
+            values = [curve.scale * getattr(record, curve.key) for record in known]
+            evaluated = {"x": x[at[at >= 0]], "y": values, "run": [title] * len(known)}
+            source = ColumnDataSource(evaluated)
             points = fig.scatter("x", "y", source=source, color=color, size=6, legend_label=title)
             fig.line("x", "y", source=source, color=color, line_width=2, line_dash=dash, legend_label=title)
-            _hover(fig, points, [("run", "@run"), (x_label.partition(",")[0], "@x{0.[00]}"),
-                                 (f"validation {label}", f"@y{{{form}}}")], mode="mouse")  # fmt: skip
+            tips = [("run", "@run"), (x_label.partition(",")[0], "@x{0.[00]}"),
+                    (f"validation {curve.label}", f"@y{{{curve.tip}}}")]  # fmt: skip
+            _hover(fig, points, tips, mode="mouse")
         _legend(fig)
 
 
@@ -222,52 +244,36 @@ def _line(fig: Any, run: Run, values: Array, **options: Any) -> Any:
     return fig.line("x", "y", source=ColumnDataSource(data), color=PALETTE[0], **options)
 
 
-def _validation(fig: Any, evals: Sequence[Record], name: str, scale: float, form: str) -> None:
-    known = [record for record in evals if getattr(record, name) is not None]
+def _validation(fig: Any, evals: Sequence[EvalRecord], curve: Curve) -> None:
+    known = [record for record in evals if getattr(record, curve.key) is not None]
     if not known:
         return
-    values = np.array([scale * getattr(record, name) for record in known])
+    values = np.array([curve.scale * getattr(record, curve.key) for record in known])
     ids = thin(values, _POINTS)
-    data = {
-        "x": [known[i].step for i in ids],
-        "y": values[ids],
-        "epoch": [known[i].epoch for i in ids],
-    }
-    source = ColumnDataSource(data)
+    source = ColumnDataSource(
+        {"x": [known[i].step for i in ids], "y": values[ids], "epoch": [known[i].epoch for i in ids]}
+    )
     fig.line("x", "y", source=source, color=PALETTE[1], line_width=2, legend_label="validation")
     points = fig.scatter("x", "y", source=source, color=PALETTE[1], size=6, legend_label="validation")
-    _hover(fig, points, [("epoch", "@epoch{0,0}"), (f"validation {name}", f"@y{{{form}}}")])
+    _hover(fig, points, [("epoch", "@epoch{0,0}"), (f"validation {curve.key}", f"@y{{{curve.tip}}}")])
 
 
 def _device_lines(fig: Any, devices: Sequence[Device], key: str, unit: str, points: int) -> None:
     tips = [("", f"$snap_y{{0,0.[00]}} {unit}"), ("", "$snap_x{%F %T}")]
+    times = {"$snap_x": "datetime"}
     curves = [_curve(device.time_s, device.values[key], points) for device in devices]
+    xs, ys = [1e3 * x for x, _ in curves], [y.astype(np.float32) for _, y in curves]
     colors = [PALETTE[number % len(PALETTE)] for number in range(len(devices))]
     labels = [device.label for device in devices]
     if len(devices) > _MOST_LEGEND:  # one glyph for all: a page with 64 of each chart would be slow
-        data = {
-            "xs": [1e3 * x for x, _ in curves],
-            "ys": [y.astype(np.float32) for _, y in curves],
-            "color": colors,
-            "label": labels,
-        }
-        lines = fig.multi_line(
-            "xs", "ys", source=ColumnDataSource(data), color="color", line_width=0.8, line_alpha=0.5
-        )
-        _hover(fig, lines, [("device", "@label"), *tips], "mouse", formatters={"$snap_x": "datetime"})
+        source = ColumnDataSource({"xs": xs, "ys": ys, "color": colors, "label": labels})
+        lines = fig.multi_line("xs", "ys", source=source, color="color", line_width=0.8, line_alpha=0.5)
+        _hover(fig, lines, [("device", "@label"), *tips], "mouse", times)
         return
-    for (x, y), color, label in zip(curves, colors, labels, strict=True):
-        data = {"x": 1e3 * x, "y": y.astype(np.float32)}
-        line = fig.line(
-            "x",
-            "y",
-            source=ColumnDataSource(data),
-            color=color,
-            line_width=1.3,
-            name=label,
-            legend_label=label,
-        )
-        _hover(fig, line, [("", "$name"), *tips], formatters={"$snap_x": "datetime"})
+    for x, y, color, label in zip(xs, ys, colors, labels, strict=True):
+        look = {"color": color, "line_width": 1.3, "name": label, "legend_label": label}
+        line = fig.line("x", "y", source=ColumnDataSource({"x": x, "y": y}), **look)
+        _hover(fig, line, [("", "$name"), *tips], formatters=times)
 
 
 def _curve(x: Array, y: Array, points: int) -> tuple[Array, Array]:
@@ -288,10 +294,8 @@ def _marks(fig: Any, events: Sequence[Event]) -> None:
             label = "start and restarts"
         if own:
             data = {"x": [1e3 * event.time_s for event in own], "text": [event.text for event in own]}
-            spans = fig.vspan(
-                x="x", source=ColumnDataSource(data), line_color=color, line_dash=dash, line_width=1.4,
-                line_alpha=0.8, legend_label=label,
-            )  # fmt: skip
+            look = {"line_color": color, "line_dash": dash, "line_width": 1.4, "line_alpha": 0.8}
+            spans = fig.vspan(x="x", source=ColumnDataSource(data), legend_label=label, **look)
             _hover(fig, spans, [("", "@text")], mode="mouse")
     stalls = [event for event in events if event.kind == "stall"]
     if stalls:
@@ -300,27 +304,23 @@ def _marks(fig: Any, events: Sequence[Event]) -> None:
             "x1": [1e3 * event.time_s for event in stalls],
             "text": [event.text for event in stalls],
         }
-        strips = fig.vstrip(
-            x0="x0", x1="x1", source=ColumnDataSource(data), fill_color="#e0443e", fill_alpha=0.25,
-            line_color=None, legend_label="stall",
-        )  # fmt: skip
+        look = {"fill_color": "#e0443e", "fill_alpha": 0.25, "line_color": None, "legend_label": "stall"}
+        strips = fig.vstrip(x0="x0", x1="x1", source=ColumnDataSource(data), **look)
         _hover(fig, strips, [("stall", "@text")], mode="mouse")
 
 
 def _hover(
     fig: Any,
-    renderer: Any,
+    shown: Any,
     tips: list[tuple[str, str]],
     mode: Literal["mouse", "vline"] = "vline",
-    **options: Any,
+    formatters: Mapping[str, Any] | None = None,
 ) -> None:
     # As HTML, in which Bokeh escapes the values: the colours of its own table are too pale on white.
     rows = "".join(f"<div><b>{escape(name)}</b> {value}</div>" for name, value in tips)
-    fig.add_tools(
-        HoverTool(
-            tooltips=rows, mode=mode, line_policy="nearest", visible=False, renderers=[renderer], **options
-        )
-    )
+    tool = HoverTool(tooltips=rows, mode=mode, line_policy="nearest", visible=False, renderers=[shown])
+    tool.formatters = dict(formatters or {})
+    fig.add_tools(tool)
 
 
 def _legend(fig: Any) -> None:

@@ -14,8 +14,11 @@ from rich.text import Text
 
 from disttrain.config import Role, role, settings
 from disttrain.errors import UsageError
-from disttrain.report.page import environment_rows, outcome, render, wall_s
-from disttrain.report.records import Run, reached, read_run
+from disttrain.report import charts
+from disttrain.report.facts import environment_rows, median, outcome, wall_s
+from disttrain.report.rendering import render
+from disttrain.report.run import Run, reached, read_run
+from disttrain.units import number, percent
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,12 @@ def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
         raise UsageError(f"{', '.join(map(str, paths))}: the same run twice; give different run folders")
     runs = dict(zip(_titles(folders), map(read_run, paths), strict=True))
     if target is None:
-        best = [run.best.accuracy for run in runs.values() if run.best and run.best.accuracy is not None]
-        target = min(best, default=None)
+        target = min((run.best.accuracy for run in runs.values() if run.best), default=None)
+    results = [_results(run, target) for run in runs.values()]
     return Comparison(
         runs=runs,
         target=target,
-        rows=_rows(list(runs.values()), target),
+        rows={name: [result[name] for result in results] for name in results[0]},
         differences=_differences(list(runs.values())),
         groups=_groups(runs),
     )
@@ -91,8 +94,6 @@ def write_comparison(comparison: Comparison, output: Path) -> Path:
     Raises:
         StorageError: the file cannot be written.
     """
-    from disttrain.report import charts
-
     drawn = charts.Charts()
     charts.overlay(drawn, comparison.runs)
     return render("comparison.html", output, drawn, comparison=comparison, cell=cell, heading=heading)
@@ -147,14 +148,12 @@ def heading(name: str) -> str:
 
 def cell(name: str, value: float | str | None) -> str:
     """Returns a value of a row of `Comparison.rows` as people read it."""
-    if value is None:
-        return "n/a"
     if isinstance(value, str):
         return value
     if "accuracy" in name:
-        return f"{100 * value:.2f} %"
+        return percent(value)
     precise = name.endswith("_s") and name != "images_per_s"
-    return f"{value:.4f}" if "loss" in name else f"{value:,.1f}" if precise else f"{value:,.0f}"
+    return number(value, ".4f" if "loss" in name else ",.1f" if precise else ",.0f")
 
 
 def _titles(folders: Sequence[Path]) -> list[str]:
@@ -167,37 +166,27 @@ def _titles(folders: Sequence[Path]) -> list[str]:
         depth += 1
 
 
-def _rows(runs: Sequence[Run], target: float | None) -> dict[str, list[float | str | None]]:
-    rows: dict[str, list[float | str | None]] = {}
-
-    def add(name: str, values: list[float | str | None]) -> None:
-        rows[name] = [
-            None if isinstance(value, float) and not math.isfinite(value) else value for value in values
-        ]
-
-    add("state", [outcome(run)[0] for run in runs])
-    add("last_accuracy", [run.evals[-1].accuracy if run.evals else None for run in runs])
-    add("best_accuracy", [run.best.accuracy if run.best else None for run in runs])
-    add("last_loss", [run.evals[-1].loss if run.evals else None for run in runs])
-    add("samples_seen", [run.status.get("samples_seen") for run in runs])
-    add("training_s", [float(run.training_s[-1]) if len(run.training_s) else None for run in runs])
-    add("start_to_end_s", [wall_s(run) for run in runs])
-    speeds = [run.train["images_per_s"] for run in runs]
-    add("images_per_s", [float(np.nanmedian(s)) if np.isfinite(s).any() else None for s in speeds])
+def _results(run: Run, target: float | None) -> dict[str, float | str | None]:
+    """Returns what came of a run: a column of `Comparison.rows`."""
+    last, best, spent = run.evals[-1] if run.evals else None, run.best, run.training_s
+    results: dict[str, float | str | None] = {
+        "state": outcome(run)[0],
+        "last_accuracy": last.accuracy if last else None,
+        "best_accuracy": best.accuracy if best else None,
+        "last_loss": last.loss if last else None,
+        "samples_seen": run.status.get("samples_seen"),
+        "training_s": float(spent[-1]) if len(spent) else None,
+        "start_to_end_s": wall_s(run),
+        "images_per_s": median(run.train["images_per_s"]),
+    }
     if target is not None:
-        found = [reached(run, target) for run in runs]
-        samples = [
-            _samples_at(run, hit[0].step) if hit else None for run, hit in zip(runs, found, strict=True)
-        ]
-        add("epochs_to_target", [hit[0].epoch if hit else None for hit in found])
-        add("images_to_target", list(samples))
-        add("training_to_target_s", [hit[1] if hit else None for hit in found])
-    return rows
-
-
-def _samples_at(run: Run, step: int) -> float | None:
-    before = int(np.searchsorted(run.train["step"], step, side="right"))
-    return float(run.train["samples"][before - 1]) if before else None
+        hit = reached(run, target)
+        before = int(np.searchsorted(run.train["step"], hit[0].step, side="right")) if hit else 0
+        results["epochs_to_target"] = hit[0].epoch if hit else None
+        results["images_to_target"] = float(run.train["samples"][before - 1]) if before else None
+        results["training_to_target_s"] = hit[1] if hit else None
+    unknown = {key for key, value in results.items() if isinstance(value, float) and not math.isfinite(value)}
+    return results | dict.fromkeys(unknown)
 
 
 def _settings(run: Run) -> dict[str, str]:
@@ -232,11 +221,9 @@ def _groups(runs: Mapping[str, Run]) -> list[Group]:
     for title, run in runs.items():
         if run.config is None or run.status.get("state") != "finished" or not run.evals:
             continue
-        accuracy = run.evals[-1].accuracy
-        if accuracy is not None:
-            kept = {k: v for k, v in _settings(run).items() if _makes_an_experiment(k)}
-            kept["data digest"] = _environment(run).get("data digest", "n/a")
-            members.setdefault(tuple(sorted(kept.items())), []).append((title, accuracy))
+        kept = {k: v for k, v in _settings(run).items() if _makes_an_experiment(k)}
+        kept["data digest"] = _environment(run).get("data digest", "n/a")
+        members.setdefault(tuple(sorted(kept.items())), []).append((title, run.evals[-1].accuracy))
     keys = [dict(key) for key in members]
     telling = [
         k for k in dict.fromkeys(k for key in keys for k in key) if len({key.get(k) for key in keys}) > 1

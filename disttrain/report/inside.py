@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from disttrain.config import Config
 from disttrain.data.plan import Ids
 from disttrain.errors import CheckpointError, DisttrainError
 from disttrain.parallel import usable_cores
+from disttrain.report.confusion import Confusion
+from disttrain.report.pictures import MOST_SIDE, Picture, mosaic, picture_of, stretched
 from disttrain.runs.evaluation import MISTAKES, Mistake, evaluation_of
-from disttrain.shards.images import Pixels, as_picture, expect_images
+from disttrain.shards.images import Pixels, expect_images
 from disttrain.shards.index import Index
 from disttrain.shards.reader import Reader
 
@@ -31,24 +30,9 @@ if TYPE_CHECKING:
 _BATCH = 256
 _GRID = 40
 _SAMPLES = 40
-_MOST_SIDE = 96  # pixels of a picture
 _MAPS = 16  # of a layer
 _FILTERS = 64
 _LAYERS = 12
-
-
-class Picture(NamedTuple):
-    """An image for a page.
-
-    Attributes:
-        uri: the file as a data: address.
-        width: in pixels.
-        height: in pixels.
-    """
-
-    uri: str
-    width: int
-    height: int
 
 
 class Shot(NamedTuple):
@@ -91,7 +75,7 @@ class Inside:
     checkpoint: str
     step: int
     precision: str
-    confusion: npt.NDArray[np.int64]
+    confusion: Confusion
     samples: int
     mistakes: list[Shot]
     grid: list[Shot]
@@ -156,7 +140,7 @@ def look_inside(run_dir: Path, config: Config, index: Index, *, budget_s: float)
 
 def _evaluate(
     classifier: Classifier, config: Config, index: Index, ids: Ids, budget_s: float
-) -> tuple[npt.NDArray[np.int64], list[Mistake]]:
+) -> tuple[Confusion, list[Mistake]]:
     """Evaluates on as many samples as the time allows; returns the confusion and the worst mistakes."""
     from disttrain.data.stages import open_stream
     from disttrain.training.collectives import Group
@@ -188,67 +172,22 @@ def sample_grid(index: Index) -> list[Shot]:
     Raises:
         DisttrainError: the data set cannot be read.
     """
-    from disttrain.shards.reader import Reader
-
-    split = index.splits["train"]
-    count = min(split.samples, 2048)
-    ids = np.sort(np.random.default_rng(0).choice(split.samples, count, replace=False))
+    count = min(index.splits["train"].samples, 2048)
+    ids = np.sort(np.random.default_rng(0).choice(index.splits["train"].samples, count, replace=False))
     reader = Reader(index, "train")
-    kept: dict[int, list[Shot]] = {}
     each = max(1, _SAMPLES // len(index.classes))
-    for place in range(0, count, 64):
-        for sample in ids[place : place + 64]:
-            try:
-                pixels, labels = _read(reader, index, np.array([sample]))
-            except DisttrainError:
-                continue  # a bad sample is no reason to show none
-            of_class = kept.setdefault(int(labels[0]), [])
-            if len(of_class) < each:
-                of_class.append(Shot(picture_of(pixels[0]), int(labels[0])))
-        shown = sum(map(len, kept.values()))
-        if shown >= min(_SAMPLES, each * len(index.classes)):
+    kept: dict[int, list[Shot]] = {}
+    for place in range(count):
+        try:
+            pixels, labels = _read(reader, index, ids[place : place + 1])
+        except DisttrainError:
+            continue  # a bad sample is no reason to show none
+        of_class = kept.setdefault(int(labels[0]), [])
+        if len(of_class) < each:
+            of_class.append(Shot(picture_of(pixels[0]), int(labels[0])))
+        if sum(map(len, kept.values())) >= min(_SAMPLES, each * len(index.classes)):
             break
-    return [shot for label in sorted(kept) for shot in kept[label]][:_SAMPLES]
-
-
-def picture_of(pixels: Pixels) -> Picture:
-    """Returns an image of uint8 [H, W] or [H, W, C], made smaller if it is large."""
-    image = as_picture(pixels)
-    large = max(image.size) > _MOST_SIDE
-    if large:
-        image.thumbnail((_MOST_SIDE, _MOST_SIDE))
-    file = io.BytesIO()
-    if large:
-        image.convert("RGB").save(file, "JPEG", quality=85)
-    else:
-        image.save(file, "PNG", optimize=True)
-    kind = "jpeg" if large else "png"
-    data = base64.b64encode(file.getvalue()).decode()
-    return Picture(f"data:image/{kind};base64,{data}", *image.size)
-
-
-def mosaic(tiles: npt.NDArray[np.float64], columns: int = 8) -> Picture:
-    """Returns tiles as one picture, one pixel of nothing between them.
-
-    Args:
-        tiles: 0..1, [N, H, W] or [N, H, W, 3].
-        columns: tiles in a row.
-    """
-    count, height, width = tiles.shape[:3]
-    rows = -(-count // columns)
-    columns = min(columns, count)
-    sheet = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, 4), np.uint8)
-    values = np.rint(255 * tiles.clip(0, 1)).astype(np.uint8)
-    if tiles.ndim == 3:
-        values = np.repeat(values[..., None], 3, axis=3)
-    for number, tile in enumerate(values):
-        top, left = number // columns * (height + 1), number % columns * (width + 1)
-        sheet[top : top + height, left : left + width, :3] = tile
-        sheet[top : top + height, left : left + width, 3] = 255
-    file = io.BytesIO()
-    Image.fromarray(sheet).save(file, "PNG", optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
-    return Picture(f"data:image/png;base64,{data}", sheet.shape[1], sheet.shape[0])
+    return [shot for label in sorted(kept) for shot in kept[label]]
 
 
 def _load(run_dir: Path, device: torch.device) -> Classifier:
@@ -266,7 +205,7 @@ def _load(run_dir: Path, device: torch.device) -> Classifier:
         return load_model(run_dir, link, device=device)  # a run that goes on may have replaced it meanwhile
 
 
-def _read(reader: Any, index: Index, ids: npt.NDArray[np.int64]) -> tuple[Pixels, npt.NDArray[np.int64]]:
+def _read(reader: Reader, index: Index, ids: Ids) -> tuple[Pixels, Ids]:
     pixels = np.empty((len(ids), index.height, index.width, index.channels), np.uint8)
     labels = np.empty(len(ids), np.int64)
     if len(ids):
@@ -283,9 +222,7 @@ def _filters(model: Any) -> tuple[Picture, int] | None:
         return None
     weights = first.weight.detach().float().cpu().numpy()[:_FILTERS].astype(np.float64)
     tiles = weights.transpose(0, 2, 3, 1) if weights.shape[1] == 3 else weights[:, 0]
-    each = tuple(range(1, tiles.ndim))
-    low, high = tiles.min(each, keepdims=True), tiles.max(each, keepdims=True)
-    return mosaic((tiles - low) / np.maximum(high - low, 1e-12)), len(first.weight)
+    return mosaic(stretched(tiles)), len(first.weight)
 
 
 def _layers(model: Any, forward: Callable[[], object]) -> list[Layer]:
@@ -317,18 +254,6 @@ def _layers(model: Any, forward: Callable[[], object]) -> list[Layer]:
 
 def _layer(name: str, module: Any, maps: npt.NDArray[np.float64]) -> Layer:
     count, height, width = maps.shape
-    shown = maps[:_MAPS]
-    step = max(1, max(height, width) // _MOST_SIDE)
-    shown = shown[:, ::step, ::step]
-    low, high = shown.min((1, 2), keepdims=True), shown.max((1, 2), keepdims=True)
-    picture = mosaic((shown - low) / np.maximum(high - low, 1e-12))
+    step = max(1, max(height, width) // MOST_SIDE)
+    picture = mosaic(stretched(maps[:_MAPS, ::step, ::step]))
     return Layer(name, type(module).__name__, picture, count, width, height)
-
-
-def most_confused(confusion: npt.NDArray[np.int64], most: int = 10) -> list[tuple[int, int, int]]:
-    """Returns (true class, predicted class, count) of the mistakes that are made most often."""
-    off = confusion.copy()
-    np.fill_diagonal(off, 0)
-    order = np.argsort(-off, axis=None, kind="stable")[:most]
-    pairs = ((int(cell) // len(off), int(cell) % len(off)) for cell in order)
-    return [(true, guess, int(off[true, guess])) for true, guess in pairs if off[true, guess]]

@@ -1,54 +1,42 @@
-"""The report of a run as one HTML file that needs nothing else: no network, no server, no other file."""
+"""The report of a run: one page of what its folder holds, its data set and its best checkpoint show."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
-import jinja2
-import numpy as np
-
-from disttrain import __version__
 from disttrain.config import dump_config
 from disttrain.errors import DisttrainError, reason
-from disttrain.files import write_atomically
-from disttrain.monitor.console import duration, number
-from disttrain.report.records import MEASURES, Array, Device, Run, read_gpus, read_ranks, read_run, utc
-from disttrain.runs.runfolder import RunFolder, utc_now
+from disttrain.report import charts
+from disttrain.report.confusion import class_rows, matrix, most_confused
+from disttrain.report.devices import MEASURES, read_gpus
+from disttrain.report.facts import (
+    device_rows,
+    environment_rows,
+    epoch_rows,
+    first_facts,
+    outcome,
+    summaries,
+    time_use,
+)
+from disttrain.report.inside import Inside, look_inside, sample_grid
+from disttrain.report.rendering import render
+from disttrain.report.run import Run, read_ranks, read_run
+from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index, load_index
-from disttrain.units import flops_text
 
-if TYPE_CHECKING:
-    from disttrain.report.charts import Charts
-    from disttrain.report.inside import Inside
-
-_SILENT_S = 600.0  # a running run that writes nothing for so long has most likely died
-_EPOCH_ROWS = 60
 _EVENT_ROWS = 200
-_MATRIX_CLASSES = 30  # a larger confusion matrix is drawn instead of written
-_CLASS_ROWS = 200
+
+_T = TypeVar("_T")
 
 
-class Section(NamedTuple):
+class Section(NamedTuple, Generic[_T]):
     """What is known of one subject, or why nothing is."""
 
-    content: Any
+    content: _T | None
     problem: str = ""
-
-
-class ClassRow(NamedTuple):
-    """How a class was recognised; `accuracy` is 0..1, None without samples."""
-
-    name: str
-    samples: int
-    correct: int
-    accuracy: float | None
-    mistaken_for: str
 
 
 def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float = 60) -> Path:
@@ -67,19 +55,18 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         UsageError: it is no run folder.
         StorageError: the file cannot be written.
     """
-    from disttrain.report import charts
-
     with ThreadPoolExecutor(1) as pool:  # processes read the GPUs, while this one reads the rest
         reading = pool.submit(read_gpus, RunFolder(run_dir).gpu)
         run = read_run(run_dir)
         gpus, unread = reading.result()
-    devices = gpus or run.processes
+    devices, info = gpus or run.processes, run.env.get("run") or {}
     drawn = charts.Charts()
     if len(run.train["step"]):
-        charts.learning(drawn, run, _steps_per_epoch(run))
+        charts.learning(drawn, run)
     times = charts.timeline(drawn, run, devices, run.events)
-    index, info = _index(run), run.env.get("run") or {}
+    index = _index(run)
     inside = _inside(run, index.content, inside_s)
+    seen, data = inside.content, index.content
     return render(
         "report.html",
         output or run_dir / "report.html",
@@ -89,24 +76,24 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         subject=", ".join(
             str(part) for part in (info.get("model"), info.get("data"), run.folder.path) if part
         ),
-        facts=_facts(run, gpus),
-        epochs=_epoch_rows(run),
-        summaries=_summaries(run),
+        facts=first_facts(run, gpus),
+        epochs=epoch_rows(run),
+        summaries=summaries(run),
         times=times,
-        time_use=_time_use(run),
-        verdict=_verdict(run),
+        time_use=time_use(run),
+        verdict=(run.status.get("verdict") or {}).get("text"),
         ranks=read_ranks(run.folder.metrics),
-        devices=_device_rows(devices),
+        devices=device_rows(devices),
         measures=MEASURES,
         events=run.events[-_EVENT_ROWS:],
         event_count=len(run.events),
         index=index,
-        samples=_samples(index.content),
-        skipped=_skipped(run),
+        samples=_attempt(lambda: sample_grid(data)) if data else Section(None),
+        skipped=[("validation", run.evals[-1].skipped if run.evals else None), ("training", run.skipped)],
         inside=inside,
-        class_rows=_class_rows(inside.content, index.content),
-        confused=_confused(inside.content),
-        matrix=_matrix(inside.content),
+        class_rows=class_rows(seen.confusion, data.classes) if seen and data else [],
+        confused=most_confused(seen.confusion) if seen else [],
+        matrix=matrix(seen.confusion) if seen else None,
         command=f"cd {run.env.get('directory')}\n{run.env['command']}" if "command" in run.env else "",
         config_text=_config_text(run),
         environment=environment_rows(run),
@@ -114,341 +101,29 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
     )
 
 
-def render(template: str, output: Path, drawn: Charts, **content: Any) -> Path:
-    """Fills a template of assets/report with charts and content and writes the page.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
-    from bokeh.embed import components
-    from bokeh.resources import Resources
-
-    library = Resources(mode="inline", components=["bokeh"], log_level="warn")
-    script, places = components(drawn.figures, wrap_script=False) if drawn.figures else ("", {})
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("disttrain", "assets/report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": number, "duration": duration, "utc": utc, "percent": _percent, "days": _days,
-    }  # fmt: skip
-    text = environment.get_template(template).render(
-        library="\n".join(library.js_raw) if drawn.figures else "",
-        script=script,
-        charts=places,
-        version=__version__,
-        written=utc_now()[:19].replace("T", " ") + " UTC",
-        **content,
-    )
-    write_atomically(output, text)
-    return output
-
-
-def outcome(run: Run) -> tuple[str, str]:
-    """Returns the state of a run and what came out of it, in one line."""
-    status = run.status
-    state = str(status.get("state") or "unknown")
-    last, best = run.evals[-1] if run.evals else None, run.best
-    if last is None or last.accuracy is None:
-        result = "no evaluation"
-    else:
-        result = f"accuracy {_percent(last.accuracy)}"
-        if last.correct is not None and last.total is not None:
-            result += f" ({last.correct:,} of {last.total:,})"
-        if best is not None and best is not last and best.accuracy != last.accuracy:
-            result += f", best {_percent(best.accuracy)} after epoch {best.epoch}"
-    where = f"epoch {number(status.get('epoch'), ',d')}, step {number(status.get('step'), ',d')}"
-    if state == "finished":
-        return state, f"finished: {result}"
-    if state == "running":
-        silent_s = time.time() - _time_of(status.get("updated_at"))
-        if silent_s > _SILENT_S:
-            return "silent", (
-                f"says that it is running, but has written nothing for {_days(silent_s)}: most likely it was "
-                f"killed after {where}; {result}"
-            )
-        return state, f"running, {where}; {result} so far"
-    if state == "unknown":
-        return state, f"no status.json; {result}"
-    code = f" with exit code {status['exit_code']}" if status.get("exit_code") is not None else ""
-    why = str(status.get("reason") or "no reason given").strip().splitlines()[0:1]
-    return state, f"{state}{code} after {where}: {' '.join(why)}; {result}"
-
-
-def wall_s(run: Run) -> float | None:
-    """Returns the seconds from the first start of a run to its last sign of life."""
-    begin, end = _time_of(run.status.get("started_at")), _time_of(run.status.get("updated_at"))
-    return end - begin if math.isfinite(end - begin) else None
-
-
-def environment_rows(run: Run) -> list[tuple[str, str]]:
-    """Returns what the result of a run or its speed may depend on besides the config."""
-    env = run.env
-    devices, data, git = env.get("devices") or [], env.get("data") or {}, env.get("git") or {}
-    rows = {key: env.get(key) for key in ("disttrain", "python", "platform", "cuda", "cudnn", "world_size")}
-    rows |= {"device": " / ".join(sorted({str(device.get("name")) for device in devices})) or None}
-    rows |= {"hosts": ", ".join(dict.fromkeys(str(device.get("host")) for device in devices)) or None}
-    changes = ", with changes" if git.get("modified") else ""
-    rows |= {"data digest": data.get("digest"), "git commit": f"{git['commit']}{changes}" if git else None}
-    rows |= env.get("packages") or {}
-    rows |= {f"choice of {key}": why for key, why in (env.get("choices") or {}).items()}
-    return [(key, str(value)) for key, value in rows.items() if value is not None]
-
-
-def _percent(share: float | None) -> str:
-    return number(share, ".2f", " %", 100)
-
-
-def _days(seconds: float | None) -> str:
-    """Returns a length of time in the units that people would choose."""
-    if seconds is None or not math.isfinite(seconds):
-        return "n/a"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    days, rest = divmod(seconds, 86400)
-    return f"{days:.0f} d {duration(rest)}" if days else duration(rest)
-
-
-def _time_of(text: object) -> float:
+def _attempt(make: Callable[[], _T]) -> Section[_T]:
     try:
-        return datetime.fromisoformat(str(text)).timestamp()
-    except ValueError:
-        return math.nan
-
-
-def _steps_per_epoch(run: Run) -> int | None:
-    steps = (run.env.get("run") or {}).get("steps_per_epoch")
-    return steps if isinstance(steps, int) and steps > 0 else None
-
-
-def _facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
-    """Returns the numbers of a run that people look for first."""
-    info = run.env.get("run") or {}
-    best, train = run.best, run.train
-    speed = train["images_per_s"]
-    spent = run.training_s
-    peak = [np.nanmax(v) for gpu in gpus if np.isfinite(v := gpu.values["memory_gib"]).any()]
-    facts = [
-        ("best accuracy", _percent(best.accuracy) if best else "n/a"),
-        ("lowest validation loss", _least([record.loss for record in run.evals])),
-        ("epochs", f"{number(run.status.get('epoch'), ',d')} of {number(info.get('epochs'), ',d')}"),
-        ("steps", number(run.status.get("step"), ",d")),
-        ("images trained on", number(run.status.get("samples_seen"), ",d")),
-        ("training", _days(float(spent[-1])) if len(spent) else "n/a"),
-        ("start to end", _days(wall_s(run))),
-        ("median speed", f"{np.nanmedian(speed):,.0f} images/s" if np.isfinite(speed).any() else "n/a"),
-        ("model arithmetic", _arithmetic(run)),
-        ("ran on", str(info.get("devices") or "n/a")),
-        ("precision", str(info.get("precision") or "n/a")),
-        ("parameters", number(info.get("parameters"), ",d")),
-        ("restarts", number(run.status.get("restarts"), ",d")),
-    ]
-    if peak:
-        facts.append(("most GPU memory", f"{max(peak):,.1f} GiB"))
-    return facts
-
-
-def _arithmetic(run: Run) -> str:
-    """Returns the model's operations per second on one device, and their share of its peak (MFU); medians."""
-    per_s, peak_pct = run.train["device_flops_per_s"], run.train["mfu_pct"]
-    if not np.isfinite(per_s).any():
-        return "n/a"
-    share = f", MFU {np.nanmedian(peak_pct):.1f} %" if np.isfinite(peak_pct).any() else ""
-    return f"{flops_text(float(np.nanmedian(per_s)))} a device{share}"
-
-
-def _least(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{min(known):.4f}" if known else "n/a"
-
-
-def _epoch_rows(run: Run) -> list[dict[str, Any]]:
-    """Returns what the curves say, epoch by epoch; of very many, some."""
-    train = run.train
-    evals = {record.epoch: record for record in run.evals}
-    of_train = {int(epoch) for epoch in train["epoch"] if math.isfinite(epoch)}
-    epochs = sorted(of_train | set(evals))
-    if len(epochs) > _EPOCH_ROWS:
-        places = np.linspace(0, len(epochs) - 1, _EPOCH_ROWS).round().astype(int)
-        best = {run.best.epoch} if run.best else set()
-        epochs = sorted({epochs[place] for place in places} | best)
-    samples = np.diff(train["samples"], prepend=0.0)
-    rows = []
-    for epoch in epochs:
-        own = train["epoch"] == epoch
-        record = evals.get(epoch)
-        rows.append(
-            {
-                "epoch": epoch,
-                "step": record.step if record else _last(train["step"][own]),
-                "loss": _mean(train["loss"][own], samples[own]),
-                "accuracy": _mean(train["accuracy"][own], samples[own]),
-                "lr": _last(train["lr"][own]),
-                "images_per_s": _mean(train["images_per_s"][own], None),
-                "val_loss": record.loss if record else None,
-                "val_accuracy": record.accuracy if record else None,
-                "best": record is not None and record is run.best,
-            }
-        )
-    return rows
-
-
-def _last(values: Array) -> float | None:
-    return float(values[-1]) if len(values) and math.isfinite(values[-1]) else None
-
-
-def _mean(values: Array, weights: Array | None) -> float | None:
-    known = np.isfinite(values)
-    if weights is not None:
-        known &= weights > 0
-    if not known.any():
-        return None
-    return float(np.average(values[known], weights=None if weights is None else weights[known]))
-
-
-def _summaries(run: Run) -> dict[str, str]:
-    """Returns each curve over the steps in words, for those who do not see it."""
-    forms = {"loss": ("", 1.0, ".4f"), "accuracy": (" %", 100.0, ".2f"), "lr": ("", 1.0, ".3g"),
-             "images_per_s": (" images/s", 1.0, ",.0f"), "data_wait_pct": (" %", 1.0, ".1f")}  # fmt: skip
-    texts = {}
-    for name, (unit, scale, form) in forms.items():
-        known = np.isfinite(run.train[name])
-        if not known.any():
-            texts[name] = "no values"
-            continue
-        values, steps = scale * run.train[name][known], run.train["step"][known]
-        low, high = int(values.argmin()), int(values.argmax())
-        texts[name] = (
-            f"from {values[0]:{form}}{unit} at step {steps[0]:,.0f} to {values[-1]:{form}}{unit} at step "
-            f"{steps[-1]:,.0f}; least {values[low]:{form}}{unit} at step {steps[low]:,.0f}, most "
-            f"{values[high]:{form}}{unit} at step {steps[high]:,.0f}"
-        )
-    return texts
-
-
-def _time_use(run: Run) -> list[tuple[str, float, float, str]]:
-    """Returns what the time from start to end went into: what, seconds, share 0..1, colour; or []."""
-    whole = wall_s(run)
-    if not whole or not len(run.train["step"]):
-        return []
-    steps = np.diff(run.train["step"], prepend=0.0)
-    phases = {
-        name: float(np.nansum(steps * run.train[f"phases_ms.{name}"])) / 1000
-        for name in ("compute", "communication", "optimizer", "augmentation", "to_device", "data")
-    }
-    evaluating = sum(event.seconds or 0.0 for event in run.events if event.kind == "evaluation")
-    rest = whole - sum(phases.values()) - evaluating
-    if rest < -0.05 * whole:  # the files do not belong together
-        return []
-    uses = [
-        ("forward and backward pass", phases["compute"], "#2f7fd1"),
-        ("waiting for the gradients of other ranks", phases["communication"], "#a35bd6"),
-        ("optimizer", phases["optimizer"], "#138a96"),
-        ("augmentation", phases["augmentation"], "#c9a227"),
-        ("copying to the device", phases["to_device"], "#e0916a"),
-        ("waiting for data", phases["data"], "#d2691e"),
-        ("evaluation", evaluating, "#1f9254"),
-        ("start, log points, checkpoints, pauses", max(0.0, rest), "#8a919c"),
-    ]
-    shares = [(what, seconds, seconds / whole, color) for what, seconds, color in uses]
-    return [use for use in shares if use[2] >= 0.0005]  # less is shown as 0.0 %
-
-
-def _verdict(run: Run) -> str:
-    """Returns what the run says of itself: what holds it back, and the setting that helps."""
-    verdict = run.status.get("verdict")
-    return str(verdict.get("text") or "") if isinstance(verdict, dict) else ""
-
-
-def _device_rows(devices: Sequence[Device]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Returns of each device label, name and, per measure, title and mean with extremes."""
-    rows = []
-    for device in devices:
-        cells = []
-        for key, values in device.values.items():
-            title, unit = MEASURES[key]
-            known, form = values[np.isfinite(values)], ",.2f" if unit == "GiB" else ",.0f"
-            text = "n/a"
-            if len(known):
-                text = f"{known.mean():{form}} ({known.min():{form}} to {known.max():{form}}) {unit}"
-            cells.append((title, text))
-        rows.append((device.label, device.name, cells))
-    return rows
-
-
-def _index(run: Run) -> Section:
-    if run.config is None:
-        return Section(None, f"The data set is not known: {run.config_problem}")
-    try:
-        index = load_index(run.config.data.name, run.config.data.root)
-    except (DisttrainError, OSError) as error:
-        return Section(None, reason(error))
-    digest = (run.env.get("data") or {}).get("digest")
-    changed = digest is not None and digest != index.digest
-    return Section(index, f"{index.folder} has changed since the run" if changed else "")
-
-
-def _samples(index: Index | None) -> Section:
-    from disttrain.report.inside import sample_grid
-
-    if index is None:
-        return Section(None)
-    try:
-        return Section(sample_grid(index))
-    except (DisttrainError, OSError) as error:
-        return Section(None, reason(error))
-
-
-def _inside(run: Run, index: Index | None, budget_s: float) -> Section:
-    if budget_s <= 0:
-        return Section(None, "not asked for; `disttrain report RUN` computes it from the best checkpoint")
-    if run.config is None or index is None:
-        return Section(None, "needs the config and the data set of the run")
-    from disttrain.report.inside import look_inside
-
-    try:
-        return Section(look_inside(run.folder.path, run.config, index, budget_s=budget_s))
+        return Section(make())
     except (DisttrainError, OSError, RuntimeError) as error:  # RuntimeError: the network, or a full GPU
         return Section(None, reason(error))
 
 
-def _skipped(run: Run) -> list[tuple[str, int | None]]:
-    """Returns how many samples of each split were left out."""
-    return [("validation", run.evals[-1].skipped if run.evals else None), ("training", run.skipped)]
+def _index(run: Run) -> Section[Index]:
+    if (config := run.config) is None:
+        return Section(None, f"The data set is not known: {run.config_problem}")
+    found = _attempt(lambda: load_index(config.data.name, config.data.root))
+    digest = (run.env.get("data") or {}).get("digest")
+    if found.content is None or digest in (None, found.content.digest):
+        return found
+    return Section(found.content, f"{found.content.folder} has changed since the run")
 
 
-def _class_rows(inside: Inside | None, index: Index | None) -> list[ClassRow]:
-    """Returns the classes, the worst recognised first."""
-    if inside is None or index is None:
-        return []
-    rows = []
-    for label, counts in enumerate(inside.confusion):
-        samples, correct = int(counts.sum()), int(counts[label])
-        wrong = counts.copy()
-        wrong[label] = 0
-        most = f"{index.classes[int(wrong.argmax())]} ({wrong.max():,})" if wrong.any() else ""
-        share = correct / samples if samples else None
-        rows.append(ClassRow(index.classes[label], samples, correct, share, most))
-    return sorted(rows, key=lambda row: (row.accuracy is None, row.accuracy))[:_CLASS_ROWS]
-
-
-def _confused(inside: Inside | None) -> list[tuple[int, int, int]]:
-    from disttrain.report.inside import most_confused
-
-    return [] if inside is None else most_confused(inside.confusion)
-
-
-def _matrix(inside: Inside | None) -> Any:
-    """Returns a confusion matrix that is too large for a table as a picture, else None."""
-    from disttrain.report.inside import mosaic
-
-    if inside is None or len(inside.confusion) <= _MATRIX_CLASSES:
-        return None
-    shares = inside.confusion / np.maximum(inside.confusion.sum(1, keepdims=True), 1)
-    return mosaic(np.sqrt(shares)[None].astype(np.float64), 1)
+def _inside(run: Run, index: Index | None, budget_s: float) -> Section[Inside]:
+    if budget_s <= 0:
+        return Section(None, "not asked for; `disttrain report RUN` computes it from the best checkpoint")
+    if (config := run.config) is None or index is None:
+        return Section(None, "needs the config and the data set of the run")
+    return _attempt(lambda: look_inside(run.folder.path, config, index, budget_s=budget_s))
 
 
 def _config_text(run: Run) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from disttrain.runs.manifest import read_part
+from disttrain.runs.records import EvalRecord
 
 FILE = "evaluation.json"
 """In a checkpoint that was evaluated."""
@@ -32,8 +32,8 @@ class Mistake(msgspec.Struct, order=True, frozen=True):
 class Evaluation(msgspec.Struct):
     """What an evaluation has found, over all ranks."""
 
-    record: dict[str, Any]
-    """Its line of metrics.jsonl."""
+    record: EvalRecord
+    """Its line of metrics.jsonl, without the time."""
     top5_correct: int
     """Samples whose class is among the five best."""
     classes: tuple[str, ...]

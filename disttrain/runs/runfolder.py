@@ -7,20 +7,18 @@ atomically; JSONL files are appended line by line.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from disttrain.errors import BusyError, DisttrainError, StorageError, TrainingError
 from disttrain.files import storage_error, write_atomically, write_new
@@ -315,75 +313,6 @@ def new_run_path(name: str) -> Path:
 
 def _text(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=1) + "\n"
-
-
-class JsonLines:
-    """Appends records to a JSONL file; each line is written whole and at once.
-
-    A last line that was torn, when a process was killed in the middle of it, goes before anything is added.
-
-    Args:
-        path: made if it is not there.
-
-    Raises:
-        StorageError: it cannot be written; every method may raise this.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with self._told():
-            self._file = path.open("ab+", buffering=0)
-            whole = _end_of_last_line(self._file)
-            if whole < self._file.seek(0, os.SEEK_END):
-                self._file.truncate(whole)
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record; a value that is not finite is written as null."""
-        try:
-            line = json.dumps(record, allow_nan=False)
-        except ValueError:
-            line = json.dumps(_without_nan(record), allow_nan=False)
-        rest = memoryview(line.encode() + b"\n")
-        with self._told():
-            while rest:  # once, but where the disk is full the first part may fit
-                rest = rest[self._file.write(rest) :]
-
-    def sync(self) -> None:
-        """Makes sure that the lines are on the disk."""
-        with self._told():
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Closes the file."""
-        with self._told():
-            self._file.close()
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise storage_error(self._path, error) from None
-
-
-def _end_of_last_line(file: BinaryIO) -> int:
-    """Returns the place after the last line break of a file."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        begin = max(0, end - 2**16)
-        file.seek(begin)
-        if place := file.read(end - begin).rfind(b"\n") + 1:
-            return begin + place
-        end = begin
-    return 0
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def utc_now() -> str:

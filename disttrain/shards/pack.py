@@ -40,6 +40,7 @@ from disttrain.shards.index import (
     mean_std,
 )
 from disttrain.shards.writer import Record, Sample, check_shape, member_bytes, write_shard
+from disttrain.units import mib
 
 Progress = Callable[[int, int], None]
 """Called now and then with the samples done and their total."""
@@ -207,7 +208,7 @@ def _write(
     free, needed = shutil.disk_usage(scratch).free, sum(job.size for job in missing)
     if needed > free:
         raise StorageError(
-            f"{scratch.parent}: {needed / 2**20:,.0f} MiB needed for the shards, {free / 2**20:,.0f} MiB "
+            f"{scratch.parent}: {mib(needed)} needed for the shards, {mib(free)} "
             "free; make room or choose another folder with --root"
         )
     processes = min(options.processes or (usable_cores() if total >= _FEW else 1), len(missing))

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from disttrain.errors import DataError, StorageError, UnsafeError, UsageError, reason
 from disttrain.files import appearing, turn
+from disttrain.units import mib
 from disttrain.userdirs import cache_folder
 
 _TIMEOUT_S = 30.0  # to connect, and for each read
@@ -106,7 +107,7 @@ def fetch_shard(url: str, *, size: int, sha256: str, say: Callable[[str], None] 
     try:
         with turn(target, lambda: tell(f"waiting for the download of {_shown(url)}")):
             if not (target.exists() and target.stat().st_size == size):
-                tell(f"downloading {_shown(url)}, {size / 2**20:,.1f} MiB")
+                tell(f"downloading {_shown(url)}, {mib(size, 1)}")
                 _make_room(target, size)
                 _download(url, target, size, sha256)
             target.with_suffix(".used").touch()
@@ -209,7 +210,7 @@ def _make_room(target: Path, size: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if size > free:
         raise StorageError(
-            f"{target.parent}: {size / 2**20:,.0f} MiB needed for a shard, {free / 2**20:,.0f} MiB free; "
+            f"{target.parent}: {mib(size)} needed for a shard, {mib(free)} free; "
             f"free some space, set DISTTRAIN_CACHE to another folder, or {_LIMIT} to a limit"
         )
 

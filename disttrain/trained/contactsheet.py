@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from disttrain.errors import StorageError, UsageError, reason
 from disttrain.shards.images import Pixels, as_picture
+from disttrain.units import percent
 
 MOST = 400
 """Images on a sheet; more could not be looked at."""
@@ -56,7 +57,7 @@ def draw(cells: list[Cell]) -> Image.Image:
         resampling = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
         picture = ImageOps.contain(picture, (_SIDE, _SIDE), resampling)
         sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2))
-        share = f"{100 * cell.probability:.0f} %"
+        share = percent(cell.probability, 0)
         room = _SIDE - _GAP - font.getlength(share)
         pen.text((left, top + _SIDE + 1), _cut(cell.label, room, font), _INK, font)
         pen.text((left + _SIDE, top + _SIDE + 1), share, _INK, font, anchor="ra")

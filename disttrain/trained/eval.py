@@ -16,6 +16,7 @@ from disttrain.launch.jobs import plan_job, run_job
 from disttrain.preflight import open_index
 from disttrain.shards.index import Index
 from disttrain.trained.run import Facts, open_run
+from disttrain.units import accuracy_text, percent
 
 if TYPE_CHECKING:
     from disttrain.data.plan import Ids
@@ -128,7 +129,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
     width = max(5, *map(len, result["classes"]))
     yield f"{'class':<{width}} {'accuracy':>10} {'correct':>9} {'of':>9}"
     for row in result["per_class"]:
-        accuracy = "n/a" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %"
+        accuracy = percent(row["accuracy"])
         yield f"{row['class']:<{width}} {accuracy:>10} {row['correct']:>9,} {row['total']:>9,}"
     yield ""
     classes, confusion = result["classes"], result["confusion"]
@@ -150,7 +151,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.2f} % ({part:,} of {whole:,})"
+    return accuracy_text(part / whole, part, whole)
 
 
 def _few(names: list[str]) -> str:

@@ -6,6 +6,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from disttrain.launch.jobs import serve
 from disttrain.trained.eval import open_data, usable_samples
 from disttrain.trained.run import open_run
@@ -47,9 +49,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if group.world_size > 1:
         dist.destroy_process_group()
     top5 = found.top5_correct if len(facts.classes) > 5 else None
-    return found.record | {
+    result: dict[str, Any] = msgspec.to_builtins(found.record)
+    return result | {
         "top5_correct": top5,
-        "top5_accuracy": None if top5 is None else top5 / found.record["total"],
+        "top5_accuracy": None if top5 is None else top5 / found.record.total,
         "per_class": [_row(*row) for row in zip(facts.classes, found.confusion, itertools.count())],
         "classes": facts.classes,
         "confusion": found.confusion,

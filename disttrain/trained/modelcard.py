@@ -12,6 +12,7 @@ from disttrain.runs.evaluation import evaluation_of
 from disttrain.runs.manifest import read_state
 from disttrain.shards.index import Index
 from disttrain.trained.run import Facts, Trained
+from disttrain.units import accuracy_text, number
 
 NAME = "README.md"
 OUTPUT_TEXT = "logits: float32 [B, classes], the scores of the classes; their softmax are probabilities"
@@ -144,10 +145,10 @@ def _training(trained: Trained) -> dict[str, str]:
     accuracy = "not evaluated at this step"
     if found is not None:
         result = found.record
-        share = f"{100 * result['accuracy']:.2f} % ({result['correct']:,} of {result['total']:,})"
-        accuracy = f"{share} of the validation split, loss {result['loss']:.4f}"
-        if "tta" in result:
-            accuracy += f", with test-time augmentation ({result['tta']})"
+        share = accuracy_text(result.accuracy, result.correct, result.total)
+        accuracy = f"{share} of the validation split, loss {number(result.loss, '.4f')}"
+        if result.tta is not None:
+            accuracy += f", with test-time augmentation ({result.tta})"
     train = trained.config.train
     ema = f", moving average of the weights with decay {train.ema}" if train.ema else ""
     steps = f"{state['epoch']} epochs, {state['step']:,} steps of {train.batch_size}{ema}"

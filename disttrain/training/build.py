@@ -52,6 +52,7 @@ from disttrain.training.parts import Parts, Position, Validation, as_written
 from disttrain.training.rank import Rank
 from disttrain.training.rank_state import restore_rank_state, seed_own_code
 from disttrain.training.restore import go_on
+from disttrain.units import mib
 
 log = logging.getLogger("disttrain")
 
@@ -163,7 +164,7 @@ def open_data(config: Config, index: Index, group: Group) -> Data:
             loaders[split] = streamed
         reason += (
             f"; {config.data.streams} streams, {workers} decoding threads per process, at most "
-            f"{streamed.most_bytes / 2**20:,.1f} MiB of decoded samples under way in each"
+            f"{mib(streamed.most_bytes, 1)} of decoded samples under way in each"
         )
     wait_for_all("data")
     val_ids = usable_ids(index.splits["val"].samples, skipped["val"])

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from disttrain.data.batches import Batch
 from disttrain.data.plan import Ids, share
 from disttrain.heartbeat import Phase
 from disttrain.runs.evaluation import MISTAKES, Evaluation, Mistake
+from disttrain.runs.records import EvalRecord
 from disttrain.training.collectives import (
     Group,
     average_buffers,
@@ -108,18 +109,18 @@ def measure(
     if group.world_size > 1:
         dist.all_reduce(tally.confusion)
     total, correct, plain = int(sums.samples), int(sums.correct), int(sums.plain_correct)
-    record: dict[str, Any] = {
-        "kind": "eval",
-        "loss": sums.loss / total,
-        "accuracy": correct / total,
-        "correct": correct,
-        "total": total,
-    }
+    record = EvalRecord(
+        loss=sums.loss / total,
+        accuracy=correct / total,
+        correct=correct,
+        total=total,
+        skipped=split.skipped,
+    )
     if tta != "none":
-        record |= {"tta": tta, "plain_accuracy": plain / total, "plain_correct": plain}
+        record.tta, record.plain_accuracy, record.plain_correct = tta, plain / total, plain
     mistakes = sorted(chain.from_iterable(gather(group, tally.mistakes())), reverse=True)
     return Evaluation(
-        record=record | {"skipped": split.skipped},
+        record=record,
         top5_correct=int(sums.top5_correct),
         classes=split.classes,
         confusion=tally.confusion.view(len(split.classes), -1).tolist(),

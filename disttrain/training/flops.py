@@ -71,8 +71,8 @@ def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int | None
 
 def device_flops(
     per_image: int | None, images_per_s: float, *, peak_per_s: float | None
-) -> dict[str, float | None]:
-    """Returns device_flops_per_s and mfu_pct (model FLOPs utilisation) of a log point, None where not known.
+) -> tuple[int | None, float | None]:
+    """Returns the model's operations per second on a device and their share of its peak in percent (MFU).
 
     Args:
         per_image: of `flops_per_image`.
@@ -80,10 +80,9 @@ def device_flops(
         peak_per_s: of `peak_flops_per_s`.
     """
     if per_image is None:
-        return {"device_flops_per_s": None, "mfu_pct": None}
+        return None, None
     found = per_image * images_per_s
-    share_pct = None if peak_per_s is None else round(100 * found / peak_per_s, 2)
-    return {"device_flops_per_s": round(found), "mfu_pct": share_pct}
+    return round(found), None if peak_per_s is None else round(100 * found / peak_per_s, 2)
 
 
 def peak_flops_per_s(device: torch.device, precision: str) -> tuple[float | None, str]:

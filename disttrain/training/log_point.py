@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import msgspec
 
 from disttrain.data.plan import Ids
 from disttrain.heartbeat import Phase
+from disttrain.runs.records import StepTimes, TrainRecord
 from disttrain.training.collectives import reduce_record
 from disttrain.training.flops import device_flops
 from disttrain.training.nonfinite import check_scaler, not_finite
 from disttrain.training.parts import Hooks, Parts, Position
-from disttrain.training.phases import StepTimes
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Interval:
         wait_s: seconds of waiting for data.
         elapsed_s: seconds since the last log point.
         stops: ranks that were asked to stop.
-        times_s: of a step: of every rank in the first field of StepTimes, then of every rank in the next.
+        times_ms: of a step: of every rank in the first field of StepTimes, then of every rank in the next.
         readings: of the gauges.
     """
 
@@ -38,7 +38,7 @@ class Interval:
     wait_s: float
     elapsed_s: float
     stops: float
-    times_s: list[float]
+    times_ms: list[float]
     readings: list[float]
 
 
@@ -59,25 +59,7 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
         TrainingError: the loss is not finite, or the gradients are not.
     """
     meter = parts.meter
-    loss, correct = meter.totals()  # Device synchronisation.
-    hooks.phases.synchronized()
-    times = hooks.phases.take(meter.steps, parts.model)
-    elapsed_s, wait_s = meter.elapsed_s, meter.wait_s
-    if parts.accelerator.device.type == "cuda":
-        # The host hands out work ahead of the GPU: what it waits for meanwhile is no wait of the GPU.
-        wait_s = min(elapsed_s, times.data_s * meter.steps)
-    times_s = [0.0] * (len(times) * parts.world_size)
-    times_s[parts.rank :: parts.world_size] = times
-    own = Interval(
-        loss,
-        correct,
-        meter.samples,
-        wait_s,
-        elapsed_s,
-        float(hooks.stop_requested()),
-        times_s,
-        list(hooks.gauges.read()),
-    )
+    own = _since_the_last(parts, hooks)
     norm = meter.grad_norm.item()
     total = reduce_record(parts.group, Phase.REPORT, position.step, own)
     if not math.isfinite(total.loss):
@@ -86,40 +68,61 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
     mean_s = total.elapsed_s / parts.world_size
     meter.step_time_s = mean_s / meter.steps
     images_per_s = total.samples / mean_s
-    record = {
-        "kind": "train",
-        "step": position.step,
-        "epoch": position.epoch + 1,
-        "samples": position.samples_seen,
-        "loss": total.loss / total.samples,
-        "accuracy": total.correct / total.samples,
-        "lr": lr,
-        "images_per_s": images_per_s,
-        "step_time_s": meter.step_time_s,
-        "data_wait_pct": 100 * total.wait_s / total.elapsed_s,
-        **step_times(total.times_s, parts.world_size),
-        **device_flops(
-            parts.flops_per_image, images_per_s / parts.world_size, peak_per_s=parts.peak_flops_per_s
-        ),
-        "grad_norm": norm if math.isfinite(norm) else None,
-        "skipped": len(parts.plan.skipped),
+    phases_ms, ranks_ms = step_times(total.times_ms, parts.world_size)
+    flops_per_s, mfu_pct = device_flops(
+        parts.flops_per_image, images_per_s / parts.world_size, peak_per_s=parts.peak_flops_per_s
+    )
+    record = TrainRecord(
+        step=position.step,
+        epoch=position.epoch + 1,
+        samples=position.samples_seen,
+        loss=total.loss / total.samples,
+        accuracy=total.correct / total.samples,
+        lr=lr,
+        images_per_s=images_per_s,
+        step_time_s=meter.step_time_s,
+        data_wait_pct=100 * total.wait_s / total.elapsed_s,
+        phases_ms=phases_ms,
+        ranks_ms=ranks_ms,
+        device_flops_per_s=flops_per_s,
+        mfu_pct=mfu_pct,
+        grad_norm=norm if math.isfinite(norm) else None,
+        skipped=len(parts.plan.skipped),
         **hooks.gauges.rows(total.readings),
-    }
+    )
     hooks.observer.train(record)
     meter.restart()
     return total.stops > 0
 
 
-def step_times(seconds: Sequence[float], ranks: int) -> dict[str, Any]:
+def _since_the_last(parts: Parts, hooks: Hooks) -> Interval:
+    """Returns what this rank has to add."""
+    meter = parts.meter
+    loss, correct = meter.totals()  # Device synchronisation.
+    hooks.phases.synchronized()
+    times = hooks.phases.take(meter.steps, parts.model)
+    elapsed_s, wait_s = meter.elapsed_s, meter.wait_s
+    if parts.accelerator.device.type == "cuda":
+        # The host hands out work ahead of the GPU: what it waits for meanwhile is no wait of the GPU.
+        wait_s = min(elapsed_s, times.data / 1000 * meter.steps)
+    times_ms = [0.0] * (len(StepTimes.__struct_fields__) * parts.world_size)
+    times_ms[parts.rank :: parts.world_size] = msgspec.structs.astuple(times)
+    stops = float(hooks.stop_requested())
+    readings = list(hooks.gauges.read())
+    return Interval(loss, correct, meter.samples, wait_s, elapsed_s, stops, times_ms, readings)
+
+
+def step_times(
+    times_ms: Sequence[float], ranks: int
+) -> tuple[StepTimes[float], StepTimes[tuple[float, ...]]]:
     """Returns the milliseconds of each phase of a step: the means of the ranks, and those of each rank.
 
     Args:
-        seconds: of every rank in the first field of StepTimes, then of every rank in the next.
+        times_ms: of every rank in the first field of StepTimes, then of every rank in the next.
         ranks: how many there are.
     """
-    rows = {
-        name.removesuffix("_s"): [round(1000 * value, 4) for value in seconds[first : first + ranks]]
-        for name, first in zip(StepTimes._fields, itertools.count(0, ranks), strict=False)
-    }
-    means = {name: round(sum(row) / ranks, 4) for name, row in rows.items()}
-    return {"phases_ms": means, "ranks_ms": rows}
+    rows = [
+        tuple(round(value, 4) for value in times_ms[first : first + ranks])
+        for first in range(0, len(times_ms), ranks)
+    ]
+    return StepTimes(*(round(sum(row) / ranks, 4) for row in rows)), StepTimes(*rows)

@@ -19,6 +19,7 @@ from disttrain.config import Config
 from disttrain.data.batches import Loader
 from disttrain.data.plan import Ids, Plan
 from disttrain.preflight import split_batch
+from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.training.augment import Augment
 from disttrain.training.average import MovingAverage
 from disttrain.training.choices import Settings
@@ -37,11 +38,11 @@ _COUNTED_AT_ONCE = 16  # forward passes whose hits are counted together
 class Observer(Protocol):
     """Told what happens; every rank has one."""
 
-    def train(self, record: dict[str, Any]) -> None:
-        """Takes the means since the last log point: a record of metrics.jsonl."""
+    def train(self, record: TrainRecord) -> None:
+        """Takes the means since the last log point."""
 
-    def evaluate(self, record: dict[str, Any]) -> None:
-        """Takes the result of an evaluation: a record of metrics.jsonl."""
+    def evaluate(self, record: EvalRecord) -> None:
+        """Takes the result of an evaluation."""
 
     def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
         """Takes the ids that this rank trains on in a step; epoch and step count from 1."""
@@ -61,7 +62,7 @@ class Gauges(Protocol):
         """Returns this rank's numbers, 0 in the places of others; NaN is unknown. As long on every rank."""
 
     def rows(self, totals: Sequence[float]) -> dict[str, Any]:
-        """Turns the numbers summed over the ranks into keys of the train record."""
+        """Turns the numbers summed over the ranks into fields of the train record."""
 
 
 @dataclass(frozen=True)

@@ -11,39 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.heartbeat import Phase
-
-
-class StepTimes(NamedTuple):
-    """Seconds of a step on one rank.
-
-    Attributes:
-        data_s: waiting for samples.
-        to_device_s: copying them from the host to the device.
-        augmentation_s: their augmentation and normalisation.
-        compute_s: forward and backward pass, without the wait for others.
-        communication_s: waiting for the reduction of the gradients after one's own are computed.
-        optimizer_s: optimizer and moving average.
-        logging_s: log points, spread over the steps, as are the next two.
-        evaluation_s: evaluations.
-        checkpoint_s: what checkpoints take of the training.
-    """
-
-    data_s: float
-    to_device_s: float
-    augmentation_s: float
-    compute_s: float
-    communication_s: float
-    optimizer_s: float
-    logging_s: float
-    evaluation_s: float
-    checkpoint_s: float
+from disttrain.runs.records import StepTimes
 
 
 class Phases:
@@ -64,7 +38,7 @@ class Phases:
         self._seconds = [0.0] * len(Phase)
         self._phase, self._since = Phase.START, time.perf_counter()
         self._events: list[tuple[Phase, torch.cuda.Event]] = []
-        self._on_device = [0.0] * len(Phase)  # of the step that was timed last
+        self._on_device_ms = [0.0] * len(Phase)  # of the step that was timed last
         self._step = 0
         self._steps_before = 0  # steps until the one that is timed; -1 once that has begun
         self._marking = False  # whether it is under way
@@ -100,39 +74,39 @@ class Phases:
         if self._on_gpu:
             self._since = time.perf_counter()
 
-    def take(self, steps: int, model: nn.Module) -> StepTimes:
+    def take(self, steps: int, model: nn.Module) -> StepTimes[float]:
         """Returns the means of the steps since the last call; the device must be idle."""
         now = time.perf_counter()
         self._seconds[self._phase] += now - self._since
         self._since = now
-        per_step = [seconds / steps for seconds in self._seconds]
+        step_ms = [1000 * seconds / steps for seconds in self._seconds]
         if len(self._events) > 1:
-            self._on_device = [0.0] * len(Phase)
+            self._on_device_ms = [0.0] * len(Phase)
             for (phase, begin), (_, end) in zip(self._events, self._events[1:], strict=False):
-                self._on_device[phase] += begin.elapsed_time(end) / 1000
-        if any(self._on_device):  # not on a CPU, nor before the first step that was timed
-            per_step[Phase.DATA : Phase.REPORT] = self._on_device[Phase.DATA : Phase.REPORT]
-        waiting = min(exposed_communication_s(model), per_step[Phase.COMPUTE])
+                self._on_device_ms[phase] += begin.elapsed_time(end)
+        if any(self._on_device_ms):  # not on a CPU, nor before the first step that was timed
+            step_ms[Phase.DATA : Phase.REPORT] = self._on_device_ms[Phase.DATA : Phase.REPORT]
+        waiting_ms = min(exposed_communication_ms(model), step_ms[Phase.COMPUTE])
         self._seconds = [0.0] * len(Phase)
         self._events.clear()
         self._steps_before, self._marking = steps // 2, False
         return StepTimes(
-            data_s=per_step[Phase.DATA],
-            to_device_s=per_step[Phase.TO_DEVICE],
-            augmentation_s=per_step[Phase.AUGMENT],
-            compute_s=per_step[Phase.COMPUTE] - waiting,
-            communication_s=waiting,
-            optimizer_s=per_step[Phase.OPTIMIZE],
-            logging_s=per_step[Phase.REPORT],
-            evaluation_s=per_step[Phase.EVALUATE],
-            checkpoint_s=per_step[Phase.SAVE],
+            data=step_ms[Phase.DATA],
+            to_device=step_ms[Phase.TO_DEVICE],
+            augmentation=step_ms[Phase.AUGMENT],
+            compute=step_ms[Phase.COMPUTE] - waiting_ms,
+            communication=waiting_ms,
+            optimizer=step_ms[Phase.OPTIMIZE],
+            logging=step_ms[Phase.REPORT],
+            evaluation=step_ms[Phase.EVALUATE],
+            checkpoint=step_ms[Phase.SAVE],
         )
 
 
-def exposed_communication_s(model: nn.Module) -> float:
-    """Returns the seconds that the last step which DDP has timed waited for gradients; 0 without DDP."""
+def exposed_communication_ms(model: nn.Module) -> float:
+    """Returns the milliseconds that the last step which DDP has timed waited for gradients; 0 without DDP."""
     if not isinstance(model, DistributedDataParallel):
         return 0.0
     found = model._get_ddp_logging_data()
     nanoseconds = found.get("backward_comm_time", 0) - found.get("backward_compute_comm_overlap_time", 0)
-    return max(0.0, float(nanoseconds) / 1e9)
+    return max(0.0, float(nanoseconds) / 1e6)

@@ -140,11 +140,11 @@ def finish_epoch(parts: Parts, position: Position, hooks: Hooks) -> None:
             stop(position, hooks, f"in the evaluation after {done}")
             return
         record = found.record
-        record |= {"step": position.step, "epoch": position.epoch}
+        record.step, record.epoch = position.step, position.epoch
         hooks.observer.evaluate(record)
-        best = position.best_accuracy is None or record["accuracy"] > position.best_accuracy
+        best = position.best_accuracy is None or record.accuracy > position.best_accuracy
         if best:
-            position.best_accuracy = record["accuracy"]
+            position.best_accuracy = record.accuracy
     position.evaluation_due = False
     every_epochs, every_steps = config.checkpoint.every_epochs, config.checkpoint.every_steps
     due = last or best or position.epoch % every_epochs == 0

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from disttrain.monitor.nvml import node_gpus, visible_gpus
-from disttrain.monitor.readings import READINGS, GpuReaders
+from disttrain.monitor.readings import GpuReaders
 from disttrain.runs import checkpoint
+from disttrain.runs.records import READINGS
 
 pytestmark = pytest.mark.gpu
 
@@ -176,8 +177,8 @@ def test_torch_devices_are_matched_in_any_order(way: str) -> None:
     spelled = {"index": "{0.index}", "uuid": "{0.uuid}", "abbreviated": "{0.uuid:.13}"}[way]
     program = """
 import json, torch
-from disttrain.monitor import observe
-devices = [observe._describe(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+from disttrain.monitor.gauges import describe
+devices = [describe(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
 print(json.dumps([[each["index"], each["uuid"], each["memory_total_mib"]] for each in devices]))
 """
     done = subprocess.run(

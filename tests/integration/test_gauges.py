@@ -23,15 +23,14 @@ import json, os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 rank = int(os.environ["RANK"])
-import torch
+import msgspec, torch
 from accelerate import PartialState
-from disttrain.monitor.observe import RunGauges, _gather_devices
+from disttrain.monitor.gauges import RunGauges, gather_devices
 from disttrain.runs.runfolder import RunFolder
+from disttrain.training.collectives import Group
 
-group = PartialState(cpu=True)
-parts = SimpleNamespace(
-    rank=rank, world_size=2, accelerator=SimpleNamespace(device=torch.device("cuda", 0))
-)
+PartialState(cpu=True)
+group = Group(rank, 2, torch.device("cuda", 0))
 for name, tasks in json.loads(os.environ["TASKS"]).items():
     task, folder, alarms = tasks[rank], Path(sys.argv[1], name), []
     os.environ.update(task["environment"])
@@ -39,7 +38,7 @@ for name, tasks in json.loads(os.environ["TASKS"]).items():
     if task["uuid"] == "00000000-0000-0000-0000-000000000000":  # else as by a torch that knows no bus
         said |= {"pci_domain_id": 0, "pci_bus_id": task["bus"], "pci_device_id": 0}
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(**said)
-    devices = _gather_devices(parts)
+    devices = gather_devices(group)
     gauges = RunGauges(devices, rank, 0.1, RunFolder(folder), alarms.append)
     gauges.start()
     limit = time.monotonic() + 60
@@ -51,7 +50,7 @@ for name, tasks in json.loads(os.environ["TASKS"]).items():
     totals = torch.tensor(gauges.read(), dtype=torch.float64)
     torch.distributed.all_reduce(totals)
     gauges.stop()
-    rows = gauges.rows(totals.tolist())["gpus"]
+    rows = msgspec.to_builtins(gauges.rows(totals.tolist())["gpus"])
     readers = [each["reader"] for each in devices]
     (folder / f"{rank}.json").write_text(json.dumps([rows, readers, alarms]))
     for variable in task["environment"]:

@@ -45,10 +45,10 @@ class Net(nn.Sequential):
 def stand_in():
     from types import SimpleNamespace
     import torch
-    from disttrain.monitor import observe
-    describe, gpu = observe._describe, SimpleNamespace(uuid=os.environ["GPU"], name="as torch says")
+    from disttrain.monitor import gauges
+    describe, gpu = gauges.describe, SimpleNamespace(uuid=os.environ["GPU"], name="as torch says")
     torch.cuda.get_device_properties = lambda device: gpu
-    observe._describe = lambda device: describe(torch.device("cuda", 0))
+    gauges.describe = lambda device: describe(torch.device("cuda", 0))
 """
 
 

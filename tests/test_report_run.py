@@ -1,6 +1,5 @@
 """Tests of reading a run folder for the report."""
 
-import json
 import math
 import multiprocessing
 import os
@@ -15,8 +14,14 @@ from hypothesis import strategies as st
 from run_files import BEGIN, gpu_record, stamp, train_record, write_lines, write_run
 
 from disttrain.errors import UsageError
-from disttrain.report import records
-from disttrain.report.records import reached, read_gpus, read_ranks, read_run, thin, utc
+from disttrain.report import devices
+from disttrain.report import run as report_run
+from disttrain.report.columns import parse_times, thin
+from disttrain.report.devices import read_gpus
+from disttrain.report.run import reached, read_ranks, read_run
+from disttrain.runs import jsonl
+from disttrain.runs.jsonl import encoded
+from disttrain.runs.records import StepTimes
 
 
 @given(
@@ -65,16 +70,15 @@ def test_columns_events_and_the_best_evaluation_of_a_run(tmp_path: Path) -> None
     assert [event.seconds for event in run.events] == pytest.approx([0.5] * 3)
     assert reached(run, 0.6) == (run.evals[1], pytest.approx(20))
     assert reached(run, 0.9) is None
-    assert utc(BEGIN) == "2026-11-20 23:59:30 UTC"
 
 
 def test_times_across_midnight_and_broken_ones() -> None:
     texts = [stamp(second) for second in (0, 29.999, 30, 86429.5)]
     expected = [BEGIN, BEGIN + 29.999, BEGIN + 30, BEGIN + 86429.5]
-    assert records._seconds(texts).tolist() == pytest.approx(expected, abs=1e-4)
-    assert records._seconds(texts[:2]).tolist() == pytest.approx(expected[:2], abs=1e-4)
+    assert parse_times(texts).tolist() == pytest.approx(expected, abs=1e-4)
+    assert parse_times(texts[:2]).tolist() == pytest.approx(expected[:2], abs=1e-4)
     micro = ["2026-11-21T00:45:12.123456Z", "2026-11-21T00:45:13Z", "yesterday", ""]
-    first, second, *rest = records._seconds(micro).tolist()
+    first, second, *rest = parse_times(micro).tolist()
     assert first == pytest.approx(datetime(2026, 11, 21, 0, 45, 12, 123000, UTC).timestamp(), abs=1e-4)
     assert math.isnan(second) or second == datetime(2026, 11, 21, 0, 45, 13, tzinfo=UTC).timestamp()
     assert all(map(math.isnan, rest))
@@ -103,8 +107,8 @@ def test_starts_and_checkpoints_are_read_from_the_log(tmp_path: Path) -> None:
 
 def test_an_interval_of_slow_steps_is_a_stall(tmp_path: Path) -> None:
     steps = [train_record(10 * n, step_time_s=0.1) for n in range(1, 21)]
-    steps[11] |= {"step_time_s": 4.0}
-    steps[15] |= {"step_time_s": 0.6}  # six times as slow, but 5 s in all
+    steps[11].step_time_s = 4.0
+    steps[15].step_time_s = 0.6  # six times as slow, but 5 s in all
     write_lines(tmp_path / "metrics.jsonl", steps)
     (stall,) = read_run(tmp_path).events
     assert (stall.kind, stall.seconds) == ("stall", pytest.approx(40))
@@ -121,8 +125,8 @@ def test_lines_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> N
     found = read_run(run)
     assert len(found.train["step"]) == 30
     assert found.unread == 3  # the last line is being written
-    devices, unread = read_gpus(run / "gpu.jsonl")
-    assert [len(device.time_s) for device in devices] == [30, 30]
+    gpus, unread = read_gpus(run / "gpu.jsonl")
+    assert [len(gpu.time_s) for gpu in gpus] == [30, 30]
     assert unread == 3
 
 
@@ -136,36 +140,36 @@ def test_a_run_is_read_without_any_of_its_files(missing: str, tmp_path: Path) ->
     run = write_run(tmp_path / "run", gpus=1)
     (run / missing).unlink()
     found = read_run(run)
-    devices, _ = read_gpus(run / "gpu.jsonl")
+    gpus, _ = read_gpus(run / "gpu.jsonl")
     assert (found.config is None) == (missing == "config.yaml")
     assert (found.env == {}) == (missing == "env.json")
     assert (found.status == {}) == (missing == "status.json")
     assert (found.evals == []) == (missing == "metrics.jsonl")
-    assert (devices == []) == (missing == "gpu.jsonl")
+    assert (gpus == []) == (missing == "gpu.jsonl")
 
 
 def test_gpus_are_told_apart_and_their_unknown_readings_stay_unknown(tmp_path: Path) -> None:
     rows = [gpu_record(second, number) for second in range(40) for number in (2, 0, 1)]
-    rows[0] |= {"power_w": None}
+    rows[0].power_w = None
     write_lines(tmp_path / "gpu.jsonl", rows)
-    devices, _ = read_gpus(tmp_path / "gpu.jsonl")
-    assert [device.label for device in devices] == ["node0 GPU 0", "node0 GPU 1", "node1 GPU 0"]
-    assert [device.values["utilization_pct"][0] for device in devices] == [90, 91, 92]
-    assert [device.values["memory_gib"][0] for device in devices] == [2, 4, 6]
-    assert np.isnan(devices[2].values["power_w"]).tolist() == [True, *[False] * 39]
-    assert devices[0].time_s.tolist() == pytest.approx([BEGIN + s for s in range(40)], abs=1e-3)
+    found, _ = read_gpus(tmp_path / "gpu.jsonl")
+    assert [device.label for device in found] == ["node0 GPU 0", "node0 GPU 1", "node1 GPU 0"]
+    assert [device.values["utilization_pct"][0] for device in found] == [90, 91, 92]
+    assert [device.values["memory_gib"][0] for device in found] == [2, 4, 6]
+    assert np.isnan(found[2].values["power_w"]).tolist() == [True, *[False] * 39]
+    assert found[0].time_s.tolist() == pytest.approx([BEGIN + s for s in range(40)], abs=1e-3)
 
 
 def test_a_large_file_is_read_by_several_processes_line_for_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "gpu.jsonl"
-    rows = [json.dumps(gpu_record(second / 10, number)) for second in range(500) for number in range(3)]
-    rows.insert(700, "no JSON")
-    path.write_text("\n".join(rows) + "\n" + rows[0][:20])
+    rows = [encoded(gpu_record(second / 10, number)).decode() for second in range(500) for number in range(3)]
+    rows.insert(700, "no JSON\n")
+    path.write_text("".join(rows) + rows[0][:20])
     whole = read_gpus(path)
-    monkeypatch.setattr(records, "_PART_BYTES", 1)
-    monkeypatch.setattr(records, "usable_cores", lambda: 3)
+    monkeypatch.setattr(devices, "_PART_BYTES", 1)
+    monkeypatch.setattr(devices, "usable_cores", lambda: 3)
     parts = read_gpus(path)
     assert parts[1] == whole[1] == 1
     for one, other in zip(whole[0], parts[0], strict=True):
@@ -176,31 +180,31 @@ def test_a_large_file_is_read_by_several_processes_line_for_line(
             np.testing.assert_array_equal(values, other.values[key])
 
 
-def killed_unless_alone(path: Path, place: tuple[int, int]) -> records._Readings:
+def killed_unless_alone(path: Path, place: tuple[int, int]) -> devices._Readings:
     if multiprocessing.parent_process() is not None:
         os.kill(os.getpid(), signal.SIGKILL)
     return READ_READINGS(path, place)
 
 
-READ_READINGS = records._read_readings
+READ_READINGS = devices._read_readings
 
 
 def test_a_file_whose_readers_are_killed_is_read_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = write_run(tmp_path / "run", gpus=2)
-    monkeypatch.setattr(records, "_PART_BYTES", 1)
-    monkeypatch.setattr(records, "usable_cores", lambda: 2)
-    monkeypatch.setattr(records, "_read_readings", killed_unless_alone)
-    devices, unread = read_gpus(run / "gpu.jsonl")
-    assert [len(device.time_s) for device in devices] == [30, 30]
+    monkeypatch.setattr(devices, "_PART_BYTES", 1)
+    monkeypatch.setattr(devices, "usable_cores", lambda: 2)
+    monkeypatch.setattr(devices, "_read_readings", killed_unless_alone)
+    found, unread = read_gpus(run / "gpu.jsonl")
+    assert [len(device.time_s) for device in found] == [30, 30]
     assert unread == 0
 
 
 @pytest.mark.parametrize("chunk", [64, 1000, 4096, 2**20])  # 64: less than a line
 def test_chunks_end_at_lines(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run")
-    monkeypatch.setattr(records, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(jsonl, "_CHUNK_BYTES", chunk)
     assert read_run(run).train["step"].tolist() == list(range(1, 31))
 
 
@@ -209,14 +213,15 @@ def test_the_ranks_of_the_last_log_points(tmp_path: Path, monkeypatch: pytest.Mo
     found, points = read_ranks(run / "metrics.jsonl")
     assert points == 29  # the first one has steps of which nothing is known
     assert found["compute"] == pytest.approx([500 - 0.16, 500 + 0.16])
-    monkeypatch.setattr(records, "_TAIL_BYTES", 2000)
+    monkeypatch.setattr(report_run, "_TAIL_BYTES", 2000)
     found, points = read_ranks(run / "metrics.jsonl")
     assert 0 < points < 10
     assert found["data"][0] < 180 - 0.25
-    with (run / "metrics.jsonl").open("a") as file:  # it goes on on one rank
-        file.write(json.dumps(train_record(31, ranks_ms={"data": [7.0], "compute": [9.0]})) + "\n")
+    alone = train_record(31, ranks_ms=StepTimes(data=(7.0,), compute=(9.0,)))
+    write_lines(run / "metrics.jsonl", [alone], "ab")  # it goes on on one rank
     assert read_ranks(run / "metrics.jsonl") == ({"data": [7.0], "compute": [9.0]}, 1)
-    uneven = [train_record(step, ranks_ms={"data": [ms]}) for step, ms in ((10, 5.0), (30, 1.0), (31, 22.0))]
+    times = ((10, 5.0), (30, 1.0), (31, 22.0))
+    uneven = [train_record(step, ranks_ms=StepTimes(data=(ms,))) for step, ms in times]
     write_lines(tmp_path / "uneven.jsonl", uneven)
     assert read_ranks(tmp_path / "uneven.jsonl") == ({"data": [2.0]}, 2)
     assert read_ranks(tmp_path / "missing.jsonl") == ({}, 0)

@@ -1,0 +1,209 @@
+"""What a run says of itself, in numbers and sentences: how it ended, how good it is, where its time went."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from disttrain.report.charts import LEARNING
+from disttrain.report.columns import Array
+from disttrain.report.devices import MEASURES, Device
+from disttrain.report.run import Run
+from disttrain.units import accuracy_text, duration, flops_text, number, percent
+
+_SILENT_S = 600.0  # a running run that writes nothing for so long has most likely died
+_EPOCH_ROWS = 60
+
+
+def outcome(run: Run) -> tuple[str, str]:
+    """Returns the state of a run and what came out of it, in one line."""
+    status = run.status
+    state = str(status.get("state") or "unknown")
+    last, best = run.evals[-1] if run.evals else None, run.best
+    if last is None:
+        result = "no evaluation"
+    else:
+        result = f"accuracy {accuracy_text(last.accuracy, last.correct, last.total)}"
+        if best is not None and best is not last and best.accuracy != last.accuracy:
+            result += f", best {percent(best.accuracy)} after epoch {best.epoch}"
+    where = f"epoch {number(status.get('epoch'), ',d')}, step {number(status.get('step'), ',d')}"
+    if state == "finished":
+        return state, f"finished: {result}"
+    if state == "running":
+        silent_s = time.time() - _time_of(status.get("updated_at"))
+        if silent_s > _SILENT_S:
+            return "silent", (
+                f"says that it is running, but has written nothing for {duration(silent_s)}: most likely it "
+                f"was killed after {where}; {result}"
+            )
+        return state, f"running, {where}; {result} so far"
+    if state == "unknown":
+        return state, f"no status.json; {result}"
+    code = f" with exit code {status['exit_code']}" if status.get("exit_code") is not None else ""
+    why = str(status.get("reason") or "no reason given").strip().splitlines()[0:1]
+    return state, f"{state}{code} after {where}: {' '.join(why)}; {result}"
+
+
+def wall_s(run: Run) -> float | None:
+    """Returns the seconds from the first start of a run to its last sign of life."""
+    begin, end = _time_of(run.status.get("started_at")), _time_of(run.status.get("updated_at"))
+    return end - begin if math.isfinite(end - begin) else None
+
+
+def _time_of(text: object) -> float:
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except ValueError:
+        return math.nan
+
+
+def median(values: Array) -> float | None:
+    """Returns the median of the values that are known."""
+    return float(np.nanmedian(values)) if np.isfinite(values).any() else None
+
+
+def environment_rows(run: Run) -> list[tuple[str, str]]:
+    """Returns what the result of a run or its speed may depend on besides the config."""
+    env = run.env
+    devices, data, git = env.get("devices") or [], env.get("data") or {}, env.get("git") or {}
+    rows = {key: env.get(key) for key in ("disttrain", "python", "platform", "cuda", "cudnn", "world_size")}
+    changes = ", with changes" if git.get("modified") else ""
+    rows |= {
+        "device": " / ".join(sorted({str(device.get("name")) for device in devices})) or None,
+        "hosts": ", ".join(dict.fromkeys(str(device.get("host")) for device in devices)) or None,
+        "data digest": data.get("digest"),
+        "git commit": f"{git['commit']}{changes}" if git else None,
+    }
+    rows |= env.get("packages") or {}
+    rows |= {f"choice of {key}": why for key, why in (env.get("choices") or {}).items()}
+    return [(key, str(value)) for key, value in rows.items() if value is not None]
+
+
+def first_facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
+    """Returns the numbers of a run that people look for first."""
+    info, status, spent = run.env.get("run") or {}, run.status, run.training_s
+    losses = [record.loss for record in run.evals if record.loss is not None]
+    per_s, peak_pct = median(run.train["device_flops_per_s"]), median(run.train["mfu_pct"])
+    share = "" if peak_pct is None else f", MFU {peak_pct:.1f} %"
+    peak = [np.nanmax(v) for gpu in gpus if np.isfinite(v := gpu.values["memory_gib"]).any()]
+    facts = [
+        ("best accuracy", percent(run.best.accuracy if run.best else None)),
+        ("lowest validation loss", number(min(losses, default=None), ".4f")),
+        ("epochs", f"{number(status.get('epoch'), ',d')} of {number(info.get('epochs'), ',d')}"),
+        ("steps", number(status.get("step"), ",d")),
+        ("images trained on", number(status.get("samples_seen"), ",d")),
+        ("training", duration(float(spent[-1]) if len(spent) else None)),
+        ("start to end", duration(wall_s(run))),
+        ("median speed", number(median(run.train["images_per_s"]), ",.0f", " images/s")),
+        ("model arithmetic", "n/a" if per_s is None else f"{flops_text(per_s)} a device{share}"),
+        ("ran on", str(info.get("devices") or "n/a")),
+        ("precision", str(info.get("precision") or "n/a")),
+        ("parameters", number(info.get("parameters"), ",d")),
+        ("restarts", number(status.get("restarts"), ",d")),
+    ]
+    return [*facts, ("most GPU memory", f"{max(peak):,.1f} GiB")] if peak else facts
+
+
+def epoch_rows(run: Run) -> list[dict[str, Any]]:
+    """Returns what the curves say, epoch by epoch; of very many, some."""
+    train = run.train
+    evals = {record.epoch: record for record in run.evals}
+    of_train = {int(epoch) for epoch in train["epoch"] if math.isfinite(epoch)}
+    epochs = sorted(of_train | set(evals))
+    if len(epochs) > _EPOCH_ROWS:
+        places = np.linspace(0, len(epochs) - 1, _EPOCH_ROWS).round().astype(int)
+        best = {run.best.epoch} if run.best else set()
+        epochs = sorted({epochs[place] for place in places} | best)
+    samples = np.diff(train["samples"], prepend=0.0)
+    rows = []
+    for epoch in epochs:
+        own = train["epoch"] == epoch
+        record = evals.get(epoch)
+        rows.append(
+            {
+                "epoch": epoch,
+                "step": record.step if record else _last(train["step"][own]),
+                "loss": _mean(train["loss"][own], samples[own]),
+                "accuracy": _mean(train["accuracy"][own], samples[own]),
+                "lr": _last(train["lr"][own]),
+                "images_per_s": _mean(train["images_per_s"][own], np.ones(int(own.sum()))),
+                "val_loss": record.loss if record else None,
+                "val_accuracy": record.accuracy if record else None,
+                "best": record is not None and record is run.best,
+            }
+        )
+    return rows
+
+
+def _last(values: Array) -> float | None:
+    return float(values[-1]) if len(values) and math.isfinite(values[-1]) else None
+
+
+def _mean(values: Array, weights: Array) -> float | None:
+    known = np.isfinite(values) & (weights > 0)
+    return float(np.average(values[known], weights=weights[known])) if known.any() else None
+
+
+def summaries(run: Run) -> dict[str, str]:
+    """Returns each curve over the steps in words, for those who do not see it."""
+    texts = {}
+    for curve in LEARNING:
+        known = np.isfinite(run.train[curve.key])
+        if not known.any():
+            texts[curve.key] = "no values"
+            continue
+        values, steps = curve.scale * run.train[curve.key][known], run.train["step"][known]
+        first, last, least, most = (
+            f"{values[place]:{curve.form}}{curve.unit} at step {steps[place]:,.0f}"
+            for place in (0, -1, values.argmin(), values.argmax())
+        )
+        texts[curve.key] = f"from {first} to {last}; least {least}, most {most}"
+    return texts
+
+
+def time_use(run: Run) -> list[tuple[str, float, float, str]]:
+    """Returns what the time from start to end went into: what, seconds, share 0..1, colour; or []."""
+    whole = wall_s(run)
+    if not whole or not len(run.train["step"]):
+        return []
+    steps = np.diff(run.train["step"], prepend=0.0)
+
+    def spent_s(phase: str) -> float:
+        return float(np.nansum(steps * run.train[f"phases_ms.{phase}"])) / 1000
+
+    uses = [
+        ("forward and backward pass", spent_s("compute"), "#2f7fd1"),
+        ("waiting for the gradients of other ranks", spent_s("communication"), "#a35bd6"),
+        ("optimizer", spent_s("optimizer"), "#138a96"),
+        ("augmentation", spent_s("augmentation"), "#c9a227"),
+        ("copying to the device", spent_s("to_device"), "#e0916a"),
+        ("waiting for data", spent_s("data"), "#d2691e"),
+        ("evaluation", sum(e.seconds or 0.0 for e in run.events if e.kind == "evaluation"), "#1f9254"),
+    ]
+    rest = whole - sum(seconds for _, seconds, _ in uses)
+    if rest < -0.05 * whole:  # the files do not belong together
+        return []
+    uses.append(("start, log points, checkpoints, pauses", max(0.0, rest), "#8a919c"))
+    shares = [(what, seconds, seconds / whole, color) for what, seconds, color in uses]
+    return [use for use in shares if use[2] >= 0.0005]  # less is shown as 0.0 %
+
+
+def device_rows(devices: Sequence[Device]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Returns of each device label, name and, per measure, title and mean with extremes."""
+    rows = []
+    for device in devices:
+        cells = []
+        for key, values in device.values.items():
+            title, unit = MEASURES[key]
+            known, form = values[np.isfinite(values)], ",.2f" if unit == "GiB" else ",.0f"
+            text = "n/a"
+            if len(known):
+                text = f"{known.mean():{form}} ({known.min():{form}} to {known.max():{form}}) {unit}"
+            cells.append((title, text))
+        rows.append((device.label, device.name, cells))
+    return rows

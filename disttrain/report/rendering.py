@@ -1,0 +1,43 @@
+"""A page as one HTML file that needs nothing else: no network, no server, no other file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from bokeh.embed import components
+from bokeh.resources import Resources
+
+from disttrain import __version__
+from disttrain.files import write_atomically
+from disttrain.report.charts import Charts
+from disttrain.units import duration, number, percent, utc
+
+
+def render(template: str, output: Path, drawn: Charts, **content: Any) -> Path:
+    """Fills a template of assets/report with charts and content and writes the page.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    library = Resources(mode="inline", components=["bokeh"], log_level="warn")
+    script, places = components(drawn.figures, wrap_script=False) if drawn.figures else ("", {})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("disttrain", "assets/report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": percent, "duration": duration, "utc": utc}
+    text = environment.get_template(template).render(
+        library="\n".join(library.js_raw) if drawn.figures else "",
+        script=script,
+        charts=places,
+        version=__version__,
+        written=utc(),
+        **content,
+    )
+    write_atomically(output, text)
+    return output
