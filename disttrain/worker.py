@@ -8,15 +8,13 @@ has been read, so that a mistake in it is told at once.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,6 +29,7 @@ from disttrain.errors import (
 )
 from disttrain.files import storage_error, write_atomically
 from disttrain.heartbeat import Phase, doing, pack
+from disttrain.lifetime import end_with_parent
 from disttrain.models import check_model_name
 from disttrain.preflight import (
     check_device,
@@ -45,7 +44,7 @@ from disttrain.runs.identity import identity
 from disttrain.runs.manifest import set_aside
 from disttrain.runs.resume import Start, resume_point
 from disttrain.runs.runfolder import RunFolder, new_run_path, utc_now
-from disttrain.training.group import join, out_of_memory, patience_s, tell_failure, timed_out
+from disttrain.training.group import best_device, join, out_of_memory, patience_s, tell_failure, timed_out
 from disttrain.training.rank import Rank
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def main(
     """Trains CONFIG as one rank of the group that the environment describes."""
     gc.disable()  # until all is imported and built: importing torch takes a fifth less time
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives torchrun
+        end_with_parent()  # torchrun, which may be killed
     os.environ.update(slurm_env.task_environment(os.environ))
     rank = Rank(int(os.environ.get("RANK", "0")), run_dir)
     rank.listen()
@@ -116,11 +115,10 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
         HangError: another rank did not come, or did not answer.
     """
     rank.pulse.beat(Phase.START, 0, 1)
-    import torch
     import torch.distributed as dist
 
     rank.pulse.beat(Phase.START, 0, 2)
-    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     check_device(config, device)
     check_shared_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     split_batch(config, int(os.environ.get("WORLD_SIZE", "1")))

@@ -6,10 +6,8 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,7 @@ from disttrain.errors import DisttrainError, TrainingError, error_of
 from disttrain.files import write_atomically
 from disttrain.launch.plan import LaunchPlan, command, environment
 from disttrain.launch.prepare import processes_here
+from disttrain.lifetime import end_with_parent
 from disttrain.runs.runfolder import RunFolder
 
 Values = dict[str, Any]
@@ -85,7 +84,7 @@ def run_job(plan: LaunchPlan, module: str, request: Mapping[str, Any]) -> Values
 
 def serve(answer: Callable[[Values], Values]) -> None:
     """Runs a function as one rank of a job and ends this process. Every rank calls this."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no process outlives who asked
+    end_with_parent()
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
     code = 0
     try:

@@ -6,14 +6,13 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +24,11 @@ from disttrain.launch.peers import meet
 from disttrain.launch.plan import LaunchPlan, command, environment
 from disttrain.launch.supervisor import Outcome, Supervisor
 from disttrain.launch.watch import Watch
+from disttrain.lifetime import adopting_orphans, end_with_parent
 from disttrain.runs.manifest import list_steps, step_of
 from disttrain.runs.runfolder import COMMAND, LOCKED_BY_LAUNCHER, RunFolder
 from disttrain.terminal import is_animated
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 1, 36, 37  # linux/prctl.h
 _MOST_IDLE_RESTARTS = 3  # in a row without progress
 _SAVING_S = 2.0  # for a checkpoint that is being written when another rank fails
 _GONE_S = 10.0  # for processes that were killed
@@ -148,7 +147,7 @@ def _attempt(
                 status = {"state": state, "reason": str(error)}
                 return Outcome(error.exit_code, str(error), status=status), bool(signals)
             stack.callback(channel.close)
-        stack.enter_context(_adopting_orphans())
+        stack.enter_context(adopting_orphans())
         watch = stack.enter_context(Watch(plan.ranks.start, plan.processes))
         others = set(psutil.Process().children(recursive=True))
         path = folder.launch_log(plan.node_rank)
@@ -163,7 +162,7 @@ def _attempt(
             env=variables,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_dying_with_this_process(),
+            preexec_fn=_end_with_this_process(),
         )
         stack.callback(_end_all, child, others)
         supervisor = Supervisor(plan, folder, signals, watch, child, channel, begin)
@@ -176,32 +175,16 @@ def _attempt(
         return outcome, supervisor.stopping
 
 
-def _dying_with_this_process() -> Callable[[], None]:
+def _end_with_this_process() -> Callable[[], None]:
     """Returns what a new child does so that it does not outlive this process."""
-    libc = ctypes.CDLL(None, use_errno=True)
     launcher = os.getpid()
 
-    def die_with_launcher() -> None:
+    def prepare() -> None:
         # Slurm may send it to every process of a step; those between this one and the ranks know it not.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:
-            os._exit(1)
+        end_with_parent(launcher)
 
-    return die_with_launcher
-
-
-@contextlib.contextmanager
-def _adopting_orphans() -> Iterator[None]:
-    """Makes this process the parent of orphaned descendants, so that it can end them and leaves no zombie."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    before = ctypes.c_int()
-    libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    try:
-        yield
-    finally:
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, before.value)
+    return prepare
 
 
 def _end_all(child: subprocess.Popen[bytes], others: Container[psutil.Process]) -> None:

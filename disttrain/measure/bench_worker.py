@@ -12,14 +12,14 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from disttrain.config import Config, load_config
 from disttrain.launch.jobs import serve
 from disttrain.preflight import check_device, open_index, split_batch
 from disttrain.runs.runfolder import RunFolder
 from disttrain.training.build import build
-from disttrain.training.group import join
+from disttrain.training.group import best_device, join
 from disttrain.training.rank import Rank
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def measure(config: Config, rank: Rank, what: str, seconds: float) -> dict[str, 
     """
     import torch
 
-    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     check_device(config, device)
     group = join(config, device)
     try:

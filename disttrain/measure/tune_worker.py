@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from disttrain.measure.tune import OUT_OF_MEMORY
 from disttrain.preflight import check_device, open_index
 from disttrain.training.build import build
 from disttrain.training.collectives import reduce_sum
-from disttrain.training.group import join, out_of_memory
+from disttrain.training.group import best_device, join, out_of_memory
 from disttrain.training.microbatch import MicroBatch, prefetch
 from disttrain.training.optim import set_lr
 from disttrain.training.parts import Parts
@@ -34,7 +34,7 @@ from disttrain.training.step import train_step
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Tries out as one rank of the group that the environment describes."""
     config = load_config(Path(request["config"]))
-    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     check_device(config, device)
     rank = Rank(int(os.environ.get("RANK", "0")), None)
     group = join(config, device)
