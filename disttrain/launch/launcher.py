@@ -165,6 +165,7 @@ def _attempt(
             preexec_fn=_end_with_this_process(),
         )
         stack.callback(_end_all, child, others)
+        watch.begin(child.pid)
         supervisor = Supervisor(plan, folder, signals, watch, child, channel, begin)
         outcome = supervisor.follow()
         # What rank 0 has begun to save is worth a moment, if it can still be finished.

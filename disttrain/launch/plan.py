@@ -175,7 +175,7 @@ def command(plan: LaunchPlan, worker: Sequence[str] | None = None) -> list[str]:
     worker = worker_command(plan) if worker is None else worker
     if plan.world_size == 1:
         return [sys.executable, "-m", *worker]
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch = [sys.executable, "-m", "disttrain.launch.accelerate_launch"]
     launch += ["--config_file", str(files("disttrain") / "assets" / "accelerate.yaml")]
     launch += ["--num_machines", str(plan.nodes), "--num_processes", str(plan.world_size)]
     launch += ["--num_cpu_threads_per_process", str(plan.threads)]

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from disttrain.errors import HangError, StoppedError, TrainingError, error_of
 from disttrain.launch.peers import Channel
 from disttrain.launch.plan import LaunchPlan
-from disttrain.launch.watch import End, Row, Watch, describe, stalled
+from disttrain.launch.watch import Row, Watch, describe, stalled
 from disttrain.runs.runfolder import RunFolder
 
 _POLL_S = 0.2
@@ -29,7 +29,6 @@ _OF_THE_GROUP = re.compile(
     r"gloo|NCCL|TCPStore|^Dist\w*Error|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE
 )
 _ENDED_BY_TORCHRUN = {-signal.SIGTERM, 128 + signal.SIGTERM}
-_OF_TORCHRUN = re.compile(r"[IWE]\d{4} [\d:.]+ +\d+ torch/distributed/|W\d{4} .*torch")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Supervisor:
         suspect, until, reported = None, 0.0, 0.0
         while True:
             sockets = self._channel.sockets if self._channel else []
-            self._watch.wait(_POLL_S, sockets, self._child.pid)
+            self._watch.wait(_POLL_S, sockets)
             now = time.monotonic()
             found = self._second_signal() or self._listen() or self._stop() or self._local() or self._hang()
             if self._final is not None:
@@ -154,64 +153,57 @@ class Supervisor:
     def _local(self) -> Outcome | None:
         """Judges the ends of this node's ranks, and of the process that started them."""
         code = self._child.poll()
-        if code is not None and not self._watch.all_ended:
-            if code < 0 and self._plan.world_size > 1 and not self._watch.ends:
+        if code is not None and self._plan.world_size == 1:
+            self._watch.note_ends({0: code})
+        elif code is not None and not self._watch.all_ended:
+            if code < 0 and not self._watch.ends:
                 return self._end(code)  # its ranks die with it
-            self._watch.wait(0.1)  # what its ranks have said may come a moment later
+            self._watch.wait(0.1)  # what it and its ranks have said may come a moment later
         well = {0, StoppedError.exit_code}
         said = set(self._watch.said.values())
         saved = self.stopping and StoppedError.exit_code in said
         for end in self._watch.ends:
             fell = end.said is None and end.status not in _ENDED_BY_TORCHRUN
             if fell and not saved:  # those that torchrun has ended died of something else
-                return self._death(end)
+                return self._failure(end.rank, f"{_cause(end.status)} {end.doing}")
         if said - well and not saved:
             error = self._folder.first_error(self._plan.ranks)
             if error is not None:
                 return _from_error(error)
         return self._end(code) if self._watch.all_ended or code is not None else None
 
-    def _end(self, code: int | None = None) -> Outcome:
+    def _end(self, code: int | None) -> Outcome:
         """Judges the end of all ranks of this node, of which none was seen to die.
 
         Args:
-            code: exit code of the process that started them, if it is known.
+            code: exit code of the process that started them, if it has ended.
         """
-        said = [end.said for end in self._watch.ends if end.said is not None]
-        state = self._folder.status().get("state")
         well = {0, StoppedError.exit_code}
-        if self._plan.node_rank and said and set(said) <= well:  # status.json is node 0's
+        said = set(self._watch.said.values())
+        if self._plan.node_rank and said and said <= well:  # status.json is node 0's
             return Outcome(max(said))
-        error = self._folder.first_error(self._plan.ranks)
-        log = _read_tail(self._folder.launch_log(self._plan.node_rank), self._log_begin, 200)
-        rank, status = _failed_rank("\n".join(log)) or (None, code)
-        killed = rank is not None and status is not None and status < 0
-        if error is not None and not killed:
+        if (error := self._folder.first_error(self._plan.ranks)) is not None:
             return _from_error(error)
-        if not killed and state in {"finished", "stopped"} and self._plan.node_rank == 0:
-            return Outcome(int(self._folder.status()["exit_code"]))
-        if rank is None and self._watch.ends:
-            end = min(self._watch.ends, key=lambda end: end.said is not None)
-            rank, status = end.rank, end.status if end.said is None else end.said
-            if end.said not in {None, 0, StoppedError.exit_code}:  # its error file could not be written
-                code = type(error_of(end.said or 0, "")).exit_code
-                return replace(self._failure(rank, _cause(status), log), exit_code=code)
-        return self._failure(rank, _cause(status), log)
+        status = self._folder.status()
+        if status.get("state") in {"finished", "stopped"} and self._plan.node_rank == 0:
+            return Outcome(int(status["exit_code"]))
+        if not self._watch.ends:
+            return self._failure(None, _cause(code))
+        end = min(self._watch.ends, key=lambda end: end.said is not None)
+        failure = self._failure(end.rank, _cause(end.status if end.said is None else end.said))
+        if end.said is None or end.said in well:
+            return failure
+        # Its error file could not be written.
+        return replace(failure, exit_code=type(error_of(end.said, "")).exit_code)
 
-    def _death(self, end: End) -> Outcome:
-        log = _read_tail(self._folder.launch_log(self._plan.node_rank), self._log_begin, 200)
-        status = self._child.poll() if end.status is None and self._plan.world_size == 1 else end.status
-        if status is None:
-            rank, code = _failed_rank("\n".join(log)) or (None, None)
-            status = code if rank == end.rank else None
-        return self._failure(end.rank, f"{_cause(status)} {end.doing}", log)
-
-    def _failure(self, rank: int | None, cause: str, log: Sequence[str]) -> Outcome:
+    def _failure(self, rank: int | None, cause: str) -> Outcome:
         who = "a process" if rank is None else f"rank {rank}"
         reason = f"{who} {cause}"
         status = {"state": "failed", "reason": reason, "rank": rank, "host": self._host}
-        message = f"{who} on {self._host} {cause}; see {self._folder.launch_log(self._plan.node_rank)}"
-        return Outcome(TrainingError.exit_code, message, "\n".join(_own_words(log)[-15:]), status)
+        log = self._folder.launch_log(self._plan.node_rank)
+        message = f"{who} on {self._host} {cause}; see {log}"
+        last_words = "\n".join(_read_tail(log, self._log_begin, 15))
+        return Outcome(TrainingError.exit_code, message, last_words, status)
 
     def _hang(self) -> Outcome | None:
         """Judges who makes no progress: node 0 for all nodes, the others when node 0 is silent."""
@@ -288,23 +280,6 @@ def _cause(status: int | None) -> str:
     if status == 0:
         return "left early with exit code 0 and no report"
     return f"ended with exit code {status} and left no report"
-
-
-def _failed_rank(log: str) -> tuple[int, int] | None:
-    """Returns a rank that failed and its exit code, negative for a signal, from torchrun's report.
-
-    torchrun itself ends the others with SIGTERM, so that one does not count.
-    """
-    found = re.findall(r"rank\s*:\s*(\d+).*\n\s*exitcode\s*:\s*(-?\d+)", log)
-    failures = [(int(rank), int(code)) for rank, code in found]
-    failures = [failure for failure in failures if failure[1] not in _ENDED_BY_TORCHRUN]
-    return min(failures, key=lambda failure: failure[1] > 0, default=None)
-
-
-def _own_words(log: Sequence[str]) -> list[str]:
-    """Returns the lines of a log before torchrun's report on a failure."""
-    begin = next((i for i, line in enumerate(log) if _OF_TORCHRUN.match(line)), len(log))
-    return list(log[:begin] or log)
 
 
 def _read_tail(path: Path, begin: int, lines: int) -> list[str]:

@@ -1,6 +1,6 @@
 """The launcher's side of supervision: what the ranks of this node are doing, who has ended, who hangs.
 
-Every rank connects to the watch's socket (see `pulse.py`). The end of a process closes its connection, so
+Every rank connects to the watch's socket (see `heartbeat.py`). The end of a process closes its connection, so
 that a death is known at once; a rank that ends by itself says so before. Nothing here imports torch.
 """
 
@@ -13,13 +13,11 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import NamedTuple
-
-import psutil
 
 from disttrain.heartbeat import ADDRESS, ROW_BYTES, STACKS, STOP, Phase, doing, unpack
 
@@ -38,7 +36,7 @@ class Row(NamedTuple):
     Attributes:
         rank: its number.
         host: where it runs.
-        progress: as `pulse.pack` has it; -1 until it has connected.
+        progress: as `heartbeat.pack` has it; -1 until it has connected.
         still_s: seconds since it made progress; while it starts, also since it used the processor.
         stopped_s: seconds for which it has been seen stopped by a signal.
         cpu_s: processor time that it has used since it made progress.
@@ -138,6 +136,7 @@ class _Local:
     since: float = 0.0  # the watch's clock when it last made progress
     stopped_since: float | None = None
     cpu_at: float = 0.0  # processor time when it last made progress
+    status: int | None = None  # its exit code, as the process that started it says
 
 
 class Watch:
@@ -222,13 +221,17 @@ class Watch:
                 with contextlib.suppress(OSError):
                     local.connection.send(STOP)
 
-    def wait(self, timeout_s: float, also: Sequence[socket.socket] = (), child: int | None = None) -> None:
+    def begin(self, starter: int) -> None:
+        """Takes the process that starts the ranks, or is the only one, for those that have yet to connect."""
+        for local in self._locals:
+            local.pid = starter
+
+    def wait(self, timeout_s: float, also: Sequence[socket.socket] = ()) -> None:
         """Waits until a rank connects, speaks or ends, at most so many seconds, and takes note of it.
 
         Args:
             timeout_s: seconds.
             also: sockets that end the waiting too.
-            child: the process that starts the ranks, or is the only one; looked at until they connect.
         """
         open_ = {local.connection: local for local in self._locals if local.connection and not local.ended}
         for ready in wait_for_any([self._listener, *open_, *also], timeout_s):
@@ -237,7 +240,18 @@ class Watch:
             elif ready in open_:
                 self._hear(open_[ready])
         if time.monotonic() - self._looked > _LOOK_S:
-            self._inspect(child)
+            self._inspect()
+
+    def note_ends(self, codes: Mapping[int, int]) -> None:
+        """Takes in how ranks have ended, from the process that started them.
+
+        Args:
+            codes: exit codes by rank, negative for a signal.
+        """
+        for rank, code in codes.items():
+            local = self._locals[rank - self._first]
+            local.status = code
+            self._hear_last(local)
 
     def stacks(self, rank: int, log: Path, timeout_s: float = 1.0) -> str:
         """Returns the stack of the main thread of a rank of this node, or why there is none.
@@ -277,19 +291,25 @@ class Watch:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, uid, _ = struct.unpack("3i", credentials)
         connection.settimeout(5)
-        local = None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            number = json.loads(connection.recv(4096))["rank"] - self._first
-            if uid in {os.getuid(), 0} and 0 <= number < len(self._locals):
-                local = self._locals[number]
-        if local is None or local.connection is not None:
-            connection.close()
-            return
+        word = None
+        with contextlib.suppress(OSError, ValueError):
+            word = json.loads(connection.recv(4096))
+        by_rank = {local.rank: local for local in self._locals} if uid in {os.getuid(), 0} else {}
+        match word:
+            case {"rank": int(rank)} if rank in by_rank and by_rank[rank].connection is None:
+                self._admit(by_rank[rank], connection, pid)
+                return
+            case {"ended": list(ended)} if by_rank:
+                self.note_ends(dict(ended))
+        connection.close()
+
+    def _admit(self, local: _Local, connection: socket.socket, pid: int) -> None:
         with contextlib.suppress(OSError):  # it may have ended already: that is heard next
             socket.send_fds(connection, [b"%d" % (local.rank - self._first)], [self._memory])
             if self._stopping:
                 connection.send(STOP)
-        local.connection, local.pid, local.progress, local.since = connection, pid, 0, self._clock
+        local.connection, local.pid = connection, pid
+        local.progress, local.since, local.cpu_at = 0, self._clock, 0.0
 
     def _hear(self, local: _Local) -> None:
         assert local.connection is not None
@@ -307,11 +327,12 @@ class Watch:
         # The kernel sets the exit code of a process before it closes what that has open; Python may close it
         # a little before the process ends.
         deadline = time.monotonic() + _EXIT_S
-        while (state := _process(local.pid)) and not state.exiting and time.monotonic() < deadline:
+        pid = local.pid if local.connection is not None else None
+        while (state := _process(pid)) and not state.exiting and time.monotonic() < deadline:
             time.sleep(0.005)
         local.progress = self._cells(local)[0]
         local.ended = True
-        status = None if state is None else -(state.status & 127) or state.status >> 8
+        status = local.status if state is None else -(state.status & 127) or state.status >> 8
         self.ends.append(End(local.rank, local.said, status, doing(local.progress)))
 
     def _look(self) -> list[_Local]:
@@ -325,13 +346,11 @@ class Watch:
                     local.cpu_at = state.cpu_s if state else 0.0
         return self._locals
 
-    def _inspect(self, child: int | None) -> None:
+    def _inspect(self) -> None:
         now = time.monotonic()
         # Time in which this process did not run, because all of the job was suspended, is nobody's fault.
         self._clock += min(now - self._looked, 4 * _LOOK_S)
         self._looked = now
-        if child is not None and any(local.connection is None for local in self._locals):
-            self._find_unconnected(child)
         for local in self._look():
             if local.ended:
                 continue
@@ -350,24 +369,11 @@ class Watch:
                 local.since, local.cpu_at = self._clock, state.cpu_s
 
     def _hear_last(self, local: _Local) -> None:
-        while not local.ended and local.connection is not None:
-            if not wait_for_any([local.connection], 0):
-                self._note_end(local)
-            else:
+        while not local.ended:
+            if local.connection is not None and wait_for_any([local.connection], 0):
                 self._hear(local)
-
-    def _find_unconnected(self, child: int) -> None:
-        """Finds the processes of ranks that have not connected; `child` stands for one that is not there."""
-        found = {}
-        with contextlib.suppress(psutil.Error, OSError):
-            for process in psutil.Process(child).children(recursive=True):
-                with contextlib.suppress(psutil.Error, OSError, ValueError, KeyError):
-                    environ = process.environ()
-                    if environ.get(ADDRESS) == self.environment[ADDRESS]:
-                        found[int(environ["RANK"])] = process.pid
-        for local in self._locals:
-            if local.connection is None:
-                local.pid = found.get(local.rank, child)
+            else:
+                self._note_end(local)
 
 
 class _State(NamedTuple):
