@@ -83,7 +83,7 @@ def run_job(plan: LaunchPlan, module: str, request: Mapping[str, Any]) -> Values
 
 
 def serve(answer: Callable[[Values], Values]) -> None:
-    """Runs a function as one rank of a job and ends this process. Every rank calls this."""
+    """Runs a function as one rank of a job, leaves the group and ends this process. Every rank calls this."""
     end_with_parent()
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
     code = 0
@@ -91,6 +91,10 @@ def serve(answer: Callable[[Values], Values]) -> None:
         result = answer(json.loads((folder / "request.json").read_text()))
         if rank == 0:
             write_atomically(folder / "result.json", json.dumps(result))
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Exception as error:
         RunFolder(folder).write_error(rank, error)
         code = 1

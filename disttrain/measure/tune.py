@@ -1,19 +1,17 @@
 """`disttrain tune`: a learning rate and a batch size for an experiment, found by trying them out.
 
-Starts the processes that try (`disttrain.measure.tune_worker`) and judges what they found. Nothing here
-imports torch.
+Starts the processes that try (`disttrain.measure.worker`) and judges what they found. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from disttrain.config import Config, dump_config
+from disttrain.config import Config
 from disttrain.errors import TrainingError
 from disttrain.launch.jobs import run_job
 from disttrain.launch.plan import LaunchPlan
@@ -160,8 +158,4 @@ def judge_batches(rows: Sequence[BatchRow]) -> int | None:
 
 
 def _run(config: Config, plan: LaunchPlan, request: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(dump_config(config))
-        plan = replace(plan, config_path=path)
-        return run_job(plan, "disttrain.measure.tune_worker", {"config": str(path), **request})
+    return run_job(plan, "disttrain.measure.worker", {"config": config.model_dump(mode="json"), **request})
