@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from disttrain.cli.shared import PATH, ROOT, progress
+from disttrain.cli.shared import JSON, PATH, ROOT, progress
 
 if TYPE_CHECKING:
     from disttrain.shards.index import Index
@@ -176,7 +176,7 @@ def index_(
 @click.option(
     "--threads", type=click.IntRange(1), help="Decoding and arithmetic threads (default: all cores)."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 def bench_(
     name: str, root: str | None, samples: int, batch_size: int, threads: int | None, as_json: bool
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import click
 
-from disttrain.cli.shared import PATH, ROOT, progress
+from disttrain.cli.shared import JSON, PATH, PROCESSES, ROOT, progress
 
 _RUN = click.argument("run_path", metavar="RUN", type=PATH)
 _CHECKPOINT = click.option(
@@ -22,8 +22,7 @@ _CHECKPOINT = click.option(
 @_CHECKPOINT
 @click.option("--data", metavar="NAME", help="Another data set with the same classes.")
 @ROOT
-@click.option("--gpus", type=click.IntRange(1), help="GPUs to use (default: all visible).")
-@click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (default: 1).")
+@PROCESSES
 @click.option(
     "--tta",
     type=click.Choice(["none", "flip", "multi_view"]),
@@ -31,7 +30,7 @@ _CHECKPOINT = click.option(
     show_default=True,
     help="Test-time augmentation.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 def eval_(
     run_path: Path,
     checkpoint: str,

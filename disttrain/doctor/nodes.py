@@ -80,14 +80,19 @@ def rounds(nodes: int) -> list[list[tuple[int, int]]]:
     return result
 
 
-def examine_nodes(place: Node) -> Iterator[Finding]:
+def examine_nodes(place: Node | None) -> Iterator[tuple[str, Finding]]:
     """Measures between all nodes; node 0 yields what was found, the others nothing. Every node calls this.
 
     Raises:
         BusyError: the port is taken.
         HangError: a node has not come.
-        UsageError: the nodes differ, such as in their devices.
+        UsageError: there is one node only, or the nodes differ, such as in their devices.
     """
+    if place is None:
+        raise UsageError(
+            "--nodes: there is one node only; call this in a Slurm job of several, or on each node with "
+            "--nodes N --node-rank R --master-addr HOST --master-port PORT"
+        )
     backend = "nccl" if visible_gpus() else "gloo"
     channel = meet(
         place, 1, {"what they communicate with": backend}, timeout_s=_MEET_S, interrupted=lambda: False
@@ -96,12 +101,9 @@ def examine_nodes(place: Node) -> Iterator[Finding]:
         interface = prepare_gloo(place.master_addr)
         names = [f"{host} (node {node})" for node, host in enumerate(channel.hosts)]
         unreached = _reach(channel, place, names, interface)
-        if unreached:
-            yield from unreached if place.node_rank == 0 else ()
-            return
-        found = _measure(channel, place, backend)
+        findings = unreached or judge(_measure(channel, place, backend), names, backend)
         if place.node_rank == 0:
-            yield from judge(found, names, backend)
+            yield from (("nodes", finding) for finding in findings)
     finally:
         channel.close()
 

@@ -35,17 +35,7 @@ def plan_job(*, gpus: int | None, procs: int | None) -> LaunchPlan:
     Raises:
         UsageError: the machine does not have what is asked for.
     """
-    device, processes, chosen, threads = processes_here(gpus=gpus, procs=procs)
-    return LaunchPlan(
-        config_path=Path(),
-        overrides=(),
-        run_dir=Path(),
-        resume="never",
-        device=device,
-        processes=processes,
-        gpus=chosen,
-        threads=threads,
-    )
+    return LaunchPlan(Path(), (), Path(), "never", *processes_here(gpus=gpus, procs=procs))
 
 
 def run_job(plan: LaunchPlan, module: str, request: Mapping[str, Any]) -> Values:

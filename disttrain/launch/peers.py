@@ -189,11 +189,17 @@ def telling_nodes(place: Node | None) -> Iterator[None]:
         yield
     except DisttrainError as error:
         if place is not None:
-            if "SLURM_STEP_ID" in os.environ:
-                # Slurm ends all tasks with the first that fails; each should still end with its own code.
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _outlive_others()
             _tell(place, error) if place.node_rank else _refuse_all(place, error)
         raise
+    if place is not None:
+        _outlive_others()
+
+
+def _outlive_others() -> None:
+    # Slurm ends all tasks with the first that fails; each should still say why, and end with its own code.
+    if "SLURM_STEP_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _refuse_all(place: Node, error: DisttrainError) -> None:

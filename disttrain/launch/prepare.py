@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from disttrain.config import Config
-from disttrain.launch.plan import LaunchPlan, plan_processes
-from disttrain.monitor.nvml import Gpu, visible_gpus
+from disttrain.launch.plan import LaunchPlan, Processes, plan_processes
+from disttrain.monitor.nvml import visible_gpus
 from disttrain.parallel import usable_cores
 from disttrain.preflight import (
     check_device,
@@ -41,9 +40,7 @@ class Ready:
     start: Start | None
 
 
-def processes_here(
-    *, gpus: int | None, procs: int | None
-) -> tuple[Literal["cuda", "cpu"], int, tuple[Gpu, ...], int]:
+def processes_here(*, gpus: int | None, procs: int | None) -> Processes:
     """Returns what `plan_processes` decides here; arguments and errors as there."""
     return plan_processes(
         gpus=gpus,

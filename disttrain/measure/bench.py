@@ -62,14 +62,14 @@ def bench(
             continue
         found = results
         if count != plan.processes:
-            _, _, gpus, threads = plan_processes(
+            here = plan_processes(
                 gpus=count if plan.gpus else None,
                 procs=None if plan.gpus else count,
                 visible=plan.gpus,
                 cores=cores,
                 environ={},
             )
-            found = measured(replace(plan, processes=count, gpus=gpus, threads=threads), "step")
+            found = measured(replace(plan, **here._asdict()), "step")
         rate = config.train.batch_size / found["step_s"]
         scaling.append({"processes": count, "threads": found["threads"], "images_per_s": rate})
     return {"model": config.model.name, "data": config.data.name, **results, "scaling": scaling}
