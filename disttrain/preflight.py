@@ -15,10 +15,7 @@ from typing import Literal
 from disttrain.config import Config
 from disttrain.errors import DataError, StorageError, UsageError
 from disttrain.files import free_bytes
-from disttrain.runs.manifest import (
-    size,
-    step_of,
-)
+from disttrain.runs.manifest import size, step_of
 from disttrain.shards.index import Index, data_root, load_index, server_root
 
 _SHARED_BYTES = 2 * 9_637_888
@@ -27,6 +24,24 @@ size in its messages (github.com/NVIDIA/nccl/issues/342: four GPUs do not fit in
 
 _LEAST_BYTES = 2**24
 """Free space below which no run begins: records, logs and a checkpoint of the smallest network."""
+
+
+def check_machine(
+    config: Config,
+    device: Literal["cuda", "cpu"],
+    local_processes: int,
+    world_size: int,
+    say: Callable[[str], None],
+) -> Index:
+    """Checks an experiment against the processes that are to train it, and returns its index.
+
+    Raises:
+        DisttrainError: what does not fit, and how to put it right.
+    """
+    check_device(config, device)
+    check_shared_memory(device, local_processes)
+    split_batch(config, world_size)
+    return open_index(config, say)
 
 
 def split_batch(config: Config, world_size: int) -> int:
@@ -107,11 +122,7 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
 
 
 def check_weights(config: Config) -> None:
-    """Checks that the weights to begin with are there.
-
-    Raises:
-        UsageError: there is no such file.
-    """
+    """Raises UsageError for weights to begin with that are not there."""
     if config.model.weights is not None and not Path(config.model.weights).is_file():
         raise UsageError(f"model.weights: there is no file {config.model.weights}")
 
@@ -119,15 +130,12 @@ def check_weights(config: Config) -> None:
 def check_shared_memory(
     device: Literal["cuda", "cpu"], local_processes: int, folder: Path = Path("/dev/shm")
 ) -> None:
-    """Checks that NCCL finds the shared memory which it takes between the GPUs of one node.
+    """Raises StorageError where NCCL finds too little shared memory for the GPUs of a node.
 
     Args:
         device: of the processes; on the CPU none of it is used.
         local_processes: processes on this node.
         folder: where the shared memory is mounted.
-
-    Raises:
-        StorageError: there is too little.
     """
     if device == "cpu" or local_processes == 1 or os.environ.get("NCCL_SHM_DISABLE") == "1":
         return

@@ -61,14 +61,12 @@ def ready_to_measure(config: Config, gpus: int | None, procs: int | None) -> tup
     """
     from disttrain.launch.jobs import plan_job
     from disttrain.models import check_model_name
-    from disttrain.preflight import check_device, check_weights, open_index, split_batch
+    from disttrain.preflight import check_machine, check_weights
 
     check_model_name(config.model.name)
     plan = plan_job(gpus=gpus, procs=procs)
-    check_device(config, plan.device)
     check_weights(config)
-    split_batch(config, plan.world_size)
-    return plan, open_index(config, aside)
+    return plan, check_machine(config, plan.device, plan.processes, plan.world_size, aside)
 
 
 def aside(text: str) -> None:

@@ -43,8 +43,8 @@ def examine(names: Sequence[str] = ()) -> Iterator[tuple[str, Finding]]:
             raise UsageError(f"there is no check {name!r}; the checks are {', '.join(CHECKS)}{hint}")
     gpus: list[str] = []
     for name, check in CHECKS.items():
-        if not names or name in names or (name == "gpus" and any(CHECKS[one].arguments for one in names)):
-            for argument in check.arguments(gpus) if check.arguments else [""]:
+        if not names or name in names or (name == "gpus" and {"allreduce", "step"} & {*names}):
+            for argument in check.arguments(gpus):
                 command = [sys.executable, "-m", "disttrain.doctor.checks", name, argument]
                 for finding in isolated(command, check.limit_s, f"{name} {argument}".strip()):
                     if name == "gpus" and finding.subject.startswith("cuda:"):

@@ -49,19 +49,12 @@ def failure(subject: str, found: str, remedy: str) -> Finding:
 # --- Versions ---------------------------------------------------------------------------------------
 
 
-def requirement_name(requirement: str) -> str:
-    """Returns the package that a requirement in the form of PEP 508 names."""
-    from packaging.requirements import Requirement
-
-    return Requirement(requirement).name
-
-
 def unmet(requirements: Iterable[tuple[str, str]], versions: Mapping[str, str]) -> list[str]:
-    """Returns what the installed packages lack of what they ask for.
+    """Returns what installed packages lack of what they ask for.
 
     Args:
-        requirements: (package, what it requires in the form of PEP 508).
-        versions: of the installed packages, by their names in lower case with hyphens.
+        requirements: package, and what it requires in the form of PEP 508.
+        versions: of the installed packages, by canonical name.
     """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
@@ -80,12 +73,9 @@ def unmet(requirements: Iterable[tuple[str, str]], versions: Mapping[str, str]) 
 
 
 def nccl(packages: Mapping[str, str], loaded: str | None, torch_cuda: str | None) -> Finding:
-    """Judges the NCCL that torch has loaded.
+    """Judges the NCCL that torch has loaded, and the versions of the installed packages nvidia-nccl-cu*.
 
-    Args:
-        packages: the installed packages nvidia-nccl-cu*, with their versions.
-        loaded: version of the library in use; None where torch has none.
-        torch_cuda: CUDA version that torch was built for; None for a build without.
+    `loaded` and `torch_cuda`, the CUDA version that torch was built for, are None for a build without.
     """
     if loaded is None or torch_cuda is None:
         return ok("NCCL", "none in this build of torch; only GPUs need it")
@@ -105,6 +95,17 @@ def nccl(packages: Mapping[str, str], loaded: str | None, torch_cuda: str | None
 
 
 _LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # CUDA release notes, table 2
+
+
+def no_driver(problem: str, devices: Sequence[str]) -> Finding:
+    """Judges that NVML cannot be used, from what it says and the GPUs that there are nevertheless."""
+    if not devices:
+        return ok("NVIDIA driver", "none, and no NVIDIA GPU")
+    return warning(
+        "NVIDIA driver", f"NVML: {problem}; but there is {', '.join(devices)}",
+        "load the driver (nvidia-smi must work), reboot after an update of it; in a container: "
+        "--gpus all with NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+    )  # fmt: skip
 
 
 def driver(version: str, driver_cuda: tuple[int, int], torch_cuda: str | None, *, usable: bool) -> Finding:
@@ -144,20 +145,19 @@ def has_kernels(capability: tuple[int, int], archs: Sequence[str]) -> bool:
         capability: compute capability of the GPU.
         archs: as torch.cuda.get_arch_list returns them: sm_80, sm_90a, compute_90.
     """
-    for arch in archs:
+
+    def fits(arch: str) -> bool:
         found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
         if found is None:
-            continue
+            return False
         kind, built, suffix = found[1], (int(found[2]), int(found[3])), found[4]
         if suffix == "a":  # for this architecture alone
-            fits = built == capability
-        elif kind == "compute" and not suffix:  # PTX, which the driver compiles for any later GPU
-            fits = built <= capability
-        else:
-            fits = built[0] == capability[0] and built[1] <= capability[1]
-        if fits:
-            return True
-    return False
+            return built == capability
+        if kind == "compute" and not suffix:  # PTX, which the driver compiles for any later GPU
+            return built <= capability
+        return built[0] == capability[0] and built[1] <= capability[1]
+
+    return any(map(fits, archs))
 
 
 # --- GPUs -------------------------------------------------------------------------------------------
@@ -171,13 +171,12 @@ def topology(pairs: Mapping[tuple[int, int], str], nvlinks: Sequence[int]) -> Fi
             calls the paths over PCIe.
         nvlinks: active NVLinks of each GPU.
     """
-    ways: dict[str, list[str]] = {}
-    for (a, b), way in sorted(pairs.items()):
-        ways.setdefault(way, []).append(f"{a}-{b}")
+    ways: dict[str, list[tuple[int, int]]] = {}
+    for pair, way in sorted(pairs.items()):
+        ways.setdefault(way, []).append(pair)
+    found = "; ".join(f"{way} between {_names(its)}" for way, its in ways.items())
     if len(ways) == 1:
         found = f"{next(iter(ways))} between all {len(nvlinks)} GPUs"
-    else:
-        found = "; ".join(f"{way} between {', '.join(names)}" for way, names in ways.items())
     if any(nvlinks):
         found += f", {'/'.join(map(str, sorted(set(nvlinks))))} NVLinks each"
     if len(set(nvlinks)) > 1:
@@ -191,25 +190,22 @@ def topology(pairs: Mapping[tuple[int, int], str], nvlinks: Sequence[int]) -> Fi
 
 
 def peers(access: Mapping[tuple[int, int], bool], linked: Iterable[tuple[int, int]]) -> Finding:
-    """Judges whether GPUs reach the memory of one another.
-
-    Args:
-        access: whether the first GPU of a pair reaches the second.
-        linked: pairs that NVLink connects.
-    """
+    """Judges whether the first GPU of a pair reaches the memory of the second; NVLink connects `linked`."""
     without = sorted(pair for pair, reached in access.items() if not reached)
-    broken = sorted(set(without) & set(linked))
-    if broken:
-        names = ", ".join(f"{a}-{b}" for a, b in broken)
+    if broken := sorted(set(without) & set(linked)):
         return warning(
-            "peer access", f"none between {names}, although NVLink connects them",
+            "peer access", f"none between {_names(broken)}, although NVLink connects them",
             "see `nvidia-smi topo -p2p r`; switch off ACS or IOMMU in the host, start nvidia-fabricmanager",
         )  # fmt: skip
     if not without:
         return ok("peer access", "between all GPUs")
     if len(without) == len(access):
         return ok("peer access", "none, as usual for these GPUs; NCCL goes through the memory of the host")
-    return ok("peer access", f"none between {', '.join(f'{a}-{b}' for a, b in without)}")
+    return ok("peer access", f"none between {_names(without)}")
+
+
+def _names(pairs: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{a}-{b}" for a, b in pairs)
 
 
 # --- Machine ----------------------------------------------------------------------------------------
@@ -258,13 +254,7 @@ def locked_memory(soft_bytes: int, infiniband: Sequence[str]) -> Finding:
 
 
 def cluster(job: Allocation | None, version: str | None, ping: str | None) -> Finding:
-    """Judges Slurm.
-
-    Args:
-        job: that this process belongs to, or None.
-        version: what `srun --version` says; None where there is no srun.
-        ping: what `scontrol ping` says; None likewise.
-    """
+    """Judges Slurm by this process's job and by what `srun --version` and `scontrol ping` say."""
     place = "outside of a job"
     if job is not None:
         step = "" if job.step is None else f", step {job.step},"
@@ -305,9 +295,8 @@ def clock(elapsed_s: Sequence[float], now_s: float, newest_s: float, file_s: flo
     monotonic, wall = elapsed_s
     set_it = "start chrony or another NTP client"
     if monotonic <= 0:
-        return failure(
-            "clock", f"the monotonic clock went {monotonic:.3f} s in a pause", "reboot; mend the host"
-        )
+        found = f"the monotonic clock went {monotonic:.3f} s in a pause"
+        return failure("clock", found, "reboot; mend the host")
     if now_s < newest_s - 86400:
         return failure("clock", f"is {(newest_s - now_s) / 86400:,.0f} days before this installation", set_it)
     if abs(wall - monotonic) > 1:
@@ -324,25 +313,19 @@ def clock(elapsed_s: Sequence[float], now_s: float, newest_s: float, file_s: flo
 
 
 def nccl_interfaces(names: Sequence[str], setting: str | None) -> list[str]:
-    """Returns the interfaces that NCCL may take, the first of them first (NCCL_SOCKET_IFNAME).
+    """Returns the interfaces that NCCL may take, the first of them first.
 
     Args:
         names: interfaces that are up, in the system's order.
-        setting: of the variable: prefixes, with ^ in front those to leave out, with = whole names.
+        setting: NCCL_SOCKET_IFNAME: prefixes, with ^ in front those to leave out, with = whole names.
     """
     if setting:
-        mark = re.match(r"\^?=?", setting)
-        assert mark is not None
-        listed = [part for part in setting[mark.end() :].split(",") if part]
-        exact, excluded = "=" in mark[0], "^" in mark[0]
-        return [
-            name
-            for name in names
-            if any(name == one if exact else name.startswith(one) for one in listed) != excluded
-        ]
-    rest = [name for name in names if not name.startswith(("ib", "docker", "lo"))]
-    groups = [[name for name in names if name.startswith(prefix)] for prefix in ("ib", "docker", "lo")]
-    return next((group for group in (groups[0], rest, groups[1], groups[2]) if group), [])
+        excluded, exact = setting.startswith("^"), setting.lstrip("^").startswith("=")
+        listed = tuple(filter(None, setting.lstrip("^=").split(",")))
+        return [name for name in names if (name in listed if exact else name.startswith(listed)) != excluded]
+    special = {kind: [name for name in names if name.startswith(kind)] for kind in ("ib", "docker", "lo")}
+    rest = [name for name in names if not name.startswith(tuple(special))]
+    return special["ib"] or rest or special["docker"] or special["lo"]
 
 
 def nccl_network(names: Sequence[str], setting: str | None) -> Finding:
@@ -369,25 +352,23 @@ def gloo_network(
         own: address of this host that its name leads to; None where it leads to none.
         nodes: of the job.
     """
-    others = [name for name in addresses if name != "lo"]
+    subject = "gloo network"
     if setting:
-        missing = [name for name in setting.split(",") if name not in addresses]
-        if missing:
-            return failure(
-                "gloo network", f"GLOO_SOCKET_IFNAME={setting}: {', '.join(missing)} is not there or not up",
-                f"unset it or name one of {', '.join(addresses)}",
-            )  # fmt: skip
-        return ok("gloo network", f"{setting} (GLOO_SOCKET_IFNAME)")
-    by_address = {address: name for name, owned in addresses.items() for address in owned}
-    taken = by_address.get(own or "", "lo")
+        missing = ", ".join(name for name in setting.split(",") if name not in addresses)
+        if not missing:
+            return ok(subject, f"{setting} (GLOO_SOCKET_IFNAME)")
+        found = f"GLOO_SOCKET_IFNAME={setting}: {missing} is not there or not up"
+        return failure(subject, found, f"unset it or name one of {', '.join(addresses)}")
+    taken = next((name for name, owned in addresses.items() if own in owned), "lo")
     leads = f"{host} is {own}" if own else f"the name {host} leads to no address of this host"
     found = f"{taken} ({leads})"
     if taken != "lo":
-        return ok("gloo network", found)
-    remedy = f"export GLOO_SOCKET_IFNAME={others[0] if others else 'INTERFACE'} on every node"
+        return ok(subject, found)
+    other = next((name for name in addresses if name != "lo"), "INTERFACE")
+    remedy = f"export GLOO_SOCKET_IFNAME={other} on every node"
     if nodes > 1:
-        return warning("gloo network", f"{found}: no other node can reach this one", remedy)
-    return ok("gloo network", f"{found}; for CPU runs on several nodes: {remedy}")
+        return warning(subject, f"{found}: no other node can reach this one", remedy)
+    return ok(subject, f"{found}; for CPU runs on several nodes: {remedy}")
 
 
 # --- Computing --------------------------------------------------------------------------------------

@@ -14,19 +14,20 @@ import sys
 import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import psutil
 
 from disttrain import slurm_env
 from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingError
-from disttrain.launch.peers import meet
+from disttrain.launch.peers import Channel, meet
 from disttrain.launch.plan import LaunchPlan, command, environment
 from disttrain.launch.supervisor import Outcome, Supervisor
 from disttrain.launch.watch import Watch
 from disttrain.lifetime import adopting_orphans, end_with_parent
 from disttrain.runs.manifest import list_steps, step_of
-from disttrain.runs.runfolder import COMMAND, LOCKED_BY_LAUNCHER, RunFolder
+from disttrain.runs.runfolder import CLEAN, COMMAND, LOCKED_BY_LAUNCHER, RunFolder
 from disttrain.terminal import is_animated
 
 _MOST_IDLE_RESTARTS = 3  # in a row without progress
@@ -51,7 +52,7 @@ def launch(
         folder: the run folder.
         max_restarts: how often to go on from the last checkpoint after a failure.
         say: told about restarts.
-        facts: what all nodes must agree on, from `runs.agreement.facts`; for several nodes.
+        facts: what all nodes must agree on.
     """
     signals: list[int] = []  # the first asks the ranks to stop, the second ends them at once
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -62,15 +63,13 @@ def launch(
         for attempt in range(max_restarts + 1):
             folder.clear_errors(plan.ranks)
             if plan.node_rank == 0:
-                outcome_, changes = _begin(folder, by_itself=attempt > 0 or requeued)
-                if outcome_ is not None:
-                    outcome = outcome_
-                    folder.update_status(exit_code=outcome.exit_code, **outcome.status)
-                    break
+                useless, changes = _begin(folder, by_itself=attempt > 0 or requeued)
+                if useless is not None:
+                    folder.update_status(exit_code=useless.exit_code, **useless.status)
+                    return useless
                 restarts += requeued and attempt == 0
                 # So that no earlier end is taken for the end of this attempt.
-                clean = dict.fromkeys(("exit_code", "reason", "rank", "host"))
-                folder.update_status(state="running", restarts=restarts, **clean, **changes)
+                folder.update_status(**CLEAN, state="running", restarts=restarts, **changes)
             outcome, stopping = _attempt(plan, folder, signals, facts or {})
             if plan.node_rank == 0 and outcome.status:
                 folder.update_status(exit_code=outcome.exit_code, **outcome.status)
@@ -120,32 +119,11 @@ def _attempt(
         How it ended, and whether a node was asked to stop.
     """
     with contextlib.ExitStack() as stack:
-        channel = None
-        if plan.nodes > 1:
-            assert plan.master_addr is not None
-            assert plan.master_port is not None
-            place = slurm_env.Node(plan.nodes, plan.node_rank, plan.master_addr, plan.master_port)
-            try:
-                channel = meet(
-                    place,
-                    plan.processes,
-                    facts,
-                    timeout_s=plan.stall_timeout_s,
-                    interrupted=lambda: bool(signals),
-                )
-            except DisttrainError as error:
-                if (
-                    isinstance(error, StoppedError)
-                    and signal.SIGTERM in signals
-                    and "SLURM_STEP_ID" in os.environ
-                ):
-                    # No wish to stop: srun ends all tasks when one fails, or the job is cancelled.
-                    reason = "ended by SIGTERM before all nodes had come; see what the others say"
-                    status = {"state": "failed", "reason": reason}
-                    return Outcome(128 + signal.SIGTERM, reason, status=status), True
-                state = "stopped" if isinstance(error, StoppedError) else "failed"
-                status = {"state": state, "reason": str(error)}
-                return Outcome(error.exit_code, str(error), status=status), bool(signals)
+        try:
+            channel = _meet(plan, facts, signals)
+        except DisttrainError as error:
+            return _not_met(error, signals), bool(signals)
+        if channel is not None:
             stack.callback(channel.close)
         stack.enter_context(adopting_orphans())
         watch = stack.enter_context(Watch(plan.ranks.start, plan.processes))
@@ -162,7 +140,7 @@ def _attempt(
             env=variables,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_end_with_this_process(),
+            preexec_fn=partial(_prepare_child, os.getpid()),
         )
         stack.callback(_end_all, child, others)
         watch.begin(child.pid)
@@ -176,25 +154,37 @@ def _attempt(
         return outcome, supervisor.stopping
 
 
-def _end_with_this_process() -> Callable[[], None]:
-    """Returns what a new child does so that it does not outlive this process."""
-    launcher = os.getpid()
+def _meet(plan: LaunchPlan, facts: Mapping[str, str], signals: list[int]) -> Channel | None:
+    """Waits for the launchers of the other nodes; None for a run on one node."""
+    if plan.nodes == 1:
+        return None
+    assert plan.master_addr is not None
+    assert plan.master_port is not None
+    place = slurm_env.Node(plan.nodes, plan.node_rank, plan.master_addr, plan.master_port)
+    timeout_s = plan.stall_timeout_s
+    return meet(place, plan.processes, facts, timeout_s=timeout_s, interrupted=lambda: bool(signals))
 
-    def prepare() -> None:
-        # Slurm may send it to every process of a step; those between this one and the ranks know it not.
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        end_with_parent(launcher)
 
-    return prepare
+def _not_met(error: DisttrainError, signals: list[int]) -> Outcome:
+    """Returns how a run ends whose nodes have not met."""
+    code, reason = error.exit_code, str(error)
+    state = "stopped" if isinstance(error, StoppedError) else "failed"
+    if state == "stopped" and signal.SIGTERM in signals and "SLURM_STEP_ID" in os.environ:
+        # No wish to stop: srun ends all tasks when one fails, or the job is cancelled.
+        code, state = 128 + signal.SIGTERM, "failed"
+        reason = "ended by SIGTERM before all nodes had come; see what the others say"
+    return Outcome(code, reason, status={"state": state, "reason": reason})
+
+
+def _prepare_child(launcher: int) -> None:
+    """What a new child does before it becomes another program: it does not outlive the launcher."""
+    # Slurm may send it to every process of a step; those between this one and the ranks know it not.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    end_with_parent(launcher)
 
 
 def _end_all(child: subprocess.Popen[bytes], others: Container[psutil.Process]) -> None:
-    """Ends a child and all that descend from it, and returns when they are gone.
-
-    Args:
-        child: started by this process.
-        others: descendants of this process that are none of its own.
-    """
+    """Ends a child and all that descend from it, and returns when they are gone; `others` do not."""
     deadline = time.monotonic() + _GONE_S
     if child.poll() is None:
         child.kill()

@@ -10,15 +10,7 @@ from disttrain.config import Config
 from disttrain.launch.plan import LaunchPlan, Processes, plan_processes
 from disttrain.monitor.nvml import visible_gpus
 from disttrain.parallel import usable_cores
-from disttrain.preflight import (
-    check_device,
-    check_room,
-    check_shared_memory,
-    check_trackers,
-    check_weights,
-    open_index,
-    split_batch,
-)
+from disttrain.preflight import check_machine, check_room, check_trackers, check_weights
 from disttrain.runs.identity import identity
 from disttrain.runs.resume import Start, is_finished, resume_point
 from disttrain.runs.runfolder import RunFolder
@@ -66,10 +58,7 @@ def prepare(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[s
     Raises:
         DisttrainError: what is wrong, and how to put it right.
     """
-    check_device(config, plan.device)
-    check_shared_memory(plan.device, plan.processes)
-    split_batch(config, plan.world_size)
-    index = open_index(config, say)
+    index = check_machine(config, plan.device, plan.processes, plan.world_size, say)
     folder = RunFolder(plan.run_dir)
     unknown = config.data.on_error == "skip"  # what is skipped is found by the workers
     own = identity(config, index, None if unknown else ())
