@@ -33,11 +33,7 @@ def check_machine(
     world_size: int,
     say: Callable[[str], None],
 ) -> Index:
-    """Checks an experiment against the processes that are to train it, and returns its index.
-
-    Raises:
-        DisttrainError: what does not fit, and how to put it right.
-    """
+    """Checks an experiment against the processes that are to train it, and returns its index."""
     check_device(config, device)
     check_shared_memory(device, local_processes)
     split_batch(config, world_size)
@@ -130,13 +126,7 @@ def check_weights(config: Config) -> None:
 def check_shared_memory(
     device: Literal["cuda", "cpu"], local_processes: int, folder: Path = Path("/dev/shm")
 ) -> None:
-    """Raises StorageError where NCCL finds too little shared memory for the GPUs of a node.
-
-    Args:
-        device: of the processes; on the CPU none of it is used.
-        local_processes: processes on this node.
-        folder: where the shared memory is mounted.
-    """
+    """Raises StorageError where NCCL finds too little shared memory for the GPUs of one node."""
     if device == "cpu" or local_processes == 1 or os.environ.get("NCCL_SHM_DISABLE") == "1":
         return
     needed, free = local_processes * _SHARED_BYTES, free_bytes(folder)
@@ -148,18 +138,11 @@ def check_shared_memory(
 
 
 def check_space(folder: Path, needed_bytes: int, keep: int) -> str | None:
-    """Checks that at least one more checkpoint fits.
-
-    Args:
-        folder: the checkpoints folder.
-        needed_bytes: of one checkpoint.
-        keep: checkpoints that are kept besides the best one; one more is there while it is written.
+    """Checks that at least one more checkpoint of so many bytes fits, or raises StorageError.
 
     Returns:
-        What to tell the user if there is space for one but not for all that will be kept, else None.
-
-    Raises:
-        StorageError: not even one fits.
+        What to tell the user if there is space for one but not for all that will be there at once: those
+        kept, the best one, and one more while it is written; else None.
     """
     free = free_bytes(folder)
     if free is None:
@@ -179,11 +162,7 @@ def check_space(folder: Path, needed_bytes: int, keep: int) -> str | None:
 
 
 def check_room(folder: Path, checkpoint: Path | None) -> None:
-    """Checks, before the size of a checkpoint is known, that a run can begin or go on at all.
-
-    Raises:
-        StorageError: the disk is as good as full.
-    """
+    """Raises StorageError, before the size of a checkpoint is known, where the disk is as good as full."""
     needed = _LEAST_BYTES + (0 if checkpoint is None else size(checkpoint))
     free = free_bytes(folder)
     if free is not None and free < needed:

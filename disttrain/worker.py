@@ -98,11 +98,7 @@ def main(
 
 
 def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int) -> None:
-    """Trains as one rank, from joining the group to leaving it.
-
-    Raises:
-        HangError: another rank did not come, or did not answer.
-    """
+    """Trains as one rank, from joining the group to leaving it."""
     rank.pulse.beat(Phase.START, 0, 1)
     import torch.distributed as dist
 
@@ -155,8 +151,7 @@ def enter_folder(
 ) -> tuple[RunFolder | None, Path | None]:
     """Agrees on the run folder and on where to begin; rank 0 makes the folder. Every rank calls this.
 
-    Returns:
-        The run folder, or None when the run in it has finished already; and the checkpoint to go on from.
+    Returns no folder when the run in it has finished already; and the checkpoint to go on from.
     """
     from disttrain.training.collectives import Group, gather
 
@@ -185,11 +180,7 @@ def enter_folder(
 
 
 def prepare_folder(folder: RunFolder, config: Config, start: Start) -> Path | None:
-    """Makes a run folder ready to begin as decided, and says what was found. Rank 0 alone calls this.
-
-    Returns:
-        The checkpoint to go on from.
-    """
+    """Makes a run folder ready to begin, says what was found, returns the checkpoint. Rank 0 alone calls."""
     checkpoint, notes = start.checkpoint, list(start.notes)
     if checkpoint is not None:
         if checkpoint.resolve().parent == folder.checkpoints.resolve():

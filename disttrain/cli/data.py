@@ -131,12 +131,7 @@ def verify(name: str, root: str | None) -> None:
 @click.option("--skip", is_flag=True, help="Accept samples that cannot be used.")
 @_FORCE
 def index_(
-    folder: Path,
-    train: tuple[str, ...],
-    val: tuple[str, ...],
-    classes: Path | None,
-    skip: bool,
-    force: bool,
+    folder: Path, train: tuple[str, ...], val: tuple[str, ...], classes: Path | None, skip: bool, force: bool
 ) -> None:
     """Use WebDataset tars that were made elsewhere, where they lie.
 

@@ -54,11 +54,7 @@ PROCESSES = options(
 
 
 def ready_to_measure(config: Config, gpus: int | None, procs: int | None) -> tuple[LaunchPlan, Index]:
-    """Returns the processes that are to measure an experiment, and its data set; both fit it.
-
-    Raises:
-        DisttrainError: something does not.
-    """
+    """Returns the processes that are to measure an experiment, and its data set; raises what does not fit."""
     from disttrain.launch.jobs import plan_job
     from disttrain.models import check_model_name
     from disttrain.preflight import check_machine, check_weights

@@ -72,15 +72,7 @@ def predict(
     from disttrain.trained.predict_command import predict as show
 
     with progress(disable=sys.stdout.isatty()) as on_progress:
-        show(
-            run_path,
-            images,
-            checkpoint,
-            top=top,
-            grid=grid,
-            as_json=as_json,
-            on_progress=on_progress,
-        )
+        show(run_path, images, checkpoint, top=top, grid=grid, as_json=as_json, on_progress=on_progress)
 
 
 @click.command()

@@ -26,10 +26,7 @@ _GRACE_S = 5.0  # for a check to end by itself after its time limit, with a word
 
 
 def examine(names: Sequence[str] = ()) -> Iterator[tuple[str, Finding]]:
-    """Yields the name of a check and what it found, one finding after the other.
-
-    Args:
-        names: of the checks to run; none means all.
+    """Yields the name of a check and what it found, one finding after the other; no names mean all checks.
 
     Raises:
         UsageError: there is no such check.

@@ -37,8 +37,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 def reduction_s(ones: torch.Tensor, times: int) -> float:
     """Returns the median of the seconds in which a tensor is summed over the ranks. Every rank calls this.
 
-    Raises:
-        RuntimeError: the sum is wrong.
+    Raises RuntimeError if the sum is wrong.
     """
     import torch
     import torch.distributed as dist

@@ -40,14 +40,9 @@ _SLOW = 2.0  # times worse than the median of the pairs
 
 
 class Pair(NamedTuple):
-    """What two nodes measured together.
+    """What two nodes measured together: half of the median round trip of 4 bytes, a large message one way.
 
-    Attributes:
-        first: the node with the smaller number.
-        second: the other.
-        latency_s: half of the median round trip of 4 bytes; None if it failed.
-        bytes_per_s: of a large message, one way.
-        problem: empty, or why it failed.
+    Both are None, and `problem` says why, where it failed.
     """
 
     first: int
@@ -112,8 +107,7 @@ def examine_nodes(place: Node | None) -> Iterator[tuple[str, Finding]]:
 def _exchange(channel: Channel, place: Node, value: Any) -> list[Any]:
     """Returns the values of all nodes, on every node. Every node calls this.
 
-    Raises:
-        HangError: a node is gone or does not answer.
+    Raises HangError if a node is gone or does not answer.
     """
     values: dict[int, Any] = {place.node_rank: value}
     deadline = time.monotonic() + 2 * LIMIT_S

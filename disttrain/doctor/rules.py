@@ -16,14 +16,7 @@ _GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """One line of the report.
-
-    Attributes:
-        subject: what was looked at.
-        status: what it is worth.
-        found: the facts, with their units.
-        remedy: what to do; empty where nothing is to be done.
-    """
+    """One line of the report: what was looked at, its worth, the facts with their units, what to do."""
 
     subject: str
     status: Literal["ok", "warning", "failure"]
@@ -50,12 +43,7 @@ def failure(subject: str, found: str, remedy: str) -> Finding:
 
 
 def unmet(requirements: Iterable[tuple[str, str]], versions: Mapping[str, str]) -> list[str]:
-    """Returns what installed packages lack of what they ask for.
-
-    Args:
-        requirements: package, and what it requires in the form of PEP 508.
-        versions: of the installed packages, by canonical name.
-    """
+    """Returns what packages lack of what they ask for (PEP 508); `versions` are by canonical name."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -109,15 +97,10 @@ def no_driver(problem: str, devices: Sequence[str]) -> Finding:
 
 
 def driver(version: str, driver_cuda: tuple[int, int], torch_cuda: str | None, *, usable: bool) -> Finding:
-    """Judges whether a driver runs what torch was built for.
+    """Judges whether a driver runs what torch was built for; `torch_cuda` is None for a build without CUDA.
 
-    Within a major version of CUDA any driver of that version does (CUDA compatibility guide).
-
-    Args:
-        version: of the driver.
-        driver_cuda: highest CUDA version that it supports: major, minor.
-        torch_cuda: CUDA version that torch was built for; None for a build without.
-        usable: whether torch can use a GPU.
+    Within a major version of CUDA any driver of that version does (CUDA compatibility guide). An older one
+    does where a GPU is `usable` nevertheless, by forward compatibility libraries.
     """
     has = f"driver {version}, CUDA up to {driver_cuda[0]}.{driver_cuda[1]}"
     if torch_cuda is None:
@@ -139,11 +122,9 @@ def driver(version: str, driver_cuda: tuple[int, int], torch_cuda: str | None, *
 
 
 def has_kernels(capability: tuple[int, int], archs: Sequence[str]) -> bool:
-    """Tells whether a build of torch has kernels for a GPU.
+    """Tells whether a build of torch has kernels for a compute capability.
 
-    Args:
-        capability: compute capability of the GPU.
-        archs: as torch.cuda.get_arch_list returns them: sm_80, sm_90a, compute_90.
+    Its `archs` are as torch.cuda.get_arch_list returns them: sm_80, sm_90a, compute_90.
     """
 
     def fits(arch: str) -> bool:
@@ -167,8 +148,7 @@ def topology(pairs: Mapping[tuple[int, int], str], nvlinks: Sequence[int]) -> Fi
     """Judges how GPUs are connected.
 
     Args:
-        pairs: the way between two GPUs by their places: NVLink, or PIX, PXB, PHB, NODE, SYS as nvidia-smi
-            calls the paths over PCIe.
+        pairs: the way between two GPUs: NVLink, or PIX, PXB, PHB, NODE, SYS as nvidia-smi calls it over PCIe.
         nvlinks: active NVLinks of each GPU.
     """
     ways: dict[str, list[tuple[int, int]]] = {}
@@ -379,12 +359,7 @@ def losses(
 ) -> Finding:
     """Judges a training step by the losses before and after it.
 
-    Args:
-        subject: device and precision.
-        found: losses on the device.
-        expected: the same in float64 on the CPU.
-        tolerance: greatest difference, as a share of what is expected.
-        step_ms: milliseconds of a step.
+    Those `expected` are from float64 on the CPU; `tolerance` is the greatest difference as a share of them.
     """
     text = " -> ".join(f"{loss:.4f}" for loss in found)
     if any(not abs(a - b) <= tolerance * abs(b) for a, b in zip(found, expected, strict=True)):

@@ -26,11 +26,7 @@ Values = dict[str, Any]
 
 
 def plan_job(*, gpus: int | None, procs: int | None) -> LaunchPlan:
-    """Returns a plan for processes of this node, of no run.
-
-    Args:
-        gpus: how many to use; None means all that are visible, if `procs` is None.
-        procs: processes without GPUs.
+    """Returns a plan for processes of this node, of no run: on so many GPUs, on all visible ones, or on CPUs.
 
     Raises:
         UsageError: the machine does not have what is asked for.
@@ -39,16 +35,15 @@ def plan_job(*, gpus: int | None, procs: int | None) -> LaunchPlan:
 
 
 def run_job(plan: LaunchPlan, module: str, request: Mapping[str, Any]) -> Values:
-    """Runs a module in the processes of a plan and returns what its rank 0 has found.
+    """Runs a module that calls `serve` in the processes of a plan and returns what its rank 0 has found.
 
     Args:
         plan: device and processes; a single node.
-        module: calls `serve`.
+        module: its name.
         request: JSON values, handed to every rank.
 
     Raises:
-        DisttrainError: as the first rank to fail has raised it.
-        TrainingError: a process died without a word.
+        DisttrainError: as the first rank to fail has raised it, or a process died without a word.
     """
     with tempfile.TemporaryDirectory(prefix="disttrain-") as name:
         folder = Path(name)

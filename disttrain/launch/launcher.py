@@ -9,6 +9,7 @@ import contextlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,14 +46,9 @@ def launch(
 ) -> Outcome:
     """Runs the plan to its end and settles status.json. The folder's lock must be held.
 
-    Nothing that was started is left when it returns, however the run has ended.
-
-    Args:
-        plan: what to start.
-        folder: the run folder.
-        max_restarts: how often to go on from the last checkpoint after a failure.
-        say: told about restarts.
-        facts: what all nodes must agree on.
+    Nothing that was started is left when it returns, however the run has ended. A failure is followed by
+    another attempt from the last checkpoint, `max_restarts` times at most. `facts` are what all nodes must
+    agree on.
     """
     signals: list[int] = []  # the first asks the ranks to stop, the second ends them at once
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -89,11 +85,7 @@ def launch(
 
 
 def _begin(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[str, Any]]:
-    """Looks whether a run gets on at all.
-
-    Args:
-        folder: the run folder.
-        by_itself: whether nobody asked for this attempt: it follows a failure, or Slurm has requeued the job.
+    """Looks whether a run gets on at all, where nobody asked for this attempt: after a failure or a requeue.
 
     Returns:
         The outcome if it is of no use to begin again; and what to keep in status.json for the next time.
@@ -107,7 +99,7 @@ def _begin(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[
         f"no progress in {_MOST_IDLE_RESTARTS} restarts: each began at step {step:,} and saved nothing; see "
         "to the failure, or save more often (checkpoint.every_steps), then start it again"
     )
-    return Outcome(TrainingError.exit_code, reason, status={"state": "failed", "reason": reason}), {}
+    return Outcome.of(TrainingError.exit_code, reason), {}
 
 
 def _attempt(
@@ -115,16 +107,14 @@ def _attempt(
 ) -> tuple[Outcome, bool]:
     """Starts this node's processes, follows them to their end and leaves none behind.
 
-    Returns:
-        How it ended, and whether a node was asked to stop.
+    Returns how it ended, and whether a node was asked to stop.
     """
     with contextlib.ExitStack() as stack:
         try:
             channel = _meet(plan, facts, signals)
         except DisttrainError as error:
             return _not_met(error, signals), bool(signals)
-        if channel is not None:
-            stack.callback(channel.close)
+        stack.callback(channel.close)
         stack.enter_context(adopting_orphans())
         watch = stack.enter_context(Watch(plan.ranks.start, plan.processes))
         others = set(psutil.Process().children(recursive=True))
@@ -154,10 +144,10 @@ def _attempt(
         return outcome, supervisor.stopping
 
 
-def _meet(plan: LaunchPlan, facts: Mapping[str, str], signals: list[int]) -> Channel | None:
-    """Waits for the launchers of the other nodes; None for a run on one node."""
+def _meet(plan: LaunchPlan, facts: Mapping[str, str], signals: list[int]) -> Channel:
+    """Waits for the launchers of the other nodes; the line of a run on one node leads nowhere."""
     if plan.nodes == 1:
-        return None
+        return Channel({}, [socket.gethostname()])
     assert plan.master_addr is not None
     assert plan.master_port is not None
     place = slurm_env.Node(plan.nodes, plan.node_rank, plan.master_addr, plan.master_port)
@@ -173,7 +163,7 @@ def _not_met(error: DisttrainError, signals: list[int]) -> Outcome:
         # No wish to stop: srun ends all tasks when one fails, or the job is cancelled.
         code, state = 128 + signal.SIGTERM, "failed"
         reason = "ended by SIGTERM before all nodes had come; see what the others say"
-    return Outcome(code, reason, status={"state": state, "reason": reason})
+    return Outcome.of(code, reason, state=state)
 
 
 def _prepare_child(launcher: int) -> None:

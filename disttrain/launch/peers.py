@@ -126,7 +126,7 @@ def meet(
     Args:
         place: this node.
         processes: on this node.
-        known: from `facts`.
+        known: what must be the same everywhere, from `runs.agreement.facts`.
         timeout_s: how long to wait.
         interrupted: whether to give up, asked often.
 
@@ -179,11 +179,7 @@ def meet(
 def telling_nodes(place: Node | None) -> Iterator[None]:
     """Passes on to node 0 what keeps this node from beginning, and from it to the others: none need wait.
 
-    Args:
-        place: this node, or None for a run on one node.
-
-    Raises:
-        DisttrainError: what was raised inside.
+    There is nobody to tell where `place` is None, a run on one node.
     """
     try:
         yield
@@ -263,11 +259,7 @@ class _Caller:
 
 
 def _receive_nodes(place: Node, present: dict[int, _Caller], going: Callable[[], bool]) -> None:
-    """Fills in the nodes that come, until all are there or the time is over.
-
-    Raises:
-        DisttrainError: as a node has failed before it came.
-    """
+    """Fills in the nodes that come, until all are there or the time is over; raises as one has failed."""
     callers: dict[socket.socket, _Caller] = {}
     failed, exit_code, until = "", 0, math.inf
     with _listen(place.master_port) as server:

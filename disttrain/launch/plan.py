@@ -175,12 +175,7 @@ def worker_command(plan: LaunchPlan) -> list[str]:
 
 
 def command(plan: LaunchPlan, worker: Sequence[str] | None = None) -> list[str]:
-    """Returns the command line that starts this node's processes.
-
-    Args:
-        plan: what to start.
-        worker: module and arguments of every rank; None means those of a run.
-    """
+    """Returns the command line that starts this node's processes: those of a run, or of another `worker`."""
     worker = worker_command(plan) if worker is None else worker
     if plan.world_size == 1:
         return [sys.executable, "-m", *worker]

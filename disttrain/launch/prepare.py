@@ -46,14 +46,7 @@ def processes_here(*, gpus: int | None, procs: int | None) -> Processes:
 def prepare(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[str], None]) -> Ready | None:
     """Checks config, machine, data set and run folder against one another; every node calls this.
 
-    Args:
-        plan: what is to be started.
-        config: the experiment.
-        dry_run: leave the run folder as it is.
-        say: told what is done on the way.
-
-    Returns:
-        What was found, or None if the run in the folder has finished already.
+    Returns None if the run in the folder has finished already. A dry run leaves the folder as it is.
 
     Raises:
         DisttrainError: what is wrong, and how to put it right.

@@ -49,6 +49,11 @@ class Outcome:
     status: dict[str, Any] = field(default_factory=dict, compare=False)
     victim: bool = field(default=False, compare=False)
 
+    @classmethod
+    def of(cls, code: int, reason: str, message: str = "", detail: str = "", **status: Any) -> Outcome:
+        """Returns an end that the run itself has not written down: failed, if `status` does not differ."""
+        return cls(code, message or reason, detail, {"state": "failed", "reason": reason, **status})
+
 
 class Supervisor:
     """Follows the processes of this node, and through the channel those of the others, to one outcome."""
@@ -60,7 +65,7 @@ class Supervisor:
         signals: list[int],
         watch: Watch,
         child: subprocess.Popen[bytes],
-        channel: Channel | None,
+        channel: Channel,
         log_begin: int,
     ) -> None:
         self._plan = plan
@@ -81,8 +86,7 @@ class Supervisor:
         """Returns how the run ended; what of it is still alive is of no use any more."""
         suspect, until, reported = None, 0.0, 0.0
         while True:
-            sockets = self._channel.sockets if self._channel else []
-            self._watch.wait(_POLL_S, sockets)
+            self._watch.wait(_POLL_S, self._channel.sockets)
             now = time.monotonic()
             found = self._second_signal() or self._listen() or self._stop() or self._local() or self._hang()
             if self._final is not None:
@@ -95,7 +99,7 @@ class Supervisor:
                 found = suspect
             if found is not None:
                 return self._agree(found)
-            if self._channel and self._plan.node_rank and now - reported > _REPORT_S:
+            if self._plan.node_rank and now - reported > _REPORT_S:
                 self._channel.send({"rows": self._watch.rows()})
                 reported = now
 
@@ -104,30 +108,24 @@ class Supervisor:
             return None
         number = self._signals[-1]
         reason = f"ended by {signal.Signals(number).name}"
-        return Outcome(
-            128 + number,
-            f"{reason}; the last checkpoint is intact",
-            status={"state": "stopped", "reason": reason},
-        )
+        return Outcome.of(128 + number, reason, f"{reason}; the last checkpoint is intact", state="stopped")
 
     def _stop(self) -> Outcome | None:
         """Hands on the wish to stop; before training has begun there is nothing to save."""
         if self.stopping or not (self._signals or self._asked):
             return None
         self.stopping = True
-        if self._channel:
-            self._channel.send({"stop": True})
+        self._channel.send({"stop": True})
         if self._plan.node_rank == 0 and not self._watch.started and not self._watch.ends:
             reason = "stopped before training began; nothing is lost, the same command goes on"
-            code = StoppedError.exit_code
-            return Outcome(code, reason, status={"state": "stopped", "reason": reason})
+            return Outcome.of(StoppedError.exit_code, reason, state="stopped")
         self._watch.stop()
         return None
 
     def _listen(self) -> Outcome | None:
         """Takes in what the other nodes say."""
         found = None
-        for node, message in self._channel.receive() if self._channel else []:
+        for node, message in self._channel.receive():
             match message:
                 case {"rows": rows}:
                     self._remote_rows[node] = [Row(*row) for row in rows]
@@ -141,13 +139,11 @@ class Supervisor:
                 case {"final": outcome}:
                     self._final = Outcome(**outcome)
                 case {"stacks": rank}:
-                    assert self._channel
                     self._channel.send({"answer": self._watch.stacks(rank, self._folder.log(rank))}, node)
-        for node in sorted(self._channel.lost - set(self._done)) if self._channel else []:
-            assert self._channel
-            reason = f"node {node} ({self._channel.hosts[node]}) is gone"
-            status = {"state": "failed", "reason": reason, "host": self._channel.hosts[node]}
-            found = _worse(found, Outcome(TrainingError.exit_code, reason, status=status))
+        for node in sorted(self._channel.lost - set(self._done)):
+            host = self._channel.hosts[node]
+            gone = Outcome.of(TrainingError.exit_code, f"node {node} ({host}) is gone", host=host)
+            found = _worse(found, gone)
         return found
 
     def _local(self) -> Outcome | None:
@@ -175,8 +171,7 @@ class Supervisor:
     def _end(self, code: int | None) -> Outcome:
         """Judges the end of all ranks of this node, of which none was seen to die.
 
-        Args:
-            code: exit code of the process that started them, if it has ended.
+        `code` is how the process that started them has ended, if it has.
         """
         well = {0, StoppedError.exit_code}
         said = set(self._watch.said.values())
@@ -198,12 +193,15 @@ class Supervisor:
 
     def _failure(self, rank: int | None, cause: str) -> Outcome:
         who = "a process" if rank is None else f"rank {rank}"
-        reason = f"{who} {cause}"
-        status = {"state": "failed", "reason": reason, "rank": rank, "host": self._host}
         log = self._folder.launch_log(self._plan.node_rank)
-        message = f"{who} on {self._host} {cause}; see {log}"
-        last_words = "\n".join(_read_tail(log, self._log_begin, 15))
-        return Outcome(TrainingError.exit_code, message, last_words, status)
+        return Outcome.of(
+            TrainingError.exit_code,
+            f"{who} {cause}",
+            f"{who} on {self._host} {cause}; see {log}",
+            _read_tail(log, self._log_begin, 15),
+            rank=rank,
+            host=self._host,
+        )
 
     def _hang(self) -> Outcome | None:
         """Judges who makes no progress: node 0 for all nodes, the others when node 0 is silent."""
@@ -219,17 +217,16 @@ class Supervisor:
             node = row.rank // plan.processes
             if node == plan.node_rank:
                 stacks.append(self._watch.stacks(row.rank, self._folder.log(row.rank)))
-            elif self._channel:
+            else:
                 stacks.append(self._channel.ask(node, "stacks", row.rank, timeout_s=2) or "")
-        first = culprits[0]
-        status = {"state": "failed", "reason": reason, "rank": first.rank, "host": first.host}
-        return Outcome(HangError.exit_code, reason, "\n".join(stacks), status)
+        first, code = culprits[0], HangError.exit_code
+        return Outcome.of(code, reason, detail="\n".join(stacks), rank=first.rank, host=first.host)
 
     def _agree(self, found: Outcome) -> Outcome:
         """Settles on one outcome with the other nodes."""
         channel = self._channel
-        if channel is None or self._final is not None:
-            return self._final or found
+        if self._plan.nodes == 1:
+            return found
         well = found.exit_code in {0, StoppedError.exit_code} and not found.status
         word = {"done": found.exit_code} if well else {"outcome": asdict(found)}
         wait_s = _ALL_DONE_S if well else _CAUSE_S + 1
@@ -257,19 +254,14 @@ def _worse(one: Outcome | None, other: Outcome) -> Outcome:
 
 def _from_error(error: Mapping[str, Any]) -> Outcome:
     """Returns the outcome of a run that ended with an error that a rank wrote down."""
-    reason = str(error["message"])
+    code, reason = int(error["exit_code"]), str(error["message"])
     place = {"rank": error["rank"], "host": error["host"]}
     if error["traceback"] is None:
-        status = {"state": "failed", "reason": reason, **place}
-        return Outcome(int(error["exit_code"]), reason, status=status, victim=error["type"] == "HangError")
+        return replace(Outcome.of(code, reason, **place), victim=error["type"] == "HangError")
     reason = f"{error['type']}: {reason}"
-    return Outcome(
-        int(error["exit_code"]),
-        f"rank {error['rank']} on {error['host']} failed: {reason}",
-        str(error["traceback"])[-_DETAIL:],
-        {"state": "failed", "reason": reason, **place},
-        victim=_OF_THE_GROUP.search(reason) is not None,
-    )
+    message = f"rank {error['rank']} on {error['host']} failed: {reason}"
+    outcome = Outcome.of(code, reason, message, str(error["traceback"])[-_DETAIL:], **place)
+    return replace(outcome, victim=_OF_THE_GROUP.search(reason) is not None)
 
 
 def _cause(status: int | None) -> str:
@@ -282,11 +274,11 @@ def _cause(status: int | None) -> str:
     return f"ended with exit code {status} and left no report"
 
 
-def _read_tail(path: Path, begin: int, lines: int) -> list[str]:
+def _read_tail(path: Path, begin: int, lines: int) -> str:
     """Returns the last lines of a file, none of them from before the byte `begin`."""
     try:
         with path.open("rb") as file:
             file.seek(begin)
-            return file.read().decode(errors="replace").splitlines()[-lines:]
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
     except OSError:
-        return []
+        return ""

@@ -140,18 +140,13 @@ class _Local:
 
 
 class Watch:
-    """Watches over the ranks of this node.
-
-    Args:
-        first: number of the first one.
-        count: how many there are.
-    """
+    """Watches over the ranks of this node: so many, from the first one on."""
 
     def __init__(self, first: int, count: int) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         name = f"disttrain-{secrets.token_hex(16)}"
         self._listener.bind(f"\0{name}")  # an abstract name: no file that could be left behind
-        self._listener.listen(count)
+        self._listener.listen(count + 1)  # the ranks and the process that started them
         self.environment = {ADDRESS: f"@{name}"}
         self._memory = os.memfd_create("disttrain-pulse")
         os.ftruncate(self._memory, count * ROW_BYTES)
@@ -229,9 +224,7 @@ class Watch:
     def wait(self, timeout_s: float, also: Sequence[socket.socket] = ()) -> None:
         """Waits until a rank connects, speaks or ends, at most so many seconds, and takes note of it.
 
-        Args:
-            timeout_s: seconds.
-            also: sockets that end the waiting too.
+        Other sockets may end the waiting too.
         """
         open_ = {local.connection: local for local in self._locals if local.connection and not local.ended}
         for ready in wait_for_any([self._listener, *open_, *also], timeout_s):
@@ -243,24 +236,14 @@ class Watch:
             self._inspect()
 
     def note_ends(self, codes: Mapping[int, int]) -> None:
-        """Takes in how ranks have ended, from the process that started them.
-
-        Args:
-            codes: exit codes by rank, negative for a signal.
-        """
+        """Takes in exit codes of ranks, negative for a signal, from the process that started them."""
         for rank, code in codes.items():
             local = self._locals[rank - self._first]
             local.status = code
             self._hear_last(local)
 
     def stacks(self, rank: int, log: Path, timeout_s: float = 1.0) -> str:
-        """Returns the stack of the main thread of a rank of this node, or why there is none.
-
-        Args:
-            rank: its number.
-            log: where it writes when it is asked.
-            timeout_s: how long it may take.
-        """
+        """Returns the stack of the main thread of a rank of this node, which it writes to its log."""
         local = self._locals[rank - self._first]
         state = _process(local.pid)
         if local.connection is None or local.pid is None or state is None:

@@ -39,11 +39,7 @@ def bench(
         cores: CPU cores that the processes share.
         say: told what is measured.
 
-    Returns:
-        What `disttrain bench --json` prints.
-
-    Raises:
-        DisttrainError: a process failed.
+    Returns what `disttrain bench --json` prints.
     """
 
     def measured(plan: LaunchPlan, what: str) -> dict[str, Any]:

@@ -32,14 +32,7 @@ from disttrain.training.normalise import Normalise
 
 
 class Stage(NamedTuple):
-    """The speed of one stage.
-
-    Attributes:
-        name: of the stage.
-        what: what it does, with the threads it uses.
-        samples: measured.
-        seconds: they took.
-    """
+    """The speed of one stage: what it does, with the threads it uses, the samples and seconds they took."""
 
     name: str
     what: str
@@ -55,11 +48,7 @@ class Stage(NamedTuple):
 def bench(index: Index, *, samples: int, batch_size: int, threads: int | None = None) -> Iterator[Stage]:
     """Measures the train split of a data set on the CPU, stage by stage.
 
-    Args:
-        index: the data set, on this machine.
-        samples: to measure each stage with, at most those of the split.
-        batch_size: of the batches.
-        threads: for decoding and arithmetic; None means the usable cores.
+    Each is measured with so many samples, at most those of the split; no `threads` means the usable cores.
 
     Raises:
         UsageError: the data set lies on a server.

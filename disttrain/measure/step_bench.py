@@ -33,12 +33,7 @@ if TYPE_CHECKING:
 
 
 class Replay:
-    """Serves the first batch of a loader again and again, under the ids that the plan has for each.
-
-    Args:
-        loader: gives the batch.
-        device: where it stays.
-    """
+    """Serves the first batch of a loader again and again from a device, under the ids that the plan has."""
 
     def __init__(self, loader: Loader, device: torch.device) -> None:
         self._loader = loader
@@ -59,9 +54,7 @@ class Replay:
 class StepBench:
     """Measures training steps; every rank makes one and calls its methods in the same order.
 
-    Args:
-        parts: of a run; the model is trained in the process.
-        seconds: that each measurement takes at least.
+    Each measurement takes so many seconds at least. The model of `parts` is trained in the process.
     """
 
     def __init__(self, parts: Parts, seconds: float) -> None:
@@ -155,11 +148,7 @@ class StepBench:
         step: Callable[[Iterator[tuple[MicroBatch, Batch]]], None],
         before: Callable[[], None] = lambda: None,
     ) -> float:
-        """Takes full steps with samples from a loader for the time of a measurement.
-
-        Returns:
-            Seconds a step.
-        """
+        """Takes full steps with samples of a loader for the time of a measurement; returns seconds a step."""
         parts, plan = self._parts, self._parts.plan
         parts.meter.restart()
         full = max(1, plan.samples // plan.batch_size)

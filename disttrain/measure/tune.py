@@ -51,17 +51,9 @@ class RateFinding:
 
 
 def find_rate(config: Config, plan: LaunchPlan, *, low: float, high: float, steps: int) -> RateFinding:
-    """Trains for some steps while the learning rate rises from `low` to `high`.
+    """Trains for some steps while the learning rate rises from `low` to `high`, or until the loss diverges.
 
-    Args:
-        config: the experiment; groups of parameters keep their share of optim.lr.
-        plan: device and processes; a single node.
-        low: the first learning rate.
-        high: the last one, unless the loss diverges before.
-        steps: optimizer steps.
-
-    Raises:
-        DisttrainError: a process failed.
+    Groups of parameters keep their share of optim.lr. `plan` is of a single node.
     """
     request = {"what": "rate", "low": low, "high": high, "steps": steps, "diverged": _DIVERGED}
     found = _run(config, plan, request)
@@ -119,15 +111,7 @@ def try_batches(
 ) -> Iterator[BatchRow]:
     """Yields batch sizes, each twice the one before, until a batch does not fit or brings nothing more.
 
-    Args:
-        config: the experiment.
-        plan: device and processes; a single node.
-        index: of its data set.
-        seconds: of each measurement.
-        say: told what is tried.
-
-    Raises:
-        DisttrainError: a process failed of something else than the lack of memory.
+    Each measurement takes so many seconds. `plan` is of a single node.
     """
     parts = plan.processes * config.train.accumulate
     size = parts * max(1, _SMALLEST // parts)

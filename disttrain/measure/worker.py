@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from disttrain.measure.step_bench import Replay, StepBench
 from disttrain.measure.tune import OUT_OF_MEMORY
 from disttrain.preflight import open_index, split_batch
 from disttrain.training.build import build
-from disttrain.training.choices import Probe, ProbeError, Settings, Workload
+from disttrain.training.choices import Precision, Probe, ProbeError, Settings, Workload
 from disttrain.training.collectives import reduce_sum
 from disttrain.training.flops import device_flops, peak_flops_per_s
 from disttrain.training.group import best_device, join, out_of_memory
@@ -65,23 +65,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def everything(
-    bench: StepBench,
-    parts: Parts,
-    index: Index,
-    choices: dict[str, Choice],
-    step_s: float,
-    seconds: float,
+    bench: StepBench, parts: Parts, index: Index, choices: dict[str, Choice], step_s: float, seconds: float
 ) -> dict[str, Any]:
-    """Returns what `disttrain bench` shows beside the time of a step. Every rank calls this.
-
-    Args:
-        bench: of the parts.
-        parts: of a run.
-        index: its data set.
-        choices: how it computes.
-        step_s: seconds of a step.
-        seconds: that each measurement takes at least.
-    """
+    """Returns what `disttrain bench` shows beside the time of a step. Every rank calls this."""
     config, device = parts.config, parts.accelerator.device
     work = Workload(
         parts.bare_model,
@@ -105,35 +91,23 @@ def everything(
 
 
 def settings_table(work: Workload, seconds: float, *, compiling: bool) -> list[dict[str, Any]]:
-    """Returns forward and backward for precision x channels_last x compile. Every rank calls this.
-
-    Args:
-        work: what is computed.
-        seconds: that a measurement takes.
-        compiling: also compile, which takes long.
-    """
+    """Returns forward and backward for precision x channels_last x compile. Every rank calls this."""
     probe = Probe(work)
+    on_gpu = probe.device.type == "cuda"
+    precisions: list[Precision] = ["fp32", "tf32", "bf16", "fp16"] if on_gpu else ["fp32", "bf16"]
     rows = []
-    for settings in _all_settings(probe.device.type == "cuda", compiling):
-        row: dict[str, Any] = {
-            "precision": settings.precision,
-            "channels_last": settings.channels_last,
-            "compile": settings.compiled,
-        }
+    for compiled, precision, channels_last in itertools.product(
+        (False, True) if compiling else (False,), precisions, (True, False)
+    ):
+        row: dict[str, Any] = {"precision": precision, "channels_last": channels_last, "compile": compiled}
         try:
+            settings = Settings(precision, channels_last, compiled, torch.get_num_threads())
             row["pass_s"] = probe.seconds(settings, least_s=seconds / 4)
             row["images_per_s"] = probe.batch / row["pass_s"]
         except ProbeError as error:
             row |= {"pass_s": None, "error": str(error)}
         rows.append(row)
     return rows
-
-
-def _all_settings(on_gpu: bool, compiling: bool) -> Iterator[Settings]:
-    for compiled in (False, True) if compiling else (False,):
-        for precision in ("fp32", "tf32", "bf16", "fp16") if on_gpu else ("fp32", "bf16"):
-            for channels_last in (True, False):
-                yield Settings(precision, channels_last, compiled, torch.get_num_threads())
 
 
 def flops(parts: Parts, step_s: float) -> dict[str, Any]:
@@ -169,15 +143,9 @@ def _measured_peak(precision: str) -> tuple[float, str]:
 def raise_rate(parts: Parts, low: float, high: float, steps: int, diverged: float) -> dict[str, list[float]]:
     """Trains while the learning rate rises by the same factor in each step. Every rank calls this.
 
-    Args:
-        parts: of a run that has just begun; changed.
-        low: the first learning rate.
-        high: the last one.
-        steps: at most.
-        diverged: ends when the loss is so many times the least one, or not finite.
+    Ends before the last step if the loss is `diverged` times the least one, or not finite.
 
-    Returns:
-        The rates and the mean loss of each step over all ranks, before the step was taken.
+    Returns the rates and the mean loss of each step over all ranks, before the step was taken.
     """
     rates: list[float] = []
     losses: list[float] = []
