@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from disttrain.cli.shared import JSON, NODE, PATH, PROCESSES, SECONDS, aside, ready_to_measure
+from disttrain.cli.shared import COUNT, JSON, NODE, PATH, PROCESSES, SECONDS, aside, ready_to_measure
 
 if TYPE_CHECKING:
     from disttrain.config import Config
@@ -27,15 +27,14 @@ _STOPPED = {75, 130, 138, 140, 143}  # the run goes on later, or somebody wanted
 @click.command()
 @click.argument("config_path", metavar="CONFIG", type=PATH)
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
-@click.option("--gpus", type=click.IntRange(1), help="GPUs on this node (default: all visible).")
-@click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (CPU, gloo).")
-@click.option("--nodes", type=click.IntRange(1), help="Number of nodes (default: from Slurm, else 1).")
+@click.option("--gpus", type=COUNT, help="GPUs on this node (default: all visible).")
+@click.option("--procs", type=COUNT, help="Processes without GPUs (CPU, gloo).")
+@click.option("--nodes", type=COUNT, help="Number of nodes (default: from Slurm, else 1).")
 @NODE
 @click.option("--run-dir", type=PATH, help="Run folder (default: runs/<name>/<UTC time>).")
 @click.option(
     "--resume",
     default="auto",
-    show_default=True,
     metavar="auto|never|PATH",
     help="auto: go on with an unfinished run in --run-dir; PATH: from a run folder or checkpoint.",
 )
@@ -48,7 +47,6 @@ _STOPPED = {75, 130, 138, 140, 143}  # the run goes on later, or somebody wanted
     "--max-restarts",
     type=click.IntRange(0),
     default=0,
-    show_default=True,
     help="Restarts from the last checkpoint after a crash.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
@@ -56,7 +54,7 @@ _STOPPED = {75, 130, 138, 140, 143}  # the run goes on later, or somebody wanted
     "--report/--no-report",
     default=True,
     envvar="DISTTRAIN_REPORT",
-    help="Write report.html into the run folder when the run has finished or failed (default: yes).",
+    help="Write report.html into the run folder when the run has finished or failed.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Show the outcome only.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every log point.")

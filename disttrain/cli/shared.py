@@ -21,14 +21,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+COUNT = click.IntRange(1)
+POSITIVE = click.FloatRange(0, min_open=True)
 ROOT = click.option("--root", help="Folder of the data sets (default: $DISTTRAIN_DATA or the user's cache).")
-SECONDS = click.option(
-    "--seconds",
-    type=click.FloatRange(0, min_open=True),
-    default=2,
-    show_default=True,
-    help="Length of each measurement.",
-)
+SECONDS = click.option("--seconds", type=POSITIVE, default=2, help="Length of each measurement.")
 
 
 def options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
@@ -48,8 +44,8 @@ NODE = options(
     click.option("--master-port", type=click.IntRange(1, 65535), help="A free port on node 0."),
 )
 PROCESSES = options(
-    click.option("--gpus", type=click.IntRange(1), help="GPUs to use (default: all visible)."),
-    click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (default: 1)."),
+    click.option("--gpus", type=COUNT, help="GPUs to use (default: all visible)."),
+    click.option("--procs", type=COUNT, help="Processes without GPUs (default: 1)."),
 )
 
 

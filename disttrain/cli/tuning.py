@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from disttrain.cli.shared import JSON, PATH, PROCESSES, SECONDS, aside, options, ready_to_measure
+from disttrain.cli.shared import JSON, PATH, POSITIVE, PROCESSES, SECONDS, aside, options, ready_to_measure
 
 if TYPE_CHECKING:
     from disttrain.config import Config
@@ -33,20 +33,18 @@ _OF_BOTH = options(
 
 
 @tune.command()
-@click.option("--from", "low", type=click.FloatRange(0, min_open=True), default=1e-6, show_default=True)
-@click.option("--to", "high", type=click.FloatRange(0, min_open=True), default=10, show_default=True)
-@click.option("--steps", type=click.IntRange(20), default=100, show_default=True, help="Optimizer steps.")
+@click.option("--from", "low", type=POSITIVE, default=1e-6)
+@click.option("--to", "high", type=POSITIVE, default=10)
+@click.option("--steps", type=click.IntRange(20), default=100, help="Optimizer steps.")
 @_OF_BOTH
 def lr(
     config_path: Path,
     overrides: tuple[str, ...],
     gpus: int | None,
     procs: int | None,
-    low: float,
-    high: float,
-    steps: int,
     output: Path | None,
     as_json: bool,
+    **span: Any,
 ) -> None:
     """Suggest optim.lr, by training for some steps while it rises (Smith 2015).
 
@@ -58,11 +56,11 @@ def lr(
     from disttrain.measure.tune import find_rate
     from disttrain.measure.tune_page import write_rates
 
-    if low >= high:
-        raise UsageError(f"--from {low:g} is not below --to {high:g}")
+    if span["low"] >= span["high"]:
+        raise UsageError(f"--from {span['low']:g} is not below --to {span['high']:g}")
     config = load_config(config_path, overrides)
     plan, index = ready_to_measure(config, gpus, procs)
-    found = find_rate(config, plan, low=low, high=high, steps=steps)
+    found = find_rate(config, plan, **span)
     if found.suggested is None or found.most is None:
         outcome = "the loss fell at no learning rate: give a wider range (--from, --to)"
     else:
