@@ -74,8 +74,8 @@ def packages(_: str) -> Iterator[Finding]:
                 requirements.append((name, text))
                 todo.append(canonicalize_name(Requirement(text).name))
     problems = rules.unmet(requirements, versions)
-    for problem in problems:
-        yield warning("requirement", problem, "pip install --upgrade disttrain, in an environment of its own")
+    remedy = "pip install --upgrade disttrain, in an environment of its own"
+    yield from (warning("requirement", problem, remedy) for problem in problems)
     if "disttrain" not in versions:
         text = "not looked at: this source tree is not installed"
         yield warning("requirements", text, "pip install -e . in the tree")
@@ -107,7 +107,9 @@ def driver(_: str) -> Iterator[Finding]:
         handles = [pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid) for gpu in gpus]
         pairs = itertools.combinations(range(len(gpus)), 2)
         ways = {(a, b): _way(handles[a], handles[b]) for a, b in pairs}
-        yield rules.topology(ways, [_active_nvlinks(handle) for handle in handles])
+        state, links = pynvml.nvmlDeviceGetNvLinkState, range(pynvml.NVML_NVLINK_MAX_LINKS)
+        active = [sum(ask(state, handle, link) or 0 for link in links) for handle in handles]
+        yield rules.topology(ways, active)
 
 
 def gpus(_: str) -> Iterator[Finding]:
@@ -175,13 +177,6 @@ def _way(a: Any, b: Any) -> str:
         return "NVLink"
     level = ask(pynvml.nvmlDeviceGetTopologyCommonAncestor, a, b)
     return {0: "one board", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}.get(level, "unknown")
-
-
-def _active_nvlinks(handle: Any) -> int:
-    import pynvml
-
-    links = range(pynvml.NVML_NVLINK_MAX_LINKS)
-    return sum(ask(pynvml.nvmlDeviceGetNvLinkState, handle, link) or 0 for link in links)
 
 
 def machine(_: str) -> Iterator[Finding]:

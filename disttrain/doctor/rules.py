@@ -39,9 +39,6 @@ def failure(subject: str, found: str, remedy: str) -> Finding:
     return Finding(subject, "failure", found, remedy)
 
 
-# --- Versions ---------------------------------------------------------------------------------------
-
-
 def unmet(requirements: Iterable[tuple[str, str]], versions: Mapping[str, str]) -> list[str]:
     """Returns what packages lack of what they ask for (PEP 508); `versions` are by canonical name."""
     from packaging.requirements import Requirement
@@ -141,9 +138,6 @@ def has_kernels(capability: tuple[int, int], archs: Sequence[str]) -> bool:
     return any(map(fits, archs))
 
 
-# --- GPUs -------------------------------------------------------------------------------------------
-
-
 def topology(pairs: Mapping[tuple[int, int], str], nvlinks: Sequence[int]) -> Finding:
     """Judges how GPUs are connected.
 
@@ -186,9 +180,6 @@ def peers(access: Mapping[tuple[int, int], bool], linked: Iterable[tuple[int, in
 
 def _names(pairs: Iterable[tuple[int, int]]) -> str:
     return ", ".join(f"{a}-{b}" for a, b in pairs)
-
-
-# --- Machine ----------------------------------------------------------------------------------------
 
 
 def cores(usable: int, present: int, allocation: Allocation | None) -> Finding:
@@ -289,9 +280,6 @@ def clock(elapsed_s: Sequence[float], now_s: float, newest_s: float, file_s: flo
     return ok("clock", "steady, as the file system has it")
 
 
-# --- Network ----------------------------------------------------------------------------------------
-
-
 def nccl_interfaces(names: Sequence[str], setting: str | None) -> list[str]:
     """Returns the interfaces that NCCL may take, the first of them first.
 
@@ -349,9 +337,6 @@ def gloo_network(
     if nodes > 1:
         return warning(subject, f"{found}: no other node can reach this one", remedy)
     return ok(subject, f"{found}; for CPU runs on several nodes: {remedy}")
-
-
-# --- Computing --------------------------------------------------------------------------------------
 
 
 def losses(

@@ -183,11 +183,6 @@ class Watch:
         """The exit codes that ranks have announced."""
         return {local.rank: local.said for local in self._locals if local.said is not None}
 
-    @property
-    def pids(self) -> dict[int, int]:
-        """The process of every rank that has connected."""
-        return {local.rank: local.pid for local in self._locals if local.connection and local.pid}
-
     def rows(self) -> list[Row]:
         """Returns how the ranks are doing that have not ended."""
         return [
@@ -230,7 +225,7 @@ class Watch:
         for ready in wait_for_any([self._listener, *open_, *also], timeout_s):
             if ready is self._listener:
                 self._accept()
-            elif ready in open_:
+            elif ready in open_ and not open_[ready].ended:
                 self._hear(open_[ready])
         if time.monotonic() - self._looked > _LOOK_S:
             self._inspect()
@@ -339,8 +334,7 @@ class Watch:
                 continue
             state = _process(local.pid)
             if state is None or state.letter in "ZX":
-                # Its connection may be open in a process that it has started.
-                if local.connection is not None:
+                if local.connection is not None:  # which may be open in a process that it has started
                     self._hear_last(local)
                 continue
             if state.letter not in "Tt":

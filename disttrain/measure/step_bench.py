@@ -140,7 +140,14 @@ class StepBench:
                 log_point(self._parts, position, [], 0.1, hooks)
 
             with observer:
-                return self._timed(point) / every
+                point()  # the first is no part of it
+                self._synchronize()
+                count, began = 0, time.perf_counter()
+                while count == 0 or count % 4 or self._all(time.perf_counter() - began < self._seconds / 4):
+                    point()
+                    count += 1
+                self._synchronize()
+                return (time.perf_counter() - began) / count / every
 
     def _repeat(
         self,
@@ -174,19 +181,6 @@ class StepBench:
             parts.train_data = own
         self._steps = taken - warm_up
         return (time.perf_counter() - began) / self._steps
-
-    def _timed(self, call: Callable[[], object]) -> float:
-        """Returns the seconds of one call."""
-        call()
-        self._synchronize()
-        count, began, more = 0, time.perf_counter(), True
-        while more:
-            call()
-            count += 1
-            if count % 4 == 0:
-                more = self._all(time.perf_counter() - began < self._seconds / 4)
-        self._synchronize()
-        return (time.perf_counter() - began) / count
 
     def _all(self, more: bool) -> bool:
         return reduce_sum(self._parts.group, Phase.COMPUTE, 0, [float(more)])[0] == self._parts.world_size
