@@ -144,16 +144,9 @@ def check_space(folder: Path, needed_bytes: int, keep: int) -> str | None:
         What to tell the user if there is space for one but not for all that will be there at once: those
         kept, the best one, and one more while it is written; else None.
     """
-    free = free_bytes(folder)
-    if free is None:
-        return None
-    if free < needed_bytes:
-        raise StorageError(
-            f"{folder}: a checkpoint does not fit: {needed_bytes:,} bytes needed, {free:,} bytes free; "
-            "free some space or choose another --run-dir"
-        )
+    free = _free(folder, needed_bytes, "a checkpoint does not fit")
     missing = keep + 2 - sum(step_of(path) >= 0 for path in folder.glob("step_*"))
-    if free < missing * needed_bytes:
+    if free is not None and free < missing * needed_bytes:
         return (
             f"{folder}: {free:,} bytes free are enough for {free // needed_bytes} of the {missing} further "
             f"checkpoints of {needed_bytes:,} bytes that are kept at once"
@@ -164,9 +157,15 @@ def check_space(folder: Path, needed_bytes: int, keep: int) -> str | None:
 def check_room(folder: Path, checkpoint: Path | None) -> None:
     """Raises StorageError, before the size of a checkpoint is known, where the disk is as good as full."""
     needed = _LEAST_BYTES + (0 if checkpoint is None else size(checkpoint))
+    _free(folder, needed, "the disk is full")
+
+
+def _free(folder: Path, needed_bytes: int, problem: str) -> int | None:
+    """Returns the bytes that are free, None if that is not known; StorageError if they are too few."""
     free = free_bytes(folder)
-    if free is not None and free < needed:
+    if free is not None and free < needed_bytes:
         raise StorageError(
-            f"{folder}: the disk is full: {needed:,} bytes needed, {free:,} bytes free; "
+            f"{folder}: {problem}: {needed_bytes:,} bytes needed, {free:,} bytes free; "
             "free some space or choose another --run-dir"
         )
+    return free

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -64,9 +64,6 @@ def run(
     gpus: int | None,
     procs: int | None,
     nodes: int | None,
-    node_rank: int | None,
-    master_addr: str | None,
-    master_port: int | None,
     run_dir: Path | None,
     resume: str,
     force: bool,
@@ -75,6 +72,7 @@ def run(
     report: bool,
     quiet: bool,
     verbose: bool,
+    **place: Any,
 ) -> None:
     """Train the experiment in CONFIG.
 
@@ -90,7 +88,7 @@ def run(
     from disttrain.runs.agreement import facts
     from disttrain.runs.runfolder import RunFolder, new_run_path
 
-    node = plan_nodes(nodes, node_rank, master_addr, master_port, os.environ)
+    node = plan_nodes(nodes, **place, environ=os.environ)
     with telling_nodes(None if dry_run else node):
         config = load_config(config_path, overrides)
         check_model_name(config.model.name)
@@ -221,14 +219,7 @@ def top(run_dir: Path | None, as_json: bool) -> None:
 )
 @NODE
 @JSON
-def doctor(
-    checks: tuple[str, ...],
-    nodes: int | None,
-    node_rank: int | None,
-    master_addr: str | None,
-    master_port: int | None,
-    as_json: bool,
-) -> None:
+def doctor(checks: tuple[str, ...], nodes: int | None, as_json: bool, **place: Any) -> None:
     """Show what works on this machine and what does not, each with its remedy.
 
     CHECK chooses some of: packages, driver, gpus, machine, disk, clock, network, slurm, data, allreduce,
@@ -248,7 +239,7 @@ def doctor(
 
         if not nodes and (command := starts_srun(os.environ)) is not None:
             sys.exit(subprocess.run(command).returncode)
-        findings = examine_nodes(plan_nodes(nodes or None, node_rank, master_addr, master_port, os.environ))
+        findings = examine_nodes(plan_nodes(nodes or None, **place, environ=os.environ))
     found = []
     for name, finding in findings:
         found.append({"check": name, **finding._asdict()})

@@ -120,6 +120,7 @@ def meet(
     *,
     timeout_s: float,
     interrupted: Callable[[], bool],
+    failed: DisttrainError | None = None,
 ) -> Channel:
     """Waits for the launchers of all nodes and compares what they know. Every node calls this.
 
@@ -129,19 +130,21 @@ def meet(
         known: what must be the same everywhere, from `runs.agreement.facts`.
         timeout_s: how long to wait.
         interrupted: whether to give up, asked often.
+        failed: why this node will not begin, which is all that it comes to say.
 
     Raises:
         BusyError: the port is taken.
         HangError: a node has not come.
         UsageError: the nodes differ.
         StoppedError: interrupted.
-        DisttrainError: as another node has failed.
+        DisttrainError: as a node has failed.
     """
-    hello = {
-        "node": place.node_rank,
-        "host": socket.gethostname(),
-        "facts": {"--nodes": str(place.nodes), "the number of processes": str(processes), **known},
-    }
+    hello: dict[str, Any] = {"node": place.node_rank, "host": socket.gethostname()}
+    if failed is None:
+        own = {"--nodes": str(place.nodes), "the number of processes": str(processes)}
+        hello |= {"facts": own | dict(known)}
+    else:
+        hello |= {"failed": str(failed), "exit_code": failed.exit_code}
     deadline = time.monotonic() + timeout_s
 
     def going(longer_s: float = 0) -> bool:
@@ -149,11 +152,17 @@ def meet(
             raise StoppedError("stopped before the nodes had met; nothing is lost, the same command goes on")
         return time.monotonic() < deadline + longer_s
 
-    if place.node_rank:
-        return _join_node_0(place, hello, going, timeout_s)
+    return (_join_node_0 if place.node_rank else _join_others)(place, hello, going, timeout_s)
+
+
+def _join_others(
+    place: Node, hello: Mapping[str, Any], going: Callable[..., bool], timeout_s: float
+) -> Channel:
     present: dict[int, _Caller] = {}
     try:
         _receive_nodes(place, present, going)
+        if "failed" in hello:
+            raise error_of(hello["exit_code"], hello["failed"])
         missing = sorted(set(range(1, place.nodes)) - set(present))
         if missing:
             raise HangError(
@@ -186,7 +195,8 @@ def telling_nodes(place: Node | None) -> Iterator[None]:
     except DisttrainError as error:
         if place is not None:
             _outlive_others()
-            _tell(place, error) if place.node_rank else _refuse_all(place, error)
+            with contextlib.suppress(DisttrainError):  # nobody comes, or another has failed too
+                meet(place, 0, {}, timeout_s=_TELL_S, interrupted=lambda: False, failed=error)
         raise
     if place is not None:
         _outlive_others()
@@ -196,34 +206,6 @@ def _outlive_others() -> None:
     # Slurm ends all tasks with the first that fails; each should still say why, and end with its own code.
     if "SLURM_STEP_ID" in os.environ:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _refuse_all(place: Node, error: DisttrainError) -> None:
-    """Tells the nodes that come within a short time why the run does not begin."""
-    present: dict[int, _Caller] = {}
-    deadline = time.monotonic() + _TELL_S
-    with contextlib.suppress(DisttrainError):  # the port is taken, or another node has failed too
-        _receive_nodes(place, present, lambda: time.monotonic() < deadline)
-    for caller in present.values():
-        caller.refuse(error)
-        caller.connection.close()
-
-
-def _tell(place: Node, error: DisttrainError) -> None:
-    """Tells node 0; gives up soon, because node 0 may have failed of the same."""
-    word = {"node": place.node_rank, "host": socket.gethostname(), "failed": str(error)}
-    word["exit_code"] = error.exit_code
-    deadline = time.monotonic() + _TELL_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            connection = socket.create_connection((place.master_addr, place.master_port), timeout=2)
-            with connection:
-                connection.sendall(json.dumps(word).encode() + b"\n")
-                connection.settimeout(_TELL_S)
-                with contextlib.suppress(OSError):
-                    connection.recv(1)  # until node 0 has told all
-                return
-        time.sleep(_POLL_S)
 
 
 class _Caller:

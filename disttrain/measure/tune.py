@@ -66,24 +66,20 @@ def judge_rates(rates: Sequence[float], losses: Sequence[float]) -> RateFinding:
     for step, loss in enumerate(losses, 1):
         mean = _SMOOTH * mean + (1 - _SMOOTH) * loss
         smooth.append(mean / (1 - _SMOOTH**step))
+    known = list(rates), list(losses), smooth
     finite = next((i for i, value in enumerate(smooth) if not math.isfinite(value)), len(smooth))
-    least = min(range(finite), key=smooth.__getitem__, default=None)
-    if least is None:
-        return RateFinding(list(rates), list(losses), smooth, None, None, rates[0] if rates else None)
-    diverged = next(
-        (rates[i] for i in range(least, len(smooth)) if i >= finite or smooth[i] > _DIVERGED * smooth[least]),
-        None,
-    )
+    if finite == 0:
+        return RateFinding(*known, None, None, rates[0] if rates else None)
+    least = min(range(finite), key=smooth.__getitem__)
+    bad = (i for i in range(least, len(smooth)) if i >= finite or smooth[i] > _DIVERGED * smooth[least])
+    diverged = next((rates[i] for i in bad), None)
     falls = {
         i: (smooth[i + 1] - smooth[i - 1]) / math.log(rates[i + 1] / rates[i - 1])
-        for i in range(min(_SETTLED, finite // 4), least)
-        if 0 < i < finite - 1
+        for i in range(max(1, min(_SETTLED, finite // 4)), min(least, finite - 1))
     }
-    steepest = min(falls, key=falls.__getitem__, default=None)
-    fell = smooth[least] < _FELL * max(smooth[: least + 1])
-    suggested = rates[steepest] if steepest is not None and fell else None
-    most = rates[least] if suggested is not None else None
-    return RateFinding(list(rates), list(losses), smooth, suggested, most, diverged)
+    if not falls or smooth[least] >= _FELL * max(smooth[: least + 1]):
+        return RateFinding(*known, None, None, diverged)
+    return RateFinding(*known, rates[min(falls, key=falls.__getitem__)], rates[least], diverged)
 
 
 @dataclass(frozen=True)
