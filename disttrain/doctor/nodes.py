@@ -192,11 +192,8 @@ def _measure(channel: Channel, place: Node, backend: str) -> tuple[list[Pair], f
         )
     except RuntimeError as error:
         raise HangError(f"{backend} does not connect the nodes: {str(error).splitlines()[0]}") from None
-    own = []
-    for pairs in rounds(place.nodes):
-        for first, second in pairs:
-            if place.node_rank in (first, second):
-                own.append(_measure_pair(first, second, place.node_rank, device, _LARGE_BYTES[backend]))
+    mine = [pair for pairs in rounds(place.nodes) for pair in pairs if place.node_rank in pair]
+    own = [_measure_pair(*pair, place.node_rank, device, _LARGE_BYTES[backend]) for pair in mine]
     everyones = _exchange(channel, place, own)
     reduction: float | str = "not tried"
     if not any(problem for pairs in everyones for *_, problem in pairs):
@@ -219,12 +216,8 @@ def _measure_pair(first: int, second: int, node: int, device: torch.device, larg
     def trip(numbers: torch.Tensor) -> float:
         """Returns the seconds that a message needs to the other and back."""
         begin = time.perf_counter()
-        if node == first:
-            dist.send(numbers, other)
-            dist.recv(numbers, other)
-        else:
-            dist.recv(numbers, other)
-            dist.send(numbers, other)
+        for call in (dist.send, dist.recv) if node == first else (dist.recv, dist.send):
+            call(numbers, other)
         if numbers.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - begin

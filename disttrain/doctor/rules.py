@@ -72,10 +72,8 @@ def nccl(packages: Mapping[str, str], loaded: str | None, torch_cuda: str | None
             f"pip uninstall -y {own} {' '.join(others)} && pip install {own}=={packages[own]}",
         )  # fmt: skip
     if own in packages and packages[own] != loaded:
-        return warning(
-            "NCCL", f"{loaded} is in use, {own} {packages[own]} is installed",
-            "unset LD_LIBRARY_PATH and LD_PRELOAD, or take the other NCCL out of them",
-        )  # fmt: skip
+        remedy = "unset LD_LIBRARY_PATH and LD_PRELOAD, or take the other NCCL out of them"
+        return warning("NCCL", f"{loaded} is in use, {own} {packages[own]} is installed", remedy)
     return ok("NCCL", loaded)
 
 
@@ -101,10 +99,8 @@ def driver(version: str, driver_cuda: tuple[int, int], torch_cuda: str | None, *
     """
     has = f"driver {version}, CUDA up to {driver_cuda[0]}.{driver_cuda[1]}"
     if torch_cuda is None:
-        return failure(
-            "torch for CUDA", f"{has}, but torch is a build without CUDA",
-            "pip install --force-reinstall torch torchvision",
-        )  # fmt: skip
+        remedy = "pip install --force-reinstall torch torchvision"
+        return failure("torch for CUDA", f"{has}, but torch is a build without CUDA", remedy)
     major = int(torch_cuda.partition(".")[0])
     if driver_cuda[0] >= major:
         return ok("torch for CUDA", f"{has}; torch is built for CUDA {torch_cuda}")
@@ -186,10 +182,8 @@ def cores(usable: int, present: int, allocation: Allocation | None) -> Finding:
     """Judges the CPU cores that this process may use."""
     found = f"{usable} of {present} usable" if usable < present else str(present)
     if allocation is not None and allocation.cpus_per_task is not None and usable < allocation.cpus_per_task:
-        return warning(
-            "cores", f"{found}, the job asked for {allocation.cpus_per_task} per task",
-            f"srun --cpus-per-task={allocation.cpus_per_task}: srun does not take it over from sbatch",
-        )  # fmt: skip
+        remedy = f"srun --cpus-per-task={allocation.cpus_per_task}: srun does not take it over from sbatch"
+        return warning("cores", f"{found}, the job asked for {allocation.cpus_per_task} per task", remedy)
     return ok("cores", found)
 
 
@@ -197,10 +191,8 @@ def shared_memory(total_bytes: int | None, gpus: int) -> Finding:
     """Judges /dev/shm, through which NCCL connects processes of a node; None where there is none."""
     found = "not there" if total_bytes is None else f"{total_bytes / _GIB:,.2f} GiB"
     if gpus > 1 and (total_bytes or 0) <= 64 * 2**20:
-        return warning(
-            "/dev/shm", f"{found}: too small for NCCL between {gpus} GPUs",
-            "start the container with --shm-size=1g or --ipc=host",
-        )  # fmt: skip
+        remedy = "start the container with --shm-size=1g or --ipc=host"
+        return warning("/dev/shm", f"{found}: too small for NCCL between {gpus} GPUs", remedy)
     return ok("/dev/shm", found)
 
 
@@ -217,10 +209,8 @@ def locked_memory(soft_bytes: int, infiniband: Sequence[str]) -> Finding:
     """Judges the limit of locked memory, which InfiniBand needs; -1 is none."""
     found = "no limit" if soft_bytes < 0 else f"at most {soft_bytes / 2**20:,.0f} MiB"
     if infiniband and 0 <= soft_bytes < _GIB:
-        return warning(
-            "locked memory", f"{found}, with {', '.join(infiniband)}: NCCL cannot use it",
-            "ulimit -l unlimited, or LimitMEMLOCK=infinity for slurmd or the container",
-        )  # fmt: skip
+        remedy = "ulimit -l unlimited, or LimitMEMLOCK=infinity for slurmd or the container"
+        return warning("locked memory", f"{found}, with {', '.join(infiniband)}: NCCL cannot use it", remedy)
     return ok("locked memory", found)
 
 
@@ -349,8 +339,6 @@ def losses(
     text = " -> ".join(f"{loss:.4f}" for loss in found)
     if any(not abs(a - b) <= tolerance * abs(b) for a, b in zip(found, expected, strict=True)):
         right = " -> ".join(f"{loss:.4f}" for loss in expected)
-        return failure(
-            subject, f"computes wrong: loss {text} instead of {right}",
-            "take the device out of use; on a GPU see `nvidia-smi -q -d ECC` and reinstall torch",
-        )  # fmt: skip
+        remedy = "take the device out of use; on a GPU see `nvidia-smi -q -d ECC` and reinstall torch"
+        return failure(subject, f"computes wrong: loss {text} instead of {right}", remedy)
     return ok(subject, f"a training step takes {step_ms:.3g} ms, loss {text} as it should be")

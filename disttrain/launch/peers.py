@@ -31,10 +31,7 @@ _SILENT_S = 20  # after which a node whose kernel does not answer is taken for d
 class Channel:
     """The line between the launchers: node 0 is connected to every other node, and each of those to node 0.
 
-    Args:
-        connections: by node.
-        hosts: of all nodes.
-        unread: what has come already.
+    What has come already over the connections is `unread`.
     """
 
     def __init__(
@@ -133,11 +130,8 @@ def meet(
         failed: why this node will not begin, which is all that it comes to say.
 
     Raises:
-        BusyError: the port is taken.
-        HangError: a node has not come.
-        UsageError: the nodes differ.
-        StoppedError: interrupted.
-        DisttrainError: as a node has failed.
+        DisttrainError: the port is taken, a node has not come, the nodes differ, this one was interrupted, or
+            another has failed; each as an error of its kind.
     """
     hello: dict[str, Any] = {"node": place.node_rank, "host": socket.gethostname()}
     if failed is None:

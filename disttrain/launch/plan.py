@@ -85,12 +85,8 @@ def plan_processes(
 ) -> Processes:
     """Decides device, processes on this node, their GPUs and the CPU threads of each.
 
-    Args:
-        gpus: `--gpus`, or None.
-        procs: `--procs`, or None.
-        visible: GPUs of this node.
-        cores: CPU cores this process may use.
-        environ: for OMP_NUM_THREADS.
+    Follows `--gpus` and `--procs` where they are given, and OMP_NUM_THREADS; else it takes all visible GPUs,
+    and shares the cores out.
 
     Raises:
         UsageError: the machine does not have what is asked for.

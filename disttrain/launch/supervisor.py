@@ -28,6 +28,7 @@ _DETAIL = 2**16  # characters of a traceback that are passed on
 _OF_THE_GROUP = re.compile(
     r"gloo|NCCL|TCPStore|^Dist\w*Error|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE
 )
+_WELL = {0, StoppedError.exit_code}
 _ENDED_BY_TORCHRUN = {-signal.SIGTERM, 128 + signal.SIGTERM}
 
 
@@ -155,14 +156,13 @@ class Supervisor:
             if code < 0 and not self._watch.ends:
                 return self._end(code)  # its ranks die with it
             self._watch.wait(0.1)  # what it and its ranks have said may come a moment later
-        well = {0, StoppedError.exit_code}
         said = set(self._watch.said.values())
         saved = self.stopping and StoppedError.exit_code in said
         for end in self._watch.ends:
             fell = end.said is None and end.status not in _ENDED_BY_TORCHRUN
             if fell and not saved:  # those that torchrun has ended died of something else
                 return self._failure(end.rank, f"{_cause(end.status)} {end.doing}")
-        if said - well and not saved:
+        if said - _WELL and not saved:
             error = self._folder.first_error(self._plan.ranks)
             if error is not None:
                 return _from_error(error)
@@ -173,9 +173,8 @@ class Supervisor:
 
         `code` is how the process that started them has ended, if it has.
         """
-        well = {0, StoppedError.exit_code}
         said = set(self._watch.said.values())
-        if self._plan.node_rank and said and said <= well:  # status.json is node 0's
+        if self._plan.node_rank and said and said <= _WELL:  # status.json is node 0's
             return Outcome(max(said))
         if (error := self._folder.first_error(self._plan.ranks)) is not None:
             return _from_error(error)
@@ -186,7 +185,7 @@ class Supervisor:
             return self._failure(None, _cause(code))
         end = min(self._watch.ends, key=lambda end: end.said is not None)
         failure = self._failure(end.rank, _cause(end.status if end.said is None else end.said))
-        if end.said is None or end.said in well:
+        if end.said is None or end.said in _WELL:
             return failure
         # Its error file could not be written.
         return replace(failure, exit_code=type(error_of(end.said, "")).exit_code)
@@ -227,7 +226,7 @@ class Supervisor:
         channel = self._channel
         if self._plan.nodes == 1:
             return found
-        well = found.exit_code in {0, StoppedError.exit_code} and not found.status
+        well = found.exit_code in _WELL and not found.status
         word = {"done": found.exit_code} if well else {"outcome": asdict(found)}
         wait_s = _ALL_DONE_S if well else _CAUSE_S + 1
         deadline = time.monotonic() + wait_s

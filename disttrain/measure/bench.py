@@ -30,14 +30,9 @@ DEFAULT = {
 def bench(
     config: Config, plan: LaunchPlan, *, seconds: float, cores: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measures a config on the processes of a plan, and the step time on other numbers of them.
+    """Measures a config on the processes of a plan of one node, and the step time on other numbers of them.
 
-    Args:
-        config: the experiment.
-        plan: device and processes; a single node.
-        seconds: that each measurement takes at least.
-        cores: CPU cores that the processes share.
-        say: told what is measured.
+    Each measurement takes so many seconds at least; the processes share so many cores.
 
     Returns what `disttrain bench --json` prints.
     """

@@ -66,12 +66,8 @@ class StepBench:
 
     def step(self, loader: Loader) -> float:
         """Returns the seconds of a training step of the ordinary loop with samples from a loader."""
-        parts = self._parts
-
-        def run(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
-            train_step(parts, batches, 1, parts.plan.batch_size, Phases())
-
-        return self._repeat(loader, run)
+        parts, size = self._parts, self._parts.plan.batch_size
+        return self._repeat(loader, lambda batches: train_step(parts, batches, 1, size, Phases()))
 
     def phases(self) -> dict[str, float]:
         """Returns the seconds of each phase of a step, one after the other with nothing overlapping."""
@@ -115,13 +111,11 @@ class StepBench:
 
         names = ("data", "to_device", "augmentation", "forward", "backward", "optimizer")
         self._repeat(parts.train_data, alone, before=sums.clear)
-        steps = self._steps
-        result = {name: sums[name] / steps for name in names}
+        result = {name: sums[name] / self._steps for name in names}
         if parts.world_size > 1:
             self._repeat(parts.train_data, together, before=sums.clear)
-            result["communication"] = max(
-                0.0, sums["backward and reduction"] / self._steps - result["backward"]
-            )
+            reduced = sums["backward and reduction"] / self._steps
+            result["communication"] = max(0.0, reduced - result["backward"])
         return result
 
     def logging(self, index: Index, choices: dict[str, Choice]) -> float:
@@ -152,7 +146,7 @@ class StepBench:
     def _repeat(
         self,
         loader: Loader,
-        step: Callable[[Iterator[tuple[MicroBatch, Batch]]], None],
+        step: Callable[[Iterator[tuple[MicroBatch, Batch]]], object],
         before: Callable[[], None] = lambda: None,
     ) -> float:
         """Takes full steps with samples of a loader for the time of a measurement; returns seconds a step."""

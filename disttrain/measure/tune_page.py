@@ -15,10 +15,8 @@ def write_rates(found: RateFinding, outcome: str, subject: str, output: Path) ->
     drawn = charts.Charts()
     marks = [rate for rate in (found.suggested, found.most) if rate is not None]
     charts.rising_rate(drawn, found.rates, found.losses, found.smooth, marks)
-    rows = [
-        (f"{rate:.3g}", f"{loss:.4f}", f"{mean:.4f}")
-        for rate, loss, mean in zip(found.rates, found.losses, found.smooth, strict=True)
-    ]
+    columns = zip(found.rates, found.losses, found.smooth, strict=True)
+    rows = [(f"{rate:.3g}", f"{loss:.4f}", f"{mean:.4f}") for rate, loss, mean in columns]
     return render(
         "tuning.html",
         output,
