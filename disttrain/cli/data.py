@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ def verify(name: str, root: str | None) -> None:
 )
 @click.option("--skip", is_flag=True, help="Accept samples that cannot be used.")
 @_FORCE
-def index_(folder: Path, classes: Path | None, skip: bool, force: bool, **patterns: tuple[str, ...]) -> None:
+def index_(folder: Path, classes: Path | None, skip: bool, force: bool, **patterns: Sequence[str]) -> None:
     """Use WebDataset tars that were made elsewhere, where they lie.
 
     Writes DIR/index.json; the tars stay as they are. Each sample needs an image (png, jpg, webp) and a
