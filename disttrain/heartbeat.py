@@ -2,11 +2,12 @@
 
 A rank connects to the socket that its launcher names in the environment and receives memory that both sides
 see; a beat is one store in it, without a system call. Under another launcher (torchrun, srun, `accelerate
-launch`) nobody looks, and a pulse leads nowhere. The other side is `watch.py`. Nothing here imports torch.
+launch`) nobody looks, and a pulse leads nowhere. The other side is `launch/watch.py`. No torch here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -90,16 +91,13 @@ class Pulse:
         Raises:
             ConnectionError: the launcher has ended.
         """
-        name = environ.get(ADDRESS)
-        if name is None:
+        connection = _call(environ, {"rank": rank})
+        if connection is None:
             return cls()
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            connection.connect("\0" + name.removeprefix("@"))
-            connection.send(json.dumps({"rank": rank}).encode())
             row, descriptors, _, _ = socket.recv_fds(connection, 64, 1)
             if not descriptors:
-                raise ConnectionRefusedError(f"the launcher at {name} expects no rank {rank}")
+                raise ConnectionRefusedError(f"the launcher expects no rank {rank}")
         except OSError:
             connection.close()
             raise
@@ -130,7 +128,32 @@ class Pulse:
     def leave(self, exit_code: int) -> None:
         """Says that this rank ends by itself; without that its end is taken for a death."""
         if self.connection is not None:
-            try:
+            with contextlib.suppress(OSError):  # the launcher has gone
                 self.connection.send(json.dumps({"exit_code": exit_code}).encode())
-            except OSError:  # the launcher has gone
-                return
+
+
+def tell_ends(environ: Mapping[str, str], codes: Mapping[int, int]) -> None:
+    """Tells the launcher, if there is one, how ranks have ended that this process had started.
+
+    Args:
+        environ: names the launcher.
+        codes: exit codes by rank, negative for a signal.
+    """
+    with contextlib.suppress(ConnectionError):
+        if (connection := _call(environ, {"ended": list(codes.items())})) is not None:
+            connection.close()
+
+
+def _call(environ: Mapping[str, str], word: Mapping[str, object]) -> socket.socket | None:
+    """Returns a connection to the launcher, on which a word was said; None if the environment names none."""
+    name = environ.get(ADDRESS)
+    if name is None:
+        return None
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.connect("\0" + name.removeprefix("@"))
+        connection.send(json.dumps(word).encode())
+    except OSError:
+        connection.close()
+        raise
+    return connection

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import multiprocessing
 import os
@@ -16,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TypeVar, cast
 
 from disttrain import slurm_env
+from disttrain.lifetime import end_with_parent
 
 _POLL_S = 0.2
 
@@ -143,9 +143,9 @@ def _unless_killed() -> Iterator[None]:
 def _serve(parent: Connection, pid: int, function: Callable[[_T], object]) -> None:
     """Computes what the parent sends, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent(pid)
     with contextlib.suppress(EOFError, ConnectionError):
-        while os.getppid() == pid:
+        while True:
             number, item = parent.recv()
             result, problem = None, None
             try:

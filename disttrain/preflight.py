@@ -15,10 +15,7 @@ from typing import Literal
 from disttrain.config import Config
 from disttrain.errors import DataError, StorageError, UsageError
 from disttrain.files import free_bytes
-from disttrain.runs.manifest import (
-    size,
-    step_of,
-)
+from disttrain.runs.manifest import size, step_of
 from disttrain.shards.index import Index, data_root, load_index, server_root
 
 _SHARED_BYTES = 2 * 9_637_888
@@ -27,6 +24,20 @@ size in its messages (github.com/NVIDIA/nccl/issues/342: four GPUs do not fit in
 
 _LEAST_BYTES = 2**24
 """Free space below which no run begins: records, logs and a checkpoint of the smallest network."""
+
+
+def check_machine(
+    config: Config,
+    device: Literal["cuda", "cpu"],
+    local_processes: int,
+    world_size: int,
+    say: Callable[[str], None],
+) -> Index:
+    """Checks an experiment against the processes that are to train it, and returns its index."""
+    check_device(config, device)
+    check_shared_memory(device, local_processes)
+    split_batch(config, world_size)
+    return open_index(config, say)
 
 
 def split_batch(config: Config, world_size: int) -> int:
@@ -107,11 +118,7 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
 
 
 def check_weights(config: Config) -> None:
-    """Checks that the weights to begin with are there.
-
-    Raises:
-        UsageError: there is no such file.
-    """
+    """Raises UsageError for weights to begin with that are not there."""
     if config.model.weights is not None and not Path(config.model.weights).is_file():
         raise UsageError(f"model.weights: there is no file {config.model.weights}")
 
@@ -119,16 +126,7 @@ def check_weights(config: Config) -> None:
 def check_shared_memory(
     device: Literal["cuda", "cpu"], local_processes: int, folder: Path = Path("/dev/shm")
 ) -> None:
-    """Checks that NCCL finds the shared memory which it takes between the GPUs of one node.
-
-    Args:
-        device: of the processes; on the CPU none of it is used.
-        local_processes: processes on this node.
-        folder: where the shared memory is mounted.
-
-    Raises:
-        StorageError: there is too little.
-    """
+    """Raises StorageError where NCCL finds too little shared memory for the GPUs of one node."""
     if device == "cpu" or local_processes == 1 or os.environ.get("NCCL_SHM_DISABLE") == "1":
         return
     needed, free = local_processes * _SHARED_BYTES, free_bytes(folder)
@@ -140,29 +138,15 @@ def check_shared_memory(
 
 
 def check_space(folder: Path, needed_bytes: int, keep: int) -> str | None:
-    """Checks that at least one more checkpoint fits.
-
-    Args:
-        folder: the checkpoints folder.
-        needed_bytes: of one checkpoint.
-        keep: checkpoints that are kept besides the best one; one more is there while it is written.
+    """Checks that at least one more checkpoint of so many bytes fits, or raises StorageError.
 
     Returns:
-        What to tell the user if there is space for one but not for all that will be kept, else None.
-
-    Raises:
-        StorageError: not even one fits.
+        What to tell the user if there is space for one but not for all that will be there at once: those
+        kept, the best one, and one more while it is written; else None.
     """
-    free = free_bytes(folder)
-    if free is None:
-        return None
-    if free < needed_bytes:
-        raise StorageError(
-            f"{folder}: a checkpoint does not fit: {needed_bytes:,} bytes needed, {free:,} bytes free; "
-            "free some space or choose another --run-dir"
-        )
+    free = _free(folder, needed_bytes, "a checkpoint does not fit")
     missing = keep + 2 - sum(step_of(path) >= 0 for path in folder.glob("step_*"))
-    if free < missing * needed_bytes:
+    if free is not None and free < missing * needed_bytes:
         return (
             f"{folder}: {free:,} bytes free are enough for {free // needed_bytes} of the {missing} further "
             f"checkpoints of {needed_bytes:,} bytes that are kept at once"
@@ -171,15 +155,17 @@ def check_space(folder: Path, needed_bytes: int, keep: int) -> str | None:
 
 
 def check_room(folder: Path, checkpoint: Path | None) -> None:
-    """Checks, before the size of a checkpoint is known, that a run can begin or go on at all.
-
-    Raises:
-        StorageError: the disk is as good as full.
-    """
+    """Raises StorageError, before the size of a checkpoint is known, where the disk is as good as full."""
     needed = _LEAST_BYTES + (0 if checkpoint is None else size(checkpoint))
+    _free(folder, needed, "the disk is full")
+
+
+def _free(folder: Path, needed_bytes: int, problem: str) -> int | None:
+    """Returns the bytes that are free, None if that is not known; StorageError if they are too few."""
     free = free_bytes(folder)
-    if free is not None and free < needed:
+    if free is not None and free < needed_bytes:
         raise StorageError(
-            f"{folder}: the disk is full: {needed:,} bytes needed, {free:,} bytes free; "
+            f"{folder}: {problem}: {needed_bytes:,} bytes needed, {free:,} bytes free; "
             "free some space or choose another --run-dir"
         )
+    return free

@@ -8,44 +8,31 @@ has been read, so that a mistake in it is told at once.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from disttrain import slurm_env
 from disttrain.config import Config, Role, differences, dump_config, load_config, role
-from disttrain.errors import (
-    DisttrainError,
-    HangError,
-    StoppedError,
-    StorageError,
-    TrainingError,
-)
+from disttrain.errors import DisttrainError, HangError, StoppedError, StorageError, TrainingError
 from disttrain.files import storage_error, write_atomically
 from disttrain.heartbeat import Phase, doing, pack
+from disttrain.lifetime import end_with_parent
 from disttrain.models import check_model_name
-from disttrain.preflight import (
-    check_device,
-    check_shared_memory,
-    check_space,
-    check_trackers,
-    open_index,
-    split_batch,
-)
+from disttrain.preflight import check_machine, check_space, check_trackers
 from disttrain.runs.agreement import compare_peers, facts
 from disttrain.runs.identity import identity
 from disttrain.runs.manifest import set_aside
 from disttrain.runs.resume import Start, resume_point
-from disttrain.runs.runfolder import RunFolder, new_run_path, utc_now
-from disttrain.training.group import join, out_of_memory, patience_s, tell_failure, timed_out
+from disttrain.runs.runfolder import CLEAN, RunFolder, new_run_path, utc_now
+from disttrain.training.group import best_device, join, out_of_memory, patience_s, tell_failure, timed_out
 from disttrain.training.rank import Rank
 
 if TYPE_CHECKING:
@@ -53,6 +40,7 @@ if TYPE_CHECKING:
 
     from accelerate import PartialState
 
+    from disttrain.monitor.observe import RunObserver
     from disttrain.shards.index import Index
 
 log = logging.getLogger("disttrain")
@@ -80,7 +68,7 @@ def main(
     """Trains CONFIG as one rank of the group that the environment describes."""
     gc.disable()  # until all is imported and built: importing torch takes a fifth less time
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives torchrun
+        end_with_parent()  # torchrun, which may be killed
     os.environ.update(slurm_env.task_environment(os.environ))
     rank = Rank(int(os.environ.get("RANK", "0")), run_dir)
     rank.listen()
@@ -110,23 +98,16 @@ def main(
 
 
 def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int) -> None:
-    """Trains as one rank, from joining the group to leaving it.
-
-    Raises:
-        HangError: another rank did not come, or did not answer.
-    """
+    """Trains as one rank, from joining the group to leaving it."""
     rank.pulse.beat(Phase.START, 0, 1)
-    import torch
     import torch.distributed as dist
 
     rank.pulse.beat(Phase.START, 0, 2)
-    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(config, device)
-    check_shared_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    split_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
+    device = best_device()
+    local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    index = check_machine(config, device, local, world, log.info)
     if rank.number == 0:
         check_trackers(config)
-    index = open_index(config, log.info)
     rank.pulse.beat(Phase.START, 0, 3)
     group = join(config, device)
     rank.pulse.beat(Phase.START, 0, 4)
@@ -144,20 +125,16 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
     except StoppedError as stop:
         stopped = stop
     except RuntimeError as error:
+        who, when = f"rank {rank.number} on {socket.gethostname()}", doing(pack(*rank.pulse.place))
         if lacking := out_of_memory(error):
             remedy = "raise train.accumulate, so that fewer images go through the network at once, or lower "
             remedy += "train.batch_size"
             if rank.pulse.place[0] is Phase.START:
                 remedy = "keep fewer images in memory with data.cache=none, or see what else takes it here"
-            raise TrainingError(
-                f"rank {rank.number} on {socket.gethostname()} ran out of memory "
-                f"{doing(pack(*rank.pulse.place))}: {lacking}; {remedy}"
-            ) from error
+            raise TrainingError(f"{who} ran out of memory {when}: {lacking}; {remedy}") from error
         if (isinstance(error, dist.DistError) or "gloo" in str(error)) and timed_out(error):
-            raise HangError(
-                f"rank {rank.number} on {socket.gethostname()} waited {patience_s(config):g} s for the "
-                f"others {doing(pack(*rank.pulse.place))}: one of them hangs or is gone"
-            ) from error
+            waited = f"waited {patience_s(config):g} s for the others {when}"
+            raise HangError(f"{who} {waited}: one of them hangs or is gone") from error
         raise
     if dist.is_initialized():
         # Only together: torchrun ends the others as soon as one has gone, and rank 0 may still be saving. A
@@ -174,8 +151,7 @@ def enter_folder(
 ) -> tuple[RunFolder | None, Path | None]:
     """Agrees on the run folder and on where to begin; rank 0 makes the folder. Every rank calls this.
 
-    Returns:
-        The run folder, or None when the run in it has finished already; and the checkpoint to go on from.
+    Returns no folder when the run in it has finished already; and the checkpoint to go on from.
     """
     from disttrain.training.collectives import Group, gather
 
@@ -204,16 +180,7 @@ def enter_folder(
 
 
 def prepare_folder(folder: RunFolder, config: Config, start: Start) -> Path | None:
-    """Makes a run folder ready to begin as decided, and says what was found. Rank 0 alone calls this.
-
-    Args:
-        folder: made and locked.
-        config: of this run; takes the place of another one in the folder.
-        start: what was decided.
-
-    Returns:
-        The checkpoint to go on from.
-    """
+    """Makes a run folder ready to begin, says what was found, returns the checkpoint. Rank 0 alone calls."""
     checkpoint, notes = start.checkpoint, list(start.notes)
     if checkpoint is not None:
         if checkpoint.resolve().parent == folder.checkpoints.resolve():
@@ -229,10 +196,8 @@ def prepare_folder(folder: RunFolder, config: Config, start: Start) -> Path | No
         notes += [f"--force: going on with {change}" for change in start.changes]
     if folder.config.exists():
         old = load_config(folder.config)
-        changed = [
-            line for line in differences(old, config) if role(line.partition(":")[0]) is not Role.MACHINE
-        ]
-        if changed:
+        lines = differences(old, config)
+        if changed := [line for line in lines if role(line.partition(":")[0]) is not Role.MACHINE]:
             notes += [f"going on with {line}" for line in changed if line not in start.changes]
             kept = folder.path / f"config.{start.step}.yaml"
             if not kept.exists():
@@ -271,16 +236,7 @@ def train_in_folder(
             write_atomically(folder.config, dump_config(config))
         folder.forget_after(position.step, position.epoch - position.evaluation_due)
     observer = RunObserver(config, folder, parts, position, index, choices, verbosity=verbosity)
-
-    @contextlib.contextmanager
-    def writing() -> Iterator[None]:
-        rank.pulse.saving(True)
-        try:
-            observer.sync()
-            yield
-        finally:
-            rank.pulse.saving(False)
-
+    writing = partial(_writing, rank, observer)
     saver = RunSaver(parts, position, index, folder, done=observer.saved, writing=writing)
     if rank.number == 0:
         warning = check_space(folder.checkpoints, checkpoint_bytes(parts), config.checkpoint.keep)
@@ -291,15 +247,13 @@ def train_in_folder(
         place = {"step": position.step, "epoch": position.epoch, "samples_seen": position.samples_seen}
         rank.settle(**status, **place)
 
+    earlier = folder.status()
     settle(
+        **CLEAN,
         state="running",
-        exit_code=None,
-        reason=None,
-        rank=None,
-        host=None,
         world_size=parts.world_size,
-        started_at=folder.status().get("started_at") or utc_now(),
-        restarts=folder.status().get("restarts", 0),
+        started_at=earlier.get("started_at") or utc_now(),
+        restarts=earlier.get("restarts", 0),
     )
     with observer:
         if checkpoint_path is not None:
@@ -313,6 +267,17 @@ def train_in_folder(
             settle()
         settle(state="finished", exit_code=0, reason="all epochs done")
         observer.finished()
+
+
+@contextlib.contextmanager
+def _writing(rank: Rank, observer: RunObserver) -> Iterator[None]:
+    """Around the writing of a checkpoint: the launcher sees it, and the records of its step are on disk."""
+    rank.pulse.saving(True)
+    try:
+        observer.sync()
+        yield
+    finally:
+        rank.pulse.saving(False)
 
 
 if __name__ == "__main__":

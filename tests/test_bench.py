@@ -16,7 +16,7 @@ from rich.console import Console
 
 from disttrain.data.cached import Cached, DecodedSplit
 from disttrain.measure.bench import summary, tables
-from disttrain.measure.bench_worker import Replay
+from disttrain.measure.step_bench import Replay
 
 
 def row(precision: str, **settings: bool) -> dict[str, Any]:

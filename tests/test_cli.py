@@ -246,7 +246,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(
         "PET_STANDALONE=1",
         "PET_LOCAL_ADDR=127.0.0.1",
     ]
-    assert words[4:8] == [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    assert words[4:8] == [sys.executable, "-m", "disttrain.launch.accelerate_launch", "--config_file"]
     assert words[9:] == [
         *("--num_machines", "1", "--num_processes", "2", "--num_cpu_threads_per_process", "1"),
         *("--log_dir", os.devnull, "--main_process_port", "0", "--module", "disttrain.worker"),

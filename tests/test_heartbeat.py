@@ -85,12 +85,16 @@ def test_signals_of_a_rank_that_no_launcher_watches(number: int, when: str) -> N
             process.kill()
 
 
+def connected(watch: Watch) -> bool:
+    return any(found.progress >= 0 for found in watch.rows())
+
+
 def test_a_rank_ends_with_its_launcher_even_if_its_parent_lives() -> None:
     with Watch(0, 1) as watch:
         command = [sys.executable, "-c", _SIGNALLED, "training"]
         environ = os.environ | watch.environment
         process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
-        while process.poll() is None and not watch.pids:
+        while process.poll() is None and not connected(watch):
             watch.wait(0.1)
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
@@ -108,7 +112,7 @@ def test_a_watched_rank_leaves_its_end_to_the_launcher(ask: str) -> None:
         environ = os.environ | watch.environment
         process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
         try:
-            while process.poll() is None and not watch.pids:
+            while process.poll() is None and not connected(watch):
                 watch.wait(0.1)
             assert process.stdout
             assert process.stdout.readline() == "ready\n"

@@ -133,7 +133,14 @@ def test_flags_of_nodes_that_do_not_fit(flags, message):
 def accelerate(*arguments):
     config_file = Path(planning.__file__).parents[1] / "assets" / "accelerate.yaml"
     assert config_file.exists()
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "disttrain.launch.accelerate_launch",
+        "--config_file",
+        str(config_file),
+        *arguments,
+    ]
 
 
 @pytest.mark.parametrize(

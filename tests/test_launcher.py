@@ -145,9 +145,8 @@ def test_an_end_without_a_report_is_a_failure_whatever_its_code(launch, folder, 
     cause = f"ended with exit code {code} and left no report"
     if code == 0:
         cause = "left early with exit code 0 and no report"
-    who, when = ("rank 0", " while starting") if connected else ("a process", "")
     assert outcome.exit_code == 70
-    assert outcome.message == f"{who} on {HOST} {cause}{when}; see {folder.launch_log(0)}"
+    assert outcome.message == f"rank 0 on {HOST} {cause} while starting; see {folder.launch_log(0)}"
     assert folder.status()["state"] == "failed"
 
 
@@ -157,33 +156,27 @@ def test_a_rank_that_says_it_is_done_without_a_finished_run_is_a_failure(launch,
     assert "and no report" in outcome.message
 
 
-def test_the_killed_rank_of_torchruns_report_is_named_before_its_victims(launch, folder):
+def test_a_killed_rank_that_never_connected_is_named_by_its_parent_and_before_its_victims(launch, folder):
     outcome = launch(
-        '''
+        """
+from disttrain.heartbeat import tell_ends
 folder.write_error(0, RuntimeError("connection closed by peer"))
-print("""
-Failures:
-[1]:
-  rank      : 1 (local_rank: 1)
-  exitcode  : -15 (pid: 12)
-Root Cause (first observed failure):
-[0]:
-  rank      : 3 (local_rank: 3)
-  exitcode  : -9 (pid: 11)
-""", file=sys.stderr)
+print("last words", file=sys.stderr, flush=True)
+tell_ends(os.environ, {0: -15, 1: -9})
 sys.exit(1)
-''',
+""",
+        TWO,
         connected=False,
     )
-    assert outcome.message.startswith(f"rank 3 on {HOST} was killed by SIGKILL")
-    assert folder.status()["rank"] == 3
+    assert outcome.message.startswith(f"rank 1 on {HOST} was killed by SIGKILL while starting")
+    assert (folder.status()["rank"], outcome.detail) == (1, "last words")
 
 
 @pytest.mark.parametrize("earlier", ["stopped", "finished"])
 def test_the_end_of_an_earlier_run_is_not_taken_for_the_end_of_this_one(launch, folder, earlier):
     folder.update_status(state=earlier, exit_code=75, reason=earlier, restarts=2)
     folder.write_error(0, DataError("of the earlier run"))
-    folder.launch_log(0).write_text("Root Cause:\n  rank      : 1\n  exitcode  : -9\n")
+    folder.launch_log(0).write_text("of the earlier run\n")
     outcome = launch("sys.exit(3)")
     assert outcome.exit_code == 70
     assert outcome.message.startswith(f"rank 0 on {HOST} ended with exit code 3")

@@ -20,8 +20,8 @@ LAYERS = [
     ["runs", "data", "models"],
     ["shards"],
     [
-        *("config", "counter_rng", "errors", "files", "heartbeat", "host_memory", "parallel", "slurm_env"),
-        *("terminal", "units", "user_code", "userdirs"),
+        *("config", "counter_rng", "errors", "files", "heartbeat", "host_memory", "lifetime"),
+        *("parallel", "slurm_env", "terminal", "units", "user_code", "userdirs"),
     ],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -46,7 +46,7 @@ from training import normalised
 
 from disttrain.config import Config, load_config
 from disttrain.data.plan import Plan
-from disttrain.measure.bench_worker import Replay
+from disttrain.measure.step_bench import Replay
 from disttrain.models import build_model
 from disttrain.monitor.observe import RunObserver
 from disttrain.preflight import open_index

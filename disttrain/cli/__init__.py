@@ -29,6 +29,7 @@ _SETTINGS = {
     "help_option_names": ["-h", "--help"],
     "token_normalize_func": lambda name: name.replace("_", "-"),
     "max_content_width": 110,
+    "show_default": True,
 }
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from disttrain.cli.shared import PATH, ROOT, progress
+from disttrain.cli.shared import COUNT, JSON, PATH, POSITIVE, ROOT, progress
 from disttrain.units import mib
 
 if TYPE_CHECKING:
     from disttrain.shards.index import Index
+    from disttrain.shards.pack import Options
 
 
 @click.group()
@@ -31,42 +33,30 @@ _FORCE = click.option("--force", is_flag=True, help="Replace an existing data se
 def prepare(name: str, source: Path | None, root: str | None, force: bool) -> None:
     """Make a known data set, downloading it if no source is given."""
     from disttrain.shards import datasets
-    from disttrain.shards.pack import Options
 
-    with progress() as on_progress:
-        options = Options(force, say=click.echo, on_progress=on_progress)
-        index = datasets.prepare(name, source, root, options)
-    _show_index(index)
+    _make(lambda options: datasets.prepare(name, source, root, options), force=force)
 
 
 @data.command()
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option("--name", required=True, help="Name of the new data set.")
-@click.option("--size", type=click.IntRange(1), help="Resize and crop every image to SIZE x SIZE pixels.")
+@click.option("--size", type=COUNT, help="Resize and crop every image to SIZE x SIZE pixels.")
 @click.option(
     "--val-fraction", type=float, help="Share of each class to validate on, if DIR has no val folder."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order and of the split.")
-@click.option(
-    "--shard-mib",
-    type=click.FloatRange(0, min_open=True),
-    default=64,
-    show_default=True,
-    help="Size of a shard.",
-)
-@click.option("--procs", type=click.IntRange(1), help="Processes that pack (default: one per core).")
+@click.option("--seed", type=int, default=0, help="Seed of the order and of the split.")
+@click.option("--shard-mib", type=POSITIVE, default=64, help="Size of a shard.")
+@click.option("--procs", "processes", type=COUNT, help="Processes that pack (default: one per core).")
 @ROOT
 @_FORCE
 def pack(
     folder: Path,
     name: str,
-    size: int | None,
-    val_fraction: float | None,
-    seed: int,
-    shard_mib: float,
-    procs: int | None,
     root: str | None,
     force: bool,
+    shard_mib: float,
+    processes: int | None,
+    **images: Any,
 ) -> None:
     """Make a data set of your own images.
 
@@ -74,12 +64,19 @@ def pack(
     --val-fraction. If packing is interrupted, the same command goes on with the shards that are finished.
     """
     from disttrain.shards.imagefolder import pack_folder
+
+    how = {"force": force, "shard_mib": shard_mib, "processes": processes}
+    _make(lambda options: pack_folder(folder, name, root, options, **images), **how)
+
+
+def _make(function: Callable[[Options], Index], **how: Any) -> Index:
+    """Makes a data set, shows how it goes and what it is."""
     from disttrain.shards.pack import Options
 
     with progress() as on_progress:
-        options = Options(force, shard_mib, procs, click.echo, on_progress)
-        index = pack_folder(folder, name, root, options, size=size, val_fraction=val_fraction, seed=seed)
+        index = function(Options(**how, say=click.echo, on_progress=on_progress))
     _show_index(index)
+    return index
 
 
 @data.command()
@@ -131,14 +128,7 @@ def verify(name: str, root: str | None) -> None:
 )
 @click.option("--skip", is_flag=True, help="Accept samples that cannot be used.")
 @_FORCE
-def index_(
-    folder: Path,
-    train: tuple[str, ...],
-    val: tuple[str, ...],
-    classes: Path | None,
-    skip: bool,
-    force: bool,
-) -> None:
+def index_(folder: Path, classes: Path | None, skip: bool, force: bool, **patterns: Sequence[str]) -> None:
     """Use WebDataset tars that were made elsewhere, where they lie.
 
     Writes DIR/index.json; the tars stay as they are. Each sample needs an image (png, jpg, webp) and a
@@ -146,7 +136,6 @@ def index_(
     """
     from disttrain.errors import UsageError
     from disttrain.shards.foreign import index_folder
-    from disttrain.shards.pack import Options
 
     names = None
     if classes is not None:
@@ -155,29 +144,20 @@ def index_(
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--classes {classes}: cannot be read: {error}") from None
         names = [name.strip() for name in names if name.strip()]
-    with progress() as on_progress:
-        index = index_folder(
-            folder,
-            {"train": train, "val": val},
-            Options(force, say=click.echo, on_progress=on_progress),
-            classes=names,
-            skip_unusable=skip,
-        )
-    _show_index(index)
+    index = _make(
+        lambda options: index_folder(folder, patterns, options, classes=names, skip_unusable=skip),
+        force=force,
+    )
     click.echo(f"use it with data.name={index.name} data.root={index.folder.parent}")
 
 
 @data.command("bench")
 @click.argument("name")
 @ROOT
-@click.option(
-    "--samples", type=click.IntRange(1), default=20000, show_default=True, help="Samples for each stage."
-)
-@click.option("--batch-size", type=click.IntRange(1), default=512, show_default=True)
-@click.option(
-    "--threads", type=click.IntRange(1), help="Decoding and arithmetic threads (default: all cores)."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--samples", type=COUNT, default=20000, help="Samples for each stage.")
+@click.option("--batch-size", type=COUNT, default=512)
+@click.option("--threads", type=COUNT, help="Decoding and arithmetic threads (default: all cores).")
+@JSON
 def bench_(
     name: str, root: str | None, samples: int, batch_size: int, threads: int | None, as_json: bool
 ) -> None:

@@ -1,4 +1,4 @@
-"""What several commands share: options, and a progress bar."""
+"""What several commands share: options, a progress bar, and what precedes a measurement."""
 
 from __future__ import annotations
 
@@ -6,13 +6,64 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from disttrain.terminal import is_animated
 
+if TYPE_CHECKING:
+    from disttrain.config import Config
+    from disttrain.launch.plan import LaunchPlan
+    from disttrain.shards.index import Index
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 PATH = click.Path(path_type=Path)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+COUNT = click.IntRange(1)
+POSITIVE = click.FloatRange(0, min_open=True)
 ROOT = click.option("--root", help="Folder of the data sets (default: $DISTTRAIN_DATA or the user's cache).")
+SECONDS = click.option("--seconds", type=POSITIVE, default=2, help="Length of each measurement.")
+
+
+def options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
+    """Returns a decorator that adds several options, which --help lists in this order."""
+
+    def add(function: _F) -> _F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+NODE = options(
+    click.option("--node-rank", type=click.IntRange(0), help="This node, 0 to nodes - 1."),
+    click.option("--master-addr", metavar="HOST", help="Address of node 0."),
+    click.option("--master-port", type=click.IntRange(1, 65535), help="A free port on node 0."),
+)
+PROCESSES = options(
+    click.option("--gpus", type=COUNT, help="GPUs to use (default: all visible)."),
+    click.option("--procs", type=COUNT, help="Processes without GPUs (default: 1)."),
+)
+
+
+def ready_to_measure(config: Config, gpus: int | None, procs: int | None) -> tuple[LaunchPlan, Index]:
+    """Returns the processes that are to measure an experiment, and its data set; raises what does not fit."""
+    from disttrain.launch.jobs import plan_job
+    from disttrain.models import check_model_name
+    from disttrain.preflight import check_machine, check_weights
+
+    check_model_name(config.model.name)
+    plan = plan_job(gpus=gpus, procs=procs)
+    check_weights(config)
+    return plan, check_machine(config, plan.device, plan.processes, plan.world_size, aside)
+
+
+def aside(text: str) -> None:
+    """Shows what is going on beside the results."""
+    click.echo(text, err=True)
 
 
 @contextlib.contextmanager

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
-from disttrain.cli.shared import PATH, ROOT, progress
+from disttrain.cli.shared import COUNT, JSON, PATH, PROCESSES, ROOT, progress
 from disttrain.units import percent
 
 _RUN = click.argument("run_path", metavar="RUN", type=PATH)
-_CHECKPOINT = click.option(
-    "--checkpoint", default="best", show_default=True, metavar="best|latest|PATH", help="Which weights."
-)
+_CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|latest|PATH", help="Which weights.")
 
 
 @click.command("eval")
@@ -23,26 +21,12 @@ _CHECKPOINT = click.option(
 @_CHECKPOINT
 @click.option("--data", metavar="NAME", help="Another data set with the same classes.")
 @ROOT
-@click.option("--gpus", type=click.IntRange(1), help="GPUs to use (default: all visible).")
-@click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (default: 1).")
+@PROCESSES
 @click.option(
-    "--tta",
-    type=click.Choice(["none", "flip", "multi_view"]),
-    default="none",
-    show_default=True,
-    help="Test-time augmentation.",
+    "--tta", type=click.Choice(["none", "flip", "multi_view"]), default="none", help="Test-time augmentation."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def eval_(
-    run_path: Path,
-    checkpoint: str,
-    data: str | None,
-    root: str | None,
-    gpus: int | None,
-    procs: int | None,
-    tta: Literal["none", "flip", "multi_view"],
-    as_json: bool,
-) -> None:
+@JSON
+def eval_(run_path: Path, checkpoint: str, as_json: bool, **where: Any) -> None:
     """Evaluate the network of a run on a validation split.
 
     Shows accuracy, loss, the accuracy of each class and the confusion matrix. Every sample counts exactly
@@ -50,7 +34,7 @@ def eval_(
     """
     from disttrain.trained.eval import evaluate, report
 
-    result = evaluate(run_path, checkpoint, data=data, root=root, tta=tta, gpus=gpus, procs=procs)
+    result = evaluate(run_path, checkpoint, **where)
     for line in [json.dumps(result)] if as_json else report(result):
         click.echo(line)
 
@@ -59,7 +43,7 @@ def eval_(
 @_RUN
 @click.argument("images", metavar="IMAGE|FOLDER|-...", nargs=-1, required=True)
 @_CHECKPOINT
-@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes for each image.")
+@click.option("--top", type=COUNT, default=3, help="Classes for each image.")
 @click.option("--grid", type=PATH, metavar="FILE.png", help="Also draw the images with their predictions.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document on each line.")
 def predict(
@@ -74,15 +58,7 @@ def predict(
     from disttrain.trained.predict_command import predict as show
 
     with progress(disable=sys.stdout.isatty()) as on_progress:
-        show(
-            run_path,
-            images,
-            checkpoint,
-            top=top,
-            grid=grid,
-            as_json=as_json,
-            on_progress=on_progress,
-        )
+        show(run_path, images, checkpoint, top=top, grid=grid, as_json=as_json, on_progress=on_progress)
 
 
 @click.command()
@@ -115,33 +91,26 @@ def export(
     click.echo(f"{done.path}: largest difference of a score {done.difference:.3g} on {done.images} images")
 
 
-_RUNS = click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
-_TARGET = click.option(
+@click.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
+@click.option(
+    "--output",
+    type=PATH,
+    help="The page to write (default: RUN/report.html; of a comparison ./comparison.html).",
+)
+@click.option(
     "--target",
     type=click.FloatRange(0, 100),
     metavar="PCT",
     help="Accuracy to which a comparison gives times (default: the best that all runs reached).",
 )
-_PAGE = click.option(
-    "--output",
-    type=PATH,
-    help="The page to write (default: RUN/report.html; of a comparison ./comparison.html).",
-)
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-
-
-@click.command()
-@_RUNS
-@_PAGE
-@_TARGET
 @click.option(
     "--seconds",
     type=click.FloatRange(0),
     default=60,
-    show_default=True,
     help="Time for images of the validation split, of which the classes and examples are.",
 )
-@_JSON
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def report(
     runs: tuple[Path, ...], output: Path | None, target: float | None, seconds: float, as_json: bool
 ) -> None:

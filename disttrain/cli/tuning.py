@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from disttrain.cli.shared import PATH
+from disttrain.cli.shared import JSON, PATH, POSITIVE, PROCESSES, SECONDS, aside, options, ready_to_measure
 
 if TYPE_CHECKING:
     from disttrain.config import Config
-    from disttrain.launch.plan import LaunchPlan
     from disttrain.shards.index import Index
-
-_F = TypeVar("_F", bound=Callable[..., None])
 
 
 @click.group()
@@ -25,51 +21,46 @@ def tune() -> None:
     """Find a learning rate or a batch size for an experiment by trying them out."""
 
 
-def _of_both(function: _F) -> _F:
-    """Adds what both commands take."""
-    for decorator in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-        click.option(
-            "--output", type=PATH, help="The page with the plot (default: ./tune_lr.html, ./tune_batch.html)."
-        ),
-        click.option("--procs", type=click.IntRange(1), help="Processes without GPUs (default: 1)."),
-        click.option("--gpus", type=click.IntRange(1), help="GPUs to use (default: all visible)."),
-        click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1),
-        click.argument("config_path", metavar="CONFIG", type=PATH),
-    ):
-        function = decorator(function)
-    return function
+_OF_BOTH = options(
+    click.argument("config_path", metavar="CONFIG", type=PATH),
+    click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1),
+    PROCESSES,
+    click.option(
+        "--output", type=PATH, help="The page with the plot (default: ./tune_lr.html, ./tune_batch.html)."
+    ),
+    JSON,
+)
 
 
 @tune.command()
-@click.option("--from", "low", type=click.FloatRange(0, min_open=True), default=1e-6, show_default=True)
-@click.option("--to", "high", type=click.FloatRange(0, min_open=True), default=10, show_default=True)
-@click.option("--steps", type=click.IntRange(20), default=100, show_default=True, help="Optimizer steps.")
-@_of_both
+@click.option("--from", "low", type=POSITIVE, default=1e-6)
+@click.option("--to", "high", type=POSITIVE, default=10)
+@click.option("--steps", type=click.IntRange(20), default=100, help="Optimizer steps.")
+@_OF_BOTH
 def lr(
     config_path: Path,
     overrides: tuple[str, ...],
     gpus: int | None,
     procs: int | None,
-    low: float,
-    high: float,
-    steps: int,
     output: Path | None,
     as_json: bool,
+    **span: Any,
 ) -> None:
     """Suggest optim.lr, by training for some steps while it rises (Smith 2015).
 
     The suggestion is where the loss falls fastest. It is a place to begin at, not the best one; with a
     schedule that rises to it, up to a third of the rate of the least loss is usual.
     """
+    from disttrain.config import load_config
     from disttrain.errors import UsageError
     from disttrain.measure.tune import find_rate
     from disttrain.measure.tune_page import write_rates
 
-    if low >= high:
-        raise UsageError(f"--from {low:g} is not below --to {high:g}")
-    config, plan, index = _prepared(config_path, overrides, gpus, procs)
-    found = find_rate(config, plan, low=low, high=high, steps=steps)
+    if span["low"] >= span["high"]:
+        raise UsageError(f"--from {span['low']:g} is not below --to {span['high']:g}")
+    config = load_config(config_path, overrides)
+    plan, index = ready_to_measure(config, gpus, procs)
+    found = find_rate(config, plan, **span)
     if found.suggested is None or found.most is None:
         outcome = "the loss fell at no learning rate: give a wider range (--from, --to)"
     else:
@@ -83,14 +74,8 @@ def lr(
 
 
 @tune.command()
-@click.option(
-    "--seconds",
-    type=click.FloatRange(0, min_open=True),
-    default=2,
-    show_default=True,
-    help="Length of each measurement.",
-)
-@_of_both
+@SECONDS
+@_OF_BOTH
 def batch(
     config_path: Path,
     overrides: tuple[str, ...],
@@ -104,15 +89,17 @@ def batch(
 
     Larger and larger batches are tried until one does not fit into the memory or brings nothing more.
     """
+    from disttrain.config import load_config
     from disttrain.errors import TrainingError
     from disttrain.measure.tune import judge_batches, try_batches
     from disttrain.measure.tune_page import batch_cells, write_batches
 
-    config, plan, index = _prepared(config_path, overrides, gpus, procs)
+    config = load_config(config_path, overrides)
+    plan, index = ready_to_measure(config, gpus, procs)
     rows = []
     if not as_json:
         click.echo(f"{'batch size':>10} {'ms a step':>12} {'images/s':>12} {'GPU memory, GiB':>16}")
-    for row in try_batches(config, plan, index, seconds=seconds, say=lambda text: click.echo(text, err=True)):
+    for row in try_batches(config, plan, index, seconds=seconds, say=aside):
         rows.append(row)
         if not as_json:
             size, step, speed, memory = batch_cells(row)
@@ -128,23 +115,6 @@ def batch(
         return
     click.echo(f"{outcome}; its learning rate: disttrain tune lr {config_path} {outcome}")
     click.echo(page)
-
-
-def _prepared(
-    config_path: Path, overrides: tuple[str, ...], gpus: int | None, procs: int | None
-) -> tuple[Config, LaunchPlan, Index]:
-    from disttrain.config import load_config
-    from disttrain.launch.jobs import plan_job
-    from disttrain.models import check_model_name
-    from disttrain.preflight import check_device, check_weights, open_index, split_batch
-
-    config = load_config(config_path, overrides)
-    check_model_name(config.model.name)
-    plan = plan_job(gpus=gpus, procs=procs)
-    check_device(config, plan.device)
-    check_weights(config)
-    split_batch(config, plan.world_size)
-    return config, plan, open_index(config, lambda text: click.echo(text, err=True))
 
 
 def _subject(config: Config, index: Index) -> str:

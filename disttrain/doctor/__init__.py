@@ -26,10 +26,7 @@ _GRACE_S = 5.0  # for a check to end by itself after its time limit, with a word
 
 
 def examine(names: Sequence[str] = ()) -> Iterator[tuple[str, Finding]]:
-    """Yields the name of a check and what it found, one finding after the other.
-
-    Args:
-        names: of the checks to run; none means all.
+    """Yields the name of a check and what it found, one finding after the other; no names mean all checks.
 
     Raises:
         UsageError: there is no such check.
@@ -43,8 +40,8 @@ def examine(names: Sequence[str] = ()) -> Iterator[tuple[str, Finding]]:
             raise UsageError(f"there is no check {name!r}; the checks are {', '.join(CHECKS)}{hint}")
     gpus: list[str] = []
     for name, check in CHECKS.items():
-        if not names or name in names or (name == "gpus" and any(CHECKS[one].arguments for one in names)):
-            for argument in check.arguments(gpus) if check.arguments else [""]:
+        if not names or name in names or (name == "gpus" and {"allreduce", "step"} & {*names}):
+            for argument in check.arguments(gpus):
                 command = [sys.executable, "-m", "disttrain.doctor.checks", name, argument]
                 for finding in isolated(command, check.limit_s, f"{name} {argument}".strip()):
                     if name == "gpus" and finding.subject.startswith("cuda:"):

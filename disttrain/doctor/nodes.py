@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
+from disttrain.doctor.allreduce import LIMIT_S, reduction_s
 from disttrain.doctor.rules import Finding, failure, ok, warning
 from disttrain.errors import HangError, UsageError
 from disttrain.launch.peers import Channel, meet
@@ -31,22 +32,17 @@ if TYPE_CHECKING:
 
 _MEET_S = 60.0
 _CONNECT_S = 3.0  # for a plain connection between two nodes
-_LIMIT_S = 60.0  # for each message between two nodes
 _ROUND_TRIPS = 200
 _LARGE_BYTES = {"gloo": 2**24, "nccl": 2**28}
 _LARGE_TRIPS = 5
+_BUCKET_BYTES = 25 * 2**20  # of gradients, as DDP sums them up
 _SLOW = 2.0  # times worse than the median of the pairs
 
 
 class Pair(NamedTuple):
-    """What two nodes measured together.
+    """What two nodes measured together: half of the median round trip of 4 bytes, a large message one way.
 
-    Attributes:
-        first: the node with the smaller number.
-        second: the other.
-        latency_s: half of the median round trip of 4 bytes; None if it failed.
-        bytes_per_s: of a large message, one way.
-        problem: empty, or why it failed.
+    Both are None, and `problem` says why, where it failed.
     """
 
     first: int
@@ -80,14 +76,19 @@ def rounds(nodes: int) -> list[list[tuple[int, int]]]:
     return result
 
 
-def examine_nodes(place: Node) -> Iterator[Finding]:
+def examine_nodes(place: Node | None) -> Iterator[tuple[str, Finding]]:
     """Measures between all nodes; node 0 yields what was found, the others nothing. Every node calls this.
 
     Raises:
         BusyError: the port is taken.
         HangError: a node has not come.
-        UsageError: the nodes differ, such as in their devices.
+        UsageError: there is one node only, or the nodes differ, such as in their devices.
     """
+    if place is None:
+        raise UsageError(
+            "--nodes: there is one node only; call this in a Slurm job of several, or on each node with "
+            "--nodes N --node-rank R --master-addr HOST --master-port PORT"
+        )
     backend = "nccl" if visible_gpus() else "gloo"
     channel = meet(
         place, 1, {"what they communicate with": backend}, timeout_s=_MEET_S, interrupted=lambda: False
@@ -96,12 +97,9 @@ def examine_nodes(place: Node) -> Iterator[Finding]:
         interface = prepare_gloo(place.master_addr)
         names = [f"{host} (node {node})" for node, host in enumerate(channel.hosts)]
         unreached = _reach(channel, place, names, interface)
-        if unreached:
-            yield from unreached if place.node_rank == 0 else ()
-            return
-        found = _measure(channel, place, backend)
+        findings = unreached or judge(_measure(channel, place, backend), names, backend)
         if place.node_rank == 0:
-            yield from judge(found, names, backend)
+            yield from (("nodes", finding) for finding in findings)
     finally:
         channel.close()
 
@@ -109,31 +107,25 @@ def examine_nodes(place: Node) -> Iterator[Finding]:
 def _exchange(channel: Channel, place: Node, value: Any) -> list[Any]:
     """Returns the values of all nodes, on every node. Every node calls this.
 
-    Raises:
-        HangError: a node is gone or does not answer.
+    Raises HangError if a node is gone or does not answer.
     """
     values: dict[int, Any] = {place.node_rank: value}
-    deadline = time.monotonic() + 2 * _LIMIT_S
+    deadline = time.monotonic() + 2 * LIMIT_S
     if place.node_rank:
         channel.send({"value": value})
-    while place.node_rank == 0 and len(values) < place.nodes:
-        values |= {node: message["value"] for node, message in _received(channel, deadline)}
+    while len(values) < place.nodes:
+        messages = channel.receive()
+        if not messages and (channel.lost or time.monotonic() > deadline):
+            gone = ", ".join(channel.hosts[node] for node in sorted(channel.lost)) or "a node"
+            raise HangError(f"{gone} is gone or does not answer; see what it printed")
+        if not messages:
+            time.sleep(0.01)
+        for node, message in messages:
+            values |= {node: message["value"]} if place.node_rank == 0 else dict(enumerate(message["values"]))
+    everyones = [values[node] for node in range(place.nodes)]
     if place.node_rank == 0:
-        channel.send({"values": [values[node] for node in range(place.nodes)]})
-        return [values[node] for node in range(place.nodes)]
-    while True:
-        for _, message in _received(channel, deadline):
-            return list(message["values"])
-
-
-def _received(channel: Channel, deadline: float) -> list[tuple[int, dict[str, Any]]]:
-    messages = channel.receive()
-    if not messages and (channel.lost or time.monotonic() > deadline):
-        gone = ", ".join(channel.hosts[node] for node in sorted(channel.lost)) or "a node"
-        raise HangError(f"{gone} is gone or does not answer; see what it printed")
-    if not messages:
-        time.sleep(0.01)
-    return messages
+        channel.send({"values": everyones})
+    return everyones
 
 
 def _reach(channel: Channel, place: Node, names: Sequence[str], interface: str | None) -> list[Finding]:
@@ -190,7 +182,7 @@ def _measure(channel: Channel, place: Node, backend: str) -> tuple[list[Pair], f
     if backend == "nccl":
         device = torch.device("cuda", 0)
         torch.cuda.set_device(device)
-    timeout = datetime.timedelta(seconds=_LIMIT_S)
+    timeout = datetime.timedelta(seconds=LIMIT_S)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         place.master_addr, place.master_port, place.nodes, place.node_rank == 0, timeout=timeout
     )
@@ -200,16 +192,15 @@ def _measure(channel: Channel, place: Node, backend: str) -> tuple[list[Pair], f
         )
     except RuntimeError as error:
         raise HangError(f"{backend} does not connect the nodes: {str(error).splitlines()[0]}") from None
-    own = []
-    for pairs in rounds(place.nodes):
-        for first, second in pairs:
-            if place.node_rank in (first, second):
-                own.append(_measure_pair(first, second, place.node_rank, device, _LARGE_BYTES[backend]))
+    mine = [pair for pairs in rounds(place.nodes) for pair in pairs if place.node_rank in pair]
+    own = [_measure_pair(*pair, place.node_rank, device, _LARGE_BYTES[backend]) for pair in mine]
     everyones = _exchange(channel, place, own)
-    if any(problem for pairs in everyones for *_, problem in pairs):
-        reduction: float | str = "not tried"
-    else:
-        reduction = _reduce(place, device)
+    reduction: float | str = "not tried"
+    if not any(problem for pairs in everyones for *_, problem in pairs):
+        try:
+            reduction = reduction_s(torch.ones(_BUCKET_BYTES // 4, device=device), _LARGE_TRIPS)
+        except RuntimeError as error:
+            reduction = str(error).splitlines()[0]
     found = [Pair(*pair) for node, pairs in enumerate(everyones) for pair in pairs if pair[0] == node]
     _exchange(channel, place, None)  # nobody leaves while another still counts on it
     return found, reduction
@@ -225,12 +216,8 @@ def _measure_pair(first: int, second: int, node: int, device: torch.device, larg
     def trip(numbers: torch.Tensor) -> float:
         """Returns the seconds that a message needs to the other and back."""
         begin = time.perf_counter()
-        if node == first:
-            dist.send(numbers, other)
-            dist.recv(numbers, other)
-        else:
-            dist.recv(numbers, other)
-            dist.send(numbers, other)
+        for call in (dist.send, dist.recv) if node == first else (dist.recv, dist.send):
+            call(numbers, other)
         if numbers.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - begin
@@ -248,26 +235,6 @@ def _measure_pair(first: int, second: int, node: int, device: torch.device, larg
         return Pair(first, second, latency_s, large_bytes / half_trips(large_bytes // 4, _LARGE_TRIPS))
     except RuntimeError as error:
         return Pair(first, second, None, None, str(error).splitlines()[0])
-
-
-def _reduce(place: Node, device: torch.device) -> float | str:
-    """Sums up 25 MiB, a gradient bucket of DDP, over all nodes."""
-    import torch
-    import torch.distributed as dist
-
-    seconds = []
-    for _ in range(_LARGE_TRIPS + 1):
-        numbers = torch.full((25 * 2**18,), float(place.node_rank), device=device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        dist.all_reduce(numbers)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        if not bool((numbers == sum(range(place.nodes))).all()):
-            return f"the sum over {place.nodes} nodes is wrong: {numbers[0].item()}"
-    return statistics.median(seconds[1:])
 
 
 def judge(found: tuple[list[Pair], float | str], names: Sequence[str], backend: str) -> Iterator[Finding]:

@@ -17,14 +17,7 @@ _GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """One line of the report.
-
-    Attributes:
-        subject: what was looked at.
-        status: what it is worth.
-        found: the facts, with their units.
-        remedy: what to do; empty where nothing is to be done.
-    """
+    """One line of the report: what was looked at, its worth, the facts with their units, what to do."""
 
     subject: str
     status: Literal["ok", "warning", "failure"]
@@ -47,23 +40,8 @@ def failure(subject: str, found: str, remedy: str) -> Finding:
     return Finding(subject, "failure", found, remedy)
 
 
-# --- Versions ---------------------------------------------------------------------------------------
-
-
-def requirement_name(requirement: str) -> str:
-    """Returns the package that a requirement in the form of PEP 508 names."""
-    from packaging.requirements import Requirement
-
-    return Requirement(requirement).name
-
-
 def unmet(requirements: Iterable[tuple[str, str]], versions: Mapping[str, str]) -> list[str]:
-    """Returns what the installed packages lack of what they ask for.
-
-    Args:
-        requirements: (package, what it requires in the form of PEP 508).
-        versions: of the installed packages, by their names in lower case with hyphens.
-    """
+    """Returns what packages lack of what they ask for (PEP 508); `versions` are by canonical name."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -81,12 +59,9 @@ def unmet(requirements: Iterable[tuple[str, str]], versions: Mapping[str, str]) 
 
 
 def nccl(packages: Mapping[str, str], loaded: str | None, torch_cuda: str | None) -> Finding:
-    """Judges the NCCL that torch has loaded.
+    """Judges the NCCL that torch has loaded, and the versions of the installed packages nvidia-nccl-cu*.
 
-    Args:
-        packages: the installed packages nvidia-nccl-cu*, with their versions.
-        loaded: version of the library in use; None where torch has none.
-        torch_cuda: CUDA version that torch was built for; None for a build without.
+    `loaded` and `torch_cuda`, the CUDA version that torch was built for, are None for a build without.
     """
     if loaded is None or torch_cuda is None:
         return ok("NCCL", "none in this build of torch; only GPUs need it")
@@ -98,33 +73,35 @@ def nccl(packages: Mapping[str, str], loaded: str | None, torch_cuda: str | None
             f"pip uninstall -y {own} {' '.join(others)} && pip install {own}=={packages[own]}",
         )  # fmt: skip
     if own in packages and packages[own] != loaded:
-        return warning(
-            "NCCL", f"{loaded} is in use, {own} {packages[own]} is installed",
-            "unset LD_LIBRARY_PATH and LD_PRELOAD, or take the other NCCL out of them",
-        )  # fmt: skip
+        remedy = "unset LD_LIBRARY_PATH and LD_PRELOAD, or take the other NCCL out of them"
+        return warning("NCCL", f"{loaded} is in use, {own} {packages[own]} is installed", remedy)
     return ok("NCCL", loaded)
 
 
 _LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # CUDA release notes, table 2
 
 
+def no_driver(problem: str, devices: Sequence[str]) -> Finding:
+    """Judges that NVML cannot be used, from what it says and the GPUs that there are nevertheless."""
+    if not devices:
+        return ok("NVIDIA driver", "none, and no NVIDIA GPU")
+    return warning(
+        "NVIDIA driver", f"NVML: {problem}; but there is {', '.join(devices)}",
+        "load the driver (nvidia-smi must work), reboot after an update of it; in a container: "
+        "--gpus all with NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+    )  # fmt: skip
+
+
 def driver(version: str, driver_cuda: tuple[int, int], torch_cuda: str | None, *, usable: bool) -> Finding:
-    """Judges whether a driver runs what torch was built for.
+    """Judges whether a driver runs what torch was built for; `torch_cuda` is None for a build without CUDA.
 
-    Within a major version of CUDA any driver of that version does (CUDA compatibility guide).
-
-    Args:
-        version: of the driver.
-        driver_cuda: highest CUDA version that it supports: major, minor.
-        torch_cuda: CUDA version that torch was built for; None for a build without.
-        usable: whether torch can use a GPU.
+    Within a major version of CUDA any driver of that version does (CUDA compatibility guide). An older one
+    does where a GPU is `usable` nevertheless, by forward compatibility libraries.
     """
     has = f"driver {version}, CUDA up to {driver_cuda[0]}.{driver_cuda[1]}"
     if torch_cuda is None:
-        return failure(
-            "torch for CUDA", f"{has}, but torch is a build without CUDA",
-            "pip install --force-reinstall torch torchvision",
-        )  # fmt: skip
+        remedy = "pip install --force-reinstall torch torchvision"
+        return failure("torch for CUDA", f"{has}, but torch is a build without CUDA", remedy)
     major = int(torch_cuda.partition(".")[0])
     if driver_cuda[0] >= major:
         return ok("torch for CUDA", f"{has}; torch is built for CUDA {torch_cuda}")
@@ -139,46 +116,38 @@ def driver(version: str, driver_cuda: tuple[int, int], torch_cuda: str | None, *
 
 
 def has_kernels(capability: tuple[int, int], archs: Sequence[str]) -> bool:
-    """Tells whether a build of torch has kernels for a GPU.
+    """Tells whether a build of torch has kernels for a compute capability.
 
-    Args:
-        capability: compute capability of the GPU.
-        archs: as torch.cuda.get_arch_list returns them: sm_80, sm_90a, compute_90.
+    Its `archs` are as torch.cuda.get_arch_list returns them: sm_80, sm_90a, compute_90.
     """
-    for arch in archs:
+
+    def fits(arch: str) -> bool:
         found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
         if found is None:
-            continue
+            return False
         kind, built, suffix = found[1], (int(found[2]), int(found[3])), found[4]
         if suffix == "a":  # for this architecture alone
-            fits = built == capability
-        elif kind == "compute" and not suffix:  # PTX, which the driver compiles for any later GPU
-            fits = built <= capability
-        else:
-            fits = built[0] == capability[0] and built[1] <= capability[1]
-        if fits:
-            return True
-    return False
+            return built == capability
+        if kind == "compute" and not suffix:  # PTX, which the driver compiles for any later GPU
+            return built <= capability
+        return built[0] == capability[0] and built[1] <= capability[1]
 
-
-# --- GPUs -------------------------------------------------------------------------------------------
+    return any(map(fits, archs))
 
 
 def topology(pairs: Mapping[tuple[int, int], str], nvlinks: Sequence[int]) -> Finding:
     """Judges how GPUs are connected.
 
     Args:
-        pairs: the way between two GPUs by their places: NVLink, or PIX, PXB, PHB, NODE, SYS as nvidia-smi
-            calls the paths over PCIe.
+        pairs: the way between two GPUs: NVLink, or PIX, PXB, PHB, NODE, SYS as nvidia-smi calls it over PCIe.
         nvlinks: active NVLinks of each GPU.
     """
-    ways: dict[str, list[str]] = {}
-    for (a, b), way in sorted(pairs.items()):
-        ways.setdefault(way, []).append(f"{a}-{b}")
+    ways: dict[str, list[tuple[int, int]]] = {}
+    for pair, way in sorted(pairs.items()):
+        ways.setdefault(way, []).append(pair)
+    found = "; ".join(f"{way} between {_names(its)}" for way, its in ways.items())
     if len(ways) == 1:
         found = f"{next(iter(ways))} between all {len(nvlinks)} GPUs"
-    else:
-        found = "; ".join(f"{way} between {', '.join(names)}" for way, names in ways.items())
     if any(nvlinks):
         found += f", {'/'.join(map(str, sorted(set(nvlinks))))} NVLinks each"
     if len(set(nvlinks)) > 1:
@@ -192,38 +161,30 @@ def topology(pairs: Mapping[tuple[int, int], str], nvlinks: Sequence[int]) -> Fi
 
 
 def peers(access: Mapping[tuple[int, int], bool], linked: Iterable[tuple[int, int]]) -> Finding:
-    """Judges whether GPUs reach the memory of one another.
-
-    Args:
-        access: whether the first GPU of a pair reaches the second.
-        linked: pairs that NVLink connects.
-    """
+    """Judges whether the first GPU of a pair reaches the memory of the second; NVLink connects `linked`."""
     without = sorted(pair for pair, reached in access.items() if not reached)
-    broken = sorted(set(without) & set(linked))
-    if broken:
-        names = ", ".join(f"{a}-{b}" for a, b in broken)
+    if broken := sorted(set(without) & set(linked)):
         return warning(
-            "peer access", f"none between {names}, although NVLink connects them",
+            "peer access", f"none between {_names(broken)}, although NVLink connects them",
             "see `nvidia-smi topo -p2p r`; switch off ACS or IOMMU in the host, start nvidia-fabricmanager",
         )  # fmt: skip
     if not without:
         return ok("peer access", "between all GPUs")
     if len(without) == len(access):
         return ok("peer access", "none, as usual for these GPUs; NCCL goes through the memory of the host")
-    return ok("peer access", f"none between {', '.join(f'{a}-{b}' for a, b in without)}")
+    return ok("peer access", f"none between {_names(without)}")
 
 
-# --- Machine ----------------------------------------------------------------------------------------
+def _names(pairs: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{a}-{b}" for a, b in pairs)
 
 
 def cores(usable: int, present: int, allocation: Allocation | None) -> Finding:
     """Judges the CPU cores that this process may use."""
     found = f"{usable} of {present} usable" if usable < present else str(present)
     if allocation is not None and allocation.cpus_per_task is not None and usable < allocation.cpus_per_task:
-        return warning(
-            "cores", f"{found}, the job asked for {allocation.cpus_per_task} per task",
-            f"srun --cpus-per-task={allocation.cpus_per_task}: srun does not take it over from sbatch",
-        )  # fmt: skip
+        remedy = f"srun --cpus-per-task={allocation.cpus_per_task}: srun does not take it over from sbatch"
+        return warning("cores", f"{found}, the job asked for {allocation.cpus_per_task} per task", remedy)
     return ok("cores", found)
 
 
@@ -231,10 +192,8 @@ def shared_memory(total_bytes: int | None, gpus: int) -> Finding:
     """Judges /dev/shm, through which NCCL connects processes of a node; None where there is none."""
     found = "not there" if total_bytes is None else gib(total_bytes, 2)
     if gpus > 1 and (total_bytes or 0) <= 64 * 2**20:
-        return warning(
-            "/dev/shm", f"{found}: too small for NCCL between {gpus} GPUs",
-            "start the container with --shm-size=1g or --ipc=host",
-        )  # fmt: skip
+        remedy = "start the container with --shm-size=1g or --ipc=host"
+        return warning("/dev/shm", f"{found}: too small for NCCL between {gpus} GPUs", remedy)
     return ok("/dev/shm", found)
 
 
@@ -251,21 +210,13 @@ def locked_memory(soft_bytes: int, infiniband: Sequence[str]) -> Finding:
     """Judges the limit of locked memory, which InfiniBand needs; -1 is none."""
     found = "no limit" if soft_bytes < 0 else f"at most {mib(soft_bytes)}"
     if infiniband and 0 <= soft_bytes < _GIB:
-        return warning(
-            "locked memory", f"{found}, with {', '.join(infiniband)}: NCCL cannot use it",
-            "ulimit -l unlimited, or LimitMEMLOCK=infinity for slurmd or the container",
-        )  # fmt: skip
+        remedy = "ulimit -l unlimited, or LimitMEMLOCK=infinity for slurmd or the container"
+        return warning("locked memory", f"{found}, with {', '.join(infiniband)}: NCCL cannot use it", remedy)
     return ok("locked memory", found)
 
 
 def cluster(job: Allocation | None, version: str | None, ping: str | None) -> Finding:
-    """Judges Slurm.
-
-    Args:
-        job: that this process belongs to, or None.
-        version: what `srun --version` says; None where there is no srun.
-        ping: what `scontrol ping` says; None likewise.
-    """
+    """Judges Slurm by this process's job and by what `srun --version` and `scontrol ping` say."""
     place = "outside of a job"
     if job is not None:
         step = "" if job.step is None else f", step {job.step},"
@@ -306,9 +257,8 @@ def clock(elapsed_s: Sequence[float], now_s: float, newest_s: float, file_s: flo
     monotonic, wall = elapsed_s
     set_it = "start chrony or another NTP client"
     if monotonic <= 0:
-        return failure(
-            "clock", f"the monotonic clock went {monotonic:.3f} s in a pause", "reboot; mend the host"
-        )
+        found = f"the monotonic clock went {monotonic:.3f} s in a pause"
+        return failure("clock", found, "reboot; mend the host")
     if now_s < newest_s - 86400:
         return failure("clock", f"is {(newest_s - now_s) / 86400:,.0f} days before this installation", set_it)
     if abs(wall - monotonic) > 1:
@@ -321,29 +271,20 @@ def clock(elapsed_s: Sequence[float], now_s: float, newest_s: float, file_s: flo
     return ok("clock", "steady, as the file system has it")
 
 
-# --- Network ----------------------------------------------------------------------------------------
-
-
 def nccl_interfaces(names: Sequence[str], setting: str | None) -> list[str]:
-    """Returns the interfaces that NCCL may take, the first of them first (NCCL_SOCKET_IFNAME).
+    """Returns the interfaces that NCCL may take, the first of them first.
 
     Args:
         names: interfaces that are up, in the system's order.
-        setting: of the variable: prefixes, with ^ in front those to leave out, with = whole names.
+        setting: NCCL_SOCKET_IFNAME: prefixes, with ^ in front those to leave out, with = whole names.
     """
     if setting:
-        mark = re.match(r"\^?=?", setting)
-        assert mark is not None
-        listed = [part for part in setting[mark.end() :].split(",") if part]
-        exact, excluded = "=" in mark[0], "^" in mark[0]
-        return [
-            name
-            for name in names
-            if any(name == one if exact else name.startswith(one) for one in listed) != excluded
-        ]
-    rest = [name for name in names if not name.startswith(("ib", "docker", "lo"))]
-    groups = [[name for name in names if name.startswith(prefix)] for prefix in ("ib", "docker", "lo")]
-    return next((group for group in (groups[0], rest, groups[1], groups[2]) if group), [])
+        excluded, exact = setting.startswith("^"), setting.lstrip("^").startswith("=")
+        listed = tuple(filter(None, setting.lstrip("^=").split(",")))
+        return [name for name in names if (name in listed if exact else name.startswith(listed)) != excluded]
+    special = {kind: [name for name in names if name.startswith(kind)] for kind in ("ib", "docker", "lo")}
+    rest = [name for name in names if not name.startswith(tuple(special))]
+    return special["ib"] or rest or special["docker"] or special["lo"]
 
 
 def nccl_network(names: Sequence[str], setting: str | None) -> Finding:
@@ -370,28 +311,23 @@ def gloo_network(
         own: address of this host that its name leads to; None where it leads to none.
         nodes: of the job.
     """
-    others = [name for name in addresses if name != "lo"]
+    subject = "gloo network"
     if setting:
-        missing = [name for name in setting.split(",") if name not in addresses]
-        if missing:
-            return failure(
-                "gloo network", f"GLOO_SOCKET_IFNAME={setting}: {', '.join(missing)} is not there or not up",
-                f"unset it or name one of {', '.join(addresses)}",
-            )  # fmt: skip
-        return ok("gloo network", f"{setting} (GLOO_SOCKET_IFNAME)")
-    by_address = {address: name for name, owned in addresses.items() for address in owned}
-    taken = by_address.get(own or "", "lo")
+        missing = ", ".join(name for name in setting.split(",") if name not in addresses)
+        if not missing:
+            return ok(subject, f"{setting} (GLOO_SOCKET_IFNAME)")
+        found = f"GLOO_SOCKET_IFNAME={setting}: {missing} is not there or not up"
+        return failure(subject, found, f"unset it or name one of {', '.join(addresses)}")
+    taken = next((name for name, owned in addresses.items() if own in owned), "lo")
     leads = f"{host} is {own}" if own else f"the name {host} leads to no address of this host"
     found = f"{taken} ({leads})"
     if taken != "lo":
-        return ok("gloo network", found)
-    remedy = f"export GLOO_SOCKET_IFNAME={others[0] if others else 'INTERFACE'} on every node"
+        return ok(subject, found)
+    other = next((name for name in addresses if name != "lo"), "INTERFACE")
+    remedy = f"export GLOO_SOCKET_IFNAME={other} on every node"
     if nodes > 1:
-        return warning("gloo network", f"{found}: no other node can reach this one", remedy)
-    return ok("gloo network", f"{found}; for CPU runs on several nodes: {remedy}")
-
-
-# --- Computing --------------------------------------------------------------------------------------
+        return warning(subject, f"{found}: no other node can reach this one", remedy)
+    return ok(subject, f"{found}; for CPU runs on several nodes: {remedy}")
 
 
 def losses(
@@ -399,18 +335,11 @@ def losses(
 ) -> Finding:
     """Judges a training step by the losses before and after it.
 
-    Args:
-        subject: device and precision.
-        found: losses on the device.
-        expected: the same in float64 on the CPU.
-        tolerance: greatest difference, as a share of what is expected.
-        step_ms: milliseconds of a step.
+    Those `expected` are from float64 on the CPU; `tolerance` is the greatest difference as a share of them.
     """
     text = " -> ".join(f"{loss:.4f}" for loss in found)
     if any(not abs(a - b) <= tolerance * abs(b) for a, b in zip(found, expected, strict=True)):
         right = " -> ".join(f"{loss:.4f}" for loss in expected)
-        return failure(
-            subject, f"computes wrong: loss {text} instead of {right}",
-            "take the device out of use; on a GPU see `nvidia-smi -q -d ECC` and reinstall torch",
-        )  # fmt: skip
+        remedy = "take the device out of use; on a GPU see `nvidia-smi -q -d ECC` and reinstall torch"
+        return failure(subject, f"computes wrong: loss {text} instead of {right}", remedy)
     return ok(subject, f"a training step takes {step_ms:.3g} ms, loss {text} as it should be")

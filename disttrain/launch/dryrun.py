@@ -27,21 +27,16 @@ def describe(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, 
     if accumulate > 1:
         share += f" ({accumulate} passes of {per_pass})"
     full, rest = divmod(data.samples, train.batch_size)
-    remainder = "none"
-    if rest:
-        remainder = f"{rest:,} samples: " + (
-            "left out in each epoch" if data.drop_remainder else "a smaller last batch, averaged correctly"
-        )
+    fate = "left out in each epoch" if data.drop_remainder else "a smaller last batch, averaged correctly"
+    remainder = f"{rest:,} samples: {fate}" if rest else "none"
     shards = ", ".join(
         f"{name} {split.samples:,} in {len(split.shards)} shard{'s' * (len(split.shards) > 1)} "
         f"({mib(sum(shard.bytes for shard in split.shards), 1)})"
         for name, split in index.splits.items()
     )
     if config.data.cache == "none":
-        shards_line = (
-            f"{data.streams} streams, shuffled among {data.shuffle_buffer:,} samples, "
-            "read and decoded in every epoch"
-        )
+        shuffled = f"shuffled among {data.shuffle_buffer:,} samples"
+        shards_line = f"{data.streams} streams, {shuffled}, read and decoded in every epoch"
     else:
         decoded = f"{mib(index.decoded_bytes, 1)} in {decoded_folder()}"
         shards_line = f"every node decodes all shards once: {decoded}"

@@ -6,10 +6,8 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,45 +19,31 @@ from disttrain.errors import DisttrainError, TrainingError, error_of
 from disttrain.files import write_atomically
 from disttrain.launch.plan import LaunchPlan, command, environment
 from disttrain.launch.prepare import processes_here
+from disttrain.lifetime import end_with_parent
 from disttrain.runs.runfolder import RunFolder
 
 Values = dict[str, Any]
 
 
 def plan_job(*, gpus: int | None, procs: int | None) -> LaunchPlan:
-    """Returns a plan for processes of this node, of no run.
-
-    Args:
-        gpus: how many to use; None means all that are visible, if `procs` is None.
-        procs: processes without GPUs.
+    """Returns a plan for processes of this node, of no run: on so many GPUs, on all visible ones, or on CPUs.
 
     Raises:
         UsageError: the machine does not have what is asked for.
     """
-    device, processes, chosen, threads = processes_here(gpus=gpus, procs=procs)
-    return LaunchPlan(
-        config_path=Path(),
-        overrides=(),
-        run_dir=Path(),
-        resume="never",
-        device=device,
-        processes=processes,
-        gpus=chosen,
-        threads=threads,
-    )
+    return LaunchPlan(Path(), (), Path(), "never", *processes_here(gpus=gpus, procs=procs))
 
 
 def run_job(plan: LaunchPlan, module: str, request: Mapping[str, Any]) -> Values:
-    """Runs a module in the processes of a plan and returns what its rank 0 has found.
+    """Runs a module that calls `serve` in the processes of a plan and returns what its rank 0 has found.
 
     Args:
         plan: device and processes; a single node.
-        module: calls `serve`.
+        module: its name.
         request: JSON values, handed to every rank.
 
     Raises:
-        DisttrainError: as the first rank to fail has raised it.
-        TrainingError: a process died without a word.
+        DisttrainError: as the first rank to fail has raised it, or a process died without a word.
     """
     with tempfile.TemporaryDirectory(prefix="disttrain-") as name:
         folder = Path(name)
@@ -84,14 +68,18 @@ def run_job(plan: LaunchPlan, module: str, request: Mapping[str, Any]) -> Values
 
 
 def serve(answer: Callable[[Values], Values]) -> None:
-    """Runs a function as one rank of a job and ends this process. Every rank calls this."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no process outlives who asked
+    """Runs a function as one rank of a job, leaves the group and ends this process. Every rank calls this."""
+    end_with_parent()
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
     code = 0
     try:
         result = answer(json.loads((folder / "request.json").read_text()))
         if rank == 0:
             write_atomically(folder / "result.json", json.dumps(result))
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Exception as error:
         RunFolder(folder).write_error(rank, error)
         code = 1

@@ -6,30 +6,31 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import psutil
 
 from disttrain import slurm_env
 from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingError
-from disttrain.launch.peers import meet
+from disttrain.launch.peers import Channel, meet
 from disttrain.launch.plan import LaunchPlan, command, environment
 from disttrain.launch.supervisor import Outcome, Supervisor
 from disttrain.launch.watch import Watch
+from disttrain.lifetime import adopting_orphans, end_with_parent
 from disttrain.runs.manifest import list_steps, step_of
-from disttrain.runs.runfolder import COMMAND, LOCKED_BY_LAUNCHER, RunFolder
+from disttrain.runs.runfolder import CLEAN, COMMAND, LOCKED_BY_LAUNCHER, RunFolder
 from disttrain.terminal import is_animated
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 1, 36, 37  # linux/prctl.h
 _MOST_IDLE_RESTARTS = 3  # in a row without progress
 _SAVING_S = 2.0  # for a checkpoint that is being written when another rank fails
 _GONE_S = 10.0  # for processes that were killed
@@ -45,14 +46,9 @@ def launch(
 ) -> Outcome:
     """Runs the plan to its end and settles status.json. The folder's lock must be held.
 
-    Nothing that was started is left when it returns, however the run has ended.
-
-    Args:
-        plan: what to start.
-        folder: the run folder.
-        max_restarts: how often to go on from the last checkpoint after a failure.
-        say: told about restarts.
-        facts: what all nodes must agree on, from `runs.agreement.facts`; for several nodes.
+    Nothing that was started is left when it returns, however the run has ended. A failure is followed by
+    another attempt from the last checkpoint, `max_restarts` times at most. `facts` are what all nodes must
+    agree on.
     """
     signals: list[int] = []  # the first asks the ranks to stop, the second ends them at once
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -63,15 +59,13 @@ def launch(
         for attempt in range(max_restarts + 1):
             folder.clear_errors(plan.ranks)
             if plan.node_rank == 0:
-                outcome_, changes = _begin(folder, by_itself=attempt > 0 or requeued)
-                if outcome_ is not None:
-                    outcome = outcome_
-                    folder.update_status(exit_code=outcome.exit_code, **outcome.status)
-                    break
+                useless, changes = _begin(folder, by_itself=attempt > 0 or requeued)
+                if useless is not None:
+                    folder.update_status(exit_code=useless.exit_code, **useless.status)
+                    return useless
                 restarts += requeued and attempt == 0
                 # So that no earlier end is taken for the end of this attempt.
-                clean = dict.fromkeys(("exit_code", "reason", "rank", "host"))
-                folder.update_status(state="running", restarts=restarts, **clean, **changes)
+                folder.update_status(**CLEAN, state="running", restarts=restarts, **changes)
             outcome, stopping = _attempt(plan, folder, signals, facts or {})
             if plan.node_rank == 0 and outcome.status:
                 folder.update_status(exit_code=outcome.exit_code, **outcome.status)
@@ -91,11 +85,7 @@ def launch(
 
 
 def _begin(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[str, Any]]:
-    """Looks whether a run gets on at all.
-
-    Args:
-        folder: the run folder.
-        by_itself: whether nobody asked for this attempt: it follows a failure, or Slurm has requeued the job.
+    """Looks whether a run gets on at all, where nobody asked for this attempt: after a failure or a requeue.
 
     Returns:
         The outcome if it is of no use to begin again; and what to keep in status.json for the next time.
@@ -109,7 +99,7 @@ def _begin(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[
         f"no progress in {_MOST_IDLE_RESTARTS} restarts: each began at step {step:,} and saved nothing; see "
         "to the failure, or save more often (checkpoint.every_steps), then start it again"
     )
-    return Outcome(TrainingError.exit_code, reason, status={"state": "failed", "reason": reason}), {}
+    return Outcome.of(TrainingError.exit_code, reason), {}
 
 
 def _attempt(
@@ -117,38 +107,15 @@ def _attempt(
 ) -> tuple[Outcome, bool]:
     """Starts this node's processes, follows them to their end and leaves none behind.
 
-    Returns:
-        How it ended, and whether a node was asked to stop.
+    Returns how it ended, and whether a node was asked to stop.
     """
     with contextlib.ExitStack() as stack:
-        channel = None
-        if plan.nodes > 1:
-            assert plan.master_addr is not None
-            assert plan.master_port is not None
-            place = slurm_env.Node(plan.nodes, plan.node_rank, plan.master_addr, plan.master_port)
-            try:
-                channel = meet(
-                    place,
-                    plan.processes,
-                    facts,
-                    timeout_s=plan.stall_timeout_s,
-                    interrupted=lambda: bool(signals),
-                )
-            except DisttrainError as error:
-                if (
-                    isinstance(error, StoppedError)
-                    and signal.SIGTERM in signals
-                    and "SLURM_STEP_ID" in os.environ
-                ):
-                    # No wish to stop: srun ends all tasks when one fails, or the job is cancelled.
-                    reason = "ended by SIGTERM before all nodes had come; see what the others say"
-                    status = {"state": "failed", "reason": reason}
-                    return Outcome(128 + signal.SIGTERM, reason, status=status), True
-                state = "stopped" if isinstance(error, StoppedError) else "failed"
-                status = {"state": state, "reason": str(error)}
-                return Outcome(error.exit_code, str(error), status=status), bool(signals)
-            stack.callback(channel.close)
-        stack.enter_context(_adopting_orphans())
+        try:
+            channel = _meet(plan, facts, signals)
+        except DisttrainError as error:
+            return _not_met(error, signals), bool(signals)
+        stack.callback(channel.close)
+        stack.enter_context(adopting_orphans())
         watch = stack.enter_context(Watch(plan.ranks.start, plan.processes))
         others = set(psutil.Process().children(recursive=True))
         path = folder.launch_log(plan.node_rank)
@@ -163,9 +130,10 @@ def _attempt(
             env=variables,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_dying_with_this_process(),
+            preexec_fn=partial(_prepare_child, os.getpid()),
         )
         stack.callback(_end_all, child, others)
+        watch.begin(child.pid)
         supervisor = Supervisor(plan, folder, signals, watch, child, channel, begin)
         outcome = supervisor.follow()
         # What rank 0 has begun to save is worth a moment, if it can still be finished.
@@ -176,41 +144,37 @@ def _attempt(
         return outcome, supervisor.stopping
 
 
-def _dying_with_this_process() -> Callable[[], None]:
-    """Returns what a new child does so that it does not outlive this process."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    launcher = os.getpid()
-
-    def die_with_launcher() -> None:
-        # Slurm may send it to every process of a step; those between this one and the ranks know it not.
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:
-            os._exit(1)
-
-    return die_with_launcher
+def _meet(plan: LaunchPlan, facts: Mapping[str, str], signals: list[int]) -> Channel:
+    """Waits for the launchers of the other nodes; the line of a run on one node leads nowhere."""
+    if plan.nodes == 1:
+        return Channel({}, [socket.gethostname()])
+    assert plan.master_addr is not None
+    assert plan.master_port is not None
+    place = slurm_env.Node(plan.nodes, plan.node_rank, plan.master_addr, plan.master_port)
+    timeout_s = plan.stall_timeout_s
+    return meet(place, plan.processes, facts, timeout_s=timeout_s, interrupted=lambda: bool(signals))
 
 
-@contextlib.contextmanager
-def _adopting_orphans() -> Iterator[None]:
-    """Makes this process the parent of orphaned descendants, so that it can end them and leaves no zombie."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    before = ctypes.c_int()
-    libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    try:
-        yield
-    finally:
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, before.value)
+def _not_met(error: DisttrainError, signals: list[int]) -> Outcome:
+    """Returns how a run ends whose nodes have not met."""
+    code, reason = error.exit_code, str(error)
+    state = "stopped" if isinstance(error, StoppedError) else "failed"
+    if state == "stopped" and signal.SIGTERM in signals and "SLURM_STEP_ID" in os.environ:
+        # No wish to stop: srun ends all tasks when one fails, or the job is cancelled.
+        code, state = 128 + signal.SIGTERM, "failed"
+        reason = "ended by SIGTERM before all nodes had come; see what the others say"
+    return Outcome.of(code, reason, state=state)
+
+
+def _prepare_child(launcher: int) -> None:
+    """What a new child does before it becomes another program: it does not outlive the launcher."""
+    # Slurm may send it to every process of a step; those between this one and the ranks know it not.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    end_with_parent(launcher)
 
 
 def _end_all(child: subprocess.Popen[bytes], others: Container[psutil.Process]) -> None:
-    """Ends a child and all that descend from it, and returns when they are gone.
-
-    Args:
-        child: started by this process.
-        others: descendants of this process that are none of its own.
-    """
+    """Ends a child and all that descend from it, and returns when they are gone; `others` do not."""
     deadline = time.monotonic() + _GONE_S
     if child.poll() is None:
         child.kill()

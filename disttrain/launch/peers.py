@@ -31,10 +31,7 @@ _SILENT_S = 20  # after which a node whose kernel does not answer is taken for d
 class Channel:
     """The line between the launchers: node 0 is connected to every other node, and each of those to node 0.
 
-    Args:
-        connections: by node.
-        hosts: of all nodes.
-        unread: what has come already.
+    What has come already over the connections is `unread`.
     """
 
     def __init__(
@@ -120,28 +117,28 @@ def meet(
     *,
     timeout_s: float,
     interrupted: Callable[[], bool],
+    failed: DisttrainError | None = None,
 ) -> Channel:
     """Waits for the launchers of all nodes and compares what they know. Every node calls this.
 
     Args:
         place: this node.
         processes: on this node.
-        known: from `facts`.
+        known: what must be the same everywhere, from `runs.agreement.facts`.
         timeout_s: how long to wait.
         interrupted: whether to give up, asked often.
+        failed: why this node will not begin, which is all that it comes to say.
 
     Raises:
-        BusyError: the port is taken.
-        HangError: a node has not come.
-        UsageError: the nodes differ.
-        StoppedError: interrupted.
-        DisttrainError: as another node has failed.
+        DisttrainError: the port is taken, a node has not come, the nodes differ, this one was interrupted, or
+            another has failed; each as an error of its kind.
     """
-    hello = {
-        "node": place.node_rank,
-        "host": socket.gethostname(),
-        "facts": {"--nodes": str(place.nodes), "the number of processes": str(processes), **known},
-    }
+    hello: dict[str, Any] = {"node": place.node_rank, "host": socket.gethostname()}
+    if failed is None:
+        own = {"--nodes": str(place.nodes), "the number of processes": str(processes)}
+        hello |= {"facts": own | dict(known)}
+    else:
+        hello |= {"failed": str(failed), "exit_code": failed.exit_code}
     deadline = time.monotonic() + timeout_s
 
     def going(longer_s: float = 0) -> bool:
@@ -149,11 +146,17 @@ def meet(
             raise StoppedError("stopped before the nodes had met; nothing is lost, the same command goes on")
         return time.monotonic() < deadline + longer_s
 
-    if place.node_rank:
-        return _join_node_0(place, hello, going, timeout_s)
+    return (_join_node_0 if place.node_rank else _join_others)(place, hello, going, timeout_s)
+
+
+def _join_others(
+    place: Node, hello: Mapping[str, Any], going: Callable[..., bool], timeout_s: float
+) -> Channel:
     present: dict[int, _Caller] = {}
     try:
         _receive_nodes(place, present, going)
+        if "failed" in hello:
+            raise error_of(hello["exit_code"], hello["failed"])
         missing = sorted(set(range(1, place.nodes)) - set(present))
         if missing:
             raise HangError(
@@ -179,49 +182,24 @@ def meet(
 def telling_nodes(place: Node | None) -> Iterator[None]:
     """Passes on to node 0 what keeps this node from beginning, and from it to the others: none need wait.
 
-    Args:
-        place: this node, or None for a run on one node.
-
-    Raises:
-        DisttrainError: what was raised inside.
+    There is nobody to tell where `place` is None, a run on one node.
     """
     try:
         yield
     except DisttrainError as error:
         if place is not None:
-            if "SLURM_STEP_ID" in os.environ:
-                # Slurm ends all tasks with the first that fails; each should still end with its own code.
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            _tell(place, error) if place.node_rank else _refuse_all(place, error)
+            _outlive_others()
+            with contextlib.suppress(DisttrainError):  # nobody comes, or another has failed too
+                meet(place, 0, {}, timeout_s=_TELL_S, interrupted=lambda: False, failed=error)
         raise
+    if place is not None:
+        _outlive_others()
 
 
-def _refuse_all(place: Node, error: DisttrainError) -> None:
-    """Tells the nodes that come within a short time why the run does not begin."""
-    present: dict[int, _Caller] = {}
-    deadline = time.monotonic() + _TELL_S
-    with contextlib.suppress(DisttrainError):  # the port is taken, or another node has failed too
-        _receive_nodes(place, present, lambda: time.monotonic() < deadline)
-    for caller in present.values():
-        caller.refuse(error)
-        caller.connection.close()
-
-
-def _tell(place: Node, error: DisttrainError) -> None:
-    """Tells node 0; gives up soon, because node 0 may have failed of the same."""
-    word = {"node": place.node_rank, "host": socket.gethostname(), "failed": str(error)}
-    word["exit_code"] = error.exit_code
-    deadline = time.monotonic() + _TELL_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            connection = socket.create_connection((place.master_addr, place.master_port), timeout=2)
-            with connection:
-                connection.sendall(json.dumps(word).encode() + b"\n")
-                connection.settimeout(_TELL_S)
-                with contextlib.suppress(OSError):
-                    connection.recv(1)  # until node 0 has told all
-                return
-        time.sleep(_POLL_S)
+def _outlive_others() -> None:
+    # Slurm ends all tasks with the first that fails; each should still say why, and end with its own code.
+    if "SLURM_STEP_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Caller:
@@ -257,11 +235,7 @@ class _Caller:
 
 
 def _receive_nodes(place: Node, present: dict[int, _Caller], going: Callable[[], bool]) -> None:
-    """Fills in the nodes that come, until all are there or the time is over.
-
-    Raises:
-        DisttrainError: as a node has failed before it came.
-    """
+    """Fills in the nodes that come, until all are there or the time is over; raises as one has failed."""
     callers: dict[socket.socket, _Caller] = {}
     failed, exit_code, until = "", 0, math.inf
     with _listen(place.master_port) as server:

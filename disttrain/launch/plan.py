@@ -14,11 +14,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from disttrain import slurm_env
 from disttrain.errors import UsageError
 from disttrain.monitor.nvml import Gpu
+
+
+class Processes(NamedTuple):
+    """The processes of a node; fields as in `LaunchPlan`."""
+
+    device: Literal["cuda", "cpu"]
+    processes: int
+    gpus: tuple[Gpu, ...]
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -73,15 +82,11 @@ class LaunchPlan:
 
 def plan_processes(
     *, gpus: int | None, procs: int | None, visible: Sequence[Gpu], cores: int, environ: Mapping[str, str]
-) -> tuple[Literal["cuda", "cpu"], int, tuple[Gpu, ...], int]:
+) -> Processes:
     """Decides device, processes on this node, their GPUs and the CPU threads of each.
 
-    Args:
-        gpus: `--gpus`, or None.
-        procs: `--procs`, or None.
-        visible: GPUs of this node.
-        cores: CPU cores this process may use.
-        environ: for OMP_NUM_THREADS.
+    Follows `--gpus` and `--procs` where they are given, and OMP_NUM_THREADS; else it takes all visible GPUs,
+    and shares the cores out.
 
     Raises:
         UsageError: the machine does not have what is asked for.
@@ -106,12 +111,12 @@ def plan_processes(
     wanted = environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes))
     if not re.fullmatch(r"0*[1-9][0-9]*", wanted):
         raise UsageError(f"OMP_NUM_THREADS={wanted}: expected one whole number; correct it or unset it")
-    threads = int(wanted)
-    return "cuda" if on_gpu else "cpu", processes, tuple(visible[:processes]) if on_gpu else (), threads
+    if on_gpu:
+        return Processes("cuda", processes, tuple(visible[:processes]), int(wanted))
+    return Processes("cpu", processes, (), int(wanted))
 
 
 def plan_nodes(
-    *,
     nodes: int | None,
     node_rank: int | None,
     master_addr: str | None,
@@ -142,16 +147,16 @@ def plan_nodes(
     return slurm_env.Node(nodes, node_rank, master_addr, master_port)
 
 
-def plan_run_dir(name: str, nodes: int, environ: Mapping[str, str]) -> Path | None:
+def plan_run_dir(name: str, node: slurm_env.Node | None, environ: Mapping[str, str]) -> Path | None:
     """Returns the run folder of a run that is given none, if several nodes must agree on it; else None.
 
     Raises:
         UsageError: there is nothing that they could agree on.
     """
-    if nodes == 1:
+    if node is None:
         return None
     if "SLURM_JOB_ID" not in environ:
-        raise UsageError(f"--nodes {nodes} needs a --run-dir that all nodes share")
+        raise UsageError(f"--nodes {node.nodes} needs a --run-dir that all nodes share")
     return Path("runs") / name / f"slurm-{environ['SLURM_JOB_ID']}"
 
 
@@ -166,16 +171,11 @@ def worker_command(plan: LaunchPlan) -> list[str]:
 
 
 def command(plan: LaunchPlan, worker: Sequence[str] | None = None) -> list[str]:
-    """Returns the command line that starts this node's processes.
-
-    Args:
-        plan: what to start.
-        worker: module and arguments of every rank; None means those of a run.
-    """
+    """Returns the command line that starts this node's processes: those of a run, or of another `worker`."""
     worker = worker_command(plan) if worker is None else worker
     if plan.world_size == 1:
         return [sys.executable, "-m", *worker]
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch = [sys.executable, "-m", "disttrain.launch.accelerate_launch"]
     launch += ["--config_file", str(files("disttrain") / "assets" / "accelerate.yaml")]
     launch += ["--num_machines", str(plan.nodes), "--num_processes", str(plan.world_size)]
     launch += ["--num_cpu_threads_per_process", str(plan.threads)]

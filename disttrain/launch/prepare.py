@@ -5,21 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from disttrain.config import Config
-from disttrain.launch.plan import LaunchPlan, plan_processes
-from disttrain.monitor.nvml import Gpu, visible_gpus
+from disttrain.launch.plan import LaunchPlan, Processes, plan_processes
+from disttrain.monitor.nvml import visible_gpus
 from disttrain.parallel import usable_cores
-from disttrain.preflight import (
-    check_device,
-    check_room,
-    check_shared_memory,
-    check_trackers,
-    check_weights,
-    open_index,
-    split_batch,
-)
+from disttrain.preflight import check_machine, check_room, check_trackers, check_weights
 from disttrain.runs.identity import identity
 from disttrain.runs.resume import Start, is_finished, resume_point
 from disttrain.runs.runfolder import RunFolder
@@ -41,9 +32,7 @@ class Ready:
     start: Start | None
 
 
-def processes_here(
-    *, gpus: int | None, procs: int | None
-) -> tuple[Literal["cuda", "cpu"], int, tuple[Gpu, ...], int]:
+def processes_here(*, gpus: int | None, procs: int | None) -> Processes:
     """Returns what `plan_processes` decides here; arguments and errors as there."""
     return plan_processes(
         gpus=gpus,
@@ -57,22 +46,12 @@ def processes_here(
 def prepare(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[str], None]) -> Ready | None:
     """Checks config, machine, data set and run folder against one another; every node calls this.
 
-    Args:
-        plan: what is to be started.
-        config: the experiment.
-        dry_run: leave the run folder as it is.
-        say: told what is done on the way.
-
-    Returns:
-        What was found, or None if the run in the folder has finished already.
+    Returns None if the run in the folder has finished already. A dry run leaves the folder as it is.
 
     Raises:
         DisttrainError: what is wrong, and how to put it right.
     """
-    check_device(config, plan.device)
-    check_shared_memory(plan.device, plan.processes)
-    split_batch(config, plan.world_size)
-    index = open_index(config, say)
+    index = check_machine(config, plan.device, plan.processes, plan.world_size, say)
     folder = RunFolder(plan.run_dir)
     unknown = config.data.on_error == "skip"  # what is skipped is found by the workers
     own = identity(config, index, None if unknown else ())

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from disttrain.errors import HangError, StoppedError, TrainingError, error_of
 from disttrain.launch.peers import Channel
 from disttrain.launch.plan import LaunchPlan
-from disttrain.launch.watch import End, Row, Watch, describe, stalled
+from disttrain.launch.watch import Row, Watch, describe, stalled
 from disttrain.runs.runfolder import RunFolder
 
 _POLL_S = 0.2
@@ -28,8 +28,8 @@ _DETAIL = 2**16  # characters of a traceback that are passed on
 _OF_THE_GROUP = re.compile(
     r"gloo|NCCL|TCPStore|^Dist\w*Error|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE
 )
+_WELL = {0, StoppedError.exit_code}
 _ENDED_BY_TORCHRUN = {-signal.SIGTERM, 128 + signal.SIGTERM}
-_OF_TORCHRUN = re.compile(r"[IWE]\d{4} [\d:.]+ +\d+ torch/distributed/|W\d{4} .*torch")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Outcome:
     status: dict[str, Any] = field(default_factory=dict, compare=False)
     victim: bool = field(default=False, compare=False)
 
+    @classmethod
+    def of(cls, code: int, reason: str, message: str = "", detail: str = "", **status: Any) -> Outcome:
+        """Returns an end that the run itself has not written down: failed, if `status` does not differ."""
+        return cls(code, message or reason, detail, {"state": "failed", "reason": reason, **status})
+
 
 class Supervisor:
     """Follows the processes of this node, and through the channel those of the others, to one outcome."""
@@ -61,7 +66,7 @@ class Supervisor:
         signals: list[int],
         watch: Watch,
         child: subprocess.Popen[bytes],
-        channel: Channel | None,
+        channel: Channel,
         log_begin: int,
     ) -> None:
         self._plan = plan
@@ -82,8 +87,7 @@ class Supervisor:
         """Returns how the run ended; what of it is still alive is of no use any more."""
         suspect, until, reported = None, 0.0, 0.0
         while True:
-            sockets = self._channel.sockets if self._channel else []
-            self._watch.wait(_POLL_S, sockets, self._child.pid)
+            self._watch.wait(_POLL_S, self._channel.sockets)
             now = time.monotonic()
             found = self._second_signal() or self._listen() or self._stop() or self._local() or self._hang()
             if self._final is not None:
@@ -96,7 +100,7 @@ class Supervisor:
                 found = suspect
             if found is not None:
                 return self._agree(found)
-            if self._channel and self._plan.node_rank and now - reported > _REPORT_S:
+            if self._plan.node_rank and now - reported > _REPORT_S:
                 self._channel.send({"rows": self._watch.rows()})
                 reported = now
 
@@ -105,30 +109,24 @@ class Supervisor:
             return None
         number = self._signals[-1]
         reason = f"ended by {signal.Signals(number).name}"
-        return Outcome(
-            128 + number,
-            f"{reason}; the last checkpoint is intact",
-            status={"state": "stopped", "reason": reason},
-        )
+        return Outcome.of(128 + number, reason, f"{reason}; the last checkpoint is intact", state="stopped")
 
     def _stop(self) -> Outcome | None:
         """Hands on the wish to stop; before training has begun there is nothing to save."""
         if self.stopping or not (self._signals or self._asked):
             return None
         self.stopping = True
-        if self._channel:
-            self._channel.send({"stop": True})
+        self._channel.send({"stop": True})
         if self._plan.node_rank == 0 and not self._watch.started and not self._watch.ends:
             reason = "stopped before training began; nothing is lost, the same command goes on"
-            code = StoppedError.exit_code
-            return Outcome(code, reason, status={"state": "stopped", "reason": reason})
+            return Outcome.of(StoppedError.exit_code, reason, state="stopped")
         self._watch.stop()
         return None
 
     def _listen(self) -> Outcome | None:
         """Takes in what the other nodes say."""
         found = None
-        for node, message in self._channel.receive() if self._channel else []:
+        for node, message in self._channel.receive():
             match message:
                 case {"rows": rows}:
                     self._remote_rows[node] = [Row(*row) for row in rows]
@@ -142,76 +140,67 @@ class Supervisor:
                 case {"final": outcome}:
                     self._final = Outcome(**outcome)
                 case {"stacks": rank}:
-                    assert self._channel
                     self._channel.send({"answer": self._watch.stacks(rank, self._folder.log(rank))}, node)
-        for node in sorted(self._channel.lost - set(self._done)) if self._channel else []:
-            assert self._channel
-            reason = f"node {node} ({self._channel.hosts[node]}) is gone"
-            status = {"state": "failed", "reason": reason, "host": self._channel.hosts[node]}
-            found = _worse(found, Outcome(TrainingError.exit_code, reason, status=status))
+        for node in sorted(self._channel.lost - set(self._done)):
+            host = self._channel.hosts[node]
+            gone = Outcome.of(TrainingError.exit_code, f"node {node} ({host}) is gone", host=host)
+            found = _worse(found, gone)
         return found
 
     def _local(self) -> Outcome | None:
         """Judges the ends of this node's ranks, and of the process that started them."""
         code = self._child.poll()
-        if code is not None and not self._watch.all_ended:
-            if code < 0 and self._plan.world_size > 1 and not self._watch.ends:
+        if code is not None and self._plan.world_size == 1:
+            self._watch.note_ends({0: code})
+        elif code is not None and not self._watch.all_ended:
+            if code < 0 and not self._watch.ends:
                 return self._end(code)  # its ranks die with it
-            self._watch.wait(0.1)  # what its ranks have said may come a moment later
-        well = {0, StoppedError.exit_code}
+            self._watch.wait(0.1)  # what it and its ranks have said may come a moment later
         said = set(self._watch.said.values())
         saved = self.stopping and StoppedError.exit_code in said
         for end in self._watch.ends:
             fell = end.said is None and end.status not in _ENDED_BY_TORCHRUN
             if fell and not saved:  # those that torchrun has ended died of something else
-                return self._death(end)
-        if said - well and not saved:
+                return self._failure(end.rank, f"{_cause(end.status)} {end.doing}")
+        if said - _WELL and not saved:
             error = self._folder.first_error(self._plan.ranks)
             if error is not None:
                 return _from_error(error)
         return self._end(code) if self._watch.all_ended or code is not None else None
 
-    def _end(self, code: int | None = None) -> Outcome:
+    def _end(self, code: int | None) -> Outcome:
         """Judges the end of all ranks of this node, of which none was seen to die.
 
-        Args:
-            code: exit code of the process that started them, if it is known.
+        `code` is how the process that started them has ended, if it has.
         """
-        said = [end.said for end in self._watch.ends if end.said is not None]
-        state = self._folder.status().get("state")
-        well = {0, StoppedError.exit_code}
-        if self._plan.node_rank and said and set(said) <= well:  # status.json is node 0's
+        said = set(self._watch.said.values())
+        if self._plan.node_rank and said and said <= _WELL:  # status.json is node 0's
             return Outcome(max(said))
-        error = self._folder.first_error(self._plan.ranks)
-        log = _read_tail(self._folder.launch_log(self._plan.node_rank), self._log_begin, 200)
-        rank, status = _failed_rank("\n".join(log)) or (None, code)
-        killed = rank is not None and status is not None and status < 0
-        if error is not None and not killed:
+        if (error := self._folder.first_error(self._plan.ranks)) is not None:
             return _from_error(error)
-        if not killed and state in {"finished", "stopped"} and self._plan.node_rank == 0:
-            return Outcome(int(self._folder.status()["exit_code"]))
-        if rank is None and self._watch.ends:
-            end = min(self._watch.ends, key=lambda end: end.said is not None)
-            rank, status = end.rank, end.status if end.said is None else end.said
-            if end.said not in {None, 0, StoppedError.exit_code}:  # its error file could not be written
-                code = type(error_of(end.said or 0, "")).exit_code
-                return replace(self._failure(rank, _cause(status), log), exit_code=code)
-        return self._failure(rank, _cause(status), log)
+        status = self._folder.status()
+        if status.get("state") in {"finished", "stopped"} and self._plan.node_rank == 0:
+            return Outcome(int(status["exit_code"]))
+        if not self._watch.ends:
+            return self._failure(None, _cause(code))
+        end = min(self._watch.ends, key=lambda end: end.said is not None)
+        failure = self._failure(end.rank, _cause(end.status if end.said is None else end.said))
+        if end.said is None or end.said in _WELL:
+            return failure
+        # Its error file could not be written.
+        return replace(failure, exit_code=type(error_of(end.said, "")).exit_code)
 
-    def _death(self, end: End) -> Outcome:
-        log = _read_tail(self._folder.launch_log(self._plan.node_rank), self._log_begin, 200)
-        status = self._child.poll() if end.status is None and self._plan.world_size == 1 else end.status
-        if status is None:
-            rank, code = _failed_rank("\n".join(log)) or (None, None)
-            status = code if rank == end.rank else None
-        return self._failure(end.rank, f"{_cause(status)} {end.doing}", log)
-
-    def _failure(self, rank: int | None, cause: str, log: Sequence[str]) -> Outcome:
+    def _failure(self, rank: int | None, cause: str) -> Outcome:
         who = "a process" if rank is None else f"rank {rank}"
-        reason = f"{who} {cause}"
-        status = {"state": "failed", "reason": reason, "rank": rank, "host": self._host}
-        message = f"{who} on {self._host} {cause}; see {self._folder.launch_log(self._plan.node_rank)}"
-        return Outcome(TrainingError.exit_code, message, "\n".join(_own_words(log)[-15:]), status)
+        log = self._folder.launch_log(self._plan.node_rank)
+        return Outcome.of(
+            TrainingError.exit_code,
+            f"{who} {cause}",
+            f"{who} on {self._host} {cause}; see {log}",
+            _read_tail(log, self._log_begin, 15),
+            rank=rank,
+            host=self._host,
+        )
 
     def _hang(self) -> Outcome | None:
         """Judges who makes no progress: node 0 for all nodes, the others when node 0 is silent."""
@@ -227,18 +216,17 @@ class Supervisor:
             node = row.rank // plan.processes
             if node == plan.node_rank:
                 stacks.append(self._watch.stacks(row.rank, self._folder.log(row.rank)))
-            elif self._channel:
+            else:
                 stacks.append(self._channel.ask(node, "stacks", row.rank, timeout_s=2) or "")
-        first = culprits[0]
-        status = {"state": "failed", "reason": reason, "rank": first.rank, "host": first.host}
-        return Outcome(HangError.exit_code, reason, "\n".join(stacks), status)
+        first, code = culprits[0], HangError.exit_code
+        return Outcome.of(code, reason, detail="\n".join(stacks), rank=first.rank, host=first.host)
 
     def _agree(self, found: Outcome) -> Outcome:
         """Settles on one outcome with the other nodes."""
         channel = self._channel
-        if channel is None or self._final is not None:
-            return self._final or found
-        well = found.exit_code in {0, StoppedError.exit_code} and not found.status
+        if self._plan.nodes == 1:
+            return found
+        well = found.exit_code in _WELL and not found.status
         word = {"done": found.exit_code} if well else {"outcome": asdict(found)}
         wait_s = _ALL_DONE_S if well else _CAUSE_S + 1
         deadline = time.monotonic() + wait_s
@@ -265,19 +253,14 @@ def _worse(one: Outcome | None, other: Outcome) -> Outcome:
 
 def _from_error(error: Mapping[str, Any]) -> Outcome:
     """Returns the outcome of a run that ended with an error that a rank wrote down."""
-    reason = str(error["message"])
+    code, reason = int(error["exit_code"]), str(error["message"])
     place = {"rank": error["rank"], "host": error["host"]}
     if error["traceback"] is None:
-        status = {"state": "failed", "reason": reason, **place}
-        return Outcome(int(error["exit_code"]), reason, status=status, victim=error["type"] == "HangError")
+        return replace(Outcome.of(code, reason, **place), victim=error["type"] == "HangError")
     reason = f"{error['type']}: {reason}"
-    return Outcome(
-        int(error["exit_code"]),
-        f"rank {error['rank']} on {error['host']} failed: {reason}",
-        str(error["traceback"])[-_DETAIL:],
-        {"state": "failed", "reason": reason, **place},
-        victim=_OF_THE_GROUP.search(reason) is not None,
-    )
+    message = f"rank {error['rank']} on {error['host']} failed: {reason}"
+    outcome = Outcome.of(code, reason, message, str(error["traceback"])[-_DETAIL:], **place)
+    return replace(outcome, victim=_OF_THE_GROUP.search(reason) is not None)
 
 
 def _cause(status: int | None) -> str:
@@ -290,28 +273,11 @@ def _cause(status: int | None) -> str:
     return f"ended with exit code {status} and left no report"
 
 
-def _failed_rank(log: str) -> tuple[int, int] | None:
-    """Returns a rank that failed and its exit code, negative for a signal, from torchrun's report.
-
-    torchrun itself ends the others with SIGTERM, so that one does not count.
-    """
-    found = re.findall(r"rank\s*:\s*(\d+).*\n\s*exitcode\s*:\s*(-?\d+)", log)
-    failures = [(int(rank), int(code)) for rank, code in found]
-    failures = [failure for failure in failures if failure[1] not in _ENDED_BY_TORCHRUN]
-    return min(failures, key=lambda failure: failure[1] > 0, default=None)
-
-
-def _own_words(log: Sequence[str]) -> list[str]:
-    """Returns the lines of a log before torchrun's report on a failure."""
-    begin = next((i for i, line in enumerate(log) if _OF_TORCHRUN.match(line)), len(log))
-    return list(log[:begin] or log)
-
-
-def _read_tail(path: Path, begin: int, lines: int) -> list[str]:
+def _read_tail(path: Path, begin: int, lines: int) -> str:
     """Returns the last lines of a file, none of them from before the byte `begin`."""
     try:
         with path.open("rb") as file:
             file.seek(begin)
-            return file.read().decode(errors="replace").splitlines()[-lines:]
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
     except OSError:
-        return []
+        return ""

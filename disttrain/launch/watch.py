@@ -1,6 +1,6 @@
 """The launcher's side of supervision: what the ranks of this node are doing, who has ended, who hangs.
 
-Every rank connects to the watch's socket (see `pulse.py`). The end of a process closes its connection, so
+Every rank connects to the watch's socket (see `heartbeat.py`). The end of a process closes its connection, so
 that a death is known at once; a rank that ends by itself says so before. Nothing here imports torch.
 """
 
@@ -13,13 +13,11 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import NamedTuple
-
-import psutil
 
 from disttrain.heartbeat import ADDRESS, ROW_BYTES, STACKS, STOP, Phase, doing, unpack
 
@@ -38,7 +36,7 @@ class Row(NamedTuple):
     Attributes:
         rank: its number.
         host: where it runs.
-        progress: as `pulse.pack` has it; -1 until it has connected.
+        progress: as `heartbeat.pack` has it; -1 until it has connected.
         still_s: seconds since it made progress; while it starts, also since it used the processor.
         stopped_s: seconds for which it has been seen stopped by a signal.
         cpu_s: processor time that it has used since it made progress.
@@ -138,21 +136,17 @@ class _Local:
     since: float = 0.0  # the watch's clock when it last made progress
     stopped_since: float | None = None
     cpu_at: float = 0.0  # processor time when it last made progress
+    status: int | None = None  # its exit code, as the process that started it says
 
 
 class Watch:
-    """Watches over the ranks of this node.
-
-    Args:
-        first: number of the first one.
-        count: how many there are.
-    """
+    """Watches over the ranks of this node: so many, from the first one on."""
 
     def __init__(self, first: int, count: int) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         name = f"disttrain-{secrets.token_hex(16)}"
         self._listener.bind(f"\0{name}")  # an abstract name: no file that could be left behind
-        self._listener.listen(count)
+        self._listener.listen(count + 1)  # the ranks and the process that started them
         self.environment = {ADDRESS: f"@{name}"}
         self._memory = os.memfd_create("disttrain-pulse")
         os.ftruncate(self._memory, count * ROW_BYTES)
@@ -189,11 +183,6 @@ class Watch:
         """The exit codes that ranks have announced."""
         return {local.rank: local.said for local in self._locals if local.said is not None}
 
-    @property
-    def pids(self) -> dict[int, int]:
-        """The process of every rank that has connected."""
-        return {local.rank: local.pid for local in self._locals if local.connection and local.pid}
-
     def rows(self) -> list[Row]:
         """Returns how the ranks are doing that have not ended."""
         return [
@@ -222,31 +211,34 @@ class Watch:
                 with contextlib.suppress(OSError):
                     local.connection.send(STOP)
 
-    def wait(self, timeout_s: float, also: Sequence[socket.socket] = (), child: int | None = None) -> None:
+    def begin(self, starter: int) -> None:
+        """Takes the process that starts the ranks, or is the only one, for those that have yet to connect."""
+        for local in self._locals:
+            local.pid = starter
+
+    def wait(self, timeout_s: float, also: Sequence[socket.socket] = ()) -> None:
         """Waits until a rank connects, speaks or ends, at most so many seconds, and takes note of it.
 
-        Args:
-            timeout_s: seconds.
-            also: sockets that end the waiting too.
-            child: the process that starts the ranks, or is the only one; looked at until they connect.
+        Other sockets may end the waiting too.
         """
         open_ = {local.connection: local for local in self._locals if local.connection and not local.ended}
         for ready in wait_for_any([self._listener, *open_, *also], timeout_s):
             if ready is self._listener:
                 self._accept()
-            elif ready in open_:
+            elif ready in open_ and not open_[ready].ended:
                 self._hear(open_[ready])
         if time.monotonic() - self._looked > _LOOK_S:
-            self._inspect(child)
+            self._inspect()
+
+    def note_ends(self, codes: Mapping[int, int]) -> None:
+        """Takes in exit codes of ranks, negative for a signal, from the process that started them."""
+        for rank, code in codes.items():
+            local = self._locals[rank - self._first]
+            local.status = code
+            self._hear_last(local)
 
     def stacks(self, rank: int, log: Path, timeout_s: float = 1.0) -> str:
-        """Returns the stack of the main thread of a rank of this node, or why there is none.
-
-        Args:
-            rank: its number.
-            log: where it writes when it is asked.
-            timeout_s: how long it may take.
-        """
+        """Returns the stack of the main thread of a rank of this node, which it writes to its log."""
         local = self._locals[rank - self._first]
         state = _process(local.pid)
         if local.connection is None or local.pid is None or state is None:
@@ -277,19 +269,25 @@ class Watch:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, uid, _ = struct.unpack("3i", credentials)
         connection.settimeout(5)
-        local = None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            number = json.loads(connection.recv(4096))["rank"] - self._first
-            if uid in {os.getuid(), 0} and 0 <= number < len(self._locals):
-                local = self._locals[number]
-        if local is None or local.connection is not None:
-            connection.close()
-            return
+        word = None
+        with contextlib.suppress(OSError, ValueError):
+            word = json.loads(connection.recv(4096))
+        by_rank = {local.rank: local for local in self._locals} if uid in {os.getuid(), 0} else {}
+        match word:
+            case {"rank": int(rank)} if rank in by_rank and by_rank[rank].connection is None:
+                self._admit(by_rank[rank], connection, pid)
+                return
+            case {"ended": list(ended)} if by_rank:
+                self.note_ends(dict(ended))
+        connection.close()
+
+    def _admit(self, local: _Local, connection: socket.socket, pid: int) -> None:
         with contextlib.suppress(OSError):  # it may have ended already: that is heard next
             socket.send_fds(connection, [b"%d" % (local.rank - self._first)], [self._memory])
             if self._stopping:
                 connection.send(STOP)
-        local.connection, local.pid, local.progress, local.since = connection, pid, 0, self._clock
+        local.connection, local.pid = connection, pid
+        local.progress, local.since, local.cpu_at = 0, self._clock, 0.0
 
     def _hear(self, local: _Local) -> None:
         assert local.connection is not None
@@ -307,11 +305,12 @@ class Watch:
         # The kernel sets the exit code of a process before it closes what that has open; Python may close it
         # a little before the process ends.
         deadline = time.monotonic() + _EXIT_S
-        while (state := _process(local.pid)) and not state.exiting and time.monotonic() < deadline:
+        pid = local.pid if local.connection is not None else None
+        while (state := _process(pid)) and not state.exiting and time.monotonic() < deadline:
             time.sleep(0.005)
         local.progress = self._cells(local)[0]
         local.ended = True
-        status = None if state is None else -(state.status & 127) or state.status >> 8
+        status = local.status if state is None else -(state.status & 127) or state.status >> 8
         self.ends.append(End(local.rank, local.said, status, doing(local.progress)))
 
     def _look(self) -> list[_Local]:
@@ -325,20 +324,17 @@ class Watch:
                     local.cpu_at = state.cpu_s if state else 0.0
         return self._locals
 
-    def _inspect(self, child: int | None) -> None:
+    def _inspect(self) -> None:
         now = time.monotonic()
         # Time in which this process did not run, because all of the job was suspended, is nobody's fault.
         self._clock += min(now - self._looked, 4 * _LOOK_S)
         self._looked = now
-        if child is not None and any(local.connection is None for local in self._locals):
-            self._find_unconnected(child)
         for local in self._look():
             if local.ended:
                 continue
             state = _process(local.pid)
             if state is None or state.letter in "ZX":
-                # Its connection may be open in a process that it has started.
-                if local.connection is not None:
+                if local.connection is not None:  # which may be open in a process that it has started
                     self._hear_last(local)
                 continue
             if state.letter not in "Tt":
@@ -350,24 +346,11 @@ class Watch:
                 local.since, local.cpu_at = self._clock, state.cpu_s
 
     def _hear_last(self, local: _Local) -> None:
-        while not local.ended and local.connection is not None:
-            if not wait_for_any([local.connection], 0):
-                self._note_end(local)
-            else:
+        while not local.ended:
+            if local.connection is not None and wait_for_any([local.connection], 0):
                 self._hear(local)
-
-    def _find_unconnected(self, child: int) -> None:
-        """Finds the processes of ranks that have not connected; `child` stands for one that is not there."""
-        found = {}
-        with contextlib.suppress(psutil.Error, OSError):
-            for process in psutil.Process(child).children(recursive=True):
-                with contextlib.suppress(psutil.Error, OSError, ValueError, KeyError):
-                    environ = process.environ()
-                    if environ.get(ADDRESS) == self.environment[ADDRESS]:
-                        found[int(environ["RANK"])] = process.pid
-        for local in self._locals:
-            if local.connection is None:
-                local.pid = found.get(local.rank, child)
+            else:
+                self._note_end(local)
 
 
 class _State(NamedTuple):

@@ -1,20 +1,18 @@
 """`disttrain bench`: where the time of a training step goes on this machine, and which settings suit it.
 
-Starts the processes that measure (`disttrain.measure.bench_worker`), one group after the other, and shows
-what they found. Nothing here imports torch.
+Starts the processes that measure (`disttrain.measure.worker`), one group after the other, and shows what they
+found. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
-from disttrain.config import Config, dump_config
+from disttrain.config import Config
 from disttrain.launch.jobs import run_job
 from disttrain.launch.plan import LaunchPlan, plan_processes
 from disttrain.units import flops_text, percent
@@ -32,108 +30,90 @@ DEFAULT = {
 def bench(
     config: Config, plan: LaunchPlan, *, seconds: float, cores: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measures a config on the processes of a plan, and the step time on other numbers of them.
+    """Measures a config on the processes of a plan of one node, and the step time on other numbers of them.
 
-    Args:
-        config: the experiment.
-        plan: device and processes; a single node.
-        seconds: that each measurement takes at least.
-        cores: CPU cores that the processes share.
-        say: told what is measured.
+    Each measurement takes so many seconds at least; the processes share so many cores.
 
-    Returns:
-        What `disttrain bench --json` prints.
-
-    Raises:
-        DisttrainError: a process failed.
+    Returns what `disttrain bench --json` prints.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(dump_config(config))
-        most = plan.processes if plan.gpus else max(plan.processes, min(cores, 8))
-        counts = [n for n in range(1, most + 1) if n in {plan.processes, most} or n & (n - 1) == 0]
-        parts = config.train.batch_size // config.train.accumulate
-        say(f"measuring a step of {config.model.name} in {_many(plan.processes)}")
-        results = _measured(replace(plan, config_path=path), "all", seconds)
-        scaling = []
-        for count in counts:
-            if parts % count:
-                continue
-            if count == plan.processes:
-                found = results
-            else:
-                say(f"measuring {_many(count)}")
-                _, _, gpus, threads = plan_processes(
-                    gpus=count if plan.gpus else None,
-                    procs=None if plan.gpus else count,
-                    visible=plan.gpus,
-                    cores=cores,
-                    environ={},
-                )
-                fewer = replace(plan, config_path=path, processes=count, gpus=gpus, threads=threads)
-                found = _measured(fewer, "step", seconds)
-            rate = config.train.batch_size / found["step_s"]
-            scaling.append({"processes": count, "threads": found["threads"], "images_per_s": rate})
+
+    def measured(plan: LaunchPlan, what: str) -> dict[str, Any]:
+        many = f"{plan.processes} process{'es' * (plan.processes > 1)}"
+        say(f"measuring a step of {config.model.name} in {many}")
+        request = {"config": config.model_dump(mode="json"), "what": what, "seconds": seconds}
+        return run_job(plan, "disttrain.measure.worker", request)
+
+    most = plan.processes if plan.gpus else max(plan.processes, min(cores, 8))
+    counts = [n for n in range(1, most + 1) if n in {plan.processes, most} or n & (n - 1) == 0]
+    parts = config.train.batch_size // config.train.accumulate
+    results = measured(plan, "all")
+    scaling = []
+    for count in counts:
+        if parts % count:
+            continue
+        found = results
+        if count != plan.processes:
+            here = plan_processes(
+                gpus=count if plan.gpus else None,
+                procs=None if plan.gpus else count,
+                visible=plan.gpus,
+                cores=cores,
+                environ={},
+            )
+            found = measured(replace(plan, **here._asdict()), "step")
+        rate = config.train.batch_size / found["step_s"]
+        scaling.append({"processes": count, "threads": found["threads"], "images_per_s": rate})
     return {"model": config.model.name, "data": config.data.name, **results, "scaling": scaling}
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """Returns the results as tables for a terminal."""
     step_s, batch = results["step_s"], results["batch"]
-    step = Table("phase", "ms", "share", title="a training step, phase by phase", title_justify="left")
+    step = _table("a training step, phase by phase", "phase", "ms", "share")
     total = sum(results["phases_s"].values())
     for name, seconds in results["phases_s"].items():
         step.add_row(name.replace("_", " "), f"{1e3 * seconds:,.3f}", percent(seconds / total, 1))
     step.add_row("one after the other", f"{1e3 * total:,.3f}", "", style="dim")
     step.add_row("the ordinary loop", f"{1e3 * step_s:,.3f}", "")
-    data = Table("samples", "ms a step", "images/s", title="throughput", title_justify="left")
+    data = _table("throughput", "samples", "ms a step", "images/s")
     for name, seconds in (("from the data set", step_s), ("one batch replayed", results["replayed_step_s"])):
         data.add_row(name, f"{1e3 * seconds:,.3f}", f"{batch / seconds:,.0f}")
-    settings = Table(
-        "precision", "channels_last", "compile", "ms a pass", "images/s and process",
-        title="forward and backward", title_justify="left",
-    )  # fmt: skip
-    timed = [row["pass_s"] for row in results["table"] if row["pass_s"] is not None]
+    columns = ("precision", "channels_last", "compile", "ms a pass", "images/s and process")
+    settings = _table("forward and backward", *columns)
     for row in results["table"]:
         names = (row["precision"], str(row["channels_last"]).lower(), str(row["compile"]).lower())
         if row["pass_s"] is None:
             settings.add_row(*names, "n/a", row["error"], style="dim")
         else:
-            best = row["pass_s"] == min(timed)
             figures = (f"{1e3 * row['pass_s']:,.3f}", f"{row['images_per_s']:,.0f}")
-            settings.add_row(*names, *figures, style="bold" if best else "")
-    scaling = Table(
-        "processes", "threads each", "images/s", "efficiency", title="scaling", title_justify="left"
-    )
+            settings.add_row(*names, *figures, style="bold" if row is _fastest(results) else "")
+    scaling = _table("scaling", "processes", "threads each", "images/s", "efficiency")
     first = results["scaling"][0]
     for row in results["scaling"]:
         efficiency = row["images_per_s"] / first["images_per_s"] * first["processes"] / row["processes"]
         cells = (row["processes"], row["threads"], f"{row['images_per_s']:,.0f}", percent(efficiency, 0))
         scaling.add_row(*map(str, cells))
-    for table in (step, data, settings, scaling):
-        for column in table.columns[1:]:
-            column.justify = "right"
     return [step, data, settings, scaling]
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    columns = (Column(name, justify="right") for name in others)
+    return Table(first, *columns, title=title, title_justify="left")
+
+
+def _fastest(results: dict[str, Any]) -> dict[str, Any]:
+    timed: list[dict[str, Any]] = [row for row in results["table"] if row["pass_s"] is not None]
+    return min(timed, key=lambda row: row["pass_s"])
 
 
 def summary(results: dict[str, Any]) -> list[str]:
     """Returns lines on arithmetic and settings."""
     lines = [_arithmetic(results)]
-    timed = [row for row in results["table"] if row["pass_s"] is not None]
-    best = min(timed, key=lambda row: row["pass_s"])
+    best = _fastest(results)
     settings = (f"train.{key}={str(best[key]).lower()}" for key in ("precision", "channels_last", "compile"))
     lines.append(f"fastest here: {' '.join(settings)}")
     lines += [f"a run chooses {key} {reason}" for key, reason in results["choices"].items()]
     return lines
-
-
-def _measured(plan: LaunchPlan, what: str, seconds: float) -> dict[str, Any]:
-    request = {"config": str(plan.config_path), "what": what, "seconds": seconds}
-    return run_job(plan, "disttrain.measure.bench_worker", request)
-
-
-def _many(processes: int) -> str:
-    return f"{processes} process{'es' * (processes > 1)}"
 
 
 def _arithmetic(results: dict[str, Any]) -> str:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from disttrain.config import AugmentConfig
+from disttrain.data.batches import Batch
 from disttrain.data.cached import Cached, DecodedSplit
-from disttrain.data.plan import Ids, Plan
+from disttrain.data.plan import Plan
 from disttrain.data.streamed import Streamed
 from disttrain.errors import UsageError
 from disttrain.parallel import in_order, usable_cores
@@ -29,14 +32,7 @@ from disttrain.training.normalise import Normalise
 
 
 class Stage(NamedTuple):
-    """The speed of one stage.
-
-    Attributes:
-        name: of the stage.
-        what: what it does, with the threads it uses.
-        samples: measured.
-        seconds: they took.
-    """
+    """The speed of one stage: what it does, with the threads it uses, the samples and seconds they took."""
 
     name: str
     what: str
@@ -52,11 +48,7 @@ class Stage(NamedTuple):
 def bench(index: Index, *, samples: int, batch_size: int, threads: int | None = None) -> Iterator[Stage]:
     """Measures the train split of a data set on the CPU, stage by stage.
 
-    Args:
-        index: the data set, on this machine.
-        samples: to measure each stage with, at most those of the split.
-        batch_size: of the batches.
-        threads: for decoding and arithmetic; None means the usable cores.
+    Each is measured with so many samples, at most those of the split; no `threads` means the usable cores.
 
     Raises:
         UsageError: the data set lies on a server.
@@ -66,11 +58,26 @@ def bench(index: Index, *, samples: int, batch_size: int, threads: int | None = 
         raise UsageError(f"{index.base}: lies on a server; benchmark a local copy")
     threads = threads or usable_cores()
     torch.set_num_threads(threads)
-    shards = index.splits["train"].shards
-    numbers = list(range(_enough(index, samples)))
-    samples = min(samples, index.splits["train"].samples)
-    many = f"{threads} thread{'s' * (threads > 1)}"
+    train = index.splits["train"]
+    samples = min(samples, train.samples)
+    totals = list(itertools.accumulate(shard.samples for shard in train.shards))
+    numbers = list(range(1 + bisect.bisect_left(totals, samples)))  # of the shards that hold so many
+    pixels = np.empty((samples, index.height, index.width, index.channels), np.uint8)
+    yield from _shards_to_pixels(index, numbers, pixels, threads)
+    plan = Plan(0, tuple(train.shards[number].samples for number in numbers), batch_size)
+    yield _timed("plan", "the order of an epoch", plan.samples, lambda: plan.order(0))
+    yield from _pixels_to_batches(index, plan, pixels, threads)
+    tars = [index.folder / train.shards[number].file for number in numbers]
+    stock = min(samples, 5000)
+    what = "decode('pil'), torchvision transforms, batched, one process"
+    yield _timed("stock webdataset", what, stock, lambda: _stock(tars, index, stock, batch_size))
 
+
+def _shards_to_pixels(
+    index: Index, numbers: list[int], pixels: npt.NDArray[np.uint8], threads: int
+) -> Iterator[Stage]:
+    """Fills in the pixels of the first samples, stage by stage."""
+    samples, shards = len(pixels), index.splits["train"].shards
     tars = [index.folder / shards[number].file for number in numbers]
     inside = sum(shards[number].samples for number in numbers)
     yield _timed("check", "SHA-256 of the shards", inside, lambda: _drain(map(_hash, tars)))
@@ -78,12 +85,12 @@ def bench(index: Index, *, samples: int, batch_size: int, threads: int | None = 
 
     contents = [open_shard(index, "train", number) for number in numbers]
     places = [(shard, position) for shard in contents for position in range(len(shard.contents.keys))]
-    places = places[:samples]
     images: list[bytes] = []
-    yield _timed(
-        "read", "image files at their offsets", samples, lambda: images.extend(s.read(p) for s, p in places)
-    )
-    pixels = np.empty((samples, index.height, index.width, index.channels), np.uint8)
+
+    def read() -> None:
+        images.extend(shard.read(position) for shard, position in places[:samples])
+
+    yield _timed("read", "image files at their offsets", samples, read)
 
     def decode(part: slice) -> None:
         decode_into(images[part], pixels[part])
@@ -91,68 +98,47 @@ def bench(index: Index, *, samples: int, batch_size: int, threads: int | None = 
     parts = [slice(begin, begin + 64) for begin in range(0, samples, 64)]
     use_torchvision()
     for count in sorted({1, threads}):
-        what = f"image files to pixels, {count} thread{'s' * (count > 1)}"
-        yield _timed("decode", what, samples, lambda count=count: _drain(in_order(decode, parts, count)))  # type: ignore[misc]
+        what = f"image files to pixels, {_many(count)}"
+        yield _timed("decode", what, samples, partial(_drain, in_order(decode, parts, count)))
+    what = f"shards to the cache file, {_many(threads)}"
+    yield _timed("decode once", what, inside, lambda: _fill_cache(index, numbers, threads))
 
-    yield _timed(
-        "decode once",
-        f"shards to the cache file, {many}",
-        inside,
-        lambda: _fill_cache(index, numbers, threads),
-    )
-    plan = Plan(0, tuple(shards[number].samples for number in numbers), batch_size)
-    order = plan.order(0)[:samples]
-    yield _timed("plan", "the order of an epoch", plan.samples, lambda: plan.order(0))
 
+def _pixels_to_batches(
+    index: Index, plan: Plan, pixels: npt.NDArray[np.uint8], threads: int
+) -> Iterator[Stage]:
+    samples, batch_size, cpu = len(pixels), plan.batch_size, torch.device("cpu")
     windows = [slice(begin, min(begin + batch_size, samples)) for begin in range(0, samples, batch_size)]
-    cpu = torch.device("cpu")
+    order = plan.order(0)[:samples]
     augment = Augment(
         AugmentConfig(crop_padding=min(4, min(index.height, index.width) - 1), flip=True),
         seed=0,
         normalise=Normalise(index.mean, index.std, index.width, channels_last=True),
     )
     augment.start_epoch(0, order, index.height, index.width)
-    labels = np.zeros(samples, np.int64)
-    cached = Cached(DecodedSplit(pixels, labels), cpu, "host")
+    cached = Cached(DecodedSplit(pixels, np.zeros(samples, np.int64)), cpu, "host")
     within = np.argsort(order, kind="stable")  # an order of the samples that have been decoded
-    yield _timed(
-        "batch",
-        f"gather batches of {batch_size} from the cache",
-        samples,
-        lambda: _drain(cached.batches(within, windows)),
-    )
-    batches = list(cached.batches(within, windows))
+    what = f"gather batches of {batch_size} from the cache"
+    yield _timed("batch", what, samples, lambda: _drain(cached.batches(within, windows)))
 
+    batches = list(cached.batches(within, windows))
     augment.train(batches[0].images, windows[0])  # the first use of the memory is no part of it
 
-    def augment_all() -> None:
+    def augment_all(batches: Iterable[Batch]) -> None:
         for batch, window in zip(batches, windows, strict=True):
             augment.train(batch.images, window)
 
-    yield _timed("augment", f"crop, flip, normalise, {many}", samples, augment_all)
-
-    def serve(loader: Cached | Streamed, ids: Ids) -> None:
-        for batch, window in zip(loader.batches(ids, windows), windows, strict=True):
-            augment.train(batch.images, window)
-
-    yield _timed("cached epoch", f"batch and augment, {many}", samples, lambda: serve(cached, within))
+    many = _many(threads)
+    yield _timed("augment", f"crop, flip, normalise, {many}", samples, lambda: augment_all(batches))
+    loading = partial(cached.batches, within, windows)
+    yield _timed("cached epoch", f"batch and augment, {many}", samples, lambda: augment_all(loading()))
     streamed = Streamed(index, "train", cpu, batch_size=batch_size, workers=threads, say=lambda text: None)
-    yield _timed(
-        "streamed epoch", f"read, decode, batch and augment, {many}", samples, lambda: serve(streamed, order)
-    )
-    stock = min(samples, 5000)
-    yield _timed(
-        "stock webdataset", "decode('pil'), torchvision transforms, batched, one process", stock,
-        lambda: _stock(tars, index, stock, batch_size),
-    )  # fmt: skip
+    what = f"read, decode, batch and augment, {many}"
+    yield _timed("streamed epoch", what, samples, lambda: augment_all(streamed.batches(order, windows)))
 
 
-def _enough(index: Index, samples: int) -> int:
-    """Returns how many shards hold that many samples."""
-    totals = itertools.accumulate(shard.samples for shard in index.splits["train"].shards)
-    return next(
-        (n for n, total in enumerate(totals, 1) if total >= samples), len(index.splits["train"].shards)
-    )
+def _many(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
 
 
 def _timed(name: str, what: str, samples: int, work: Callable[[], object]) -> Stage:
@@ -179,16 +165,14 @@ def _scan(path: Path) -> None:
 def _fill_cache(index: Index, numbers: list[int], threads: int) -> None:
     """Decodes shards into a file of the kind that the cache has."""
     count = sum(index.splits["train"].shards[number].samples for number in numbers)
-    scratch = Path(tempfile.mkdtemp())
-    try:
+    with tempfile.TemporaryDirectory() as scratch:
         shape = (count, index.height, index.width, index.channels)
-        images = np.lib.format.open_memmap(scratch / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+        path = Path(scratch) / "images.npy"
+        images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         for number in numbers:
             for chunk in decoded(index, "train", number, threads=threads):
                 images[chunk.first : chunk.first + len(chunk.labels)] = chunk.images
         images.flush()
-    finally:
-        shutil.rmtree(scratch)
 
 
 def _stock(tars: list[Path], index: Index, samples: int, batch_size: int) -> None:

@@ -1,19 +1,17 @@
 """`disttrain tune`: a learning rate and a batch size for an experiment, found by trying them out.
 
-Starts the processes that try (`disttrain.measure.tune_worker`) and judges what they found. Nothing here
-imports torch.
+Starts the processes that try (`disttrain.measure.worker`) and judges what they found. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from disttrain.config import Config, dump_config
+from disttrain.config import Config
 from disttrain.errors import TrainingError
 from disttrain.launch.jobs import run_job
 from disttrain.launch.plan import LaunchPlan
@@ -53,17 +51,9 @@ class RateFinding:
 
 
 def find_rate(config: Config, plan: LaunchPlan, *, low: float, high: float, steps: int) -> RateFinding:
-    """Trains for some steps while the learning rate rises from `low` to `high`.
+    """Trains for some steps while the learning rate rises from `low` to `high`, or until the loss diverges.
 
-    Args:
-        config: the experiment; groups of parameters keep their share of optim.lr.
-        plan: device and processes; a single node.
-        low: the first learning rate.
-        high: the last one, unless the loss diverges before.
-        steps: optimizer steps.
-
-    Raises:
-        DisttrainError: a process failed.
+    Groups of parameters keep their share of optim.lr. `plan` is of a single node.
     """
     request = {"what": "rate", "low": low, "high": high, "steps": steps, "diverged": _DIVERGED}
     found = _run(config, plan, request)
@@ -76,24 +66,20 @@ def judge_rates(rates: Sequence[float], losses: Sequence[float]) -> RateFinding:
     for step, loss in enumerate(losses, 1):
         mean = _SMOOTH * mean + (1 - _SMOOTH) * loss
         smooth.append(mean / (1 - _SMOOTH**step))
+    known = list(rates), list(losses), smooth
     finite = next((i for i, value in enumerate(smooth) if not math.isfinite(value)), len(smooth))
-    least = min(range(finite), key=smooth.__getitem__, default=None)
-    if least is None:
-        return RateFinding(list(rates), list(losses), smooth, None, None, rates[0] if rates else None)
-    diverged = next(
-        (rates[i] for i in range(least, len(smooth)) if i >= finite or smooth[i] > _DIVERGED * smooth[least]),
-        None,
-    )
+    if finite == 0:
+        return RateFinding(*known, None, None, rates[0] if rates else None)
+    least = min(range(finite), key=smooth.__getitem__)
+    bad = (i for i in range(least, len(smooth)) if i >= finite or smooth[i] > _DIVERGED * smooth[least])
+    diverged = next((rates[i] for i in bad), None)
     falls = {
         i: (smooth[i + 1] - smooth[i - 1]) / math.log(rates[i + 1] / rates[i - 1])
-        for i in range(min(_SETTLED, finite // 4), least)
-        if 0 < i < finite - 1
+        for i in range(max(1, min(_SETTLED, finite // 4)), min(least, finite - 1))
     }
-    steepest = min(falls, key=falls.__getitem__, default=None)
-    fell = smooth[least] < _FELL * max(smooth[: least + 1])
-    suggested = rates[steepest] if steepest is not None and fell else None
-    most = rates[least] if suggested is not None else None
-    return RateFinding(list(rates), list(losses), smooth, suggested, most, diverged)
+    if not falls or smooth[least] >= _FELL * max(smooth[: least + 1]):
+        return RateFinding(*known, None, None, diverged)
+    return RateFinding(*known, rates[min(falls, key=falls.__getitem__)], rates[least], diverged)
 
 
 @dataclass(frozen=True)
@@ -121,15 +107,7 @@ def try_batches(
 ) -> Iterator[BatchRow]:
     """Yields batch sizes, each twice the one before, until a batch does not fit or brings nothing more.
 
-    Args:
-        config: the experiment.
-        plan: device and processes; a single node.
-        index: of its data set.
-        seconds: of each measurement.
-        say: told what is tried.
-
-    Raises:
-        DisttrainError: a process failed of something else than the lack of memory.
+    Each measurement takes so many seconds. `plan` is of a single node.
     """
     parts = plan.processes * config.train.accumulate
     size = parts * max(1, _SMALLEST // parts)
@@ -160,8 +138,4 @@ def judge_batches(rows: Sequence[BatchRow]) -> int | None:
 
 
 def _run(config: Config, plan: LaunchPlan, request: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(dump_config(config))
-        plan = replace(plan, config_path=path)
-        return run_job(plan, "disttrain.measure.tune_worker", {"config": str(path), **request})
+    return run_job(plan, "disttrain.measure.worker", {"config": config.model_dump(mode="json"), **request})

@@ -11,18 +11,12 @@ from disttrain.report.rendering import render
 
 
 def write_rates(found: RateFinding, outcome: str, subject: str, output: Path) -> Path:
-    """Writes the losses over the learning rates.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+    """Writes the losses over the learning rates."""
     drawn = charts.Charts()
     marks = [rate for rate in (found.suggested, found.most) if rate is not None]
     charts.rising_rate(drawn, found.rates, found.losses, found.smooth, marks)
-    rows = [
-        (f"{rate:.3g}", f"{loss:.4f}", f"{mean:.4f}")
-        for rate, loss, mean in zip(found.rates, found.losses, found.smooth, strict=True)
-    ]
+    columns = zip(found.rates, found.losses, found.smooth, strict=True)
+    rows = [(f"{rate:.3g}", f"{loss:.4f}", f"{mean:.4f}") for rate, loss, mean in columns]
     return render(
         "tuning.html",
         output,
@@ -39,11 +33,7 @@ def write_rates(found: RateFinding, outcome: str, subject: str, output: Path) ->
 
 
 def write_batches(found: Sequence[BatchRow], outcome: str, subject: str, output: Path) -> Path:
-    """Writes the throughput over the batch sizes.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+    """Writes the throughput over the batch sizes."""
     drawn = charts.Charts()
     speeds = {row.batch_size: row.images_per_s for row in found if row.images_per_s is not None}
     charts.batch_speeds(drawn, speeds)

@@ -100,8 +100,9 @@ def look_inside(run_dir: Path, config: Config, index: Index, *, budget_s: float)
     import torch
 
     from disttrain.trained.eval import usable_samples
+    from disttrain.training.group import best_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(best_device())
     classifier = _load(run_dir, device)
     assert classifier.step is not None
     ids = np.random.default_rng(0).permutation(usable_samples(config, index))

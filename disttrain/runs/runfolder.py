@@ -29,6 +29,9 @@ COMMAND = "DISTTRAIN_COMMAND"
 LOCKED_BY_LAUNCHER = "DISTTRAIN_RUN_LOCKED"
 """Environment variable by which a launcher that holds the lock tells its rank 0."""
 
+CLEAN = dict.fromkeys(("exit_code", "reason", "rank", "host"))
+"""What status.json says of an end, before there is one."""
+
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """What flock says on a file system without locks, as some mounts of Lustre and NFS are."""
 

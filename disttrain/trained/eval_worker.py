@@ -11,7 +11,7 @@ import msgspec
 from disttrain.launch.jobs import serve
 from disttrain.trained.eval import open_data, usable_samples
 from disttrain.trained.run import open_run
-from disttrain.training.group import join
+from disttrain.training.group import best_device, join
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from disttrain.training.parts import Validation
 
     _, config, facts, checkpoint = open_run(Path(request["run"]), request["checkpoint"])
-    group = Group.of(join(config, "cuda" if torch.cuda.is_available() else "cpu"))
+    group = Group.of(join(config, best_device()))
     classifier = load_model(request["run"], checkpoint, device=group.device)
     index = open_data(config, facts, request["data"], request["root"])
     ids = usable_samples(config, index)

@@ -53,13 +53,12 @@ def predict(
     # What libraries warn of in a file is either an error below, or of no importance.
     warnings.filterwarnings("ignore", module="PIL")
 
-    import torch
-
     from disttrain.trained.classifier import load_model
     from disttrain.trained.prediction import predictions
+    from disttrain.training.group import best_device
 
     keep_freed_memory()
-    classifier = load_model(run, checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    classifier = load_model(run, checkpoint, device=best_device())
     show = _json if as_json else _table(files, classifier.classes)
     cells: list[Cell] = []
     failed = 0

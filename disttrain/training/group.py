@@ -86,6 +86,13 @@ def out_of_memory(error: Exception) -> str | None:
     return line.partition("DefaultCPUAllocator: ")[2] or None
 
 
+def best_device() -> Literal["cuda", "cpu"]:
+    """Returns the kind of device that this process computes on."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     """Joins the process group and sets what holds for all arithmetic of this process.
 

@@ -1,0 +1,184 @@
+"""The time of a training step and of its phases, measured on the parts of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from disttrain.data.batches import Batch
+from disttrain.heartbeat import Phase
+from disttrain.monitor.observe import RunObserver
+from disttrain.runs.runfolder import RunFolder
+from disttrain.training.collectives import reduce_sum
+from disttrain.training.log_point import log_point
+from disttrain.training.microbatch import prefetch, prepare
+from disttrain.training.parts import Hooks, Position
+from disttrain.training.phases import Phases
+from disttrain.training.step import loss_sum, no_sync, train_step
+
+if TYPE_CHECKING:
+    from disttrain.data.batches import Loader, Window
+    from disttrain.data.plan import Ids
+    from disttrain.shards.index import Index
+    from disttrain.training.choices import Choice
+    from disttrain.training.microbatch import MicroBatch
+    from disttrain.training.parts import Parts
+    from disttrain.training.saver import RunSaver
+
+
+class Replay:
+    """Serves the first batch of a loader again and again from a device, under the ids that the plan has."""
+
+    def __init__(self, loader: Loader, device: torch.device) -> None:
+        self._loader = loader
+        self._device = device
+
+    def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
+        """Yields as many samples of the first window as each window has."""
+        windows = iter(windows)
+        first = next(windows)
+        with contextlib.closing(self._loader.batches(order, [first])) as batches:
+            batch = next(batches).to(self._device)
+        yield batch
+        for window in windows:
+            ids = order[window]
+            yield Batch(batch.images[: len(ids)], batch.labels[: len(ids)], ids)
+
+
+class StepBench:
+    """Measures training steps; every rank makes one and calls its methods in the same order.
+
+    Each measurement takes so many seconds at least. The model of `parts` is trained in the process.
+    """
+
+    def __init__(self, parts: Parts, seconds: float) -> None:
+        self._parts = parts
+        self._seconds = seconds
+        self._order = parts.plan.order(0)
+        parts.augment.start_epoch(0, self._order, *parts.image_size)
+        parts.model.train()
+
+    def step(self, loader: Loader) -> float:
+        """Returns the seconds of a training step of the ordinary loop with samples from a loader."""
+        parts, size = self._parts, self._parts.plan.batch_size
+        return self._repeat(loader, lambda batches: train_step(parts, batches, 1, size, Phases()))
+
+    def phases(self) -> dict[str, float]:
+        """Returns the seconds of each phase of a step, one after the other with nothing overlapping."""
+        parts, config = self._parts, self._parts.config.train
+        sums: dict[str, float] = {}
+
+        def clocked(name: str, since: float) -> float:
+            self._synchronize()
+            now = time.perf_counter()
+            sums[name] = sums.get(name, 0.0) + now - since
+            return now
+
+        def passes(batches: Iterator[tuple[MicroBatch, Batch]], *, reduced: bool) -> None:
+            last = False
+            while not last:
+                now = time.perf_counter()
+                micro, batch = next(batches)
+                last = micro.last
+                now = clocked("data", now)
+                batch = batch.to(parts.accelerator.device)
+                now = clocked("to_device", now)
+                images, labels, partners = prepare(parts, micro, batch)
+                now = clocked("augmentation", now)
+                with contextlib.nullcontext() if reduced else no_sync(parts):
+                    logits = parts.model(images)
+                    loss = loss_sum(logits, labels, partners, micro.mix, config.label_smoothing)
+                    now = clocked("forward", now)
+                    loss.backward(torch.full_like(loss, parts.world_size / config.batch_size))
+                    clocked("backward and reduction" if reduced else "backward", now)
+
+        def alone(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
+            passes(batches, reduced=False)
+            now = time.perf_counter()
+            parts.optimizer.step()
+            parts.drop_gradients()
+            clocked("optimizer", now)
+
+        def together(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
+            passes(batches, reduced=True)
+            parts.drop_gradients()
+
+        names = ("data", "to_device", "augmentation", "forward", "backward", "optimizer")
+        self._repeat(parts.train_data, alone, before=sums.clear)
+        result = {name: sums[name] / self._steps for name in names}
+        if parts.world_size > 1:
+            self._repeat(parts.train_data, together, before=sums.clear)
+            reduced = sums["backward and reduction"] / self._steps
+            result["communication"] = max(0.0, reduced - result["backward"])
+        return result
+
+    def logging(self, index: Index, choices: dict[str, Choice]) -> float:
+        """Returns the seconds of a log point, metrics written and shown, divided by the steps between two."""
+        config, position = self._parts.config, Position(step=1, samples_seen=1)
+        every = config.monitor.log_every_steps
+        with tempfile.TemporaryDirectory() as folder:
+            run = RunFolder(Path(folder))
+            observer = RunObserver(config, run, self._parts, position, index, choices, verbosity=-1)
+
+            nothing_saved = cast("RunSaver", None)
+            hooks = Hooks(observer, observer.gauges, nothing_saved, lambda: False)
+
+            def point() -> None:
+                self._parts.meter.samples, self._parts.meter.steps = 1, every
+                log_point(self._parts, position, [], 0.1, hooks)
+
+            with observer:
+                point()  # the first is no part of it
+                self._synchronize()
+                count, began = 0, time.perf_counter()
+                while count == 0 or count % 4 or self._all(time.perf_counter() - began < self._seconds / 4):
+                    point()
+                    count += 1
+                self._synchronize()
+                return (time.perf_counter() - began) / count / every
+
+    def _repeat(
+        self,
+        loader: Loader,
+        step: Callable[[Iterator[tuple[MicroBatch, Batch]]], object],
+        before: Callable[[], None] = lambda: None,
+    ) -> float:
+        """Takes full steps with samples of a loader for the time of a measurement; returns seconds a step."""
+        parts, plan = self._parts, self._parts.plan
+        parts.meter.restart()
+        full = max(1, plan.samples // plan.batch_size)
+        own, parts.train_data = parts.train_data, loader
+        warm_up, taken, began = 2, 0, 0.0
+        try:
+            more = True
+            while more:
+                with contextlib.closing(prefetch(parts, 0, range(full), self._order)) as batches:
+                    for _ in range(full):
+                        if taken == warm_up:
+                            self._synchronize()
+                            before()
+                            began = time.perf_counter()
+                        step(batches)
+                        taken += 1
+                        if taken > warm_up + 2 and taken % 4 == 0:  # the ranks agree now and then
+                            more = self._all(time.perf_counter() - began < self._seconds)
+                            if not more:
+                                break
+            self._synchronize()
+        finally:
+            parts.train_data = own
+        self._steps = taken - warm_up
+        return (time.perf_counter() - began) / self._steps
+
+    def _all(self, more: bool) -> bool:
+        return reduce_sum(self._parts.group, Phase.COMPUTE, 0, [float(more)])[0] == self._parts.world_size
+
+    def _synchronize(self) -> None:
+        if self._parts.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self._parts.accelerator.device)

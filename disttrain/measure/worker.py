@@ -1,0 +1,183 @@
+"""What every rank of `disttrain bench` and `disttrain tune` runs: the parts of a run, measured and tried out.
+
+Builds what a run builds, from the same functions, and leaves nothing behind: no run folder, no checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import time
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from disttrain.config import Config
+from disttrain.errors import TrainingError
+from disttrain.heartbeat import Phase
+from disttrain.launch.jobs import serve
+from disttrain.measure.step_bench import Replay, StepBench
+from disttrain.measure.tune import OUT_OF_MEMORY
+from disttrain.preflight import open_index, split_batch
+from disttrain.training.build import build
+from disttrain.training.choices import Precision, Probe, ProbeError, Settings, Workload
+from disttrain.training.collectives import reduce_sum
+from disttrain.training.flops import device_flops, peak_flops_per_s
+from disttrain.training.group import best_device, join, out_of_memory
+from disttrain.training.microbatch import prefetch
+from disttrain.training.optim import set_lr
+from disttrain.training.phases import Phases
+from disttrain.training.rank import Rank
+from disttrain.training.step import train_step
+
+if TYPE_CHECKING:
+    from disttrain.data.batches import Batch
+    from disttrain.shards.index import Index
+    from disttrain.training.choices import Choice
+    from disttrain.training.microbatch import MicroBatch
+    from disttrain.training.parts import Parts
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Measures as one rank of the group that the environment describes. Every rank calls this."""
+    config = Config.model_validate(request["config"])
+    rank = Rank(int(os.environ.get("RANK", "0")), None)
+    group = join(config, best_device())
+    index = open_index(config, lambda text: None)
+    try:
+        parts, _, choices = build(config, rank, group, index, None)
+        if request["what"] == "rate":
+            return raise_rate(parts, request["low"], request["high"], request["steps"], request["diverged"])
+        bench = StepBench(parts, request["seconds"])
+        found = {"step_s": bench.step(parts.train_data), "threads": torch.get_num_threads()}
+        if request["what"] == "all":
+            return found | everything(bench, parts, index, choices, found["step_s"], request["seconds"])
+        on_gpu = group.device.type == "cuda"
+        most = torch.cuda.max_memory_allocated(group.device) / 2**30 if on_gpu else None
+        return found | {"memory_gib": most}
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(f"{OUT_OF_MEMORY}: {error}") from None
+
+
+def everything(
+    bench: StepBench, parts: Parts, index: Index, choices: dict[str, Choice], step_s: float, seconds: float
+) -> dict[str, Any]:
+    """Returns what `disttrain bench` shows beside the time of a step. Every rank calls this."""
+    config, device = parts.config, parts.accelerator.device
+    work = Workload(
+        parts.bare_model,
+        split_batch(config, parts.world_size),
+        (index.channels, index.height, index.width),
+        len(index.classes),
+        1,
+        parts.world_size,
+    )
+    return {
+        "processes": parts.world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "batch": config.train.batch_size,
+        "choices": {name: str(choice) for name, choice in choices.items()},
+        "replayed_step_s": bench.step(Replay(parts.train_data, device)),
+        "phases_s": bench.phases() | {"logging": bench.logging(index, choices)},
+        "table": settings_table(work, seconds, compiling=config.train.compile is not False),
+        **flops(parts, step_s),
+    }
+
+
+def settings_table(work: Workload, seconds: float, *, compiling: bool) -> list[dict[str, Any]]:
+    """Returns forward and backward for precision x channels_last x compile. Every rank calls this."""
+    probe = Probe(work)
+    on_gpu = probe.device.type == "cuda"
+    precisions: list[Precision] = ["fp32", "tf32", "bf16", "fp16"] if on_gpu else ["fp32", "bf16"]
+    rows = []
+    for compiled, precision, channels_last in itertools.product(
+        (False, True) if compiling else (False,), precisions, (True, False)
+    ):
+        row: dict[str, Any] = {"precision": precision, "channels_last": channels_last, "compile": compiled}
+        try:
+            settings = Settings(precision, channels_last, compiled, torch.get_num_threads())
+            row["pass_s"] = probe.seconds(settings, least_s=seconds / 4)
+            row["images_per_s"] = probe.batch / row["pass_s"]
+        except ProbeError as error:
+            row |= {"pass_s": None, "error": str(error)}
+        rows.append(row)
+    return rows
+
+
+def flops(parts: Parts, step_s: float) -> dict[str, Any]:
+    """Returns the arithmetic of a training step and how near it comes to what the device can do."""
+    precision = parts.settings.precision
+    peak, source = peak_flops_per_s(parts.accelerator.device, precision)
+    if parts.accelerator.device.type == "cpu":
+        peak, source = _measured_peak(precision)
+    images_per_s = parts.plan.batch_size / step_s / parts.world_size
+    found, _ = device_flops(parts.flops_per_image, images_per_s, peak_per_s=peak)
+    return {
+        "flops_per_image": parts.flops_per_image,
+        "flops_per_s_and_device": found,
+        "peak_flops_per_s": peak,
+        "peak_source": source,
+        "share_of_peak": None if peak is None or found is None else found / peak,
+    }
+
+
+def _measured_peak(precision: str) -> tuple[float, str]:
+    """Returns the operations per second that this CPU does in a precision, and how that was found."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    side = 1024
+    left, right = (torch.randn(side, side).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        began = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best, f"a product of {side}x{side} matrices, measured here"
+
+
+def raise_rate(parts: Parts, low: float, high: float, steps: int, diverged: float) -> dict[str, list[float]]:
+    """Trains while the learning rate rises by the same factor in each step. Every rank calls this.
+
+    Ends before the last step if the loss is `diverged` times the least one, or not finite.
+
+    Returns the rates and the mean loss of each step over all ranks, before the step was taken.
+    """
+    rates: list[float] = []
+    losses: list[float] = []
+    phases, lr = Phases(), parts.config.optim.lr
+    shares = [rate.peak / lr for rate in parts.rates]
+    parts.model.train()
+    with contextlib.closing(_endless(parts)) as batches:
+        for step in range(steps):
+            rate = low * (high / low) ** (step / max(1, steps - 1))
+            set_lr(parts.optimizer, [rate * share for share in shares])
+            parts.meter.restart()
+            train_step(parts, batches, step + 1, min(parts.plan.batch_size, parts.plan.samples), phases)
+            loss, _ = parts.meter.totals()
+            total, samples = reduce_sum(parts.group, Phase.REPORT, step + 1, [loss, parts.meter.samples])
+            rates.append(rate)
+            losses.append(total / samples)
+            # Two steps in a row, because a single batch may be an odd one.
+            bad = [not math.isfinite(value) or value > 2 * diverged * min(losses) for value in losses[-2:]]
+            if step and all(bad):
+                break
+    return {"rates": rates, "losses": losses}
+
+
+def _endless(parts: Parts) -> Generator[tuple[MicroBatch, Batch], None, None]:
+    """Yields the micro-batches of full batches, epoch after epoch."""
+    full = range(max(1, parts.plan.samples // parts.plan.batch_size))
+    for epoch in itertools.count():
+        order = parts.plan.order(epoch)
+        parts.augment.start_epoch(epoch, order, *parts.image_size)
+        with contextlib.closing(prefetch(parts, epoch, full, order)) as batches:
+            yield from batches
+
+
+if __name__ == "__main__":
+    serve(answer)
