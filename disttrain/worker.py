@@ -128,7 +128,7 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
         who, when = f"rank {rank.number} on {socket.gethostname()}", doing(pack(*rank.pulse.place))
         if lacking := out_of_memory(error):
             remedy = "raise train.accumulate, so that fewer images go through the network at once, or lower "
-            remedy += "train.batch_size"
+            remedy += "train.batch_size (this run goes on so with --force)"
             if rank.pulse.place[0] is Phase.START:
                 remedy = "keep fewer images in memory with data.cache=none, or see what else takes it here"
             raise TrainingError(f"{who} ran out of memory {when}: {lacking}; {remedy}") from error
