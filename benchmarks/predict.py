@@ -7,7 +7,7 @@ they are enlarged to so many pixels before, as photos are that are larger than w
 
 decoder   threads that read and decode the files, and nothing else
 in turn   first the decoder over all files, then the network over all images
-predict   `disttrain.trained.prediction.predictions` over the same files, network and top 5 included
+predict   `disttrain.inference.prediction.predictions` over the same files, network and top 5 included
 command   `disttrain predict RUN FOLDER --json`, the whole process, less one over a single file
 usual     torchvision's ImageFolder, ToTensor, Normalize and a DataLoader with two workers, the same network
 
@@ -64,8 +64,8 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from disttrain.trained.classifier import load_model
-    from disttrain.trained.prediction import decoded, predictions
+    from disttrain.inference.classifier import load_model
+    from disttrain.inference.prediction import decoded, predictions
 
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -6,7 +6,7 @@ Two processes of one thread each on gloo, the same global batch everywhere, fp32
 
 two         `disttrain run --procs 2`, from step_time_s of its metrics.jsonl after a warm-up
 one         `disttrain run --procs 1` with two threads
-ddp         peers/torchrun_ddp.py: DistributedSampler, DataLoader over normalised images in memory, DDP
+ddp         peers/torchrun_ddp.py: DistributedSampler, DataLoader over normalized images in memory, DDP
 accelerate  peers/accelerate_stock.py: everything through Accelerator.prepare, the shards through webdataset
 
 Each is the global batch divided by the median step time of ten intervals; start, evaluation and checkpoints

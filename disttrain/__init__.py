@@ -12,13 +12,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from disttrain.config import Config, load_config
-    from disttrain.data.opened import OpenData, open_data
+    from disttrain.data.loader import OpenData, open_data
     from disttrain.errors import DisttrainError
+    from disttrain.inference.classifier import Classifier, load_model
+    from disttrain.inference.eval import evaluate
+    from disttrain.inference.exporting import Exported, export
+    from disttrain.inference.prediction import Prediction, predict
     from disttrain.launch.start import train
-    from disttrain.trained.classifier import Classifier, load_model
-    from disttrain.trained.eval import evaluate
-    from disttrain.trained.exporting import Exported, export
-    from disttrain.trained.prediction import Prediction, predict
 
 __all__ = [
     "Classifier",

@@ -61,7 +61,7 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) 
 def appearing(path: Path) -> Iterator[Path]:
     """Gives a hidden name under which to make a file or folder; then it takes the place of what was there.
 
-    One process at a time, as `turn` sees to it. After an error nothing of it is left.
+    One process at a time, as `file_lock` sees to it. After an error nothing of it is left.
 
     Raises:
         OSError: it cannot be renamed.
@@ -84,7 +84,7 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def turn(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
+def file_lock(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
     """Lets one process at a time make a file or folder; the lock is a hidden file beside it.
 
     Args:

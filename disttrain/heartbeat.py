@@ -2,7 +2,7 @@
 
 A rank connects to the socket that its launcher names in the environment and receives memory that both sides
 see; a beat is one store in it, without a system call. Under another launcher (torchrun, srun, `accelerate
-launch`) nobody looks, and a pulse leads nowhere. The other side is `launch/watch.py`. No torch here.
+launch`) nobody looks, and a heartbeat leads nowhere. The other side is `launch/liveness.py`. No torch here.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def doing(progress: int) -> str:
     }[phase]
 
 
-class Pulse:
+class Heartbeat:
     """What a rank tells its launcher.
 
     Args:
@@ -85,8 +85,8 @@ class Pulse:
         self._cells = memoryview(bytearray(ROW_BYTES) if row is None else row).cast("B").cast("q")
 
     @classmethod
-    def connect(cls, environ: Mapping[str, str], rank: int) -> Pulse:
-        """Returns the pulse of a rank, connected to the launcher that the environment names, if it names one.
+    def connect(cls, environ: Mapping[str, str], rank: int) -> Heartbeat:
+        """Returns the heartbeat of a rank, connected to the launcher if the environment names one.
 
         Raises:
             ConnectionError: the launcher has ended.

@@ -35,7 +35,7 @@ def cores_of_a_rank() -> int:
     return max(1, usable_cores() // together)
 
 
-def in_order(
+def ordered_map(
     function: Callable[[_T], _R],
     items: Iterable[_T],
     threads: int,
@@ -54,7 +54,7 @@ def in_order(
     if chunk > 1:
         source = iter(items)
         chunks = iter(lambda: list(itertools.islice(source, chunk)), [])
-        done = in_order(lambda part: list(map(function, part)), chunks, threads, ahead)
+        done = ordered_map(lambda part: list(map(function, part)), chunks, threads, ahead)
         with contextlib.closing(done):
             yield from itertools.chain.from_iterable(done)
         return

@@ -28,11 +28,18 @@ from disttrain.lifetime import end_with_parent
 from disttrain.models import check_model_name
 from disttrain.preflight import check_machine, check_space, check_trackers
 from disttrain.runs.agreement import compare_peers, facts
-from disttrain.runs.identity import identity
-from disttrain.runs.manifest import set_aside
+from disttrain.runs.fingerprint import fingerprint
+from disttrain.runs.manifest import quarantine
 from disttrain.runs.resume import Start, resume_point
 from disttrain.runs.runfolder import CLEAN, RunFolder, new_run_path, utc_now
-from disttrain.training.group import best_device, join, out_of_memory, patience_s, tell_failure, timed_out
+from disttrain.training.group import (
+    best_device,
+    collective_timeout_s,
+    join,
+    out_of_memory,
+    signal_failure,
+    timed_out,
+)
 from disttrain.training.rank import Rank
 
 if TYPE_CHECKING:
@@ -85,55 +92,55 @@ def main(
             code = error.exit_code
     except (Exception, SystemExit) as error:  # a model that calls sys.exit has not finished the run
         rank.fail(error)
-        if rank.pulse.place[0] is Phase.START:
-            tell_failure()
+        if rank.heartbeat.place[0] is Phase.START:
+            signal_failure()
         code = error.exit_code if isinstance(error, DisttrainError) else TrainingError.exit_code
     else:
         code = 0
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    rank.pulse.leave(code)
+    rank.heartbeat.leave(code)
     os._exit(code)  # without waiting for the threads of a broken process group
 
 
 def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int) -> None:
     """Trains as one rank, from joining the group to leaving it."""
-    rank.pulse.beat(Phase.START, 0, 1)
+    rank.heartbeat.beat(Phase.START, 0, 1)
     import torch.distributed as dist
 
-    rank.pulse.beat(Phase.START, 0, 2)
+    rank.heartbeat.beat(Phase.START, 0, 2)
     device = best_device()
     local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     index = check_machine(config, device, local, world, log.info)
     if rank.number == 0:
         check_trackers(config)
-    rank.pulse.beat(Phase.START, 0, 3)
+    rank.heartbeat.beat(Phase.START, 0, 3)
     group = join(config, device)
-    rank.pulse.beat(Phase.START, 0, 4)
+    rank.heartbeat.beat(Phase.START, 0, 4)
     stopped = None
     try:
-        if rank.pulse.connection is None and group.num_processes > 1:  # else the launchers have compared
+        if rank.heartbeat.connection is None and group.num_processes > 1:  # else the launchers have compared
             from disttrain.training.collectives import Group, gather
 
             gathered = gather(Group.of(group), (socket.gethostname(), facts(config, index)))
             compare_peers({f"rank {i} on {host}": found for i, (host, found) in enumerate(gathered)})
         folder, checkpoint = enter_folder(config, rank, group, index, resume, force=force)
-        rank.pulse.beat(Phase.START, 0, 5)
+        rank.heartbeat.beat(Phase.START, 0, 5)
         if folder is not None:
             train_in_folder(config, rank, folder, group, index, checkpoint, verbosity, force=force)
     except StoppedError as stop:
         stopped = stop
     except RuntimeError as error:
-        who, when = f"rank {rank.number} on {socket.gethostname()}", doing(pack(*rank.pulse.place))
+        who, when = f"rank {rank.number} on {socket.gethostname()}", doing(pack(*rank.heartbeat.place))
         if lacking := out_of_memory(error):
             remedy = "raise train.accumulate, so that fewer images go through the network at once, or lower "
             remedy += "train.batch_size (this run goes on so with --force)"
-            if rank.pulse.place[0] is Phase.START:
+            if rank.heartbeat.place[0] is Phase.START:
                 remedy = "keep fewer images in memory with data.cache=none, or see what else takes it here"
             raise TrainingError(f"{who} ran out of memory {when}: {lacking}; {remedy}") from error
         if (isinstance(error, dist.DistError) or "gloo" in str(error)) and timed_out(error):
-            waited = f"waited {patience_s(config):g} s for the others {when}"
+            waited = f"waited {collective_timeout_s(config):g} s for the others {when}"
             raise HangError(f"{who} {waited}: one of them hangs or is gone") from error
         raise
     if dist.is_initialized():
@@ -160,7 +167,7 @@ def enter_folder(
         folder = RunFolder(rank.run_dir or new_run_path(config.name))
         if folder.is_run():
             folder.create()  # its lock: what a run that goes on there does meanwhile is no damage
-        now = identity(config, index, None if config.data.on_error == "skip" else ())
+        now = fingerprint(config, index, None if config.data.on_error == "skip" else ())
         start = resume_point(folder, resume, now, force=force)
         if start.finished:
             print(f"{folder.path}: this run has finished already; nothing to do", flush=True)
@@ -185,7 +192,7 @@ def prepare_folder(folder: RunFolder, config: Config, start: Start) -> Path | No
     if checkpoint is not None:
         if checkpoint.resolve().parent == folder.checkpoints.resolve():
             try:
-                checkpoint, lines = set_aside(checkpoint, start.step)
+                checkpoint, lines = quarantine(checkpoint, start.step)
             except OSError as error:
                 raise storage_error(folder.checkpoints, error) from None
             notes += lines
@@ -223,44 +230,44 @@ def train_in_folder(
     """Builds the parts, trains, and keeps the run folder. Every rank calls this."""
     from disttrain.monitor.observe import RunObserver
     from disttrain.training.build import build
-    from disttrain.training.parts import Hooks
     from disttrain.training.phases import Phases
     from disttrain.training.saver import RunSaver, checkpoint_bytes
+    from disttrain.training.state import Callbacks
     from disttrain.training.train import train
 
-    parts, position, choices = build(config, rank, group, index, checkpoint_path, force=force)
+    state, progress, choices = build(config, rank, group, index, checkpoint_path, force=force)
     gc.freeze()  # what was imported stays for good; no collection looks at it again
     gc.enable()
     if rank.number == 0:
         if not folder.config.exists():
             write_atomically(folder.config, dump_config(config))
-        folder.forget_after(position.step, position.epoch - position.evaluation_due)
-    observer = RunObserver(config, folder, parts, position, index, choices, verbosity=verbosity)
+        folder.forget_after(progress.step, progress.epoch - progress.evaluation_due)
+    observer = RunObserver(config, folder, state, progress, index, choices, verbosity=verbosity)
     writing = partial(_writing, rank, observer)
-    saver = RunSaver(parts, position, index, folder, done=observer.saved, writing=writing)
+    saver = RunSaver(state, progress, index, folder, done=observer.saved, writing=writing)
     if rank.number == 0:
-        warning = check_space(folder.checkpoints, checkpoint_bytes(parts), config.checkpoint.keep)
+        warning = check_space(folder.checkpoints, checkpoint_bytes(state), config.checkpoint.keep)
         if warning is not None:
             observer.note(warning)
 
     def settle(**status: Any) -> None:
-        place = {"step": position.step, "epoch": position.epoch, "samples_seen": position.samples_seen}
+        place = {"step": progress.step, "epoch": progress.epoch, "samples_seen": progress.samples_seen}
         rank.settle(**status, **place)
 
     earlier = folder.status()
     settle(
         **CLEAN,
         state="running",
-        world_size=parts.world_size,
+        world_size=state.world_size,
         started_at=earlier.get("started_at") or utc_now(),
         restarts=earlier.get("restarts", 0),
     )
     with observer:
         if checkpoint_path is not None:
-            observer.note(f"going on from {checkpoint_path}, step {position.step:,}")
+            observer.note(f"going on from {checkpoint_path}, step {progress.step:,}")
         try:
-            phases = Phases(rank.pulse.beat, group.device)
-            train(parts, position, Hooks(observer, observer.gauges, saver, lambda: rank.stop, phases))
+            phases = Phases(rank.heartbeat.beat, group.device)
+            train(state, progress, Callbacks(observer, observer.gauges, saver, lambda: rank.stop, phases))
         finally:
             with contextlib.suppress(DisttrainError):  # whatever ended the run, what is being saved is kept
                 saver.wait()
@@ -272,12 +279,12 @@ def train_in_folder(
 @contextlib.contextmanager
 def _writing(rank: Rank, observer: RunObserver) -> Iterator[None]:
     """Around the writing of a checkpoint: the launcher sees it, and the records of its step are on disk."""
-    rank.pulse.saving(True)
+    rank.heartbeat.saving(True)
     try:
         observer.sync()
         yield
     finally:
-        rank.pulse.saving(False)
+        rank.heartbeat.saving(False)
 
 
 if __name__ == "__main__":

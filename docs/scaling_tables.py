@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from disttrain.models import build_model, parameter_count
-from disttrain.training.choices import bucket_mib
+from disttrain.training.autotune import bucket_mib
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from scaling_model import INFINIBAND, NVLINK, Link, Ranks, Step, efficiency

@@ -63,7 +63,7 @@ SEVEN = {"train": (3, 301, 1, 120, 49, 13, 233), "val": (5, 90)}
 @pytest.fixture(scope="session")
 def seven_root(tmp_path_factory: pytest.TempPathFactory, decoded_cache: Path) -> Path:
     """A data root with `seven`: seven uneven shards made elsewhere, of PNG, JPEG and WebP files."""
-    from disttrain.shards.foreign import index_folder
+    from disttrain.shards.existing_tars import index_folder
     from disttrain.shards.pack import Options
 
     root = tmp_path_factory.mktemp("seven")

@@ -13,7 +13,7 @@ import torch
 
 from disttrain.config import AugmentConfig
 from disttrain.training.augment import Augment, Mix
-from disttrain.training.normalise import Normalise
+from disttrain.training.normalize import Normalize
 
 EVERYTHING = {"crop_padding": 2, "flip": True, "cutout": 3}
 RESIZED = {"resized_crop": 0.2, "flip": True, "cutout": 3}
@@ -27,8 +27,8 @@ def augment(
     **config: Any,
 ) -> Augment:
     # A row of a single pixel: fits images of any width.
-    normalise = Normalise(mean, std, 1, channels_last=channels_last)
-    return Augment(AugmentConfig(**config), seed=seed, normalise=normalise)
+    normalize = Normalize(mean, std, 1, channels_last=channels_last)
+    return Augment(AugmentConfig(**config), seed=seed, normalize=normalize)
 
 
 def started(samples: int, height: int, width: int, epoch: int = 0, **options: Any) -> Augment:
@@ -47,7 +47,7 @@ def train(images: torch.Tensor, epoch: int = 0, **options: Any) -> torch.Tensor:
     return started(count, height, width, epoch, **options).train(images, slice(0, count))
 
 
-# --- Normalising ------------------------------------------------------------------------------------
+# --- Normalizing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -55,7 +55,7 @@ def train(images: torch.Tensor, epoch: int = 0, **options: Any) -> torch.Tensor:
 def test_normalising_takes_off_mean_and_divides_by_deviation(channels: int, channels_last: bool) -> None:
     mean, std = (0.49, 0.48, 0.45)[:channels], (0.2, 0.25, 0.3)[:channels]
     images = random_images(5, channels=channels)
-    result = Normalise(mean, std, 6, channels_last=channels_last)(images)
+    result = Normalize(mean, std, 6, channels_last=channels_last)(images)
     expected = (images.numpy().astype(np.float64) / 255 - np.array(mean)) / np.array(std)
     assert result.dtype == torch.float32
     assert result.shape == (5, channels, 7, 6)
@@ -67,14 +67,14 @@ def test_normalising_takes_off_mean_and_divides_by_deviation(channels: int, chan
 def test_a_constant_channel_is_zero() -> None:
     images = random_images(4, channels=3)
     images[..., 1] = 102
-    result = augment(mean=(0.5, 0.4, 0.5), std=(0.2, 0.0, 0.2)).normalise(images)
+    result = augment(mean=(0.5, 0.4, 0.5), std=(0.2, 0.0, 0.2)).normalize(images)
     assert result.isfinite().all()
     assert result[:, 1].abs().max() < 1e-6
 
 
 def test_without_augmentation_training_images_are_plain() -> None:
     images = random_images(9)
-    plain = augment(mean=(0.3,), std=(0.2,)).normalise(images)
+    plain = augment(mean=(0.3,), std=(0.2,)).normalize(images)
     assert torch.equal(train(images, mean=(0.3,), std=(0.2,)), plain)
 
 
@@ -94,7 +94,7 @@ def references(image: np.ndarray, padding: int, flip: bool) -> dict[bytes, tuple
 
 
 def as_bytes(result: torch.Tensor) -> list[bytes]:
-    """Undoes the normalisation by mean 0 and deviation 1."""
+    """Undoes the normalization by mean 0 and deviation 1."""
     pixels = (result * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return [image.tobytes() for image in pixels]
 

@@ -14,9 +14,9 @@ from conftest import Run
 from marks import nightly
 from rich.console import Console
 
+from disttrain.bench.bench import summary, tables
+from disttrain.bench.step_bench import Replay
 from disttrain.data.cached import Cached, DecodedSplit
-from disttrain.measure.bench import summary, tables
-from disttrain.measure.step_bench import Replay
 
 
 def row(precision: str, **settings: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from conftest import read_split
 
 from disttrain.data import batches, cached
-from disttrain.data.batches import choose_place
+from disttrain.data.batches import choose_cache
 from disttrain.data.cached import Cached, DecodedSplit, open_split
 from disttrain.errors import DataError, StorageError
 from disttrain.shards.images import decode_image
@@ -309,7 +309,7 @@ def test_batches_are_copies_of_the_samples_at_the_places_of_the_order(
 
 @pytest.mark.parametrize("cache", ["auto", "device", "host"])
 def test_on_a_cpu_images_stay_in_the_shared_cache(cache: Literal["auto", "device", "host"]) -> None:
-    place, reason = choose_place(cache, 10**6, CPU)
+    place, reason = choose_cache(cache, 10**6, CPU)
     assert place == "host"
     assert "CPU" in reason
 
@@ -331,7 +331,7 @@ def test_on_a_gpu_auto_takes_the_device_if_there_is_room(
     place: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 * 2**20, 2000 * 2**20))
-    assert choose_place(cache, needed, torch.device("cuda", 0))[0] == place
+    assert choose_cache(cache, needed, torch.device("cuda", 0))[0] == place
 
 
 @pytest.mark.parametrize("what", ["memory", "disk"])
@@ -341,7 +341,7 @@ def test_auto_streams_what_fits_neither_memory_nor_disk(monkeypatch: pytest.Monk
     else:
         usage = shutil.disk_usage("/")._replace(free=2**29)
         monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: usage)
-    place, reason = choose_place("auto", 2**29 + 1, CPU)
+    place, reason = choose_cache("auto", 2**29 + 1, CPU)
     assert place == "none"
     assert "512 MiB decoded, more than" in reason
-    assert choose_place("auto", 2**28, CPU)[0] == "host"
+    assert choose_cache("auto", 2**28, CPU)[0] == "host"

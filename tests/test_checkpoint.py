@@ -25,8 +25,8 @@ from disttrain.config import OptimConfig, ScheduleConfig
 from disttrain.errors import CheckpointError, StorageError, TrainingError
 from disttrain.runs import checkpoint, manifest
 from disttrain.runs.checkpoint import Writer, bytes_needed, load, snapshot, write
-from disttrain.runs.manifest import newest_sound, verify, write_manifest
-from disttrain.training.average import MovingAverage
+from disttrain.runs.manifest import latest_valid, verify, write_manifest
+from disttrain.training.ema import MovingAverage
 from disttrain.training.optim import build_optimizer, state_bytes
 from disttrain.training.restore import restore, restore_scaler
 
@@ -351,7 +351,7 @@ def test_a_failure_leaves_the_earlier_checkpoints(
         assert re.search(reason, told) or (
             name == "open" and (folder / "latest").resolve().name[-1] == str(step)
         )
-        found, damages = newest_sound(folder)
+        found, damages = latest_valid(folder)
         assert found is not None
         assert not damages
         assert load(found).parts["ema"]["weight"][0].item() in {1.0, 2.0}

@@ -18,15 +18,15 @@ from marks import nightly
 from toy import Listed
 
 from disttrain.errors import UsageError
+from disttrain.inference.classifier import load_model
+from disttrain.inference.eval import report
+from disttrain.inference.run import open_run
 from disttrain.runs.evaluation import evaluation_of
 from disttrain.shards.datasets import CIFAR10_CLASSES
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options, pack
 from disttrain.shards.writer import Sample
-from disttrain.trained.classifier import load_model
-from disttrain.trained.eval import report
-from disttrain.trained.run import open_run
 
 DIGITS = tuple("0123456789")
 

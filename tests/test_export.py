@@ -21,13 +21,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from disttrain.errors import DisttrainError, UsageError
+from disttrain.inference import exporting
+from disttrain.inference.classifier import load_model
+from disttrain.inference.exporting import SUFFIXES, export
+from disttrain.inference.prediction import predict
 from disttrain.runs import checkpoint
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
-from disttrain.trained import exporting
-from disttrain.trained.classifier import load_model
-from disttrain.trained.exporting import SUFFIXES, export
-from disttrain.trained.prediction import predict
 
 needs_onnx = pytest.mark.skipif(
     importlib.util.find_spec("onnxscript") is None, reason="needs the extra disttrain[onnx]"
@@ -111,8 +111,8 @@ def test_any_number_of_raw_images_gives_the_scores_of_the_moving_average(
     network.load_state_dict(
         {key.removeprefix("module."): weights[key] for key in weights if "module." in key}
     )
-    normalised = (torch.from_numpy(images).double() / 255 - index.mean[0]) / index.std[0]
-    expected = network(normalised.permute(0, 3, 1, 2)).detach().numpy()
+    normalized = (torch.from_numpy(images).double() / 255 - index.mean[0]) / index.std[0]
+    expected = network(normalized.permute(0, 3, 1, 2)).detach().numpy()
     for count in (1, 2, 50):
         assert np.abs(scores(images[:count]) - expected[:count]).max() < 1e-4
 

@@ -26,14 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from disttrain.config import Config
 from disttrain.runs import checkpoint
 from disttrain.shards.index import Index, load_index
-from disttrain.training import average
 from disttrain.training import build as building
+from disttrain.training import ema
 from disttrain.training.collectives import Group
-from disttrain.training.evaluation import Subject, Tally, score
+from disttrain.training.evaluation import EvalMetrics, EvalTask, score
 from disttrain.training.microbatch import prefetch
-from disttrain.training.parts import Parts
 from disttrain.training.phases import Phases
 from disttrain.training.saver import saved_parts
+from disttrain.training.state import TrainState
 from disttrain.training.step import train_step
 
 GPU = torch.device("cuda", 0)
@@ -89,7 +89,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return load_index("squares", str(root))
 
 
-def build(index: Index, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> Parts:
+def build(index: Index, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> TrainState:
     """Builds what a run with these options trains with."""
     tree: dict[str, Any] = {
         "name": "fake",
@@ -116,18 +116,18 @@ def build(index: Index, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
     monkeypatch.setattr(building, "build_for", build_there)
     # deepcopy reads memory, which such tensors do not have.
     again = SimpleNamespace(deepcopy=lambda model: build_there(config.model, index))
-    monkeypatch.setattr(average, "copy", again)
+    monkeypatch.setattr(ema, "copy", again)
     group = SimpleNamespace(device=GPU, num_processes=1, process_index=0)
-    parts, _, choices = building.build(config, SimpleNamespace(number=0), group, index, None)  # type: ignore[arg-type]
+    state, _, choices = building.build(config, SimpleNamespace(number=0), group, index, None)  # type: ignore[arg-type]
     assert choices["cache"].value == tree["data"].get("cache", "device")
 
     def backward(loss: Tensor, weight: Tensor) -> None:
         assert (loss.device, weight.device, weight.shape) == (GPU, GPU, loss.shape)
-        for parameter in parts.bare_model.parameters():
+        for parameter in state.bare_model.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
     monkeypatch.setattr(Tensor, "backward", backward)
-    return parts
+    return state
 
 
 class Copies(TorchDispatchMode):
@@ -169,22 +169,22 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_step_neither_mixes_devices_nor_waits(
     options: dict[str, Any], index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = build(index, monkeypatch, options)
-    order = parts.plan.order(0)
-    parts.augment.start_epoch(0, order, *parts.image_size)
-    parts.model.train()
+    state = build(index, monkeypatch, options)
+    order = state.plan.order(0)
+    state.augment.start_epoch(0, order, *state.image_size)
+    state.model.train()
     phases = Phases(device=GPU)
     copies = Copies()
-    with contextlib.closing(prefetch(parts, 0, range(STEPS), order)) as batches:
-        train_step(parts, batches, 1, BATCH, phases)  # the order goes to the device first
+    with contextlib.closing(prefetch(state, 0, range(STEPS), order)) as batches:
+        train_step(state, batches, 1, BATCH, phases)  # the order goes to the device first
         with copies:
             for step in range(2, STEPS + 1):
-                assert len(train_step(parts, batches, step, BATCH, phases)) == BATCH
+                assert len(train_step(state, batches, step, BATCH, phases)) == BATCH
     mixed = {"mixup", "cutmix"} & options.get("augment", {}).keys()
-    expected = {("cpu", "cuda", False)} if mixed or parts.config.data.cache == "host" else set()
+    expected = {("cpu", "cuda", False)} if mixed or state.config.data.cache == "host" else set()
     assert copies.seen == expected
     with pytest.raises(DataDependentOutputException):  # a log point is where the host waits
-        parts.meter.totals()
+        state.meter.totals()
 
 
 @pytest.mark.usefixtures("gpu")
@@ -192,16 +192,16 @@ def test_a_step_neither_mixes_devices_nor_waits(
 def test_an_evaluation_and_a_snapshot_stay_on_the_device(
     tta: Any, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = build(index, monkeypatch, {"data": {"cache": "host"}, "train": {"ema": 0.9}})
-    tally, copies = Tally(GPU, len(index.classes)), Copies()
+    state = build(index, monkeypatch, {"data": {"cache": "host"}, "train": {"ema": 0.9}})
+    tally, copies = EvalMetrics(GPU, len(index.classes)), Copies()
     group = Group(0, 1, GPU)
-    subject = Subject(parts.bare_model, parts.augment.normalise, parts.val, group, 8, OneGpu().autocast)
+    subject = EvalTask(state.bare_model, state.augment.normalize, state.val, group, 8, OneGpu().autocast)
     with copies:
         assert score(subject, tta, tally.add, lambda number: True)
     assert copies.seen == {("cpu", "cuda", False)}
     copies.seen.clear()
     with copies:
-        taken = checkpoint.snapshot(1, saved_parts(parts), {})
+        taken = checkpoint.snapshot(1, saved_parts(state), {})
     assert copies.seen == set()
     assert taken.ready is not None
     assert all(tensor.device == GPU for tensor in taken.tensors["model"].values())

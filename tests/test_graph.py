@@ -22,13 +22,13 @@ from disttrain.errors import UsageError
 from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.shards.index import Index, load_index
 from disttrain.training import graph as module
+from disttrain.training.autotune import Settings
 from disttrain.training.build import build
-from disttrain.training.choices import Settings
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import join
 from disttrain.training.optim import inner_groups
-from disttrain.training.parts import Hooks, Parts
 from disttrain.training.rank import Rank
+from disttrain.training.state import Callbacks, TrainState
 from disttrain.training.train import train
 
 BATCH, STEPS = 16, 6
@@ -128,7 +128,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 def trained(
     index: Index, options: dict[str, Any], *, graph: bool = True
-) -> tuple[Parts, list[dict[str, Any]]]:
+) -> tuple[TrainState, list[dict[str, Any]]]:
     """Trains two epochs in this process; returns the records too."""
     tree: dict[str, Any] = {
         "name": "graph",
@@ -142,9 +142,9 @@ def trained(
     for section, values in options.items():
         tree[section] = tree.get(section, {}) | values
     config = Config.model_validate(tree)
-    parts, position, _ = build(config, Rank(0, None), join(config, "cpu"), index, None)
+    state, position, _ = build(config, Rank(0, None), join(config, "cpu"), index, None)
     if graph:
-        parts.graph = StepGraph(parts.optimizer, parts.accelerator.device)
+        state.graph = StepGraph(state.optimizer, state.accelerator.device)
     records: list[TrainRecord | EvalRecord] = []
     quiet: Any = SimpleNamespace(
         train=records.append,
@@ -155,8 +155,8 @@ def trained(
         check=lambda: None,
         wait=lambda: None,
     )
-    train(parts, position, Hooks(quiet, quiet, quiet, lambda: False))
-    return parts, records
+    train(state, position, Callbacks(quiet, quiet, quiet, lambda: False))
+    return state, records
 
 
 @pytest.mark.usefixtures("gpu")
@@ -174,13 +174,13 @@ def test_replayed_steps_are_the_same_to_the_last_bit(
         assert [getattr(record, key, None) for record in records] == [
             getattr(record, key, None) for record in taken_records
         ]
-    for one, other in zip(tree_leaves(state(taken)), tree_leaves(state(replayed)), strict=True):
+    for one, other in zip(tree_leaves(weights_of(taken)), tree_leaves(weights_of(replayed)), strict=True):
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
-def state(parts: Parts) -> list[Any]:
-    found = [parts.bare_model.state_dict(), parts.optimizer.state_dict()]
-    return found if parts.ema is None else [*found, parts.ema.state_dict()]
+def weights_of(state: TrainState) -> list[Any]:
+    found = [state.bare_model.state_dict(), state.optimizer.state_dict()]
+    return found if state.ema is None else [*found, state.ema.state_dict()]
 
 
 @pytest.mark.usefixtures("gpu")
@@ -195,7 +195,7 @@ def test_a_run_with_a_graph_learns_as_one_without(case: str, index: Index) -> No
         ]
         assert found[1] == pytest.approx(found[0], rel=1e-3)
     # No rate is left on the device: a checkpoint is the same with a graph and without.
-    states = [parts.optimizer.state_dict() for parts in (plain, replayed)]
+    states = [state.optimizer.state_dict() for state in (plain, replayed)]
     kinds = [[type(leaf) for leaf in tree_leaves(state)] for state in states]
     assert kinds[0] == kinds[1]
     if plain.ema is not None and replayed.ema is not None:
@@ -204,8 +204,8 @@ def test_a_run_with_a_graph_learns_as_one_without(case: str, index: Index) -> No
 
 @pytest.mark.usefixtures("gpu")
 def test_no_rate_of_an_inner_optimizer_is_left_on_the_device(index: Index) -> None:
-    parts, _ = trained(index, CASES["muon and groups"])
-    groups = [*parts.optimizer.param_groups, *inner_groups(parts.optimizer)]
+    state, _ = trained(index, CASES["muon and groups"])
+    groups = [*state.optimizer.param_groups, *inner_groups(state.optimizer)]
     assert len(groups) == 7  # of all, Muon with its own one, SGD and AdamW
     assert [type(group["lr"]) for group in groups] == [float] * len(groups)
 
@@ -216,9 +216,9 @@ def test_without_memory_for_its_activations_nothing_is_recorded(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**20)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**20))
-    parts, records = trained(index, {}, graph=True)
-    assert parts.graph is not None
-    assert not parts.graph.recorded
+    state, records = trained(index, {}, graph=True)
+    assert state.graph is not None
+    assert not state.graph.recorded
     assert records[-1].total == 20
 
 

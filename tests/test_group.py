@@ -71,11 +71,11 @@ FAILING_RANK = """
 import datetime
 import torch.distributed as dist
 from disttrain.errors import TrainingError
-from disttrain.training.group import tell_failure, wait_for_all
+from disttrain.training.group import signal_failure, wait_for_all
 
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
 if dist.get_rank():
-    tell_failure()
+    signal_failure()
 else:
     try:
         wait_for_all("data")

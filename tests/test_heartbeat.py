@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from disttrain.heartbeat import ADDRESS, Phase, Pulse, doing, pack, unpack
-from disttrain.launch.watch import Watch
+from disttrain.heartbeat import ADDRESS, Heartbeat, Phase, doing, pack, unpack
+from disttrain.launch.liveness import Liveness
 
 
 def test_progress_reads_back_and_orders_steps_phases_and_parts() -> None:
@@ -22,17 +22,17 @@ def test_progress_reads_back_and_orders_steps_phases_and_parts() -> None:
 
 
 def test_a_pulse_without_a_launcher_leads_nowhere() -> None:
-    pulse = Pulse.connect({}, 3)
-    pulse.beat(Phase.COMPUTE, 12, 1)
-    pulse.saving(True)
-    pulse.leave(0)
-    assert pulse.connection is None
-    assert pulse.place == (Phase.COMPUTE, 12, 1)
+    heartbeat = Heartbeat.connect({}, 3)
+    heartbeat.beat(Phase.COMPUTE, 12, 1)
+    heartbeat.saving(True)
+    heartbeat.leave(0)
+    assert heartbeat.connection is None
+    assert heartbeat.place == (Phase.COMPUTE, 12, 1)
 
 
 def test_a_launcher_that_has_gone_is_not_waited_for() -> None:
     with pytest.raises(ConnectionError):
-        Pulse.connect({ADDRESS: "@disttrain-nobody"}, 0)
+        Heartbeat.connect({ADDRESS: "@disttrain-nobody"}, 0)
 
 
 def test_what_a_rank_is_at_in_words() -> None:
@@ -52,7 +52,7 @@ from disttrain.training.rank import Rank
 rank = Rank(0, None)
 rank.listen()
 if sys.argv[1] == "training":
-    rank.pulse.beat(Phase.DATA, 1)
+    rank.heartbeat.beat(Phase.DATA, 1)
 print("ready", flush=True)
 while not rank.stop:
     time.sleep(0.01)
@@ -85,12 +85,12 @@ def test_signals_of_a_rank_that_no_launcher_watches(number: int, when: str) -> N
             process.kill()
 
 
-def connected(watch: Watch) -> bool:
+def connected(watch: Liveness) -> bool:
     return any(found.progress >= 0 for found in watch.rows())
 
 
 def test_a_rank_ends_with_its_launcher_even_if_its_parent_lives() -> None:
-    with Watch(0, 1) as watch:
+    with Liveness(0, 1) as watch:
         command = [sys.executable, "-c", _SIGNALLED, "training"]
         environ = os.environ | watch.environment
         process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
@@ -107,7 +107,7 @@ def test_a_rank_ends_with_its_launcher_even_if_its_parent_lives() -> None:
 
 @pytest.mark.parametrize("ask", ["launcher", "signal"])
 def test_a_watched_rank_leaves_its_end_to_the_launcher(ask: str) -> None:
-    with Watch(0, 1) as watch:
+    with Liveness(0, 1) as watch:
         command = [sys.executable, "-c", _SIGNALLED, "training"]
         environ = os.environ | watch.environment
         process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disttrain.parallel import in_order
+from disttrain.parallel import ordered_map
 from disttrain.shards import images
 from disttrain.shards.images import (
     ImageError,
@@ -373,7 +373,7 @@ def test_threads_decode_batches_of_the_same_pixels(decoder: str) -> None:
         decode_into(files[start : start + 40], out[start : start + 40])
         return start
 
-    assert list(in_order(decode, range(0, 600, 40), threads=8)) == list(range(0, 600, 40))
+    assert list(ordered_map(decode, range(0, 600, 40), threads=8)) == list(range(0, 600, 40))
     np.testing.assert_array_equal(out, np.stack([pillow(file, 3) for file in files]))
 
 

@@ -29,11 +29,11 @@ _STAND_IN = """
 import os, signal, sys, time
 from pathlib import Path
 from disttrain.errors import DataError
-from disttrain.heartbeat import Phase, Pulse
+from disttrain.heartbeat import Phase, Heartbeat
 from disttrain.runs.runfolder import RunFolder
 
 folder = RunFolder(Path(sys.argv[1]))
-pulse = Pulse.connect(os.environ, 0)
+heartbeat = Heartbeat.connect(os.environ, 0)
 attempts = folder.path / "attempts"
 attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
 attempt = len(attempts.read_text())
@@ -47,7 +47,7 @@ def fail(error):
     leave(1)
 
 def leave(exit_code):
-    pulse.leave(exit_code)
+    heartbeat.leave(exit_code)
     sys.exit(exit_code)
 
 """
@@ -66,7 +66,9 @@ def launch(folder, monkeypatch):
 
     def run(program, plan=ONE, *, max_restarts=0, say=lambda text: None, connected=True):
         stand_in = (
-            _STAND_IN if connected else _STAND_IN.replace("pulse = Pulse.connect", "lambda: Pulse.connect")
+            _STAND_IN
+            if connected
+            else _STAND_IN.replace("heartbeat = Heartbeat.connect", "lambda: Heartbeat.connect")
         )
         command = [sys.executable, "-c", stand_in + program, str(folder.path)]
         monkeypatch.setattr(launcher, "command", lambda plan: command)
@@ -189,7 +191,7 @@ def test_processes_that_hang_after_an_error_are_ended_in_seconds(launch, folder)
         """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 folder.write_error(1, ValueError("the cause"))
-pulse.leave(1)
+heartbeat.leave(1)
 time.sleep(600)
 """,
         TWO,
@@ -204,13 +206,13 @@ def test_a_checkpoint_that_rank_0_is_writing_gets_a_moment(launch, folder, secon
     begin = time.monotonic()
     outcome = launch(
         f"""
-pulse.saving(True)
+heartbeat.saving(True)
 if os.fork() == 0:
-    Pulse.connect(os.environ, 1)
+    Heartbeat.connect(os.environ, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep({seconds})
 (folder.path / "saved").touch()
-pulse.saving(False)
+heartbeat.saving(False)
 time.sleep(600)
 """,
         TWO,
@@ -310,12 +312,12 @@ sys.exit(outcome.exit_code)
 _TRAINING = (
     _STAND_IN
     + """
-pulse.beat(Phase.DATA, 1)
+heartbeat.beat(Phase.DATA, 1)
 (folder.path / "ready").write_text(str(os.getpid()))
-received = [pulse.connection.recv(64)]
-pulse.connection.settimeout(1)
+received = [heartbeat.connection.recv(64)]
+heartbeat.connection.settimeout(1)
 try:
-    received.append(pulse.connection.recv(64))
+    received.append(heartbeat.connection.recv(64))
 except TimeoutError:
     pass
 folder.update_status(received=[word.decode() for word in received])

@@ -11,11 +11,11 @@ from disttrain.runs.manifest import (
     STATE,
     canonical,
     entry,
+    latest_valid,
     list_steps,
-    newest_sound,
+    quarantine,
     read,
     read_state,
-    set_aside,
     size,
     step_of,
     verify,
@@ -67,9 +67,9 @@ def test_what_is_read(folder):
 def test_the_newest_is_that_of_the_highest_step_whatever_the_links_say(folder):
     for link in ("latest", "best"):
         (folder / link).unlink()
-    assert newest_sound(folder) == (folder / f"step_{10**8}", [])
+    assert latest_valid(folder) == (folder / f"step_{10**8}", [])
     (folder / "latest").symlink_to("step_00000009")
-    assert newest_sound(folder) == (folder / f"step_{10**8}", [])
+    assert latest_valid(folder) == (folder / f"step_{10**8}", [])
 
 
 def test_what_is_no_checkpoint_is_not_looked_at(folder):
@@ -82,7 +82,7 @@ def test_what_is_no_checkpoint_is_not_looked_at(folder):
 def test_a_damaged_one_is_passed_over_and_said(folder):
     damage(folder / f"step_{10**8}")
     (folder / "step_00000010" / "MANIFEST.json").unlink()
-    found, damages = newest_sound(folder)
+    found, damages = latest_valid(folder)
     assert found == folder / "step_00000009"
     first, second = map(str, damages)
     assert first.startswith(f"{folder}/step_{10**8}/model.safetensors: damaged: found 30 bytes with sha256 ")
@@ -95,7 +95,7 @@ def test_none_is_sound(folder):
     for path in list_steps(folder):
         damage(path)
     with pytest.raises(CheckpointError) as caught:
-        newest_sound(folder)
+        latest_valid(folder)
     lines = str(caught.value).splitlines()
     assert [line.partition(": damaged")[0] for line in lines[:3]] == [
         f"{folder}/step_{step:08d}/model.safetensors" for step in (10**8, 10, 9)
@@ -106,32 +106,32 @@ def test_none_is_sound(folder):
 def test_a_link_to_nothing_is_no_beginning(tmp_path):
     (tmp_path / "latest").symlink_to("step_00000005")
     with pytest.raises(CheckpointError, match="latest: leads to step_00000005, which is missing"):
-        newest_sound(tmp_path)
+        latest_valid(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["missing", "file", "empty"])
 def test_there_never_was_one(tmp_path, name):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    assert newest_sound(tmp_path / name) == (None, [])
+    assert latest_valid(tmp_path / name) == (None, [])
 
 
 def test_one_that_was_being_replaced_counts_until_the_new_one_is_there(folder):
     old = make(folder, 10, ".step_00000010.replaced", "before")
     assert list_steps(folder)[1:3] == [folder / "step_00000010", old]
     damage(folder / f"step_{10**8}")
-    assert newest_sound(folder)[0] == folder / "step_00000010"
+    assert latest_valid(folder)[0] == folder / "step_00000010"
     (folder / "step_00000010").rename(folder / ".step_00000010.partial")
-    found, damages = newest_sound(folder)
+    found, damages = latest_valid(folder)
     assert (found, len(damages)) == (old, 1)
-    chosen, _ = set_aside(found, 10)
+    chosen, _ = quarantine(found, 10)
     assert chosen == folder / "step_00000010"
     assert read(chosen)["model.safetensors"] == b"the weights of step 10 before"
 
 
 def test_what_is_newer_than_the_chosen_one_is_set_aside(folder):
     damage(folder / f"step_{10**8}")
-    chosen, lines = set_aside(folder / "step_00000009", 9)
+    chosen, lines = quarantine(folder / "step_00000009", 9)
     assert chosen == folder / "step_00000009"
     assert names(folder) == [
         "abandoned_step_00000010",
@@ -145,23 +145,23 @@ def test_what_is_newer_than_the_chosen_one_is_set_aside(folder):
         f"{folder}/step_00000010 is kept as abandoned_step_00000010",
     ]
     make(folder, 10)
-    assert set_aside(chosen, 9)[1] == [f"{folder}/step_00000010 is kept as abandoned_step_00000010-2"]
-    assert newest_sound(folder) == (chosen, [])
+    assert quarantine(chosen, 9)[1] == [f"{folder}/step_00000010 is kept as abandoned_step_00000010-2"]
+    assert latest_valid(folder) == (chosen, [])
 
 
 def test_one_that_was_set_aside_can_be_gone_on_from(folder):
-    chosen, _ = set_aside(folder / "step_00000009", 9)
+    chosen, _ = quarantine(folder / "step_00000009", 9)
     make(folder, 10, text="of the second attempt")
-    chosen, lines = set_aside(folder / "abandoned_step_00000010", 10)
+    chosen, lines = quarantine(folder / "abandoned_step_00000010", 10)
     assert chosen == folder / "step_00000010"
     assert read(chosen)["model.safetensors"] == b"the weights of step 10 "
     assert lines == [f"{folder}/step_00000010 is kept as abandoned_step_00000010-2"]
-    assert newest_sound(folder) == (chosen, [])
+    assert latest_valid(folder) == (chosen, [])
 
 
 def test_nothing_newer_nothing_set_aside(folder):
     before = {path: os.lstat(path).st_mtime_ns for path in folder.rglob("*")}
-    assert set_aside(folder / f"step_{10**8}", 10**8) == (folder / f"step_{10**8}", [])
+    assert quarantine(folder / f"step_{10**8}", 10**8) == (folder / f"step_{10**8}", [])
     assert {path: os.lstat(path).st_mtime_ns for path in folder.rglob("*")} == before
 
 

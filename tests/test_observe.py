@@ -19,7 +19,7 @@ from run_files import eval_record, train_record
 from torch import nn
 
 from disttrain.config import Config
-from disttrain.data.plan import Plan
+from disttrain.data.epoch_plan import Plan
 from disttrain.errors import StoppedError
 from disttrain.monitor import gauges as gauges_module
 from disttrain.monitor import observe
@@ -29,8 +29,8 @@ from disttrain.monitor.observe import RunObserver
 from disttrain.runs.records import GpuMeans, Process, StepTimes
 from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import load_index
-from disttrain.training.choices import Choice, Settings
-from disttrain.training.train import Position
+from disttrain.training.autotune import Choice, Settings
+from disttrain.training.train import Progress
 
 HOSTS = ["a", "a", "b", "b"]
 CPUS: list[dict[str, Any]] = [
@@ -293,7 +293,7 @@ def observer_of(
         Config.model_validate(CONFIG),
         folder,
         parts,
-        Position(step=5, samples_seen=320),
+        Progress(step=5, samples_seen=320),
         load_index("digits", str(digits_root)),
         {"precision": Choice("fp32", "auto on a CPU"), "cache": Choice("host", "small")},
         verbosity=0,

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from disttrain.config import OptimConfig, ScheduleConfig
 from disttrain.errors import UsageError
-from disttrain.training.optim import FilterMuon, Rate, build_optimizer, lr_factor, set_lr
+from disttrain.training.optim import ConvMuon, Rate, build_optimizer, lr_factor, set_lr
 
 
 def network(channels_last: bool = False) -> nn.Sequential:
@@ -238,7 +238,7 @@ def test_groups_of_muon_keep_its_settings_unless_they_change_the_optimizer() -> 
 
 
 def _muons(optimizer: Any) -> list[Any]:
-    parts = [part for part in optimizer.inner if isinstance(part, FilterMuon)]
+    parts = [part for part in optimizer.inner if isinstance(part, ConvMuon)]
     return [SimpleNamespace(momentum=part._muon.param_groups[0]["momentum"]) for part in parts]
 
 

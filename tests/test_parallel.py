@@ -11,15 +11,15 @@ from functools import partial
 
 import pytest
 
-from disttrain.parallel import KilledError, in_order, in_processes
+from disttrain.parallel import KilledError, in_processes, ordered_map
 
 
 @pytest.mark.parametrize("threads", [0, 1, 8])
 def test_threads_keep_the_order_and_raise(threads: int) -> None:
     for chunk in (1, 7, 2000):
-        assert list(in_order(str, range(1000), threads, chunk=chunk)) == [str(i) for i in range(1000)]
+        assert list(ordered_map(str, range(1000), threads, chunk=chunk)) == [str(i) for i in range(1000)]
     with pytest.raises(ZeroDivisionError):
-        list(in_order(inverse, [1, 0, 2], threads))
+        list(ordered_map(inverse, [1, 0, 2], threads))
 
 
 @pytest.mark.parametrize("threads", [0, 1, 8])
@@ -32,7 +32,7 @@ def test_threads_end_where_results_are_left(threads: int) -> None:
             taken.append(i)
             yield i
 
-    results = in_order(str, source(), threads)
+    results = ordered_map(str, source(), threads)
     assert next(results) == "0"
     results.close()
     assert len(taken) < 100

@@ -19,14 +19,14 @@ import torch
 from conftest import Run, read_split
 from PIL import Image, ImageOps
 
+from disttrain.inference.classifier import Classifier, load_model
+from disttrain.inference.prediction import predict, prepared
+from disttrain.inference.prediction_grid import Cell, draw
+from disttrain.inference.run import Facts
 from disttrain.shards.imagefolder import fitted, pack_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options
-from disttrain.trained.classifier import Classifier, load_model
-from disttrain.trained.contactsheet import Cell, draw
-from disttrain.trained.prediction import predict, prepared
-from disttrain.trained.run import Facts
 
 
 def facts(height: int, width: int, channels: Any) -> Facts:

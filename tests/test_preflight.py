@@ -16,7 +16,7 @@ from disttrain.preflight import (
     open_index,
     split_batch,
 )
-from disttrain.runs.identity import changes_since, identity
+from disttrain.runs.fingerprint import changes_since, fingerprint
 from disttrain.runs.manifest import STATE, canonical, entry, write_manifest
 from disttrain.runs.resume import Start, resume_point
 from disttrain.runs.runfolder import RunFolder
@@ -53,7 +53,7 @@ INDEX = SimpleNamespace(
 
 def now(index=INDEX, **changes):
     """Returns the identity of a run with the experiment, changed as said."""
-    return identity(experiment(**changes), index)
+    return fingerprint(experiment(**changes), index)
 
 
 def make_checkpoint(folder, step, saved=None):
@@ -308,7 +308,7 @@ def test_what_each_key_may_do(folder, key):
 
 
 def test_samples_that_are_left_out_since_do_not_hold_a_run_back(folder):
-    changed = identity(experiment(data={"on_error": "skip"}), INDEX, [3, 4])
+    changed = fingerprint(experiment(data={"on_error": "skip"}), INDEX, [3, 4])
     assert resume_point(folder, "auto", changed).changes == ()
 
 
@@ -363,7 +363,7 @@ def test_a_path_without_a_checkpoint(tmp_path, name):
 def test_the_identity_of_a_run(digits_root):
     config = experiment(data={"root": str(digits_root)})
     index = open_index(config, lambda text: None)
-    found = identity(config, index)
+    found = fingerprint(config, index)
     assert found["config"] == config.model_dump(mode="json")
     assert found["data"] == {
         "name": "digits",
@@ -396,14 +396,14 @@ def test_the_digests_follow_what_they_are_of(changes, other_order):
 
 def test_samples_that_are_left_out_are_part_of_the_identity():
     config = experiment()
-    nothing, two, others = (identity(config, INDEX, ids) for ids in ((), (3, 7), (3, 8)))
+    nothing, two, others = (fingerprint(config, INDEX, ids) for ids in ((), (3, 7), (3, 8)))
     assert len({item["order"] for item in (nothing, two, others)}) == 3
     assert [line.partition(":")[0] for line in changes_since(nothing, two)] == [
         "data.skipped",
         "data.skipped_digest",
     ]
     assert [line.partition(":")[0] for line in changes_since(two, others)] == ["data.skipped_digest"]
-    assert changes_since(two, identity(config, INDEX, None)) == [], "not known yet"
+    assert changes_since(two, fingerprint(config, INDEX, None)) == [], "not known yet"
 
 
 def test_a_key_that_is_new_in_the_schema_is_no_change():

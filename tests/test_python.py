@@ -16,7 +16,7 @@ import pytest
 from conftest import REPOSITORY, SEVEN, read_split
 
 import disttrain
-from disttrain.data.plan import digest
+from disttrain.data.epoch_plan import digest
 from disttrain.errors import DataError, StoppedError, UsageError
 from disttrain.shards.index import load_index
 

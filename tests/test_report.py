@@ -18,10 +18,10 @@ from run_files import CONFIG, stamp, write_run
 
 from disttrain.config import load_config
 from disttrain.errors import StorageError
+from disttrain.report.activations import look_inside
 from disttrain.report.charts import PALETTE
 from disttrain.report.confusion import most_confused
 from disttrain.report.facts import outcome
-from disttrain.report.inside import look_inside
 from disttrain.report.page import write_report
 from disttrain.report.pictures import mosaic
 from disttrain.report.run import read_run

@@ -16,9 +16,9 @@ from run_files import BEGIN, gpu_record, stamp, train_record, write_lines, write
 from disttrain.errors import UsageError
 from disttrain.report import devices
 from disttrain.report import run as report_run
-from disttrain.report.columns import parse_times, thin
+from disttrain.report.columns import downsample, parse_times
 from disttrain.report.devices import read_gpus
-from disttrain.report.run import reached, read_ranks, read_run
+from disttrain.report.run import read_ranks, read_run, time_to_accuracy
 from disttrain.runs import jsonl
 from disttrain.runs.jsonl import encoded
 from disttrain.runs.records import StepTimes
@@ -30,7 +30,7 @@ from disttrain.runs.records import StepTimes
 )
 def test_thinning_keeps_both_ends_and_every_extreme(values: list[float], points: int) -> None:
     array = np.array(values)
-    kept = thin(array, points)
+    kept = downsample(array, points)
     assert (np.diff(kept) > 0).all()
     assert (kept[0], kept[-1]) == (0, len(values) - 1)
     assert len(kept) <= max(points, 4)
@@ -43,7 +43,7 @@ def test_thinning_keeps_the_extremes_of_every_part_and_the_gaps() -> None:
     values = np.sin(np.linspace(0, 20, 100_000))
     values[40_000] = 7
     values[50_000:60_000] = np.nan
-    kept = thin(values, 1000)
+    kept = downsample(values, 1000)
     assert len(kept) <= 1000
     assert 40_000 in kept
     drawn = values[kept]
@@ -68,8 +68,8 @@ def test_columns_events_and_the_best_evaluation_of_a_run(tmp_path: Path) -> None
     assert (run.best.epoch, run.best.accuracy) == (2, 0.8)
     assert [event.kind for event in run.events] == ["evaluation"] * 3
     assert [event.seconds for event in run.events] == pytest.approx([0.5] * 3)
-    assert reached(run, 0.6) == (run.evals[1], pytest.approx(20))
-    assert reached(run, 0.9) is None
+    assert time_to_accuracy(run, 0.6) == (run.evals[1], pytest.approx(20))
+    assert time_to_accuracy(run, 0.9) is None
 
 
 def test_times_across_midnight_and_broken_ones() -> None:

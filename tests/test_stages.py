@@ -15,7 +15,7 @@ import webdataset
 from conftest import REPOSITORY, Run
 
 import disttrain as library
-from disttrain.data.batches import Batch, choose_place
+from disttrain.data.batches import Batch, choose_cache
 from disttrain.data.stages import Pipeline, Stages, open_stream
 from disttrain.errors import DataError, UsageError
 from disttrain.shards.index import Index, load_index
@@ -132,9 +132,9 @@ def test_a_bad_sample_is_named_as_without_a_pipeline(seven: Index) -> None:
 
 
 def test_nothing_is_cached_with_a_pipeline() -> None:
-    assert choose_place("auto", 1, CPU, streamed=True)[0] == "none"
+    assert choose_cache("auto", 1, CPU, streamed=True)[0] == "none"
     with pytest.raises(UsageError, match=r"data\.cache = host, but the stages of data\.pipeline run"):
-        choose_place("host", 1, CPU, streamed=True)
+        choose_cache("host", 1, CPU, streamed=True)
 
 
 def test_open_data_takes_the_function(seven_root: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from disttrain.data.batches import Window
 from disttrain.data.cached import Cached, open_split
-from disttrain.data.plan import Plan, share
+from disttrain.data.epoch_plan import Plan, rank_slice
 from disttrain.data.streamed import Streamed
 from disttrain.errors import DataError
 from disttrain.shards import reader
@@ -47,7 +47,7 @@ def plan_of(index: Index, batch_size: int = 64, **options: int) -> Plan:
 
 
 def windows_of(plan: Plan, rank: int, world_size: int, begin: int = 0) -> list[Window]:
-    shares = [share(plan.batch(step), rank, world_size) for step in range(begin, plan.steps_per_epoch)]
+    shares = [rank_slice(plan.batch(step), rank, world_size) for step in range(begin, plan.steps_per_epoch)]
     return [slice(own.start, own.stop) for own in shares if own]
 
 

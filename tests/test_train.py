@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from disttrain.config import Config
 from disttrain.data.batches import Batch, Window
 from disttrain.data.cached import Cached, DecodedSplit
-from disttrain.data.plan import Ids, Plan
+from disttrain.data.epoch_plan import Ids, Plan
 from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.heartbeat import Phase
 from disttrain.runs import checkpoint
@@ -36,21 +36,21 @@ from disttrain.runs.evaluation import Evaluation
 from disttrain.runs.jsonl import encoded
 from disttrain.runs.records import EvalRecord, StepTimes, TrainRecord
 from disttrain.training import evaluation, microbatch, phases
-from disttrain.training import parts as nouns
+from disttrain.training import state as nouns
 from disttrain.training import step as steps
 from disttrain.training import train as loops
 from disttrain.training.augment import Augment, Mix
-from disttrain.training.average import MovingAverage
-from disttrain.training.choices import Settings
+from disttrain.training.autotune import Settings
+from disttrain.training.ema import MovingAverage
 from disttrain.training.evaluation import evaluate
-from disttrain.training.log_point import step_times
+from disttrain.training.log_metrics import step_times
 from disttrain.training.microbatch import prepare
-from disttrain.training.normalise import Normalise
+from disttrain.training.normalize import Normalize
 from disttrain.training.optim import Rate, build_optimizer
-from disttrain.training.parts import Hooks, Parts, Position, Validation
 from disttrain.training.phases import Phases
 from disttrain.training.rank_state import gather_rank_states, restore_rank_state
 from disttrain.training.restore import restore
+from disttrain.training.state import Callbacks, Progress, TrainState, Validation
 from disttrain.training.step import loss_sum
 from disttrain.training.train import train
 
@@ -124,7 +124,7 @@ def split(samples: int, seed: int) -> DecodedSplit:
     return DecodedSplit(images, generator.integers(0, CLASSES, samples))
 
 
-def make_parts(
+def make_state(
     model: nn.Module | None = None,
     samples: int = 40,
     val_samples: int = 23,
@@ -132,7 +132,7 @@ def make_parts(
     augment: dict[str, Any] | None = None,
     optim: dict[str, Any] | None = None,
     **train_options: Any,
-) -> Parts:
+) -> TrainState:
     """Builds what the worker builds, around a tiny network and random images; other sections by `with_`."""
     config = Config.model_validate(
         {
@@ -155,7 +155,7 @@ def make_parts(
     optimizer, rates = build_optimizer(config.optim, config.schedule, model)
     model = accelerator.prepare(model)
     device = accelerator.device
-    return Parts(
+    return TrainState(
         config=config,
         accelerator=accelerator,
         model=model,
@@ -166,7 +166,7 @@ def make_parts(
         augment=Augment(
             config.augment,
             seed=config.seed,
-            normalise=Normalise((MEAN,), (STD,), 6, channels_last=channels_last),
+            normalize=Normalize((MEAN,), (STD,), 6, channels_last=channels_last),
         ),
         train_data=Cached(split(samples, 1), device, "host"),
         val=Validation(Cached(split(val_samples, 2), device, "host"), np.arange(val_samples), NAMES),
@@ -175,19 +175,19 @@ def make_parts(
     )
 
 
-def with_(parts: Parts, **sections: dict[str, Any]) -> Parts:
+def with_(state: TrainState, **sections: dict[str, Any]) -> TrainState:
     """Changes keys of other sections of the config, such as `schedule` or `checkpoint`."""
-    tree = parts.config.model_dump()
+    tree = state.config.model_dump()
     for name, keys in sections.items():
         tree[name] |= keys
-    parts.config = Config.model_validate(tree)
-    parts.rates = [Rate(parts.config.optim.lr, parts.config.schedule) for _ in parts.rates]
-    return parts
+    state.config = Config.model_validate(tree)
+    state.rates = [Rate(state.config.optim.lr, state.config.schedule) for _ in state.rates]
+    return state
 
 
 def run(
-    parts: Parts,
-    position: Position | None = None,
+    state: TrainState,
+    progress: Progress | None = None,
     *,
     save: Callable[..., None] = lambda **_: None,
     check: Callable[[], None] = lambda: None,
@@ -195,21 +195,21 @@ def run(
     recorder: Recorder | None = None,
 ) -> Recorder:
     """Trains; is asked to stop when `stop_after` steps were taken."""
-    position = Position() if position is None else position
+    progress = Progress() if progress is None else progress
     recorder = Recorder() if recorder is None else recorder
     saver = SimpleNamespace(save=save, check=check, wait=lambda: None)
     train(
-        parts,
-        position,
-        Hooks(recorder, recorder, saver, lambda: stop_after is not None and position.step >= stop_after),
+        state,
+        progress,
+        Callbacks(recorder, recorder, saver, lambda: stop_after is not None and progress.step >= stop_after),
     )
     return recorder
 
 
-QUIET = Hooks(Recorder(), Recorder(), SimpleNamespace(), lambda: False)
+QUIET = Callbacks(Recorder(), Recorder(), SimpleNamespace(), lambda: False)
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
@@ -222,7 +222,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
 
 
 def batch_of(seed: int, ids: Sequence[int], samples: int = 40) -> tuple[Tensor, Tensor]:
-    """Returns normalised images [B, 1, 6, 6] and labels."""
+    """Returns normalized images [B, 1, 6, 6] and labels."""
     data = split(samples, seed)
     images = (torch.tensor(data.images[list(ids)]).float() / 255 - MEAN) / STD
     return images.permute(0, 3, 1, 2), torch.tensor(data.labels[list(ids)])
@@ -251,14 +251,14 @@ def smoothed(label_smoothing: float, labels: Tensor) -> Tensor:
     ids=str,
 )
 def test_training_is_the_loop_written_by_hand(options: dict[str, Any]) -> None:
-    parts = with_(make_parts(**options), schedule={"name": "linear", "warmup_epochs": 0.5})
-    recorder = run(parts)
+    state = with_(make_state(**options), schedule={"name": "linear", "warmup_epochs": 0.5})
+    recorder = run(state)
     batch_size, clip = options.get("batch_size", 16), options.get("grad_clip")
     model = network()
     velocity = [torch.zeros_like(parameter) for parameter in model.parameters()]
     rates = []
     for epoch in range(2):
-        order = parts.plan.order(epoch).tolist()
+        order = state.plan.order(epoch).tolist()
         for begin in range(0, 40, batch_size):
             images, labels = batch_of(1, order[begin : begin + batch_size])
             targets = smoothed(options.get("label_smoothing", 0.0), labels)
@@ -272,7 +272,7 @@ def test_training_is_the_loop_written_by_hand(options: dict[str, Any]) -> None:
                 for parameter, gradient, speed in zip(model.parameters(), gradients, velocity, strict=True):
                     speed.mul_(0.9).add_(gradient * factor)
                     parameter -= rates[-1] * speed
-    assert close(state(parts.bare_model), state(model))
+    assert close(weights_of(state.bare_model), weights_of(model))
     assert recorder.trains[-1].lr == pytest.approx(rates[-1])
     expected = None if clip is None else pytest.approx(norm.item(), rel=1e-3)
     assert recorder.trains[-1].grad_norm == expected
@@ -280,19 +280,19 @@ def test_training_is_the_loop_written_by_hand(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("accumulate", [2, 4, 16])
 def test_accumulating_gives_the_weights_of_one_pass(accumulate: int) -> None:
-    expected, parts = make_parts(ema=0.5), make_parts(ema=0.5, accumulate=accumulate)
-    records = [run(each).trains[-1] for each in (expected, parts)]
-    assert close(state(parts.bare_model), state(expected.bare_model))
+    expected, state = make_state(ema=0.5), make_state(ema=0.5, accumulate=accumulate)
+    records = [run(each).trains[-1] for each in (expected, state)]
+    assert close(weights_of(state.bare_model), weights_of(expected.bare_model))
     assert records[1].loss == pytest.approx(records[0].loss, abs=1e-5)
     assert records[1].accuracy == records[0].accuracy
 
 
 def test_accumulating_mixes_the_same_pairs() -> None:
     augment = {"mixup": 0.3, "cutmix": 1.0, "crop_padding": 1, "flip": True, "cutout": 2}
-    expected, parts = make_parts(augment=augment), make_parts(augment=augment, accumulate=4)
-    for each in (expected, parts):
+    expected, state = make_state(augment=augment), make_state(augment=augment, accumulate=4)
+    for each in (expected, state):
         run(each)
-    assert close(state(parts.bare_model), state(expected.bare_model))
+    assert close(weights_of(state.bare_model), weights_of(expected.bare_model))
 
 
 class Shell(nn.Module):
@@ -312,23 +312,23 @@ def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size
     augment = {"mixup": 0.3, "flip": True}
 
     def gradient(rank: int, world_size: int) -> tuple[Tensor, list[int]]:
-        parts = make_parts(augment=augment, trace_samples=True, label_smoothing=0.1)
+        state = make_state(augment=augment, trace_samples=True, label_smoothing=0.1)
         if world_size > 1:
-            parts.rank, parts.world_size, parts.model = rank, world_size, Shell(parts.model)
+            state.rank, state.world_size, state.model = rank, world_size, Shell(state.model)
         gradients: list[Tensor] = []
-        parameters = list(parts.bare_model.parameters())
+        parameters = list(state.bare_model.parameters())
 
         def keep() -> None:
             gradients.extend(
                 parameter.grad.flatten() for parameter in parameters if parameter.grad is not None
             )
 
-        parts.optimizer = SimpleNamespace(step=keep)  # type: ignore[assignment]
-        parts.augment.start_epoch(0, parts.plan.order(0), 6, 6)
-        batches = loops.prefetch(parts, 0, range(step, step + 1), parts.plan.order(0))
-        ids = loops.train_step(parts, batches, step + 1, len(parts.plan.batch(step)), Phases())
+        state.optimizer = SimpleNamespace(step=keep)  # type: ignore[assignment]
+        state.augment.start_epoch(0, state.plan.order(0), 6, 6)
+        batches = loops.prefetch(state, 0, range(step, step + 1), state.plan.order(0))
+        ids = loops.train_step(state, batches, step + 1, len(state.plan.batch(step)), Phases())
         batches.close()
-        assert parts.meter.samples == len(ids)
+        assert state.meter.samples == len(ids)
         return torch.cat(gradients), ids.tolist()
 
     expected, ids = gradient(0, 1)
@@ -362,12 +362,12 @@ def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, place
     step = places.start // 16
 
     def loaded(mix: Mix | None, rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        parts = make_parts(samples=43, augment={"crop_padding": 1, "flip": True})
-        parts.rank, parts.world_size = rank, world_size
-        parts.augment.start_epoch(0, parts.plan.order(0), 6, 6)
-        parts.augment.mix = lambda *place: mix  # type: ignore[method-assign]
-        with closing(loops.prefetch(parts, 0, range(step, step + 1), parts.plan.order(0))) as batches:
-            return prepare(parts, *next(batches))
+        state = make_state(samples=43, augment={"crop_padding": 1, "flip": True})
+        state.rank, state.world_size = rank, world_size
+        state.augment.start_epoch(0, state.plan.order(0), 6, 6)
+        state.augment.mix = lambda *place: mix  # type: ignore[method-assign]
+        with closing(loops.prefetch(state, 0, range(step, step + 1), state.plan.order(0))) as batches:
+            return prepare(state, *next(batches))
 
     images, labels, _ = loaded(None, 0, 1)
     expected, partner_labels = [], []
@@ -391,28 +391,28 @@ def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, place
 
 
 def test_the_moving_average_follows_weights_and_statistics_and_is_evaluated() -> None:
-    parts = with_(make_parts(network(norm=True), ema=0.8), monitor={"log_every_steps": 1})
+    state = with_(make_state(network(norm=True), ema=0.8), monitor={"log_every_steps": 1})
     snapshots: list[dict[str, Tensor]] = []
     recorder = Recorder()
-    recorder.after_log = lambda: snapshots.append(state(parts.bare_model))
-    run(parts, recorder=recorder)
+    recorder.after_log = lambda: snapshots.append(weights_of(state.bare_model))
+    run(state, recorder=recorder)
     assert len(snapshots) == 6
     average = {key: value.double() for key, value in snapshots[0].items()}
     for snapshot in snapshots[1:]:
         for key, value in snapshot.items():
             average[key] = 0.8 * average[key] + 0.2 * value
-    assert parts.ema is not None
-    found = state(parts.ema.module)
+    assert state.ema is not None
+    found = weights_of(state.ema.module)
     for key, value in average.items():
         if key.endswith("num_batches_tracked"):
             assert found[key] == 6
         else:
             torch.testing.assert_close(found[key].double(), value, atol=1e-6, rtol=1e-5)
-    model = copy.deepcopy(parts.ema.module).eval()
+    model = copy.deepcopy(state.ema.module).eval()
     images, labels = batch_of(2, range(23), 23)
     expected = F.cross_entropy(model(images), labels).item()
     assert recorder.evaluations[-1].loss == pytest.approx(expected, rel=1e-5)
-    bare = F.cross_entropy(copy.deepcopy(parts.bare_model).eval()(images), labels).item()
+    bare = F.cross_entropy(copy.deepcopy(state.bare_model).eval()(images), labels).item()
     assert abs(bare - expected) > 1e-4
 
 
@@ -432,8 +432,8 @@ def test_the_moving_average_follows_a_statistic_that_a_model_binds_anew() -> Non
 @pytest.mark.parametrize("tta", ["none", "flip", "multi_view"])
 @pytest.mark.parametrize("samples", [1, 15, 16, 17, 150])
 def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
-    parts = with_(make_parts(network(dropout=0.5, norm=True), val_samples=samples), eval={"tta": tta})
-    model = copy.deepcopy(parts.bare_model).eval()
+    state = with_(make_state(network(dropout=0.5, norm=True), val_samples=samples), eval={"tta": tta})
+    model = copy.deepcopy(state.bare_model).eval()
     images, labels = batch_of(2, range(samples), samples)
     plain = logits = model(images)
     if tta == "flip":
@@ -444,8 +444,8 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
             seen = images[:, :, index][:, :, :, index]
             logits = logits + (model(seen) + model(seen.flip(3))) / 8
     correct, plain_correct = (int((scores.argmax(1) == labels).sum()) for scores in (logits, plain))
-    before = state(parts.bare_model)
-    found = evaluate(parts, tta, step=0, hooks=QUIET)
+    before = weights_of(state.bare_model)
+    found = evaluate(state, tta, step=0, callbacks=QUIET)
     assert found is not None
     assert msgspec.to_builtins(found.record) == {
         "kind": "eval",
@@ -469,20 +469,20 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
     assert [(one.id, one.label, one.predicted) for one in found.mistakes] == [
         (i, int(labels[i]), int(predicted[i])) for i in wrong[:24]
     ]
-    assert same(state(parts.bare_model), before)
-    assert parts.bare_model.training  # as it was
+    assert same(weights_of(state.bare_model), before)
+    assert state.bare_model.training  # as it was
 
 
 @pytest.mark.parametrize(("every", "epochs"), [(1, [1, 2, 3]), (2, [2, 3]), (5, [3])])
 def test_evaluations_come_when_due_and_at_the_end(every: int, epochs: list[int]) -> None:
-    recorder = run(with_(make_parts(epochs=3), eval={"every_epochs": every}))
+    recorder = run(with_(make_state(epochs=3), eval={"every_epochs": every}))
     assert [record.epoch for record in recorder.evaluations] == epochs
     assert [record.step for record in recorder.evaluations] == [3 * epoch for epoch in epochs]
 
 
 def test_test_time_augmentation_can_wait_for_the_end() -> None:
     sections = {"tta": "multi_view", "tta_when": "end"}
-    recorder = run(with_(make_parts(epochs=3), eval=sections))
+    recorder = run(with_(make_state(epochs=3), eval=sections))
     assert [record.tta for record in recorder.evaluations] == [None, None, "multi_view"]
 
 
@@ -510,7 +510,7 @@ def test_what_is_drawn_in_training_does_not_depend_on_evaluations() -> None:
         np.random.seed(0)
         torch.manual_seed(0)
         model = Drawing()
-        run(with_(make_parts(model=model, epochs=4), eval={"every_epochs": every}))
+        run(with_(make_state(model=model, epochs=4), eval={"every_epochs": every}))
         drawn.append(model.drawn)
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) == len(drawn[0])
@@ -529,7 +529,7 @@ def test_the_phases_of_a_step_are_told_for_each_rank() -> None:
 
 
 def test_records_have_the_documented_keys() -> None:
-    recorder = run(with_(make_parts(epochs=2), monitor={"log_every_steps": 2}))
+    recorder = run(with_(make_state(epochs=2), monitor={"log_every_steps": 2}))
     assert all(json.loads(encoded(record)).keys() == TRAIN_KEYS for record in recorder.trains)
     assert all(json.loads(encoded(record)).keys() == EVAL_KEYS for record in recorder.evaluations)
     places = [(record.step, record.epoch, record.samples) for record in recorder.trains]
@@ -544,14 +544,14 @@ def test_records_have_the_documented_keys() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_record_is_the_mean_over_the_samples_of_its_steps(accumulate: int) -> None:
-    parts = make_parts(epochs=2, optim={"lr": 1e-30}, accumulate=accumulate)  # the weights stay
-    parts = with_(parts, monitor={"log_every_steps": 2})
-    recorder = run(parts)
+    state = make_state(epochs=2, optim={"lr": 1e-30}, accumulate=accumulate)  # the weights stay
+    state = with_(state, monitor={"log_every_steps": 2})
+    recorder = run(state)
     model = network()
     for record, epoch, places in zip(
         recorder.trains, [0, 0, 1, 1], [range(32), range(32, 40), range(16), range(16, 40)], strict=True
     ):
-        images, labels = batch_of(1, parts.plan.order(epoch)[list(places)].tolist())
+        images, labels = batch_of(1, state.plan.order(epoch)[list(places)].tolist())
         logits = model(images)
         assert record.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
         assert record.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
@@ -562,12 +562,12 @@ def test_cudnn_tries_kernels_for_whole_batches_alone(
     batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    parts = make_parts(samples=40, val_samples=24, batch_size=batch_size, epochs=1)
+    state = make_state(samples=40, val_samples=24, batch_size=batch_size, epochs=1)
     trying: list[tuple[int, bool]] = []
-    parts.model.register_forward_pre_hook(
+    state.model.register_forward_pre_hook(
         lambda _, inputs: trying.append((len(inputs[0]), torch.backends.cudnn.benchmark))
     )
-    run(parts)
+    run(state)
     whole = {batch_size, 4 * batch_size}  # in training, in evaluation
     assert trying
     assert all(trial == (size in whole) for size, trial in trying)
@@ -600,8 +600,8 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(microbatch, "prepare", taking(microbatch.prepare, 0.25))
     monkeypatch.setattr(steps, "loss_sum", taking(steps.loss_sum, 1.25))
     monkeypatch.setattr(loops, "evaluate", taking(loops.evaluate, 100))
-    parts = with_(make_parts(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})
-    recorder = run(parts, save=taking(lambda **_: None, 1000))
+    state = with_(make_state(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})
+    recorder = run(state, save=taking(lambda **_: None, 1000))
     assert [record.step_time_s for record in recorder.trains] == [2.0] * 6  # each save follows a log point
     assert [record.images_per_s for record in recorder.trains] == [8.0, 8.0, 4.0] * 2
     assert [record.data_wait_pct for record in recorder.trains] == [25.0] * 6  # not of the augmentation
@@ -609,8 +609,8 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("samples", "drop"), [(40, False), (40, True), (5, False)])
 def test_traces_are_the_plan(samples: int, drop: bool) -> None:
-    parts = make_parts(samples=samples, drop=drop, trace_samples=True, accumulate=2)
-    plan = parts.plan
+    state = make_state(samples=samples, drop=drop, trace_samples=True, accumulate=2)
+    plan = state.plan
     expected = [
         (
             epoch + 1,
@@ -620,7 +620,7 @@ def test_traces_are_the_plan(samples: int, drop: bool) -> None:
         for epoch in range(2)
         for step in range(plan.steps_per_epoch)
     ]
-    assert run(parts).traces == expected
+    assert run(state).traces == expected
 
 
 def test_the_order_of_the_next_epoch_is_computed_beside_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -635,10 +635,10 @@ def test_the_order_of_the_next_epoch_is_computed_beside_this_one(monkeypatch: py
         return original(plan, epoch)
 
     monkeypatch.setattr(Plan, "order", order)
-    parts = with_(make_parts(epochs=3), monitor={"log_every_steps": 1})
+    state = with_(make_state(epochs=3), monitor={"log_every_steps": 1})
     recorder = Recorder()
     recorder.after_log = lambda: ready[min(recorder.trains[-1].epoch, 2)].wait(60) or pytest.fail("waits")
-    run(parts, recorder=recorder)
+    run(state, recorder=recorder)
     assert computed == [0, 1, 2]
 
 
@@ -667,21 +667,21 @@ class Careless(Cached):
 
 @pytest.mark.parametrize("how", ["repeats", "swaps", "drops"])
 def test_an_epoch_over_other_samples_than_those_of_the_index_is_an_error(how: str) -> None:
-    parts = make_parts()
-    parts.train_data = Careless(how)
+    state = make_state()
+    state.train_data = Careless(how)
     recorder = Recorder()
     with pytest.raises(DataError, match=r"trained on \d+ samples, it should be 40.*must not be") as caught:
-        run(parts, recorder=recorder)
+        run(state, recorder=recorder)
     assert caught.value.exit_code == 65
     assert recorder.evaluations == []
 
 
 @pytest.mark.parametrize(("how", "seen"), [("repeats", 40), ("drops", 39)])
 def test_an_evaluation_of_other_samples_is_an_error(how: str, seen: int) -> None:
-    parts = make_parts(batch_size=4)
-    parts.val = Validation(Careless(how), np.arange(40), NAMES)
+    state = make_state(batch_size=4)
+    state.val = Validation(Careless(how), np.arange(40), NAMES)
     with pytest.raises(DataError, match=rf"saw {seen} samples, it should be 40, or not the same ones"):
-        evaluate(parts, "none", step=0, hooks=QUIET)
+        evaluate(state, "none", step=0, callbacks=QUIET)
 
 
 # --- Failure ----------------------------------------------------------------------------------------
@@ -689,14 +689,14 @@ def test_an_evaluation_of_other_samples_is_an_error(how: str, seen: int) -> None
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(value: float) -> None:
-    parts = with_(make_parts(), checkpoint={"every_steps": 2})
+    state = with_(make_state(), checkpoint={"every_steps": 2})
     with torch.no_grad():
-        parts.bare_model.get_parameter("6.bias").fill_(value)
+        state.bare_model.get_parameter("6.bias").fill_(value)
     saves: list[Any] = []
     recorder = Recorder()
     told = r"the loss is not finite at step 1 \(epoch 1, on rank 0 first\); .*errors/bad\.json; lower"
     with pytest.raises(TrainingError, match=told) as caught:
-        run(parts, save=lambda **options: saves.append(options), recorder=recorder)
+        run(state, save=lambda **options: saves.append(options), recorder=recorder)
     assert caught.value.exit_code == 70
     assert recorder.trains == saves == []
 
@@ -716,13 +716,13 @@ class Breaking(nn.Module):
 
 @pytest.mark.parametrize(("accumulate", "step"), [(1, 5), (2, 5), (1, 1), (1, 3)])
 def test_the_step_that_was_not_finite_is_named_with_its_batch(accumulate: int, step: int) -> None:
-    parts = make_parts(Breaking(accumulate * (step - 1) + 1), accumulate=accumulate)
+    state = make_state(Breaking(accumulate * (step - 1) + 1), accumulate=accumulate)
     recorder = Recorder()
     epoch = (step - 1) // 3
     with pytest.raises(TrainingError, match=rf"at step {step} \(epoch {epoch + 1}, "):
-        run(parts, recorder=recorder)
-    places = parts.plan.batch((step - 1) % 3)
-    assert recorder.bad == (epoch + 1, step, parts.plan.order(epoch)[list(places)].tolist())
+        run(state, recorder=recorder)
+    places = state.plan.batch((step - 1) % 3)
+    assert recorder.bad == (epoch + 1, step, state.plan.order(epoch)[list(places)].tolist())
 
 
 def test_a_gradient_scaler_that_lets_no_step_through_ends_the_run() -> None:
@@ -736,24 +736,24 @@ def test_a_gradient_scaler_that_lets_no_step_through_ends_the_run() -> None:
             scores.register_hook(lambda gradient: gradient * float("inf"))
             return scores
 
-    parts = with_(make_parts(Overflowing(), epochs=20), monitor={"log_every_steps": 2})
-    parts.accelerator.scaler = torch.amp.GradScaler("cpu")
-    parts.meter.scale = 2.0**16
-    before, saves = state(parts.bare_model), []
+    state = with_(make_state(Overflowing(), epochs=20), monitor={"log_every_steps": 2})
+    state.accelerator.scaler = torch.amp.GradScaler("cpu")
+    state.meter.scale = 2.0**16
+    before, saves = weights_of(state.bare_model), []
     with pytest.raises(TrainingError, match=r"not finite in the last \d+ steps, at any loss scale") as caught:
         run(
-            with_(parts, checkpoint={"every_epochs": 99}, eval={"every_epochs": 99}),
+            with_(state, checkpoint={"every_epochs": 99}, eval={"every_epochs": 99}),
             save=lambda **o: saves.append(o),
         )
     assert caught.value.exit_code == 70
     assert saves == []
-    assert same(state(parts.bare_model), before)
+    assert same(weights_of(state.bare_model), before)
 
 
 def test_a_gradient_scaler_that_finds_its_scale_goes_on() -> None:
-    parts = with_(make_parts(epochs=2), monitor={"log_every_steps": 1})
-    parts.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # too large at first
-    recorder = run(parts)
+    state = with_(make_state(epochs=2), monitor={"log_every_steps": 1})
+    state.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # too large at first
+    recorder = run(state)
     assert len(recorder.trains) == 6
 
 
@@ -773,9 +773,9 @@ def test_a_gradient_scaler_that_finds_its_scale_goes_on() -> None:
     ],
 )
 def test_saves_come_when_due_once_and_at_the_end(options: dict[str, int], expected: list[int]) -> None:
-    parts = with_(make_parts(epochs=4), checkpoint=options, eval={"every_epochs": 9})
-    position, steps = Position(), []
-    run(parts, position, save=lambda **_: steps.append(position.step))
+    state = with_(make_state(epochs=4), checkpoint=options, eval={"every_epochs": 9})
+    progress, steps = Progress(), []
+    run(state, progress, save=lambda **_: steps.append(progress.step))
     assert steps == expected
 
 
@@ -787,13 +787,13 @@ def test_the_best_is_saved_whenever_it_is_found(monkeypatch: pytest.MonkeyPatch)
         return Evaluation(record, 0, NAMES, [], [])
 
     monkeypatch.setattr(loops, "evaluate", evaluation)
-    parts = with_(make_parts(epochs=5), checkpoint={"every_epochs": 9})
-    position, saves = Position(), []
+    state = with_(make_state(epochs=5), checkpoint={"every_epochs": 9})
+    progress, saves = Progress(), []
 
     def save(*, best: bool, evaluation: Evaluation) -> None:
-        saves.append((position.epoch, best, position.best_accuracy, evaluation.record.accuracy))
+        saves.append((progress.epoch, best, progress.best_accuracy, evaluation.record.accuracy))
 
-    run(parts, position, save=save)
+    run(state, progress, save=save)
     assert saves == [(1, True, 0.5, 0.5), (4, True, 0.6, 0.6), (5, False, 0.6, 0.6)]
 
 
@@ -810,53 +810,53 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def parts_of_everything(optimizer: str) -> Parts:
-    parts = make_parts(network(dropout=0.3, norm=True), optim={"name": optimizer}, **EVERYTHING)
-    return with_(parts, schedule={"name": "one_cycle"})
+def state_of_everything(optimizer: str) -> TrainState:
+    state = make_state(network(dropout=0.3, norm=True), optim={"name": optimizer}, **EVERYTHING)
+    return with_(state, schedule={"name": "one_cycle"})
 
 
-def saved_states(parts: Parts) -> dict[str, Any]:
-    assert parts.ema is not None
+def saved_states(state: TrainState) -> dict[str, Any]:
+    assert state.ema is not None
     return {
-        "model": parts.bare_model.state_dict(),
-        "optimizer": parts.optimizer.state_dict(),
-        "ema": parts.ema.state_dict(),
+        "model": state.bare_model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "ema": state.ema.state_dict(),
     }
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path, optimizer: str, stop_after: int) -> None:
-    whole = parts_of_everything(optimizer)
-    end = Position()
+    whole = state_of_everything(optimizer)
+    end = Progress()
     uninterrupted = run(whole, end)
 
-    stopped = parts_of_everything(optimizer)
-    position, steps = Position(), []
+    stopped = state_of_everything(optimizer)
+    progress, steps = Progress(), []
     recorder = Recorder()
 
     def save(*, best: bool, stopping: bool = False, **_: object) -> None:
-        steps.append(position.step)
+        steps.append(progress.step)
         states = saved_states(stopped) | {"ranks": gather_rank_states(stopped, with_buffers=False)}
-        taken = checkpoint.snapshot(position.step, states, dataclasses.asdict(position))
+        taken = checkpoint.snapshot(progress.step, states, dataclasses.asdict(progress))
         checkpoint.write(tmp_path, taken, keep=1, best=best)
 
     with pytest.raises(StoppedError, match=r"stopped .*saved, resumable") as caught:
-        run(stopped, position, save=save, stop_after=stop_after, recorder=recorder)
+        run(stopped, progress, save=save, stop_after=stop_after, recorder=recorder)
     assert caught.value.exit_code == 75
     assert steps == ([3] if stop_after > 3 else []) + [stop_after]
 
-    going_on = parts_of_everything(optimizer)
+    going_on = state_of_everything(optimizer)
     loaded = checkpoint.load(tmp_path / "latest")
     restore(loaded, going_on.bare_model, going_on.optimizer, going_on.ema)
-    position = Position(**loaded.state)
+    progress = Progress(**loaded.state)
     restore_rank_state(going_on, loaded.parts["ranks"])
-    run(going_on, position, recorder=recorder)
-    assert position == end
-    assert same(state(going_on.bare_model), state(whole.bare_model))
+    run(going_on, progress, recorder=recorder)
+    assert progress == end
+    assert same(weights_of(going_on.bare_model), weights_of(whole.bare_model))
     assert going_on.ema is not None
     assert whole.ema is not None
-    assert same(state(going_on.ema), state(whole.ema))
+    assert same(weights_of(going_on.ema), weights_of(whole.ema))
     assert recorder.traces == uninterrupted.traces
     assert recorder.evaluations == uninterrupted.evaluations
     assert computed(recorder.trains) == computed(uninterrupted.trains)
@@ -869,18 +869,18 @@ def computed(records: list[TrainRecord]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_wish_to_stop_is_heard_in_an_evaluation(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = with_(make_parts(val_samples=200), checkpoint={"every_epochs": 9})
-    position, recorder, asked = Position(), Recorder(), False
+    state = with_(make_state(val_samples=200), checkpoint={"every_epochs": 9})
+    progress, recorder, asked = Progress(), Recorder(), False
     saves: list[dict[str, Any]] = []
     monkeypatch.setattr(evaluation, "_LARGEST_BATCH", 16)
     predictions = 0
 
     def hear(phase: Phase, step: int, part: int) -> None:
         nonlocal predictions, asked
-        if phase == Phase.EVALUATE and position.epoch == epoch:
+        if phase == Phase.EVALUATE and progress.epoch == epoch:
             predictions, asked = part, part == 3
 
-    hooks = Hooks(
+    callbacks = Callbacks(
         recorder,
         recorder,
         SimpleNamespace(save=lambda **options: saves.append(options), check=lambda: None, wait=lambda: None),
@@ -888,20 +888,20 @@ def test_a_wish_to_stop_is_heard_in_an_evaluation(epoch: int, monkeypatch: pytes
         Phases(hear),
     )
     with pytest.raises(StoppedError, match=rf"in the evaluation after epoch {epoch}; saved, resumable"):
-        train(parts, position, hooks)
+        train(state, progress, callbacks)
     assert predictions == 3, "of thirteen batches"
     assert [record.epoch for record in recorder.evaluations] == list(range(1, epoch))
     assert saves[-1] == {"best": False, "stopping": True}
-    assert position.evaluation_due
-    whole = run(make_parts(val_samples=200))
+    assert progress.evaluation_due
+    whole = run(make_state(val_samples=200))
     asked = False
-    hooks = dataclasses.replace(hooks, phases=Phases())
-    train(parts, position, hooks)
+    callbacks = dataclasses.replace(callbacks, phases=Phases())
+    train(state, progress, callbacks)
     assert recorder.evaluations == whole.evaluations
 
 
 def test_the_network_learns() -> None:
-    parts = make_parts(samples=100, epochs=40, optim={"lr": 0.02})
-    recorder = run(parts)
+    state = make_state(samples=100, epochs=40, optim={"lr": 0.02})
+    recorder = run(state)
     assert recorder.trains[-1].accuracy > 0.8  # of random labels: learnt by heart
     assert recorder.trains[-1].loss < 0.5 * recorder.trains[0].loss

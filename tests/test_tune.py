@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from disttrain.measure.tune import BatchRow, judge_batches, judge_rates
+from disttrain.bench.tune import BatchRow, judge_batches, judge_rates
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 RATES = np.geomspace(1e-6, 10, 100).tolist()

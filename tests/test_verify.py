@@ -11,10 +11,10 @@ from conftest import write_tar
 from toy import edit_index, pack
 
 from disttrain.shards import verify as module
-from disttrain.shards.foreign import index_folder
+from disttrain.shards.existing_tars import index_folder
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options
-from disttrain.shards.verify import survey, verify
+from disttrain.shards.verify import find_bad_samples, verify
 
 
 @pytest.fixture
@@ -78,32 +78,34 @@ def test_every_problem_is_told(root):
 def test_what_cannot_be_used_is_looked_for_once(root, monkeypatch):
     index = with_bad_labels(root)
     said = []
-    assert survey(index, "train", said.append).tolist() == [2, 5]
+    assert find_bad_samples(index, "train", said.append).tolist() == [2, 5]
     assert [text.partition(":")[0] for text in said[1:]] == ["left out"] * 2
     monkeypatch.setattr(module, "examine", None)
-    assert survey(index, "train", said.append).tolist() == [2, 5]
+    assert find_bad_samples(index, "train", said.append).tolist() == [2, 5]
     assert len(said) == 3
 
 
 def test_it_is_looked_for_again_when_a_shard_changes(root):
     index = with_bad_labels(root)
-    survey(index, "train", quiet)
+    find_bad_samples(index, "train", quiet)
     path = root / "set" / "train-0.tar"
     kept = path.read_bytes()
     path.write_bytes(kept[:-1] + b"x")
-    assert survey(index, "train", quiet).tolist() == list(range(8))  # its hash is wrong: all are left out
+    assert find_bad_samples(index, "train", quiet).tolist() == list(
+        range(8)
+    )  # its hash is wrong: all are left out
     path.unlink()
-    assert survey(index, "train", quiet).tolist() == list(range(8))
+    assert find_bad_samples(index, "train", quiet).tolist() == list(range(8))
     path.write_bytes(kept)
-    assert survey(index, "train", quiet).tolist() == [2, 5]
+    assert find_bad_samples(index, "train", quiet).tolist() == [2, 5]
 
 
 def test_processes_that_look_at_once_look_once(root):
     with_bad_labels(root)
     program = f"""
 from disttrain.shards.index import load_index
-from disttrain.shards.verify import survey
-print(survey(load_index("set", {str(root)!r}), "train", print).tolist())
+from disttrain.shards.verify import find_bad_samples
+print(find_bad_samples(load_index("set", {str(root)!r}), "train", print).tolist())
 """
     processes = [
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)
@@ -118,7 +120,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(root, monkeypatch, tmp_pa
     (tmp_path / "file").touch()
     monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "file"))
     for _ in range(2):
-        assert survey(index, "train", quiet).tolist() == [2, 5]
+        assert find_bad_samples(index, "train", quiet).tolist() == [2, 5]
 
 
 def test_the_command_lists_the_problems_and_ends_with_65(disttrain, root):

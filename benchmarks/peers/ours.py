@@ -2,7 +2,7 @@
 
     python benchmarks/peers/ours.py streamed|cached|decode_once|resume FOLDER [--threads 2] [--samples 10000]
 
-streamed reads, decodes, crops, flips and normalises every sample of an epoch, after checking the shards;
+streamed reads, decodes, crops, flips and normalizes every sample of an epoch, after checking the shards;
 cached does the same from the decoded copy, for ten epochs; decode_once makes that copy; resume is the time to
 the first batch of the second half of an epoch, with the shards checked before, as in a run that goes on.
 """
@@ -18,12 +18,12 @@ from common import BATCH_SIZE, MEAN, STD, parser, report, set_threads
 
 from disttrain.config import AugmentConfig
 from disttrain.data.cached import Cached, open_split
-from disttrain.data.plan import Plan
+from disttrain.data.epoch_plan import Plan
 from disttrain.data.streamed import Streamed
 from disttrain.shards.images import use_torchvision
 from disttrain.shards.index import Index, load_index
 from disttrain.training.augment import Augment
-from disttrain.training.normalise import Normalise
+from disttrain.training.normalize import Normalize
 
 CPU = torch.device("cpu")
 NONE = np.empty(0, np.int64)
@@ -36,8 +36,8 @@ def quiet(text: str) -> None:
 
 def epoch_of(loader: Cached | Streamed, plan: Plan, epoch: int, begin: int, limit: int | None) -> int:
     """Serves and augments an epoch from step `begin` on; returns the samples served."""
-    normalise = Normalise(MEAN, STD, 32, channels_last=True)
-    augment = Augment(AugmentConfig(crop_padding=4, flip=True), seed=0, normalise=normalise)
+    normalize = Normalize(MEAN, STD, 32, channels_last=True)
+    augment = Augment(AugmentConfig(crop_padding=4, flip=True), seed=0, normalize=normalize)
     augment.start_epoch(epoch, plan.order(epoch), 32, 32)
     windows = [slice(p.start, p.stop) for p in map(plan.batch, range(begin, plan.steps_per_epoch))]
     seen = 0

@@ -28,8 +28,8 @@ from disttrain.preflight import open_index
 from disttrain.training.build import INIT_IMAGES, build
 from disttrain.training.evaluation import evaluate
 from disttrain.training.group import join
-from disttrain.training.parts import Hooks
 from disttrain.training.rank import Rank
+from disttrain.training.state import Callbacks
 from disttrain.training.train import train_epoch
 
 
@@ -39,17 +39,17 @@ def ours(config_file: Path, overrides: list[str], seed: int) -> dict[str, float]
     index = open_index(config, lambda text: None)
     parts, position, _ = build(config, Rank(0, None), join(config, "cuda"), index, None)
     nothing = Nothing()
-    hooks = Hooks(nothing, nothing, nothing, lambda: False)
+    callbacks = Callbacks(nothing, nothing, nothing, lambda: False)
     parts.model.train()
     torch.cuda.synchronize()
     began = time.perf_counter()
     first = parts.train_data.batches(parts.plan.ids, [slice(0, INIT_IMAGES)])
-    cast(Any, parts.bare_model).init_from_images(parts.augment.normalise(next(first).images))
+    cast(Any, parts.bare_model).init_from_images(parts.augment.normalize(next(first).images))
     for epoch in range(config.train.epochs):
-        train_epoch(parts, position, parts.plan.order(epoch), hooks)
+        train_epoch(parts, position, parts.plan.order(epoch), callbacks)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
-    found = evaluate(parts, config.eval.tta, step=position.step, hooks=hooks)
+    found = evaluate(parts, config.eval.tta, step=position.step, callbacks=callbacks)
     assert found is not None
     return {"seconds": seconds, "accuracy": found.record["accuracy"]}
 

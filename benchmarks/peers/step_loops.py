@@ -5,10 +5,10 @@
 Every round takes --steps steps with each loop, in an order drawn anew, so that what else the machine does and
 what the loop before has left meet all alike:
 
-hand       the shortest loop one would write by hand: uint8 images in memory in a random order, normalised
+hand       the shortest loop one would write by hand: uint8 images in memory in a random order, normalized
            step by step, fused optimizer, a running sum of the loss and nothing else
 again      the same loop once more: what it differs by is the noise of the machine
-replayed   the same with one batch, normalised before
+replayed   the same with one batch, normalized before
 ours       `disttrain.training.train.train_epoch` with the parts that the worker builds: metrics.jsonl and
            log points as in a run with -q
 ours_replayed   the same with one batch of the loader
@@ -16,7 +16,7 @@ ungraphed  as ours, without a CUDA graph (on a GPU)
 blind      the same without any observer and log point
 watched    the same with the dashboard on a pseudo-terminal, as a user sees it
 saving     the same with some checkpoints on the way, written to a temporary folder one after the other
-lightning  Lightning at its best, over normalised images in memory that are cut by a batch sampler: no logger,
+lightning  Lightning at its best, over normalized images in memory that are cut by a batch sampler: no logger,
            checkpoints or progress bar (with --lightning, in an environment that has it)
 
 The last line printed is JSON: for each loop the seconds of a step in every round, and how many checkpoints
@@ -42,23 +42,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import normalised
+from training import normalized
 
+from disttrain.bench.step_bench import Replay
 from disttrain.config import Config, load_config
-from disttrain.data.plan import Plan
-from disttrain.measure.step_bench import Replay
+from disttrain.data.epoch_plan import Plan
 from disttrain.models import build_model
 from disttrain.monitor.observe import RunObserver
 from disttrain.preflight import open_index
 from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index
+from disttrain.training.autotune import Choice
 from disttrain.training.build import build
-from disttrain.training.choices import Choice
 from disttrain.training.group import join
 from disttrain.training.optim import build_optimizer
-from disttrain.training.parts import Hooks, Parts, Position
 from disttrain.training.rank import Rank
 from disttrain.training.saver import RunSaver
+from disttrain.training.state import Callbacks, Progress, TrainState
 from disttrain.training.train import train_epoch
 
 SAVES = 4  # in a round that has enough steps: what one of them costs is more than the noise of a round
@@ -85,10 +85,10 @@ class Nothing:
 class Ours:
     """Our loop over the first steps of an epoch."""
 
-    def __init__(self, config: Config, parts: Parts, index: Index, steps: int, scratch: Path) -> None:
-        self.config, self.parts, self.index, self.steps, self.scratch = config, parts, index, steps, scratch
+    def __init__(self, config: Config, state: TrainState, index: Index, steps: int, scratch: Path) -> None:
+        self.config, self.parts, self.index, self.steps, self.scratch = config, state, index, steps, scratch
         self.choices = {
-            "precision": Choice(parts.settings.precision, "given"),
+            "precision": Choice(state.settings.precision, "given"),
             "cache": Choice("host", "given"),
         }
         batch = config.train.batch_size
@@ -99,14 +99,14 @@ class Ours:
 
     def epoch(self, observer, gauges, saver, **monitor_or_checkpoint: dict) -> float:
         """Trains and returns the seconds of a step."""
-        parts = self.parts
+        state = self.parts
         tree = self.config.model_dump()
         for section, keys in monitor_or_checkpoint.items():
             tree[section] |= keys
-        parts.config, parts.plan = Config.model_validate(tree), self.plan
+        state.config, state.plan = Config.model_validate(tree), self.plan
         began = time.perf_counter()
-        hooks = Hooks(observer, gauges, saver, lambda: False)
-        train_epoch(parts, Position(epoch=self.rounds), self.plan.order(self.rounds), hooks)
+        callbacks = Callbacks(observer, gauges, saver, lambda: False)
+        train_epoch(state, Progress(epoch=self.rounds), self.plan.order(self.rounds), callbacks)
         seconds = time.perf_counter() - began
         self.rounds += 1
         return seconds / self.steps
@@ -115,15 +115,15 @@ class Ours:
         """Trains with metrics.jsonl and, unless quiet, the dashboard."""
         folder = RunFolder(self.scratch / f"{self.rounds}")
         folder.path.mkdir()
-        position = Position()
+        progress = Progress()
         observer = RunObserver(
-            self.config, folder, self.parts, position, self.index, self.choices, verbosity=verbosity
+            self.config, folder, self.parts, progress, self.index, self.choices, verbosity=verbosity
         )
         saver = Nothing()
         keys = {}
         if saving:
             saver = RunSaver(
-                self.parts, position, self.index, folder, done=observer.saved, writing=contextlib.nullcontext
+                self.parts, progress, self.index, folder, done=observer.saved, writing=contextlib.nullcontext
             )
             keys = {"checkpoint": {"every_steps": self.save_every}}
         with observer:
@@ -186,14 +186,14 @@ def terminal() -> Iterator[None]:
         os.close(outer)
 
 
-def hand_loops(config: Config, parts: Parts, index: Index, steps: int) -> dict[str, Callable[[], float]]:
+def hand_loops(config: Config, state: TrainState, index: Index, steps: int) -> dict[str, Callable[[], float]]:
     """Returns the hand-written loop, twice, and the same with a replayed batch."""
-    device, batch = parts.accelerator.device, config.train.batch_size
-    images, labels = parts.train_data._images, parts.train_data._labels
+    device, batch = state.accelerator.device, config.train.batch_size
+    images, labels = state.train_data._images, state.train_data._labels
     mean, std = torch.tensor(index.mean, device=device), torch.tensor(index.std, device=device)
-    model = fresh_model(config, parts, index)
+    model = fresh_model(config, state, index)
     optimizer, _ = build_optimizer(config.optim, config.schedule, model)
-    bf16 = parts.settings.precision == "bf16"
+    bf16 = state.settings.precision == "bf16"
 
     def arithmetic() -> contextlib.AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
@@ -214,7 +214,7 @@ def hand_loops(config: Config, parts: Parts, index: Index, steps: int) -> dict[s
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for ids in torch.randperm(len(images), device=device).split(batch):
-            yield normalised(images.index_select(0, ids), mean, std), labels.index_select(0, ids)
+            yield normalized(images.index_select(0, ids), mean, std), labels.index_select(0, ids)
 
     one = next(batches())
 
@@ -229,19 +229,19 @@ def hand_loops(config: Config, parts: Parts, index: Index, steps: int) -> dict[s
     }
 
 
-def lightning_loop(config: Config, parts: Parts, index: Index, steps: int) -> Callable[[], float]:
+def lightning_loop(config: Config, state: TrainState, index: Index, steps: int) -> Callable[[], float]:
     """Returns Lightning's loop."""
     import lightning
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    device, warm_up = parts.accelerator.device, 3
+    device, warm_up = state.accelerator.device, 3
 
     class Classifier(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = fresh_model(config, parts, index)
+            self.model = fresh_model(config, state, index)
 
         def training_step(self, batch, number: int) -> Tensor:
             images, labels = batch
@@ -259,8 +259,8 @@ def lightning_loop(config: Config, parts: Parts, index: Index, steps: int) -> Ca
                 now = time.perf_counter()
                 self.seconds, self.began = (now - self.began) / steps, now
 
-    split = parts.train_data
-    inputs = normalised(split._images, torch.tensor(index.mean), torch.tensor(index.std))
+    split = state.train_data
+    inputs = normalized(split._images, torch.tensor(index.mean), torch.tensor(index.std))
     dataset = TensorDataset(inputs, split._labels)
     sampler = BatchSampler(RandomSampler(dataset), config.train.batch_size, drop_last=False)
     loader = DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=0)
@@ -271,7 +271,7 @@ def lightning_loop(config: Config, parts: Parts, index: Index, steps: int) -> Ca
         trainer = lightning.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
-            precision="bf16-mixed" if parts.settings.precision == "bf16" else "32-true",
+            precision="bf16-mixed" if state.settings.precision == "bf16" else "32-true",
             max_steps=warm_up + steps,
             logger=False,
             enable_checkpointing=False,
@@ -285,7 +285,7 @@ def lightning_loop(config: Config, parts: Parts, index: Index, steps: int) -> Ca
     return run
 
 
-def fresh_model(config: Config, parts: Parts, index: Index) -> nn.Module:
+def fresh_model(config: Config, state: TrainState, index: Index) -> nn.Module:
     size = (index.height, index.width)
     model = build_model(
         config.model.name,
@@ -294,7 +294,7 @@ def fresh_model(config: Config, parts: Parts, index: Index) -> nn.Module:
         image_size=size,
         args=config.model.args,
     )
-    return model.to(parts.accelerator.device, memory_format=torch.channels_last)
+    return model.to(state.accelerator.device, memory_format=torch.channels_last)
 
 
 def synchronize(device: torch.device) -> None:
@@ -315,20 +315,20 @@ def main() -> None:
     index = open_index(config, lambda text: None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     group = join(config, device)
-    parts, _, _ = build(config, Rank(0, None), group, index, None)
+    state, _, _ = build(config, Rank(0, None), group, index, None)
     with tempfile.TemporaryDirectory() as scratch:
-        ours = Ours(config, parts, index, options.steps, Path(scratch))
-        loops = hand_loops(config, parts, index, options.steps) | {
+        ours = Ours(config, state, index, options.steps, Path(scratch))
+        loops = hand_loops(config, state, index, options.steps) | {
             "ours": ours.observed,
             "ours_replayed": ours.replayed,
             "blind": ours.blind,
             "watched": ours.watched,
             "saving": lambda: ours.observed(saving=True),
         }
-        if parts.graph is not None:
+        if state.graph is not None:
             loops["ungraphed"] = ours.ungraphed
         if options.lightning:
-            loops["lightning"] = lightning_loop(config, parts, index, options.steps)
+            loops["lightning"] = lightning_loop(config, state, index, options.steps)
         seconds: dict[str, list[float]] = {name: [] for name in loops}
         order = random.Random(0)
         gc.collect()

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/peers/torchrun_ddp.py MODEL FOLDER [--batch 64] [--steps 200]
 
-DistributedSampler, a DataLoader without workers over normalised images in memory, DDP with its defaults on
+DistributedSampler, a DataLoader without workers over normalized images in memory, DDP with its defaults on
 gloo, fp32. --batch is the global batch; each process takes its share.
 """
 
@@ -13,14 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from training import Clock, arguments, images_and_labels, network, normalised, optimizer
+from training import Clock, arguments, images_and_labels, network, normalized, optimizer
 
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
     dist.init_process_group("gloo")
     images, labels, mean, std = images_and_labels(options.data)
-    dataset = TensorDataset(normalised(images, mean, std).contiguous(), labels)
+    dataset = TensorDataset(normalized(images, mean, std).contiguous(), labels)
     sampler = DistributedSampler(dataset)
     loader = DataLoader(dataset, batch_size=options.batch // dist.get_world_size(), sampler=sampler)
     model = DistributedDataParallel(network(options.model, images))

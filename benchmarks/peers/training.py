@@ -42,7 +42,7 @@ def images_and_labels(data: Path, split: str = "train") -> tuple[Tensor, Tensor,
     return images, labels, torch.tensor(index.mean), torch.tensor(index.std)
 
 
-def normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Returns float32 [B, C, H, W] in channels_last order, of uint8 [B, H, W, C]; the usual two lines."""
     return (images.to(torch.float32).div_(255).sub_(mean).div_(std)).permute(0, 3, 1, 2)
 

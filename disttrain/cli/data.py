@@ -98,7 +98,7 @@ def verify(name: str, root: str | None) -> None:
     Lists the shards and samples that are bad, and ends with 65 if there are any.
     """
     from disttrain.errors import DataError
-    from disttrain.shards.index import again, load_index
+    from disttrain.shards.index import load_index, remedy
     from disttrain.shards.verify import verify
 
     index = load_index(name, root, strict=False)
@@ -109,7 +109,7 @@ def verify(name: str, root: str | None) -> None:
         click.echo(f"{problem.place}: {sample}{problem.text}")
     if problems:
         count = f"{len(problems):,} problem{'s' * (len(problems) > 1)}"
-        raise DataError(f"{name}: {count}; {again(index)}, or train without them with data.on_error=skip")
+        raise DataError(f"{name}: {count}; {remedy(index)}, or train without them with data.on_error=skip")
     samples = sum(split.samples for split in index.splits.values())
     shards = sum(len(split.shards) for split in index.splits.values())
     click.echo(f"{name}: {samples:,} samples in {shards} shard{'s' * (shards > 1)} are what the index says")
@@ -135,7 +135,7 @@ def index_(folder: Path, classes: Path | None, skip: bool, force: bool, **patter
     label (KEY.cls).
     """
     from disttrain.errors import UsageError
-    from disttrain.shards.foreign import index_folder
+    from disttrain.shards.existing_tars import index_folder
 
     names = None
     if classes is not None:
@@ -165,7 +165,7 @@ def bench_(
 
     The last line is the stock webdataset pipeline on the same shards.
     """
-    from disttrain.measure.data_bench import bench
+    from disttrain.bench.data_bench import bench
     from disttrain.shards.index import load_index
 
     stages = []

@@ -80,9 +80,9 @@ def run(
     train.batch_size is the global batch.
     """
     from disttrain.config import load_config
-    from disttrain.launch.peers import telling_nodes
     from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
     from disttrain.launch.prepare import prepare, processes_here
+    from disttrain.launch.rendezvous import telling_nodes
     from disttrain.models import check_model_name
     from disttrain.monitor.nvml import unusable_gpus
     from disttrain.runs.agreement import facts
@@ -174,9 +174,9 @@ def bench(
     """
     from rich.console import Console
 
+    from disttrain.bench.bench import DEFAULT, summary, tables
+    from disttrain.bench.bench import bench as measure
     from disttrain.config import Config, load_config
-    from disttrain.measure.bench import DEFAULT, summary, tables
-    from disttrain.measure.bench import bench as measure
     from disttrain.parallel import usable_cores
 
     config = Config.model_validate(DEFAULT) if config_path is None else load_config(config_path, overrides)

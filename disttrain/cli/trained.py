@@ -32,7 +32,7 @@ def eval_(run_path: Path, checkpoint: str, as_json: bool, **where: Any) -> None:
     Shows accuracy, loss, the accuracy of each class and the confusion matrix. Every sample counts exactly
     once, on any number of processes.
     """
-    from disttrain.trained.eval import evaluate, report
+    from disttrain.inference.eval import evaluate, report
 
     result = evaluate(run_path, checkpoint, **where)
     for line in [json.dumps(result)] if as_json else report(result):
@@ -55,7 +55,7 @@ def predict(
     below it; `-` reads names from standard input, one on each line, or separated by NUL as `find -print0`
     prints them. A file that cannot be used is named on standard error; the others go on, and the end is 65.
     """
-    from disttrain.trained.predict_command import predict as show
+    from disttrain.inference.predict_command import predict as show
 
     with progress(disable=sys.stdout.isatty()) as on_progress:
         show(run_path, images, checkpoint, top=top, grid=grid, as_json=as_json, on_progress=on_progress)
@@ -85,7 +85,7 @@ def export(
     The file is checked against the network on images of the validation split; a model card, README.md, is
     written beside it.
     """
-    from disttrain.trained.exporting import export
+    from disttrain.inference.exporting import export
 
     done = export(run_path, file_format, output, checkpoint=checkpoint, root=root)
     click.echo(f"{done.path}: largest difference of a score {done.difference:.3g} on {done.images} images")

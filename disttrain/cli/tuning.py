@@ -51,10 +51,10 @@ def lr(
     The suggestion is where the loss falls fastest. It is a place to begin at, not the best one; with a
     schedule that rises to it, up to a third of the rate of the least loss is usual.
     """
+    from disttrain.bench.tune import find_rate
+    from disttrain.bench.tune_page import write_rates
     from disttrain.config import load_config
     from disttrain.errors import UsageError
-    from disttrain.measure.tune import find_rate
-    from disttrain.measure.tune_page import write_rates
 
     if span["low"] >= span["high"]:
         raise UsageError(f"--from {span['low']:g} is not below --to {span['high']:g}")
@@ -89,10 +89,10 @@ def batch(
 
     Larger and larger batches are tried until one does not fit into the memory or brings nothing more.
     """
+    from disttrain.bench.tune import judge_batches, try_batches
+    from disttrain.bench.tune_page import batch_cells, write_batches
     from disttrain.config import load_config
     from disttrain.errors import TrainingError
-    from disttrain.measure.tune import judge_batches, try_batches
-    from disttrain.measure.tune_page import batch_cells, write_batches
 
     config = load_config(config_path, overrides)
     plan, index = ready_to_measure(config, gpus, procs)

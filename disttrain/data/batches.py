@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from disttrain.data.plan import Ids
+from disttrain.data.epoch_plan import Ids
 from disttrain.errors import UsageError
 from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
@@ -62,7 +62,7 @@ def gather(source: Tensor, places: Tensor, *, pinned: bool) -> Tensor:
     return torch.index_select(source, 0, places, out=rows)
 
 
-def choose_place(
+def choose_cache(
     cache: Literal["auto", "device", "host", "none"],
     needed: int,
     device: torch.device,

@@ -19,12 +19,12 @@ import numpy.typing as npt
 import torch
 
 from disttrain.data.batches import Batch, Window, gather
-from disttrain.data.plan import Ids
+from disttrain.data.epoch_plan import Ids
 from disttrain.errors import DataError, StorageError
-from disttrain.files import appearing, sha256, stamp, turn
+from disttrain.files import appearing, file_lock, sha256, stamp
 from disttrain.parallel import usable_cores
 from disttrain.shards.images import expect_images
-from disttrain.shards.index import Index, again
+from disttrain.shards.index import Index, remedy
 from disttrain.shards.reader import decoded
 from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
@@ -70,7 +70,7 @@ def open_split(index: Index, split: str, skipped: Ids, say: Callable[[str], None
     if found is not None:
         return found
     try:
-        with turn(target, lambda: say(f"waiting for another process that decodes {index.name}/{split}")):
+        with file_lock(target, lambda: say(f"waiting for another process that decodes {index.name}/{split}")):
             found = _map(target, index, split)
             if found is None:
                 _decode(index, split, skipped, target, say)
@@ -134,7 +134,7 @@ def _decode(index: Index, split: str, skipped: Ids, target: Path, say: Callable[
                 for sample, (key, problem) in chunk.problems.items():
                     if sample not in left_out:
                         raise DataError(
-                            f"{index.place(shard)}: sample {key}: {problem}; {again(index)}, or leave such "
+                            f"{index.place(shard)}: sample {key}: {problem}; {remedy(index)}, or leave such "
                             "samples out with data.on_error=skip"
                         )
                 end = chunk.first + len(chunk.labels)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from disttrain.data.batches import Batch, Window
-from disttrain.data.plan import Ids
+from disttrain.data.epoch_plan import Ids
 from disttrain.data.streamed import PIECE, Streamed, Wanted, cut
 from disttrain.errors import DisttrainError, UsageError, describe
-from disttrain.parallel import in_order
+from disttrain.parallel import ordered_map
 from disttrain.shards.images import ImageError, decode_into
 from disttrain.shards.index import Index
 from disttrain.shards.reader import Sample, sample_error
@@ -103,7 +103,7 @@ class Staged(Streamed):
 
     def _read(self, wanted: Iterable[Wanted]) -> Iterator[Sample]:
         pieces = (due.unique[piece] for due in wanted for piece in cut(len(due.unique)))
-        return itertools.chain.from_iterable(in_order(self._reader.samples, pieces, self._workers))
+        return itertools.chain.from_iterable(ordered_map(self._reader.samples, pieces, self._workers))
 
     def _decode(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         return self._in_pieces(self._decode_piece, samples)
@@ -116,7 +116,7 @@ class Staged(Streamed):
     ) -> Iterator[Sample]:
         source = iter(samples)
         pieces = iter(lambda: list(itertools.islice(source, PIECE)), [])
-        return itertools.chain.from_iterable(in_order(work, pieces, self._workers, self._ahead))
+        return itertools.chain.from_iterable(ordered_map(work, pieces, self._workers, self._ahead))
 
     def _decode_piece(self, samples: list[Sample]) -> list[Sample]:
         images = np.empty((len(samples), *self._shape), np.uint8)

@@ -13,7 +13,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def statistics(
     config: DataConfig, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and deviation per channel, of pixel values in 0..1, that the images are normalised with.
+    """Returns mean and deviation per channel, of pixel values in 0..1, that the images are normalized with.
 
     Args:
         config: its `normalize` decides.

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from disttrain.data.batches import Batch, Window, gather
-from disttrain.data.plan import Ids
-from disttrain.parallel import in_order
+from disttrain.data.epoch_plan import Ids
+from disttrain.parallel import ordered_map
 from disttrain.shards.index import Index
 from disttrain.shards.reader import Reader
 
@@ -89,7 +89,7 @@ class Streamed:
         """Yields the samples at each window of an order."""
         wanted = (self.wanted(order[window]) for window in windows)
         pieces = ((due, piece) for due in wanted for piece in cut(len(due.unique)))
-        with contextlib.closing(in_order(self._fill, pieces, self._workers, self._ahead)) as filled:
+        with contextlib.closing(ordered_map(self._fill, pieces, self._workers, self._ahead)) as filled:
             for due, piece in filled:
                 if piece.stop == len(due.unique):
                     yield due.batch()

@@ -328,7 +328,7 @@ def step(device_name: str) -> Iterator[Finding]:
     import torch.nn.functional as F
 
     from disttrain.models import build_model
-    from disttrain.training.choices import allow_tf32
+    from disttrain.training.autotune import allow_tf32
 
     torch.set_num_threads(1)  # several would measure what else runs here
     torch.manual_seed(0)

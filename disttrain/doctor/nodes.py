@@ -21,7 +21,7 @@ import psutil
 from disttrain.doctor.allreduce import LIMIT_S, reduction_s
 from disttrain.doctor.rules import Finding, failure, ok, warning
 from disttrain.errors import HangError, UsageError
-from disttrain.launch.peers import Channel, meet
+from disttrain.launch.rendezvous import Channel, rendezvous
 from disttrain.monitor.nvml import visible_gpus
 from disttrain.slurm_env import Node, allocation
 from disttrain.training.network import prepare_gloo
@@ -90,7 +90,7 @@ def examine_nodes(place: Node | None) -> Iterator[tuple[str, Finding]]:
             "--nodes N --node-rank R --master-addr HOST --master-port PORT"
         )
     backend = "nccl" if visible_gpus() else "gloo"
-    channel = meet(
+    channel = rendezvous(
         place, 1, {"what they communicate with": backend}, timeout_s=_MEET_S, interrupted=lambda: False
     )
     try:

@@ -15,7 +15,7 @@ from disttrain.userdirs import decoded_folder
 
 def describe(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, str]]:
     """Returns (label, text) lines: command, ranks, batches, steps, data, model, checkpoints, beginning."""
-    from disttrain.data.plan import make_plan
+    from disttrain.data.epoch_plan import make_plan
 
     index, start = ready.index, ready.start
     train, accumulate = config.train, config.train.accumulate

@@ -22,10 +22,10 @@ import psutil
 
 from disttrain import slurm_env
 from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingError
-from disttrain.launch.peers import Channel, meet
+from disttrain.launch.liveness import Liveness
 from disttrain.launch.plan import LaunchPlan, command, environment
+from disttrain.launch.rendezvous import Channel, rendezvous
 from disttrain.launch.supervisor import Outcome, Supervisor
-from disttrain.launch.watch import Watch
 from disttrain.lifetime import adopting_orphans, end_with_parent
 from disttrain.runs.manifest import list_steps, step_of
 from disttrain.runs.runfolder import CLEAN, COMMAND, LOCKED_BY_LAUNCHER, RunFolder
@@ -116,13 +116,13 @@ def _attempt(
             return _not_met(error, signals), bool(signals)
         stack.callback(channel.close)
         stack.enter_context(adopting_orphans())
-        watch = stack.enter_context(Watch(plan.ranks.start, plan.processes))
+        liveness = stack.enter_context(Liveness(plan.ranks.start, plan.processes))
         others = set(psutil.Process().children(recursive=True))
         path = folder.launch_log(plan.node_rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(path.open("ab"))
         begin = log.tell()
-        variables = os.environ | environment(plan) | watch.environment
+        variables = os.environ | environment(plan) | liveness.environment
         variables |= {LOCKED_BY_LAUNCHER: str(folder.path.resolve()), COMMAND: shlex.join(sys.orig_argv)}
         # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then asks for a stop.
         child = subprocess.Popen(
@@ -133,14 +133,14 @@ def _attempt(
             preexec_fn=partial(_prepare_child, os.getpid()),
         )
         stack.callback(_end_all, child, others)
-        watch.begin(child.pid)
-        supervisor = Supervisor(plan, folder, signals, watch, child, channel, begin)
+        liveness.begin(child.pid)
+        supervisor = Supervisor(plan, folder, signals, liveness, child, channel, begin)
         outcome = supervisor.follow()
         # What rank 0 has begun to save is worth a moment, if it can still be finished.
         deadline = time.monotonic() + _SAVING_S
         failed_elsewhere = outcome.status.get("state") == "failed" and outcome.status.get("rank") != 0
-        while plan.node_rank == 0 and failed_elsewhere and watch.saving(0) and time.monotonic() < deadline:
-            watch.wait(0.02)
+        while plan.node_rank == 0 and failed_elsewhere and liveness.saving(0) and time.monotonic() < deadline:
+            liveness.wait(0.02)
         return outcome, supervisor.stopping
 
 
@@ -152,7 +152,7 @@ def _meet(plan: LaunchPlan, facts: Mapping[str, str], signals: list[int]) -> Cha
     assert plan.master_port is not None
     place = slurm_env.Node(plan.nodes, plan.node_rank, plan.master_addr, plan.master_port)
     timeout_s = plan.stall_timeout_s
-    return meet(place, plan.processes, facts, timeout_s=timeout_s, interrupted=lambda: bool(signals))
+    return rendezvous(place, plan.processes, facts, timeout_s=timeout_s, interrupted=lambda: bool(signals))
 
 
 def _not_met(error: DisttrainError, signals: list[int]) -> Outcome:

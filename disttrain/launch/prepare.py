@@ -11,7 +11,7 @@ from disttrain.launch.plan import LaunchPlan, Processes, plan_processes
 from disttrain.monitor.nvml import visible_gpus
 from disttrain.parallel import usable_cores
 from disttrain.preflight import check_machine, check_room, check_trackers, check_weights
-from disttrain.runs.identity import identity
+from disttrain.runs.fingerprint import fingerprint
 from disttrain.runs.resume import Start, is_finished, resume_point
 from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index
@@ -54,7 +54,7 @@ def prepare(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[s
     index = check_machine(config, plan.device, plan.processes, plan.world_size, say)
     folder = RunFolder(plan.run_dir)
     unknown = config.data.on_error == "skip"  # what is skipped is found by the workers
-    own = identity(config, index, None if unknown else ())
+    own = fingerprint(config, index, None if unknown else ())
     if plan.resume == "auto" and is_finished(folder, own):
         return None
     if plan.node_rank:

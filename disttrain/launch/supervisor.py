@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.errors import HangError, StoppedError, TrainingError, error_of
-from disttrain.launch.peers import Channel
+from disttrain.launch.liveness import Liveness, Row, describe, stalled
 from disttrain.launch.plan import LaunchPlan
-from disttrain.launch.watch import Row, Watch, describe, stalled
+from disttrain.launch.rendezvous import Channel
 from disttrain.runs.runfolder import RunFolder
 
 _POLL_S = 0.2
@@ -64,7 +64,7 @@ class Supervisor:
         plan: LaunchPlan,
         folder: RunFolder,
         signals: list[int],
-        watch: Watch,
+        liveness: Liveness,
         child: subprocess.Popen[bytes],
         channel: Channel,
         log_begin: int,
@@ -72,7 +72,7 @@ class Supervisor:
         self._plan = plan
         self._folder = folder
         self._signals = signals
-        self._watch = watch
+        self._liveness = liveness
         self._child = child
         self._channel = channel
         self._log_begin = log_begin
@@ -87,7 +87,7 @@ class Supervisor:
         """Returns how the run ended; what of it is still alive is of no use any more."""
         suspect, until, reported = None, 0.0, 0.0
         while True:
-            self._watch.wait(_POLL_S, self._channel.sockets)
+            self._liveness.wait(_POLL_S, self._channel.sockets)
             now = time.monotonic()
             found = self._second_signal() or self._listen() or self._stop() or self._local() or self._hang()
             if self._final is not None:
@@ -101,7 +101,7 @@ class Supervisor:
             if found is not None:
                 return self._agree(found)
             if self._plan.node_rank and now - reported > _REPORT_S:
-                self._channel.send({"rows": self._watch.rows()})
+                self._channel.send({"rows": self._liveness.rows()})
                 reported = now
 
     def _second_signal(self) -> Outcome | None:
@@ -117,10 +117,10 @@ class Supervisor:
             return None
         self.stopping = True
         self._channel.send({"stop": True})
-        if self._plan.node_rank == 0 and not self._watch.started and not self._watch.ends:
+        if self._plan.node_rank == 0 and not self._liveness.started and not self._liveness.ends:
             reason = "stopped before training began; nothing is lost, the same command goes on"
             return Outcome.of(StoppedError.exit_code, reason, state="stopped")
-        self._watch.stop()
+        self._liveness.stop()
         return None
 
     def _listen(self) -> Outcome | None:
@@ -140,7 +140,7 @@ class Supervisor:
                 case {"final": outcome}:
                     self._final = Outcome(**outcome)
                 case {"stacks": rank}:
-                    self._channel.send({"answer": self._watch.stacks(rank, self._folder.log(rank))}, node)
+                    self._channel.send({"answer": self._liveness.stacks(rank, self._folder.log(rank))}, node)
         for node in sorted(self._channel.lost - set(self._done)):
             host = self._channel.hosts[node]
             gone = Outcome.of(TrainingError.exit_code, f"node {node} ({host}) is gone", host=host)
@@ -151,14 +151,14 @@ class Supervisor:
         """Judges the ends of this node's ranks, and of the process that started them."""
         code = self._child.poll()
         if code is not None and self._plan.world_size == 1:
-            self._watch.note_ends({0: code})
-        elif code is not None and not self._watch.all_ended:
-            if code < 0 and not self._watch.ends:
+            self._liveness.note_ends({0: code})
+        elif code is not None and not self._liveness.all_ended:
+            if code < 0 and not self._liveness.ends:
                 return self._end(code)  # its ranks die with it
-            self._watch.wait(0.1)  # what it and its ranks have said may come a moment later
-        said = set(self._watch.said.values())
+            self._liveness.wait(0.1)  # what it and its ranks have said may come a moment later
+        said = set(self._liveness.said.values())
         saved = self.stopping and StoppedError.exit_code in said
-        for end in self._watch.ends:
+        for end in self._liveness.ends:
             fell = end.said is None and end.status not in _ENDED_BY_TORCHRUN
             if fell and not saved:  # those that torchrun has ended died of something else
                 return self._failure(end.rank, f"{_cause(end.status)} {end.doing}")
@@ -166,14 +166,14 @@ class Supervisor:
             error = self._folder.first_error(self._plan.ranks)
             if error is not None:
                 return _from_error(error)
-        return self._end(code) if self._watch.all_ended or code is not None else None
+        return self._end(code) if self._liveness.all_ended or code is not None else None
 
     def _end(self, code: int | None) -> Outcome:
         """Judges the end of all ranks of this node, of which none was seen to die.
 
         `code` is how the process that started them has ended, if it has.
         """
-        said = set(self._watch.said.values())
+        said = set(self._liveness.said.values())
         if self._plan.node_rank and said and said <= _WELL:  # status.json is node 0's
             return Outcome(max(said))
         if (error := self._folder.first_error(self._plan.ranks)) is not None:
@@ -181,9 +181,9 @@ class Supervisor:
         status = self._folder.status()
         if status.get("state") in {"finished", "stopped"} and self._plan.node_rank == 0:
             return Outcome(int(status["exit_code"]))
-        if not self._watch.ends:
+        if not self._liveness.ends:
             return self._failure(None, _cause(code))
-        end = min(self._watch.ends, key=lambda end: end.said is not None)
+        end = min(self._liveness.ends, key=lambda end: end.said is not None)
         failure = self._failure(end.rank, _cause(end.status if end.said is None else end.said))
         if end.said is None or end.said in _WELL:
             return failure
@@ -205,7 +205,7 @@ class Supervisor:
     def _hang(self) -> Outcome | None:
         """Judges who makes no progress: node 0 for all nodes, the others when node 0 is silent."""
         plan = self._plan
-        rows = [*self._watch.rows(), *(row for rows in self._remote_rows.values() for row in rows)]
+        rows = [*self._liveness.rows(), *(row for rows in self._remote_rows.values() for row in rows)]
         timeout_s = plan.stall_timeout_s + (_NODE_0_S if plan.node_rank else 0)
         culprits = stalled(rows, timeout_s, cpu_tells=plan.device == "cpu")
         if not culprits:
@@ -215,7 +215,7 @@ class Supervisor:
         for row in culprits[:4]:
             node = row.rank // plan.processes
             if node == plan.node_rank:
-                stacks.append(self._watch.stacks(row.rank, self._folder.log(row.rank)))
+                stacks.append(self._liveness.stacks(row.rank, self._folder.log(row.rank)))
             else:
                 stacks.append(self._channel.ask(node, "stacks", row.rank, timeout_s=2) or "")
         first, code = culprits[0], HangError.exit_code
@@ -233,12 +233,12 @@ class Supervisor:
         if self._plan.node_rank:
             channel.send(word)
             while self._final is None and 0 not in channel.lost and time.monotonic() < deadline:
-                self._watch.wait(_POLL_S, channel.sockets)
+                self._liveness.wait(_POLL_S, channel.sockets)
                 found = self._second_signal() or found
                 self._listen()
             return self._final or found
         while well and len(self._done) < self._plan.nodes - 1 and time.monotonic() < deadline:
-            self._watch.wait(_POLL_S, channel.sockets)
+            self._liveness.wait(_POLL_S, channel.sockets)
             bad = self._second_signal() or self._listen()
             if bad is not None:
                 found, well = bad, False

@@ -14,7 +14,7 @@ class AlexNetCifar(nn.Sequential):
 
     Takes images float [B, in_channels, H, W], 3x32x32 by design and 18x18 or larger; gives scores
     float [B, num_classes]. Kernels and widths are smaller than in the paper; overlapping pools and dropout
-    are kept, local response normalisation is not.
+    are kept, local response normalization is not.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class Whitening(nn.Conv2d):
         """Sets the filters.
 
         Args:
-            images: normalised, float [N, in_channels, H, W].
+            images: normalized, float [N, in_channels, H, W].
             eps: added to the eigenvalues, so that constant patches do not become noise.
         """
         kernel = self.kernel_size[0]
@@ -105,7 +105,7 @@ class SpeedNet(nn.Sequential):
         """Sets the whitening filters.
 
         Args:
-            images: normalised training images, float [N, in_channels, H, W].
+            images: normalized training images, float [N, in_channels, H, W].
         """
         whitening = self.get_submodule("features.whitening")
         assert isinstance(whitening, Whitening)

@@ -22,8 +22,8 @@ from disttrain.models import parameter_count
 from disttrain.monitor.console import RunInfo
 from disttrain.runs.runfolder import COMMAND, RunFolder, utc_now
 from disttrain.shards.index import Index
-from disttrain.training.choices import Choice
-from disttrain.training.parts import Parts
+from disttrain.training.autotune import Choice
+from disttrain.training.state import TrainState
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow", "safetensors")
 _COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_")  # how the variables begin that set it
@@ -32,7 +32,7 @@ _COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_")  # how the variables b
 def run_info(
     config: Config,
     folder: RunFolder,
-    parts: Parts,
+    state: TrainState,
     index: Index,
     devices: Sequence[Mapping[str, Any]],
     choices: Mapping[str, Choice],
@@ -42,7 +42,7 @@ def run_info(
     Args:
         config: of the run.
         folder: of the run.
-        parts: what it trains with.
+        state: what it trains with.
         index: of its data set.
         devices: of every rank, from `gauges.gather_devices`.
         choices: what was chosen for the user.
@@ -57,21 +57,21 @@ def run_info(
         name=config.name,
         run_dir=str(folder.path),
         model=config.model.name,
-        parameters=parameter_count(parts.bare_model),
+        parameters=parameter_count(state.bare_model),
         data=f"{index.name} {splits}, {index.channels}x{index.height}x{index.width}, "
         f"cache {choices['cache'].value}",
         devices=where,
         precision=choices["precision"].value,
         batch_size=config.train.batch_size,
         epochs=config.train.epochs,
-        steps_per_epoch=parts.plan.steps_per_epoch,
-        samples_per_epoch=parts.plan.samples_per_epoch,
+        steps_per_epoch=state.plan.steps_per_epoch,
+        samples_per_epoch=state.plan.samples_per_epoch,
     )
 
 
 def environment(
     info: RunInfo,
-    parts: Parts,
+    state: TrainState,
     index: Index,
     devices: Sequence[Mapping[str, Any]],
     choices: Mapping[str, Choice],
@@ -88,12 +88,12 @@ def environment(
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         "git": git_state(),
-        "world_size": parts.world_size,
+        "world_size": state.world_size,
         "devices": devices,
-        "communication": _communication(parts),
+        "communication": _communication(state),
         "threads": torch.get_num_threads(),
-        "flops_per_image": parts.flops_per_image,
-        "device_peak_flops_per_s": parts.peak_flops_per_s,
+        "flops_per_image": state.flops_per_image,
+        "device_peak_flops_per_s": state.peak_flops_per_s,
         "choices": {name: str(choice) for name, choice in choices.items()},
         "data": {
             "name": index.name,
@@ -108,11 +108,11 @@ def environment(
     }
 
 
-def _communication(parts: Parts) -> dict[str, Any] | None:
+def _communication(state: TrainState) -> dict[str, Any] | None:
     """Returns what ranks speak through, and the variables that set it, or None for a single process."""
     if not torch.distributed.is_initialized():
         return None
-    on_gpu = parts.accelerator.device.type == "cuda"
+    on_gpu = state.accelerator.device.type == "cuda"
     return {
         "backend": torch.distributed.get_backend(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,

@@ -31,9 +31,9 @@ from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.shards.reader import sample_keys
-from disttrain.training.choices import Choice
+from disttrain.training.autotune import Choice
 from disttrain.training.graph import graph_obstacle
-from disttrain.training.parts import Parts, Position
+from disttrain.training.state import Progress, TrainState
 from disttrain.units import accuracy_text
 
 log = logging.getLogger("disttrain")
@@ -62,50 +62,50 @@ class RunObserver:
         self,
         config: Config,
         folder: RunFolder,
-        parts: Parts,
-        position: Position,
+        state: TrainState,
+        progress: Progress,
         index: Index,
         choices: dict[str, Choice],
         *,
         verbosity: int,
     ) -> None:
         self._folder = folder
-        self._position = position
-        self._rank = parts.rank
+        self._progress = progress
+        self._rank = state.rank
         self._index = index
         self._last_eval: EvalRecord | None = None
         self._status_due_s = 0.0
         self._records: deque[TrainRecord] = deque(maxlen=_JUDGED_RECORDS)
-        devices = gather_devices(parts.group)
-        settings = parts.settings
-        obstacle = graph_obstacle(config, parts.accelerator.device, parts.world_size, settings.precision)
+        devices = gather_devices(state.group)
+        settings = state.settings
+        obstacle = graph_obstacle(config, state.accelerator.device, state.world_size, settings.precision)
         self._evidence = partial(
             evidence,
             hosts=[device["host"] for device in devices],
             cache=choices["cache"].value,
             precision=settings.precision,
             compiled=settings.compiled,
-            graph=None if obstacle else parts.graph is not None,
+            graph=None if obstacle else state.graph is not None,
         )
-        self.gauges = RunGauges(devices, parts.rank, config.monitor.gpu_interval_s, folder, self.alarm)
+        self.gauges = RunGauges(devices, state.rank, config.monitor.gpu_interval_s, folder, self.alarm)
         self._files: list[JsonLines] = []
         self._trace: JsonLines | None = None
         if config.train.trace_samples:
-            folder.trace(parts.rank).parent.mkdir(exist_ok=True)
-            self._trace = JsonLines(folder.trace(parts.rank))
+            folder.trace(state.rank).parent.mkdir(exist_ok=True)
+            self._trace = JsonLines(folder.trace(state.rank))
             self._files.append(self._trace)
         self._shown: _Shown | None = None
-        if parts.rank == 0:
+        if state.rank == 0:
             metrics = JsonLines(folder.metrics)
             self._files.append(metrics)
-            info = run_info(config, folder, parts, index, devices, choices)
-            document = environment(info, parts, index, devices, choices)
+            info = run_info(config, folder, state, index, devices, choices)
+            document = environment(info, state, index, devices, choices)
             document["forced"] = folder.status().get("forced", [])
             write_atomically(folder.env, json.dumps(document, indent=1) + "\n")
             self._shown = _Shown(
                 metrics,
-                Console(info, verbosity=verbosity, position=lambda: (position.step, position.samples_seen)),
-                Trackers(config, folder, position.step, self.note),
+                Console(info, verbosity=verbosity, position=lambda: (progress.step, progress.samples_seen)),
+                Trackers(config, folder, progress.step, self.note),
             )
 
     def __enter__(self) -> RunObserver:
@@ -211,5 +211,5 @@ class RunObserver:
         return None if found is None else judge(found)
 
     def _update_status(self) -> None:
-        place = self._position
+        place = self._progress
         self._folder.update_status(step=place.step, epoch=place.epoch, samples_seen=place.samples_seen)

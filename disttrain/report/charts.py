@@ -25,7 +25,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from disttrain.report.columns import Array, thin
+from disttrain.report.columns import Array, downsample
 from disttrain.report.devices import MEASURES, Device
 from disttrain.report.run import Event, Run
 from disttrain.runs.records import EvalRecord
@@ -179,7 +179,7 @@ def overlay(charts: Charts, runs: Mapping[str, Run]) -> None:
             color = PALETTE[number % len(PALETTE)]
             dash = ("solid", "dashed", "dotdash", "dotted")[number // len(PALETTE) % 4]
             x = run.training_s if axis == "seconds" else _epochs(run)
-            ids = thin(run.train[curve.key], _POINTS // 2)
+            ids = downsample(run.train[curve.key], _POINTS // 2)
             trained = {"x": x[ids], "y": curve.scale * run.train[curve.key][ids], "run": [title] * len(ids)}
             fig.line("x", "y", source=ColumnDataSource(trained), color=color, line_alpha=0.4, line_width=1)
             known = [record for record in run.evals if getattr(record, curve.key) is not None]
@@ -239,7 +239,7 @@ def batch_speeds(charts: Charts, speeds: Mapping[int, float]) -> None:
 
 
 def _line(fig: Any, run: Run, values: Array, **options: Any) -> Any:
-    ids = thin(values, _POINTS)
+    ids = downsample(values, _POINTS)
     data = {"x": run.train["step"][ids], "y": values[ids], "epoch": run.train["epoch"][ids]}
     return fig.line("x", "y", source=ColumnDataSource(data), color=PALETTE[0], **options)
 
@@ -249,7 +249,7 @@ def _validation(fig: Any, evals: Sequence[EvalRecord], curve: Curve) -> None:
     if not known:
         return
     values = np.array([curve.scale * getattr(record, curve.key) for record in known])
-    ids = thin(values, _POINTS)
+    ids = downsample(values, _POINTS)
     source = ColumnDataSource(
         {"x": [known[i].step for i in ids], "y": values[ids], "epoch": [known[i].epoch for i in ids]}
     )
@@ -278,7 +278,7 @@ def _device_lines(fig: Any, devices: Sequence[Device], key: str, unit: str, poin
 
 def _curve(x: Array, y: Array, points: int) -> tuple[Array, Array]:
     """Returns a thinned curve that is broken where the times have a gap far longer than usual."""
-    ids = thin(y, points)
+    ids = downsample(y, points)
     steps = np.diff(x)
     if len(steps) < 3:
         return x[ids], y[ids]

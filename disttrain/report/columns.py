@@ -43,7 +43,7 @@ def _parse(time: str) -> float:
         return math.nan
 
 
-def thin(values: Array, points: int) -> Ids:
+def downsample(values: Array, points: int) -> Ids:
     """Returns which values to draw so that no extreme is lost: increasing indices, about `points` at most.
 
     The values are cut into buckets of equal length; of each the least and the greatest one are kept, and of

@@ -17,7 +17,7 @@ from disttrain.errors import UsageError
 from disttrain.report import charts
 from disttrain.report.facts import environment_rows, median, outcome, wall_s
 from disttrain.report.rendering import render
-from disttrain.report.run import Run, reached, read_run
+from disttrain.report.run import Run, read_run, time_to_accuracy
 from disttrain.units import number, percent
 
 
@@ -180,7 +180,7 @@ def _results(run: Run, target: float | None) -> dict[str, float | str | None]:
         "images_per_s": median(run.train["images_per_s"]),
     }
     if target is not None:
-        hit = reached(run, target)
+        hit = time_to_accuracy(run, target)
         before = int(np.searchsorted(run.train["step"], hit[0].step, side="right")) if hit else 0
         results["epochs_to_target"] = hit[0].epoch if hit else None
         results["images_to_target"] = float(run.train["samples"][before - 1]) if before else None

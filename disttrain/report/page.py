@@ -10,6 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 from disttrain.config import dump_config
 from disttrain.errors import DisttrainError, reason
 from disttrain.report import charts
+from disttrain.report.activations import Inside, look_inside, sample_grid
 from disttrain.report.confusion import class_rows, matrix, most_confused
 from disttrain.report.devices import MEASURES, read_gpus
 from disttrain.report.facts import (
@@ -21,7 +22,6 @@ from disttrain.report.facts import (
     summaries,
     time_use,
 )
-from disttrain.report.inside import Inside, look_inside, sample_grid
 from disttrain.report.rendering import render
 from disttrain.report.run import Run, read_ranks, read_run
 from disttrain.runs.runfolder import RunFolder

@@ -160,7 +160,7 @@ def read_ranks(path: Path) -> tuple[dict[str, list[float]], int]:
     return means, len(found)
 
 
-def reached(run: Run, accuracy: float) -> tuple[EvalRecord, float] | None:
+def time_to_accuracy(run: Run, accuracy: float) -> tuple[EvalRecord, float] | None:
     """Returns the first evaluation of at least this accuracy and the seconds of training before it."""
     for record in run.evals:
         if record.accuracy >= accuracy:

@@ -188,7 +188,7 @@ def replaced(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
 
 
-def newest_sound(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
+def latest_valid(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
     """Finds the newest checkpoint that verifies, by its step; links are not asked, nor need the folder exist.
 
     Returns:
@@ -216,7 +216,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
     return None, []
 
 
-def set_aside(chosen: Path, step: int) -> tuple[Path, list[str]]:
+def quarantine(chosen: Path, step: int) -> tuple[Path, list[str]]:
     """Renames the checkpoints of a run that are newer than the one it goes on from.
 
     They are kept, as `damaged_step_*` or `abandoned_step_*`, but no save, rotation or resume meets them: the

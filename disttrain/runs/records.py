@@ -30,7 +30,7 @@ class StepTimes(msgspec.Struct, Generic[Times], frozen=True, gc=False, omit_defa
     to_device: Times = _MISSING
     """Copying them from the host to the device."""
     augmentation: Times = _MISSING
-    """Their augmentation and normalisation."""
+    """Their augmentation and normalization."""
     compute: Times = _MISSING
     """Forward and backward pass, without the wait for others."""
     communication: Times = _MISSING

@@ -9,8 +9,8 @@ from typing import Any
 
 from disttrain.config import load_config
 from disttrain.errors import CheckpointError, UsageError
-from disttrain.runs.identity import changes_since, refuse, saved_identity
-from disttrain.runs.manifest import MANIFEST, newest_sound, read_state, step_of, verify
+from disttrain.runs.fingerprint import changes_since, refuse, saved_identity
+from disttrain.runs.manifest import MANIFEST, latest_valid, read_state, step_of, verify
 from disttrain.runs.runfolder import RunFolder
 
 
@@ -66,7 +66,7 @@ def resume_point(folder: RunFolder, resume: str, now: Mapping[str, Any], *, forc
         return Start(None)
 
     elsewhere = None if resume == "auto" else resume
-    checkpoint, damages = (None, []) if elsewhere else newest_sound(folder.checkpoints)
+    checkpoint, damages = (None, []) if elsewhere else latest_valid(folder.checkpoints)
     if elsewhere is None and checkpoint is None:  # it may have begun with another run's and have none yet
         elsewhere = folder.status().get("began_from")
     if elsewhere is not None:
@@ -92,7 +92,7 @@ def resume_point(folder: RunFolder, resume: str, now: Mapping[str, Any], *, forc
 def _at(path: Path) -> tuple[Path, list[CheckpointError]]:
     """Returns the checkpoint at a path, or the newest sound one of the run folder there."""
     if (path / "checkpoints").is_dir():
-        found, damages = newest_sound(path / "checkpoints")
+        found, damages = latest_valid(path / "checkpoints")
         if found is not None:
             return found, damages
     elif (path / MANIFEST).exists() or step_of(path) >= 0:

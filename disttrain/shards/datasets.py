@@ -27,7 +27,7 @@ import numpy.typing as npt
 from disttrain.errors import DataError, UsageError, reason
 from disttrain.shards.imagefolder import Tree, is_tree, scan_tree
 from disttrain.shards.images import Pixels, encode_image
-from disttrain.shards.index import BUILT_IN, Index, data_folder, data_root, load_index, remedy
+from disttrain.shards.index import BUILT_IN, Index, data_folder, data_root, load_index, make_command
 from disttrain.shards.pack import Options, Source, pack
 from disttrain.shards.reader import open_shard
 from disttrain.shards.writer import Sample
@@ -315,7 +315,7 @@ def _downloading(
         with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
             yield downloads
     except (OSError, RuntimeError) as error:  # URLError is an OSError
-        command = remedy(name, data_root(root)).rstrip("`") + " --source FOLDER`"
+        command = make_command(name, data_root(root)).rstrip("`") + " --source FOLDER`"
         raise DataError(
             f"{name}: the download failed ({reason(error)}); put {', '.join(files)} into a folder of your "
             f"choice and run {command}"

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from disttrain.errors import DataError, UsageError, reason
-from disttrain.parallel import in_order
+from disttrain.parallel import ordered_map
 from disttrain.shards.images import (
     Pixels,
     as_picture,
@@ -135,7 +135,7 @@ def scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Callable
     sizes: dict[tuple[int, int], str] = {}
     gray = True
     for split, files in listing.items():
-        pictures = list(in_order(_read_header, files, _READERS, chunk=64))
+        pictures = list(ordered_map(_read_header, files, _READERS, chunk=64))
         for picture in pictures:
             sizes.setdefault(picture.size, picture.file)
             gray = gray and picture.gray

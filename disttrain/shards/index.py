@@ -164,7 +164,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def remedy(name: str, root: Path, *, force: bool = False) -> str:
+def make_command(name: str, root: Path, *, force: bool = False) -> str:
     """Returns the command that makes a data set under a root; `force` replaces the one that is there."""
     is_default = server_root(None) is None and root == data_root(None)
     place = "" if is_default else f" --root {shlex.quote(str(root))}"
@@ -179,7 +179,7 @@ def load_index(name: str, root: str | None, *, strict: bool = True) -> Index:
     Args:
         name: a folder under the root.
         root: as for `data_root`, or the address of a server.
-        strict: False accepts missing and extra shards and shards of another size, which `survey` reports.
+        strict: False accepts missing and extra shards and shards of another size, which `disttrain data verify` reports.
 
     Raises:
         DataError: the data set is missing or damaged; the message names the file and the remedy.
@@ -253,10 +253,10 @@ def _is_place(file: str) -> bool:
 def _again(name: str, folder: Path, base: str | None) -> str:
     if base:
         return "repair it on the server"
-    return f"make the data set again with {remedy(name, folder.parent, force=True)}"
+    return f"make the data set again with {make_command(name, folder.parent, force=True)}"
 
 
-def again(index: Index) -> str:
+def remedy(index: Index) -> str:
     """Returns what to do about a damaged data set."""
     return _again(index.name, index.folder, index.base)
 
@@ -265,9 +265,9 @@ def _check_files(index: Index) -> None:
     """Raises DataError if a local shard is missing, of another size, or not in the index."""
     for shard in index.shards:
         if index.url(shard) is None and (problem := size_problem(index.folder / shard.file, shard)):
-            raise DataError(f"{problem}; {again(index)}")
+            raise DataError(f"{problem}; {remedy(index)}")
     for path in extra_shards(index):
-        raise DataError(f"{path}: a shard that is not in index.json; remove it, or {again(index)}")
+        raise DataError(f"{path}: a shard that is not in index.json; remove it, or {remedy(index)}")
 
 
 def extra_shards(index: Index) -> list[Path]:
@@ -284,7 +284,7 @@ def _missing(name: str, folder: Path) -> str:
         text += f"; did you mean {close[0]}?"
     wanted = close[0] if close and close[0] not in there else name
     found = f"in {folder.parent}: {', '.join(there)}" if there else f"{folder.parent} holds none yet"
-    return f"{text}; make it with {remedy(wanted, folder.parent)} ({found})"
+    return f"{text}; make it with {make_command(wanted, folder.parent)} ({found})"
 
 
 def _first_problem(error: pydantic.ValidationError) -> str:

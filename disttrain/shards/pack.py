@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from disttrain.errors import DataError, StorageError
-from disttrain.files import sha256, sync_folder, turn, write_new
+from disttrain.files import file_lock, sha256, sync_folder, write_new
 from disttrain.parallel import KilledError, in_processes, usable_cores
 from disttrain.shards.index import (
     VERSION,
@@ -300,7 +300,7 @@ def _describe(
 def _scratch_folder(target: Path, say: Callable[[str], None], *, keep: bool) -> Iterator[Path]:
     """Makes the hidden folder beside the target; after a failure it is kept for the next try, or removed."""
     scratch = target.parent / f".{target.name}.partial"
-    with turn(target, lambda: say(f"waiting for another process that packs {target.name}")):
+    with file_lock(target, lambda: say(f"waiting for another process that packs {target.name}")):
         scratch.mkdir(exist_ok=True)
         try:
             yield scratch

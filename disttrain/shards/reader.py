@@ -28,9 +28,9 @@ import numpy.typing as npt
 
 from disttrain.errors import DataError, DisttrainError, UnsafeError, reason
 from disttrain.files import stamp
-from disttrain.parallel import in_order
+from disttrain.parallel import ordered_map
 from disttrain.shards.images import ImageError, Pixels, decode_into
-from disttrain.shards.index import Index, Shard, again, size_problem
+from disttrain.shards.index import Index, Shard, remedy, size_problem
 from disttrain.shards.remote import fetch_shard
 from disttrain.shards.tar import Contents, scan
 from disttrain.userdirs import cache_folder, remember
@@ -54,7 +54,7 @@ class ShardError(DataError):
     """
 
     def __init__(self, index: Index, shard: Shard, problem: str) -> None:
-        super().__init__(f"{index.place(shard)}: {problem}; {again(index)}")
+        super().__init__(f"{index.place(shard)}: {problem}; {remedy(index)}")
         self.problem = problem
 
 
@@ -100,7 +100,7 @@ class OpenShard:
 def sample_error(index: Index, place: str, key: str, error: Exception) -> DataError:
     """Returns what to raise about a sample that cannot be used; `place` is its shard."""
     return DataError(
-        f"{place}: sample {key}: {reason(error)}; {again(index)}, or leave such samples out with "
+        f"{place}: sample {key}: {reason(error)}; {remedy(index)}, or leave such samples out with "
         "data.on_error=skip"
     )
 
@@ -362,4 +362,4 @@ def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[
                     problems[base + position] = (shard.contents.keys[position], reason(error))
         return Chunk(base + begin, images, shard.contents.labels[positions.start : positions.stop], problems)
 
-    yield from in_order(work, range(0, count, _CHUNK), threads)
+    yield from ordered_map(work, range(0, count, _CHUNK), threads)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from disttrain.errors import DataError, StorageError, UnsafeError, UsageError, reason
-from disttrain.files import appearing, turn
+from disttrain.files import appearing, file_lock
 from disttrain.units import mib
 from disttrain.userdirs import cache_folder
 
@@ -105,7 +105,7 @@ def fetch_shard(url: str, *, size: int, sha256: str, say: Callable[[str], None] 
     target = cache_folder() / "shards" / f"{sha256}.tar"
     tell = say or (lambda text: None)
     try:
-        with turn(target, lambda: tell(f"waiting for the download of {_shown(url)}")):
+        with file_lock(target, lambda: tell(f"waiting for the download of {_shown(url)}")):
             if not (target.exists() and target.stat().st_size == size):
                 tell(f"downloading {_shown(url)}, {mib(size, 1)}")
                 _make_room(target, size)

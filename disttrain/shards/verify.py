@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from disttrain.files import stamp, turn
+from disttrain.files import file_lock, stamp
 from disttrain.parallel import usable_cores
 from disttrain.shards.images import expect_images, pixel_sums
 from disttrain.shards.index import Index, Shard, extra_shards, mean_std
@@ -139,7 +139,7 @@ def double_keys(index: Index, split: str) -> Iterator[Problem]:
             seen.update(samples)
 
 
-def survey(index: Index, split: str, say: Callable[[str], None]) -> Ids:
+def find_bad_samples(index: Index, split: str, say: Callable[[str], None]) -> Ids:
     """Returns the ids of the samples that cannot be used, after reading and decoding all of them once.
 
     The result is kept beside the user's cache until a shard changes. Any process may call this, alone; ranks
@@ -158,7 +158,7 @@ def survey(index: Index, split: str, say: Callable[[str], None]) -> Ids:
     with contextlib.ExitStack() as stack:
         with suppress(OSError):  # a cache that cannot be written: every process looks for itself
             wait = f"waiting for another process that looks through {index.name}/{split}"
-            stack.enter_context(turn(record, lambda: say(wait)))
+            stack.enter_context(file_lock(record, lambda: say(wait)))
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(record.read_text())
             if kept["stamps"] == stamps:

@@ -1,1 +1,1 @@
-"""What every rank trains with and how: the loops and their parts."""
+"""What every rank trains with and how: the loops and their state."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from disttrain import counter_rng
 from disttrain.config import AugmentConfig
-from disttrain.data.plan import Ids
-from disttrain.training.normalise import Normalise
+from disttrain.data.epoch_plan import Ids
+from disttrain.training.normalize import Normalize
 
 _ROWS, _COLUMNS, _FLIP, _CUT_ROWS, _CUT_COLUMNS, _MIX = range(2, 8)  # streams of random numbers
 _PART_AREA, _PART_ASPECT, _PART_ROW, _PART_COLUMN = range(8, 12)
@@ -46,14 +46,14 @@ class Augment:
     Args:
         config: the augmentation of training images.
         seed: the seed of the run.
-        normalise: on the device of the images.
+        normalize: on the device of the images.
     """
 
-    def __init__(self, config: AugmentConfig, *, seed: int, normalise: Normalise) -> None:
-        self.normalise = normalise
+    def __init__(self, config: AugmentConfig, *, seed: int, normalize: Normalize) -> None:
+        self.normalize = normalize
         self._config = config
         self._seed = seed
-        self._device = normalise.offset.device
+        self._device = normalize.offset.device
         self._draws: dict[int, Tensor] = {}
         self._parts: Tensor | None = None  # centre and half size of each part, in grid_sample's units
 
@@ -80,7 +80,7 @@ class Augment:
             self._draws[_FLIP] = torch.from_numpy(flips).to(self._device)
 
     def train(self, images: Tensor, places: slice | Tensor) -> Tensor:
-        """Crops, resizes, flips, normalises and cuts.
+        """Crops, resizes, flips, normalizes and cuts.
 
         Args:
             images: uint8 [B, H, W, C].
@@ -91,11 +91,11 @@ class Augment:
         """
         batch, height, width, _ = images.shape
         if self._parts is not None:
-            result = self._enlarge(self.normalise(images), places)
+            result = self._enlarge(self.normalize(images), places)
         else:
             if _ROWS in self._draws or _FLIP in self._draws:
                 images = self._crop_and_flip(images, places)
-            result = self.normalise(images)
+            result = self.normalize(images)
         if _CUT_ROWS in self._draws:
             half = self._config.cutout / 2
             rows = torch.arange(height, device=self._device) - self._draws[_CUT_ROWS][places, None]
@@ -153,7 +153,7 @@ class Augment:
         theta = torch.cat([torch.diag_embed(half), centre[:, :, None]], 2)
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         result = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        order = torch.channels_last if self.normalise.channels_last else torch.contiguous_format
+        order = torch.channels_last if self.normalize.channels_last else torch.contiguous_format
         return result.contiguous(memory_format=order)
 
     def _crop_and_flip(self, images: Tensor, places: slice | Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.config import Config
-from disttrain.data.batches import Loader, choose_place
+from disttrain.data.batches import Loader, choose_cache
 from disttrain.data.cached import Cached, open_split
-from disttrain.data.plan import Ids, Plan, make_plan, usable_ids
+from disttrain.data.epoch_plan import Ids, Plan, make_plan, usable_ids
 from disttrain.data.stages import open_stream
 from disttrain.data.statistics import statistics
 from disttrain.errors import DataError
@@ -30,10 +30,9 @@ from disttrain.preflight import split_batch
 from disttrain.runs.checkpoint import Checkpoint, load
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index
-from disttrain.shards.verify import survey
+from disttrain.shards.verify import find_bad_samples
 from disttrain.training.augment import Augment
-from disttrain.training.average import MovingAverage
-from disttrain.training.choices import (
+from disttrain.training.autotune import (
     Choice,
     Chosen,
     Settings,
@@ -43,15 +42,16 @@ from disttrain.training.choices import (
     choose,
 )
 from disttrain.training.collectives import Group, gather
+from disttrain.training.ema import MovingAverage
 from disttrain.training.flops import flops_per_image, peak_flops_per_s
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import wait_for_all
-from disttrain.training.normalise import Normalise
+from disttrain.training.normalize import Normalize
 from disttrain.training.optim import build_optimizer
-from disttrain.training.parts import Parts, Position, Validation, as_written
 from disttrain.training.rank import Rank
 from disttrain.training.rank_state import restore_rank_state, seed_own_code
 from disttrain.training.restore import go_on
+from disttrain.training.state import Progress, TrainState, Validation, eager
 from disttrain.units import mib
 
 log = logging.getLogger("disttrain")
@@ -86,13 +86,13 @@ def build(
     checkpoint_path: Path | None,
     *,
     force: bool = False,
-) -> tuple[Parts, Position, dict[str, Choice]]:
+) -> tuple[TrainState, Progress, dict[str, Choice]]:
     """Makes model, optimizer, data and augmentation, in the state of the checkpoint if there is one.
 
     Every rank calls this. With `force`, config or data set may differ from the checkpoint's.
 
     Returns:
-        The parts, where to begin, and what was chosen for the user and why.
+        The state, where to begin, and what was chosen for the user and why.
     """
     group = Group.of(process_group)
     device = group.device
@@ -105,11 +105,11 @@ def build(
     accelerator = apply_arithmetic(settings, device, model)
     choices = {"cache": data.place} | weights | chosen.reasons
     mean, std = statistics(config.data, index.mean, index.std)
-    normalise = Normalise(mean, std, index.width, channels_last=settings.channels_last, device=device)
+    normalize = Normalize(mean, std, index.width, channels_last=settings.channels_last, device=device)
     if checkpoint is None and hasattr(model, "init_from_images"):
-        cast(Any, model).init_from_images(normalise(first_images(data, device)))
+        cast(Any, model).init_from_images(normalize(first_images(data, device)))
     optimizer, rates = build_optimizer(config.optim, config.schedule, model)
-    parts = Parts(
+    state = TrainState(
         config=config,
         accelerator=accelerator,
         model=model,
@@ -117,7 +117,7 @@ def build(
         optimizer=optimizer,
         rates=rates,
         plan=data.plan,
-        augment=Augment(config.augment, seed=config.seed, normalise=normalise),
+        augment=Augment(config.augment, seed=config.seed, normalize=normalize),
         train_data=data.train,
         val=data.val,
         image_size=(index.height, index.width),
@@ -125,19 +125,19 @@ def build(
         flops_per_image=per_image,
         peak_flops_per_s=peak_flops_per_s(device, settings.precision)[0],
     )
-    position = Position() if checkpoint is None else go_on(checkpoint, parts, index, rank, force=force)
-    parts.model = model = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
+    progress = Progress() if checkpoint is None else go_on(checkpoint, state, index, rank, force=force)
+    state.model = model = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
     if group.world_size > 1:
-        parts.model, choices["bucket"] = wrap_ddp(model, device, timed_every=config.monitor.log_every_steps)
+        state.model, choices["bucket"] = wrap_ddp(model, device, timed_every=config.monitor.log_every_steps)
     choices["cuda_graph"] = graph_choice(config, device, group.world_size, settings)
     if choices["cuda_graph"].value == "true":
-        parts.graph = StepGraph(optimizer, device)
+        state.graph = StepGraph(optimizer, device)
     seed_own_code(config.seed, group.rank)
     if checkpoint is not None:
         if group.world_size > 2:
-            warm_up_ddp_buckets(parts, index)
-        restore_rank_state(parts, checkpoint.part("ranks"))
-    return parts, position, choices
+            warm_up_ddp_buckets(state, index)
+        restore_rank_state(state, checkpoint.part("ranks"))
+    return state, progress, choices
 
 
 def open_data(config: Config, index: Index, group: Group) -> Data:
@@ -146,7 +146,7 @@ def open_data(config: Config, index: Index, group: Group) -> Data:
     skipped = {split: skipped_samples(config, index, split, group, say) for split in ("train", "val")}
     plan = make_plan(config, index, skipped["train"])
     pipeline = config.data.pipeline
-    place, reason = choose_place(
+    place, reason = choose_cache(
         config.data.cache, index.decoded_bytes, group.device, streamed=pipeline is not None
     )
     loaders: dict[str, Loader] = {}
@@ -178,8 +178,8 @@ def skipped_samples(
     """Returns the ids of a split that cannot be used on any node. Every rank calls this."""
     if config.data.on_error != "skip":
         return np.empty(0, np.int64)
-    found = survey(index, split, say)
-    wait_for_all(f"survey of {split}")
+    found = find_bad_samples(index, split, say)
+    wait_for_all(f"search for bad samples in {split}")
     found = np.unique(np.concatenate(gather(group, found)))
     if len(found) == index.splits[split].samples:
         raise DataError(
@@ -271,17 +271,17 @@ def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tup
     return wrapped, Choice(f"{bucket:.3g} MiB", reason)
 
 
-def warm_up_ddp_buckets(parts: Parts, index: Index) -> None:
+def warm_up_ddp_buckets(state: TrainState, index: Index) -> None:
     """Lets DDP order its gradient buckets, as it does after the first step of a run. Every rank calls this.
 
     The place of a gradient in its bucket decides in which order more than two ranks are summed up: without
     this, the first step of a run that goes on would differ in the last bit from one that was never stopped.
     Only the generators of random numbers change.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in parts.bare_model.buffers()]
-    with as_written(parts):
+    buffers = [(buffer, buffer.clone()) for buffer in state.bare_model.buffers()]
+    with eager(state):
         shape = (2, index.channels, index.height, index.width)
-        parts.model(torch.zeros(shape, device=parts.accelerator.device)).sum().backward()
-    parts.drop_gradients()
+        state.model(torch.zeros(shape, device=state.accelerator.device)).sum().backward()
+    state.drop_gradients()
     for buffer, saved in buffers:
         buffer.copy_(saved)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from disttrain.config import TrainConfig
 from disttrain.data.batches import Batch
-from disttrain.data.plan import Ids, share
+from disttrain.data.epoch_plan import Ids, rank_slice
 from disttrain.heartbeat import Phase
 from disttrain.runs.evaluation import MISTAKES, Evaluation, Mistake
 from disttrain.runs.records import EvalRecord
@@ -27,7 +27,7 @@ from disttrain.training.collectives import (
     stop_requested_anywhere,
 )
 from disttrain.training.exactly_once import Seen, seen_by_rank
-from disttrain.training.parts import Hooks, Parts, Validation, as_written, kernels_by_rule
+from disttrain.training.state import Callbacks, TrainState, Validation, cudnn_heuristics, eager
 
 Augmentation = Literal["none", "flip", "multi_view"]
 
@@ -35,12 +35,12 @@ _LARGEST_BATCH = 1024  # images in a batch of evaluation, where it may be larger
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTask:
     """What is evaluated, as one rank sees it.
 
     Attributes:
         network: on the device of the rank, not wrapped.
-        normalise: uint8 [B, H, W, C] to float32 [B, C, H, W].
+        normalize: uint8 [B, H, W, C] to float32 [B, C, H, W].
         split: the samples.
         group: the ranks.
         batch_size: images that go through the network at once.
@@ -49,7 +49,7 @@ class Subject:
     """
 
     network: nn.Module
-    normalise: Callable[[Tensor], Tensor]
+    normalize: Callable[[Tensor], Tensor]
     split: Validation
     group: Group
     batch_size: int
@@ -57,7 +57,7 @@ class Subject:
     places: Tensor | None = None
 
 
-def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> Evaluation | None:
+def evaluate(state: TrainState, tta: Augmentation, *, step: int, callbacks: Callbacks) -> Evaluation | None:
     """Evaluates the model, or its moving average, on the validation split. Every rank calls this.
 
     Returns:
@@ -66,30 +66,30 @@ def evaluate(parts: Parts, tta: Augmentation, *, step: int, hooks: Hooks) -> Eva
     Raises:
         DataError: the ranks together did not see every sample.
     """
-    for network in parts.networks:
-        average_buffers(parts.group, network)
-    size = batch_size(parts.config.train, parts.world_size)
-    normalise, autocast = parts.augment.normalise, parts.accelerator.autocast
-    subject = Subject(parts.networks[-1], normalise, parts.val, parts.group, size, autocast)
+    for network in state.networks:
+        average_buffers(state.group, network)
+    size = batch_size(state.config.train, state.world_size)
+    normalize, autocast = state.augment.normalize, state.accelerator.autocast
+    task = EvalTask(state.networks[-1], normalize, state.val, state.group, size, autocast)
 
     def go_on(number: int) -> bool:
-        hooks.phases.enter(Phase.EVALUATE, step, number)
+        callbacks.phases.enter(Phase.EVALUATE, step, number)
         # Collective: every rank, also one that has no batch left.
-        return not parts.look_due(number) or not stop_requested_anywhere(
-            parts.group, Phase.EVALUATE, step, hooks.stop_requested()
+        return not state.should_poll_stop(number) or not stop_requested_anywhere(
+            state.group, Phase.EVALUATE, step, callbacks.stop_requested()
         )
 
-    with as_written(parts):
-        return measure(subject, tta, step=step, go_on=go_on)
+    with eager(state):
+        return measure(task, tta, step=step, go_on=go_on)
 
 
 def measure(
-    subject: Subject, tta: Augmentation, *, step: int = 0, go_on: Callable[[int], bool] = lambda number: True
+    task: EvalTask, tta: Augmentation, *, step: int = 0, go_on: Callable[[int], bool] = lambda number: True
 ) -> Evaluation | None:
     """Evaluates; every rank calls this.
 
     Args:
-        subject: what is evaluated.
+        task: what is evaluated.
         tta: the test-time augmentation.
         step: optimizer steps taken so far.
         go_on: asked before each batch, as often on every rank; False ends the evaluation.
@@ -100,9 +100,9 @@ def measure(
     Raises:
         DataError: the ranks together did not see every sample.
     """
-    group, split = subject.group, subject.split
-    tally = Tally(group.device, len(split.classes))
-    if not score(subject, tta, tally.add, go_on):
+    group, split = task.group, task.split
+    tally = EvalMetrics(group.device, len(split.classes))
+    if not score(task, tta, tally.add, go_on):
         return None
     sums = reduce_record(group, Phase.EVALUATE, step, tally.sums())
     sums.check(split.ids, "the evaluation saw")
@@ -136,7 +136,7 @@ def batch_size(config: TrainConfig, world_size: int) -> int:
 
 
 def score(
-    subject: Subject,
+    task: EvalTask,
     tta: Augmentation,
     take: Callable[[Batch, Tensor, Tensor], None],
     go_on: Callable[[int], bool],
@@ -144,21 +144,21 @@ def score(
     """Puts this rank's samples through the network; returns whether all were seen.
 
     Args:
-        subject: what is evaluated.
+        task: what is evaluated.
         tta: the test-time augmentation.
         take: is given each batch, its scores float32 [B, classes], and its scores without augmentation.
         go_on: as of `measure`.
     """
-    network, size, ids = subject.network, subject.batch_size, subject.split.ids
-    own = share(range(len(ids)), subject.group.rank, subject.group.world_size)
+    network, size, ids = task.network, task.batch_size, task.split.ids
+    own = rank_slice(range(len(ids)), task.group.rank, task.group.world_size)
     windows = (slice(begin, min(begin + size, own.stop)) for begin in range(own.start, own.stop, size))
-    most = len(share(range(len(ids)), 0, subject.group.world_size))  # of all ranks
+    most = len(rank_slice(range(len(ids)), 0, task.group.world_size))  # of all ranks
     training = network.training
     network.eval()
     with (
         torch.inference_mode(),
-        subject.autocast(),
-        contextlib.closing(subject.split.data.batches(ids, windows)) as batches,
+        task.autocast(),
+        contextlib.closing(task.split.data.batches(ids, windows)) as batches,
     ):
         for number in range(-(-most // size)):
             if not go_on(number):
@@ -166,14 +166,14 @@ def score(
             batch = next(batches, None)
             if batch is None:
                 continue
-            batch = batch.to(subject.group.device)
-            if subject.places is not None:
-                batch = batch._replace(labels=subject.places[batch.labels])
+            batch = batch.to(task.group.device)
+            if task.places is not None:
+                batch = batch._replace(labels=task.places[batch.labels])
             passes = (
                 (network(images).float(), weight)
-                for images, weight in views(subject.normalise(batch.images), tta)
+                for images, weight in tta_views(task.normalize(batch.images), tta)
             )
-            with kernels_by_rule() if len(batch.labels) < size else contextlib.nullcontext():
+            with cudnn_heuristics() if len(batch.labels) < size else contextlib.nullcontext():
                 plain, weight = next(passes)
                 logits = weight * plain
                 for scores, weight in passes:
@@ -200,7 +200,7 @@ class EvalSums(Seen):
     top5_correct: float
 
 
-class Tally:
+class EvalMetrics:
     """What a rank counts over the samples that it has seen, on its device.
 
     Args:
@@ -255,7 +255,7 @@ class Tally:
         )
 
 
-def views(images: Tensor, tta: Augmentation) -> Iterator[tuple[Tensor, float]]:
+def tta_views(images: Tensor, tta: Augmentation) -> Iterator[tuple[Tensor, float]]:
     """Yields the images as each pass of a test-time augmentation sees them, with the weight of its scores.
 
     The first are the images as they are. multi_view is that of Jordan 2024 (airbench): the mirrored images

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from disttrain.data.plan import Ids, digest
+from disttrain.data.epoch_plan import Ids, digest
 from disttrain.errors import DataError
 from disttrain.heartbeat import Phase
 from disttrain.training.collectives import reduce_record
-from disttrain.training.parts import Parts
+from disttrain.training.state import TrainState
 
 
 @dataclass
@@ -48,11 +48,11 @@ def seen_by_rank(ids: Sequence[Ids]) -> Seen:
     return Seen(count, total & 0xFFFFFFFF, total >> 32)
 
 
-def check_exactly_once(parts: Parts, step: int, seen: Sequence[Ids], expected: Ids) -> None:
+def check_exactly_once(state: TrainState, step: int, seen: Sequence[Ids], expected: Ids) -> None:
     """Checks that all ranks together trained on exactly the expected samples. Every rank calls this.
 
     Raises:
         DataError: a sample was left out, repeated or replaced.
     """
-    total = reduce_record(parts.group, Phase.REPORT, step, seen_by_rank(seen))
+    total = reduce_record(state.group, Phase.REPORT, step, seen_by_rank(seen))
     total.check(expected, "the ranks trained on")

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from disttrain.config import Config
 from disttrain.errors import UsageError
 from disttrain.models import CATALOG
-from disttrain.training.choices import Choice, Settings
+from disttrain.training.autotune import Choice, Settings
 from disttrain.training.optim import inner_groups
 
 log = logging.getLogger("disttrain")

@@ -27,7 +27,7 @@ _LONG_WORK_S = 3600.0  # in which a rank may decode a data set while others wait
 _FAILED = "disttrain/failed"  # in the store of the group
 
 
-def patience_s(config: Config) -> float:
+def collective_timeout_s(config: Config) -> float:
     """Returns the seconds for which a rank waits for others; a launcher that watches it is sooner."""
     return config.monitor.stall_timeout_s + 30
 
@@ -41,7 +41,7 @@ def wait_for_all(what: str) -> None:
     """Waits until every rank has come here, an hour at most. Every rank calls this, once for each `what`.
 
     For what one node may have to do while another has it already, such as decoding: a collective would give
-    up after `patience_s`, and a launcher that watches the ranks sees sooner whether one of them hangs.
+    up after `collective_timeout_s`, and a launcher sees sooner whether one of the ranks hangs.
 
     Raises:
         HangError: a rank has not come.
@@ -65,7 +65,7 @@ def wait_for_all(what: str) -> None:
         pause_s = min(1.5 * pause_s, 1.0)
 
 
-def tell_failure() -> None:
+def signal_failure() -> None:
     """Lets the ranks that wait in `wait_for_all` know that this one will not come."""
     import torch.distributed as dist
 
@@ -112,7 +112,7 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores_of_a_rank()))
     expected = int(os.environ.get("WORLD_SIZE", "1"))
-    patience = datetime.timedelta(seconds=patience_s(config))
+    patience = datetime.timedelta(seconds=collective_timeout_s(config))
     if expected > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         interface = prepare_gloo(os.environ["MASTER_ADDR"])
         if interface is not None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from disttrain.data.batches import Batch, Window
-from disttrain.data.plan import Ids, share
+from disttrain.data.epoch_plan import Ids, rank_slice
 from disttrain.heartbeat import Phase
 from disttrain.training.augment import Mix
-from disttrain.training.parts import Parts
 from disttrain.training.phases import Phases
+from disttrain.training.state import TrainState
 
 
 class MicroBatch(NamedTuple):
@@ -38,16 +38,16 @@ class MicroBatch(NamedTuple):
     last: bool
 
 
-def micro_batches(parts: Parts, epoch: int, index: int) -> Iterator[MicroBatch]:
+def micro_batches(state: TrainState, epoch: int, index: int) -> Iterator[MicroBatch]:
     """Yields this rank's micro-batches of step `index` of an epoch, at least one."""
-    places = parts.plan.batch(index)
-    own = share(places, parts.rank, parts.world_size)
+    places = state.plan.batch(index)
+    own = rank_slice(places, state.rank, state.world_size)
     counts = len(own) > 0
     own = own or places[:1]  # a last batch smaller than the world
-    mix = parts.augment.mix(epoch, index, len(places), *parts.image_size)
-    number = min(parts.config.train.accumulate, len(own))
+    mix = state.augment.mix(epoch, index, len(places), *state.image_size)
+    number = min(state.config.train.accumulate, len(own))
     for i in range(number):
-        part = share(own, i, number)
+        part = rank_slice(own, i, number)
         window: Window = slice(part.start, part.stop)
         if mix is not None:
             samples = np.arange(part.start, part.stop)
@@ -57,11 +57,11 @@ def micro_batches(parts: Parts, epoch: int, index: int) -> Iterator[MicroBatch]:
 
 
 def prefetch(
-    parts: Parts, epoch: int, steps: range, order: Ids
+    state: TrainState, epoch: int, steps: range, order: Ids
 ) -> Generator[tuple[MicroBatch, Batch], None, None]:
     """Yields this rank's micro-batches of the steps of an epoch with their samples, loaded ahead."""
-    micros, ahead = itertools.tee(micro for index in steps for micro in micro_batches(parts, epoch, index))
-    with contextlib.closing(parts.train_data.batches(order, (micro.window for micro in ahead))) as batches:
+    micros, ahead = itertools.tee(micro for index in steps for micro in micro_batches(state, epoch, index))
+    with contextlib.closing(state.train_data.batches(order, (micro.window for micro in ahead))) as batches:
         yield from zip(micros, batches, strict=True)
 
 
@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         micro: which samples, and what they count for.
-        images: augmented and normalised, float32 [B, C, H, W].
+        images: augmented and normalized, float32 [B, C, H, W].
         labels: int64 [B].
         partners: labels of the images that are mixed in, int64 [B], or None.
         ids: of the rank's own samples, int64 [B].
@@ -84,26 +84,26 @@ class Inputs(NamedTuple):
 
 
 def next_inputs(
-    parts: Parts, batches: Iterator[tuple[MicroBatch, Batch]], step: int, number: int, phases: Phases
+    state: TrainState, batches: Iterator[tuple[MicroBatch, Batch]], step: int, number: int, phases: Phases
 ) -> Inputs:
     """Takes the next micro-batch, number `number` of a step, to the device and augments it."""
     began = phases.enter(Phase.DATA, step, number)
     micro, batch = next(batches)
-    parts.meter.wait_s += phases.enter(Phase.TO_DEVICE, step, number) - began
-    batch = batch.to(parts.accelerator.device)
+    state.meter.wait_s += phases.enter(Phase.TO_DEVICE, step, number) - began
+    batch = batch.to(state.accelerator.device)
     phases.enter(Phase.AUGMENT, step, number)
-    images, labels, partners = prepare(parts, micro, batch)
+    images, labels, partners = prepare(state, micro, batch)
     return Inputs(micro, images, labels, partners, batch.ids[: micro.samples])
 
 
-def prepare(parts: Parts, micro: MicroBatch, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+def prepare(state: TrainState, micro: MicroBatch, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the augmented images, their labels and, if mixed, the labels of their partners."""
     window, count, mix = micro.window, micro.samples, micro.mix
     if isinstance(window, slice):
-        return parts.augment.train(batch.images, window), batch.labels, None
+        return state.augment.train(batch.images, window), batch.labels, None
     assert mix is not None
-    places = torch.from_numpy(window).to(parts.accelerator.device, non_blocking=True)
-    mixed = parts.augment.train(batch.images, places)
+    places = torch.from_numpy(window).to(state.accelerator.device, non_blocking=True)
+    mixed = state.augment.train(batch.images, places)
     images, others = mixed[:count], mixed[count:]
     if mix.box is None:
         images.lerp_(others, 1 - mix.share)

@@ -7,62 +7,64 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from disttrain.data.plan import Ids
+from disttrain.data.epoch_plan import Ids
 from disttrain.errors import TrainingError
 from disttrain.heartbeat import Phase
 from disttrain.training.collectives import gather, reduce_sum
-from disttrain.training.parts import Hooks, Parts, Position
+from disttrain.training.state import Callbacks, Progress, TrainState
 
 _MOST_SKIPPED_STEPS = 20  # in a row, by a gradient scaler that finds only overflows
 
 
-def check_loss(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hooks) -> None:
+def check_loss(state: TrainState, progress: Progress, seen: Sequence[Ids], callbacks: Callbacks) -> None:
     """Looks at the losses since the last log point without reporting them. Every rank calls this.
 
     Raises:
         TrainingError: one is not finite.
     """
-    loss, _ = parts.meter.totals()
-    if not math.isfinite(reduce_sum(parts.group, Phase.REPORT, position.step, [loss])[0]):
-        raise not_finite(parts, position, seen, hooks)
+    loss, _ = state.meter.totals()
+    if not math.isfinite(reduce_sum(state.group, Phase.REPORT, progress.step, [loss])[0]):
+        raise nonfinite_error(state, progress, seen, callbacks)
 
 
-def not_finite(parts: Parts, position: Position, seen: Sequence[Ids], hooks: Hooks) -> TrainingError:
+def nonfinite_error(
+    state: TrainState, progress: Progress, seen: Sequence[Ids], callbacks: Callbacks
+) -> TrainingError:
     """Finds the first step whose loss is not finite and writes its batch down. Every rank calls this.
 
     Returns:
         The error to raise.
     """
-    steps = parts.meter.steps
-    own = parts.meter.first_not_finite()
+    steps = state.meter.steps
+    own = state.meter.first_not_finite()
     first, rank = min(
-        (steps if found is None else found, rank) for rank, found in enumerate(gather(parts.group, own))
+        (steps if found is None else found, rank) for rank, found in enumerate(gather(state.group, own))
     )
     back = steps - first  # from the end of the interval
     if not 0 < back <= len(seen):
         return TrainingError(
-            f"the sum of the losses up to step {position.step:,} is not finite; lower optim.lr "
+            f"the sum of the losses up to step {progress.step:,} is not finite; lower optim.lr "
             "(this run goes on so with --force)"
         )
-    step = position.step - back + 1
-    ids = np.concatenate(gather(parts.group, seen[-back]))
-    where = hooks.observer.bad_batch(position.epoch + 1, step, ids.tolist())
+    step = progress.step - back + 1
+    ids = np.concatenate(gather(state.group, seen[-back]))
+    where = callbacks.observer.bad_batch(progress.epoch + 1, step, ids.tolist())
     # The first rank to fail takes the others down: not before rank 0 has written it.
-    gather(parts.group, None)
+    gather(state.group, None)
     return TrainingError(
-        f"the loss is not finite at step {step:,} (epoch {position.epoch + 1}, on rank {rank} first); "
+        f"the loss is not finite at step {step:,} (epoch {progress.epoch + 1}, on rank {rank} first); "
         f"its batch is written down in {where}; lower optim.lr, set train.grad_clip, or use "
         "train.precision=fp32 (this run goes on so with --force)"
     )
 
 
-def check_scaler(parts: Parts) -> None:
+def check_scaler(state: TrainState) -> None:
     """Looks whether the gradient scaler of fp16 lets any step through. Waits for the device.
 
     Raises:
         TrainingError: it has skipped every step for long, because the gradients overflow at any scale.
     """
-    scaler, meter = parts.accelerator.scaler, parts.meter
+    scaler, meter = state.accelerator.scaler, state.meter
     if scaler is None:
         return
     scale = scaler.get_scale()

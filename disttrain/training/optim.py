@@ -46,13 +46,13 @@ def build_optimizer(
         if settings.name == "muon":
             filters = [p for p in parameters if p.ndim in {2, 4} and p is not _head(model)]
             if filters:
-                parts.append(FilterMuon(filters, settings))
+                parts.append(ConvMuon(filters, settings))
                 rates.append(rate)
             parameters = [p for p in parameters if p.ndim not in {2, 4} or p is _head(model)]
         if parameters:
             parts.append(_plain(settings, parameters))
             rates.append(rate)
-    return (parts[0] if len(parts) == 1 else Together(parts)), rates
+    return (parts[0] if len(parts) == 1 else CombinedOptimizer(parts)), rates
 
 
 def _groups(
@@ -159,7 +159,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-class FilterMuon(Optimizer):
+class ConvMuon(Optimizer):
     """Muon for filters and hidden matrices (Jordan et al. 2024).
 
     torch's Muon takes matrices only. A filter [O, I, H, W] is given to it as the matrix [O, H*W*I] that
@@ -208,7 +208,7 @@ class FilterMuon(Optimizer):
         load_state(self._muon, state_dict)
 
 
-class Together(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Several optimizers as one, each with a parameter group of its own.
 
     Args:

@@ -44,7 +44,7 @@ class Phases:
         self._marking = False  # whether it is under way
 
     def enter(self, phase: Phase, step: int, part: int = 0) -> float:
-        """Begins a phase; arguments as for `Pulse.beat`. Returns the time, seconds of perf_counter."""
+        """Begins a phase; arguments as for `Heartbeat.beat`. Returns the time, seconds of perf_counter."""
         now = time.perf_counter()
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.errors import DisttrainError, StoppedError, StorageError
-from disttrain.heartbeat import STACKS, STOP, Phase, Pulse
+from disttrain.heartbeat import STACKS, STOP, Heartbeat, Phase
 from disttrain.runs.runfolder import RunFolder, utc_now
 
 log = logging.getLogger("disttrain")
@@ -36,7 +36,7 @@ class Rank:
     Attributes:
         folder: the run folder, once it is known.
         stop: whether this rank was asked to stop.
-        pulse: shows the launcher that it lives.
+        heartbeat: shows the launcher that it lives.
     """
 
     def __init__(self, number: int, run_dir: Path | None) -> None:
@@ -48,7 +48,7 @@ class Rank:
         self._terminal = os.dup(2)
         if run_dir is not None and (folder := RunFolder(run_dir)).locked_by_launcher():
             self.enter(folder)
-        self.pulse = Pulse.connect(os.environ, number)
+        self.heartbeat = Heartbeat.connect(os.environ, number)
 
     def enter(self, folder: RunFolder) -> None:
         """Begins to log into the folder; ranks but 0 send everything they print there too."""
@@ -80,14 +80,14 @@ class Rank:
         for number in _STOPS:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-        hear = self._hear_signals if self.pulse.connection is None else self._hear_launcher
+        hear = self._hear_signals if self.heartbeat.connection is None else self._hear_launcher
         threading.Thread(target=hear, args=(here, there), daemon=True).start()
 
     def _hear_signals(self, here: socket.socket, _there: socket.socket) -> None:
         asked_at = None
         while True:
             for number in _STOPS & set(here.recv(64)):
-                if asked_at is None and self.pulse.place[0] is Phase.START:
+                if asked_at is None and self.heartbeat.place[0] is Phase.START:
                     stop = StoppedError(
                         "stopped before training began; nothing is lost, the same command goes on"
                     )
@@ -102,7 +102,7 @@ class Rank:
                 self.stop = True
 
     def _hear_launcher(self, here: socket.socket, _there: socket.socket) -> None:
-        launcher = self.pulse.connection
+        launcher = self.heartbeat.connection
         assert launcher is not None
         while True:
             for ready in wait_for_any([here, launcher]):
@@ -116,7 +116,7 @@ class Rank:
                     self.stop = True
                 else:
                     stops = _STOPS & set(here.recv(64))
-                    if signal.SIGTERM in stops and self.pulse.place[0] is Phase.START:
+                    if signal.SIGTERM in stops and self.heartbeat.place[0] is Phase.START:
                         os._exit(128 + signal.SIGTERM)  # torchrun, because another rank could not start
                     self.stop = self.stop or bool(stops)
 

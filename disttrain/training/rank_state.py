@@ -16,7 +16,7 @@ from torch import Tensor
 
 from disttrain import counter_rng
 from disttrain.training.collectives import fill, float_buffers, gather
-from disttrain.training.parts import MeterState, Parts
+from disttrain.training.state import MeterState, TrainState
 
 _OWN_CODE = 24  # the stream of random numbers that seeds Python's and numpy's generators
 
@@ -29,7 +29,7 @@ def seed_own_code(seed: int, rank: int) -> None:
 
 
 @contextlib.contextmanager
-def drawing_apart(device: torch.device) -> Iterator[None]:
+def preserve_rng_state(device: torch.device) -> Iterator[None]:
     """Leaves the generators of this rank as they were, whatever is drawn inside, also when it is broken off.
 
     A network of the user's own may draw in an evaluation: what it draws in training does not depend on how
@@ -64,49 +64,49 @@ def _set_generators(state: dict[str, Tensor], device: torch.device) -> None:
     """Puts back what `_generators` returned."""
     has_gauss, gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
-    position, has_gauss, numpy_gauss = state["numpy_rest"].tolist()
+    place, has_gauss, numpy_gauss = state["numpy_rest"].tolist()
     words = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, int(position), int(has_gauss), numpy_gauss))
+    np.random.set_state(("MT19937", words, int(place), int(has_gauss), numpy_gauss))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def gather_rank_states(parts: Parts, *, with_buffers: bool) -> dict[str, Tensor]:
+def gather_rank_states(state: TrainState, *, with_buffers: bool) -> dict[str, Tensor]:
     """Returns what differs from rank to rank in a run.
 
     Args:
-        parts: of this rank.
+        state: of this rank.
         with_buffers: whether the batch-norm statistics of each rank are to be kept apart.
 
     Returns:
         Tensors [ranks, ...]: random number generators, the sums since the last log point, statistics.
     """
-    own = _generators(parts.accelerator.device)
-    own["meter"] = torch.tensor(astuple(parts.meter.state()), dtype=torch.float64)
-    buffers = _statistics(parts)
+    own = _generators(state.accelerator.device)
+    own["meter"] = torch.tensor(astuple(state.meter.state()), dtype=torch.float64)
+    buffers = _statistics(state)
     if with_buffers and buffers:
         own["buffers"] = torch.cat([buffer.reshape(-1).double() for buffer in buffers]).cpu()
-    states = gather(parts.group, own)
-    return {name: torch.stack([state[name] for state in states]) for name in own}
+    states = gather(state.group, own)
+    return {name: torch.stack([one[name] for one in states]) for name in own}
 
 
-def restore_rank_state(parts: Parts, states: dict[str, Tensor]) -> None:
+def restore_rank_state(state: TrainState, states: dict[str, Tensor]) -> None:
     """Puts back what `gather_rank_states` returned; on another number of ranks, what has a meaning there."""
     meters = states["meter"]
-    if len(meters) == parts.world_size:
-        own = {name: value[parts.rank].clone() for name, value in states.items()}  # aligned in memory
-        _set_generators(own, parts.accelerator.device)
+    if len(meters) == state.world_size:
+        own = {name: value[state.rank].clone() for name, value in states.items()}  # aligned in memory
+        _set_generators(own, state.accelerator.device)
         if "buffers" in own:
-            fill(_statistics(parts), own["buffers"])
-        parts.meter.load(MeterState(*own["meter"].tolist()))
+            fill(_statistics(state), own["buffers"])
+        state.meter.load(MeterState(*own["meter"].tolist()))
     else:
         total, mean = (MeterState(*values.tolist()) for values in (meters.sum(0), meters.mean(0)))
-        if parts.rank:  # the sums go on with rank 0
+        if state.rank:  # the sums go on with rank 0
             total = MeterState(0, 0, 0, 0, 0, 0)
-        parts.meter.load(replace(mean, loss=total.loss, correct=total.correct, samples=total.samples))
+        state.meter.load(replace(mean, loss=total.loss, correct=total.correct, samples=total.samples))
 
 
-def _statistics(parts: Parts) -> list[Tensor]:
+def _statistics(state: TrainState) -> list[Tensor]:
     """Returns the batch-norm statistics of the model and its moving average."""
-    return [buffer for network in parts.networks for buffer in float_buffers(network)]
+    return [buffer for network in state.networks for buffer in float_buffers(network)]

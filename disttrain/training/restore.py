@@ -12,19 +12,19 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from disttrain.config import Config
-from disttrain.data.plan import Plan
+from disttrain.data.epoch_plan import Plan
 from disttrain.errors import CheckpointError
 from disttrain.runs.checkpoint import Checkpoint
-from disttrain.runs.identity import changes_since, identity, refuse, saved_identity
+from disttrain.runs.fingerprint import changes_since, fingerprint, refuse, saved_identity
 from disttrain.shards.index import Index
 from disttrain.training.optim import load_state
-from disttrain.training.parts import Parts, Position
 from disttrain.training.rank import Rank
+from disttrain.training.state import Progress, TrainState
 
 log = logging.getLogger("disttrain")
 
 
-def go_on(checkpoint: Checkpoint, parts: Parts, index: Index, rank: Rank, *, force: bool) -> Position:
+def go_on(checkpoint: Checkpoint, state: TrainState, index: Index, rank: Rank, *, force: bool) -> Progress:
     """Puts a checkpoint into the parts of a run, whose model is not wrapped yet.
 
     Returns:
@@ -33,15 +33,15 @@ def go_on(checkpoint: Checkpoint, parts: Parts, index: Index, rank: Rank, *, for
     Raises:
         CheckpointError, UsageError: as `saved_position`, `restore` and `restore_scaler` do.
     """
-    position = saved_position(checkpoint, parts.config, index, parts.plan, rank, force=force)
-    restore(checkpoint, parts.model, parts.optimizer, parts.ema, force=force)
-    restore_scaler(checkpoint, parts.accelerator.scaler, force=force)
-    return position
+    progress = saved_position(checkpoint, state.config, index, state.plan, rank, force=force)
+    restore(checkpoint, state.model, state.optimizer, state.ema, force=force)
+    restore_scaler(checkpoint, state.accelerator.scaler, force=force)
+    return progress
 
 
 def saved_position(
     checkpoint: Checkpoint, config: Config, index: Index, plan: Plan, rank: Rank, *, force: bool
-) -> Position:
+) -> Progress:
     """Returns where a run goes on, after checking that it is the run of the checkpoint.
 
     Raises:
@@ -53,21 +53,21 @@ def saved_position(
             f"{checkpoint.path}: was saved with optim.name = {checkpoint.value('optimizer')}, "
             f"the config has {config.optim.name}; resume with the config it was saved with"
         )
-    fields = dataclasses.fields(Position)
-    position = Position(**{field.name: checkpoint.value(field.name) for field in fields})
+    fields = dataclasses.fields(Progress)
+    progress = Progress(**{field.name: checkpoint.value(field.name) for field in fields})
     saved = saved_identity(checkpoint.path, checkpoint.state)
-    now = identity(config, index, plan.skipped.tolist())  # now that what is left out is known
+    now = fingerprint(config, index, plan.skipped.tolist())  # now that what is left out is known
     changes = changes_since(saved, now)
     if changes and not force:
         raise refuse(f"{checkpoint.path}: was saved with", changes)
     before, left_out = (document["data"].get("skipped", 0) for document in (saved, now))
     if before != left_out and rank.number == 0 and rank.folder is not None:
-        rank.folder.record_forced(position.step, [f"data.skipped: {before} -> {left_out}"])
-    if saved["order"] != now["order"] and position.samples:
+        rank.folder.record_forced(progress.step, [f"data.skipped: {before} -> {left_out}"])
+    if saved["order"] != now["order"] and progress.samples:
         say = print if rank.number == 0 else log.info
-        say(f"the samples have another order now: epoch {position.epoch + 1} begins again")
-        position.samples = 0
-    return position
+        say(f"the samples have another order now: epoch {progress.epoch + 1} begins again")
+        progress.samples = 0
+    return progress
 
 
 def restore(

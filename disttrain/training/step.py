@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.data.batches import Batch
-from disttrain.data.plan import Ids
+from disttrain.data.epoch_plan import Ids
 from disttrain.heartbeat import Phase
 from disttrain.training.augment import Mix
 from disttrain.training.microbatch import MicroBatch, next_inputs
-from disttrain.training.parts import Parts, as_written, kernels_by_rule
 from disttrain.training.phases import Phases
+from disttrain.training.state import TrainState, cudnn_heuristics, eager
 
 
 def train_step(
-    parts: Parts,
+    state: TrainState,
     batches: Iterator[tuple[MicroBatch, Batch]],
     step: int,
     global_batch: int,
@@ -36,7 +36,7 @@ def train_step(
     backward pass begins with that weight, which is no operation of its own.
 
     Args:
-        parts: what to train with.
+        state: what to train with.
         batches: gives this rank's micro-batches of the step.
         step: its number, from 1.
         global_batch: samples of the step over all ranks.
@@ -46,20 +46,20 @@ def train_step(
         The ids that this rank trained on, int64 [B].
     """
     # In plain torch: the wrappers of Accelerate look for packages and signatures in every step.
-    config, scaler, meter = parts.config.train, parts.accelerator.scaler, parts.meter
+    config, scaler, meter = state.config.train, state.accelerator.scaler, state.meter
     ids: list[Ids] = []
     for number in itertools.count():
-        micro, images, labels, partners, own_ids = next_inputs(parts, batches, step, number, phases)
+        micro, images, labels, partners, own_ids = next_inputs(state, batches, step, number, phases)
         phases.enter(Phase.COMPUTE, step, 2 * number)
-        graph = parts.graph if micro.samples == config.batch_size else None
+        graph = state.graph if micro.samples == config.batch_size else None
         if graph is not None:
-            loss, scores = graph(partial(whole_step, parts), images, labels)
+            loss, scores = graph(partial(whole_step, state), images, labels)
         else:
-            with passes(parts, micro, global_batch):
-                scores = parts.model(images)
+            with passes(state, micro, global_batch):
+                scores = state.model(images)
                 loss = loss_sum(scores, labels, partners, micro.mix, config.label_smoothing)
                 phases.enter(Phase.COMPUTE, step, 2 * number + 1)  # here the ranks wait for one another
-                weight = parts.world_size / global_batch if micro.counts else 0.0
+                weight = state.world_size / global_batch if micro.counts else 0.0
                 (loss if scaler is None else scaler.scale(loss)).backward(torch.full_like(loss, weight))
         if micro.counts:
             meter.add(loss, scores, labels)
@@ -68,15 +68,15 @@ def train_step(
             break
     phases.enter(Phase.OPTIMIZE, step)
     if graph is None:
-        update(parts)
-    if parts.ema is not None:
-        parts.ema.n_averaged += 1
+        update(state)
+    if state.ema is not None:
+        state.ema.n_averaged += 1
     meter.steps += 1
     return np.concatenate(ids) if ids else np.empty(0, np.int64)
 
 
 @contextlib.contextmanager
-def passes(parts: Parts, micro: MicroBatch, global_batch: int) -> Iterator[None]:
+def passes(state: TrainState, micro: MicroBatch, global_batch: int) -> Iterator[None]:
     """What holds around the passes of a micro-batch.
 
     The gradients stay on this rank until its last one. A batch of another size than the others is neither
@@ -84,56 +84,56 @@ def passes(parts: Parts, micro: MicroBatch, global_batch: int) -> Iterator[None]
     """
     with contextlib.ExitStack() as stack:
         if not micro.last:
-            stack.enter_context(no_sync(parts))
-        if micro.samples != parts.compiled_batch:
-            stack.enter_context(as_written(parts))
-        if global_batch < parts.config.train.batch_size:
-            stack.enter_context(kernels_by_rule())
+            stack.enter_context(no_sync(state))
+        if micro.samples != state.compiled_batch:
+            stack.enter_context(eager(state))
+        if global_batch < state.config.train.batch_size:
+            stack.enter_context(cudnn_heuristics())
         yield
 
 
-def no_sync(parts: Parts) -> contextlib.AbstractContextManager[None]:
+def no_sync(state: TrainState) -> contextlib.AbstractContextManager[None]:
     """Leaves gradients on this rank, to be reduced with those of a later pass."""
-    if parts.world_size == 1:
+    if state.world_size == 1:
         return contextlib.nullcontext()
-    assert isinstance(parts.model, DistributedDataParallel)
-    return parts.model.no_sync()
+    assert isinstance(state.model, DistributedDataParallel)
+    return state.model.no_sync()
 
 
-def whole_step(parts: Parts, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def whole_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Takes a step on a whole batch, as `train_step` does; all its effects are on the device.
 
     Args:
-        parts: of a single rank.
+        state: of a single rank.
         images: float32 [B, C, H, W].
         labels: int64 [B].
 
     Returns:
         The summed loss, float32 [], and the scores [B, classes].
     """
-    logits = parts.model(images)
-    loss = loss_sum(logits, labels, None, None, parts.config.train.label_smoothing)
+    logits = state.model(images)
+    loss = loss_sum(logits, labels, None, None, state.config.train.label_smoothing)
     loss.backward(torch.full_like(loss, 1 / len(labels)))
-    update(parts)
+    update(state)
     return loss, logits
 
 
-def update(parts: Parts) -> None:
+def update(state: TrainState) -> None:
     """Changes the weights by their gradients, which it drops, and the moving average by the weights."""
-    clip, scaler = parts.config.train.grad_clip, parts.accelerator.scaler
+    clip, scaler = state.config.train.grad_clip, state.accelerator.scaler
     if clip is not None:
         if scaler is not None:
-            scaler.unscale_(parts.optimizer)
-        norm = nn.utils.clip_grad_norm_(parts.model.parameters(), clip)
-        parts.meter.grad_norm.copy_(norm)
+            scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
+        state.meter.grad_norm.copy_(norm)
     if scaler is None:
-        parts.optimizer.step()
+        state.optimizer.step()
     else:
-        scaler.step(parts.optimizer)
+        scaler.step(state.optimizer)
         scaler.update()
-    parts.drop_gradients()
-    if parts.ema is not None:
-        parts.ema.average(parts.bare_model)
+    state.drop_gradients()
+    if state.ema is not None:
+        state.ema.average(state.bare_model)
 
 
 def loss_sum(

@@ -19,8 +19,8 @@ from disttrain.shards.index import Index, load_index
 from disttrain.training import graph
 from disttrain.training.build import build
 from disttrain.training.group import join
-from disttrain.training.parts import Hooks, Parts
 from disttrain.training.rank import Rank
+from disttrain.training.state import Callbacks, TrainState
 from disttrain.training.train import train
 
 pytestmark = pytest.mark.gpu
@@ -48,7 +48,7 @@ def arithmetic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def trained(index: Index, options: dict[str, Any]) -> Parts:
+def trained(index: Index, options: dict[str, Any]) -> TrainState:
     """Trains two epochs in this process."""
     tree: dict[str, Any] = {
         "name": "graph",
@@ -62,7 +62,7 @@ def trained(index: Index, options: dict[str, Any]) -> Parts:
         tree[section] = tree.get(section, {}) | values
     tree["train"]["cuda_graph"] = True
     config = Config.model_validate(tree)
-    parts, position, choices = build(config, Rank(0, None), join(config, "cuda"), index, None)
+    state, position, choices = build(config, Rank(0, None), join(config, "cuda"), index, None)
     assert choices["cuda_graph"].value == "true"
     nothing: Any = SimpleNamespace(
         train=lambda record: None,
@@ -73,8 +73,8 @@ def trained(index: Index, options: dict[str, Any]) -> Parts:
         check=lambda: None,
         wait=lambda: None,
     )
-    train(parts, position, Hooks(nothing, nothing, nothing, lambda: False))
-    return parts
+    train(state, position, Callbacks(nothing, nothing, nothing, lambda: False))
+    return state
 
 
 def tensors(tree: Any, name: str = "") -> dict[str, Tensor]:
@@ -101,12 +101,12 @@ def test_a_graph_trains_to_the_same_bits(
     found = []
     for recorded, warm_up in ((False, 10**6), (True, 3)):
         monkeypatch.setattr(graph, "_WARM_UP_STEPS", warm_up)
-        parts = trained(index, options)
-        assert parts.graph is not None
-        assert parts.graph.recorded == recorded
-        state = {"model": parts.bare_model.state_dict(), "optimizer": parts.optimizer.state_dict()}
-        if parts.ema is not None:
-            state["ema"] = parts.ema.state_dict()
+        state = trained(index, options)
+        assert state.graph is not None
+        assert state.graph.recorded == recorded
+        state = {"model": state.bare_model.state_dict(), "optimizer": state.optimizer.state_dict()}
+        if state.ema is not None:
+            state["ema"] = state.ema.state_dict()
         found.append(tensors(state))
     plain, replayed = found
     assert plain.keys() == replayed.keys()

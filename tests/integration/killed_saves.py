@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from disttrain.runs.checkpoint import load, snapshot, write
-from disttrain.runs.manifest import newest_sound, verify
+from disttrain.runs.manifest import latest_valid, verify
 
 CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.scandir", "os.listdir"}
 """Events of Python's audit hook; what it does not tell of is wrapped in `kill_at`."""
@@ -41,7 +41,7 @@ def save(folder: Path, step: int, value: int, *, size: int = SMALL, keep: int = 
 
 def look(folder: Path) -> tuple[int, int, list[str]]:
     """Returns step and value of the newest sound checkpoint, and what was found to be damaged."""
-    found, damages = newest_sound(folder)
+    found, damages = latest_valid(folder)
     assert found is not None
     for path in folder.glob("step_*"):
         verify(path)  # older ones too are whole or not there

@@ -13,13 +13,13 @@ from pathlib import Path
 from disttrain.config import load_config
 from disttrain.errors import DisttrainError
 from disttrain.preflight import open_index
-from disttrain.runs.manifest import MANIFEST, STATE, entry, newest_sound, write_manifest
+from disttrain.runs.manifest import MANIFEST, STATE, entry, latest_valid, write_manifest
 from disttrain.training.build import build
 from disttrain.training.group import join
 from disttrain.training.rank import Rank
 
 config = load_config(Path(sys.argv[1]) / "config.yaml", sys.argv[2:])
-sound, _ = newest_sound(Path(sys.argv[1]) / "checkpoints")
+sound, _ = latest_valid(Path(sys.argv[1]) / "checkpoints")
 assert sound is not None
 index, rank, group = open_index(config, print), Rank(0, None), join(config, "cpu")
 document = json.loads((sound / STATE).read_bytes())

@@ -26,13 +26,13 @@ from PIL import Image
 from runs import ids_per_step
 
 from disttrain.data.cached import Cached, open_split
-from disttrain.data.plan import Ids, usable_ids
+from disttrain.data.epoch_plan import Ids, usable_ids
 from disttrain.data.streamed import Streamed
 from disttrain.errors import DataError, DisttrainError, UnsafeError
-from disttrain.shards.foreign import index_folder
+from disttrain.shards.existing_tars import index_folder
 from disttrain.shards.index import Index, load_index
 from disttrain.shards.pack import Options
-from disttrain.shards.verify import survey, verify
+from disttrain.shards.verify import find_bad_samples, verify
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Way = Literal["host", "none"]
@@ -152,7 +152,7 @@ def serve(index: Index, way: Way, skipped: Ids = NOTHING, split: str = "train") 
 
 
 def look(index: Index, split: str = "train") -> list[int]:
-    unusable: list[int] = survey(index, split, lambda text: None).tolist()
+    unusable: list[int] = find_bad_samples(index, split, lambda text: None).tolist()
     return unusable
 
 

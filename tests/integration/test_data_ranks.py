@@ -14,7 +14,7 @@ import pytest
 from marks import nightly
 from runs import ids_per_step
 
-from disttrain.data.plan import Plan
+from disttrain.data.epoch_plan import Plan
 from disttrain.shards.index import load_index
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -21,8 +21,8 @@ from runs import ids_per_step
 from disttrain.config import load_config
 from disttrain.errors import CheckpointError
 from disttrain.preflight import open_index
-from disttrain.runs.identity import identity
-from disttrain.runs.manifest import MANIFEST, list_steps, newest_sound
+from disttrain.runs.fingerprint import fingerprint
+from disttrain.runs.manifest import MANIFEST, latest_valid, list_steps
 from disttrain.runs.resume import resume_point
 from disttrain.runs.runfolder import RunFolder
 
@@ -180,7 +180,7 @@ def resume(copy: Path, digits_root: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     """Decides where the stopped run goes on, as launcher and worker do."""
     monkeypatch.setenv("DISTTRAIN_DATA", str(digits_root))
     config = load_config(copy / "config.yaml")
-    now = identity(config, open_index(config, print))
+    now = fingerprint(config, open_index(config, print))
     return lambda: resume_point(RunFolder(copy), "auto", now)
 
 
@@ -256,7 +256,7 @@ def test_a_run_goes_back_to_an_earlier_checkpoint_and_forgets_what_came_after(
     done = small(disttrain, "run", "--resume", "run/checkpoints/step_00000030", stop_at=3)
     assert done.returncode == 75, done.stderr
     assert "abandoned_step_00000037" in done.stdout
-    found, _ = newest_sound(copy / "checkpoints")
+    found, _ = latest_valid(copy / "checkpoints")
     assert found == copy / "checkpoints/step_00000033", "and not the 37 of the other attempt"
     assert [record["step"] for record in records(copy) if record["kind"] == "train"][-2:] == [25, 30]
 
@@ -360,7 +360,7 @@ def test_a_disk_that_fills_up_ends_the_run_which_then_goes_on(
     assert 0 <= free < needed < 20 * 2**20
     assert (status(run)["state"], status(run)["exit_code"]) == ("failed", 74)
     assert "No space left" in status(run)["reason"]
-    found, damages = newest_sound(run / "checkpoints")
+    found, damages = latest_valid(run / "checkpoints")
     assert found is not None
     assert damages == []
 
@@ -404,7 +404,7 @@ def test_a_limit_on_the_size_of_files(disttrain: Run, here: Path, digits_root: P
     )  # fmt: skip
     assert limited.returncode == 74, limited.stderr
     assert re.search(r"File too large \([0-9,]+ bytes needed, .*ulimit -f", limited.stderr)
-    assert newest_sound(here / "run/checkpoints") == (None, [])
+    assert latest_valid(here / "run/checkpoints") == (None, [])
     done = small(disttrain, "run", *WIDE, "train.epochs=1", "--force")
     assert done.returncode == 0, done.stderr
     assert "no checkpoint yet; begins at the beginning" in done.stdout

@@ -19,16 +19,16 @@ import torch
 from disttrain.config import AugmentConfig
 from disttrain.data.batches import Batch
 from disttrain.data.cached import Cached, DecodedSplit
-from disttrain.data.plan import Plan
+from disttrain.data.epoch_plan import Plan
 from disttrain.data.streamed import Streamed
 from disttrain.errors import UsageError
-from disttrain.parallel import in_order, usable_cores
+from disttrain.parallel import ordered_map, usable_cores
 from disttrain.shards.images import decode_into, use_torchvision
 from disttrain.shards.index import Index
 from disttrain.shards.reader import decoded, open_shard
 from disttrain.shards.tar import scan
 from disttrain.training.augment import Augment
-from disttrain.training.normalise import Normalise
+from disttrain.training.normalize import Normalize
 
 
 class Stage(NamedTuple):
@@ -99,7 +99,7 @@ def _shards_to_pixels(
     use_torchvision()
     for count in sorted({1, threads}):
         what = f"image files to pixels, {_many(count)}"
-        yield _timed("decode", what, samples, partial(_drain, in_order(decode, parts, count)))
+        yield _timed("decode", what, samples, partial(_drain, ordered_map(decode, parts, count)))
     what = f"shards to the cache file, {_many(threads)}"
     yield _timed("decode once", what, inside, lambda: _fill_cache(index, numbers, threads))
 
@@ -113,7 +113,7 @@ def _pixels_to_batches(
     augment = Augment(
         AugmentConfig(crop_padding=min(4, min(index.height, index.width) - 1), flip=True),
         seed=0,
-        normalise=Normalise(index.mean, index.std, index.width, channels_last=True),
+        normalize=Normalize(index.mean, index.std, index.width, channels_last=True),
     )
     augment.start_epoch(0, order, index.height, index.width)
     cached = Cached(DecodedSplit(pixels, np.zeros(samples, np.int64)), cpu, "host")
@@ -129,7 +129,7 @@ def _pixels_to_batches(
             augment.train(batch.images, window)
 
     many = _many(threads)
-    yield _timed("augment", f"crop, flip, normalise, {many}", samples, lambda: augment_all(batches))
+    yield _timed("augment", f"crop, flip, normalize, {many}", samples, lambda: augment_all(batches))
     loading = partial(cached.batches, within, windows)
     yield _timed("cached epoch", f"batch and augment, {many}", samples, lambda: augment_all(loading()))
     streamed = Streamed(index, "train", cpu, batch_size=batch_size, workers=threads, say=lambda text: None)

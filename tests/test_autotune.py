@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from disttrain.config import TrainConfig
-from disttrain.training import choices
-from disttrain.training.choices import Chosen, Settings, Workload, bucket_mib, choose
+from disttrain.training import autotune
+from disttrain.training.autotune import Chosen, Settings, Workload, bucket_mib, choose
 from disttrain.units import time_text
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
         probe.spent_s += 1.0
         return cost(settings)
 
-    monkeypatch.setattr(choices.Probe, "seconds", seconds)
+    monkeypatch.setattr(autotune.Probe, "seconds", seconds)
     return measured
 
 
@@ -156,7 +156,7 @@ def test_measuring_ends_when_a_fiftieth_of_the_run_is_spent(timed: list[Settings
 def test_a_gain_within_the_noise_changes_nothing(
     timed: list[Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("test_choices.cost", lambda settings: 1.0 if settings.channels_last else 0.98)
+    monkeypatch.setattr("test_autotune.cost", lambda settings: 1.0 if settings.channels_last else 0.98)
     assert choice().settings == Settings("fp32", True, False, 4)
 
 
@@ -171,7 +171,7 @@ def test_settings_near_one_another_are_told_apart_in_turns(
         first = timed.count(settings) == 1 and settings.channels_last is disturbed
         return (1.0 if settings.channels_last else first_s) * (1.1 if first else 1.0)
 
-    monkeypatch.setattr("test_choices.cost", seconds)
+    monkeypatch.setattr("test_autotune.cost", seconds)
     found = choose(config(), work(), threads=1)
     assert found.settings.channels_last is chosen
     times = f"channels_last, 1 thread: 1 s a pass; fp32, channels_first, 1 thread: {time_text(first_s)}"

@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 
 from disttrain.config import Config
 from disttrain.data.batches import Loader
-from disttrain.data.plan import Ids, Plan
+from disttrain.data.epoch_plan import Ids, Plan
 from disttrain.preflight import split_batch
 from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.training.augment import Augment
-from disttrain.training.average import MovingAverage
-from disttrain.training.choices import Settings
+from disttrain.training.autotune import Settings
 from disttrain.training.collectives import Group
+from disttrain.training.ema import MovingAverage
 from disttrain.training.graph import StepGraph
 from disttrain.training.optim import Rate
 from disttrain.training.phases import Phases
@@ -66,7 +66,7 @@ class Gauges(Protocol):
 
 
 @dataclass(frozen=True)
-class Hooks:
+class Callbacks:
     """What the loops call; `phases` is told of every phase that begins: heartbeat and clock."""
 
     observer: Observer
@@ -77,7 +77,7 @@ class Hooks:
 
 
 @dataclass
-class Position:
+class Progress:
     """Where a run is; saved with every checkpoint.
 
     Attributes:
@@ -228,7 +228,7 @@ class Validation(NamedTuple):
 
 
 @dataclass
-class Parts:
+class TrainState:
     """What one rank trains with, built by the worker.
 
     Attributes:
@@ -282,7 +282,7 @@ class Parts:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def look_due(self, number: int) -> bool:
+    def should_poll_stop(self, number: int) -> bool:
         """Tells whether the ranks ask one another after so many steps if one is to stop; the same on all."""
         step_time_s = self.meter.step_time_s
         if self.world_size == 1 or step_time_s is None:
@@ -308,7 +308,7 @@ class Parts:
 
 
 @contextmanager
-def kernels_by_rule() -> Iterator[None]:
+def cudnn_heuristics() -> Iterator[None]:
     """Lets cuDNN choose its kernels by rule, not by trying them.
 
     For a size of batch that comes once an epoch: trying takes seconds (docs/benchmarks.md).
@@ -322,9 +322,9 @@ def kernels_by_rule() -> Iterator[None]:
 
 
 @contextmanager
-def as_written(parts: Parts) -> Iterator[None]:
+def eager(state: TrainState) -> Iterator[None]:
     """Runs a model that is compiled for one size of batch without its compilation."""
-    if parts.compiled_batch is None:
+    if state.compiled_batch is None:
         yield
     else:
         with torch.compiler.set_stance("force_eager"):

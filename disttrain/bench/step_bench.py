@@ -16,20 +16,20 @@ from disttrain.heartbeat import Phase
 from disttrain.monitor.observe import RunObserver
 from disttrain.runs.runfolder import RunFolder
 from disttrain.training.collectives import reduce_sum
-from disttrain.training.log_point import log_point
+from disttrain.training.log_metrics import log_metrics
 from disttrain.training.microbatch import prefetch, prepare
-from disttrain.training.parts import Hooks, Position
 from disttrain.training.phases import Phases
+from disttrain.training.state import Callbacks, Progress
 from disttrain.training.step import loss_sum, no_sync, train_step
 
 if TYPE_CHECKING:
     from disttrain.data.batches import Loader, Window
-    from disttrain.data.plan import Ids
+    from disttrain.data.epoch_plan import Ids
     from disttrain.shards.index import Index
-    from disttrain.training.choices import Choice
+    from disttrain.training.autotune import Choice
     from disttrain.training.microbatch import MicroBatch
-    from disttrain.training.parts import Parts
     from disttrain.training.saver import RunSaver
+    from disttrain.training.state import TrainState
 
 
 class Replay:
@@ -54,24 +54,24 @@ class Replay:
 class StepBench:
     """Measures training steps; every rank makes one and calls its methods in the same order.
 
-    Each measurement takes so many seconds at least. The model of `parts` is trained in the process.
+    Each measurement takes so many seconds at least. The model of `state` is trained in the process.
     """
 
-    def __init__(self, parts: Parts, seconds: float) -> None:
-        self._parts = parts
+    def __init__(self, state: TrainState, seconds: float) -> None:
+        self._state = state
         self._seconds = seconds
-        self._order = parts.plan.order(0)
-        parts.augment.start_epoch(0, self._order, *parts.image_size)
-        parts.model.train()
+        self._order = state.plan.order(0)
+        state.augment.start_epoch(0, self._order, *state.image_size)
+        state.model.train()
 
     def step(self, loader: Loader) -> float:
         """Returns the seconds of a training step of the ordinary loop with samples from a loader."""
-        parts, size = self._parts, self._parts.plan.batch_size
-        return self._repeat(loader, lambda batches: train_step(parts, batches, 1, size, Phases()))
+        state, size = self._state, self._state.plan.batch_size
+        return self._repeat(loader, lambda batches: train_step(state, batches, 1, size, Phases()))
 
     def phases(self) -> dict[str, float]:
         """Returns the seconds of each phase of a step, one after the other with nothing overlapping."""
-        parts, config = self._parts, self._parts.config.train
+        state, config = self._state, self._state.config.train
         sums: dict[str, float] = {}
 
         def clocked(name: str, since: float) -> float:
@@ -87,51 +87,51 @@ class StepBench:
                 micro, batch = next(batches)
                 last = micro.last
                 now = clocked("data", now)
-                batch = batch.to(parts.accelerator.device)
+                batch = batch.to(state.accelerator.device)
                 now = clocked("to_device", now)
-                images, labels, partners = prepare(parts, micro, batch)
+                images, labels, partners = prepare(state, micro, batch)
                 now = clocked("augmentation", now)
-                with contextlib.nullcontext() if reduced else no_sync(parts):
-                    logits = parts.model(images)
+                with contextlib.nullcontext() if reduced else no_sync(state):
+                    logits = state.model(images)
                     loss = loss_sum(logits, labels, partners, micro.mix, config.label_smoothing)
                     now = clocked("forward", now)
-                    loss.backward(torch.full_like(loss, parts.world_size / config.batch_size))
+                    loss.backward(torch.full_like(loss, state.world_size / config.batch_size))
                     clocked("backward and reduction" if reduced else "backward", now)
 
         def alone(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
             passes(batches, reduced=False)
             now = time.perf_counter()
-            parts.optimizer.step()
-            parts.drop_gradients()
+            state.optimizer.step()
+            state.drop_gradients()
             clocked("optimizer", now)
 
         def together(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
             passes(batches, reduced=True)
-            parts.drop_gradients()
+            state.drop_gradients()
 
         names = ("data", "to_device", "augmentation", "forward", "backward", "optimizer")
-        self._repeat(parts.train_data, alone, before=sums.clear)
+        self._repeat(state.train_data, alone, before=sums.clear)
         result = {name: sums[name] / self._steps for name in names}
-        if parts.world_size > 1:
-            self._repeat(parts.train_data, together, before=sums.clear)
+        if state.world_size > 1:
+            self._repeat(state.train_data, together, before=sums.clear)
             reduced = sums["backward and reduction"] / self._steps
             result["communication"] = max(0.0, reduced - result["backward"])
         return result
 
     def logging(self, index: Index, choices: dict[str, Choice]) -> float:
         """Returns the seconds of a log point, metrics written and shown, divided by the steps between two."""
-        config, position = self._parts.config, Position(step=1, samples_seen=1)
+        config, progress = self._state.config, Progress(step=1, samples_seen=1)
         every = config.monitor.log_every_steps
         with tempfile.TemporaryDirectory() as folder:
             run = RunFolder(Path(folder))
-            observer = RunObserver(config, run, self._parts, position, index, choices, verbosity=-1)
+            observer = RunObserver(config, run, self._state, progress, index, choices, verbosity=-1)
 
             nothing_saved = cast("RunSaver", None)
-            hooks = Hooks(observer, observer.gauges, nothing_saved, lambda: False)
+            callbacks = Callbacks(observer, observer.gauges, nothing_saved, lambda: False)
 
             def point() -> None:
-                self._parts.meter.samples, self._parts.meter.steps = 1, every
-                log_point(self._parts, position, [], 0.1, hooks)
+                self._state.meter.samples, self._state.meter.steps = 1, every
+                log_metrics(self._state, progress, [], 0.1, callbacks)
 
             with observer:
                 point()  # the first is no part of it
@@ -150,15 +150,15 @@ class StepBench:
         before: Callable[[], None] = lambda: None,
     ) -> float:
         """Takes full steps with samples of a loader for the time of a measurement; returns seconds a step."""
-        parts, plan = self._parts, self._parts.plan
-        parts.meter.restart()
+        state, plan = self._state, self._state.plan
+        state.meter.restart()
         full = max(1, plan.samples // plan.batch_size)
-        own, parts.train_data = parts.train_data, loader
+        own, state.train_data = state.train_data, loader
         warm_up, taken, began = 2, 0, 0.0
         try:
             more = True
             while more:
-                with contextlib.closing(prefetch(parts, 0, range(full), self._order)) as batches:
+                with contextlib.closing(prefetch(state, 0, range(full), self._order)) as batches:
                     for _ in range(full):
                         if taken == warm_up:
                             self._synchronize()
@@ -172,13 +172,13 @@ class StepBench:
                                 break
             self._synchronize()
         finally:
-            parts.train_data = own
+            state.train_data = own
         self._steps = taken - warm_up
         return (time.perf_counter() - began) / self._steps
 
     def _all(self, more: bool) -> bool:
-        return reduce_sum(self._parts.group, Phase.COMPUTE, 0, [float(more)])[0] == self._parts.world_size
+        return reduce_sum(self._state.group, Phase.COMPUTE, 0, [float(more)])[0] == self._state.world_size
 
     def _synchronize(self) -> None:
-        if self._parts.accelerator.device.type == "cuda":
-            torch.cuda.synchronize(self._parts.accelerator.device)
+        if self._state.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self._state.accelerator.device)

@@ -110,7 +110,7 @@ class Channel:
             connection.close()
 
 
-def meet(
+def rendezvous(
     place: Node,
     processes: int,
     known: Mapping[str, str],
@@ -190,7 +190,7 @@ def telling_nodes(place: Node | None) -> Iterator[None]:
         if place is not None:
             _outlive_others()
             with contextlib.suppress(DisttrainError):  # nobody comes, or another has failed too
-                meet(place, 0, {}, timeout_s=_TELL_S, interrupted=lambda: False, failed=error)
+                rendezvous(place, 0, {}, timeout_s=_TELL_S, interrupted=lambda: False, failed=error)
         raise
     if place is not None:
         _outlive_others()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """Turns images as they are stored, uint8 [B, H, W, C], into float32 [B, C, H, W]: offset + scale * value.
 
     Args:

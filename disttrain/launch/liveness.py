@@ -1,7 +1,7 @@
 """The launcher's side of supervision: what the ranks of this node are doing, who has ended, who hangs.
 
-Every rank connects to the watch's socket (see `heartbeat.py`). The end of a process closes its connection, so
-that a death is known at once; a rank that ends by itself says so before. Nothing here imports torch.
+Every rank connects to the launcher's socket (see `heartbeat.py`). The end of a process closes its connection,
+so that a death is known at once; a rank that ends by itself says so before. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -133,13 +133,13 @@ class _Local:
     said: int | None = None
     ended: bool = False
     progress: int = -1
-    since: float = 0.0  # the watch's clock when it last made progress
+    since: float = 0.0  # the launcher's clock when it last made progress
     stopped_since: float | None = None
     cpu_at: float = 0.0  # processor time when it last made progress
     status: int | None = None  # its exit code, as the process that started it says
 
 
-class Watch:
+class Liveness:
     """Watches over the ranks of this node: so many, from the first one on."""
 
     def __init__(self, first: int, count: int) -> None:
@@ -148,7 +148,7 @@ class Watch:
         self._listener.bind(f"\0{name}")  # an abstract name: no file that could be left behind
         self._listener.listen(count + 1)  # the ranks and the process that started them
         self.environment = {ADDRESS: f"@{name}"}
-        self._memory = os.memfd_create("disttrain-pulse")
+        self._memory = os.memfd_create("disttrain-heartbeat")
         os.ftruncate(self._memory, count * ROW_BYTES)
         self._first = first
         self._host = socket.gethostname()
@@ -158,7 +158,7 @@ class Watch:
         self.ends: list[End] = []
         """The ranks that have ended, in order."""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Liveness:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from disttrain.measure.tune import BatchRow, RateFinding
+from disttrain.bench.tune import BatchRow, RateFinding
 from disttrain.report import charts
 from disttrain.report.rendering import render
 

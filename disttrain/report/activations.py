@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from disttrain.config import Config
-from disttrain.data.plan import Ids
+from disttrain.data.epoch_plan import Ids
 from disttrain.errors import CheckpointError, DisttrainError
 from disttrain.parallel import usable_cores
 from disttrain.report.confusion import Confusion
@@ -25,7 +25,7 @@ from disttrain.shards.reader import Reader
 if TYPE_CHECKING:
     import torch
 
-    from disttrain.trained.classifier import Classifier
+    from disttrain.inference.classifier import Classifier
 
 _BATCH = 256
 _GRID = 40
@@ -35,7 +35,7 @@ _FILTERS = 64
 _LAYERS = 12
 
 
-class Shot(NamedTuple):
+class LabelledImage(NamedTuple):
     """An image of the data set; `predicted` and its probability (0..1) are None where no model looked."""
 
     picture: Picture
@@ -77,10 +77,10 @@ class Inside:
     precision: str
     confusion: Confusion
     samples: int
-    mistakes: list[Shot]
-    grid: list[Shot]
+    mistakes: list[LabelledImage]
+    grid: list[LabelledImage]
     filters: tuple[Picture, int] | None
-    image: Shot | None
+    image: LabelledImage | None
     layers: list[Layer]
 
 
@@ -99,7 +99,7 @@ def look_inside(run_dir: Path, config: Config, index: Index, *, budget_s: float)
     """
     import torch
 
-    from disttrain.trained.eval import usable_samples
+    from disttrain.inference.eval import usable_samples
     from disttrain.training.group import best_device
 
     device = torch.device(best_device())
@@ -114,7 +114,7 @@ def look_inside(run_dir: Path, config: Config, index: Index, *, budget_s: float)
     reader = Reader(index, "val")
     pixels, _ = _read(reader, index, np.array([one.id for one in worst], np.int64))
     mistakes = [
-        Shot(picture_of(image), one.label, one.predicted, one.probability)
+        LabelledImage(picture_of(image), one.label, one.predicted, one.probability)
         for image, one in zip(pixels, worst, strict=True)
     ]
     pixels, labels = _read(reader, index, ids[:_GRID])
@@ -122,7 +122,7 @@ def look_inside(run_dir: Path, config: Config, index: Index, *, budget_s: float)
     with torch.inference_mode(), classifier.as_evaluated():
         best, chosen = classifier(images).softmax(1).max(1)
         columns = zip(pixels, labels.tolist(), chosen.tolist(), best.tolist(), strict=True)
-        grid = [Shot(picture_of(image), *found) for image, *found in columns]
+        grid = [LabelledImage(picture_of(image), *found) for image, *found in columns]
         right = next((n for n, shot in enumerate(grid) if shot.label == shot.predicted), 0)
         layers = _layers(classifier.network, lambda: classifier(images[right : right + 1]))
     return Inside(
@@ -145,8 +145,8 @@ def _evaluate(
     """Evaluates on as many samples as the time allows; returns the confusion and the worst mistakes."""
     from disttrain.data.stages import open_stream
     from disttrain.training.collectives import Group
-    from disttrain.training.evaluation import Subject, Tally, score
-    from disttrain.training.parts import Validation
+    from disttrain.training.evaluation import EvalMetrics, EvalTask, score
+    from disttrain.training.state import Validation
 
     expect_images(len(ids))
     began, device = time.monotonic(), classifier.device
@@ -155,10 +155,10 @@ def _evaluate(
     data = open_stream(index, "val", device, batch_size=_BATCH, workers=workers, pipeline=pipeline)
     split = Validation(data, ids, index.classes)
     group, autocast = Group(0, 1, device), classifier.as_evaluated
-    subject = Subject(classifier.network, classifier.normalise, split, group, _BATCH, autocast)
-    tally = Tally(device, len(index.classes))
+    task = EvalTask(classifier.network, classifier.normalize, split, group, _BATCH, autocast)
+    tally = EvalMetrics(device, len(index.classes))
     score(
-        subject,
+        task,
         "none",
         tally.add,
         lambda number: number == 0 or time.monotonic() - began < budget_s,
@@ -167,7 +167,7 @@ def _evaluate(
     return confusion, sorted(tally.mistakes(), reverse=True)[:MISTAKES]
 
 
-def sample_grid(index: Index) -> list[Shot]:
+def sample_grid(index: Index) -> list[LabelledImage]:
     """Returns training images, as many of each class as there is room for, in the order of the classes.
 
     Raises:
@@ -177,7 +177,7 @@ def sample_grid(index: Index) -> list[Shot]:
     ids = np.sort(np.random.default_rng(0).choice(index.splits["train"].samples, count, replace=False))
     reader = Reader(index, "train")
     each = max(1, _SAMPLES // len(index.classes))
-    kept: dict[int, list[Shot]] = {}
+    kept: dict[int, list[LabelledImage]] = {}
     for place in range(count):
         try:
             pixels, labels = _read(reader, index, ids[place : place + 1])
@@ -185,7 +185,7 @@ def sample_grid(index: Index) -> list[Shot]:
             continue  # a bad sample is no reason to show none
         of_class = kept.setdefault(int(labels[0]), [])
         if len(of_class) < each:
-            of_class.append(Shot(picture_of(pixels[0]), int(labels[0])))
+            of_class.append(LabelledImage(picture_of(pixels[0]), int(labels[0])))
         if sum(map(len, kept.values())) >= min(_SAMPLES, each * len(index.classes)):
             break
     return [shot for label in sorted(kept) for shot in kept[label]]
@@ -197,7 +197,7 @@ def _load(run_dir: Path, device: torch.device) -> Classifier:
     Raises:
         DisttrainError: there is none, it is damaged or does not fit the config.
     """
-    from disttrain.trained.classifier import load_model
+    from disttrain.inference.classifier import load_model
 
     link = "best" if (run_dir / "checkpoints/best").exists() else "latest"
     try:

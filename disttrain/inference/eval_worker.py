@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
+from disttrain.inference.eval import open_data, usable_samples
+from disttrain.inference.run import open_run
 from disttrain.launch.jobs import serve
-from disttrain.trained.eval import open_data, usable_samples
-from disttrain.trained.run import open_run
 from disttrain.training.group import best_device, join
 
 
@@ -19,12 +19,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from disttrain.data.stages import open_stream
+    from disttrain.inference.classifier import load_model
     from disttrain.parallel import cores_of_a_rank
     from disttrain.shards.images import expect_images
-    from disttrain.trained.classifier import load_model
     from disttrain.training.collectives import Group
-    from disttrain.training.evaluation import Subject, batch_size, measure
-    from disttrain.training.parts import Validation
+    from disttrain.training.evaluation import EvalTask, batch_size, measure
+    from disttrain.training.state import Validation
 
     _, config, facts, checkpoint = open_run(Path(request["run"]), request["checkpoint"])
     group = Group.of(join(config, best_device()))
@@ -40,10 +40,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     skipped = index.splits["val"].samples - len(ids)
     split = Validation(data, ids, facts.classes, skipped)
     places = torch.tensor([facts.classes.index(name) for name in index.classes], device=group.device)
-    subject = Subject(
-        classifier.network, classifier.normalise, split, group, size, classifier.as_evaluated, places
+    task = EvalTask(
+        classifier.network, classifier.normalize, split, group, size, classifier.as_evaluated, places
     )
-    found = measure(subject, request["tta"])
+    found = measure(task, request["tta"])
     assert found is not None
     top5 = found.top5_correct if len(facts.classes) > 5 else None
     result: dict[str, Any] = msgspec.to_builtins(found.record)

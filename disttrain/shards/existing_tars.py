@@ -13,7 +13,7 @@ from typing import Literal
 
 from disttrain.errors import DataError, UnsafeError, UsageError, reason
 from disttrain.files import write_atomically
-from disttrain.parallel import in_order, usable_cores
+from disttrain.parallel import ordered_map, usable_cores
 from disttrain.shards.imagefolder import GRAY_MODES
 from disttrain.shards.images import decode_image, open_image
 from disttrain.shards.index import (
@@ -69,7 +69,7 @@ def index_folder(
     if target.exists() and not options.force:
         raise DataError(f"{target}: exists; replace it with --force")
     shards = {
-        split: list(in_order(partial(_look_at, folder), paths, usable_cores()))
+        split: list(ordered_map(partial(_look_at, folder), paths, usable_cores()))
         for split, paths in _find(folder, patterns).items()
     }
     content = _without_statistics(folder, shards, classes)

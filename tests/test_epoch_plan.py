@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disttrain.data.plan import Plan, digest, share, usable_ids
+from disttrain.data.epoch_plan import Plan, digest, rank_slice, usable_ids
 from disttrain.errors import UsageError
 
 WORLDS = [1, 2, 3, 4, 8]
@@ -103,7 +103,9 @@ def test_a_rank_reads_few_shards_at_a_time() -> None:
         for rank in range(world_size):
             for begin in range(0, epoch.steps_per_epoch, 10):
                 places = [
-                    p for step in range(begin, begin + 10) for p in share(epoch.batch(step), rank, world_size)
+                    p
+                    for step in range(begin, begin + 10)
+                    for p in rank_slice(epoch.batch(step), rank, world_size)
                 ]
                 touched = set(shards_of(order[places], shards))
                 assert len(touched) <= 16 // world_size * 3  # per stream at most what 40 + 20 samples span
@@ -160,7 +162,7 @@ def test_a_small_shuffle_buffer_still_mixes_the_shards() -> None:
 @given(begin=st.integers(0, 10**6), count=st.integers(0, 2000), world_size=st.integers(1, 64))
 def test_shares_partition_a_batch(begin: int, count: int, world_size: int) -> None:
     places = range(begin, begin + count)
-    shares = [share(places, rank, world_size) for rank in range(world_size)]
+    shares = [rank_slice(places, rank, world_size) for rank in range(world_size)]
     assert [place for part in shares for place in part] == list(places)
     sizes = [len(part) for part in shares]
     assert sizes == sorted(sizes, reverse=True)
@@ -184,7 +186,7 @@ def test_every_world_trains_on_the_same_batches_and_on_each_sample_once(
     assert len(set(seen)) == len(seen) == (samples - samples % batch_size if drop else samples)
     for world_size in WORLDS:
         for step, batch in enumerate(batches):
-            shares = [share(epoch.batch(step), rank, world_size) for rank in range(world_size)]
+            shares = [rank_slice(epoch.batch(step), rank, world_size) for rank in range(world_size)]
             assert [sample for part in shares for sample in order[list(part)].tolist()] == batch
 
 

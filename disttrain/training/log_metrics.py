@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from disttrain.data.plan import Ids
+from disttrain.data.epoch_plan import Ids
 from disttrain.heartbeat import Phase
 from disttrain.runs.records import StepTimes, TrainRecord
 from disttrain.training.collectives import reduce_record
 from disttrain.training.flops import device_flops
-from disttrain.training.nonfinite import check_scaler, not_finite
-from disttrain.training.parts import Hooks, Parts, Position
+from disttrain.training.nonfinite import check_scaler, nonfinite_error
+from disttrain.training.state import Callbacks, Progress, TrainState
 
 
 @dataclass
@@ -42,15 +42,17 @@ class Interval:
     readings: list[float]
 
 
-def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, hooks: Hooks) -> bool:
+def log_metrics(
+    state: TrainState, progress: Progress, seen: Sequence[Ids], lr: float, callbacks: Callbacks
+) -> bool:
     """Reduces the sums of all ranks once and reports them. Every rank calls this.
 
     Args:
-        parts: what is trained with.
-        position: where the run is.
+        state: what is trained with.
+        progress: where the run is.
         seen: ids that this rank trained on, the last step last.
         lr: learning rate of the last step.
-        hooks: what to call.
+        callbacks: what to call.
 
     Returns:
         Whether any rank was asked to stop.
@@ -58,24 +60,24 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
     Raises:
         TrainingError: the loss is not finite, or the gradients are not.
     """
-    meter = parts.meter
-    own = _since_the_last(parts, hooks)
+    meter = state.meter
+    own = _since_the_last(state, callbacks)
     norm = meter.grad_norm.item()
-    total = reduce_record(parts.group, Phase.REPORT, position.step, own)
+    total = reduce_record(state.group, Phase.REPORT, progress.step, own)
     if not math.isfinite(total.loss):
-        raise not_finite(parts, position, seen, hooks)
-    check_scaler(parts)
-    mean_s = total.elapsed_s / parts.world_size
+        raise nonfinite_error(state, progress, seen, callbacks)
+    check_scaler(state)
+    mean_s = total.elapsed_s / state.world_size
     meter.step_time_s = mean_s / meter.steps
     images_per_s = total.samples / mean_s
-    phases_ms, ranks_ms = step_times(total.times_ms, parts.world_size)
+    phases_ms, ranks_ms = step_times(total.times_ms, state.world_size)
     flops_per_s, mfu_pct = device_flops(
-        parts.flops_per_image, images_per_s / parts.world_size, peak_per_s=parts.peak_flops_per_s
+        state.flops_per_image, images_per_s / state.world_size, peak_per_s=state.peak_flops_per_s
     )
     record = TrainRecord(
-        step=position.step,
-        epoch=position.epoch + 1,
-        samples=position.samples_seen,
+        step=progress.step,
+        epoch=progress.epoch + 1,
+        samples=progress.samples_seen,
         loss=total.loss / total.samples,
         accuracy=total.correct / total.samples,
         lr=lr,
@@ -87,28 +89,28 @@ def log_point(parts: Parts, position: Position, seen: Sequence[Ids], lr: float, 
         device_flops_per_s=flops_per_s,
         mfu_pct=mfu_pct,
         grad_norm=norm if math.isfinite(norm) else None,
-        skipped=len(parts.plan.skipped),
-        **hooks.gauges.rows(total.readings),
+        skipped=len(state.plan.skipped),
+        **callbacks.gauges.rows(total.readings),
     )
-    hooks.observer.train(record)
+    callbacks.observer.train(record)
     meter.restart()
     return total.stops > 0
 
 
-def _since_the_last(parts: Parts, hooks: Hooks) -> Interval:
+def _since_the_last(state: TrainState, callbacks: Callbacks) -> Interval:
     """Returns what this rank has to add."""
-    meter = parts.meter
+    meter = state.meter
     loss, correct = meter.totals()  # Device synchronisation.
-    hooks.phases.synchronized()
-    times = hooks.phases.take(meter.steps, parts.model)
+    callbacks.phases.synchronized()
+    times = callbacks.phases.take(meter.steps, state.model)
     elapsed_s, wait_s = meter.elapsed_s, meter.wait_s
-    if parts.accelerator.device.type == "cuda":
+    if state.accelerator.device.type == "cuda":
         # The host hands out work ahead of the GPU: what it waits for meanwhile is no wait of the GPU.
         wait_s = min(elapsed_s, times.data / 1000 * meter.steps)
-    times_ms = [0.0] * (len(StepTimes.__struct_fields__) * parts.world_size)
-    times_ms[parts.rank :: parts.world_size] = msgspec.structs.astuple(times)
-    stops = float(hooks.stop_requested())
-    readings = list(hooks.gauges.read())
+    times_ms = [0.0] * (len(StepTimes.__struct_fields__) * state.world_size)
+    times_ms[state.rank :: state.world_size] = msgspec.structs.astuple(times)
+    stops = float(callbacks.stop_requested())
+    readings = list(callbacks.gauges.read())
     return Interval(loss, correct, meter.samples, wait_s, elapsed_s, stops, times_ms, readings)
 
 

@@ -1,4 +1,4 @@
-"""Who hangs, by exact rows; and the watch with real processes as its ranks."""
+"""Who hangs, by exact rows; and the launcher with real processes as its ranks."""
 
 import contextlib
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.heartbeat import ADDRESS, STACKS, Phase, Pulse, pack
-from disttrain.launch.watch import Row, Watch, describe, stalled
+from disttrain.heartbeat import ADDRESS, STACKS, Heartbeat, Phase, pack
+from disttrain.launch.liveness import Liveness, Row, describe, stalled
 
 
 def row(
@@ -72,11 +72,11 @@ def test_the_sentence_on_a_hang() -> None:
 
 _RANK = """
 import faulthandler, os, signal, subprocess, sys, time
-from disttrain.heartbeat import STACKS, STOP, Phase, Pulse
+from disttrain.heartbeat import STACKS, STOP, Phase, Heartbeat
 number, then = int(sys.argv[1]), sys.argv[2]
 faulthandler.register(STACKS, open(sys.argv[3], "a"))
-pulse = Pulse.connect(os.environ, number)
-pulse.beat(Phase.DATA, 3)
+heartbeat = Heartbeat.connect(os.environ, number)
+heartbeat.beat(Phase.DATA, 3)
 print("ready", flush=True)
 sys.stdin.readline()
 exec(then)
@@ -86,24 +86,24 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def watch() -> Iterator[Watch]:
-    with Watch(4, 2) as watch:
-        yield watch
+def liveness() -> Iterator[Liveness]:
+    with Liveness(4, 2) as liveness:
+        yield liveness
 
 
 @pytest.fixture
-def start(watch: Watch, tmp_path: Path) -> Iterator[Start]:
+def start(liveness: Liveness, tmp_path: Path) -> Iterator[Start]:
     """Starts a rank, which connects and then waits for a line before it runs its program."""
     started = []
 
     def start(rank: int, program: str = "time.sleep(600)") -> subprocess.Popen[str]:
         command = [sys.executable, "-c", _RANK, str(rank), program, str(tmp_path / f"{rank}.log")]
-        environ = os.environ | watch.environment
+        environ = os.environ | liveness.environment
         process = subprocess.Popen(
             command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         started.append(process)
-        until(watch, lambda: rank in connected(watch))
+        until(liveness, lambda: rank in connected(liveness))
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
         return process
@@ -115,15 +115,15 @@ def start(watch: Watch, tmp_path: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def connected(watch: Watch) -> list[int]:
-    return [found.rank for found in watch.rows() if found.progress >= 0]
+def connected(liveness: Liveness) -> list[int]:
+    return [found.rank for found in liveness.rows() if found.progress >= 0]
 
 
-def until(watch: Watch, condition: Callable[[], object], seconds: float = 60) -> None:
+def until(liveness: Liveness, condition: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        watch.wait(0.05)
+        liveness.wait(0.05)
 
 
 def go(process: subprocess.Popen[str]) -> None:
@@ -132,18 +132,18 @@ def go(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-def test_the_progress_of_a_rank_is_seen(watch: Watch, start: Start) -> None:
-    assert [(found.rank, found.progress) for found in watch.rows()] == [(4, -1), (5, -1)]
-    assert not watch.started
-    process = start(5, "pulse.beat(Phase.EVALUATE, 8, 2); pulse.saving(True); time.sleep(600)")
-    assert watch.started
-    assert connected(watch) == [5]
-    assert not watch.saving(5)
+def test_the_progress_of_a_rank_is_seen(liveness: Liveness, start: Start) -> None:
+    assert [(found.rank, found.progress) for found in liveness.rows()] == [(4, -1), (5, -1)]
+    assert not liveness.started
+    process = start(5, "heartbeat.beat(Phase.EVALUATE, 8, 2); heartbeat.saving(True); time.sleep(600)")
+    assert liveness.started
+    assert connected(liveness) == [5]
+    assert not liveness.saving(5)
     go(process)
-    until(watch, lambda: watch.rows()[1].progress == pack(Phase.EVALUATE, 8, 2))
-    until(watch, lambda: watch.saving(5))
-    assert not watch.saving(4)
-    until(watch, lambda: watch.rows()[1].still_s > 0.5)
+    until(liveness, lambda: liveness.rows()[1].progress == pack(Phase.EVALUATE, 8, 2))
+    until(liveness, lambda: liveness.saving(5))
+    assert not liveness.saving(4)
+    until(liveness, lambda: liveness.rows()[1].still_s > 0.5)
 
 
 @pytest.mark.parametrize(
@@ -153,22 +153,24 @@ def test_the_progress_of_a_rank_is_seen(watch: Watch, start: Start) -> None:
         ("os.kill(os.getpid(), signal.SIGSEGV)", None, -signal.SIGSEGV),
         ("os._exit(0)", None, 0),
         ("sys.exit(3)", None, 3),
-        ("pulse.leave(75); os._exit(75)", 75, 75),
+        ("heartbeat.leave(75); os._exit(75)", 75, 75),
     ],
 )
-def test_how_a_rank_ended(watch: Watch, start: Start, program: str, said: int | None, status: int) -> None:
+def test_how_a_rank_ended(
+    liveness: Liveness, start: Start, program: str, said: int | None, status: int
+) -> None:
     process = start(4, program)
     go(process)
-    until(watch, lambda: watch.ends)
-    (end,) = watch.ends
+    until(liveness, lambda: liveness.ends)
+    (end,) = liveness.ends
     assert (end.rank, end.said, end.status) == (4, said, status)
     assert end.doing == "in step 3 while loading data"
-    assert not watch.all_ended
-    assert [found.rank for found in watch.rows()] == [5]
+    assert not liveness.all_ended
+    assert [found.rank for found in liveness.rows()] == [5]
     process.wait()
 
 
-def test_the_end_of_a_rank_whose_connection_lives_on_in_a_child(watch: Watch, start: Start) -> None:
+def test_the_end_of_a_rank_whose_connection_lives_on_in_a_child(liveness: Liveness, start: Start) -> None:
     process = start(
         4,
         "child = os.fork() or time.sleep(600)\n"
@@ -178,37 +180,37 @@ def test_the_end_of_a_rank_whose_connection_lives_on_in_a_child(watch: Watch, st
     assert process.stdout
     child = int(process.stdout.readline())
     try:
-        until(watch, lambda: watch.ends)
-        assert watch.ends[0].status == -signal.SIGKILL
+        until(liveness, lambda: liveness.ends)
+        assert liveness.ends[0].status == -signal.SIGKILL
     finally:
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_stopped_rank_is_seen_as_stopped_until_it_goes_on(watch: Watch, start: Start) -> None:
+def test_a_stopped_rank_is_seen_as_stopped_until_it_goes_on(liveness: Liveness, start: Start) -> None:
     process = start(4)
     process.send_signal(signal.SIGSTOP)
-    until(watch, lambda: watch.rows()[0].stopped_s > 0.5)
-    assert stalled(watch.rows(), 0.5, cpu_tells=True) == [row for row in watch.rows() if row.rank == 4]
+    until(liveness, lambda: liveness.rows()[0].stopped_s > 0.5)
+    assert stalled(liveness.rows(), 0.5, cpu_tells=True) == [row for row in liveness.rows() if row.rank == 4]
     process.send_signal(signal.SIGCONT)
-    until(watch, lambda: watch.rows()[0].stopped_s == 0)
-    assert watch.ends == []
+    until(liveness, lambda: liveness.rows()[0].stopped_s == 0)
+    assert liveness.ends == []
 
 
-def test_the_stack_of_a_rank(watch: Watch, start: Start, tmp_path: Path) -> None:
+def test_the_stack_of_a_rank(liveness: Liveness, start: Start, tmp_path: Path) -> None:
     process = start(4, "def stuck():\n    while True: pass\nstuck()")
     go(process)
-    until(watch, lambda: watch.rows()[0].cpu_s > 0.1)
-    assert "in stuck" in watch.stacks(4, tmp_path / "4.log", timeout_s=30)
+    until(liveness, lambda: liveness.rows()[0].cpu_s > 0.1)
+    assert "in stuck" in liveness.stacks(4, tmp_path / "4.log", timeout_s=30)
     process.send_signal(signal.SIGSTOP)
-    until(watch, lambda: watch.rows()[0].stopped_s > 0)
-    assert "is stopped" in watch.stacks(4, tmp_path / "4.log")
-    assert watch.stacks(5, tmp_path / "5.log") == "rank 5 has not said a word yet"
+    until(liveness, lambda: liveness.rows()[0].stopped_s > 0)
+    assert "is stopped" in liveness.stacks(4, tmp_path / "4.log")
+    assert liveness.stacks(5, tmp_path / "5.log") == "rank 5 has not said a word yet"
 
 
-def test_the_wish_to_stop_reaches_ranks_that_are_there_and_that_come(watch: Watch, start: Start) -> None:
-    program = "print(pulse.connection.recv(9) == STOP, flush=True)"
+def test_a_stop_reaches_ranks_that_are_there_and_that_come(liveness: Liveness, start: Start) -> None:
+    program = "print(heartbeat.connection.recv(9) == STOP, flush=True)"
     first = start(4, program)
-    watch.stop()
+    liveness.stop()
     second = start(5, program)
     for process in (first, second):
         go(process)
@@ -216,35 +218,35 @@ def test_the_wish_to_stop_reaches_ranks_that_are_there_and_that_come(watch: Watc
         assert process.stdout.readline() == "True\n"
 
 
-def test_a_process_of_another_rank_is_turned_away(watch: Watch, start: Start) -> None:
+def test_a_process_of_another_rank_is_turned_away(liveness: Liveness, start: Start) -> None:
     start(4)
     for rank in (4, 6, 3):
         command = [
             sys.executable,
             "-c",
-            f"import os; from disttrain.heartbeat import Pulse; Pulse.connect(os.environ, {rank})",
+            f"import os; from disttrain.heartbeat import Heartbeat; Heartbeat.connect(os.environ, {rank})",
         ]
         process = subprocess.Popen(
-            command, env=os.environ | watch.environment, stderr=subprocess.PIPE, text=True
+            command, env=os.environ | liveness.environment, stderr=subprocess.PIPE, text=True
         )
-        until(watch, lambda process=process: process.poll() is not None)
+        until(liveness, lambda process=process: process.poll() is not None)
         assert f"expects no rank {rank}" in process.communicate()[1]
-    assert connected(watch) == [4]
+    assert connected(liveness) == [4]
 
 
-def test_time_in_which_the_launcher_did_not_run_does_not_count(watch: Watch, start: Start) -> None:
+def test_time_in_which_the_launcher_did_not_run_does_not_count(liveness: Liveness, start: Start) -> None:
     start(4)
     time.sleep(4)
-    watch.wait(0.05)
-    assert watch.rows()[0].still_s < 3
+    liveness.wait(0.05)
+    assert liveness.rows()[0].still_s < 3
 
 
 def test_a_watch_leaves_nothing_behind() -> None:
     before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    with Watch(0, 1) as watch:
-        address = watch.environment
+    with Liveness(0, 1) as liveness:
+        address = liveness.environment
     assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     with pytest.raises(ConnectionError):
-        Pulse.connect(address, 0)
+        Heartbeat.connect(address, 0)
     assert ADDRESS in address
     assert STACKS > signal.SIGRTMIN

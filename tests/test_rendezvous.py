@@ -14,7 +14,7 @@ import pytest
 import disttrain
 from disttrain.config import load_config
 from disttrain.errors import BusyError, DataError, DisttrainError, HangError, StoppedError, UsageError
-from disttrain.launch.peers import Channel, meet, telling_nodes
+from disttrain.launch.rendezvous import Channel, rendezvous, telling_nodes
 from disttrain.preflight import open_index
 from disttrain.runs import agreement
 from disttrain.runs.agreement import compare_peers, facts
@@ -34,7 +34,7 @@ def gather(port, *known, nodes=None, timeout_s=60, interrupted=lambda: False, ra
     with ThreadPoolExecutor(len(known)) as pool:
         calls: list[Future[Channel]] = [
             pool.submit(
-                meet,
+                rendezvous,
                 Node(nodes, rank, "127.0.0.1", port),
                 2,
                 its,
@@ -147,7 +147,7 @@ def test_what_keeps_one_node_from_beginning_ends_the_others_with_it(port, failin
         begin = time.monotonic()
         calls = [
             pool.submit(
-                meet, Node(3, rank, "127.0.0.1", port), 2, {}, timeout_s=60, interrupted=lambda: False
+                rendezvous, Node(3, rank, "127.0.0.1", port), 2, {}, timeout_s=60, interrupted=lambda: False
             )
             for rank in range(3)
             if rank != failing

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from disttrain.errors import reason
-from disttrain.parallel import in_order, usable_cores
+from disttrain.inference.classifier import Classifier, load_model
+from disttrain.inference.run import Facts
+from disttrain.parallel import ordered_map, usable_cores
 from disttrain.shards.imagefolder import fitted
 from disttrain.shards.images import Pixels, as_picture, decode_image, encode_image
-from disttrain.trained.classifier import Classifier, load_model
-from disttrain.trained.run import Facts
 
 ImageSource = str | Path | Pixels
 """An image file, or its pixels: uint8 [H, W], [H, W, 1] or [H, W, 3]."""
@@ -119,7 +119,7 @@ def decoded(images: Iterable[ImageSource], facts: Facts) -> Iterator[list[tuple[
     def prepare(batch: Sequence[ImageSource]) -> list[tuple[ImageSource, Pixels | str]]:
         return [(image, _prepared_or_reason(image, facts)) for image in batch]
 
-    return in_order(prepare, _batches(images, _BATCH), usable_cores())
+    return ordered_map(prepare, _batches(images, _BATCH), usable_cores())
 
 
 def _prepared_or_reason(image: ImageSource, facts: Facts) -> Pixels | str:

@@ -17,13 +17,13 @@ import click
 
 from disttrain.errors import DataError
 from disttrain.host_memory import keep_freed_memory
+from disttrain.inference.prediction_grid import MOST, Cell, check_name, draw, save
+from disttrain.inference.run import open_run
 from disttrain.shards.imagefolder import SUFFIXES
 from disttrain.shards.images import Pixels, expect_images
-from disttrain.trained.contactsheet import MOST, Cell, check_name, draw, save
-from disttrain.trained.run import open_run
 
 if TYPE_CHECKING:
-    from disttrain.trained.prediction import Prediction
+    from disttrain.inference.prediction import Prediction
 
 _WIDEST = 60  # characters of a file name in a column
 
@@ -53,8 +53,8 @@ def predict(
     # What libraries warn of in a file is either an error below, or of no importance.
     warnings.filterwarnings("ignore", module="PIL")
 
-    from disttrain.trained.classifier import load_model
-    from disttrain.trained.prediction import predictions
+    from disttrain.inference.classifier import load_model
+    from disttrain.inference.prediction import predictions
     from disttrain.training.group import best_device
 
     keep_freed_memory()

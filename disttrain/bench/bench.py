@@ -1,6 +1,6 @@
 """`disttrain bench`: where the time of a training step goes on this machine, and which settings suit it.
 
-Starts the processes that measure (`disttrain.measure.worker`), one group after the other, and shows what they
+Starts the processes that measure (`disttrain.bench.worker`), one group after the other, and shows what they
 found. Nothing here imports torch.
 """
 
@@ -41,7 +41,7 @@ def bench(
         many = f"{plan.processes} process{'es' * (plan.processes > 1)}"
         say(f"measuring a step of {config.model.name} in {many}")
         request = {"config": config.model_dump(mode="json"), "what": what, "seconds": seconds}
-        return run_job(plan, "disttrain.measure.worker", request)
+        return run_job(plan, "disttrain.bench.worker", request)
 
     most = plan.processes if plan.gpus else max(plan.processes, min(cores, 8))
     counts = [n for n in range(1, most + 1) if n in {plan.processes, most} or n & (n - 1) == 0]

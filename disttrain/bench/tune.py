@@ -1,6 +1,6 @@
 """`disttrain tune`: a learning rate and a batch size for an experiment, found by trying them out.
 
-Starts the processes that try (`disttrain.measure.worker`) and judges what they found. Nothing here imports
+Starts the processes that try (`disttrain.bench.worker`) and judges what they found. Nothing here imports
 torch.
 """
 
@@ -138,4 +138,4 @@ def judge_batches(rows: Sequence[BatchRow]) -> int | None:
 
 
 def _run(config: Config, plan: LaunchPlan, request: dict[str, Any]) -> dict[str, Any]:
-    return run_job(plan, "disttrain.measure.worker", {"config": config.model_dump(mode="json"), **request})
+    return run_job(plan, "disttrain.bench.worker", {"config": config.model_dump(mode="json"), **request})

@@ -13,7 +13,7 @@ from conftest import SEVEN, read_split, write_tar
 from toy import encode
 
 from disttrain.errors import DataError, UnsafeError, UsageError
-from disttrain.shards.foreign import index_folder
+from disttrain.shards.existing_tars import index_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options

@@ -162,7 +162,7 @@ def digest(ids: Ids) -> tuple[int, int]:
     return len(ids), int(hashes.sum(dtype=np.uint64))
 
 
-def share(places: range, rank: int, world_size: int) -> range:
+def rank_slice(places: range, rank: int, world_size: int) -> range:
     """Returns one rank's contiguous part of `places`; the first parts may be one longer."""
     base, extra = divmod(len(places), world_size)
     begin = rank * base + min(rank, extra)

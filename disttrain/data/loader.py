@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from disttrain.data.batches import Batch, Loader, choose_place
+from disttrain.data.batches import Batch, Loader, choose_cache
 from disttrain.data.cached import Cached, open_split
-from disttrain.data.plan import Ids, Plan, share
+from disttrain.data.epoch_plan import Ids, Plan, rank_slice
 from disttrain.data.stages import Pipeline, open_stream
 from disttrain.errors import DataError, UsageError
 from disttrain.parallel import usable_cores
@@ -91,7 +91,7 @@ class OpenData:
         self._next = 0
 
     def _open(self) -> Loader:
-        place, _ = choose_place(
+        place, _ = choose_cache(
             self.cache, self.index.decoded_bytes, self._device, streamed=self.pipeline is not None
         )
         if place != "none":
@@ -131,7 +131,7 @@ class OpenData:
         """
         order: Ids = self._plan.order(number) if self._shuffle else self._plan.ids
         places = (self._plan.batch(step) for step in range(first, len(self)))
-        shares = [share(batch, self._rank, self._world_size) for batch in places]
+        shares = [rank_slice(batch, self._rank, self._world_size) for batch in places]
         windows = (slice(own.start, own.stop) for own in shares if own)
         with contextlib.closing(self._loader.batches(order, windows)) as batches:
             for batch in batches:

@@ -15,7 +15,7 @@ from disttrain.runs.manifest import canonical
 from disttrain.shards.index import Index
 
 
-def identity(config: Config, index: Index, skipped: Sequence[int] | None = ()) -> dict[str, Any]:
+def fingerprint(config: Config, index: Index, skipped: Sequence[int] | None = ()) -> dict[str, Any]:
     """Returns what tells one experiment from another; it is saved with every checkpoint.
 
     Args:

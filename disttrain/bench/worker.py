@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from disttrain.bench.step_bench import Replay, StepBench
+from disttrain.bench.tune import OUT_OF_MEMORY
 from disttrain.config import Config
 from disttrain.errors import TrainingError
 from disttrain.heartbeat import Phase
 from disttrain.launch.jobs import serve
-from disttrain.measure.step_bench import Replay, StepBench
-from disttrain.measure.tune import OUT_OF_MEMORY
 from disttrain.preflight import open_index, split_batch
+from disttrain.training.autotune import Precision, Probe, ProbeError, Settings, Workload
 from disttrain.training.build import build
-from disttrain.training.choices import Precision, Probe, ProbeError, Settings, Workload
 from disttrain.training.collectives import reduce_sum
 from disttrain.training.flops import device_flops, peak_flops_per_s
 from disttrain.training.group import best_device, join, out_of_memory
@@ -36,9 +36,9 @@ from disttrain.training.step import train_step
 if TYPE_CHECKING:
     from disttrain.data.batches import Batch
     from disttrain.shards.index import Index
-    from disttrain.training.choices import Choice
+    from disttrain.training.autotune import Choice
     from disttrain.training.microbatch import MicroBatch
-    from disttrain.training.parts import Parts
+    from disttrain.training.state import TrainState
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -48,13 +48,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     group = join(config, best_device())
     index = open_index(config, lambda text: None)
     try:
-        parts, _, choices = build(config, rank, group, index, None)
+        state, _, choices = build(config, rank, group, index, None)
         if request["what"] == "rate":
-            return raise_rate(parts, request["low"], request["high"], request["steps"], request["diverged"])
-        bench = StepBench(parts, request["seconds"])
-        found = {"step_s": bench.step(parts.train_data), "threads": torch.get_num_threads()}
+            return raise_rate(state, request["low"], request["high"], request["steps"], request["diverged"])
+        bench = StepBench(state, request["seconds"])
+        found = {"step_s": bench.step(state.train_data), "threads": torch.get_num_threads()}
         if request["what"] == "all":
-            return found | everything(bench, parts, index, choices, found["step_s"], request["seconds"])
+            return found | everything(bench, state, index, choices, found["step_s"], request["seconds"])
         on_gpu = group.device.type == "cuda"
         most = torch.cuda.max_memory_allocated(group.device) / 2**30 if on_gpu else None
         return found | {"memory_gib": most}
@@ -65,28 +65,33 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def everything(
-    bench: StepBench, parts: Parts, index: Index, choices: dict[str, Choice], step_s: float, seconds: float
+    bench: StepBench,
+    state: TrainState,
+    index: Index,
+    choices: dict[str, Choice],
+    step_s: float,
+    seconds: float,
 ) -> dict[str, Any]:
     """Returns what `disttrain bench` shows beside the time of a step. Every rank calls this."""
-    config, device = parts.config, parts.accelerator.device
+    config, device = state.config, state.accelerator.device
     work = Workload(
-        parts.bare_model,
-        split_batch(config, parts.world_size),
+        state.bare_model,
+        split_batch(config, state.world_size),
         (index.channels, index.height, index.width),
         len(index.classes),
         1,
-        parts.world_size,
+        state.world_size,
     )
     return {
-        "processes": parts.world_size,
+        "processes": state.world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "batch": config.train.batch_size,
         "choices": {name: str(choice) for name, choice in choices.items()},
-        "replayed_step_s": bench.step(Replay(parts.train_data, device)),
+        "replayed_step_s": bench.step(Replay(state.train_data, device)),
         "phases_s": bench.phases() | {"logging": bench.logging(index, choices)},
         "table": settings_table(work, seconds, compiling=config.train.compile is not False),
-        **flops(parts, step_s),
+        **flops(state, step_s),
     }
 
 
@@ -110,16 +115,16 @@ def settings_table(work: Workload, seconds: float, *, compiling: bool) -> list[d
     return rows
 
 
-def flops(parts: Parts, step_s: float) -> dict[str, Any]:
+def flops(state: TrainState, step_s: float) -> dict[str, Any]:
     """Returns the arithmetic of a training step and how near it comes to what the device can do."""
-    precision = parts.settings.precision
-    peak, source = peak_flops_per_s(parts.accelerator.device, precision)
-    if parts.accelerator.device.type == "cpu":
+    precision = state.settings.precision
+    peak, source = peak_flops_per_s(state.accelerator.device, precision)
+    if state.accelerator.device.type == "cpu":
         peak, source = _measured_peak(precision)
-    images_per_s = parts.plan.batch_size / step_s / parts.world_size
-    found, _ = device_flops(parts.flops_per_image, images_per_s, peak_per_s=peak)
+    images_per_s = state.plan.batch_size / step_s / state.world_size
+    found, _ = device_flops(state.flops_per_image, images_per_s, peak_per_s=peak)
     return {
-        "flops_per_image": parts.flops_per_image,
+        "flops_per_image": state.flops_per_image,
         "flops_per_s_and_device": found,
         "peak_flops_per_s": peak,
         "peak_source": source,
@@ -140,7 +145,9 @@ def _measured_peak(precision: str) -> tuple[float, str]:
     return 2 * side**3 / best, f"a product of {side}x{side} matrices, measured here"
 
 
-def raise_rate(parts: Parts, low: float, high: float, steps: int, diverged: float) -> dict[str, list[float]]:
+def raise_rate(
+    state: TrainState, low: float, high: float, steps: int, diverged: float
+) -> dict[str, list[float]]:
     """Trains while the learning rate rises by the same factor in each step. Every rank calls this.
 
     Ends before the last step if the loss is `diverged` times the least one, or not finite.
@@ -149,17 +156,17 @@ def raise_rate(parts: Parts, low: float, high: float, steps: int, diverged: floa
     """
     rates: list[float] = []
     losses: list[float] = []
-    phases, lr = Phases(), parts.config.optim.lr
-    shares = [rate.peak / lr for rate in parts.rates]
-    parts.model.train()
-    with contextlib.closing(_endless(parts)) as batches:
+    phases, lr = Phases(), state.config.optim.lr
+    shares = [rate.peak / lr for rate in state.rates]
+    state.model.train()
+    with contextlib.closing(_endless(state)) as batches:
         for step in range(steps):
             rate = low * (high / low) ** (step / max(1, steps - 1))
-            set_lr(parts.optimizer, [rate * share for share in shares])
-            parts.meter.restart()
-            train_step(parts, batches, step + 1, min(parts.plan.batch_size, parts.plan.samples), phases)
-            loss, _ = parts.meter.totals()
-            total, samples = reduce_sum(parts.group, Phase.REPORT, step + 1, [loss, parts.meter.samples])
+            set_lr(state.optimizer, [rate * share for share in shares])
+            state.meter.restart()
+            train_step(state, batches, step + 1, min(state.plan.batch_size, state.plan.samples), phases)
+            loss, _ = state.meter.totals()
+            total, samples = reduce_sum(state.group, Phase.REPORT, step + 1, [loss, state.meter.samples])
             rates.append(rate)
             losses.append(total / samples)
             # Two steps in a row, because a single batch may be an odd one.
@@ -169,13 +176,13 @@ def raise_rate(parts: Parts, low: float, high: float, steps: int, diverged: floa
     return {"rates": rates, "losses": losses}
 
 
-def _endless(parts: Parts) -> Generator[tuple[MicroBatch, Batch], None, None]:
+def _endless(state: TrainState) -> Generator[tuple[MicroBatch, Batch], None, None]:
     """Yields the micro-batches of full batches, epoch after epoch."""
-    full = range(max(1, parts.plan.samples // parts.plan.batch_size))
+    full = range(max(1, state.plan.samples // state.plan.batch_size))
     for epoch in itertools.count():
-        order = parts.plan.order(epoch)
-        parts.augment.start_epoch(epoch, order, *parts.image_size)
-        with contextlib.closing(prefetch(parts, epoch, full, order)) as batches:
+        order = state.plan.order(epoch)
+        state.augment.start_epoch(epoch, order, *state.image_size)
+        with contextlib.closing(prefetch(state, epoch, full, order)) as batches:
             yield from batches
 
 

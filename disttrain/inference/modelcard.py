@@ -8,10 +8,10 @@ from typing import Any
 
 from disttrain import __version__
 from disttrain.errors import UsageError
+from disttrain.inference.run import Facts, Trained
 from disttrain.runs.evaluation import evaluation_of
 from disttrain.runs.manifest import read_state
 from disttrain.shards.index import Index
-from disttrain.trained.run import Facts, Trained
 from disttrain.units import accuracy_text, number
 
 NAME = "README.md"

@@ -1,6 +1,6 @@
 """`disttrain eval`: how good a trained network is, over a whole split, on any number of processes.
 
-Starts the processes that evaluate (`disttrain.trained.eval_worker`) and shows what they found. Nothing here
+Starts the processes that evaluate (`disttrain.inference.eval_worker`) and shows what they found. Nothing here
 imports torch.
 """
 
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from disttrain.config import AugmentConfig, Config
 from disttrain.errors import DataError
+from disttrain.inference.run import Facts, open_run
 from disttrain.launch.jobs import plan_job, run_job
 from disttrain.preflight import open_index
 from disttrain.shards.index import Index
-from disttrain.trained.run import Facts, open_run
 from disttrain.units import accuracy_text, percent
 
 if TYPE_CHECKING:
-    from disttrain.data.plan import Ids
+    from disttrain.data.epoch_plan import Ids
 
 _MOST_SHOWN = 20  # classes in a confusion matrix on a screen
 _PAIRS_SHOWN = 10
@@ -67,7 +67,7 @@ def evaluate(
         "root": root,
         "tta": tta,
     }
-    return run_job(plan, "disttrain.trained.eval_worker", request)
+    return run_job(plan, "disttrain.inference.eval_worker", request)
 
 
 def open_data(config: Config, facts: Facts, data: str | None, root: str | None) -> Index:
@@ -105,12 +105,12 @@ def usable_samples(config: Config, index: Index) -> Ids:
     """Returns the ids of the validation split that can be evaluated: int64, without those to be skipped."""
     import numpy as np
 
-    from disttrain.data.plan import usable_ids
-    from disttrain.shards.verify import survey
+    from disttrain.data.epoch_plan import usable_ids
+    from disttrain.shards.verify import find_bad_samples
 
     skipped = np.empty(0, np.int64)
     if config.data.on_error == "skip":
-        skipped = survey(index, "val", lambda text: None)
+        skipped = find_bad_samples(index, "val", lambda text: None)
     return usable_ids(index.splits["val"].samples, skipped)
 
 

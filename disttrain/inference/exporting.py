@@ -1,7 +1,7 @@
 """`disttrain export`: a trained network as a file for other programs, checked on real images, with a card.
 
 Every format takes images as they are stored, uint8 [B, H, W, C] with any B, and gives the scores (logits) of
-the classes, float32 [B, classes]; the normalisation is inside, or for safetensors in the header. torch is
+the classes, float32 [B, classes]; the normalization is inside, or for safetensors in the header. torch is
 imported only after the command line has been found right.
 """
 
@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from disttrain.errors import DisttrainError, StorageError, UsageError
 from disttrain.files import write_atomically
+from disttrain.inference import modelcard
+from disttrain.inference.eval import open_data, usable_samples
+from disttrain.inference.run import FACTS, Facts, Trained, open_run
 from disttrain.shards.index import Index
-from disttrain.trained import modelcard
-from disttrain.trained.eval import open_data, usable_samples
-from disttrain.trained.run import FACTS, Facts, Trained, open_run
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from torch import Tensor
 
-    from disttrain.trained.classifier import Classifier
+    from disttrain.inference.classifier import Classifier
 
     Scores = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
@@ -114,7 +114,7 @@ def export(
 def _export(trained: Trained, file_format: Format, index: Index, path: Path, partial: Path) -> Exported:
     import torch
 
-    from disttrain.trained.classifier import load_model
+    from disttrain.inference.classifier import load_model
 
     classifier = load_model(trained.folder.path, trained.checkpoint)
     classifier.input.channels_last = False
@@ -171,7 +171,7 @@ def real_images(trained: Trained, index: Index) -> npt.NDArray[np.uint8]:
 def _write_safetensors(classifier: Classifier, path: Path) -> Scores:
     from safetensors.torch import save
 
-    from disttrain.trained.classifier import METADATA, load_model
+    from disttrain.inference.classifier import METADATA, load_model
 
     weights = {name: value.contiguous() for name, value in classifier.network.state_dict().items()}
     path.write_bytes(save(weights, {"format": "pt", METADATA: _json(classifier.facts)}))

@@ -14,30 +14,30 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from disttrain.errors import CheckpointError
+from disttrain.inference.run import FACTS, Facts, open_run
 from disttrain.models import build_model
 from disttrain.runs.checkpoint import load
-from disttrain.trained.run import FACTS, Facts, open_run
-from disttrain.training.choices import allow_tf32, autocast
-from disttrain.training.normalise import Normalise
+from disttrain.training.autotune import allow_tf32, autocast
+from disttrain.training.normalize import Normalize
 
 METADATA = "disttrain"
 """The key of the header of a safetensors file under which the `Facts` stand, as JSON."""
 
 
 class Classifier(nn.Module):
-    """A network with its normalisation inside.
+    """A network with its normalization inside.
 
     It takes images as they are stored, uint8 [B, H, W, C], and gives the scores (logits) of the classes,
     float32 [B, classes]; their softmax are probabilities.
 
     Args:
-        network: reads normalised images [B, C, H, W].
+        network: reads normalized images [B, C, H, W].
         facts: what it is and what its images are.
         precision: that it was trained and evaluated in.
         channels_last: the memory order of its images and filters.
 
     Attributes:
-        input: its normalisation.
+        input: its normalization.
         source: the checkpoint or file its weights are from, for people.
         step: optimizer steps it was trained for, where that is known.
     """
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
         self.step: int | None = None
         if channels_last:
             network.to(memory_format=torch.channels_last)
-        self.input = Normalise(facts.mean, facts.std, facts.width, channels_last=channels_last)
+        self.input = Normalize(facts.mean, facts.std, facts.width, channels_last=channels_last)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ class Classifier(nn.Module):
         """Where it computes; images must be there."""
         return self.input.offset.device
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """Returns uint8 [B, H, W, C] images as the network reads them, float32 [B, C, H, W].
 
         Raises:
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the scores of the classes, float32 [B, classes], for uint8 images [B, H, W, C]."""
-        scores: Tensor = self.network(self.normalise(images))
+        scores: Tensor = self.network(self.normalize(images))
         return scores.float()
 
     @property
