@@ -279,7 +279,7 @@ def test_partners_are_others_of_the_batch_and_each_is_as_likely(config: dict[str
 def test_the_share_of_mixup_has_a_beta_distribution(alpha: float) -> None:
     found = mixes(mixup=alpha)
     assert all(mix.box is None for mix in found)
-    shares = np.array([mix.share for mix in found])
+    shares = np.array([mix.lam for mix in found])
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(shares.mean() - 0.5) < 5 * (variance / 2000) ** 0.5
     assert shares.var() == pytest.approx(variance, rel=0.15)
@@ -292,7 +292,7 @@ def test_the_share_of_cutmix_is_what_the_box_leaves() -> None:
     for mix, (top, bottom, left, right) in zip(found, boxes, strict=True):
         assert 0 <= top <= bottom <= 10
         assert 0 <= left <= right <= 12
-        assert mix.share == pytest.approx(1 - (bottom - top) * (right - left) / 120, abs=1e-12)
+        assert mix.lam == pytest.approx(1 - (bottom - top) * (right - left) / 120, abs=1e-12)
     areas = [(bottom - top) * (right - left) / 120 for top, bottom, left, right in boxes]
     assert 0.25 < float(np.mean(areas)) < 0.45
     assert max(areas) > 0.7
@@ -309,6 +309,6 @@ def test_both_kinds_alternate_at_random() -> None:
 
 def test_all_ranks_mix_alike_and_every_step_differently() -> None:
     assert mixes(mixup=0.2, cutmix=1.0) == mixes(mixup=0.2, cutmix=1.0)
-    shares = {mix.share for mix in mixes(mixup=1.0)}
+    shares = {mix.lam for mix in mixes(mixup=1.0)}
     assert len(shares) == 2000
     assert mixes(mixup=1.0, seed=1)[0] != mixes(mixup=1.0)[0]

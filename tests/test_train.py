@@ -350,7 +350,7 @@ def test_the_loss_is_the_cross_entropy_with_mixed_targets(mix: Mix | None, label
     labels, partners = torch.randint(CLASSES, (2, 6), generator=generator)
     targets = smoothed(label_smoothing, labels)
     if mix is not None:
-        targets = mix.share * targets + (1 - mix.share) * smoothed(label_smoothing, partners)
+        targets = mix.lam * targets + (1 - mix.lam) * smoothed(label_smoothing, partners)
     expected = -(targets * logits.double().log_softmax(1)).sum().item()
     found = loss_sum(logits, labels, None if mix is None else partners, mix, label_smoothing)
     assert found.item() == pytest.approx(expected, rel=1e-5)
@@ -375,7 +375,7 @@ def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, place
         partner = (own + mix.shift) % len(places)
         image = images[own].clone()
         if mix.box is None:
-            image = mix.share * image + (1 - mix.share) * images[partner]
+            image = mix.lam * image + (1 - mix.lam) * images[partner]
         else:
             image[:, 1:4, 2:5] = images[partner][:, 1:4, 2:5]
         expected.append(image)

@@ -156,15 +156,15 @@ def _evaluate(
     split = Validation(data, ids, index.classes)
     group, autocast = Group(0, 1, device), classifier.as_evaluated
     task = EvalTask(classifier.network, classifier.normalize, split, group, _BATCH, autocast)
-    tally = EvalMetrics(device, len(index.classes))
+    metrics = EvalMetrics(device, len(index.classes))
     score(
         task,
         "none",
-        tally.add,
+        metrics.add,
         lambda number: number == 0 or time.monotonic() - began < budget_s,
     )
-    confusion = tally.confusion.view(len(index.classes), -1).cpu().numpy()
-    return confusion, sorted(tally.mistakes(), reverse=True)[:MISTAKES]
+    confusion = metrics.confusion.view(len(index.classes), -1).cpu().numpy()
+    return confusion, sorted(metrics.mistakes(), reverse=True)[:MISTAKES]
 
 
 def sample_grid(index: Index) -> list[LabelledImage]:

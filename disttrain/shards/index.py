@@ -179,7 +179,8 @@ def load_index(name: str, root: str | None, *, strict: bool = True) -> Index:
     Args:
         name: a folder under the root.
         root: as for `data_root`, or the address of a server.
-        strict: False accepts missing and extra shards and shards of another size, which `disttrain data verify` reports.
+        strict: False accepts missing and extra shards and shards of another size, which `find_bad_samples`
+            and `verify` report.
 
     Raises:
         DataError: the data set is missing or damaged; the message names the file and the remedy.

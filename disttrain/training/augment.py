@@ -31,12 +31,12 @@ class Mix:
 
     Attributes:
         shift: the sample at place p is mixed with the one at (p + shift) modulo the size of the batch.
-        share: weight of the sample itself; its partner has the rest.
+        lam: weight of the sample itself; its partner has the rest.
         box: rows and columns (top, bottom, left, right) pasted from the partner, or None to blend.
     """
 
     shift: int
-    share: float
+    lam: float
     box: tuple[int, int, int, int] | None
 
 

@@ -101,13 +101,13 @@ def measure(
         DataError: the ranks together did not see every sample.
     """
     group, split = task.group, task.split
-    tally = EvalMetrics(group.device, len(split.classes))
-    if not score(task, tta, tally.add, go_on):
+    metrics = EvalMetrics(group.device, len(split.classes))
+    if not score(task, tta, metrics.add, go_on):
         return None
-    sums = reduce_record(group, Phase.EVALUATE, step, tally.sums())
+    sums = reduce_record(group, Phase.EVALUATE, step, metrics.sums())
     sums.check(split.ids, "the evaluation saw")
     if group.world_size > 1:
-        dist.all_reduce(tally.confusion)
+        dist.all_reduce(metrics.confusion)
     total, correct, plain = int(sums.samples), int(sums.correct), int(sums.plain_correct)
     record = EvalRecord(
         loss=sums.loss / total,
@@ -118,12 +118,12 @@ def measure(
     )
     if tta != "none":
         record.tta, record.plain_accuracy, record.plain_correct = tta, plain / total, plain
-    mistakes = sorted(chain.from_iterable(gather(group, tally.mistakes())), reverse=True)
+    mistakes = sorted(chain.from_iterable(gather(group, metrics.mistakes())), reverse=True)
     return Evaluation(
         record=record,
         top5_correct=int(sums.top5_correct),
         classes=split.classes,
-        confusion=tally.confusion.view(len(split.classes), -1).tolist(),
+        confusion=metrics.confusion.view(len(split.classes), -1).tolist(),
         mistakes=mistakes[:MISTAKES],
     )
 

@@ -106,7 +106,7 @@ def prepare(state: TrainState, micro: MicroBatch, batch: Batch) -> tuple[Tensor,
     mixed = state.augment.train(batch.images, places)
     images, others = mixed[:count], mixed[count:]
     if mix.box is None:
-        images.lerp_(others, 1 - mix.share)
+        images.lerp_(others, 1 - mix.lam)
     else:
         top, bottom, left, right = mix.box
         images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]

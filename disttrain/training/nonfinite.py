@@ -36,7 +36,7 @@ def nonfinite_error(
         The error to raise.
     """
     steps = state.meter.steps
-    own = state.meter.first_not_finite()
+    own = state.meter.first_nonfinite_step()
     first, rank = min(
         (steps if found is None else found, rank) for rank, found in enumerate(gather(state.group, own))
     )

@@ -174,7 +174,7 @@ class Meter:
             self._sums += torch.stack([torch.stack(losses).sum(dtype=torch.float64), hits])
             self._pending.clear()
 
-    def first_not_finite(self) -> int | None:
+    def first_nonfinite_step(self) -> int | None:
         """Returns how many steps were complete before the first one whose loss is not finite, if one is."""
         for step, loss in self._losses:
             if not torch.isfinite(loss):

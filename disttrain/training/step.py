@@ -152,4 +152,4 @@ def loss_sum(
     if mix is None or partners is None:
         return loss
     other = F.cross_entropy(logits.float(), partners, reduction="sum", label_smoothing=label_smoothing)
-    return mix.share * loss + (1 - mix.share) * other
+    return mix.lam * loss + (1 - mix.lam) * other
