@@ -445,7 +445,7 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
             logits = logits + (model(seen) + model(seen.flip(3))) / 8
     correct, plain_correct = (int((scores.argmax(1) == labels).sum()) for scores in (logits, plain))
     before = weights_of(state.bare_model)
-    found = evaluate(state, tta, step=0, callbacks=QUIET)
+    found = evaluate(state, tta, Progress(step=7, epoch=2), QUIET)
     assert found is not None
     assert msgspec.to_builtins(found.record) == {
         "kind": "eval",
@@ -454,6 +454,8 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
         "correct": correct,
         "total": samples,
         "skipped": 0,
+        "step": 7,
+        "epoch": 2,
         **(
             {}
             if tta == "none"
@@ -681,7 +683,7 @@ def test_an_evaluation_of_other_samples_is_an_error(how: str, seen: int) -> None
     state = make_state(batch_size=4)
     state.val = Validation(Careless(how), np.arange(40), NAMES)
     with pytest.raises(DataError, match=rf"saw {seen} samples, it should be 40, or not the same ones"):
-        evaluate(state, "none", step=0, callbacks=QUIET)
+        evaluate(state, "none", Progress(), QUIET)
 
 
 # --- Failure ----------------------------------------------------------------------------------------
@@ -783,7 +785,7 @@ def test_the_best_is_saved_whenever_it_is_found(monkeypatch: pytest.MonkeyPatch)
     accuracies = iter([0.5, 0.4, 0.5, 0.6, 0.6])
 
     def evaluation(*_: object, **__: object) -> Evaluation:
-        record = EvalRecord(loss=1.0, accuracy=next(accuracies), correct=1, total=2)
+        record = EvalRecord(loss=1.0, accuracy=next(accuracies), correct=1, total=2, step=0, epoch=0)
         return Evaluation(record, 0, NAMES, [], [])
 
     monkeypatch.setattr(loops, "evaluate", evaluation)

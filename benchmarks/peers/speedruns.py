@@ -49,7 +49,7 @@ def ours(config_file: Path, overrides: list[str], seed: int) -> dict[str, float]
         train_epoch(parts, position, parts.plan.order(epoch), callbacks)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
-    found = evaluate(parts, config.eval.tta, step=position.step, callbacks=callbacks)
+    found = evaluate(parts, config.eval.tta, position, callbacks)
     assert found is not None
     return {"seconds": seconds, "accuracy": found.record["accuracy"]}
 

@@ -47,6 +47,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     assert found is not None
     top5 = found.top5_correct if len(facts.classes) > 5 else None
     result: dict[str, Any] = msgspec.to_builtins(found.record)
+    del result["epoch"]
     return result | {
         "top5_correct": top5,
         "top5_accuracy": None if top5 is None else top5 / found.record.total,

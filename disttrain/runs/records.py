@@ -146,9 +146,9 @@ class EvalRecord(msgspec.Struct, tag="eval", tag_field="kind", kw_only=True, omi
     """Without it."""
     skipped: int | None = None
     """Validation samples that cannot be used."""
-    step: int = 0
-    """Optimizer steps taken; in every record of a run, as is the epoch."""
-    epoch: int = 0
+    step: int
+    """Optimizer steps taken."""
+    epoch: int
     """Epochs completed."""
 
 

@@ -262,6 +262,10 @@ def open_image(file: BinaryIO, most_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ValueError: it is no image of a known format, or larger than `most_pixels`.
     """
+    width, height = _webp_size(file.read(30))  # for this format Pillow allocates the pixels at once
+    file.seek(0)
+    if width * height > most_pixels:
+        raise _too_large(width, height, most_pixels)
     try:
         picture = Image.open(file, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
@@ -269,9 +273,28 @@ def open_image(file: BinaryIO, most_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
     if picture.width * picture.height > most_pixels:
-        size = f"{picture.width}x{picture.height}"
-        raise ValueError(f"{size} pixels are more than the limit of {most_pixels}")
+        raise _too_large(*picture.size, most_pixels)
     return picture
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Returns width and height as the first 30 bytes of a WebP file say; zeros for any other file."""
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0, 0
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", head, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    return 0, 0
+
+
+def _too_large(width: int, height: int, most_pixels: int) -> ValueError:
+    return ValueError(f"{width}x{height} pixels are more than the limit of {most_pixels}")
 
 
 def _convert(picture: Image.Image, mode: str) -> Image.Image:

@@ -27,7 +27,7 @@ from disttrain.training.collectives import (
     stop_requested_anywhere,
 )
 from disttrain.training.exactly_once import Seen, seen_by_rank
-from disttrain.training.state import Callbacks, TrainState, Validation, cudnn_heuristics, eager
+from disttrain.training.state import Callbacks, Progress, TrainState, Validation, cudnn_heuristics, eager
 
 Augmentation = Literal["none", "flip", "multi_view"]
 
@@ -57,7 +57,9 @@ class EvalTask:
     places: Tensor | None = None
 
 
-def evaluate(state: TrainState, tta: Augmentation, *, step: int, callbacks: Callbacks) -> Evaluation | None:
+def evaluate(
+    state: TrainState, tta: Augmentation, progress: Progress, callbacks: Callbacks
+) -> Evaluation | None:
     """Evaluates the model, or its moving average, on the validation split. Every rank calls this.
 
     Returns:
@@ -69,6 +71,7 @@ def evaluate(state: TrainState, tta: Augmentation, *, step: int, callbacks: Call
     for network in state.networks:
         average_buffers(state.group, network)
     size = batch_size(state.config.train, state.world_size)
+    step = progress.step
     normalize, autocast = state.augment.normalize, state.accelerator.autocast
     task = EvalTask(state.networks[-1], normalize, state.val, state.group, size, autocast)
 
@@ -80,11 +83,16 @@ def evaluate(state: TrainState, tta: Augmentation, *, step: int, callbacks: Call
         )
 
     with eager(state):
-        return measure(task, tta, step=step, go_on=go_on)
+        return measure(task, tta, step=step, epoch=progress.epoch, go_on=go_on)
 
 
 def measure(
-    task: EvalTask, tta: Augmentation, *, step: int = 0, go_on: Callable[[int], bool] = lambda number: True
+    task: EvalTask,
+    tta: Augmentation,
+    *,
+    step: int = 0,
+    epoch: int = 0,
+    go_on: Callable[[int], bool] = lambda number: True,
 ) -> Evaluation | None:
     """Evaluates; every rank calls this.
 
@@ -92,6 +100,7 @@ def measure(
         task: what is evaluated.
         tta: the test-time augmentation.
         step: optimizer steps taken so far.
+        epoch: epochs completed.
         go_on: asked before each batch, as often on every rank; False ends the evaluation.
 
     Returns:
@@ -115,6 +124,8 @@ def measure(
         correct=correct,
         total=total,
         skipped=split.skipped,
+        step=step,
+        epoch=epoch,
     )
     if tta != "none":
         record.tta, record.plain_accuracy, record.plain_correct = tta, plain / total, plain

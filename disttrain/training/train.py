@@ -135,16 +135,15 @@ def finish_epoch(state: TrainState, progress: Progress, callbacks: Callbacks) ->
     if last or progress.epoch % config.eval.every_epochs == 0:
         tta = config.eval.tta if last or config.eval.tta_when == "always" else "none"
         with preserve_rng_state(state.accelerator.device):
-            found = evaluate(state, tta, step=progress.step, callbacks=callbacks)
+            found = evaluate(state, tta, progress, callbacks)
         if found is None:
             stop(progress, callbacks, f"in the evaluation after {done}")
             return
-        record = found.record
-        record.step, record.epoch = progress.step, progress.epoch
-        callbacks.observer.evaluate(record)
-        best = progress.best_accuracy is None or record.accuracy > progress.best_accuracy
+        callbacks.observer.evaluate(found.record)
+        accuracy = found.record.accuracy
+        best = progress.best_accuracy is None or accuracy > progress.best_accuracy
         if best:
-            progress.best_accuracy = record.accuracy
+            progress.best_accuracy = accuracy
     progress.evaluation_due = False
     every_epochs, every_steps = config.checkpoint.every_epochs, config.checkpoint.every_steps
     due = last or best or progress.epoch % every_epochs == 0
