@@ -79,6 +79,13 @@ CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
         ["raise train.batch_size"],
         "train.batch_size",
     ),
+    (
+        "own stages",
+        {"data_s": 0.03, "cache": "none", "staged": True},
+        "input-bound",
+        ["30 %", "raise data.workers, or make the stages cheaper"],
+        "data.workers",
+    ),
     ("unknown use", {"utilization_pct": None}, "compute-bound", [], None),
     ("full", {"memory_pct": 97.0}, "memory-tight", ["97 %"], "train.accumulate"),
     (

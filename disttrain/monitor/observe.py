@@ -86,6 +86,7 @@ class RunObserver:
             precision=settings.precision,
             compiled=settings.compiled,
             graph=None if obstacle else state.graph is not None,
+            staged=config.data.pipeline is not None,
         )
         self.gauges = RunGauges(devices, state.rank, config.monitor.gpu_interval_s, folder, self.alarm)
         self._files: list[JsonLines] = []

@@ -46,6 +46,7 @@ class Evidence:
         precision: the arithmetic.
         compiled: whether the model is compiled.
         graph: whether the steps are replayed as a CUDA graph; None is no and cannot be.
+        staged: whether the samples go through stages of the user's own, which run in every epoch.
         utilization_pct: mean over the GPUs, or None.
         memory_pct: share of the memory in use on the fullest GPU, or None.
         throttled_pct: share of the readings in which each GPU held its clocks down for its temperature; None
@@ -66,6 +67,7 @@ class Evidence:
     precision: str = "fp32"
     compiled: bool = False
     graph: bool | None = None
+    staged: bool = False
     utilization_pct: float | None = None
     memory_pct: float | None = None
     throttled_pct: Sequence[float | None] = ()
@@ -145,6 +147,8 @@ def _input(e: Evidence) -> tuple[str, str, str | None]:
         help_ = "data.cache=device keeps them there, if they fit"
         return "copying images to the GPU", help_, "data.cache"
     if e.cache == "none":
+        if e.staged:
+            return "waiting for data", "raise data.workers, or make the stages cheaper", "data.workers"
         return "waiting for data", "decode once with data.cache=host, or raise data.workers", "data.cache"
     if e.on_gpu and e.cache == "host":
         help_ = "data.cache=device keeps the samples on the GPU, if they fit"
@@ -205,6 +209,7 @@ def evidence(
     precision: str,
     compiled: bool,
     graph: bool | None,
+    staged: bool = False,
 ) -> Evidence | None:
     """Returns the means of some train records, or None if there is none.
 
@@ -215,6 +220,7 @@ def evidence(
         precision: the arithmetic.
         compiled: whether the model is compiled.
         graph: whether the steps are replayed.
+        staged: whether there are stages of the user's own.
     """
     records = [record for record in records if len(record.ranks_ms.compute) == len(hosts)]
     if not records:
@@ -242,6 +248,7 @@ def evidence(
         precision=precision,
         compiled=compiled,
         graph=graph,
+        staged=staged,
         utilization_pct=mean(mean(gpu.utilization_pct for gpu in rows) for rows in gpus.values()),
         memory_pct=max(full, default=None),
         throttled_pct=[mean(gpu.throttled_thermal_pct for gpu in rows) for rows in gpus.values()],
