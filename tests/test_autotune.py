@@ -185,7 +185,7 @@ def test_settings_far_from_one_another_are_measured_once(timed: list[Settings]) 
     assert len(timed) == len(set(timed))
 
 
-def test_a_real_measurement_leaves_the_model_the_random_state_and_the_threads_as_they_were() -> None:
+def test_autotuning_leaves_model_rng_and_threads_unchanged() -> None:
     workload = work()
     before = copy.deepcopy(workload.model.state_dict())
     state, threads = torch.get_rng_state(), torch.get_num_threads()

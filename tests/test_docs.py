@@ -72,3 +72,9 @@ def test_files_that_are_named_exist(document: str) -> None:
 
 def _roots(document: str) -> list[Path]:
     return [REPOSITORY, (REPOSITORY / document).parent]
+
+
+def test_names_of_tests_are_short() -> None:
+    paths = (REPOSITORY / "tests").rglob("*.py")
+    names = {name for path in paths for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert not [name for name in names if len(name) > 70]

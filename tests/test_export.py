@@ -43,7 +43,7 @@ def images(digits_root: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_a_file_is_written_checked_and_described_by_a_card_whose_program_runs(
+def test_an_export_is_checked_and_its_card_has_a_program_that_runs(
     disttrain: Run, trained_run: Path, images: Any, tmp_path: Path, file_format: Any
 ) -> None:
     path = tmp_path / "out" / f"net{SUFFIXES[file_format]}"

@@ -102,9 +102,7 @@ def test_a_jpeg_has_the_pixels_of_pillow(
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_jpeg_in_cmyk_or_with_segments_of_any_kind_has_the_pixels_of_pillow(
-    decoder: str, channels: int
-) -> None:
+def test_a_jpeg_in_cmyk_or_with_any_segments_has_pillows_pixels(decoder: str, channels: int) -> None:
     options: list[tuple[str, dict[str, Any]]] = [
         ("CMYK", {}),
         ("RGB", {"keep_rgb": True}),

@@ -110,7 +110,7 @@ def test_a_mistake_of_the_user_ends_the_run_with_its_message_and_code(launch, fo
     assert (status["rank"], status["host"]) == (0, HOST)
 
 
-def test_a_rank_that_could_not_write_down_its_error_ends_the_run_with_its_code(launch, folder):
+def test_a_rank_that_cannot_write_its_error_ends_the_run_with_its_code(launch, folder):
     outcome = launch("print('disttrain: the disk is full', file=sys.stderr, flush=True); leave(74)")
     assert (outcome.exit_code, outcome.detail) == (74, "disttrain: the disk is full")
     assert folder.status()["exit_code"] == 74
@@ -158,7 +158,7 @@ def test_a_rank_that_says_it_is_done_without_a_finished_run_is_a_failure(launch,
     assert "and no report" in outcome.message
 
 
-def test_a_killed_rank_that_never_connected_is_named_by_its_parent_and_before_its_victims(launch, folder):
+def test_a_rank_killed_before_it_connects_is_named_before_its_victims(launch, folder):
     outcome = launch(
         """
 from disttrain.heartbeat import tell_ends

@@ -110,7 +110,7 @@ def test_a_file_of_any_kind_becomes_what_packing_makes_of_it(tmp_path: Path, cha
     assert found.total() == count
 
 
-def test_images_that_are_not_square_are_fitted_to_the_shape_of_the_data_set(tmp_path: Path) -> None:
+def test_images_that_are_not_square_are_fitted_to_the_data_set(tmp_path: Path) -> None:
     picture(0, (60, 60)).save(tmp_path / "square.png")
     pixels = prepared(tmp_path / "square.png", facts(6, 12, 3))
     assert pixels.shape == (6, 12, 3)

@@ -127,7 +127,7 @@ def test_a_mig_instance_gives_memory_and_activity(library: Path) -> None:
     assert first["xids"] is None  # of an instance no errors are told: none is not the same
 
 
-def test_a_failed_question_leaves_its_field_unknown_is_said_once_and_asked_again(library: Path) -> None:
+def test_a_failed_nvml_query_is_unknown_logged_once_and_retried(library: Path) -> None:
     settings = {"SWEEPS": "4", "COUNTED": "nvmlDeviceGetPowerUsage,nvmlDeviceGetTemperature"}
     errors = "nvmlDeviceGetPowerUsage:1:999,nvmlDeviceGetTemperature:1:3"
     answer = sweeps(library, UUIDS[1], FAKE_NVML_ERROR=errors, **settings)

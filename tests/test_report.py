@@ -112,7 +112,7 @@ def test_the_confusion_matrix_is_that_of_the_last_evaluation(trained: Path, digi
     ]  # fmt: skip
 
 
-def test_a_network_too_slow_for_the_time_is_shown_fewer_images_and_the_page_says_so(
+def test_a_slow_network_is_shown_fewer_images_and_the_page_says_so(
     trained: Path, digits: None, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

@@ -29,7 +29,7 @@ def test_a_ring(world_size, expected):
     assert all_reduce_s(1000, ranks(world_size)) == pytest.approx(expected)
 
 
-def test_between_nodes_each_rank_sends_its_share_of_what_the_node_has_summed_up():
+def test_between_nodes_each_rank_sends_its_share_of_the_sum():
     slow = Link(0.01, 100)
     assert all_reduce_s(1000, Ranks(2, 4, LINK, slow)) == pytest.approx(6 * 0.251 + 2 * (0.01 + 1.25))
     assert all_reduce_s(1000, Ranks(2, 1, LINK, slow)) == pytest.approx(2 * (0.01 + 5))

@@ -114,7 +114,7 @@ def test_prometheus_reads_all_of_a_record_with_its_labels() -> None:
     assert len(found) == len(list(samples(RECORD))) + 1
 
 
-def test_the_prometheus_file_has_the_last_of_each_kind_and_goes_with_the_run(tmp_path: Path) -> None:
+def test_prometheus_file_has_the_last_records_and_goes_with_the_run(tmp_path: Path) -> None:
     config = experiment(prometheus_dir=str(tmp_path))
     first, second = (Prometheus(config, tmp_path / name / "run") for name in "ab")
     for sink in (first, second):

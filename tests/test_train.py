@@ -390,7 +390,7 @@ def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, place
 # --- Moving average ---------------------------------------------------------------------------------
 
 
-def test_the_moving_average_follows_weights_and_statistics_and_is_evaluated() -> None:
+def test_ema_follows_weights_and_statistics_and_is_evaluated() -> None:
     state = with_(make_state(network(norm=True), ema=0.8), monitor={"log_every_steps": 1})
     snapshots: list[dict[str, Tensor]] = []
     recorder = Recorder()

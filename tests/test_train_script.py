@@ -131,7 +131,7 @@ def test_the_run_decides_whether_its_job_goes_back_into_the_queue(tmp_path, outc
     assert ("scontrol requeue 4711" in calls) == requeued
 
 
-def test_the_word_of_an_earlier_time_slice_is_not_taken_for_that_of_this_one(tmp_path):
+def test_stale_status_is_ignored_after_requeue(tmp_path):
     _, calls = run(tmp_path, "a.yaml", code=75, status=ended(75))
     assert "requeue" in calls
     code, calls = run(tmp_path, "a.yaml", code=1)  # the second one does not even begin

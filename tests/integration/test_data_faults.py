@@ -209,7 +209,7 @@ def test_a_shard_cut_or_flipped_anywhere_is_refused_by_its_name(
 
 @both_ways
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_without_the_hash_a_damaged_shard_is_refused_or_gives_no_sample_of_another(
+def test_damaged_shard_without_hash_check_gives_no_wrong_sample(
     tmp_path: Path, damage: str, way: Way
 ) -> None:
     """Only what a file cannot tell of itself may pass: other pixels of the damaged image, or its label."""
@@ -581,7 +581,7 @@ def train(disttrain: Run, tmp_path: Path) -> Run:
 
 @both_ways
 @pytest.mark.parametrize("kind", ["cut JPEG", "no label"])
-def test_a_run_on_a_bad_sample_ends_with_65_before_anything_is_trained_or_saved(
+def test_a_bad_sample_ends_the_run_with_65_before_training(
     tmp_path: Path, train: Run, kind: str, way: Way
 ) -> None:
     folder, _ = with_bad(tmp_path, kind)
@@ -605,9 +605,7 @@ def test_a_run_on_a_damaged_shard_ends_with_65(tmp_path: Path, train: Run, way: 
     assert records(tmp_path / "run") == []
 
 
-def test_skipping_trains_on_all_others_on_any_number_of_ranks_and_counts_the_rest(
-    tmp_path: Path, train: Run
-) -> None:
+def test_skip_trains_on_all_other_samples_and_counts_the_rest(tmp_path: Path, train: Run) -> None:
     bad = [member for kind in ("no label", "cut PNG") for member in BAD[kind][0]]
     bad[0] = ("first.png", bad[0][1])
     folder = make(
@@ -899,9 +897,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("kind", [*UNSAFE, *DAMAGED])
-def test_a_shard_with_what_does_not_belong_there_is_refused_at_once_and_touches_nothing(
-    tmp_path: Path, kind: str
-) -> None:
+def test_a_hostile_shard_is_refused_at_once_and_touches_nothing(tmp_path: Path, kind: str) -> None:
     folder = make(tmp_path / "inside")
     put(folder, "train-1.tar", hostile_tar(kind, tmp_path))
     index = load(folder)

@@ -92,7 +92,7 @@ def test_every_world_trains_on_the_plan(
     ],
     ids=["one cached, three streamed", "two streamed, one streamed"],
 )
-def test_going_on_with_other_ranks_workers_and_cache_trains_on_what_is_left(
+def test_resume_on_other_ranks_and_cache_trains_on_what_is_left(
     first: list[str], then: list[str], disttrain: Run, tmp_path: Path, seven_root: Path
 ) -> None:
     (tmp_path / "seven.yaml").write_text(SEVEN_YAML.replace("epochs: 2", "epochs: 30"))

@@ -27,7 +27,7 @@ sys.addaudithook(spy)
 """
 
 
-def test_each_node_decodes_once_on_its_own_disk_and_each_rank_reads_the_index_once(
+def test_each_node_decodes_once_and_each_rank_reads_the_index_once(
     tmp_path: Path, config_file: Path, digits_root: Path
 ) -> None:
     (tmp_path / "spy").mkdir()

@@ -250,7 +250,7 @@ def test_a_damaged_run_goes_on_and_ends_as_if_it_had_never_been_stopped(
     assert ours == theirs
 
 
-def test_a_run_goes_back_to_an_earlier_checkpoint_and_forgets_what_came_after(
+def test_resume_from_an_earlier_checkpoint_forgets_what_came_after(
     disttrain: Run, copy: Path, here: Path
 ) -> None:
     done = small(disttrain, "run", "--resume", "run/checkpoints/step_00000030", stop_at=3)

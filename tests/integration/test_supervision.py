@@ -277,9 +277,7 @@ def test_a_stop_at_any_time_of_the_start_loses_nothing(delay_s: float, start: St
         assert status(tmp_path)["samples_seen"] == 2 * 1438
 
 
-def test_ranks_of_torchrun_end_at_once_when_they_are_stopped_at_their_start(
-    start: Start, tmp_path: Path
-) -> None:
+def test_ranks_of_torchrun_end_at_once_when_stopped_at_start(start: Start, tmp_path: Path) -> None:
     # Rank 1 is not there yet, so that rank 0 waits for it inside torch.
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
