@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def data() -> None:
-    """Make and look at data sets."""
+    """Make, check and measure data sets."""
 
 
 _FORCE = click.option("--force", is_flag=True, help="Replace an existing data set.")
@@ -31,7 +31,7 @@ _FORCE = click.option("--force", is_flag=True, help="Replace an existing data se
 @ROOT
 @_FORCE
 def prepare(name: str, source: Path | None, root: str | None, force: bool) -> None:
-    """Make a known data set, downloading it if no source is given."""
+    """Make a well-known data set. Downloads it unless --source is given."""
     from disttrain.shards import datasets
 
     _make(lambda options: datasets.prepare(name, source, root, options), force=force)
@@ -42,11 +42,13 @@ def prepare(name: str, source: Path | None, root: str | None, force: bool) -> No
 @click.option("--name", required=True, help="Name of the new data set.")
 @click.option("--size", type=COUNT, help="Resize and crop every image to SIZE x SIZE pixels.")
 @click.option(
-    "--val-fraction", type=float, help="Share of each class to validate on, if DIR has no val folder."
+    "--val-fraction",
+    type=float,
+    help="Share of each class for the val split, if DIR has no val folder.",
 )
-@click.option("--seed", type=int, default=0, help="Seed of the order and of the split.")
+@click.option("--seed", type=int, default=0, help="Seed of the sample order and of the split.")
 @click.option("--shard-mib", type=POSITIVE, default=64, help="Size of a shard.")
-@click.option("--procs", "processes", type=COUNT, help="Processes that pack (default: one per core).")
+@click.option("--procs", "processes", type=COUNT, help="Packing processes (default: one per core).")
 @ROOT
 @_FORCE
 def pack(
@@ -60,8 +62,8 @@ def pack(
 ) -> None:
     """Make a data set of your own images.
 
-    DIR holds train/<class>/<images> and val/<class>/<images> (or test/), or <class>/<images> with
-    --val-fraction. If packing is interrupted, the same command goes on with the shards that are finished.
+    DIR holds train/<class>/<images> and val/<class>/<images> (or test/). With --val-fraction it may also
+    hold <class>/<images>. After an interruption, run the same command again: finished shards are kept.
     """
     from disttrain.shards.imagefolder import pack_folder
 
@@ -83,7 +85,7 @@ def _make(function: Callable[[Options], Index], **how: Any) -> Index:
 @click.argument("name")
 @ROOT
 def inspect(name: str, root: str | None) -> None:
-    """Show what a data set holds."""
+    """Show the classes, splits and shards of a data set."""
     from disttrain.shards.index import load_index
 
     _show_index(load_index(name, root), classes=True)
@@ -93,9 +95,10 @@ def inspect(name: str, root: str | None) -> None:
 @click.argument("name")
 @ROOT
 def verify(name: str, root: str | None) -> None:
-    """Read and decode every sample of a data set and compare it with its index.
+    """Check every sample of a data set.
 
-    Lists the shards and samples that are bad, and ends with 65 if there are any.
+    Reads and decodes all samples and compares them with the index. Lists bad shards and samples and exits
+    with 65 if there are any.
     """
     from disttrain.errors import DataError
     from disttrain.shards.index import load_index, remedy
@@ -123,16 +126,14 @@ def verify(name: str, root: str | None) -> None:
 @click.option(
     "--val", multiple=True, metavar="PATTERN", help="Tars of the val split (default: val*.tar or test*.tar)."
 )
-@click.option(
-    "--classes", type=PATH, help="File with the name of a class on each line, in the order of the labels."
-)
+@click.option("--classes", type=PATH, help="File with one class name a line, in the order of the labels.")
 @click.option("--skip", is_flag=True, help="Accept samples that cannot be used.")
 @_FORCE
 def index_(folder: Path, classes: Path | None, skip: bool, force: bool, **patterns: Sequence[str]) -> None:
-    """Use WebDataset tars that were made elsewhere, where they lie.
+    """Index WebDataset tars that you already have.
 
-    Writes DIR/index.json; the tars stay as they are. Each sample needs an image (png, jpg, webp) and a
-    label (KEY.cls).
+    Writes DIR/index.json and changes nothing else. Each sample needs an image (png, jpg or webp) and a label
+    (KEY.cls).
     """
     from disttrain.errors import UsageError
     from disttrain.shards.existing_tars import index_folder
@@ -161,9 +162,10 @@ def index_(folder: Path, classes: Path | None, skip: bool, force: bool, **patter
 def bench_(
     name: str, root: str | None, samples: int, batch_size: int, threads: int | None, as_json: bool
 ) -> None:
-    """Measure how fast this machine reads, decodes, caches, batches and augments a data set.
+    """Measure how fast this machine serves a data set.
 
-    The last line is the stock webdataset pipeline on the same shards.
+    Times reading, decoding, caching, batching and augmentation. The last line is the stock webdataset
+    pipeline on the same shards.
     """
     from disttrain.bench.data_bench import bench
     from disttrain.shards.index import load_index

@@ -36,12 +36,12 @@ _STOPPED = {75, 130, 138, 140, 143}  # the run goes on later, or somebody wanted
     "--resume",
     default="auto",
     metavar="auto|never|PATH",
-    help="auto: go on with an unfinished run in --run-dir; PATH: from a run folder or checkpoint.",
+    help="auto: resume an unfinished run in --run-dir; PATH: start from this run or checkpoint.",
 )
 @click.option(
     "--force",
     is_flag=True,
-    help="Go on although config or data set differ from the checkpoint's; the run folder keeps a record.",
+    help="Resume although config or data set have changed; the run folder records the changes.",
 )
 @click.option(
     "--max-restarts",
@@ -49,14 +49,14 @@ _STOPPED = {75, 130, 138, 140, 143}  # the run goes on later, or somebody wanted
     default=0,
     help="Restarts from the last checkpoint after a crash.",
 )
-@click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, start nothing.")
 @click.option(
     "--report/--no-report",
     default=True,
     envvar="DISTTRAIN_REPORT",
-    help="Write report.html into the run folder when the run has finished or failed.",
+    help="Write report.html when the run has finished or failed.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Show the outcome only.")
+@click.option("-q", "--quiet", is_flag=True, help="Show only the outcome.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every log point.")
 def run(
     config_path: Path,
@@ -76,8 +76,8 @@ def run(
 ) -> None:
     """Train the experiment in CONFIG.
 
-    KEY=VALUE changes a setting, for example optim.lr=0.1. The number of GPUs never changes the experiment:
-    train.batch_size is the global batch.
+    KEY=VALUE overrides a setting, for example optim.lr=0.1. train.batch_size is the global batch, so the
+    number of GPUs does not change the experiment.
     """
     from disttrain.config import load_config
     from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
@@ -168,9 +168,9 @@ def bench(
 ) -> None:
     """Show where the time of a training step goes on this machine.
 
-    Measures the phases of a step of CONFIG (default: a small network on the embedded digits), real samples
-    against a replayed batch, precision x channels_last x compile (without compile if train.compile is false),
-    and the speed on other numbers of processes.
+    Measures CONFIG, or a small network on the embedded digits: the phases of a step, real samples against a
+    replayed batch, each setting of precision, channels_last and compile, and other numbers of processes. It
+    does not compile if train.compile is false.
     """
     from rich.console import Console
 
@@ -197,10 +197,10 @@ def bench(
 @click.argument("run_dir", metavar="[RUN]", type=PATH, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, once.")
 def top(run_dir: Path | None, as_json: bool) -> None:
-    """Show every GPU of a run, live, or the GPUs of this node.
+    """Watch the GPUs of a run, or of this node.
 
-    RUN is a run folder; it is only read, and may be that of a run that has ended. Ends with Ctrl-C. Where
-    there is no terminal all is shown once.
+    RUN is the folder of a run, which may have ended; nothing is written to it. Press Ctrl-C to quit. Without
+    a terminal everything is printed once.
     """
     from disttrain.monitor.top import show
 
@@ -215,16 +215,16 @@ def top(run_dir: Path | None, as_json: bool) -> None:
     flag_value=0,
     type=click.IntRange(0),
     metavar="[N]",
-    help="Measure between all nodes: of the Slurm job, or N that run this.",
+    help="Measure the network between all nodes: of the Slurm job, or N that run this command.",
 )
 @NODE
 @JSON
 def doctor(checks: tuple[str, ...], nodes: int | None, as_json: bool, **place: Any) -> None:
-    """Show what works on this machine and what does not, each with its remedy.
+    """Check this machine and say how to fix what does not work.
 
-    CHECK chooses some of: packages, driver, gpus, machine, disk, clock, network, slurm, data, allreduce,
-    step. With --nodes, latency and bandwidth between every pair of nodes instead. Ends with 1 if there is a
-    failure; a warning is none.
+    CHECK selects some of: packages, driver, gpus, machine, disk, clock, network, slurm, data, allreduce,
+    step. With --nodes it measures latency and bandwidth between every pair of nodes instead. Exits with 1
+    if a check fails. Warnings do not affect the exit code.
     """
     from disttrain.doctor import examine, report
     from disttrain.errors import UsageError

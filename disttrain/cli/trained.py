@@ -19,7 +19,7 @@ _CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|latest|
 @click.command("eval")
 @_RUN
 @_CHECKPOINT
-@click.option("--data", metavar="NAME", help="Another data set with the same classes.")
+@click.option("--data", metavar="NAME", help="Evaluate on another data set with the same classes.")
 @ROOT
 @PROCESSES
 @click.option(
@@ -27,10 +27,10 @@ _CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|latest|
 )
 @JSON
 def eval_(run_path: Path, checkpoint: str, as_json: bool, **where: Any) -> None:
-    """Evaluate the network of a run on a validation split.
+    """Evaluate a trained model on a validation split.
 
-    Shows accuracy, loss, the accuracy of each class and the confusion matrix. Every sample counts exactly
-    once, on any number of processes.
+    Shows loss, accuracy, accuracy per class and the confusion matrix. Every sample counts exactly once, on
+    any number of processes.
     """
     from disttrain.inference.eval import evaluate, report
 
@@ -43,17 +43,17 @@ def eval_(run_path: Path, checkpoint: str, as_json: bool, **where: Any) -> None:
 @_RUN
 @click.argument("images", metavar="IMAGE|FOLDER|-...", nargs=-1, required=True)
 @_CHECKPOINT
-@click.option("--top", type=COUNT, default=3, help="Classes for each image.")
+@click.option("--top", type=COUNT, default=3, help="Number of classes shown per image.")
 @click.option("--grid", type=PATH, metavar="FILE.png", help="Also draw the images with their predictions.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document on each line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document per image.")
 def predict(
     run_path: Path, images: tuple[str, ...], checkpoint: str, top: int, grid: Path | None, as_json: bool
 ) -> None:
-    """Show what the network of a run takes images for.
+    """Classify images with a trained model.
 
-    RUN may also be a file of `disttrain export --format safetensors`. A FOLDER stands for all image files
-    below it; `-` reads names from standard input, one on each line, or separated by NUL as `find -print0`
-    prints them. A file that cannot be used is named on standard error; the others go on, and the end is 65.
+    RUN is a run folder, or a file of `disttrain export --format safetensors`. A FOLDER stands for all images
+    below it. `-` reads file names from standard input, separated by newlines, or by NUL as `find -print0`
+    does. A bad file is reported on standard error; the others are classified, and the exit code is 65.
     """
     from disttrain.inference.predict_command import predict as show
 
@@ -68,7 +68,7 @@ def predict(
     "file_format",
     type=click.Choice(["safetensors", "torch-export", "onnx"]),
     required=True,
-    help="Of the file.",
+    help="File format.",
 )
 @click.option("--output", type=PATH, metavar="FILE", help="Default: RUN/export/FORMAT/model.*")
 @_CHECKPOINT
@@ -80,10 +80,10 @@ def export(
     checkpoint: str,
     root: str | None,
 ) -> None:
-    """Write the network of a run as a file for other programs.
+    """Export a trained model for other programs.
 
-    The file is checked against the network on images of the validation split; a model card, README.md, is
-    written beside it.
+    Checks the file against the model on images of the validation split, and writes a model card, README.md,
+    beside it.
     """
     from disttrain.inference.exporting import export
 
@@ -102,22 +102,22 @@ def export(
     "--target",
     type=click.FloatRange(0, 100),
     metavar="PCT",
-    help="Accuracy to which a comparison gives times (default: the best that all runs reached).",
+    help="Compare the time to this accuracy (default: the best that all runs reached).",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(0),
     default=60,
-    help="Time for images of the validation split, of which the classes and examples are.",
+    help="Limit for an evaluation, where the best checkpoint has none.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def report(
     runs: tuple[Path, ...], output: Path | None, target: float | None, seconds: float, as_json: bool
 ) -> None:
-    """Write a run's report as one HTML file that needs no network; of several runs, their comparison.
+    """Write the report of a run, or the comparison of several, as one HTML file.
 
-    Works while a run goes on and after it has failed. The best checkpoint and the data set are looked into
-    if they are there.
+    The file needs no network. The run may still be going on, or have failed. The best checkpoint and the
+    data set add examples and pictures if they are there.
     """
     if len(runs) > 1:
         _compare(runs, output, target, as_json)

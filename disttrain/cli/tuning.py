@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def tune() -> None:
-    """Find a learning rate or a batch size for an experiment by trying them out."""
+    """Find a learning rate or a batch size by short trials."""
 
 
 _OF_BOTH = options(
@@ -46,10 +46,10 @@ def lr(
     as_json: bool,
     **span: Any,
 ) -> None:
-    """Suggest optim.lr, by training for some steps while it rises (Smith 2015).
+    """Suggest optim.lr by a learning-rate range test (Smith 2015).
 
-    The suggestion is where the loss falls fastest. It is a place to begin at, not the best one; with a
-    schedule that rises to it, up to a third of the rate of the least loss is usual.
+    Trains for some steps while the rate rises, and suggests the rate at which the loss falls fastest. Take it
+    as a start: with warm-up, up to a third of the rate of the least loss is usual.
     """
     from disttrain.bench.tune import find_rate
     from disttrain.bench.tune_page import write_rates
@@ -85,9 +85,9 @@ def batch(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Suggest train.batch_size: the smallest that is nearly as fast as the fastest.
+    """Suggest train.batch_size: the smallest batch that is nearly as fast as the fastest.
 
-    Larger and larger batches are tried until one does not fit into the memory or brings nothing more.
+    Tries larger and larger batches until one does not fit into memory or gains nothing.
     """
     from disttrain.bench.tune import judge_batches, try_batches
     from disttrain.bench.tune_page import batch_cells, write_batches

@@ -61,7 +61,7 @@ def reduce_sum(group: Group, phase: Phase, step: int, values: Sequence[float]) -
     if places != place * group.world_size:
         found = gather(group, (phase.name.lower(), step))
         where = ", ".join(f"rank {rank} {name} of step {at:,}" for rank, (name, at) in enumerate(found))
-        raise TrainingError(f"the ranks have lost one another: {where}; this must not be, please report it")
+        raise TrainingError(f"the ranks have lost one another: {where}; internal error, please report it")
     return sums[: len(values)]
 
 

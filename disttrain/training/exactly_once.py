@@ -38,7 +38,7 @@ class Seen:
         if found != digest(expected):
             raise DataError(
                 f"{who} {found[0]:,} samples, it should be {len(expected):,}, or not the same ones: "
-                "this must not be; please report it"
+                "internal error; please report it"
             )
 
 
