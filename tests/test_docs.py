@@ -2,22 +2,24 @@
 
 import importlib.util
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from disttrain.cli import main as disttrain
 from disttrain.config import load_config
 
 REPOSITORY = Path(__file__).parent.parent
 DOCUMENTS = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "slurm/README.md",
-    "benchmarks/README.md",
-    "docs/python.md",
-    "docs/scaling.md",
+    *("README.md", "CONTRIBUTING.md", "slurm/README.md", "benchmarks/README.md"),
+    *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md") if path.name != "config.md"),
 ]
+MOST_LINES = 180  # of the README
+MEAN_WORDS = 18  # of the sentences of a document
+MOST_WORDS = 35  # of one sentence
 
 
 def load(script: str) -> Any:
@@ -51,9 +53,11 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     assert test in ci.splitlines()
 
 
-def test_config_of_the_readme_loads(tmp_path: Path) -> None:
-    readme = (REPOSITORY / "README.md").read_text()
-    example, groups = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+def test_configs_of_the_documents_load(tmp_path: Path) -> None:
+    (example,), (groups,) = (
+        re.findall(r"```yaml\n(.*?)```", (REPOSITORY / name).read_text(), re.DOTALL)
+        for name in ("README.md", "docs/experiments.md")
+    )
     (tmp_path / "example.yaml").write_text(example)
     assert load_config(tmp_path / "example.yaml").train.batch_size == 512
     lines = [line for line in example.splitlines() if not line.startswith("optim:")]
@@ -62,19 +66,105 @@ def test_config_of_the_readme_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_files_that_are_named_exist(document: str) -> None:
-    text = (REPOSITORY / document).read_text()
+def test_named_files_and_sections_exist(document: str) -> None:
+    path = REPOSITORY / document
+    text = path.read_text()
     named = set(re.findall(r"(?<![\w/])(?:configs|launch|slurm|docs|benchmarks)/[\w./]+\.\w+", text))
-    named |= set(re.findall(r"\]\(([\w./]+)\)", text))
-    missing = [name for name in named if not any((root / name).exists() for root in _roots(document))]
+    missing = [
+        name for name in named if not any((root / name).exists() for root in (REPOSITORY, path.parent))
+    ]
+    for name, _, section in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]+))?\)", text):
+        target = path.parent / name if name else path
+        if not target.exists() or (section and section not in anchors(target.read_text())):
+            missing.append(f"{name}#{section}")
     assert not missing
-
-
-def _roots(document: str) -> list[Path]:
-    return [REPOSITORY, (REPOSITORY / document).parent]
 
 
 def test_names_of_tests_are_short() -> None:
     paths = (REPOSITORY / "tests").rglob("*.py")
     names = {name for path in paths for name in re.findall(r"def (test_\w+)", path.read_text())}
     assert not [name for name in names if len(name) > 70]
+
+
+def anchors(markdown: str) -> set[str]:
+    """Returns what links to the headings of a document end with, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", markdown, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_have_the_options_that_are_named(document: str) -> None:
+    text = (REPOSITORY / document).read_text()
+    code = re.findall(r"^```sh\n((?s:.*?))^```|^ {4}(.*)|(?<!`)`([^`]+)`(?!`)", text, re.MULTILINE)
+    lines = " ; ".join(line for found in code for part in found for line in part.splitlines())
+    for line in re.findall(r"(?<!\S)disttrain ([a-z][^;#]*)", lines):
+        command: click.Command = disttrain
+        arguments = line.split()
+        while isinstance(command, click.Group) and arguments:
+            name = arguments.pop(0)
+            assert name in command.commands, f"disttrain {line}: there is no {name}"
+            command = command.commands[name]
+        options = {name for parameter in command.params for name in parameter.opts + parameter.secondary_opts}
+        unknown = [name for name in arguments if re.match("--?[a-z]", name) and name not in options]
+        assert not unknown, f"disttrain {line}: it has no {unknown}"
+
+
+def test_readme_is_short() -> None:
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_sentences_are_short(document: str) -> None:
+    lengths = {sentence: words(sentence) for sentence in sentences((REPOSITORY / document).read_text())}
+    too_long = [f"{count} words: {text}" for text, count in lengths.items() if count > MOST_WORDS]
+    assert not too_long, f"{document}: split what has more than {MOST_WORDS} words"
+    mean = statistics.fmean(lengths.values())
+    longest = "\n".join(sorted(lengths, key=lambda sentence: -lengths[sentence])[:5])
+    assert mean <= MEAN_WORDS, f"{document}: {mean:.1f} words a sentence; the longest:\n{longest}"
+
+
+def test_sentences_are_told_from_what_is_not_prose() -> None:
+    document = """# Two words. Not these
+
+One is [a link](with.a. target): it counts as `one sentence. Here`, e.g. this
+(He et al. 2015). "Two?" Three
+
+- four
+- five, in 1.5 s
+  and on
+
+    code. Not this
+
+| cell. | not this |
+
+```sh
+code. not this
+```
+![Not. This](picture.png)
+"""
+    assert sentences(document) == [
+        "One is a link: it counts as CODE, e.g. this (He et al. 2015).",
+        '"Two?"',
+        "Three",
+        "four",
+        "five, in 1.5 s and on",
+    ]
+    assert words("It has 5 % of $HOME, or CODE x 2 - 1") == 10
+
+
+def sentences(markdown: str) -> list[str]:
+    """Returns the sentences of the paragraphs and list items of a document; inline code is one word."""
+    text = re.sub(r"^```.*?^```", "\n", markdown, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^(?: {4}|\||#).*$", "\n", text, flags=re.MULTILINE)
+    text = re.sub(r"`[^`]+`", "CODE", text)
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)", "", text)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    paragraphs = re.split(r"\n\s*\n|^(?:-|\d+\.) ", text, flags=re.MULTILINE)
+    end = r"""((?<!\bal)(?<!e\.g)(?<!i\.e)[.!?][)"]*) +"""
+    pieces = (re.sub(end, r"\1\n", " ".join(paragraph.split())) for paragraph in paragraphs)
+    return [sentence for piece in pieces for sentence in piece.splitlines() if words(sentence)]
+
+
+def words(sentence: str) -> int:
+    """Returns how many words a sentence has; signs that stand alone are none."""
+    return sum(any(map(str.isalnum, word)) for word in sentence.split())
