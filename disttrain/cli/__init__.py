@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from disttrain import __version__
-from disttrain.cli import data, running, trained, tuning
+from disttrain.cli import data, inference, running, tuning
 from disttrain.errors import DisttrainError
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     """Train image classifiers on one GPU, many GPUs or many nodes from one YAML file."""
 
 
-for command in (*running.COMMANDS, data.data, tuning.tune, *trained.COMMANDS):
+for command in (*running.COMMANDS, data.data, tuning.tune, *inference.COMMANDS):
     main.add_command(command)
 
 
