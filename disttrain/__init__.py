@@ -38,18 +38,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Classifier": "trained.classifier",
+    "Classifier": "inference.classifier",
     "Config": "config",
     "DisttrainError": "errors",
-    "Exported": "trained.exporting",
-    "OpenData": "data.opened",
-    "Prediction": "trained.prediction",
-    "evaluate": "trained.eval",
-    "export": "trained.exporting",
+    "Exported": "inference.exporting",
+    "OpenData": "data.loader",
+    "Prediction": "inference.prediction",
+    "evaluate": "inference.eval",
+    "export": "inference.exporting",
     "load_config": "config",
-    "load_model": "trained.classifier",
-    "open_data": "data.opened",
-    "predict": "trained.prediction",
+    "load_model": "inference.classifier",
+    "open_data": "data.loader",
+    "predict": "inference.prediction",
     "train": "launch.start",
 }
 """Name -> its module. None is the name of a module too: that would take its place once it is imported."""

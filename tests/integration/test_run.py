@@ -397,7 +397,7 @@ def test_too_little_memory_is_named_with_its_remedy(
     assert re.fullmatch(
         r"rank 1 on \S+ ran out of memory in step 8 while computing: can't allocate memory: you tried to "
         r"allocate 4503599627370496 bytes.*; raise train\.accumulate, so that fewer images go through the "
-        r"network at once, or lower train\.batch_size",
+        r"network at once, or lower train\.batch_size \(this run goes on so with --force\)",
         status["reason"],
     ), status["reason"]
 
@@ -409,9 +409,9 @@ def test_ranks_that_have_lost_one_another_write_no_number(
         'raise RuntimeError("the pump is dry")',
         "import sys\n"
         "            frame = sys._getframe()\n"
-        "            while 'position' not in frame.f_locals:\n"
+        "            while 'progress' not in frame.f_locals:\n"
         "                frame = frame.f_back\n"
-        "            frame.f_locals['position'].step += 5",
+        "            frame.f_locals['progress'].step += 5",
     )
     (tmp_path / "mine.py").write_text(skipping)
     arguments = ["model.name=mine:Net", "model.args.fail=raise", "train.precision=fp32"]
