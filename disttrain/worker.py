@@ -230,9 +230,9 @@ def train_in_folder(
     """Builds the parts, trains, and keeps the run folder. Every rank calls this."""
     from disttrain.monitor.observe import RunObserver
     from disttrain.training.build import build
+    from disttrain.training.callbacks import Callbacks
     from disttrain.training.phases import Phases
     from disttrain.training.saver import RunSaver, checkpoint_bytes
-    from disttrain.training.state import Callbacks
     from disttrain.training.train import train
 
     state, progress, choices = build(config, rank, group, index, checkpoint_path, force=force)

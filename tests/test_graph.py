@@ -24,11 +24,12 @@ from disttrain.shards.index import Index, load_index
 from disttrain.training import graph as module
 from disttrain.training.autotune import Settings
 from disttrain.training.build import build
+from disttrain.training.callbacks import Callbacks
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import join
 from disttrain.training.optim import inner_groups
 from disttrain.training.rank import Rank
-from disttrain.training.state import Callbacks, TrainState
+from disttrain.training.state import TrainState
 from disttrain.training.train import train
 
 BATCH, STEPS = 16, 6

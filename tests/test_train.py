@@ -41,6 +41,7 @@ from disttrain.training import step as steps
 from disttrain.training import train as loops
 from disttrain.training.augment import Augment, Mix
 from disttrain.training.autotune import Settings
+from disttrain.training.callbacks import Callbacks
 from disttrain.training.ema import MovingAverage
 from disttrain.training.evaluation import evaluate
 from disttrain.training.log_metrics import step_times
@@ -50,7 +51,7 @@ from disttrain.training.optim import Rate, build_optimizer
 from disttrain.training.phases import Phases
 from disttrain.training.rank_state import gather_rank_states, restore_rank_state
 from disttrain.training.restore import restore
-from disttrain.training.state import Callbacks, Progress, TrainState, Validation
+from disttrain.training.state import Progress, TrainState, Validation
 from disttrain.training.step import loss_sum
 from disttrain.training.train import train
 

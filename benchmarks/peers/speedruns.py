@@ -26,10 +26,10 @@ from step_loops import Nothing
 from disttrain.config import load_config
 from disttrain.preflight import open_index
 from disttrain.training.build import INIT_IMAGES, build
+from disttrain.training.callbacks import Callbacks
 from disttrain.training.evaluation import evaluate
 from disttrain.training.group import join
 from disttrain.training.rank import Rank
-from disttrain.training.state import Callbacks
 from disttrain.training.train import train_epoch
 
 

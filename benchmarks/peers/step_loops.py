@@ -54,11 +54,12 @@ from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index
 from disttrain.training.autotune import Choice
 from disttrain.training.build import build
+from disttrain.training.callbacks import Callbacks
 from disttrain.training.group import join
 from disttrain.training.optim import build_optimizer
 from disttrain.training.rank import Rank
 from disttrain.training.saver import RunSaver
-from disttrain.training.state import Callbacks, Progress, TrainState
+from disttrain.training.state import Progress, TrainState
 from disttrain.training.train import train_epoch
 
 SAVES = 4  # in a round that has enough steps: what one of them costs is more than the noise of a round

@@ -15,11 +15,12 @@ from disttrain.data.batches import Batch
 from disttrain.heartbeat import Phase
 from disttrain.monitor.observe import RunObserver
 from disttrain.runs.runfolder import RunFolder
+from disttrain.training.callbacks import Callbacks
 from disttrain.training.collectives import reduce_sum
 from disttrain.training.log_metrics import log_metrics
 from disttrain.training.microbatch import prefetch, prepare
 from disttrain.training.phases import Phases
-from disttrain.training.state import Callbacks, Progress
+from disttrain.training.state import Progress
 from disttrain.training.step import loss_sum, no_sync, train_step
 
 if TYPE_CHECKING:

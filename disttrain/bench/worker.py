@@ -1,4 +1,4 @@
-"""What every rank of `disttrain bench` and `disttrain tune` runs: the parts of a run, measured and tried out.
+"""What every rank of `disttrain bench` and `disttrain tune` runs: the state of a run, measured and tried out.
 
 Builds what a run builds, from the same functions, and leaves nothing behind: no run folder, no checkpoint.
 """

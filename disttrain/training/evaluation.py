@@ -19,6 +19,7 @@ from disttrain.data.epoch_plan import Ids, rank_slice
 from disttrain.heartbeat import Phase
 from disttrain.runs.evaluation import MISTAKES, Evaluation, Mistake
 from disttrain.runs.records import EvalRecord
+from disttrain.training.callbacks import Callbacks
 from disttrain.training.collectives import (
     Group,
     average_buffers,
@@ -27,7 +28,7 @@ from disttrain.training.collectives import (
     stop_requested_anywhere,
 )
 from disttrain.training.exactly_once import Seen, seen_by_rank
-from disttrain.training.state import Callbacks, Progress, TrainState, Validation, cudnn_heuristics, eager
+from disttrain.training.state import Progress, TrainState, Validation, cudnn_heuristics, eager
 
 Augmentation = Literal["none", "flip", "multi_view"]
 

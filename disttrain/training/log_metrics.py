@@ -11,10 +11,11 @@ import msgspec
 from disttrain.data.epoch_plan import Ids
 from disttrain.heartbeat import Phase
 from disttrain.runs.records import StepTimes, TrainRecord
+from disttrain.training.callbacks import Callbacks
 from disttrain.training.collectives import reduce_record
 from disttrain.training.flops import device_flops
 from disttrain.training.nonfinite import check_scaler, nonfinite_error
-from disttrain.training.state import Callbacks, Progress, TrainState
+from disttrain.training.state import Progress, TrainState
 
 
 @dataclass

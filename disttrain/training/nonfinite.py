@@ -10,8 +10,9 @@ import numpy as np
 from disttrain.data.epoch_plan import Ids
 from disttrain.errors import TrainingError
 from disttrain.heartbeat import Phase
+from disttrain.training.callbacks import Callbacks
 from disttrain.training.collectives import gather, reduce_sum
-from disttrain.training.state import Callbacks, Progress, TrainState
+from disttrain.training.state import Progress, TrainState
 
 _MOST_SKIPPED_STEPS = 20  # in a row, by a gradient scaler that finds only overflows
 

@@ -1,13 +1,13 @@
-"""What one rank trains with, where it is, and what it calls: the nouns of train.py and evaluation.py."""
+"""What one rank trains and evaluates with, how far it is, and what it sums up between log points."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,61 +19,15 @@ from disttrain.config import Config
 from disttrain.data.batches import Loader
 from disttrain.data.epoch_plan import Ids, Plan
 from disttrain.preflight import split_batch
-from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.training.augment import Augment
 from disttrain.training.autotune import Settings
 from disttrain.training.collectives import Group
 from disttrain.training.ema import MovingAverage
 from disttrain.training.graph import StepGraph
 from disttrain.training.optim import Rate
-from disttrain.training.phases import Phases
-
-if TYPE_CHECKING:
-    from disttrain.training.saver import RunSaver
 
 _LOOK_S = 1.0  # between two looks for a wish to stop, unless a step takes longer
 _COUNTED_AT_ONCE = 16  # forward passes whose hits are counted together
-
-
-class Observer(Protocol):
-    """Told what happens; every rank has one."""
-
-    def train(self, record: TrainRecord) -> None:
-        """Takes the means since the last log point."""
-
-    def evaluate(self, record: EvalRecord) -> None:
-        """Takes the result of an evaluation."""
-
-    def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
-        """Takes the ids that this rank trains on in a step; epoch and step count from 1."""
-
-    def bad_batch(self, epoch: int, step: int, ids: Sequence[int]) -> str:
-        """Writes down the samples of a global batch whose loss is not finite.
-
-        Returns:
-            Where they can be read.
-        """
-
-
-class Gauges(Protocol):
-    """Readings of all ranks that travel with the loss in its one reduction."""
-
-    def read(self) -> Sequence[float]:
-        """Returns this rank's numbers, 0 in the places of others; NaN is unknown. As long on every rank."""
-
-    def rows(self, totals: Sequence[float]) -> dict[str, Any]:
-        """Turns the numbers summed over the ranks into fields of the train record."""
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """What the loops call; `phases` is told of every phase that begins: heartbeat and clock."""
-
-    observer: Observer
-    gauges: Gauges
-    saver: RunSaver
-    stop_requested: Callable[[], bool]
-    phases: Phases = field(default_factory=Phases)
 
 
 @dataclass

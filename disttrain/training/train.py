@@ -19,6 +19,7 @@ from disttrain.data.epoch_plan import Ids
 from disttrain.errors import StoppedError
 from disttrain.heartbeat import Phase
 from disttrain.parallel import ordered_map
+from disttrain.training.callbacks import Callbacks
 from disttrain.training.collectives import stop_requested_anywhere
 from disttrain.training.evaluation import evaluate
 from disttrain.training.exactly_once import check_exactly_once
@@ -27,7 +28,7 @@ from disttrain.training.microbatch import prefetch
 from disttrain.training.nonfinite import check_loss
 from disttrain.training.optim import lr_factor, set_lr
 from disttrain.training.rank_state import preserve_rng_state
-from disttrain.training.state import Callbacks, Progress, TrainState
+from disttrain.training.state import Progress, TrainState
 from disttrain.training.step import train_step
 
 _NOISE = 16  # the stream of random numbers that seeds dropout

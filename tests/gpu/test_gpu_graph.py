@@ -18,9 +18,10 @@ from disttrain.config import Config
 from disttrain.shards.index import Index, load_index
 from disttrain.training import graph
 from disttrain.training.build import build
+from disttrain.training.callbacks import Callbacks
 from disttrain.training.group import join
 from disttrain.training.rank import Rank
-from disttrain.training.state import Callbacks, TrainState
+from disttrain.training.state import TrainState
 from disttrain.training.train import train
 
 pytestmark = pytest.mark.gpu
