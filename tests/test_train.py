@@ -673,7 +673,7 @@ def test_an_epoch_over_other_samples_than_those_of_the_index_is_an_error(how: st
     state = make_state()
     state.train_data = Careless(how)
     recorder = Recorder()
-    with pytest.raises(DataError, match=r"trained on \d+ samples, it should be 40.*must not be") as caught:
+    with pytest.raises(DataError, match=r"trained on \d+ samples, it should be 40.*internal error") as caught:
         run(state, recorder=recorder)
     assert caught.value.exit_code == 65
     assert recorder.evaluations == []
