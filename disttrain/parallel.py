@@ -52,9 +52,7 @@ def ordered_map(
         chunk: items of a task. One that takes some microseconds is not worth a task of its own.
     """
     if chunk > 1:
-        source = iter(items)
-        chunks = iter(lambda: list(itertools.islice(source, chunk)), [])
-        done = ordered_map(lambda part: list(map(function, part)), chunks, threads, ahead)
+        done = ordered_map(lambda part: list(map(function, part)), chunked(items, chunk), threads, ahead)
         with contextlib.closing(done):
             yield from itertools.chain.from_iterable(done)
         return
@@ -73,6 +71,12 @@ def ordered_map(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def chunked(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    """Yields the items in lists of this size; the last one may be shorter."""
+    source = iter(items)
+    return iter(lambda: list(itertools.islice(source, size)), [])
 
 
 class KilledError(Exception):

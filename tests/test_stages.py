@@ -108,6 +108,10 @@ def fails(sample: dict[str, Any]) -> dict[str, Any]:
         (lambda s: [s.source, without_the_third, s.decode, s.batch], "gives sample .* where sample"),
         (lambda s: [s.source, s.decode, with_the_first_twice, s.batch], r"gives sample \d+ where sample"),
         (lambda s: [s.source, s.decode, then_more, s.batch], r"gives sample \d+ where no more are due"),
+        (
+            lambda s: [s.source, s.threaded(lambda sample: {"__id__": sample["__id__"]}), s.decode, s.batch],
+            "the decode stage takes samples with an image file",
+        ),
         (changed(lambda s: {"image": s["image"]}), r"gives sample without __id__ where sample \d+ is due"),
         (changed(lambda s: s | {"image": s["image"] / 255}), r"takes .* `image`, uint8 \[8, 8, 3\]"),
         (changed(lambda s: s | {"image": s["image"][:4]}), r"takes samples with `image`, uint8 \[8, 8, 3\]"),

@@ -16,9 +16,9 @@ import torch
 
 from disttrain.data.batches import Batch, Window
 from disttrain.data.epoch_plan import Ids
-from disttrain.data.streamed import PIECE, Streamed, Wanted, cut
+from disttrain.data.streamed import PIECE, Streamed, Wanted, cut, unique
 from disttrain.errors import DisttrainError, UsageError, describe
-from disttrain.parallel import ordered_map
+from disttrain.parallel import chunked, ordered_map
 from disttrain.shards.images import ImageError, decode_into
 from disttrain.shards.index import Index
 from disttrain.shards.reader import Sample, sample_error
@@ -51,33 +51,22 @@ class Stages(NamedTuple):
 Pipeline: TypeAlias = Callable[[Stages], Sequence[Callable[..., Any]]]
 
 
-class Staged(Streamed):
+class Staged:
     """A split served from its shards through a user's stages, for one rank.
 
     Args:
-        index: the data set.
-        split: train or val.
-        device: where batches are wanted.
-        batch_size: samples in a usual window; so many are decoded ahead, twice.
-        workers: threads that read, and as many that decode; 0 does it when a batch is asked for.
-        say: told of downloads.
+        stream: the same without them.
         pipeline: arranges the stages.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        split: str,
-        device: torch.device,
-        *,
-        batch_size: int,
-        workers: int,
-        say: Callable[[str], None],
-        pipeline: Pipeline,
-    ) -> None:
-        super().__init__(index, split, device, batch_size=batch_size, workers=workers, say=say)
-        self._index = index
+    def __init__(self, stream: Streamed, pipeline: Pipeline) -> None:
+        self._stream = stream
         self._pipeline = pipeline
+
+    @property
+    def most_bytes(self) -> int:
+        """Memory that decoded samples under way take at most, for windows of the usual size."""
+        return self._stream.most_bytes + self._stream.batch_bytes  # the batch that they are copied to
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
         """Yields the samples at each window of an order.
@@ -87,7 +76,7 @@ class Staged(Streamed):
         """
         from webdataset.pipeline import DataPipeline  # not where no run needs it
 
-        ahead, due = itertools.tee(self.wanted(order[window]) for window in windows)
+        ahead, due = itertools.tee(order[window] for window in windows)
         stages = Stages(partial(self._read, ahead), self._decode, partial(self._collect, due), self._threaded)
         try:
             for batch in DataPipeline(*self._pipeline(stages)):
@@ -101,38 +90,36 @@ class Staged(Streamed):
         except Exception as error:
             raise UsageError(f"data.pipeline: {describe(error)}") from error
 
-    def _read(self, wanted: Iterable[Wanted]) -> Iterator[Sample]:
-        pieces = (due.unique[piece] for due in wanted for piece in cut(len(due.unique)))
-        return itertools.chain.from_iterable(ordered_map(self._reader.samples, pieces, self._workers))
+    def _read(self, wanted: Iterable[Ids]) -> Iterator[Sample]:
+        batches = map(unique, wanted)
+        pieces = (ids[piece] for ids, _ in batches for piece in cut(len(ids)))
+        read = ordered_map(self._stream.reader.samples, pieces, self._stream.workers)
+        return itertools.chain.from_iterable(read)
 
     def _decode(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        return self._in_pieces(self._decode_piece, samples)
+        pieces = chunked(samples, PIECE)
+        decoded = ordered_map(self._decode_piece, pieces, self._stream.workers, self._stream.ahead)
+        return itertools.chain.from_iterable(decoded)
 
     def _threaded(self, function: Callable[[Sample], Sample]) -> Stage:
-        return partial(self._in_pieces, lambda piece: list(map(function, piece)))
-
-    def _in_pieces(
-        self, work: Callable[[list[Sample]], list[Sample]], samples: Iterable[Sample]
-    ) -> Iterator[Sample]:
-        source = iter(samples)
-        pieces = iter(lambda: list(itertools.islice(source, PIECE)), [])
-        return itertools.chain.from_iterable(ordered_map(work, pieces, self._workers, self._ahead))
+        workers, ahead = self._stream.workers, self._stream.ahead
+        return lambda samples: ordered_map(function, samples, workers, ahead, chunk=PIECE)
 
     def _decode_piece(self, samples: list[Sample]) -> list[Sample]:
-        images = np.empty((len(samples), *self._shape), np.uint8)
-        files = [sample.pop(next(filter(sample.__contains__, IMAGE_EXTENSIONS))) for sample in samples]
+        images = np.empty((len(samples), *self._stream.shape), np.uint8)
+        files = [sample.pop(_extension(sample)) for sample in samples]
         try:
             decode_into(files, images)
         except ImageError as error:
             bad = samples[error.place]
-            raise sample_error(self._index, bad["__url__"], bad["__key__"], error) from None
+            raise sample_error(self._stream.index, bad["__url__"], bad["__key__"], error) from None
         for sample, image in zip(samples, images, strict=True):
             sample["image"], sample["cls"] = image, int(sample["cls"])
         return samples
 
-    def _collect(self, wanted: Iterable[Wanted], samples: Iterable[Sample]) -> Iterator[Batch]:
+    def _collect(self, wanted: Iterable[Ids], samples: Iterable[Sample]) -> Iterator[Batch]:
         source = iter(samples)
-        for due in wanted:
+        for due in map(self._stream.wanted, wanted):
             given = list(itertools.islice(source, len(due.unique)))
             _check_order(due.unique, given)
             self._fill_from(given, due)
@@ -145,12 +132,12 @@ class Staged(Streamed):
             np.stack([sample["image"] for sample in samples], out=due.images.numpy(), casting="no")
             labels[:] = [sample["cls"] for sample in samples]
         except (KeyError, TypeError, ValueError) as error:
-            height, width, channels = self._shape
+            height, width, channels = self._stream.shape
             raise UsageError(
                 f"data.pipeline: the batch stage takes samples with `image`, uint8 [{height}, {width}, "
                 f"{channels}], and `cls`, an int: {describe(error)}"
             ) from error
-        if not 0 <= labels.min() <= labels.max() < (classes := len(self._index.classes)):
+        if not 0 <= labels.min() <= labels.max() < (classes := len(self._stream.index.classes)):
             raise UsageError(f"data.pipeline: gives a `cls` outside 0..{classes - 1}")
 
 
@@ -163,7 +150,7 @@ def open_stream(
     workers: int,
     say: Callable[[str], None] = lambda text: None,
     pipeline: Pipeline | str | None,
-) -> Streamed:
+) -> Streamed | Staged:
     """Returns what serves a split from its shards.
 
     Args:
@@ -178,14 +165,25 @@ def open_stream(
     Raises:
         UsageError: there is no function of this name.
     """
+    stream = Streamed(index, split, device, batch_size=batch_size, workers=workers, say=say)
     if pipeline is None:
-        return Streamed(index, split, device, batch_size=batch_size, workers=workers, say=say)
+        return stream
     if isinstance(pipeline, str):
         try:
             pipeline = import_target(pipeline)
         except UsageError as error:
             raise UsageError(f"data.pipeline: {error}") from error.__cause__
-    return Staged(index, split, device, batch_size=batch_size, workers=workers, say=say, pipeline=pipeline)
+    return Staged(stream, pipeline)
+
+
+def _extension(sample: Sample) -> str:
+    """Returns the field of a sample that is its image file."""
+    for name in IMAGE_EXTENSIONS:
+        if name in sample:
+            return name
+    raise UsageError(
+        f"data.pipeline: the decode stage takes samples with an image file: {', '.join(IMAGE_EXTENSIONS)}"
+    )
 
 
 def _check_order(due: Ids, samples: Sequence[Sample]) -> None:

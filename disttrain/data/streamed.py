@@ -60,6 +60,13 @@ class Streamed:
         batch_size: samples in a usual window; so many are decoded ahead, twice.
         workers: threads that read and decode; 0 does it when a batch is asked for.
         say: told of downloads.
+
+    Attributes:
+        index: the data set.
+        shape: height, width and channels of an image.
+        reader: of its samples.
+        workers: threads.
+        ahead: pieces of work that may be done or under way before they are asked for.
     """
 
     def __init__(
@@ -72,43 +79,51 @@ class Streamed:
         workers: int,
         say: Callable[[str], None],
     ) -> None:
-        self._shape = (index.height, index.width, index.channels)
-        self._reader = Reader(index, split, say)
+        self.index = index
+        self.shape = (index.height, index.width, index.channels)
+        self.reader = Reader(index, split, say)
         self._pinned = device.type == "cuda"
-        self._workers = workers
+        self.workers = workers
         self._batch = -(-batch_size // PIECE)  # in pieces
-        self._ahead = max(2 * workers, 2 * self._batch)
+        self.ahead = max(2 * workers, 2 * self._batch)
 
     @property
     def most_bytes(self) -> int:
         """Memory that decoded samples under way take at most, for windows of the usual size."""
         # A window in which samples are repeated is put together from those that are decoded.
-        return (self._ahead + 2 + self._batch) * PIECE * int(np.prod(self._shape))
+        return (self.ahead + 2) * PIECE * int(np.prod(self.shape)) + self.batch_bytes
+
+    @property
+    def batch_bytes(self) -> int:
+        """Memory of a batch of the usual size, in whole pieces."""
+        return self._batch * PIECE * int(np.prod(self.shape))
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
         """Yields the samples at each window of an order."""
         wanted = (self.wanted(order[window]) for window in windows)
         pieces = ((due, piece) for due in wanted for piece in cut(len(due.unique)))
-        with contextlib.closing(ordered_map(self._fill, pieces, self._workers, self._ahead)) as filled:
+        with contextlib.closing(ordered_map(self._fill, pieces, self.workers, self.ahead)) as filled:
             for due, piece in filled:
                 if piece.stop == len(due.unique):
                     yield due.batch()
 
     def wanted(self, ids: Ids) -> Wanted:
         """Makes room for a batch."""
-        unique, inverse = np.unique(ids, return_inverse=True)
-        repeated = len(unique) < len(ids)
-        if not repeated:
-            unique = ids  # read in the order of the plan
-        count = len(unique)
-        images = torch.empty((count, *self._shape), dtype=torch.uint8, pin_memory=self._pinned)
-        labels = torch.empty(count, dtype=torch.int64, pin_memory=self._pinned)
-        return Wanted(ids, unique, inverse if repeated else None, images, labels)
+        kept, inverse = unique(ids)
+        images = torch.empty((len(kept), *self.shape), dtype=torch.uint8, pin_memory=self._pinned)
+        labels = torch.empty(len(kept), dtype=torch.int64, pin_memory=self._pinned)
+        return Wanted(ids, kept, inverse, images, labels)
 
     def _fill(self, work: tuple[Wanted, slice]) -> tuple[Wanted, slice]:
         due, piece = work
-        self._reader.decode(due.unique[piece], due.images[piece].numpy(), due.labels[piece].numpy())
+        self.reader.decode(due.unique[piece], due.images[piece].numpy(), due.labels[piece].numpy())
         return work
+
+
+def unique(ids: Ids) -> tuple[Ids, npt.NDArray[np.intp] | None]:
+    """Returns each id once, int64 [U], and the places such that ids = kept[places]; None if none repeats."""
+    kept, places = np.unique(ids, return_inverse=True)
+    return (kept, places) if len(kept) < len(ids) else (ids, None)  # read in the order of the plan
 
 
 def cut(count: int) -> Iterator[slice]:
