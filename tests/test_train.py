@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from msgspec.structs import asdict
-from runs import MEASURED
+from run_results import MEASURED
 from torch import Tensor, nn
 
 from disttrain.config import Config

@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import read_split
 from PIL import Image
-from runs import ids_per_step
+from run_results import ids_per_step
 
 from disttrain.data.cached import Cached, open_split
 from disttrain.data.epoch_plan import Ids, usable_ids

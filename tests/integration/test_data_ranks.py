@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from marks import nightly
-from runs import ids_per_step
+from run_results import ids_per_step
 
 from disttrain.data.epoch_plan import Plan
 from disttrain.shards.index import load_index

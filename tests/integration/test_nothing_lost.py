@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import computed_records as records
-from runs import ids_per_step
+from run_results import computed_records as records
+from run_results import ids_per_step
 
 from disttrain.config import load_config
 from disttrain.errors import CheckpointError

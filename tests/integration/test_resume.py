@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from marks import nightly
-from runs import computed_records, ids_per_step
+from run_results import computed_records, ids_per_step
 
 MODEL = '''
 import os, random, signal

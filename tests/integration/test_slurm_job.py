@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import runs
+import run_results
 import slurm_cluster
 from marks import nightly
 from slurm_cluster import CONTROL, Hosts
@@ -116,7 +116,7 @@ class Job:
 
 def assert_every_sample_once_an_epoch(run_dir: Path, epochs: int, samples: int = SAMPLES) -> None:
     seen: dict[int, list[int]] = {}
-    for (epoch, _), ids in runs.ids_per_step(run_dir).items():
+    for (epoch, _), ids in run_results.ids_per_step(run_dir).items():
         seen.setdefault(epoch, []).extend(ids)
     assert [sorted(ids) for _, ids in sorted(seen.items())] == [list(range(samples))] * epochs
 
@@ -294,8 +294,8 @@ def test_one_task_per_gpu_and_every_other_door_write_the_same(
         assert [device["host"] for device in facts["devices"]] == ["node0", "node0", "node1", "node1"]
         assert facts["threads"] == 2
         assert_every_sample_once_an_epoch(run_dir, epochs=2)
-    assert runs.ids_per_step(tmp_path / "run") == runs.ids_per_step(tasks)
-    assert runs.computed_records(tmp_path / "run") == runs.computed_records(tasks)
+    assert run_results.ids_per_step(tmp_path / "run") == run_results.ids_per_step(tasks)
+    assert run_results.computed_records(tmp_path / "run") == run_results.computed_records(tasks)
 
 
 def test_a_job_that_began_on_two_nodes_goes_on_on_one(
