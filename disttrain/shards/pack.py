@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from disttrain.errors import DataError, StorageError
-from disttrain.files import file_lock, sha256, sync_folder, write_new
+from disttrain.files import file_lock, sha256, sync_folder, write_atomically, write_new
 from disttrain.parallel import KilledError, in_processes, usable_cores
 from disttrain.shards.index import (
     VERSION,
@@ -249,7 +249,7 @@ def _write_job(job: _Job, source: Source, scratch: Path, on_sample: Callable[[in
     record = write_shard(scratch / job.file, samples, job.classes, job.channels, on_sample)
     if job.fingerprint:
         kept = msgspec.json.encode((job.fingerprint, record))
-        (scratch / job.file).with_suffix(".json").write_bytes(kept)
+        write_atomically((scratch / job.file).with_suffix(".json"), kept, durable=False)
     return record
 
 
