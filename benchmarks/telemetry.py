@@ -2,8 +2,8 @@
 
     python benchmarks/telemetry.py [--gpus 8] [--ranks 64] [--seconds 10] [--block-s 2] [--runs 9] [--json]
 
-The GPUs are simulated by tests/fake_nvml.c, which answers at once: what is measured is our part and that of
-nvidia-ml-py. An H100 adds what its driver takes, a few microseconds a question; --slow makes the
+The GPUs are simulated by tests/kit/fake_nvml.c, which answers at once: what is measured is our part and that
+of nvidia-ml-py. An H100 adds what its driver takes, a few microseconds a question; --slow makes the
 slowest question take 4 ms, in which no other thread has to wait.
 
 sweep          reading every GPU once, as each interval does
@@ -36,7 +36,7 @@ SLOW = "nvmlDeviceGetComputeRunningProcesses_v3:4"  # milliseconds, of one GPU
 def simulate(folder: Path, gpus: int) -> None:
     """Makes nvidia-ml-py find the stand-in, whatever else is installed."""
     library = folder / "libnvidia-ml.so.1"
-    source = REPOSITORY / "tests/fake_nvml.c"
+    source = REPOSITORY / "tests/kit/fake_nvml.c"
     flags = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1"]
     subprocess.run(["cc", *flags, "-o", library, source], check=True)
     os.environ["FAKE_NVML_GPUS"] = str(gpus)

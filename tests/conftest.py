@@ -1,25 +1,17 @@
 """What every test gets: data and caches of its own, and a check that it leaves nothing running."""
 
-import io
-import itertools
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
-if TYPE_CHECKING:
-    from disttrain.shards.index import Index
-
-REPOSITORY = Path(__file__).parent.parent
-
+from kit.commands import Run
 
 # A shell ignores it in what it runs in the background, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,15 +48,12 @@ def decoded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-SEVEN = {"train": (3, 301, 1, 120, 49, 13, 233), "val": (5, 90)}
-"""Samples in the uneven shards of the data set `seven`."""
-
-
 @pytest.fixture(scope="session")
 def seven_root(tmp_path_factory: pytest.TempPathFactory, decoded_cache: Path) -> Path:
     """A data root with `seven`: seven uneven shards made elsewhere, of PNG, JPEG and WebP files."""
     from disttrain.shards.existing_tars import index_folder
     from disttrain.shards.pack import Options
+    from kit.shards import SEVEN, write_tar
 
     root = tmp_path_factory.mktemp("seven")
     for split, shards in SEVEN.items():
@@ -74,42 +63,6 @@ def seven_root(tmp_path_factory: pytest.TempPathFactory, decoded_cache: Path) ->
         environment.setenv("DISTTRAIN_CACHE", str(decoded_cache))
         index_folder(root / "seven", {"train": (), "val": ()}, Options())
     return root
-
-
-def read_split(index: "Index", split: str) -> Iterator[tuple[str, bytes, int]]:
-    """Yields key, image file and label of every sample of a split, in the order of the index."""
-    import numpy as np
-
-    from disttrain.shards.reader import Reader
-    from disttrain.shards.tar import IMAGE_EXTENSIONS
-
-    reader = Reader(index, split)
-    for begin, end in itertools.pairwise(index.first_ids(split)):  # a shard is opened when it is its turn
-        for sample in reader.samples(np.arange(begin, end)):
-            image = next(sample[name] for name in IMAGE_EXTENSIONS if name in sample)
-            yield sample["__key__"], image, int(sample["cls"])
-
-
-def write_tar(path: Path, samples: int, seed: int, size: int = 8) -> None:
-    """Writes a WebDataset tar of random images, with keys in folders and a member that is not used."""
-    import numpy as np
-    from PIL import Image
-
-    random = np.random.default_rng(seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for number in range(samples):
-            label = int(random.integers(4))
-            pixels = random.integers(0, 256, (size, size, 3)) // 4 + 48 * label
-            image_format = ("PNG", "JPEG", "WEBP")[number % 3]
-            image = io.BytesIO()
-            Image.fromarray(pixels.astype(np.uint8)).save(image, image_format, quality=90)
-            extension = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[image_format]
-            members = {extension: image.getvalue(), "cls": f"{label}\n".encode(), "json": b"{}"}
-            for name, content in members.items():
-                member = tarfile.TarInfo(f"some/folder/{seed}-{number}.{name}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
 
 
 @pytest.fixture(autouse=True)
@@ -151,9 +104,6 @@ def _nothing_left_behind() -> Iterator[None]:
     changed = {k for k in {*environment, *os.environ} if environment.get(k) != os.environ.get(k)}
     changed = {k for k in changed if not k.startswith(("PYTEST_", "TORCH", "KMP_"))}  # set by importing torch
     assert not changed, f"environment variables changed: {sorted(changed)}"
-
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
-from marks import nightly
 from rich.console import Console
 
 from disttrain.bench.bench import summary, tables
 from disttrain.bench.step_bench import Replay
 from disttrain.data.cached import Cached, DecodedSplit
+from kit.commands import Run
+from kit.marks import nightly
 
 
 def row(precision: str, **settings: bool) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from conftest import read_split
 
 from disttrain.data import batches, cached
 from disttrain.data.batches import choose_cache
@@ -26,8 +25,9 @@ from disttrain.data.cached import Cached, DecodedSplit, open_split
 from disttrain.errors import DataError, StorageError
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import Index, load_index
+from kit import REPOSITORY
+from kit.shards import read_split
 
-REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 NONE = np.empty(0, np.int64)
 

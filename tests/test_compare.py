@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run as Command
-from run_files import CONFIG, write_run
 
 from disttrain.errors import UsageError
 from disttrain.report.compare import compare, to_json, write_comparison
+from kit.commands import Run as Command
+from kit.run_files import CONFIG, write_run
 
 
 def runs(folder: Path, settings: dict[str, tuple[float, float]]) -> list[Path]:

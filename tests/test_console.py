@@ -22,13 +22,13 @@ import pytest
 from msgspec.structs import replace
 from rich.cells import cell_len
 from rich.console import Console as RichConsole
-from run_files import eval_record, train_record, write_lines
 
 from disttrain.monitor.console import Console, RunInfo, eta, eval_line, train_line
 from disttrain.monitor.widgets import bar, sparkline
 from disttrain.runs.records import GpuMeans, Process, TrainRecord
+from kit import REPOSITORY
+from kit.run_files import eval_record, train_record, write_lines
 
-ROOT = Path(__file__).parent.parent
 INFO = RunInfo(
     name="alexnet", run_dir="runs/alexnet/1", model="alexnet_cifar", parameters=2_466_000,
     data="cifar10 50,000 train, 10,000 val, 3x32x32", devices="4 x NVIDIA H100", precision="bf16",
@@ -401,7 +401,7 @@ def on_terminal(program: str, *, columns: int = 80, rows: int = 24, **variables:
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
     child = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", program], cwd=ROOT, stdin=follower, stdout=follower,
+        [sys.executable, "-W", "error", "-c", program], cwd=REPOSITORY, stdin=follower, stdout=follower,
         stderr=follower, env=environment | {"TERM": "xterm-256color"} | variables,
     )  # fmt: skip
     os.close(follower)
@@ -482,7 +482,7 @@ def test_a_reader_that_leaves_does_not_change_the_exit_code() -> None:
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     child = subprocess.Popen(
         [sys.executable, "-c", program],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         env=buffered,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -500,7 +500,7 @@ def test_console_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'pynvml', 'psutil'}"
     program = f"import sys, disttrain.monitor.console; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
 
@@ -509,8 +509,8 @@ def test_the_picture_of_a_run_is_drawn_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "env.json").write_text(json.dumps({"run": dataclasses.asdict(INFO)}))
     write_lines(tmp_path / "metrics.jsonl", [replace(TRAIN, gpus=gpus(2)), EVAL])
     picture = tmp_path / "dashboard.svg"
-    command = [sys.executable, ROOT / "docs" / "dashboard_svg.py", tmp_path, picture]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    command = [sys.executable, REPOSITORY / "docs" / "dashboard_svg.py", tmp_path, picture]
+    subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True)
     text = picture.read_text().replace("&#160;", " ")
     for expected in (
         "2,466,000 parameters",

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import read_split
 from PIL import Image
 
 from disttrain.errors import DataError, UsageError
@@ -21,6 +20,7 @@ from disttrain.shards import datasets, imagefolder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options
+from kit.shards import read_split
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 
 from disttrain.cli import main as disttrain
 from disttrain.config import load_config
+from kit import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 DOCUMENTS = [
     *("README.md", "CONTRIBUTING.md", "slurm/README.md", "benchmarks/README.md"),
     *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md") if path.name != "config.md"),

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nvml
 import psutil
 import pytest
 
@@ -19,6 +18,7 @@ from disttrain.doctor import _ending, isolated, report, rules
 from disttrain.doctor.checks import CHECKS
 from disttrain.doctor.rules import Finding
 from disttrain.slurm_env import Allocation, allocation
+from kit import nvml
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 GIB = 2**30

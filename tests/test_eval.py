@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run, read_split
-from marks import nightly
-from toy import Listed
 
 from disttrain.errors import UsageError
 from disttrain.inference.classifier import load_model
@@ -27,6 +24,10 @@ from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options, pack
 from disttrain.shards.writer import Sample
+from kit.commands import Run
+from kit.marks import nightly
+from kit.shards import read_split
+from kit.toy import Listed
 
 DIGITS = tuple("0123456789")
 

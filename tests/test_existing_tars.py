@@ -9,14 +9,14 @@ import tarfile
 
 import numpy as np
 import pytest
-from conftest import SEVEN, read_split, write_tar
-from toy import encode
 
 from disttrain.errors import DataError, UnsafeError, UsageError
 from disttrain.shards.existing_tars import index_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options
+from kit.shards import SEVEN, read_split, write_tar
+from kit.toy import encode
 
 
 def index_it(folder, train=(), val=(), force=False, **options):

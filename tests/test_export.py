@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, read_split
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,6 +27,8 @@ from disttrain.inference.prediction import predict
 from disttrain.runs import checkpoint
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
+from kit.commands import Run
+from kit.shards import read_split
 
 needs_onnx = pytest.mark.skipif(
     importlib.util.find_spec("onnxscript") is None, reason="needs the extra disttrain[onnx]"

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import toy
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +34,7 @@ from disttrain.training.phases import Phases
 from disttrain.training.saver import saved_parts
 from disttrain.training.state import TrainState
 from disttrain.training.step import train_step
+from kit import toy
 
 GPU = torch.device("cuda", 0)
 BATCH, STEPS = 16, 3

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import toy
 from accelerate.state import AcceleratorState
-from graph_cases import CASES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,6 +29,8 @@ from disttrain.training.optim import inner_groups
 from disttrain.training.rank import Rank
 from disttrain.training.state import TrainState
 from disttrain.training.train import train
+from kit import toy
+from kit.graph_cases import CASES
 
 BATCH, STEPS = 16, 6
 _WRITES_UNTOLD = {

@@ -25,8 +25,7 @@ from disttrain.shards.images import (
     open_image,
     use_torchvision,
 )
-
-REPOSITORY = Path(__file__).parents[1]
+from kit import REPOSITORY
 
 
 @pytest.fixture(params=["pillow", "torchvision"])

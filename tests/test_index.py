@@ -4,11 +4,11 @@ import os
 
 import numpy as np
 import pytest
-from conftest import read_split
-from toy import PNG, edit_index, pack, rewrite_shard
 
 from disttrain.errors import DataError, UnsafeError, UsageError
 from disttrain.shards.index import data_root, load_index
+from kit.shards import read_split
+from kit.toy import PNG, edit_index, pack, rewrite_shard
 
 
 @pytest.fixture

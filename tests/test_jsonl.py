@@ -12,11 +12,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from run_files import eval_record, gpu_record, train_record
 
 from disttrain.errors import StorageError
 from disttrain.runs.jsonl import JsonLines, encoded, parts
 from disttrain.runs.records import GPUS, METRICS, EvalRecord, TrainRecord
+from kit.run_files import eval_record, gpu_record, train_record
 
 
 def write_lines(path, records):

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plans import ONE
 
 from disttrain.errors import UsageError
 from disttrain.launch import plan as planning
 from disttrain.launch.plan import plan_nodes, plan_processes
 from disttrain.monitor.nvml import Gpu
 from disttrain.slurm_env import Node
+from kit.plans import ONE
 
 GPUS = tuple(Gpu(index, f"GPU-{index}", "NVIDIA H100", 81559) for index in (3, 1))
 TWO = replace(ONE, processes=2, threads=1)

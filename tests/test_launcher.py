@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import psutil
 import pytest
-from plans import ONE
 
 from disttrain.errors import DataError
 from disttrain.launch import launcher
 from disttrain.launch.supervisor import Outcome
 from disttrain.runs.runfolder import RunFolder
+from kit.plans import ONE
 
 TWO = replace(ONE, processes=2, threads=1)
 HOST = socket.gethostname()

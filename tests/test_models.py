@@ -18,8 +18,9 @@ from disttrain.config import load_config
 from disttrain.errors import UsageError
 from disttrain.models import CATALOG, build_model, check_model_name, parameter_count
 from disttrain.models.speednet import Whitening
+from kit import REPOSITORY
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 
 def build(

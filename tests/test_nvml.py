@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import nvml
 import pytest
-from nvml import UUIDS
 
 from disttrain.monitor.nvml import Gpu, _cuda_order
+from kit import nvml
+from kit.nvml import UUIDS
 
 VISIBLE = """
 import json

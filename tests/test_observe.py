@@ -15,7 +15,6 @@ import msgspec
 import pytest
 import torch
 from msgspec.structs import asdict, replace
-from run_files import eval_record, train_record
 from torch import nn
 
 from disttrain.config import Config
@@ -31,6 +30,7 @@ from disttrain.runs.runfolder import RunFolder, utc_now
 from disttrain.shards.index import load_index
 from disttrain.training.autotune import Choice, Settings
 from disttrain.training.train import Progress
+from kit.run_files import eval_record, train_record
 
 HOSTS = ["a", "a", "b", "b"]
 CPUS: list[dict[str, Any]] = [

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Run
+
+from kit.commands import Run
 
 OLD = Path(__file__).parent / "data" / "old_run"
 

@@ -15,8 +15,6 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import read_split
-from toy import CLASSES, Listed, encode, images, pack, samples, tree
 
 from disttrain.errors import DataError, StorageError
 from disttrain.shards import pack as packing
@@ -27,6 +25,8 @@ from disttrain.shards.pack import Options
 from disttrain.shards.pack import pack as pack_samples
 from disttrain.shards.verify import verify
 from disttrain.shards.writer import Sample
+from kit.shards import read_split
+from kit.toy import CLASSES, Listed, encode, images, pack, samples, tree
 
 TESTS = Path(__file__).parent
 
@@ -261,7 +261,7 @@ import sys, webdataset
 from disttrain.errors import DataError
 from disttrain.shards.pack import Options, pack
 from disttrain.shards.writer import Sample
-from toy import Listed
+from kit.toy import Listed
 splits, classes, root = eval(sys.stdin.readline())
 print("ready", flush=True)
 sys.stdin.readline()

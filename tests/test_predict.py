@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, read_split
 from PIL import Image, ImageOps
 
 from disttrain.inference.classifier import Classifier, load_model
@@ -27,6 +26,8 @@ from disttrain.shards.imagefolder import fitted, pack_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options
+from kit.commands import Run
+from kit.shards import read_split
 
 
 def facts(height: int, width: int, channels: Any) -> Facts:

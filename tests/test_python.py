@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SEVEN, read_split
 
 import disttrain
 from disttrain.data.epoch_plan import digest
 from disttrain.errors import DataError, StoppedError, UsageError
 from disttrain.shards.index import load_index
+from kit import REPOSITORY
+from kit.shards import SEVEN, read_split
 
 
 def python(code: str, cwd: Path, *launcher: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import nvml
 import pytest
-from nvml import UUIDS
 
 from disttrain.runs.records import READINGS
+from kit import nvml
+from kit.nvml import UUIDS
 
 
 @pytest.fixture(scope="module")

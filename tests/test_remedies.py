@@ -7,9 +7,9 @@ import json
 import re
 from pathlib import Path
 
-from conftest import REPOSITORY, Run
-
 import disttrain as package
+from kit import REPOSITORY
+from kit.commands import Run
 
 GOES_ON = {
     "checkpoint.every_steps": "10",

@@ -16,12 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import read_split
 
 from disttrain.errors import DataError, StorageError, UnsafeError, UsageError
 from disttrain.shards import remote
 from disttrain.shards.index import load_index
 from disttrain.shards.remote import check_url, fetch_shard, fetch_text
+from kit.shards import read_split
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Run as Command
-from run_files import CONFIG, stamp, write_run
 
 from disttrain.config import load_config
 from disttrain.errors import StorageError
@@ -28,6 +26,8 @@ from disttrain.report.run import read_run
 from disttrain.runs import checkpoint, evaluation
 from disttrain.runs.manifest import MANIFEST, read_manifest, write_manifest
 from disttrain.shards.index import load_index
+from kit.commands import Run as Command
+from kit.run_files import CONFIG, stamp, write_run
 
 SECTIONS = ("summary", "learning", "speed", "devices", "classes", "examples", "network", "data", "setup")
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy
-from run_files import CONFIG, stamp, write_run
 
 from disttrain.report import compare
 from disttrain.report.page import write_report
 from disttrain.shards.pack import Options
 from disttrain.shards.pack import pack as pack_samples
+from kit import toy
+from kit.run_files import CONFIG, stamp, write_run
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")

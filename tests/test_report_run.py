@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_files import BEGIN, gpu_record, stamp, train_record, write_lines, write_run
 
 from disttrain.errors import UsageError
 from disttrain.report import devices
@@ -22,6 +21,7 @@ from disttrain.report.run import read_ranks, read_run, time_to_accuracy
 from disttrain.runs import jsonl
 from disttrain.runs.jsonl import encoded
 from disttrain.runs.records import StepTimes
+from kit.run_files import BEGIN, gpu_record, stamp, train_record, write_lines, write_run
 
 
 @given(

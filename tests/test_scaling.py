@@ -1,11 +1,12 @@
 """The model of steps and all-reduces, by exact values."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from kit import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from scaling_model import Link, Ranks, Step, all_reduce_s, efficiency, step_s
 
 FREE = Link(0.0, 1e30)

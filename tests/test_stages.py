@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import REPOSITORY, Run
 
 import disttrain as library
 from disttrain.data.batches import Batch, choose_cache
 from disttrain.data.stages import Pipeline, Stages, open_stream
 from disttrain.errors import DataError, UsageError
 from disttrain.shards.index import Index, load_index
+from kit import REPOSITORY
+from kit.commands import Run
 
 CPU = torch.device("cpu")
 WINDOWS = [slice(0, 50), np.r_[60:90, 61:91], slice(100, 101), slice(300, 365)]

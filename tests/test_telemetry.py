@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import nvml
 import psutil
 import pytest
 
 from disttrain.monitor import telemetry
 from disttrain.monitor.telemetry import ProcessorSampler
 from disttrain.runs.records import READINGS
+from kit import nvml
 
 UUIDS = [f"GPU-{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(4)]
 

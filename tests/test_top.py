@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import nvml
 import pytest
 from msgspec.structs import replace
 from rich.cells import cell_len
-from run_files import eval_record, train_record, write_lines
 
 from disttrain.monitor import top
 from disttrain.monitor.top import Gpu, Snapshot, lines
 from disttrain.runs import jsonl
 from disttrain.runs.records import GpuReading
+from kit import REPOSITORY, nvml
+from kit.run_files import eval_record, train_record, write_lines
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
@@ -318,7 +318,7 @@ class Terminal:
             stdin=follower,
             stdout=follower,
             stderr=follower,
-            cwd=nvml.ROOT,
+            cwd=REPOSITORY,
             env=environment | {"TERM": "xterm-256color"} | variables,
             start_new_session=True,
         )

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_files import eval_record, train_record
 
 from disttrain.config import Config
 from disttrain.errors import UsageError
@@ -24,6 +23,7 @@ from disttrain.monitor.trackers import Feed, Prometheus, Sample, prometheus_text
 from disttrain.preflight import check_trackers
 from disttrain.runs.jsonl import parts
 from disttrain.runs.records import METRICS, EvalRecord, GpuMeans, Process, StepTimes, TrainRecord
+from kit.run_files import eval_record, train_record
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

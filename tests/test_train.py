@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from msgspec.structs import asdict
-from run_results import MEASURED
 from torch import Tensor, nn
 
 from disttrain.config import Config
@@ -54,6 +53,7 @@ from disttrain.training.restore import restore
 from disttrain.training.state import Progress, TrainState, Validation
 from disttrain.training.step import loss_sum
 from disttrain.training.train import train
+from kit.run_results import MEASURED
 
 CLASSES = 4
 MEAN, STD = 0.4, 0.3

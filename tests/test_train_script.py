@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from kit import REPOSITORY
+
 GOLDEN = Path(__file__).parent / "golden/train_sh.txt"
 JOB = {
     "SLURM_JOB_ID": "4711",

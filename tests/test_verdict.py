@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from run_files import train_record
 
 from disttrain.config import Config
 from disttrain.monitor.verdict import Evidence, evidence, judge
 from disttrain.runs.records import GpuMeans, StepTimes, TrainRecord
+from kit.run_files import train_record
 
 FINE = Evidence(step_s=0.1, data_s=0.002, on_gpu=True, precision="bf16", utilization_pct=97, memory_pct=60)
 CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [

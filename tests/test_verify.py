@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_tar
-from toy import edit_index, pack
 
 from disttrain.shards import verify as module
 from disttrain.shards.existing_tars import index_folder
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options
 from disttrain.shards.verify import find_bad_samples, verify
+from kit.shards import write_tar
+from kit.toy import edit_index, pack
 
 
 @pytest.fixture

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import toy
 from accelerate.state import AcceleratorState
-from graph_cases import CASES
 from torch import Tensor
 
 from disttrain.config import Config
@@ -23,6 +21,8 @@ from disttrain.training.group import join
 from disttrain.training.rank import Rank
 from disttrain.training.state import TrainState
 from disttrain.training.train import train
+from kit import toy
+from kit.graph_cases import CASES
 
 pytestmark = pytest.mark.gpu
 

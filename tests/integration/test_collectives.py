@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from marks import nightly
+
+from kit import PROGRAMS
+from kit.marks import nightly
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,7 @@ def test_a_step_has_one_reduction(
         "        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten()]\n"
         "        super().__init__(*layers, nn.Linear(144, num_classes))\n"
     )
-    script = Path(__file__).with_name("count_collectives.py")
+    script = PROGRAMS / "count_collectives.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [config_file, f"train.accumulate={accumulate}", f"model.name={model}"]
     done = subprocess.run(

@@ -21,9 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from conftest import read_split
 from PIL import Image
-from run_results import ids_per_step
 
 from disttrain.data.cached import Cached, open_split
 from disttrain.data.epoch_plan import Ids, usable_ids
@@ -33,6 +31,8 @@ from disttrain.shards.existing_tars import index_folder
 from disttrain.shards.index import Index, load_index
 from disttrain.shards.pack import Options
 from disttrain.shards.verify import find_bad_samples, verify
+from kit.run_results import ids_per_step
+from kit.shards import read_split
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Way = Literal["host", "none"]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from marks import nightly
-from run_results import ids_per_step
 
 from disttrain.data.epoch_plan import Plan
 from disttrain.shards.index import load_index
+from kit.marks import nightly
+from kit.run_results import ids_per_step
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

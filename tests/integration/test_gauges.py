@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import nvml
 import pytest
+
+from kit import REPOSITORY, nvml
 
 UUIDS = [f"{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(4)]
 NONE = "00000000-0000-0000-0000-000000000000"
@@ -108,7 +109,7 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA_", "FAKE_NVML_"))}
     environment |= {
         "LD_LIBRARY_PATH": str(nvml.build(folder)),
-        "PYTHONPATH": str(nvml.ROOT),
+        "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "TASKS": json.dumps(tasks),
     }

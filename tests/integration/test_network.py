@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import slurm_cluster
-from slurm_cluster import Hosts
+
+from kit import slurm_cluster
+from kit.slurm_cluster import Hosts
 
 pytestmark = [
     pytest.mark.slurm,

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import slurm_cluster
+
+from kit import slurm_cluster
 
 pytestmark = [
     pytest.mark.slurm,

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import slurm_cluster
-from slurm_cluster import CONTROL, Hosts
+
+from kit import slurm_cluster
+from kit.slurm_cluster import CONTROL, Hosts
 
 DOCTOR = [sys.executable, "-m", "disttrain", "doctor", "--nodes"]
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_results import computed_records as records
-from run_results import ids_per_step
 
 from disttrain.config import load_config
 from disttrain.errors import CheckpointError
@@ -25,9 +23,11 @@ from disttrain.runs.fingerprint import fingerprint
 from disttrain.runs.manifest import MANIFEST, latest_valid, list_steps
 from disttrain.runs.resume import resume_point
 from disttrain.runs.runfolder import RunFolder
+from kit import PROGRAMS
+from kit.run_results import computed_records as records
+from kit.run_results import ids_per_step
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-HERE = Path(__file__).parent
 CONFIG = """
 name: small
 data: {name: digits}
@@ -87,7 +87,7 @@ def flip(path: Path, place: int, bit: int) -> None:
 
 
 def killed_saves(*arguments: object, timeout_s: float = 500) -> Any:
-    command = [sys.executable, HERE / "killed_saves.py", *map(str, arguments)]
+    command = [sys.executable, PROGRAMS / "killed_saves.py", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -263,7 +263,7 @@ def test_resume_from_an_earlier_checkpoint_forgets_what_came_after(
 
 def test_no_part_can_be_left_out(stopped: Path, digits_root: Path) -> None:
     done = subprocess.run(
-        [sys.executable, HERE / "left_out.py", stopped / "run"],
+        [sys.executable, PROGRAMS / "left_out.py", stopped / "run"],
         cwd=stopped,
         env=os.environ | {"DISTTRAIN_DATA": str(digits_root)},
         capture_output=True,

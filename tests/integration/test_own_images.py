@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torchvision.models import resnet18
 
-DOCUMENT = Path(__file__).parents[2] / "docs/own_images.md"
+from kit import REPOSITORY
+
+DOCUMENT = REPOSITORY / "docs/own_images.md"
 
 
 def draw(folder: Path, kind: str, count: int) -> None:

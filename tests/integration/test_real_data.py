@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from disttrain.shards.index import load_index
+from kit import REPOSITORY
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-REPOSITORY = Path(__file__).parents[2]
 REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA") or "/nonexistent")
 
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="DISTTRAIN_TEST_DATA is not set")

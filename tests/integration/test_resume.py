@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from marks import nightly
-from run_results import computed_records, ids_per_step
+
+from kit.marks import nightly
+from kit.run_results import computed_records, ids_per_step
 
 MODEL = '''
 import os, random, signal

@@ -15,14 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
-from run_results import computed_records as records
-from run_results import ids_per_step
 
 from disttrain.config import load_config
 from disttrain.runs import manifest
+from kit import PROGRAMS, REPOSITORY
+from kit.run_results import computed_records as records
+from kit.run_results import ids_per_step
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-REPOSITORY = Path(__file__).parents[2]
 
 
 def status(run_dir: Path) -> dict[str, Any]:
@@ -164,7 +164,7 @@ DOORS = {
     ],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                  "-m", "disttrain.worker", "tiny.yaml"],
-    "srun": [str(Path(__file__).with_name("two_slurm_tasks.py")), "tiny.yaml"],
+    "srun": [str(PROGRAMS / "two_slurm_tasks.py"), "tiny.yaml"],
 }  # fmt: skip
 
 

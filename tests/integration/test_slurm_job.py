@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import run_results
-import slurm_cluster
-from marks import nightly
-from slurm_cluster import CONTROL, Hosts
+
+from kit import REPOSITORY, run_results, slurm_cluster
+from kit.marks import nightly
+from kit.slurm_cluster import CONTROL, Hosts
 
 REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA") or "/nonexistent")
-SCRIPT = Path(__file__).parents[2] / "slurm/train.sh"
+SCRIPT = REPOSITORY / "slurm/train.sh"
 SAMPLES = 1438  # of the digits, to train on
 TINY = """
 name: tiny

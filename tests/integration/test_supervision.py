@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from marks import nightly
+
+from kit.marks import nightly
 
 Start = Callable[..., subprocess.Popen[str]]
 STALL_S = 4

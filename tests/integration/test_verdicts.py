@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nvml
 import pytest
+
+from kit import nvml
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from kit import REPOSITORY
+
 UUIDS = [f"GPU-{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(8)]
 """Of the simulated GPUs, by index."""
 
@@ -37,7 +38,7 @@ def run(program: str, library_folder: Path | None, **variables: str) -> Any:
     environment["LD_LIBRARY_PATH"] = str(library_folder or "")
     command = [sys.executable, "-W", "error", "-c", program]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment | variables, capture_output=True, text=True, timeout=120
+        command, cwd=REPOSITORY, env=environment | variables, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr

@@ -1,0 +1,6 @@
+"""What tests are made of: data sets, run folders, GPUs and hosts that do not exist, programs to run."""
+
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAMS = Path(__file__).parent / "programs"
