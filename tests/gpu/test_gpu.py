@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from disttrain.monitor.nvml import node_gpus, visible_gpus
 from disttrain.monitor.readings import GpuReaders
 from disttrain.runs import checkpoint
 from disttrain.runs.records import READINGS
+from kit.commands import Run
 
 pytestmark = pytest.mark.gpu
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def trained(result: subprocess.CompletedProcess[str], run_dir: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import pytest
 
 from disttrain.data.epoch_plan import Plan
 from disttrain.shards.index import load_index
+from kit.commands import Run
 from kit.marks import nightly
 from kit.run_results import ids_per_step
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 SEVEN_YAML = """
 name: seven

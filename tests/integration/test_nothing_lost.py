@@ -24,10 +24,10 @@ from disttrain.runs.manifest import MANIFEST, latest_valid, list_steps
 from disttrain.runs.resume import resume_point
 from disttrain.runs.runfolder import RunFolder
 from kit import PROGRAMS
+from kit.commands import Run
 from kit.run_results import computed_records as records
 from kit.run_results import ids_per_step
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 CONFIG = """
 name: small
 data: {name: digits}

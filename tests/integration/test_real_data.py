@@ -2,17 +2,15 @@
 
 import json
 import os
-import subprocess
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from disttrain.shards.index import load_index
 from kit import REPOSITORY
+from kit.commands import Run
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA") or "/nonexistent")
 
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="DISTTRAIN_TEST_DATA is not set")

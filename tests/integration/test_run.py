@@ -9,41 +9,18 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from disttrain.config import load_config
 from disttrain.runs import manifest
-from kit import PROGRAMS, REPOSITORY
+from kit import REPOSITORY
+from kit.commands import Run
 from kit.run_results import computed_records as records
 from kit.run_results import ids_per_step
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def status(run_dir: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
-    return content
-
-
-def succeeded(result: subprocess.CompletedProcess[str]) -> bool:
-    assert result.returncode == 0, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
-    return True
-
-
-def background(disttrain_args: list[str], tmp_path: Path, digits_root: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "disttrain", *disttrain_args],
-        cwd=tmp_path,
-        env=os.environ | {"DISTTRAIN_DATA": str(digits_root)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+from kit.runs import background, status, succeeded
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
@@ -57,7 +34,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], time
     raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
 
 
-# --- The main job -----------------------------------------------------------------------------------
+# --- The main job ---------------------------------------------------------------------------------
 
 
 def test_quickstart_leaves_a_complete_run_folder(disttrain: Run, tmp_path: Path) -> None:
@@ -123,108 +100,7 @@ def test_a_terminal_gets_the_dashboard_and_its_cursor_back(
     assert b"finished" in output
 
 
-# --- One experiment, whatever starts it -------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory, digits_root: Path, decoded_cache: Path) -> Path:
-    """The run folder of the small experiment on one rank, with traced samples."""
-    folder = tmp_path_factory.mktemp("one-rank")
-    (folder / "tiny.yaml").write_text(TINY)
-    result = subprocess.run(
-        [sys.executable, "-m", "disttrain", "run", "tiny.yaml", "--procs", "1", "--run-dir", "run"],
-        cwd=folder,
-        env=os.environ
-        | {"DISTTRAIN_DATA": str(digits_root), "DISTTRAIN_CACHE": str(decoded_cache), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert succeeded(result)
-    return folder / "run"
-
-
-TINY = """
-name: tiny
-data: {name: digits}
-augment: {crop_padding: 1, flip: true, cutout: 2}
-model: {name: cnn_mnist}
-train: {epochs: 2, batch_size: 48, trace_samples: true, label_smoothing: 0.1, precision: fp32,
-        channels_last: true}
-optim: {name: sgd, lr: 0.05}
-schedule: {name: cosine, warmup_epochs: 1}
-monitor: {log_every_steps: 5}
-"""
-
-DOORS = {
-    "disttrain run": ["-m", "disttrain", "run", "tiny.yaml", "--procs", "2"],
-    "accelerate launch": [
-        "-m", "accelerate.commands.launch", "--config_file", str(REPOSITORY / "launch/cpu.yaml"),
-        "--num_processes", "2", "-m", "disttrain.worker", "tiny.yaml",
-    ],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                 "-m", "disttrain.worker", "tiny.yaml"],
-    "srun": [str(PROGRAMS / "two_slurm_tasks.py"), "tiny.yaml"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("door", DOORS)
-def test_two_ranks_train_as_one_does_through_every_door(
-    door: str, tmp_path: Path, digits_root: Path, one_rank: Path
-) -> None:
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    result = subprocess.run(
-        [sys.executable, *DOORS[door], "--run-dir", "run"],
-        cwd=tmp_path,
-        env=os.environ | {"DISTTRAIN_DATA": str(digits_root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert succeeded(result)
-    assert status(tmp_path / "run")["world_size"] == 2
-    assert ids_per_step(tmp_path / "run") == ids_per_step(one_rank)
-    ours, theirs = records(tmp_path / "run"), records(one_rank)
-    assert [set(record) for record in ours] == [set(record) for record in theirs]
-    for our, their in zip(ours, theirs, strict=True):
-        assert our.pop("loss") == pytest.approx(their.pop("loss"), abs=1e-5)
-        assert our.pop("accuracy") == pytest.approx(their.pop("accuracy"), abs=0.02)
-        our.pop("correct", None), their.pop("correct", None)
-        assert our == their
-
-
-def test_every_epoch_trains_on_every_sample_once(one_rank: Path) -> None:
-    epochs: dict[int, list[int]] = {}
-    for (epoch, _), ids in ids_per_step(one_rank).items():
-        epochs.setdefault(epoch, []).extend(ids)
-    assert sorted(epochs) == [1, 2]
-    assert all(sorted(ids) == list(range(1438)) for ids in epochs.values())
-    assert epochs[1] != epochs[2]
-
-
-def test_a_last_batch_smaller_than_the_world(disttrain: Run, tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    result = disttrain(  # 1,438 = 1,437 + 1: the last batch has one sample for three ranks
-        "run", "tiny.yaml", "--procs", "3", "--run-dir", "run", "train.batch_size=1437", "train.epochs=1"
-    )
-    assert succeeded(result)
-    steps = ids_per_step(tmp_path / "run")
-    assert sorted(len(ids) for ids in steps.values()) == [1, 1437]
-    assert sorted(id_ for ids in steps.values() for id_ in ids) == list(range(1438))
-    assert records(tmp_path / "run")[-1]["total"] == 359
-
-
-def test_two_runs_at_once_do_not_meet(tmp_path: Path, config_file: Path, digits_root: Path) -> None:
-    both = [
-        background(["run", str(config_file), "--procs", "2", "--run-dir", name], tmp_path, digits_root)
-        for name in ("a", "b")
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert records(tmp_path / "a") == records(tmp_path / "b")
-
-
-# --- Choices of the config --------------------------------------------------------------------------
+# --- Choices of the config ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -360,7 +236,7 @@ class Net(nn.Module):
 """
 
 
-# --- Ends -------------------------------------------------------------------------------------------
+# --- Ends -----------------------------------------------------------------------------------------
 
 
 def test_the_batch_whose_loss_was_not_finite_is_written_down(

@@ -7,15 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kit import nvml
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from kit.commands import Run
 
 MODEL = """
 import os, time

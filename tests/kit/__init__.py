@@ -3,4 +3,5 @@
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
+GOLDEN = REPOSITORY / "tests/golden"
 PROGRAMS = Path(__file__).parent / "programs"

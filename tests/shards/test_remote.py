@@ -21,13 +21,11 @@ from disttrain.errors import DataError, StorageError, UnsafeError, UsageError
 from disttrain.shards import remote
 from disttrain.shards.index import load_index
 from disttrain.shards.remote import check_url, fetch_shard, fetch_text
+from kit.commands import Run
 from kit.shards import read_split
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Server:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ from disttrain.doctor.checks import CHECKS
 from disttrain.doctor.rules import Finding
 from disttrain.slurm_env import Allocation, allocation
 from kit import nvml
+from kit.commands import Run
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 GIB = 2**30
 
 

@@ -1,32 +1,27 @@
-"""The loops on one rank, against loops written out by hand."""
+"""The loop over steps and epochs on one rank."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import random
 import threading
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from msgspec.structs import asdict
 from torch import Tensor, nn
 
-from disttrain.config import Config
 from disttrain.data.batches import Batch, Window
-from disttrain.data.cached import Cached, DecodedSplit
+from disttrain.data.cached import Cached
 from disttrain.data.epoch_plan import Ids, Plan
 from disttrain.errors import DataError, StoppedError, TrainingError
 from disttrain.heartbeat import Phase
@@ -38,31 +33,35 @@ from disttrain.training import evaluation, microbatch, phases
 from disttrain.training import state as nouns
 from disttrain.training import step as steps
 from disttrain.training import train as loops
-from disttrain.training.augment import Augment, Mix
-from disttrain.training.autotune import Settings
 from disttrain.training.callbacks import Callbacks
-from disttrain.training.ema import MovingAverage
 from disttrain.training.evaluation import evaluate
 from disttrain.training.log_metrics import step_times
-from disttrain.training.microbatch import prepare
-from disttrain.training.normalize import Normalize
-from disttrain.training.optim import Rate, build_optimizer
 from disttrain.training.phases import Phases
 from disttrain.training.rank_state import gather_rank_states, restore_rank_state
 from disttrain.training.restore import restore
 from disttrain.training.state import Progress, TrainState, Validation
-from disttrain.training.step import loss_sum
 from disttrain.training.train import train
 from kit.run_results import MEASURED
+from kit.training import (
+    NAMES,
+    QUIET,
+    Recorder,
+    batch_of,
+    make_state,
+    network,
+    run,
+    same,
+    split,
+    weights_of,
+    with_,
+)
 
-CLASSES = 4
-MEAN, STD = 0.4, 0.3
-NAMES = tuple(map(str, range(CLASSES)))
 TRAIN_KEYS = {  # with the readings of the gauges
     "kind", "time", "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s",
     "data_wait_pct", "phases_ms", "ranks_ms", "device_flops_per_s", "mfu_pct", "grad_norm", "skipped",
     "gpus",
 }  # fmt: skip
+
 EVAL_KEYS = {"kind", "step", "epoch", "loss", "accuracy", "correct", "total", "skipped"}
 
 
@@ -76,420 +75,7 @@ def _one_thread_and_no_state_of_accelerate() -> Iterator[None]:
     GradientState._reset_state()
 
 
-class Recorder:
-    """Observer and gauges that remember what they were told."""
-
-    def __init__(self) -> None:
-        self.trains: list[TrainRecord] = []
-        self.evaluations: list[EvalRecord] = []
-        self.traces: list[tuple[int, int, list[int]]] = []
-        self.after_log: Callable[[], None] = lambda: None
-
-    def train(self, record: TrainRecord) -> None:
-        self.trains.append(record)
-        self.after_log()
-
-    def evaluate(self, record: EvalRecord) -> None:
-        self.evaluations.append(record)
-
-    def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
-        self.traces.append((epoch, step, list(ids)))
-
-    def bad_batch(self, epoch: int, step: int, ids: Sequence[int]) -> str:
-        self.bad = (epoch, step, list(ids))
-        return "errors/bad.json"
-
-    def read(self) -> list[float]:
-        return [1.5, float("nan")]
-
-    def rows(self, totals: Sequence[float]) -> dict[str, Any]:
-        return {"gpus": list(totals)}
-
-
-def network(dropout: float = 0.0, norm: bool = False) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1),
-        nn.BatchNorm2d(4) if norm else nn.Identity(),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3, padding=1),
-        nn.Flatten(),
-        nn.Dropout(dropout),
-        nn.Linear(4 * 36, CLASSES),
-    )
-
-
-def split(samples: int, seed: int) -> DecodedSplit:
-    generator = np.random.default_rng(seed)
-    images = generator.integers(0, 256, (samples, 6, 6, 1), dtype=np.uint8)
-    return DecodedSplit(images, generator.integers(0, CLASSES, samples))
-
-
-def make_state(
-    model: nn.Module | None = None,
-    samples: int = 40,
-    val_samples: int = 23,
-    drop: bool = False,
-    augment: dict[str, Any] | None = None,
-    optim: dict[str, Any] | None = None,
-    **train_options: Any,
-) -> TrainState:
-    """Builds what the worker builds, around a tiny network and random images; other sections by `with_`."""
-    config = Config.model_validate(
-        {
-            "name": "tiny",
-            "seed": 5,
-            "data": {"name": "random", "remainder": "drop" if drop else "keep"},
-            "model": {"name": "tiny"},
-            "augment": augment or {},
-            "train": {"epochs": 2, "batch_size": 16} | train_options,
-            "optim": {"name": "sgd", "lr": 0.1} | (optim or {}),
-        }
-    )
-    accelerator = Accelerator(cpu=True)
-    model = network() if model is None else model
-    channels_last = config.train.channels_last is not False
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    decay = config.train.ema
-    average = None if decay is None else MovingAverage(model, decay)
-    optimizer, rates = build_optimizer(config.optim, config.schedule, model)
-    model = accelerator.prepare(model)
-    device = accelerator.device
-    return TrainState(
-        config=config,
-        accelerator=accelerator,
-        model=model,
-        ema=average,
-        optimizer=optimizer,
-        rates=rates,
-        plan=Plan(config.seed, (samples,), config.train.batch_size, drop),
-        augment=Augment(
-            config.augment,
-            seed=config.seed,
-            normalize=Normalize((MEAN,), (STD,), 6, channels_last=channels_last),
-        ),
-        train_data=Cached(split(samples, 1), device, "host"),
-        val=Validation(Cached(split(val_samples, 2), device, "host"), np.arange(val_samples), NAMES),
-        image_size=(6, 6),
-        settings=Settings("fp32", channels_last, compiled=False, threads=1),
-    )
-
-
-def with_(state: TrainState, **sections: dict[str, Any]) -> TrainState:
-    """Changes keys of other sections of the config, such as `schedule` or `checkpoint`."""
-    tree = state.config.model_dump()
-    for name, keys in sections.items():
-        tree[name] |= keys
-    state.config = Config.model_validate(tree)
-    state.rates = [Rate(state.config.optim.lr, state.config.schedule) for _ in state.rates]
-    return state
-
-
-def run(
-    state: TrainState,
-    progress: Progress | None = None,
-    *,
-    save: Callable[..., None] = lambda **_: None,
-    check: Callable[[], None] = lambda: None,
-    stop_after: int | None = None,
-    recorder: Recorder | None = None,
-) -> Recorder:
-    """Trains; is asked to stop when `stop_after` steps were taken."""
-    progress = Progress() if progress is None else progress
-    recorder = Recorder() if recorder is None else recorder
-    saver = SimpleNamespace(save=save, check=check, wait=lambda: None)
-    train(
-        state,
-        progress,
-        Callbacks(recorder, recorder, saver, lambda: stop_after is not None and progress.step >= stop_after),
-    )
-    return recorder
-
-
-QUIET = Callbacks(Recorder(), Recorder(), SimpleNamespace(), lambda: False)
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-
-
-def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> bool:
-    return all(torch.allclose(found[key], expected[key], atol=tolerance) for key in expected)
-
-
-def batch_of(seed: int, ids: Sequence[int], samples: int = 40) -> tuple[Tensor, Tensor]:
-    """Returns normalized images [B, 1, 6, 6] and labels."""
-    data = split(samples, seed)
-    images = (torch.tensor(data.images[list(ids)]).float() / 255 - MEAN) / STD
-    return images.permute(0, 3, 1, 2), torch.tensor(data.labels[list(ids)])
-
-
-def smoothed(label_smoothing: float, labels: Tensor) -> Tensor:
-    targets = F.one_hot(labels, CLASSES).double()
-    return (1 - label_smoothing) * targets + label_smoothing / CLASSES
-
-
-# --- Steps ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"channels_last": False},
-        {"label_smoothing": 0.1},
-        {"grad_clip": 0.05},
-        {"batch_size": 40},
-        {"batch_size": 64},
-        {"batch_size": 39},
-        {"accumulate": 3, "grad_clip": 0.05, "label_smoothing": 0.1},
-    ],
-    ids=str,
-)
-def test_training_is_the_loop_written_by_hand(options: dict[str, Any]) -> None:
-    state = with_(make_state(**options), schedule={"name": "linear", "warmup_epochs": 0.5})
-    recorder = run(state)
-    batch_size, clip = options.get("batch_size", 16), options.get("grad_clip")
-    model = network()
-    velocity = [torch.zeros_like(parameter) for parameter in model.parameters()]
-    rates = []
-    for epoch in range(2):
-        order = state.plan.order(epoch).tolist()
-        for begin in range(0, 40, batch_size):
-            images, labels = batch_of(1, order[begin : begin + batch_size])
-            targets = smoothed(options.get("label_smoothing", 0.0), labels)
-            loss = -(targets * model(images).double().log_softmax(1)).sum(1).mean()
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
-            norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
-            factor = 1.0 if clip is None else min(1.0, clip / (norm.item() + 1e-6))
-            done = epoch + (begin + min(begin + batch_size, 40)) / 80  # in the middle of the step
-            rates.append(0.1 * (done / 0.5 if done < 0.5 else 1 - (done - 0.5) / 1.5))
-            with torch.no_grad():
-                for parameter, gradient, speed in zip(model.parameters(), gradients, velocity, strict=True):
-                    speed.mul_(0.9).add_(gradient * factor)
-                    parameter -= rates[-1] * speed
-    assert close(weights_of(state.bare_model), weights_of(model))
-    assert recorder.trains[-1].lr == pytest.approx(rates[-1])
-    expected = None if clip is None else pytest.approx(norm.item(), rel=1e-3)
-    assert recorder.trains[-1].grad_norm == expected
-
-
-@pytest.mark.parametrize("accumulate", [2, 4, 16])
-def test_accumulating_gives_the_weights_of_one_pass(accumulate: int) -> None:
-    expected, state = make_state(ema=0.5), make_state(ema=0.5, accumulate=accumulate)
-    records = [run(each).trains[-1] for each in (expected, state)]
-    assert close(weights_of(state.bare_model), weights_of(expected.bare_model))
-    assert records[1].loss == pytest.approx(records[0].loss, abs=1e-5)
-    assert records[1].accuracy == records[0].accuracy
-
-
-def test_accumulating_mixes_the_same_pairs() -> None:
-    augment = {"mixup": 0.3, "cutmix": 1.0, "crop_padding": 1, "flip": True, "cutout": 2}
-    expected, state = make_state(augment=augment), make_state(augment=augment, accumulate=4)
-    for each in (expected, state):
-        run(each)
-    assert close(weights_of(state.bare_model), weights_of(expected.bare_model))
-
-
-class Shell(nn.Module):
-    """Stands for DDP around a model, without its collectives."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, images: Tensor) -> Any:
-        return self.module(images)
-
-
-@pytest.mark.parametrize("step", [0, 2], ids=["full batch", "last batch"])
-@pytest.mark.parametrize("world_size", [2, 3, 16])
-def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size: int, step: int) -> None:
-    augment = {"mixup": 0.3, "flip": True}
-
-    def gradient(rank: int, world_size: int) -> tuple[Tensor, list[int]]:
-        state = make_state(augment=augment, trace_samples=True, label_smoothing=0.1)
-        if world_size > 1:
-            state.rank, state.world_size, state.model = rank, world_size, Shell(state.model)
-        gradients: list[Tensor] = []
-        parameters = list(state.bare_model.parameters())
-
-        def keep() -> None:
-            gradients.extend(
-                parameter.grad.flatten() for parameter in parameters if parameter.grad is not None
-            )
-
-        state.optimizer = SimpleNamespace(step=keep)  # type: ignore[assignment]
-        state.augment.start_epoch(0, state.plan.order(0), 6, 6)
-        batches = loops.prefetch(state, 0, range(step, step + 1), state.plan.order(0))
-        ids = loops.train_step(state, batches, step + 1, len(state.plan.batch(step)), Phases())
-        batches.close()
-        assert state.meter.samples == len(ids)
-        return torch.cat(gradients), ids.tolist()
-
-    expected, ids = gradient(0, 1)
-    assert len(ids) == (16 if step == 0 else 8)
-    ranks = [gradient(rank, world_size) for rank in range(world_size)]
-    mean = torch.stack([each for each, _ in ranks]).mean(0)
-    torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-4)
-    assert [sample for _, traced in ranks for sample in traced] == ids
-
-
-# --- Mixing -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("mix", [None, Mix(1, 0.7, None), Mix(1, 0.25, (0, 3, 0, 3))])
-def test_the_loss_is_the_cross_entropy_with_mixed_targets(mix: Mix | None, label_smoothing: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(6, CLASSES, generator=generator)
-    labels, partners = torch.randint(CLASSES, (2, 6), generator=generator)
-    targets = smoothed(label_smoothing, labels)
-    if mix is not None:
-        targets = mix.lam * targets + (1 - mix.lam) * smoothed(label_smoothing, partners)
-    expected = -(targets * logits.double().log_softmax(1)).sum().item()
-    found = loss_sum(logits, labels, None if mix is None else partners, mix, label_smoothing)
-    assert found.item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("places", [range(16, 32), range(32, 43)], ids=["full batch", "last batch"])
-@pytest.mark.parametrize("mix", [Mix(3, 0.7, None), Mix(7, 0.75, (1, 4, 2, 5))], ids=["mixup", "cutmix"])
-def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, places: range) -> None:
-    step = places.start // 16
-
-    def loaded(mix: Mix | None, rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        state = make_state(samples=43, augment={"crop_padding": 1, "flip": True})
-        state.rank, state.world_size = rank, world_size
-        state.augment.start_epoch(0, state.plan.order(0), 6, 6)
-        state.augment.mix = lambda *place: mix  # type: ignore[method-assign]
-        with closing(loops.prefetch(state, 0, range(step, step + 1), state.plan.order(0))) as batches:
-            return prepare(state, *next(batches))
-
-    images, labels, _ = loaded(None, 0, 1)
-    expected, partner_labels = [], []
-    for own in range(len(places)):
-        partner = (own + mix.shift) % len(places)
-        image = images[own].clone()
-        if mix.box is None:
-            image = mix.lam * image + (1 - mix.lam) * images[partner]
-        else:
-            image[:, 1:4, 2:5] = images[partner][:, 1:4, 2:5]
-        expected.append(image)
-        partner_labels.append(labels[partner].item())
-    for world_size in (1, 3):
-        found = [loaded(mix, rank, world_size) for rank in range(world_size)]
-        torch.testing.assert_close(torch.cat([each[0] for each in found]), torch.stack(expected))
-        assert torch.cat([each[1] for each in found]).tolist() == labels.tolist()
-        assert [n for each in found if each[2] is not None for n in each[2].tolist()] == partner_labels
-
-
-# --- Moving average ---------------------------------------------------------------------------------
-
-
-def test_ema_follows_weights_and_statistics_and_is_evaluated() -> None:
-    state = with_(make_state(network(norm=True), ema=0.8), monitor={"log_every_steps": 1})
-    snapshots: list[dict[str, Tensor]] = []
-    recorder = Recorder()
-    recorder.after_log = lambda: snapshots.append(weights_of(state.bare_model))
-    run(state, recorder=recorder)
-    assert len(snapshots) == 6
-    average = {key: value.double() for key, value in snapshots[0].items()}
-    for snapshot in snapshots[1:]:
-        for key, value in snapshot.items():
-            average[key] = 0.8 * average[key] + 0.2 * value
-    assert state.ema is not None
-    found = weights_of(state.ema.module)
-    for key, value in average.items():
-        if key.endswith("num_batches_tracked"):
-            assert found[key] == 6
-        else:
-            torch.testing.assert_close(found[key].double(), value, atol=1e-6, rtol=1e-5)
-    model = copy.deepcopy(state.ema.module).eval()
-    images, labels = batch_of(2, range(23), 23)
-    expected = F.cross_entropy(model(images), labels).item()
-    assert recorder.evaluations[-1].loss == pytest.approx(expected, rel=1e-5)
-    bare = F.cross_entropy(copy.deepcopy(state.bare_model).eval()(images), labels).item()
-    assert abs(bare - expected) > 1e-4
-
-
-def test_the_moving_average_follows_a_statistic_that_a_model_binds_anew() -> None:
-    model = nn.Module()
-    model.register_buffer("seen", torch.tensor(0.0))
-    average = MovingAverage(model, 0.5)
-    for _ in range(3):
-        model.seen = model.seen + 1
-        average.update(model)
-    assert average.module.get_buffer("seen") == 0.25 * 1 + 0.25 * 2 + 0.5 * 3
-
-
-# --- Evaluation -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tta", ["none", "flip", "multi_view"])
-@pytest.mark.parametrize("samples", [1, 15, 16, 17, 150])
-def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
-    state = with_(make_state(network(dropout=0.5, norm=True), val_samples=samples), eval={"tta": tta})
-    model = copy.deepcopy(state.bare_model).eval()
-    images, labels = batch_of(2, range(samples), samples)
-    plain = logits = model(images)
-    if tta == "flip":
-        logits = (plain + model(images.flip(3))) / 2
-    elif tta == "multi_view":
-        logits = (plain + model(images.flip(3))) / 4
-        for index in ([1, 0, 1, 2, 3, 4], [1, 2, 3, 4, 5, 4]):  # reflected at a border of one pixel
-            seen = images[:, :, index][:, :, :, index]
-            logits = logits + (model(seen) + model(seen.flip(3))) / 8
-    correct, plain_correct = (int((scores.argmax(1) == labels).sum()) for scores in (logits, plain))
-    before = weights_of(state.bare_model)
-    found = evaluate(state, tta, Progress(step=7, epoch=2), QUIET)
-    assert found is not None
-    assert msgspec.to_builtins(found.record) == {
-        "kind": "eval",
-        "loss": pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5),
-        "accuracy": correct / samples,
-        "correct": correct,
-        "total": samples,
-        "skipped": 0,
-        "step": 7,
-        "epoch": 2,
-        **(
-            {}
-            if tta == "none"
-            else {"tta": tta, "plain_accuracy": plain_correct / samples, "plain_correct": plain_correct}
-        ),
-    }
-    predicted = logits.argmax(1)
-    pairs = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
-    assert found.confusion == [[pairs[i, j] for j in range(CLASSES)] for i in range(CLASSES)]
-    assert (found.classes, found.top5_correct) == (NAMES, samples)
-    chances = logits.softmax(1).amax(1).tolist()
-    wrong = sorted((predicted != labels).nonzero().flatten().tolist(), key=lambda i: -chances[i])
-    assert [(one.id, one.label, one.predicted) for one in found.mistakes] == [
-        (i, int(labels[i]), int(predicted[i])) for i in wrong[:24]
-    ]
-    assert same(weights_of(state.bare_model), before)
-    assert state.bare_model.training  # as it was
-
-
-@pytest.mark.parametrize(("every", "epochs"), [(1, [1, 2, 3]), (2, [2, 3]), (5, [3])])
-def test_evaluations_come_when_due_and_at_the_end(every: int, epochs: list[int]) -> None:
-    recorder = run(with_(make_state(epochs=3), eval={"every_epochs": every}))
-    assert [record.epoch for record in recorder.evaluations] == epochs
-    assert [record.step for record in recorder.evaluations] == [3 * epoch for epoch in epochs]
-
-
-def test_test_time_augmentation_can_wait_for_the_end() -> None:
-    sections = {"tta": "multi_view", "tta_when": "end"}
-    recorder = run(with_(make_state(epochs=3), eval=sections))
-    assert [record.tta for record in recorder.evaluations] == [None, None, "multi_view"]
-
-
-# --- Records ----------------------------------------------------------------------------------------
+# --- Records --------------------------------------------------------------------------------------
 
 
 class Drawing(nn.Module):
@@ -645,7 +231,7 @@ def test_the_order_of_the_next_epoch_is_computed_beside_this_one(monkeypatch: py
     assert computed == [0, 1, 2]
 
 
-# --- Proof -----------------------------------------------------------------------------------------
+# --- Proof ----------------------------------------------------------------------------------------
 
 
 class Careless(Cached):
@@ -687,7 +273,7 @@ def test_an_evaluation_of_other_samples_is_an_error(how: str, seen: int) -> None
         evaluate(state, "none", Progress(), QUIET)
 
 
-# --- Failure ----------------------------------------------------------------------------------------
+# --- Failure --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -760,7 +346,7 @@ def test_a_gradient_scaler_that_finds_its_scale_goes_on() -> None:
     assert len(recorder.trains) == 6
 
 
-# --- Saving -----------------------------------------------------------------------------------------
+# --- Saving ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -800,7 +386,7 @@ def test_the_best_is_saved_whenever_it_is_found(monkeypatch: pytest.MonkeyPatch)
     assert saves == [(1, True, 0.5, 0.5), (4, True, 0.6, 0.6), (5, False, 0.6, 0.6)]
 
 
-# --- Stopping and going on --------------------------------------------------------------------------
+# --- Stopping and going on ------------------------------------------------------------------------
 
 EVERYTHING: dict[str, Any] = {
     "augment": {"crop_padding": 1, "flip": True, "cutout": 2, "mixup": 0.3, "cutmix": 1.0},

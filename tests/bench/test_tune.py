@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from disttrain.bench.tune import BatchRow, judge_batches, judge_rates
+from kit.commands import Run
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 RATES = np.geomspace(1e-6, 10, 100).tolist()
 
 

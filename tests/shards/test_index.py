@@ -11,14 +11,6 @@ from kit.shards import read_split
 from kit.toy import PNG, edit_index, pack, rewrite_shard
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    """An empty data root, which is the default one."""
-    folder = tmp_path / "data"
-    monkeypatch.setenv("DISTTRAIN_DATA", str(folder))
-    return folder
-
-
 def test_root_is_argument_then_variable_then_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTTRAIN_DATA", str(tmp_path / "variable"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from disttrain.errors import DisttrainError, UnsafeError, UsageError
 from disttrain.models import build_model
 from disttrain.models.pretrained import load_weights
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from kit.commands import Run
 
 
 def resnet(num_classes: int, seed: int) -> torch.nn.Module:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kit import GOLDEN
 from kit.commands import Run
 
-OLD = Path(__file__).parent / "data" / "old_run"
+OLD = GOLDEN / "old_run"
 
 
 @pytest.fixture

@@ -23,9 +23,8 @@ from disttrain.monitor.trackers import Feed, Prometheus, Sample, prometheus_text
 from disttrain.preflight import check_trackers
 from disttrain.runs.jsonl import parts
 from disttrain.runs.records import METRICS, EvalRecord, GpuMeans, Process, StepTimes, TrainRecord
+from kit.commands import Run
 from kit.run_files import eval_record, train_record
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 RECORD = train_record(
     20, epoch=1, loss=0.5, mfu_pct=None, lr=math.inf, phases_ms=StepTimes(data=1.5),

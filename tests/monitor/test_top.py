@@ -30,9 +30,9 @@ from disttrain.monitor.top import Gpu, Snapshot, lines
 from disttrain.runs import jsonl
 from disttrain.runs.records import GpuReading
 from kit import REPOSITORY, nvml
+from kit.commands import Run
 from kit.run_files import eval_record, train_record, write_lines
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
 READING = Gpu(
     time=NOW.isoformat(), uuid="GPU-x", name="NVIDIA H100 80GB HBM3",

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,18 +24,9 @@ from disttrain.shards.pack import Options
 from disttrain.shards.pack import pack as pack_samples
 from disttrain.shards.verify import verify
 from disttrain.shards.writer import Sample
+from kit import REPOSITORY
 from kit.shards import read_split
 from kit.toy import CLASSES, Listed, encode, images, pack, samples, tree
-
-TESTS = Path(__file__).parent
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    """An empty data root, which is the default one."""
-    folder = tmp_path / "data"
-    monkeypatch.setenv("DISTTRAIN_DATA", str(folder))
-    return folder
 
 
 def test_every_pixel_and_label_comes_back(root):
@@ -261,6 +251,7 @@ import sys, webdataset
 from disttrain.errors import DataError
 from disttrain.shards.pack import Options, pack
 from disttrain.shards.writer import Sample
+from kit import REPOSITORY
 from kit.toy import Listed
 splits, classes, root = eval(sys.stdin.readline())
 print("ready", flush=True)
@@ -277,7 +268,9 @@ except DataError as error:
 def test_two_processes_at_once(root, seeds):
     command = [sys.executable, "-c", PACK_ON_SIGNAL]
     processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TESTS)
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY / "tests"
+        )
         for _ in seeds
     ]
     for process, seed in zip(processes, seeds, strict=True):
@@ -447,5 +440,5 @@ def test_import_is_light():
     heavy = "{'torch', 'torchvision', 'webdataset'}"
     code = f"import disttrain.shards.datasets, sys; print({heavy} & set(sys.modules))"
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS)
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY / "tests")
     assert run.stdout.strip() == "set()"

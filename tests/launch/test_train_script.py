@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kit import REPOSITORY
+from kit import GOLDEN, REPOSITORY
 
-GOLDEN = Path(__file__).parent / "golden/train_sh.txt"
 JOB = {
     "SLURM_JOB_ID": "4711",
     "SLURM_JOB_NODELIST": "gpu[03-04]",
@@ -97,11 +96,12 @@ def test_what_it_runs(tmp_path):
         assert code == 0
         calls.append(f"{title}\n{made}")
     text = "\n".join(calls)
+    golden = GOLDEN / "train_sh.txt"
     if "ACCEPT" in os.environ:
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text(), (
+        golden.write_text(text)
+    assert text == golden.read_text(), (
         "slurm/train.sh runs something else than before; if it should, "
-        "ACCEPT=1 python -m pytest tests/test_train_script.py, and look at the difference that it makes"
+        "ACCEPT=1 python -m pytest tests/launch/test_train_script.py, and look at the difference that it makes"
     )
 
 

@@ -1,0 +1,98 @@
+"""The evaluation inside training, against sums written out by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
+
+from disttrain.training.evaluation import evaluate
+from disttrain.training.state import Progress
+from kit.training import (
+    CLASSES,
+    NAMES,
+    QUIET,
+    batch_of,
+    make_state,
+    network,
+    run,
+    same,
+    weights_of,
+    with_,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_no_state_of_accelerate() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("tta", ["none", "flip", "multi_view"])
+@pytest.mark.parametrize("samples", [1, 15, 16, 17, 150])
+def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
+    state = with_(make_state(network(dropout=0.5, norm=True), val_samples=samples), eval={"tta": tta})
+    model = copy.deepcopy(state.bare_model).eval()
+    images, labels = batch_of(2, range(samples), samples)
+    plain = logits = model(images)
+    if tta == "flip":
+        logits = (plain + model(images.flip(3))) / 2
+    elif tta == "multi_view":
+        logits = (plain + model(images.flip(3))) / 4
+        for index in ([1, 0, 1, 2, 3, 4], [1, 2, 3, 4, 5, 4]):  # reflected at a border of one pixel
+            seen = images[:, :, index][:, :, :, index]
+            logits = logits + (model(seen) + model(seen.flip(3))) / 8
+    correct, plain_correct = (int((scores.argmax(1) == labels).sum()) for scores in (logits, plain))
+    before = weights_of(state.bare_model)
+    found = evaluate(state, tta, Progress(step=7, epoch=2), QUIET)
+    assert found is not None
+    assert msgspec.to_builtins(found.record) == {
+        "kind": "eval",
+        "loss": pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5),
+        "accuracy": correct / samples,
+        "correct": correct,
+        "total": samples,
+        "skipped": 0,
+        "step": 7,
+        "epoch": 2,
+        **(
+            {}
+            if tta == "none"
+            else {"tta": tta, "plain_accuracy": plain_correct / samples, "plain_correct": plain_correct}
+        ),
+    }
+    predicted = logits.argmax(1)
+    pairs = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
+    assert found.confusion == [[pairs[i, j] for j in range(CLASSES)] for i in range(CLASSES)]
+    assert (found.classes, found.top5_correct) == (NAMES, samples)
+    chances = logits.softmax(1).amax(1).tolist()
+    wrong = sorted((predicted != labels).nonzero().flatten().tolist(), key=lambda i: -chances[i])
+    assert [(one.id, one.label, one.predicted) for one in found.mistakes] == [
+        (i, int(labels[i]), int(predicted[i])) for i in wrong[:24]
+    ]
+    assert same(weights_of(state.bare_model), before)
+    assert state.bare_model.training  # as it was
+
+
+@pytest.mark.parametrize(("every", "epochs"), [(1, [1, 2, 3]), (2, [2, 3]), (5, [3])])
+def test_evaluations_come_when_due_and_at_the_end(every: int, epochs: list[int]) -> None:
+    recorder = run(with_(make_state(epochs=3), eval={"every_epochs": every}))
+    assert [record.epoch for record in recorder.evaluations] == epochs
+    assert [record.step for record in recorder.evaluations] == [3 * epoch for epoch in epochs]
+
+
+def test_test_time_augmentation_can_wait_for_the_end() -> None:
+    sections = {"tta": "multi_view", "tta_when": "end"}
+    recorder = run(with_(make_state(epochs=3), eval=sections))
+    assert [record.tta for record in recorder.evaluations] == [None, None, "multi_view"]

@@ -1,0 +1,244 @@
+"""One step on one rank, against steps written out by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+
+from disttrain.training import train as loops
+from disttrain.training.augment import Mix
+from disttrain.training.ema import MovingAverage
+from disttrain.training.microbatch import prepare
+from disttrain.training.phases import Phases
+from disttrain.training.step import loss_sum
+from kit.training import (
+    CLASSES,
+    Recorder,
+    batch_of,
+    make_state,
+    network,
+    run,
+    weights_of,
+    with_,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_no_state_of_accelerate() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> bool:
+    return all(torch.allclose(found[key], expected[key], atol=tolerance) for key in expected)
+
+
+def smoothed(label_smoothing: float, labels: Tensor) -> Tensor:
+    targets = F.one_hot(labels, CLASSES).double()
+    return (1 - label_smoothing) * targets + label_smoothing / CLASSES
+
+
+# --- Steps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"channels_last": False},
+        {"label_smoothing": 0.1},
+        {"grad_clip": 0.05},
+        {"batch_size": 40},
+        {"batch_size": 64},
+        {"batch_size": 39},
+        {"accumulate": 3, "grad_clip": 0.05, "label_smoothing": 0.1},
+    ],
+    ids=str,
+)
+def test_training_is_the_loop_written_by_hand(options: dict[str, Any]) -> None:
+    state = with_(make_state(**options), schedule={"name": "linear", "warmup_epochs": 0.5})
+    recorder = run(state)
+    batch_size, clip = options.get("batch_size", 16), options.get("grad_clip")
+    model = network()
+    velocity = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    rates = []
+    for epoch in range(2):
+        order = state.plan.order(epoch).tolist()
+        for begin in range(0, 40, batch_size):
+            images, labels = batch_of(1, order[begin : begin + batch_size])
+            targets = smoothed(options.get("label_smoothing", 0.0), labels)
+            loss = -(targets * model(images).double().log_softmax(1)).sum(1).mean()
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+            factor = 1.0 if clip is None else min(1.0, clip / (norm.item() + 1e-6))
+            done = epoch + (begin + min(begin + batch_size, 40)) / 80  # in the middle of the step
+            rates.append(0.1 * (done / 0.5 if done < 0.5 else 1 - (done - 0.5) / 1.5))
+            with torch.no_grad():
+                for parameter, gradient, speed in zip(model.parameters(), gradients, velocity, strict=True):
+                    speed.mul_(0.9).add_(gradient * factor)
+                    parameter -= rates[-1] * speed
+    assert close(weights_of(state.bare_model), weights_of(model))
+    assert recorder.trains[-1].lr == pytest.approx(rates[-1])
+    expected = None if clip is None else pytest.approx(norm.item(), rel=1e-3)
+    assert recorder.trains[-1].grad_norm == expected
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 16])
+def test_accumulating_gives_the_weights_of_one_pass(accumulate: int) -> None:
+    expected, state = make_state(ema=0.5), make_state(ema=0.5, accumulate=accumulate)
+    records = [run(each).trains[-1] for each in (expected, state)]
+    assert close(weights_of(state.bare_model), weights_of(expected.bare_model))
+    assert records[1].loss == pytest.approx(records[0].loss, abs=1e-5)
+    assert records[1].accuracy == records[0].accuracy
+
+
+def test_accumulating_mixes_the_same_pairs() -> None:
+    augment = {"mixup": 0.3, "cutmix": 1.0, "crop_padding": 1, "flip": True, "cutout": 2}
+    expected, state = make_state(augment=augment), make_state(augment=augment, accumulate=4)
+    for each in (expected, state):
+        run(each)
+    assert close(weights_of(state.bare_model), weights_of(expected.bare_model))
+
+
+class Shell(nn.Module):
+    """Stands for DDP around a model, without its collectives."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Any:
+        return self.module(images)
+
+
+@pytest.mark.parametrize("step", [0, 2], ids=["full batch", "last batch"])
+@pytest.mark.parametrize("world_size", [2, 3, 16])
+def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size: int, step: int) -> None:
+    augment = {"mixup": 0.3, "flip": True}
+
+    def gradient(rank: int, world_size: int) -> tuple[Tensor, list[int]]:
+        state = make_state(augment=augment, trace_samples=True, label_smoothing=0.1)
+        if world_size > 1:
+            state.rank, state.world_size, state.model = rank, world_size, Shell(state.model)
+        gradients: list[Tensor] = []
+        parameters = list(state.bare_model.parameters())
+
+        def keep() -> None:
+            gradients.extend(
+                parameter.grad.flatten() for parameter in parameters if parameter.grad is not None
+            )
+
+        state.optimizer = SimpleNamespace(step=keep)  # type: ignore[assignment]
+        state.augment.start_epoch(0, state.plan.order(0), 6, 6)
+        batches = loops.prefetch(state, 0, range(step, step + 1), state.plan.order(0))
+        ids = loops.train_step(state, batches, step + 1, len(state.plan.batch(step)), Phases())
+        batches.close()
+        assert state.meter.samples == len(ids)
+        return torch.cat(gradients), ids.tolist()
+
+    expected, ids = gradient(0, 1)
+    assert len(ids) == (16 if step == 0 else 8)
+    ranks = [gradient(rank, world_size) for rank in range(world_size)]
+    mean = torch.stack([each for each, _ in ranks]).mean(0)
+    torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-4)
+    assert [sample for _, traced in ranks for sample in traced] == ids
+
+
+# --- Mixing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("mix", [None, Mix(1, 0.7, None), Mix(1, 0.25, (0, 3, 0, 3))])
+def test_the_loss_is_the_cross_entropy_with_mixed_targets(mix: Mix | None, label_smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(6, CLASSES, generator=generator)
+    labels, partners = torch.randint(CLASSES, (2, 6), generator=generator)
+    targets = smoothed(label_smoothing, labels)
+    if mix is not None:
+        targets = mix.lam * targets + (1 - mix.lam) * smoothed(label_smoothing, partners)
+    expected = -(targets * logits.double().log_softmax(1)).sum().item()
+    found = loss_sum(logits, labels, None if mix is None else partners, mix, label_smoothing)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("places", [range(16, 32), range(32, 43)], ids=["full batch", "last batch"])
+@pytest.mark.parametrize("mix", [Mix(3, 0.7, None), Mix(7, 0.75, (1, 4, 2, 5))], ids=["mixup", "cutmix"])
+def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, places: range) -> None:
+    step = places.start // 16
+
+    def loaded(mix: Mix | None, rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        state = make_state(samples=43, augment={"crop_padding": 1, "flip": True})
+        state.rank, state.world_size = rank, world_size
+        state.augment.start_epoch(0, state.plan.order(0), 6, 6)
+        state.augment.mix = lambda *place: mix  # type: ignore[method-assign]
+        with closing(loops.prefetch(state, 0, range(step, step + 1), state.plan.order(0))) as batches:
+            return prepare(state, *next(batches))
+
+    images, labels, _ = loaded(None, 0, 1)
+    expected, partner_labels = [], []
+    for own in range(len(places)):
+        partner = (own + mix.shift) % len(places)
+        image = images[own].clone()
+        if mix.box is None:
+            image = mix.lam * image + (1 - mix.lam) * images[partner]
+        else:
+            image[:, 1:4, 2:5] = images[partner][:, 1:4, 2:5]
+        expected.append(image)
+        partner_labels.append(labels[partner].item())
+    for world_size in (1, 3):
+        found = [loaded(mix, rank, world_size) for rank in range(world_size)]
+        torch.testing.assert_close(torch.cat([each[0] for each in found]), torch.stack(expected))
+        assert torch.cat([each[1] for each in found]).tolist() == labels.tolist()
+        assert [n for each in found if each[2] is not None for n in each[2].tolist()] == partner_labels
+
+
+# --- Moving average -------------------------------------------------------------------------------
+
+
+def test_ema_follows_weights_and_statistics_and_is_evaluated() -> None:
+    state = with_(make_state(network(norm=True), ema=0.8), monitor={"log_every_steps": 1})
+    snapshots: list[dict[str, Tensor]] = []
+    recorder = Recorder()
+    recorder.after_log = lambda: snapshots.append(weights_of(state.bare_model))
+    run(state, recorder=recorder)
+    assert len(snapshots) == 6
+    average = {key: value.double() for key, value in snapshots[0].items()}
+    for snapshot in snapshots[1:]:
+        for key, value in snapshot.items():
+            average[key] = 0.8 * average[key] + 0.2 * value
+    assert state.ema is not None
+    found = weights_of(state.ema.module)
+    for key, value in average.items():
+        if key.endswith("num_batches_tracked"):
+            assert found[key] == 6
+        else:
+            torch.testing.assert_close(found[key].double(), value, atol=1e-6, rtol=1e-5)
+    model = copy.deepcopy(state.ema.module).eval()
+    images, labels = batch_of(2, range(23), 23)
+    expected = F.cross_entropy(model(images), labels).item()
+    assert recorder.evaluations[-1].loss == pytest.approx(expected, rel=1e-5)
+    bare = F.cross_entropy(copy.deepcopy(state.bare_model).eval()(images), labels).item()
+    assert abs(bare - expected) > 1e-4
+
+
+def test_the_moving_average_follows_a_statistic_that_a_model_binds_anew() -> None:
+    model = nn.Module()
+    model.register_buffer("seen", torch.tensor(0.0))
+    average = MovingAverage(model, 0.5)
+    for _ in range(3):
+        model.seen = model.seen + 1
+        average.update(model)
+    assert average.module.get_buffer("seen") == 0.25 * 1 + 0.25 * 2 + 0.5 * 3
