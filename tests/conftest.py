@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kit import REPOSITORY
 from kit.commands import Run
 
 # A shell ignores it in what it runs in the background, and so would all that the tests start.
@@ -21,10 +23,18 @@ os.environ["OMP_NUM_THREADS"] = "1"  # several threads of a process collapse whe
 os.environ["DISTTRAIN_REPORT"] = "0"  # a test that wants a report at the end of a run asks for it
 
 
+STARTS_RUNS = {"disttrain", "trained_run", "start"}
+"""Fixtures that start the command."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked gpu where there is none."""
+    """Puts tests that start the command into the integration tier; skips the tests marked gpu without one."""
     from disttrain.monitor.nvml import visible_gpus
 
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if item.path.is_relative_to(REPOSITORY / "tests/integration") or STARTS_RUNS & set(fixtures):
+            item.add_marker(pytest.mark.integration)
     if not visible_gpus():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -136,6 +146,14 @@ def config_file(tmp_path: Path) -> Path:
         "monitor: {log_every_steps: 5}\n"
     )
     return path
+
+
+@pytest.fixture
+def port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number: int = server.getsockname()[1]
+    return number
 
 
 @pytest.fixture(scope="session")

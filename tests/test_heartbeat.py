@@ -61,6 +61,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 @pytest.mark.parametrize("when", ["starting", "training"])
 def test_signals_of_a_rank_that_no_launcher_watches(number: int, when: str) -> None:
@@ -105,6 +106,7 @@ def test_a_rank_ends_with_its_launcher_even_if_its_parent_lives() -> None:
         process.communicate()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("ask", ["launcher", "signal"])
 def test_a_watched_rank_leaves_its_end_to_the_launcher(ask: str) -> None:
     with Liveness(0, 1) as watch:

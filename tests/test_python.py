@@ -19,6 +19,7 @@ from disttrain.data.epoch_plan import digest
 from disttrain.errors import DataError, StoppedError, UsageError
 from disttrain.shards.index import load_index
 from kit import REPOSITORY
+from kit.run_results import status
 from kit.shards import SEVEN, read_split
 
 
@@ -66,6 +67,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         disttrain.trian  # noqa: B018
 
 
+@pytest.mark.integration
 def test_the_examples_of_the_document_run(tmp_path: Path, digits_root: Path) -> None:
     text = (REPOSITORY / "docs" / "python.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -97,6 +99,7 @@ def test_a_run_that_fails_raises_what_it_failed_with(
         disttrain.train(config_file, "data.name=none", run_dir=tmp_path / "a", procs=1)
 
 
+@pytest.mark.integration
 def test_an_interrupt_stops_and_saves_the_run_and_it_goes_on(
     config_file: Path, tmp_path: Path, digits_root: Path
 ) -> None:
@@ -119,7 +122,7 @@ except disttrain.DisttrainError as error:
     done = python(code, tmp_path, DISTTRAIN_DATA=str(digits_root))
     assert done.returncode == 0, done.stderr
     assert f"{StoppedError.__name__} 75 stopped " in done.stdout
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
+    assert status(tmp_path / "run")["state"] == "stopped"
     assert (tmp_path / "run" / "checkpoints" / "latest" / "MANIFEST.json").exists()
 
 
@@ -164,6 +167,7 @@ def test_validation_is_in_order_and_a_remainder_may_be_dropped(seven_root: Path)
         disttrain.open_data("seven", batch_size=4, root=str(seven_root), world_size=5)
 
 
+@pytest.mark.integration
 def test_a_loop_of_ones_own_under_torchrun_sees_every_sample_once(tmp_path: Path, seven_root: Path) -> None:
     code = """
 import json, os

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from pathlib import Path
 
 import disttrain as package
 from kit import REPOSITORY
 from kit.commands import Run
+from kit.run_results import metrics
 
 GOES_ON = {
     "checkpoint.every_steps": "10",
@@ -68,5 +68,5 @@ def test_a_run_goes_on_with_what_a_message_says(disttrain: Run, tmp_path: Path) 
         assert "--force" in refused.stderr
     on = disttrain(*run, *changes, *forced, "train.epochs=3", "--force")
     assert on.returncode == 0, on.stderr
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(tmp_path / "run")
     assert [record["epoch"] for record in records if record["kind"] == "eval"] == [1, 2, 3]

@@ -95,6 +95,7 @@ def test_writing_to_the_images_does_not_reach_the_cache(cache: Path, digits: Ind
     assert_is_source(open_split(digits, "val", NONE, lambda text: None), digits, "val")
 
 
+@pytest.mark.integration
 def test_processes_that_open_at_once_decode_once(cache: Path, digits_root: Path, tmp_path: Path) -> None:
     program = """
 import sys, time
@@ -166,6 +167,7 @@ def test_who_waits_for_another_process_says_so(cache: Path, digits: Index) -> No
     assert ["waiting" in text for text in said] == [True, False]
 
 
+@pytest.mark.integration
 def test_a_process_that_is_killed_while_it_decodes_holds_nobody_up(
     cache: Path, digits: Index, digits_root: Path
 ) -> None:

@@ -258,6 +258,7 @@ def test_a_check_that_crashes_is_a_failure_after_what_it_found(program: str, fou
     assert second.remedy.startswith("see what it says: python -c ")
 
 
+@pytest.mark.integration
 def test_a_check_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
     program = f"""{FIRST}
 import subprocess, sys, time, pathlib
@@ -395,6 +396,7 @@ def test_a_library_that_crashes_is_a_line_and_the_rest_goes_on(
     assert found[0]["remedy"] == "see what it says: python -m disttrain.doctor.checks driver"
 
 
+@pytest.mark.integration
 def test_a_library_that_hangs_says_where(library: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     program = """
 import sys

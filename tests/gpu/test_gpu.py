@@ -18,6 +18,7 @@ from disttrain.monitor.readings import GpuReaders
 from disttrain.runs import checkpoint
 from disttrain.runs.records import READINGS
 from kit.commands import Run
+from kit.run_results import status
 
 pytestmark = pytest.mark.gpu
 
@@ -85,7 +86,7 @@ def test_a_batch_too_small_for_a_gpu_is_named(disttrain: Run, tmp_path: Path, co
     records = trained(
         disttrain("run", config_file, "--gpus", "1", *tiny, "--run-dir", "run"), tmp_path / "run"
     )
-    verdict = json.loads((tmp_path / "run/status.json").read_text())["verdict"]
+    verdict = status(tmp_path / "run")["verdict"]
     assert verdict["name"] == "launch-bound", verdict
     peak = json.loads((tmp_path / "run/env.json").read_text())["device_peak_flops_per_s"]
     shares = [record["mfu_pct"] for record in records if record["kind"] == "train"]

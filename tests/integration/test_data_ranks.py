@@ -1,13 +1,11 @@
 """One plan through real processes: any number of ranks and workers, from the cache or from the shards."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +13,7 @@ from disttrain.data.epoch_plan import Plan
 from disttrain.shards.index import load_index
 from kit.commands import Run
 from kit.marks import nightly
-from kit.run_results import ids_per_step
+from kit.run_results import ids_per_step, metrics
 
 SEVEN_YAML = """
 name: seven
@@ -41,10 +39,6 @@ def planned(
         for epoch in range(epochs)
         for step in range(steps)
     }
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from disttrain.runs.manifest import MANIFEST, latest_valid, list_steps
 from disttrain.runs.resume import resume_point
 from disttrain.runs.runfolder import RunFolder
 from kit import PROGRAMS
-from kit.commands import Run
+from kit.commands import Run, wait_for
 from kit.run_results import computed_records as records
-from kit.run_results import ids_per_step
+from kit.run_results import ids_per_step, status
 
 CONFIG = """
 name: small
@@ -64,11 +63,6 @@ def here(tmp_path: Path) -> Path:
     (tmp_path / "small.yaml").write_text(CONFIG)
     (tmp_path / "mine.py").write_text(MODEL)
     return tmp_path
-
-
-def status(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "status.json").read_text())
-    return content
 
 
 def small(disttrain: Run, run: str | Path, *more: str, stop_at: int = 0) -> subprocess.CompletedProcess[str]:
@@ -450,11 +444,7 @@ def test_a_second_run_leaves_the_first_alone(disttrain: Run, here: Path, digits_
         text=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
-        while not (here / "run/checkpoints/latest").exists():
-            assert time.monotonic() < deadline
-            assert first.poll() is None, first.communicate()[0]
-            time.sleep(0.05)
+        wait_for((here / "run/checkpoints/latest").exists, first)
         second = small(disttrain, "run", "train.epochs=1000")
         assert second.returncode == 73
         assert re.search(rf"run: process {first.pid} on \S+ is running here; choose another", second.stderr)

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from kit import PROGRAMS, REPOSITORY
-from kit.commands import Run
+from kit.commands import Run, background, succeeded
 from kit.run_results import computed_records as records
-from kit.run_results import ids_per_step
-from kit.runs import background, status, succeeded
+from kit.run_results import ids_per_step, status
 
 
 @pytest.fixture(scope="module")

@@ -17,22 +17,9 @@ import pytest
 from disttrain.config import load_config
 from disttrain.runs import manifest
 from kit import REPOSITORY
-from kit.commands import Run
+from kit.commands import Run, background, succeeded, wait_for
 from kit.run_results import computed_records as records
-from kit.run_results import ids_per_step
-from kit.runs import background, status, succeeded
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and process.poll() is None:
-        metrics = run_dir / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) * 5 >= step:
-            return
-        time.sleep(0.05)
-    process.kill()
-    raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
-
+from kit.run_results import ids_per_step, metrics, status
 
 # --- The main job ---------------------------------------------------------------------------------
 
@@ -175,7 +162,7 @@ def test_a_finished_run_goes_on_for_more_epochs_and_with_what_may_change(
     for change in ("train.epochs: 2 -> 4", "checkpoint.every_steps: None -> 10", "train.accumulate: 1 -> 2"):
         assert f"going on with {change}" in longer.stdout
     folder = tmp_path / "run"
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(folder)
     assert [record["epoch"] for record in records if record["kind"] == "eval"] == [1, 2, 3, 4]
     rates = [record["lr"] for record in records if record["kind"] == "train"]
     assert min(rates[:-1]) > 0  # half way through the longer cosine
@@ -269,13 +256,13 @@ def test_too_little_memory_is_named_with_its_remedy(
     result = disttrain("run", config_file, *memory, "--procs", "2", "--run-dir", "run")
     assert result.returncode == 70
     assert "Traceback" not in result.stderr
-    status = json.loads((tmp_path / "run/status.json").read_text())
+    state = status(tmp_path / "run")
     assert re.fullmatch(
         r"rank 1 on \S+ ran out of memory in step 8 while computing: can't allocate memory: you tried to "
         r"allocate 4503599627370496 bytes.*; raise train\.accumulate, so that fewer images go through the "
         r"network at once, or lower train\.batch_size \(this run goes on so with --force\)",
-        status["reason"],
-    ), status["reason"]
+        state["reason"],
+    ), state["reason"]
 
 
 def test_ranks_that_have_lost_one_another_write_no_number(
@@ -323,7 +310,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(
         tmp_path,
         digits_root,
     )
-    wait_for_step(tmp_path / "run", 5, first)
+    wait_for(lambda: metrics(tmp_path / "run"), first)
     second = disttrain("run", config_file, "--procs", "1", "--run-dir", "run", "train.epochs=60")
     assert second.returncode == 73
     assert re.search(rf"process {first.pid} on \S+ is running here", second.stderr)
@@ -338,7 +325,7 @@ def test_no_worker_survives_the_launcher(tmp_path: Path, config_file: Path, digi
         tmp_path,
         digits_root,
     )
-    wait_for_step(tmp_path / "run", 5, process)
+    wait_for(lambda: metrics(tmp_path / "run"), process)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 3, "accelerate and two workers"
     process.kill()

@@ -9,7 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kit.commands import wait_for
 from kit.marks import nightly
+from kit.run_results import status
 from kit.supervision import (
     HOST,
     STALL_S,
@@ -17,8 +19,6 @@ from kit.supervision import (
     descendants,
     ended,
     run,
-    status,
-    wait_for,
 )
 
 # --- A rank dies ----------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_a_rank_that_dies_is_named_and_ends_the_run(
     last = output.splitlines()[-1]
     assert last.startswith(f"disttrain: rank 1 on {HOST}"), "the verdict is last on screen"
     assert "rank 0" not in last
-    state = status(tmp_path)
+    state = status(tmp_path / "run")
     assert (state["state"], state["exit_code"], state["rank"], state["host"]) == ("failed", 70, 1, HOST)
     assert seconds < 30
 
@@ -59,7 +59,7 @@ def test_a_single_process_is_watched_too(how: str, code: int, start: Start, tmp_
     assert found == code, output
     assert f"rank 0 on {HOST}" in output.splitlines()[-1]
     assert "wait for" not in output
-    assert status(tmp_path)["exit_code"] == code
+    assert status(tmp_path / "run")["exit_code"] == code
 
 
 def test_the_words_of_a_rank_that_cannot_even_start(start: Start, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_rank_that_hangs_is_named_and_not_its_victims(
         assert "in never_ends" in output, "its stack is shown"
     else:
         assert "shows no stack" in output or "has not said a word" in output
-    state = status(tmp_path)
+    state = status(tmp_path / "run")
     assert (state["state"], state["exit_code"], state["rank"], state["host"]) == ("failed", 71, 1, HOST)
     assert STALL_S - 1 < seconds < STALL_S + 30
 
@@ -118,7 +118,7 @@ def test_a_hang_is_survived_with_max_restarts(start: Start, tmp_path: Path) -> N
     code, output, _ = ended(run(start, *arguments, how="loop"), tmp_path)
     assert code == 0, output
     assert "restart 1 of 1" in output
-    assert status(tmp_path)["restarts"] == 1
+    assert status(tmp_path / "run")["restarts"] == 1
 
 
 # --- A stop ---------------------------------------------------------------------------------------
@@ -133,14 +133,14 @@ def test_a_stop_at_any_time_of_the_start_loses_nothing(delay_s: float, start: St
     process.terminate()
     code, output, _ = ended(process, tmp_path)
     assert code == 75, output
-    state = status(tmp_path)
+    state = status(tmp_path / "run")
     assert (state["state"], state["exit_code"]) == ("stopped", 75)
     assert state["reason"] in output
     if delay_s == 0:
         assert "stopped before training began" in output
         code, output, _ = ended(run(start, "--procs", "2", epochs), tmp_path)
         assert code == 0, output
-        assert status(tmp_path)["samples_seen"] == 2 * 1438
+        assert status(tmp_path / "run")["samples_seen"] == 2 * 1438
 
 
 def test_ranks_of_torchrun_end_at_once_when_stopped_at_start(start: Start, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from kit.commands import wait_for
 from kit.marks import nightly
-from kit.supervision import HOST, STALL_S, Start, descendants, ended, run, status, wait_for
+from kit.run_results import status
+from kit.supervision import HOST, STALL_S, Start, descendants, ended, run
 
 
 def trains(tmp_path: Path) -> bool:
@@ -20,13 +22,6 @@ def trains(tmp_path: Path) -> bool:
 
 
 # --- Two nodes ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        number: int = server.getsockname()[1]
-    return number
 
 
 def node(start: Start, number: int, port: int, *arguments: str, **fault: Any) -> Any:
@@ -48,7 +43,7 @@ def both(processes: list[subprocess.Popen[str]], tmp_path: Path) -> tuple[list[i
 def test_two_nodes_train(start: Start, tmp_path: Path, port: int) -> None:
     codes, outputs = both(two_nodes(start, port, "train.epochs=2"), tmp_path)
     assert codes == [0, 0], outputs
-    state = status(tmp_path)
+    state = status(tmp_path / "run")
     assert (state["state"], state["world_size"], state["samples_seen"]) == ("finished", 2, 2 * 1438)
     assert (tmp_path / "run/logs/launch_00001.log").exists()
 
@@ -72,7 +67,7 @@ def test_both_nodes_name_the_rank_that_failed_on_the_second(
     for output in outputs:
         assert words in output.splitlines()[-1]
         assert {"raise": "in forward", "loop": "in never_ends"}.get(how, "") in output
-    state = status(tmp_path)
+    state = status(tmp_path / "run")
     assert (state["state"], state["exit_code"], state["rank"]) == ("failed", code, 1)
 
 
@@ -91,7 +86,7 @@ def test_a_node_that_is_lost_ends_the_run(start: Start, tmp_path: Path, port: in
     codes, outputs = both([first, second], tmp_path)
     assert codes == [70, -signal.SIGKILL], outputs
     assert outputs[0].splitlines()[-1] == f"disttrain: node 1 ({HOST}) is gone"
-    assert status(tmp_path)["reason"] == f"node 1 ({HOST}) is gone"
+    assert status(tmp_path / "run")["reason"] == f"node 1 ({HOST}) is gone"
 
 
 @pytest.mark.parametrize("rank", [1, *nightly(0)])
@@ -103,7 +98,7 @@ def test_a_stop_of_one_node_stops_and_saves_on_both(
     processes[rank].send_signal(signal.SIGUSR2)
     codes, outputs = both(processes, tmp_path)
     assert codes == [75, 75], outputs
-    assert status(tmp_path)["state"] == "stopped"
+    assert status(tmp_path / "run")["state"] == "stopped"
     assert (tmp_path / "run/checkpoints/latest/MANIFEST.json").exists()
 
 
@@ -139,7 +134,7 @@ def test_a_node_that_never_comes(start: Start, tmp_path: Path, port: int) -> Non
     code, output, _ = ended(node(start, 0, port), tmp_path)
     assert code == 71, output
     assert f"1 of 2 nodes joined; waited {STALL_S} s on 127.0.0.1:{port} for node 1" in output
-    assert status(tmp_path)["exit_code"] == 71
+    assert status(tmp_path / "run")["exit_code"] == 71
 
 
 def test_a_port_that_is_taken(start: Start, tmp_path: Path) -> None:

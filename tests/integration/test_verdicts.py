@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 
 from kit import nvml
 from kit.commands import Run
+from kit.run_results import status
 
 MODEL = """
 import os, time
@@ -56,7 +56,7 @@ def check(
 ) -> dict[str, Any]:
     """Checks the verdict on a run that has ended well, and returns it."""
     assert result.returncode == 0, result.stderr
-    verdict: dict[str, Any] = json.loads((run_dir / "status.json").read_text())["verdict"]
+    verdict: dict[str, Any] = status(run_dir)["verdict"]
     assert verdict["name"] == name, verdict
     for word in words:
         assert word in verdict["text"]

@@ -1,7 +1,40 @@
-"""Commands run as a user runs them."""
+"""Commands run as a user runs them, and waiting for what they do."""
 
+import os
 import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 """The fixture `disttrain`: runs the command with these arguments and returns the ended process."""
+
+
+def background(arguments: list[str], folder: Path, data_root: Path) -> subprocess.Popen[str]:
+    """Starts the command in a folder; the output and errors come through one pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "disttrain", *arguments],
+        cwd=folder,
+        env=os.environ | {"DISTTRAIN_DATA": str(data_root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> bool:
+    assert result.returncode == 0, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return True
+
+
+def wait_for(
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 120
+) -> None:
+    """Waits until a condition holds; a process must not end before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"exit {process.returncode}: {process.communicate()[0]}")
+        assert time.monotonic() < deadline, f"not after {seconds:g} s"
+        time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""What the tests read of a finished run."""
+"""What tests read of a run folder."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,18 @@ MEASURED = {  # differ from run to run
     "time", "images_per_s", "step_time_s", "data_wait_pct", "phases_ms", "ranks_ms", "device_flops_per_s",
     "mfu_pct", "gpus", "processes",
 }  # fmt: skip
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    """Returns status.json."""
+    content: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    return content
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the records of metrics.jsonl; none if there is no file yet."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def ids_per_step(run_dir: Path) -> dict[tuple[int, int], list[int]]:
@@ -22,5 +34,4 @@ def ids_per_step(run_dir: Path) -> dict[tuple[int, int], list[int]]:
 
 def computed_records(run_dir: Path) -> list[dict[str, Any]]:
     """Returns metrics.jsonl without what is measured rather than computed."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
+    return [{k: v for k, v in record.items() if k not in MEASURED} for record in metrics(run_dir)]

@@ -1,7 +1,6 @@
 """Runs whose ranks fail on demand."""
 
 import contextlib
-import json
 import socket
 import subprocess
 import time
@@ -102,16 +101,3 @@ def ended(process: subprocess.Popen[str], tmp_path: Path) -> tuple[int, str, flo
     assert not list((tmp_path / "tmp").glob("torchelastic_*")), "folders of torchrun are left"
     failed = tmp_path / "failed-at"
     return process.returncode, output, now - float(failed.read_text()) if failed.exists() else 0.0
-
-
-def status(tmp_path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((tmp_path / "run/status.json").read_text())
-    return content
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

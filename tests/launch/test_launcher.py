@@ -1,7 +1,6 @@
 """`launch`, with small stand-ins for the training processes."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,9 @@ from disttrain.errors import DataError
 from disttrain.launch import launcher
 from disttrain.launch.supervisor import Outcome
 from disttrain.runs.runfolder import RunFolder
+from kit.commands import wait_for
 from kit.plans import ONE
+from kit.run_results import status
 
 TWO = replace(ONE, processes=2, threads=1)
 HOST = socket.gethostname()
@@ -201,6 +202,7 @@ time.sleep(600)
     assert folder.status()["rank"] == 1
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("seconds", [0.5, 600])
 def test_a_checkpoint_that_rank_0_is_writing_gets_a_moment(launch, folder, seconds):
     begin = time.monotonic()
@@ -251,6 +253,7 @@ def test_a_run_that_makes_no_progress_is_not_restarted_for_ever(launch, folder):
     assert attempts(folder) == 5, "a person may try again"
 
 
+@pytest.mark.integration
 def test_a_run_that_gets_on_is_restarted_as_often_as_it_needs(launch, folder):
     program = """
 (folder.checkpoints / f"step_{attempt:08d}").mkdir(parents=True)
@@ -351,13 +354,6 @@ def launched(tmp_path):
         process.communicate()
 
 
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def gone(child):
     try:
         return child.status() == psutil.STATUS_ZOMBIE
@@ -365,17 +361,19 @@ def gone(child):
         return True
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_a_stop_is_handed_on_once_and_the_run_saves(launched, tmp_path, number):
     process, child = launched(_TRAINING.replace("{polite}", "True"))
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, output) == (75, "\n")
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["received"]) == ("stopped", ["stop"])
+    state = status(tmp_path / "run")
+    assert (state["state"], state["received"]) == ("stopped", ["stop"])
     assert gone(child)
 
 
+@pytest.mark.integration
 def test_a_second_signal_ends_the_run_at_once(launched, tmp_path):
     process, child = launched(_TRAINING.replace("{polite}", "False"))
     folder = RunFolder(tmp_path / "run")
@@ -390,6 +388,7 @@ def test_a_second_signal_ends_the_run_at_once(launched, tmp_path):
     assert gone(child)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_a_stop_before_training_has_begun_loses_nothing(launched, tmp_path, number):
     process, child = launched(

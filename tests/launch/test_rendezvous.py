@@ -21,13 +21,6 @@ from disttrain.runs.agreement import compare_peers, facts
 from disttrain.slurm_env import Node
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        number: int = server.getsockname()[1]
-    return number
-
-
 def gather(port, *known, nodes=None, timeout_s=60, interrupted=lambda: False, ranks=None):
     """Lets nodes meet, one for each of `known`; returns a channel or an error of each."""
     nodes = len(known) if nodes is None else nodes
@@ -103,6 +96,7 @@ def test_nodes_that_differ_are_refused_everywhere_with_both_values(port):
     assert [(type(error), str(error)) for error in errors] == [(UsageError, text)] * 2
 
 
+@pytest.mark.integration
 def test_a_node_that_does_not_come_is_named_where_it_was_waited_for(port):
     errors = gather(port, {}, {}, nodes=4, timeout_s=1)
     for error in errors:
@@ -116,6 +110,7 @@ def test_a_node_that_does_not_come_is_named_where_it_was_waited_for(port):
     assert f"node 1 waited 1 s for node 0 at 127.0.0.1:{port} (Connection refused)" in str(alone)
 
 
+@pytest.mark.integration
 def test_two_nodes_of_the_same_number(port):
     first, *others = gather(port, {}, {}, {}, nodes=3, timeout_s=3, ranks=[0, 1, 1])
     assert isinstance(first, HangError)
@@ -159,6 +154,7 @@ def test_what_keeps_one_node_from_beginning_ends_the_others_with_it(port, failin
     assert all(isinstance(error, DataError) for error in errors)
 
 
+@pytest.mark.integration
 def test_a_node_that_fails_alone_ends_by_itself(port):
     begin = time.monotonic()
     with pytest.raises(DataError), telling_nodes(Node(2, 1, "127.0.0.1", port)):

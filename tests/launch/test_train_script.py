@@ -84,6 +84,7 @@ def ended(code: int | None, minute: int = 5, **more: object) -> dict[str, object
     return {"state": "any", "exit_code": code, "updated_at": f"2026-11-21T00:{minute:02}:12.123456Z", **more}
 
 
+@pytest.mark.integration
 def test_what_it_runs(tmp_path):
     calls = []
     for title, arguments, variables in [
@@ -101,10 +102,11 @@ def test_what_it_runs(tmp_path):
         golden.write_text(text)
     assert text == golden.read_text(), (
         "slurm/train.sh runs something else than before; if it should, "
-        "ACCEPT=1 python -m pytest tests/launch/test_train_script.py, and look at the difference that it makes"
+        "ACCEPT=1 python -m pytest tests/launch/test_train_script.py, and look at the difference"
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("outcome", "expected", "requeued"),
     [
@@ -132,6 +134,7 @@ def test_the_run_decides_whether_its_job_goes_back_into_the_queue(tmp_path, outc
     assert ("scontrol requeue 4711" in calls) == requeued
 
 
+@pytest.mark.integration
 def test_stale_status_is_ignored_after_requeue(tmp_path):
     _, calls = run(tmp_path, "a.yaml", code=75, status=ended(75))
     assert "requeue" in calls
@@ -140,6 +143,7 @@ def test_stale_status_is_ignored_after_requeue(tmp_path):
     assert "requeue" not in calls
 
 
+@pytest.mark.integration
 def test_a_second_slice_that_ends_like_the_first_is_requeued_again(tmp_path):
     for minute in (5, 6):
         code, calls = run(tmp_path, "a.yaml", code=75, code_elsewhere=137, status=ended(75, minute))

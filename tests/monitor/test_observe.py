@@ -243,6 +243,7 @@ def test_on_cpus_every_rank_has_a_row(tmp_path: Path, sampler: type[Sampler]) ->
     assert sampler.asked == [[], [], [], []]
 
 
+@pytest.mark.integration
 def test_the_readings_of_all_nodes_share_a_file(tmp_path: Path) -> None:
     program = """
 import pathlib, sys

@@ -146,6 +146,7 @@ print(json.dumps([len(calls), messages, sampler.means()]))
     assert row["utilization_pct"] == 15
 
 
+@pytest.mark.integration
 def test_readings_keep_to_the_interval(library: Path) -> None:
     program = """
 import json, time
@@ -165,6 +166,7 @@ print(json.dumps(times))
     assert len(on_time) >= 0.7 * len(offsets)  # half of them if it slept 0.4 s after each reading
 
 
+@pytest.mark.integration
 def test_slow_answers_skip_deadlines_and_hold_up_nobody_who_asks_for_means(library: Path) -> None:
     program = (
         SAMPLE

@@ -342,6 +342,7 @@ class Terminal:
         os.close(self.leader)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_on_a_terminal_it_is_live_and_calm_and_ends_cleanly(run_dir: Path, end: signal.Signals) -> None:
     with contextlib.closing(Terminal("top", run_dir)) as terminal:

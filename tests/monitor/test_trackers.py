@@ -286,6 +286,7 @@ def test_tensorboard_has_what_the_records_have_once_also_after_going_back(
     assert list(prom.iterdir()) == []
 
 
+@pytest.mark.integration
 def test_prometheus_can_read_a_run_at_work(digits_root: Path, config_file: Path, tmp_path: Path) -> None:
     prom = tmp_path / "prom"
     prom.mkdir()

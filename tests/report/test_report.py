@@ -28,6 +28,7 @@ from disttrain.runs.manifest import MANIFEST, read_manifest, write_manifest
 from disttrain.shards.index import load_index
 from kit.commands import Run as Command
 from kit.run_files import CONFIG, stamp, write_run
+from kit.run_results import metrics
 
 SECTIONS = ("summary", "learning", "speed", "devices", "classes", "examples", "network", "data", "setup")
 
@@ -92,6 +93,7 @@ def test_the_report_of_a_real_run_says_what_the_run_knows(
     assert "cannot be" not in text.replace("cannot be used", "")
 
 
+@pytest.mark.integration
 def test_the_confusion_matrix_is_that_of_the_last_evaluation(trained: Path, digits: None) -> None:
     index = load_index("digits", None)
     inside = look_inside(trained, load_config(trained / "config.yaml"), index, budget_s=600)
@@ -130,6 +132,7 @@ def test_a_slow_network_is_shown_fewer_images_and_the_page_says_so(
     assert "of 256 of 359 validation images, chosen at random, as many as the time allowed, are right" in text
 
 
+@pytest.mark.integration
 def test_a_damaged_checkpoint_costs_the_sections_that_need_it_and_no_other(
     trained: Path, digits: None, tmp_path: Path
 ) -> None:
@@ -180,7 +183,7 @@ def test_a_run_that_has_only_just_begun(tmp_path: Path) -> None:
 
 def test_a_run_of_an_earlier_version_without_times(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(run)
     for line in lines:
         del line["time"]
         line["processes"] = [{"rank": 0, "cpu_pct": 50.0}]

@@ -16,6 +16,7 @@ from disttrain.shards.pack import Options
 from disttrain.shards.pack import pack as pack_samples
 from kit import toy
 from kit.run_files import CONFIG, stamp, write_run
+from kit.run_results import metrics
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
@@ -90,7 +91,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     text = "".join(f"{stamp(second)} INFO {what}\n" for second, what in events)
     (run / "logs/rank_00000.log").write_text(text)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(run)
     lines[14]["step_time_s"] = 12.0
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     model = build_model("cnn_mnist", num_classes=3, in_channels=3, image_size=(8, 8), args={})
@@ -139,6 +140,7 @@ def tooltips(page: Any) -> str:
     return text
 
 
+@pytest.mark.integration
 def test_every_section_and_chart_is_there_and_evil_names_are_text(report: Path, open_page: Open) -> None:
     page = open_page(report)
     for name in SECTIONS:
@@ -162,6 +164,7 @@ def test_every_section_and_chart_is_there_and_evil_names_are_text(report: Path, 
     assert "step 14 took 12 s, 12 times" in page.locator("#devices").evaluate("(all) => all.textContent")
 
 
+@pytest.mark.integration
 def test_hover_tells_the_values_and_dragging_zooms_all_charts_of_a_group(
     report: Path, open_page: Open
 ) -> None:
@@ -196,6 +199,7 @@ def luminance(color: str) -> float:
     return sum(map(float, color.removeprefix("rgb(").rstrip(")").split(","))) / 3 / 255
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280, 2200])
 def test_it_fits_the_screen_and_follows_the_colours(
@@ -216,6 +220,7 @@ def test_it_fits_the_screen_and_follows_the_colours(
         assert box["height"] >= 250
 
 
+@pytest.mark.integration
 def test_the_charts_turn_with_the_colours_and_for_the_printer(report: Path, open_page: Open) -> None:
     page = open_page(report, color_scheme="light")
     page.wait_for_function(f"{AXIS} === '{TEXT['light']}'")
@@ -244,6 +249,7 @@ def test_a_finger_scrolls_the_page_over_a_chart(report: Path, open_page: Open) -
     assert page.evaluate(script, middle) == "auto"
 
 
+@pytest.mark.integration
 def test_the_comparison_in_the_browser(tmp_path: Path, open_page: Open) -> None:
     names = ("a", EVIL[1].replace("/", "|"), "c <script>alert(3)<|script>")
     paths = [

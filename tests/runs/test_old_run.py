@@ -10,6 +10,7 @@ import pytest
 
 from kit import GOLDEN
 from kit.commands import Run
+from kit.run_results import metrics, status
 
 OLD = GOLDEN / "old_run"
 
@@ -38,6 +39,6 @@ def test_it_goes_on_where_it_was(disttrain: Run, old_run: Path) -> None:
     config = old_run / "config.yaml"
     done = disttrain("run", config, "train.epochs=3", "--procs", "1", "--run-dir", "run", "-q")
     assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in (old_run / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(old_run)
     assert [record["step"] for record in records if record["kind"] == "eval"] == [23, 46, 69]
-    assert json.loads((old_run / "status.json").read_text())["samples_seen"] == 3 * 1438
+    assert status(old_run)["samples_seen"] == 3 * 1438

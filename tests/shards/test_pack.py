@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 import tarfile
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +24,7 @@ from disttrain.shards.pack import pack as pack_samples
 from disttrain.shards.verify import verify
 from disttrain.shards.writer import Sample
 from kit import REPOSITORY
+from kit.commands import wait_for
 from kit.shards import read_split
 from kit.toy import CLASSES, Listed, encode, images, pack, samples, tree
 
@@ -264,6 +264,7 @@ except DataError as error:
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 7)], ids=["same", "different"])
 def test_two_processes_at_once(root, seeds):
     command = [sys.executable, "-c", PACK_ON_SIGNAL]
@@ -329,13 +330,10 @@ def command(folder, root, *options):
 
 
 def wait_for_records(scratch, count, process):
-    deadline = time.monotonic() + 120
-    while len(list(scratch.glob("*.json"))) < count:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: len(list(scratch.glob("*.json"))) >= count, process)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_writes_the_same_bytes(root, photos, processes):
     done = []
@@ -347,6 +345,7 @@ def test_any_number_of_processes_writes_the_same_bytes(root, photos, processes):
     assert [count for count, _ in done] == sorted(count for count, _ in done)
 
 
+@pytest.mark.integration
 def test_a_wrong_image_is_named_by_whatever_process_finds_it(root, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "copy")
     broken = tmp_path / "copy" / "train" / "emu" / "599.png"
@@ -360,6 +359,7 @@ def test_a_wrong_image_is_named_by_whatever_process_finds_it(root, photos, tmp_p
     assert sorted(path.name for path in root.iterdir()) == ["other", "photos"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("processes", [1, 2])
 def test_packing_goes_on_after_it_was_killed(root, many_photos, processes):
     arguments = command(many_photos, root, "--procs", str(processes))
@@ -380,6 +380,7 @@ def test_packing_goes_on_after_it_was_killed(root, many_photos, processes):
     assert sorted(path.name for path in root.iterdir()) == ["other", "photos"]
 
 
+@pytest.mark.integration
 def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(root, many_photos):
     arguments = command(many_photos, root, "--procs", "2")
     process = subprocess.Popen(
@@ -396,6 +397,7 @@ def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(root, many_photos)
     assert len(list((root / ".photos.partial").glob("*.json"))) >= 2
 
 
+@pytest.mark.integration
 def test_a_killed_packing_process_is_told(root, many_photos):
     arguments = command(many_photos, root, "--procs", "2")
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

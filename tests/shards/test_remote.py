@@ -21,7 +21,7 @@ from disttrain.errors import DataError, StorageError, UnsafeError, UsageError
 from disttrain.shards import remote
 from disttrain.shards.index import load_index
 from disttrain.shards.remote import check_url, fetch_shard, fetch_text
-from kit.commands import Run
+from kit.commands import Run, wait_for
 from kit.shards import read_split
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
@@ -303,9 +303,7 @@ from disttrain.shards.remote import fetch_shard
 fetch_shard("{server.url}/a.tar", size={len(CONTENT)}, sha256="{SHA256}")
 """
     with subprocess.Popen([sys.executable, "-c", program]) as process:
-        deadline = time.monotonic() + 60
-        while not list(cache.glob(".*.partial")) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: list(cache.glob(".*.partial")), process)
         process.kill()
     assert left_over(cache) != []
     server.trouble = lambda handler, content: False

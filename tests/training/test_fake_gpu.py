@@ -164,6 +164,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_a_step_neither_mixes_devices_nor_waits(
@@ -228,6 +229,7 @@ def test_the_second_task_that_sees_one_gpu_computes_on_that(monkeypatch: pytest.
     assert wrapped.settings["device_ids"] is None
 
 
+@pytest.mark.integration
 def test_a_single_process_names_its_gpu(tmp_path: Path) -> None:
     """Accelerate says `cuda` there, which is no place in torch's list of generators."""
     program = """

@@ -24,6 +24,7 @@ def counted(model: nn.Module, image: tuple[int, int, int]) -> float:
     return counter.get_total_flops() / 2
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", [*CATALOG, "torchvision:squeezenet1_1"])
 def test_what_torch_counts(name: str) -> None:
     image = IMAGES.get(name, (3, 32, 32))

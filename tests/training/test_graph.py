@@ -160,6 +160,7 @@ def trained(
     return state, records
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_replayed_steps_are_the_same_to_the_last_bit(
@@ -184,6 +185,7 @@ def weights_of(state: TrainState) -> list[Any]:
     return found if state.ema is None else [*found, state.ema.state_dict()]
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("case", ["batch norm", "adam, average, clipping", "augmented"])
 def test_a_run_with_a_graph_learns_as_one_without(case: str, index: Index) -> None:
@@ -203,6 +205,7 @@ def test_a_run_with_a_graph_learns_as_one_without(case: str, index: Index) -> No
         assert int(plain.ema.n_averaged) == int(replayed.ema.n_averaged) == 2 * (STEPS + 1)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("gpu")
 def test_no_rate_of_an_inner_optimizer_is_left_on_the_device(index: Index) -> None:
     state, _ = trained(index, CASES["muon and groups"])

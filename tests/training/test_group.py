@@ -60,6 +60,7 @@ wait_for_all("more")
 """
 
 
+@pytest.mark.integration
 def test_ranks_wait_longer_for_work_than_a_collective_would(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW_RANK)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -85,6 +86,7 @@ dist.barrier()
 """
 
 
+@pytest.mark.integration
 def test_ranks_do_not_wait_for_one_that_has_failed(tmp_path: Path) -> None:
     (tmp_path / "failing.py").write_text(FAILING_RANK)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
