@@ -9,6 +9,7 @@ from typing import Any
 import click
 import pytest
 
+import disttrain as package
 from disttrain.cli import main as disttrain
 from disttrain.config import load_config
 from kit import REPOSITORY
@@ -41,6 +42,42 @@ def test_config_reference_is_that_of_the_schema() -> None:
 def test_the_table_of_scaling_is_that_of_the_model() -> None:
     assert load("scaling_tables").table() in (REPOSITORY / "docs/scaling.md").read_text(), (
         "run python docs/scaling_tables.py and put what it prints into docs/scaling.md"
+    )
+
+
+def test_the_python_reference_has_every_public_name() -> None:
+    page = (REPOSITORY / "docs/api.md").read_text()
+    listed = set(re.findall(r"^\.\. auto\w+:: (\w+)(?:\(\))?$", page, re.MULTILINE))
+    assert set(package.__all__) - {"__version__"} <= listed
+
+
+def test_the_site_lists_every_command_with_its_options() -> None:
+    @click.group()
+    def tool() -> None:
+        """Not listed: a group alone does nothing."""
+
+    @tool.command()
+    @click.argument("place", metavar="PLACE")
+    @click.option("--when", metavar="now|later", default="now", help="Ends <name> with --force: `a|b*`.")
+    def stop(place: str, when: str) -> None:
+        """Stop *.log files."""
+
+    context = click.Context(tool, info_name="tool", show_default=True)
+    assert (
+        "".join(load("conf").reference(tool, context))
+        == r"""
+## tool stop
+
+```text
+tool stop [OPTIONS] PLACE
+```
+
+Stop \*.log files.
+
+| option | meaning |
+|---|---|
+| `--when now\|later` | Ends \<name> with `--force`: `a\|b*`.  [default: now] |
+"""
     )
 
 

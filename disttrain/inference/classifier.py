@@ -87,7 +87,7 @@ class Classifier(nn.Module):
 
     @property
     def evaluated_in(self) -> str:
-        """The precision inside `as_evaluated`: fp32, tf32, bf16 or fp16."""
+        """The precision inside `as_evaluated`, which is fp32, tf32, bf16 or fp16."""
         on_gpu = self.device.type == "cuda"
         return self.precision if on_gpu or self.precision == "bf16" else "fp32"
 

@@ -96,10 +96,15 @@ def snapshot(
     buffers: Mapping[str, Collection[str]] | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> Snapshot:
-    """Copies what a checkpoint holds, without waiting for the device; arguments as of `Snapshot`.
+    """Copies what a checkpoint holds, without waiting for the device.
 
-    The parts are nested dicts and lists of tensors and JSON values, such as a state_dict. No tensor may be
-    NaN, and only those of `buffers` may be infinite.
+    Args:
+        step: optimizer steps taken; names the checkpoint.
+        parts: name of each part -> nested dicts and lists of tensors and JSON values, such as a state_dict.
+            No tensor may be NaN, and only those of `buffers` may be infinite.
+        state: JSON values.
+        buffers: name of each part -> the names of its tensors that may be infinite.
+        files: name of each further file -> its content.
     """
     skeletons, views = _take_apart(parts)
     # Copies of their own, for training changes the originals; in the order of a file.
