@@ -32,8 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from disttrain.monitor.nvml import visible_gpus
 
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        if item.path.is_relative_to(REPOSITORY / "tests/integration") or STARTS_RUNS & set(fixtures):
+        whole_runs = item.path.is_relative_to(REPOSITORY / "tests/integration")
+        starts_runs = STARTS_RUNS & set(getattr(item, "fixturenames", ()))
+        if whole_runs or starts_runs or item.get_closest_marker("nightly"):
             item.add_marker(pytest.mark.integration)
     if not visible_gpus():
         for item in items:
