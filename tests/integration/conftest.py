@@ -1,4 +1,4 @@
-"""Programs that must leave no process behind."""
+"""Programs that must leave no process behind, and runs on damaged data."""
 
 import contextlib
 import os
@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
+from kit.commands import Run
+from kit.faults import CONFIG
 from kit.supervision import MODEL, Start, descendants
 
 
@@ -41,3 +43,17 @@ def start(tmp_path: Path, config_file: Path, digits_root: Path) -> Iterator[Star
     for process in started:
         process.communicate()
     assert not left, "processes are left behind"
+
+
+@pytest.fixture
+def train(disttrain: Run, tmp_path: Path) -> Run:
+    """Trains two epochs on tmp_path/set into the run folder that is named first."""
+
+    def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "faults.yaml").write_text(CONFIG)
+        return disttrain(
+            "run", "faults.yaml", *arguments, "--run-dir", name,
+            env={"DISTTRAIN_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    return run

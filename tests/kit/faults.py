@@ -5,7 +5,6 @@ import io
 import json
 import re
 import struct
-import subprocess
 import tarfile
 import time
 import zlib
@@ -26,7 +25,6 @@ from disttrain.shards.existing_tars import index_folder
 from disttrain.shards.index import Index, load_index
 from disttrain.shards.pack import Options
 from disttrain.shards.verify import find_bad_samples
-from kit.commands import Run
 
 Way = Literal["host", "none"]
 
@@ -241,20 +239,6 @@ monitor: {log_every_steps: 1}
 """
 
 
-@pytest.fixture
-def train(disttrain: Run, tmp_path: Path) -> Run:
-    """Trains two epochs on tmp_path/set into the run folder that is named first."""
-
-    def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "faults.yaml").write_text(CONFIG)
-        return disttrain(
-            "run", "faults.yaml", *arguments, "--run-dir", name,
-            env={"DISTTRAIN_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
-    return run
-
-
 def memory_kib(name: str) -> int:
     found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found
@@ -262,13 +246,13 @@ def memory_kib(name: str) -> int:
 
 
 def refused(call: Callable[[], object]) -> DisttrainError:
-    """Returns how a call is refused: with 77 or 65, in under a processor second and 64 MiB more memory."""
+    """Returns how a call is refused: with 77 or 65, in a few processor seconds and under 64 MiB."""
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     before = memory_kib("VmRSS")
     start_s = time.process_time()
     with pytest.raises((DataError, UnsafeError)) as caught:
         call()
-    assert time.process_time() - start_s < 1, caught.value
+    assert time.process_time() - start_s < 3, caught.value
     grown_mib = (memory_kib("VmHWM") - before) / 1024
     assert grown_mib < 64, f"{grown_mib:.0f} MiB: {caught.value}"
     return caught.value
