@@ -175,6 +175,21 @@ sys.exit(1)
     assert (folder.status()["rank"], outcome.detail) == (1, "last words")
 
 
+def test_the_cause_is_waited_for_when_its_victim_ends_first(launch, folder):
+    outcome = launch(
+        """
+from disttrain.heartbeat import tell_ends
+folder.write_error(0, RuntimeError("connection closed by peer"))
+heartbeat.leave(1)
+time.sleep(0.5)
+tell_ends(os.environ, {0: 1, 1: -9})
+sys.exit(1)
+""",
+        TWO,
+    )
+    assert outcome.message.startswith(f"rank 1 on {HOST} was killed by SIGKILL")
+
+
 @pytest.mark.parametrize("earlier", ["stopped", "finished"])
 def test_the_end_of_an_earlier_run_is_not_taken_for_the_end_of_this_one(launch, folder, earlier):
     folder.update_status(state=earlier, exit_code=75, reason=earlier, restarts=2)
