@@ -56,7 +56,7 @@ def test_an_interactive_shell_is_a_single_node():
 
 def test_several_tasks_on_a_node_are_refused():
     with pytest.raises(
-        UsageError, match=r"started 8 tasks on 2 nodes.*--ntasks-per-node=1.*disttrain\.worker"
+        UsageError, match=r"started 8 tasks on 2 nodes.*--ntasks-per-node=1.*disttrain\.worker.*--nodes 1"
     ):
         slurm_env.node(TASK | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"})
 

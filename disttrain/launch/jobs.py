@@ -17,7 +17,7 @@ from typing import Any
 
 from disttrain.errors import DisttrainError, TrainingError, error_of
 from disttrain.files import write_atomically
-from disttrain.launch.plan import LaunchPlan, command, environment
+from disttrain.launch.plan import LaunchPlan, child_environment, command
 from disttrain.launch.prepare import processes_here
 from disttrain.lifetime import end_with_parent
 from disttrain.runs.runfolder import RunFolder
@@ -50,7 +50,7 @@ def run_job(plan: LaunchPlan, module: str, request: Mapping[str, Any]) -> Values
         (folder / "request.json").write_text(json.dumps(request))
         done = subprocess.run(
             command(plan, [module, name]),
-            env=os.environ | environment(plan),
+            env=child_environment(plan, os.environ),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -23,7 +23,7 @@ import psutil
 from disttrain import slurm_env
 from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingError
 from disttrain.launch.liveness import Liveness
-from disttrain.launch.plan import LaunchPlan, command, environment
+from disttrain.launch.plan import LaunchPlan, child_environment, command
 from disttrain.launch.rendezvous import Channel, rendezvous
 from disttrain.launch.supervisor import Outcome, Supervisor
 from disttrain.lifetime import adopting_orphans, end_with_parent
@@ -122,7 +122,7 @@ def _attempt(
         path.parent.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(path.open("ab"))
         begin = log.tell()
-        variables = os.environ | environment(plan) | liveness.environment
+        variables = child_environment(plan, os.environ) | liveness.environment
         variables |= {LOCKED_BY_LAUNCHER: str(folder.path.resolve()), COMMAND: shlex.join(sys.orig_argv)}
         # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then asks for a stop.
         child = subprocess.Popen(

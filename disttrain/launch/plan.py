@@ -20,6 +20,14 @@ from disttrain import slurm_env
 from disttrain.errors import UsageError
 from disttrain.monitor.nvml import Gpu
 
+# These say which rank a process is: to torch, Accelerate, MPI or our own worker. A pod, an mpirun or an
+# interactive Slurm step around the launcher may have set them for a group that is not the launcher's.
+_RANK_VARIABLES = re.compile(
+    r"RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE|NODE)_(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+    r"|SLURM_(STEP_ID|STEPID|PROCID|LOCALID)|MPI_LOCAL\w+"
+    r"|(ACCELERATE|FSDP|PET|TORCHELASTIC|PMI|PMIX|OMPI|MV2)_\w+"
+)
+
 
 class Processes(NamedTuple):
     """The processes of a node; fields as in `LaunchPlan`."""
@@ -197,6 +205,12 @@ def environment(plan: LaunchPlan) -> dict[str, str]:
         # torchrun then binds a free port itself; a port that is picked beforehand may be taken in between.
         variables |= {"PET_STANDALONE": "1", "PET_LOCAL_ADDR": "127.0.0.1"}
     return variables
+
+
+def child_environment(plan: LaunchPlan, environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment of the command: `environ` without the variables of another group of ranks."""
+    inherited = {name: value for name, value in environ.items() if not _RANK_VARIABLES.fullmatch(name)}
+    return inherited | environment(plan)
 
 
 def shell_line(plan: LaunchPlan) -> str:

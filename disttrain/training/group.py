@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from disttrain.config import Config
@@ -93,14 +94,28 @@ def best_device() -> Literal["cuda", "cpu"]:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+_PLUGINS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+
+
+def check_plugins(environ: Mapping[str, str]) -> None:
+    """Raises UsageError if Accelerate is told to train in another way than with DDP."""
+    for name in (f"ACCELERATE_USE_{plugin}" for plugin in _PLUGINS):
+        if environ.get(name, "false").lower() in {"true", "1"}:
+            raise UsageError(
+                f"{name}={environ[name]}: disttrain trains with DDP only; unset it or, if a config file of "
+                "Accelerate sets it, use `accelerate launch --config_file` with a file from launch/"
+            )
+
+
 def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     """Joins the process group and sets what holds for all arithmetic of this process.
 
     Raises:
         BusyError: the port on which the ranks meet is taken.
         HangError: another rank has not come.
-        UsageError: the group is smaller than promised.
+        UsageError: the group is smaller than promised, or Accelerate is set to train without DDP.
     """
+    check_plugins(os.environ)
     import torch
     from accelerate import PartialState
 

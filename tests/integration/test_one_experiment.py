@@ -80,6 +80,42 @@ def test_two_ranks_train_as_one_does_through_every_door(
         assert our == their
 
 
+ANOTHER_GROUP = {  # as a pod, an mpirun and a shell inside a Slurm step leave it
+    "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "10.9.9.9", "MASTER_PORT": "29500",
+    "PMI_SIZE": "4", "PMI_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "PET_NNODES": "2",
+    "ACCELERATE_USE_FSDP": "true", "SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_STEP_NODELIST": "elsewhere",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_variables_of_another_group_do_not_reach_the_ranks(
+    disttrain: Run, tmp_path: Path, processes: str
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    options = ("--nodes", "1", "--procs", processes, "--run-dir", "run", "train.epochs=1")
+    assert succeeded(disttrain("run", "tiny.yaml", *options, env=ANOTHER_GROUP))
+    assert status(tmp_path / "run")["world_size"] == int(processes)
+    assert succeeded(disttrain("eval", "run", "--procs", processes, env=ANOTHER_GROUP))
+
+
+def test_accelerate_is_refused_when_it_is_set_to_train_without_ddp(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    done = subprocess.run(
+        [sys.executable, "-m", "disttrain.worker", "tiny.yaml", "--run-dir", "run"],
+        cwd=tmp_path,
+        env=os.environ | {"ACCELERATE_USE_FSDP": "true"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "ACCELERATE_USE_FSDP=true: disttrain trains with DDP only; unset it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_epoch_trains_on_every_sample_once(one_rank: Path) -> None:
     epochs: dict[int, list[int]] = {}
     for (epoch, _), ids in ids_per_step(one_rank).items():

@@ -197,6 +197,14 @@ def test_the_environment_of_a_plan(plan, variables):
     assert planning.environment(plan) == variables
 
 
+@pytest.mark.parametrize(
+    "name", ["RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "PMIX_RANK", "PET_NNODES", "SLURM_STEP_ID"]
+)
+def test_the_variables_of_another_group_are_dropped(name):
+    kept = {"HOME": "/home/me", "SLURM_JOB_ID": "5", "LOCAL_SCRATCH": "/fast", "NCCL_DEBUG": "INFO"}
+    assert planning.child_environment(ONE, kept | {name: "1"}) == kept | planning.environment(ONE)
+
+
 def test_the_shell_line_reads_back_as_command_and_environment():
     plan = replace(FOUR, overrides=("name=it's $HOME", "model.args.x=[1, 2]"), run_dir=Path("my runs/<now>"))
     words = shlex.split(planning.shell_line(plan))
