@@ -1,6 +1,6 @@
 """disttrain trains image classifiers on one GPU, many GPUs or many nodes from one YAML file.
 
-The names below are what other programs use; docs/python.md shows how. Importing this imports none of them.
+The names below are the public Python API, explained in docs/python.md. Each is imported on first use.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _HOMES = {
     "predict": "inference.prediction",
     "train": "launch.start",
 }
-"""Name -> its module. None is the name of a module too: that would take its place once it is imported."""
+"""Name -> its module. No name may also be a module's: importing that module would replace it."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Makes `python -m disttrain` the same as `disttrain`."""
+"""Runs the `disttrain` command as `python -m disttrain`."""
 
 from disttrain.cli import main
 

@@ -1,8 +1,8 @@
 """Random numbers as a pure function of a key and a counter.
 
-The order of an epoch and every random choice of augmentation come from here, so that they depend on the
-place of a sample in the run and on nothing else: not on the number of ranks, on what was drawn before, or
-on the version of a library's generator. The mixing function is SplitMix64 (Steele, Lea & Flood 2014).
+The order of an epoch and all random choices of augmentation are drawn here. They depend only on the position
+of a sample in the run, not on the number of ranks, on earlier draws or on the version of a library.
+The mixing function is SplitMix64 (Steele, Lea & Flood 2014).
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ def integers(key: int, count: int, below: int) -> npt.NDArray[np.int64]:
 
 
 def uniform(key: int, count: int) -> npt.NDArray[np.float64]:
-    """Returns numbers between 0 and 1, never one of them, for the counters 0..count-1: float64 [count]."""
+    """Returns numbers in the open interval (0, 1) for the counters 0..count-1: float64 [count]."""
     return ((bits(key, count) >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
 
 
 def symmetric_beta(key: int, alpha: float) -> float:
-    """Returns a number 0..1 of the distribution Beta(alpha, alpha).
+    """Returns a random number from the distribution Beta(alpha, alpha).
 
-    By Ulrich 1984 where alpha is more than 1/2, else by Joehnk 1964, who tries until two numbers fit.
+    Uses the method of Ulrich 1984 if alpha is above 1/2, else the rejection sampling of Joehnk 1964.
     """
     if alpha > 0.5:
         first, second = uniform(key, 2)
         spread = math.sqrt(1 - first ** (2 / (2 * alpha - 1)))
         return 0.5 + 0.5 * spread * math.cos(2 * math.pi * second)
     for attempt in itertools.count():
-        # As logarithms: for a small alpha the powers themselves are 0.
+        # In logarithms, because the powers underflow to 0 for a small alpha.
         first, second = np.log(uniform(derive(key, attempt), 2)) / alpha
         if np.logaddexp(first, second) <= 0:
             return 1 / (1 + math.exp(min(second - first, 700)))

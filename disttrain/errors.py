@@ -1,7 +1,7 @@
-"""The errors a user can cause or meet, each with its exit code.
+"""The errors that users see, each with its exit code.
 
-A `DisttrainError` is shown as one line without a traceback: it must say what happened, where, and what
-to do. Any other exception is a bug of ours (exit 1) and is shown with its traceback.
+A `DisttrainError` is shown as one line without a traceback, so it must say what happened, where, and what
+to do. Any other exception is a bug in disttrain: it is shown with its traceback, and the exit code is 1.
 """
 
 
@@ -18,7 +18,7 @@ class UsageError(DisttrainError):
 
 
 class DataError(DisttrainError):
-    """A data set is missing, damaged or not what its index says."""
+    """A data set is missing, damaged or does not match its index."""
 
     exit_code = 65
 
@@ -36,13 +36,13 @@ class TrainingError(DisttrainError):
 
 
 class HangError(DisttrainError):
-    """A rank makes no progress, or a rank or node did not come."""
+    """A rank makes no progress, or a rank or node did not join."""
 
     exit_code = 71
 
 
 class BusyError(DisttrainError):
-    """A port or run folder is taken, foreign or not writable."""
+    """A port is in use, or a run folder is in use, not a run or not writable."""
 
     exit_code = 73
 
@@ -60,19 +60,19 @@ class StoppedError(DisttrainError):
 
 
 class UnsafeError(DisttrainError):
-    """Something hostile was refused: a command, a pickle, a link, a path that leaves its folder, a bomb."""
+    """Unsafe input was refused: a command, pickle, link, decompression bomb or path outside its folder."""
 
     exit_code = 77
 
 
 def error_of(exit_code: int, message: str) -> DisttrainError:
-    """Returns the error that another process ended with."""
+    """Returns the error that stands for the exit code of another process."""
     kinds = {kind.exit_code: kind for kind in DisttrainError.__subclasses__()}
     return kinds.get(exit_code, DisttrainError)(message)
 
 
 def describe(error: BaseException) -> str:
-    """Returns the type of an error of somebody else's code, and what it says."""
+    """Returns the type and message of an exception, for errors raised by other people's code."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

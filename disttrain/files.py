@@ -1,6 +1,7 @@
-"""Files that are complete or absent, and made by one process at a time.
+"""Files that are either complete or absent, and written by one process at a time.
 
-On disks that fill up, and on NFS, where an operation may lag or be reported as failed although it was done.
+This holds on full disks, and on NFS, where an operation may lag or be reported as failed although it
+succeeded.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from pathlib import Path
 from disttrain.errors import StorageError, reason
 
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-"""Pauses before what failed in passing is tried again."""
+"""Pauses between attempts after a transient error, in seconds."""
 
 _BUFFER_BYTES = 2**20
-_PASSING = {
+_TRANSIENT = {
     errno.ESTALE,
     errno.EBUSY,
     errno.EIO,
-    errno.ENOENT,  # another client's change is not seen yet
+    errno.ENOENT,  # a change by another NFS client is not visible yet
     errno.EEXIST,
     errno.ENOTEMPTY,
     errno.EAGAIN,
@@ -34,15 +35,15 @@ _PASSING = {
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Replaces a file by a complete new one.
+    """Replaces the content of a file atomically.
 
     Args:
         path: the file.
-        content: the new one.
-        durable: whether to wait until it is on the disk.
+        content: its new content.
+        durable: whether to wait until it is on disk.
 
     Raises:
-        StorageError: it cannot be written; the old file is as it was and nothing else is left.
+        StorageError: it cannot be written; the old file is unchanged and no partial file is left.
     """
     partial = path.with_name(f".{path.name}.{threading.get_native_id()}.partial")
     data = content.encode() if isinstance(content, str) else content
@@ -59,9 +60,9 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) 
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Gives a hidden name under which to make a file or folder; then it takes the place of what was there.
+    """Yields a hidden name to write a file or folder to, then renames it to `path`, replacing what is there.
 
-    One process at a time, as `file_lock` sees to it. After an error nothing of it is left.
+    Only one process at a time may use it; `file_lock` ensures that. After an error, nothing is left.
 
     Raises:
         OSError: it cannot be renamed.
@@ -70,7 +71,7 @@ def appearing(path: Path) -> Iterator[Path]:
     _remove(partial)  # left by a process that was killed
     try:
         yield partial
-        if partial.is_dir():  # which cannot be renamed to what is not empty
+        if partial.is_dir():  # a folder cannot replace one that is not empty
             _remove(path)
         move(partial, path)
     finally:
@@ -85,16 +86,16 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def file_lock(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
-    """Lets one process at a time make a file or folder; the lock is a hidden file beside it.
+    """Lets only one process at a time write a file or folder; the lock is a hidden file beside it.
 
     Args:
-        path: what is made.
-        on_wait: called when another process has its turn.
+        path: the file or folder.
+        on_wait: called if another process holds the lock.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the parent folder is not writable.
     """
-    from filelock import FileLock, Timeout  # here, because a launcher takes no turn
+    from filelock import FileLock, Timeout  # imported here because the launcher never takes this lock
 
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.name}.lock")
@@ -108,26 +109,26 @@ def file_lock(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
         try:
             yield
         finally:
-            name.unlink(missing_ok=True)  # who has waited for this very file notices, and takes a new one
+            name.unlink(missing_ok=True)  # a waiting process notices and makes a new lock file
 
 
 def stamp(file: Path | int) -> list[int]:
-    """Returns what changes when a file does: its size in bytes and when it was written and changed, in ns."""
-    status = os.stat(file)  # noqa: PTH116  # of a descriptor too
+    """Returns numbers that change whenever a file does: its size in bytes, and its mtime and ctime in ns."""
+    status = os.stat(file)  # noqa: PTH116  # also accepts a descriptor
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def sha256(path: Path) -> str:
-    """Returns the hash of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_new(path: Path, *pieces: bytes | memoryview, durable: bool = True) -> None:
-    """Makes a file of these bytes and, if it is to be durable, sees to it that they are on the disk.
+    """Creates a file with these bytes; if `durable`, waits until they are on disk.
 
     Raises:
-        OSError: it exists already, or cannot be written.
+        OSError: the file exists already, or cannot be written.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -137,13 +138,13 @@ def write_new(path: Path, *pieces: bytes | memoryview, durable: bool = True) -> 
                 rest = rest[os.write(descriptor, rest) :]
         if durable:
             os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # who verifies reads the disk
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # a later check reads the disk itself
     finally:
         os.close(descriptor)
 
 
 def holds(path: Path, *pieces: bytes | memoryview) -> bool:
-    """Tells whether a file has just these bytes; what is read of it does not stay in the page cache.
+    """Returns whether a file has exactly these bytes, and leaves none of it in the page cache.
 
     Raises:
         OSError: it cannot be read.
@@ -154,7 +155,7 @@ def holds(path: Path, *pieces: bytes | memoryview) -> bool:
             rest = memoryview(piece)
             while rest:
                 count = file.readinto(memoryview(buffer)[: len(rest)])
-                # In this order: memoryviews compare one element after the other.
+                # A bytearray on the left: memoryviews would compare element by element.
                 if not count or buffer[:count] != rest[:count]:
                     return False
                 rest = rest[count:]
@@ -164,13 +165,13 @@ def holds(path: Path, *pieces: bytes | memoryview) -> bool:
 
 
 def move(source: Path, target: Path) -> None:
-    """Renames a file or folder; the name of the target must be free, or be that of a file for a file."""
-    # A rename that was sent twice fails the second time although the first was done.
+    """Renames a file or folder. The target must not exist, except that a file may replace a file."""
+    # NFS may send a rename twice: the second fails although the first succeeded.
     persist(lambda: source.replace(target), lambda: not os.path.lexists(source) and os.path.lexists(target))
 
 
 def link(path: Path, target: str) -> None:
-    """Makes `path` a symbolic link to `target`, in place of what link was there."""
+    """Makes `path` a symbolic link to `target`, replacing an existing link."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     persist(lambda: partial.symlink_to(target), lambda: partial.is_symlink())
@@ -178,11 +179,11 @@ def link(path: Path, target: str) -> None:
 
 
 def persist(action: Callable[[], object], done: Callable[[], bool] = lambda: False) -> None:
-    """Does something, and for some seconds again where it fails as things fail in passing on NFS.
+    """Runs an action, and retries it for some seconds after errors that are transient on NFS.
 
     Args:
         action: raises OSError when it fails.
-        done: tells after a failure whether it was done all the same.
+        done: called after a failure; returns whether the action succeeded nevertheless.
 
     Raises:
         OSError: the last failure.
@@ -194,13 +195,13 @@ def persist(action: Callable[[], object], done: Callable[[], bool] = lambda: Fal
         except OSError as error:
             if done():
                 return
-            if pause_s is None or error.errno not in _PASSING:
+            if pause_s is None or error.errno not in _TRANSIENT:
                 raise
         time.sleep(pause_s)
 
 
 def storage_error(path: Path, error: OSError, needed_bytes: int | None = None) -> StorageError:
-    """Returns the error to raise where a file or folder cannot be written: how much is needed and free."""
+    """Returns the error for a file or folder that cannot be written, with the bytes needed and free."""
     needed = "" if needed_bytes is None else f"{needed_bytes:,} bytes needed, "
     free = free_bytes(path)
     sizes = f" ({needed}{'unknown' if free is None else f'{free:,} bytes'} free)"
@@ -209,12 +210,12 @@ def storage_error(path: Path, error: OSError, needed_bytes: int | None = None) -
         errno.EDQUOT: "free some of your quota",
         errno.ENOSPC: "free some space",
         errno.EROFS: "make the file system writable",
-    }.get(error.errno or 0, "see to the file system")
+    }.get(error.errno or 0, "check the file system")
     return StorageError(f"{path}: cannot be written: {reason(error)}{sizes}; {advice}, then try again")
 
 
 def free_bytes(path: Path) -> int | None:
-    """Returns the space that is left where a path is or would be, or None if that is not known."""
+    """Returns the free bytes of the file system that a path is or would be on, or None if unknown."""
     for place in (path, *path.absolute().parents):
         try:
             return shutil.disk_usage(place).free
@@ -226,7 +227,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes sure that the names in a folder are on the disk."""
+    """Waits until the entries of a folder are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""The rank's side of supervision: how a rank shows the launcher of its node that it lives, and how it leaves.
+"""The rank's side of supervision: how a rank reports its progress and its exit to the launcher of its node.
 
-A rank connects to the socket that its launcher names in the environment and receives memory that both sides
-see; a beat is one store in it, without a system call. Under another launcher (torchrun, srun, `accelerate
-launch`) nobody looks, and a heartbeat leads nowhere. The other side is `launch/liveness.py`. No torch here.
+A rank connects to the socket that its launcher names in the environment, and receives shared memory. A beat
+is one store to it, without a system call. Under another launcher (torchrun, srun, `accelerate launch`) nobody
+reads the heartbeat. The launcher's side is `launch/liveness.py`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from collections.abc import Mapping
 from enum import IntEnum
 
 ADDRESS = "DISTTRAIN_SUPERVISOR"
-"""Environment variable by which a launcher names its socket, an abstract one: @name."""
+"""Environment variable in which a launcher names its abstract Unix socket: @name."""
 
 STACKS = signal.SIGRTMIN + 7
-"""The signal that asks a rank to write the stacks of its threads into its log."""
+"""The signal that asks a rank to write the stacks of its threads to its log."""
 
 STOP = b"stop"
-"""What the launcher sends when the run is to stop."""
+"""The message with which the launcher asks a rank to stop."""
 
 ROW_BYTES = 64
-"""Memory of a rank: int64 [8], of which the first is its progress and the second whether it saves. As long as
-a cache line, so that ranks do not slow each other down."""
+"""Shared memory of a rank: int64 [8]. The first is its progress, the second whether it is saving. One cache
+line long, to avoid false sharing between ranks."""
 
 
 class Phase(IntEnum):
-    """What a rank is at, in the order in which a step passes it."""
+    """What a rank is doing, in the order of a step."""
 
     START = 0
     DATA = 1
@@ -46,7 +46,7 @@ class Phase(IntEnum):
 
 
 def pack(phase: Phase, step: int, part: int = 0) -> int:
-    """Returns progress as one number; of two ranks the one with the lower number is behind."""
+    """Returns progress as one number; the rank with the lowest number is behind the others."""
     return step << 28 | phase << 24 | part
 
 
@@ -56,7 +56,7 @@ def unpack(progress: int) -> tuple[Phase, int, int]:
 
 
 def doing(progress: int) -> str:
-    """Returns what a rank is at, in words."""
+    """Returns what a rank is doing, in words."""
     phase, step, _ = unpack(max(progress, 0))
     return {
         Phase.START: "while starting",
@@ -73,11 +73,11 @@ def doing(progress: int) -> str:
 
 
 class Heartbeat:
-    """What a rank tells its launcher.
+    """A rank's progress, and its messages to the launcher.
 
     Args:
-        connection: to the launcher, or None if there is none.
-        row: the rank's memory, writable, of ROW_BYTES.
+        connection: to the launcher, or None without one.
+        row: the rank's shared memory, writable, of ROW_BYTES.
     """
 
     def __init__(self, connection: socket.socket | None = None, row: memoryview | None = None) -> None:
@@ -107,17 +107,17 @@ class Heartbeat:
         return cls(connection, memoryview(memory)[begin : begin + ROW_BYTES])
 
     def beat(self, phase: Phase, step: int, part: int = 0) -> None:
-        """Shows where this rank is. All ranks of a run make the same sequence of beats.
+        """Records the progress of this rank. All ranks of a run make the same sequence of beats.
 
         Args:
-            phase: what it begins.
-            step: counts from 1; 0 before the first.
-            part: of the phase, such as a batch; below 2^24.
+            phase: the phase that begins.
+            step: counts from 1; 0 before the first step.
+            part: number within the phase, such as a batch; below 2^24.
         """
         self._cells[0] = step << 28 | phase << 24 | part
 
     def saving(self, active: bool) -> None:
-        """Shows whether this rank is writing a checkpoint, which is worth a short wait when others fail."""
+        """Records whether this rank is writing a checkpoint; after a failure, the launcher waits for it."""
         self._cells[1] = active
 
     @property
@@ -126,17 +126,17 @@ class Heartbeat:
         return unpack(self._cells[0])
 
     def leave(self, exit_code: int) -> None:
-        """Says that this rank ends by itself; without that its end is taken for a death."""
+        """Announces the exit code of this rank; a rank that exits without it counts as died."""
         if self.connection is not None:
             with contextlib.suppress(OSError):  # the launcher has gone
                 self.connection.send(json.dumps({"exit_code": exit_code}).encode())
 
 
 def tell_ends(environ: Mapping[str, str], codes: Mapping[int, int]) -> None:
-    """Tells the launcher, if there is one, how ranks have ended that this process had started.
+    """Reports the exit codes of ranks that this process started to the launcher, if there is one.
 
     Args:
-        environ: names the launcher.
+        environ: names the launcher's socket.
         codes: exit codes by rank, negative for a signal.
     """
     with contextlib.suppress(ConnectionError):
@@ -144,15 +144,15 @@ def tell_ends(environ: Mapping[str, str], codes: Mapping[int, int]) -> None:
             connection.close()
 
 
-def _call(environ: Mapping[str, str], word: Mapping[str, object]) -> socket.socket | None:
-    """Returns a connection to the launcher, on which a word was said; None if the environment names none."""
+def _call(environ: Mapping[str, str], message: Mapping[str, object]) -> socket.socket | None:
+    """Returns a connection to the launcher, with a message sent, or None if the environment names none."""
     name = environ.get(ADDRESS)
     if name is None:
         return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.connect("\0" + name.removeprefix("@"))
-        connection.send(json.dumps(word).encode())
+        connection.send(json.dumps(message).encode())
     except OSError:
         connection.close()
         raise

@@ -1,4 +1,4 @@
-"""How this process keeps its memory between the steps of training."""
+"""How malloc reuses memory between training steps."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Has malloc keep memory that is freed, for the next step to use.
+    """Makes malloc keep freed memory for the next step.
 
-    By default glibc gives large blocks, and the free end of its heap, back to the system: the activations of
-    every step are then new pages, zeroed one by one. The process stays as large as it once was. Does nothing
-    with a C library that has no `mallopt`.
+    By default glibc returns large blocks and the top of its heap to the system. Every step then gets new
+    pages for its activations, which the kernel has to zero. With this, the process never shrinks. Does
+    nothing if the C library has no `mallopt`.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -1,4 +1,4 @@
-"""How long a process lives: it ends with the one that started it, and leaves no orphan. Linux only."""
+"""Processes that end with their parent and leave no orphans. Linux only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _LIBC = ctypes.CDLL(None)
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Lets the kernel kill this process when its parent ends.
+    """Asks the kernel to kill this process when its parent ends.
 
     Args:
-        parent: the process that started this one; if it has ended already, so does this one.
+        parent: pid of the process that started this one; if it has ended already, this one exits at once.
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
@@ -25,7 +25,7 @@ def end_with_parent(parent: int | None = None) -> None:
 
 @contextlib.contextmanager
 def adopting_orphans() -> Iterator[None]:
-    """Makes this process the parent of orphaned descendants, so that it can end them and leaves no zombie."""
+    """Makes this process the parent of orphaned descendants, so that it can end and reap them."""
     before = ctypes.c_int()
     _LIBC.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)

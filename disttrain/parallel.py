@@ -1,4 +1,4 @@
-"""Work spread over threads, if it leaves Python, or over processes, with its results in order."""
+"""Parallel work in threads (for calls that release the GIL) or processes, with results in order."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _R = TypeVar("_R")
 
 
 def usable_cores() -> int:
-    """Returns the cores that this process may use; of those of a Slurm job, its task's."""
+    """Returns the CPU cores that this process may use; in a Slurm job, at most those of its task."""
     cores = len(os.sched_getaffinity(0))
     return min(cores, slurm_env.task_cores(os.environ) or cores)
 
 
 def cores_of_a_rank() -> int:
-    """Returns the cores for this rank alone: its share of those of the processes started with it."""
-    together = 1 if slurm_env.task_is_rank(os.environ) else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, usable_cores() // together)
+    """Returns the CPU cores for this rank: an equal share of those that the ranks of its node share."""
+    sharers = 1 if slurm_env.task_is_rank(os.environ) else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, usable_cores() // sharers)
 
 
 def ordered_map(
@@ -45,11 +45,11 @@ def ordered_map(
     """Yields `function(item)` in the order of the items, computed ahead by threads.
 
     Args:
-        function: work that leaves Python, such as reading or decoding images.
-        items: taken in the caller's thread.
-        threads: 0 computes in the caller's thread, when a result is asked for.
-        ahead: chunks of results that may be ready or under way; None means two per thread.
-        chunk: items of a task. One that takes some microseconds is not worth a task of its own.
+        function: work that releases the GIL, such as reading or decoding images.
+        items: iterated in the caller's thread.
+        threads: 0 computes each result in the caller's thread, when it is requested.
+        ahead: chunks of results that may be finished or in progress; None means two per thread.
+        chunk: items per task; more than one if an item takes only microseconds.
     """
     if chunk > 1:
         done = ordered_map(lambda part: list(map(function, part)), chunked(items, chunk), threads, ahead)
@@ -74,13 +74,13 @@ def ordered_map(
 
 
 def chunked(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    """Yields the items in lists of this size; the last one may be shorter."""
+    """Yields the items in lists of this size; the last list may be shorter."""
     source = iter(items)
     return iter(lambda: list(itertools.islice(source, size)), [])
 
 
 class KilledError(Exception):
-    """A process that worked for this one was killed."""
+    """A worker process was killed."""
 
 
 def in_processes(
@@ -89,21 +89,21 @@ def in_processes(
     processes: int,
     watch: Callable[[], object] = lambda: None,
 ) -> list[_R]:
-    """Returns `function(item)` of all items, in their order, computed by processes that are started for it.
+    """Returns `function(item)` for all items, in their order, computed by new worker processes.
 
-    Each process has a pipe of its own, and they share no queue and no lock: one that is killed leaves nothing
-    that another waits for. (A ProcessPoolExecutor may wait for ever if one of its processes is killed while
-    another is being started.) They end with this one, also where it is killed, and it alone hears Ctrl-C.
+    Each process has its own pipe, without a shared queue or lock, so nothing waits for a process that was
+    killed. (A ProcessPoolExecutor may wait for ever if one of its processes is killed while another starts.)
+    The processes end with this one, even if it is killed, and ignore Ctrl-C. None is left after an error.
 
     Args:
-        function: is pickled, as its items and results are.
-        items: each process is given the next one when it has done one.
-        processes: at most as many as there are items are started.
+        function: is pickled, like its items and results.
+        items: a process gets the next item when it has finished one.
+        processes: how many to start, limited to the number of items.
         watch: called a few times a second while they work, and after the last result.
 
     Raises:
         KilledError: a process was killed.
-        Exception: `function` raised it, the traceback is a note of it. No process is left after either.
+        Exception: raised by `function`; its traceback is added as a note.
     """
     context = multiprocessing.get_context("spawn")
     waiting = deque(enumerate(items))
@@ -137,7 +137,7 @@ def in_processes(
 
 @contextlib.contextmanager
 def _unless_killed() -> Iterator[None]:
-    """Around what is said to a process or heard from it."""
+    """Raises KilledError if the other end of a pipe is gone."""
     try:
         yield
     except (EOFError, ConnectionError):
@@ -145,7 +145,7 @@ def _unless_killed() -> Iterator[None]:
 
 
 def _serve(parent: Connection, pid: int, function: Callable[[_T], object]) -> None:
-    """Computes what the parent sends, until it ends."""
+    """Computes the items that the parent sends, until it closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(pid)
     with contextlib.suppress(EOFError, ConnectionError):

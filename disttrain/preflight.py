@@ -1,7 +1,7 @@
-"""What must hold before anything starts: config, data, device and run folder against one another.
+"""Checks before a run starts that config, data, device and run folder fit together.
 
-The launcher asks before it launches, so that a mistake costs no process; every worker asks again, because
-it can be started by other launchers. Nothing here imports torch.
+The launcher checks before it starts any process. Every worker checks again, because other launchers can start
+it too. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from disttrain.runs.manifest import size, step_of
 from disttrain.shards.index import Index, data_root, load_index, server_root
 
 _SHARED_BYTES = 2 * 9_637_888
-"""What NCCL takes of /dev/shm for each process of a node: a segment in each of at least two rings, of the
-size in its messages (github.com/NVIDIA/nccl/issues/342: four GPUs do not fit into the 64 MiB of Docker)."""
+"""Shared memory that NCCL uses per process of a node, in /dev/shm: one segment in each of at least two rings.
+The size is from its messages (github.com/NVIDIA/nccl/issues/342: Docker's 64 MiB fail with four GPUs)."""
 
 _LEAST_BYTES = 2**24
-"""Free space below which no run begins: records, logs and a checkpoint of the smallest network."""
+"""Least free space to start a run: enough for records, logs and a checkpoint of the smallest network."""
 
 
 def check_machine(
@@ -33,7 +33,11 @@ def check_machine(
     world_size: int,
     say: Callable[[str], None],
 ) -> Index:
-    """Checks an experiment against the processes that are to train it, and returns its index."""
+    """Checks that the processes can train an experiment, and returns the index of its data set.
+
+    Raises:
+        DisttrainError: device, shared memory, batch size or data set do not fit.
+    """
     check_device(config, device)
     check_shared_memory(device, local_processes)
     split_batch(config, world_size)
@@ -41,10 +45,10 @@ def check_machine(
 
 
 def split_batch(config: Config, world_size: int) -> int:
-    """Returns the samples of one forward pass of one process.
+    """Returns the samples of a micro-batch: one forward pass of one process.
 
     Raises:
-        UsageError: the global batch cannot be divided evenly.
+        UsageError: the global batch is not divisible.
     """
     batch, accumulate = config.train.batch_size, config.train.accumulate
     parts = world_size * accumulate
@@ -63,7 +67,7 @@ def split_batch(config: Config, world_size: int) -> int:
 
 
 def check_device(config: Config, device: Literal["cuda", "cpu"]) -> None:
-    """Raises UsageError for an arithmetic that the device does not have."""
+    """Raises UsageError if the device does not support `train.precision`."""
     if device == "cpu" and config.train.precision in {"fp16", "tf32"}:
         raise UsageError(
             f"train.precision = {config.train.precision} needs a GPU; use bf16, fp32 or auto on the CPU"
@@ -71,10 +75,10 @@ def check_device(config: Config, device: Literal["cuda", "cpu"]) -> None:
 
 
 def check_trackers(config: Config) -> None:
-    """Raises UsageError for a tracker that is not installed or a folder that cannot be written."""
+    """Raises UsageError if a tracker is not installed or `monitor.prometheus_dir` is not writable."""
     for name in config.monitor.trackers:
         found = importlib.util.find_spec(name)
-        if found is None or not found.has_location:  # a folder ./wandb is no package
+        if found is None or not found.has_location:  # a folder ./wandb is not the package
             raise UsageError(
                 f'monitor.trackers: {name} is not installed; pip install "disttrain[{name}]", or leave it out'
             )
@@ -87,15 +91,15 @@ def check_trackers(config: Config) -> None:
 
 
 def open_index(config: Config, say: Callable[[str], None]) -> Index:
-    """Returns the index of the configured data set; packs the embedded digits on first use.
+    """Returns the index of the configured data set; packs the built-in digits on first use.
 
     Raises:
         DataError: the data set is missing or damaged.
-        UsageError: it does not fit the config.
+        UsageError: the data set does not match the config.
     """
     name, root = config.data.name, config.data.root
     if name == "digits" and server_root(root) is None and not (data_root(root) / name).exists():
-        from disttrain.shards.datasets import prepare  # and with it numpy, which a launcher does not need
+        from disttrain.shards.datasets import prepare  # imports numpy, which a launcher rarely needs
         from disttrain.shards.pack import Options
 
         prepare(name, None, root, Options(say=say))
@@ -118,7 +122,7 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
 
 
 def check_weights(config: Config) -> None:
-    """Raises UsageError for weights to begin with that are not there."""
+    """Raises UsageError if the file of `model.weights` does not exist."""
     if config.model.weights is not None and not Path(config.model.weights).is_file():
         raise UsageError(f"model.weights: there is no file {config.model.weights}")
 
@@ -126,7 +130,7 @@ def check_weights(config: Config) -> None:
 def check_shared_memory(
     device: Literal["cuda", "cpu"], local_processes: int, folder: Path = Path("/dev/shm")
 ) -> None:
-    """Raises StorageError where NCCL finds too little shared memory for the GPUs of one node."""
+    """Raises StorageError if NCCL needs more shared memory for the GPUs of this node than is free."""
     if device == "cpu" or local_processes == 1 or os.environ.get("NCCL_SHM_DISABLE") == "1":
         return
     needed, free = local_processes * _SHARED_BYTES, free_bytes(folder)
@@ -138,11 +142,14 @@ def check_shared_memory(
 
 
 def check_space(folder: Path, needed_bytes: int, keep: int) -> str | None:
-    """Checks that at least one more checkpoint of so many bytes fits, or raises StorageError.
+    """Checks that at least one more checkpoint of this size fits on the disk.
 
     Returns:
-        What to tell the user if there is space for one but not for all that will be there at once: those
-        kept, the best one, and one more while it is written; else None.
+        A warning if one fits, but not all that exist at the same time: those kept, the best one, and one
+        being written. Otherwise None.
+
+    Raises:
+        StorageError: not even one fits.
     """
     free = _free(folder, needed_bytes, "a checkpoint does not fit")
     missing = keep + 2 - sum(step_of(path) >= 0 for path in folder.glob("step_*"))
@@ -155,13 +162,13 @@ def check_space(folder: Path, needed_bytes: int, keep: int) -> str | None:
 
 
 def check_room(folder: Path, checkpoint: Path | None) -> None:
-    """Raises StorageError, before the size of a checkpoint is known, where the disk is as good as full."""
+    """Raises StorageError if the disk is almost full; used before the size of a checkpoint is known."""
     needed = _LEAST_BYTES + (0 if checkpoint is None else size(checkpoint))
     _free(folder, needed, "the disk is full")
 
 
 def _free(folder: Path, needed_bytes: int, problem: str) -> int | None:
-    """Returns the bytes that are free, None if that is not known; StorageError if they are too few."""
+    """Returns the free bytes, or None if unknown; raises StorageError if there are too few."""
     free = free_bytes(folder)
     if free is not None and free < needed_bytes:
         raise StorageError(

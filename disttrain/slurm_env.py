@@ -1,4 +1,4 @@
-"""What Slurm's environment says about nodes and tasks: the one place that reads SLURM_* variables."""
+"""Nodes and tasks of a Slurm job: the only module that reads SLURM_* variables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from disttrain.errors import UsageError
 
 
 class Node(NamedTuple):
-    """The place of this process among the nodes of a job step."""
+    """The rank of this node, and the address of node 0."""
 
     nodes: int
     node_rank: int
@@ -23,10 +23,10 @@ class Allocation(NamedTuple):
     """The job that this process belongs to.
 
     Attributes:
-        job: its number.
-        step: number of the job step, or None in the batch script and in a shell of salloc.
-        nodes: of the job.
-        cpus_per_task: that were asked for, or None.
+        job: the job id.
+        step: the step id, or None in the batch script and in a shell of salloc.
+        nodes: number of nodes of the job.
+        cpus_per_task: as requested, or None.
     """
 
     job: str
@@ -36,7 +36,7 @@ class Allocation(NamedTuple):
 
 
 def allocation(environ: Mapping[str, str]) -> Allocation | None:
-    """Returns the job that this process belongs to, or None outside of one."""
+    """Returns the job that this process belongs to, or None outside a job."""
     job = environ.get("SLURM_JOB_ID")
     if job is None:
         return None
@@ -46,7 +46,7 @@ def allocation(environ: Mapping[str, str]) -> Allocation | None:
 
 
 def node(environ: Mapping[str, str]) -> Node | None:
-    """Returns this node's place in a job step of one task per node, or None outside of one.
+    """Returns this node's rank in a job step with one task per node, or None outside a step.
 
     Raises:
         UsageError: the step has several tasks per node.
@@ -68,8 +68,8 @@ def node(environ: Mapping[str, str]) -> Node | None:
 def task_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables that torch reads, for a worker that srun started as one of several tasks.
 
-    Empty when torch's variables are already there or this is no task of several. LOCAL_RANK counts the tasks
-    of the node also where each sees a GPU of its own: it is taken modulo the GPUs that a task sees.
+    Empty if torch's variables are already set or the step has one task. LOCAL_RANK counts the tasks of the
+    node even if each task sees only its own GPU: the device is LOCAL_RANK modulo the visible GPUs.
     """
     if "RANK" in environ or "SLURM_STEP_ID" not in environ or _tasks(environ) < 2:
         return {}
@@ -86,46 +86,46 @@ def task_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def task_is_rank(environ: Mapping[str, str]) -> bool:
-    """Tells whether srun itself started this rank, with cores of its own, and no launcher in between."""
+    """Returns whether srun started this rank directly, as a task with its own cores."""
     return "SLURM_STEP_ID" in environ and _tasks(environ) == int(environ.get("WORLD_SIZE", "1")) > 1
 
 
 def task_cores(environ: Mapping[str, str]) -> int | None:
-    """Returns the CPU cores that Slurm counts for this task, or None if it does not say.
+    """Returns the CPU cores that Slurm allocated to this task, or None if unknown.
 
-    Not every cluster confines a task to them.
+    Not every cluster binds a task to them.
     """
     cores = environ.get("SLURM_CPUS_PER_TASK")
     return int(cores) if cores else None
 
 
 def job_folders(environ: Mapping[str, str]) -> list[Path]:
-    """Returns the folders that a job may have been given on its node, the better one first; none outside."""
+    """Returns the node-local folders that a job may have, the preferred one first; empty outside a job."""
     if "SLURM_JOB_ID" not in environ:
         return []
     return [Path(environ[name]) for name in ("SLURM_TMPDIR", "TMPDIR") if environ.get(name)]
 
 
 def _tasks(environ: Mapping[str, str]) -> int:
-    """Returns the tasks of this step; SLURM_NTASKS is the job's under srun --preserve-env and in salloc."""
+    """Returns the tasks of this step. SLURM_NTASKS may be that of the job (srun --preserve-env, salloc)."""
     return int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")))
 
 
 def _first_host(environ: Mapping[str, str]) -> str:
-    """Returns the first host of a list such as gpu[03-05,9],login1 as `scontrol show hostnames` would."""
+    """Returns the first host of a list such as gpu[03-05,9],login1, like `scontrol show hostnames`."""
     hosts = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "localhost"))
     first_of_each = re.sub(r"\[(\w+)[^\]]*\]", r"\1", hosts)
     return first_of_each.partition(",")[0]
 
 
 def _port(environ: Mapping[str, str]) -> int:
-    """Derives a port from job and step, so that jobs that share a node do not collide."""
+    """Returns a port derived from job and step, so that jobs on the same node do not collide."""
     step = environ["SLURM_STEP_ID"]
     return 20000 + (int(environ["SLURM_JOB_ID"]) * 8 + int(step)) % 12000
 
 
 def _tasks_on_node(counts: str, node_rank: int) -> int:
-    """Reads Slurm's run-length form: "4(x2),3" is 4, 4, 3 tasks."""
+    """Returns the tasks of a node from Slurm's run-length form: "4(x2),3" means 4, 4, 3 tasks."""
     sizes: list[int] = []
     for part in counts.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)

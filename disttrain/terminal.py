@@ -1,4 +1,4 @@
-"""What is written to a terminal or in place of one: whether it can move, and that it never raises."""
+"""Output to a terminal or a file: whether it can be animated, and a stream that never raises."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import os
 from collections.abc import Callable
 from typing import Any, TextIO
 
-_ASCII = str.maketrans("━╾─▁▂▃▄▅▆▇█°…", "#--_..-=+*# ~")  # for terminals that have nothing else
+_ASCII = str.maketrans("━╾─▁▂▃▄▅▆▇█°…", "#--_..-=+*# ~")  # for streams without UTF
 
 
 def is_animated(stream: TextIO | Output) -> bool:
-    """Tells whether what is written can be replaced in place, as a dashboard or a progress bar does.
+    """Returns whether a stream can show a dashboard or a progress bar, redrawn in place.
 
-    Not on a terminal that knows no movements of the cursor, nor in a cell of a Jupyter notebook: it gives the
-    commands in it a terminal, and then shows each frame after the one before.
+    False on a terminal that cannot move the cursor, and in a Jupyter notebook: its cells look like a
+    terminal, but show all frames one below the other.
     """
     terminal = os.environ.get("TERM", "dumb")
     return stream.isatty() and terminal not in ("dumb", "unknown") and "JPY_PARENT_PID" not in os.environ
 
 
 def printable(text: str) -> str:
-    """Returns a text in which nothing moves the cursor."""
+    """Returns a text with `?` for each character that is not printable, so that nothing moves the cursor."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 class Output:
-    """A stream that never raises: once it fails, what is written to it is dropped."""
+    """A stream that never raises: after a failure, it drops all output."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream: TextIO | None = stream
@@ -34,22 +34,22 @@ class Output:
         self._glyphs = {} if self.encoding.lower().startswith("utf") else _ASCII
 
     def write(self, text: str) -> int:
-        """Writes what the stream can show of a text."""
+        """Writes a text; characters that the stream cannot encode are replaced."""
         shown = text.translate(self._glyphs).encode(self.encoding, "replace").decode(self.encoding)
         self._try(lambda stream: stream.write(shown))
         return len(text)
 
     def write_line(self, text: str) -> None:
-        """Writes a line in which nothing moves the cursor, at once."""
+        """Writes a line of printable characters, and flushes it."""
         self.write(printable(text) + "\n")
         self.flush()
 
     def flush(self) -> None:
-        """Hands on what was written."""
+        """Flushes the stream."""
         self._try(lambda stream: stream.flush())
 
     def isatty(self) -> bool:
-        """Tells whether the stream is a terminal."""
+        """Returns whether the stream is a terminal."""
         return bool(self._try(lambda stream: stream.isatty()))
 
     def _try(self, use: Callable[[TextIO], Any]) -> Any:
@@ -61,7 +61,7 @@ class Output:
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             self._stream = None
             if isinstance(error, BrokenPipeError):
-                # Python flushes standard output at exit; what is left in it would become exit code 120.
+                # Python flushes standard output at exit; if that failed, the exit code would be 120.
                 with contextlib.suppress(OSError, ValueError):
                     nowhere = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(nowhere, stream.fileno())

@@ -1,4 +1,4 @@
-"""Quantities as people read them: the one place that turns numbers into text. What is not known is n/a."""
+"""Numbers as text for people: the only module that formats quantities. An unknown value is n/a."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def number(value: object, form: str, unit: str = "", scale: float = 1) -> str:
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """Returns a share of 0..1: `98.05 %`."""
+    """Returns a fraction (0..1) in percent: `98.05 %`."""
     return number(share, f".{digits}f", " %", 100)
 
 
 def accuracy_text(share: float | None, correct: int | None, total: int | None) -> str:
-    """Returns an accuracy of 0..1 and what it was counted from: `98.05 % (352 of 359)`."""
+    """Returns an accuracy (0..1) with its counts: `98.05 % (352 of 359)`."""
     counted = "" if correct is None or total is None else f" ({correct:,} of {total:,})"
     return percent(share) + counted
 
@@ -36,21 +36,21 @@ def gib(size_bytes: float, digits: int = 1) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Returns a time that was measured, in seconds, or in milliseconds below one: `6.41 ms`, `14.2 s`."""
+    """Returns a measured time, in milliseconds if below one second: `6.41 ms`, `14.2 s`."""
     if seconds < 0.9995:
         return f"{1000 * seconds:.3g} ms"
     return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 
 def hms(seconds: float) -> str:
-    """Returns a time that counts up or down: `00:12:07`, `1 d 03:46:40`."""
+    """Returns an elapsed or remaining time: `00:12:07`, `1 d 03:46:40`."""
     days, rest = divmod(max(0, int(seconds)), 86400)
     text = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
     return f"{days} d {text}" if days else text
 
 
 def duration(seconds: float | None) -> str:
-    """Returns how long something took: `5.2 s`, `00:12:07`, `1 d 03:46:40`."""
+    """Returns a duration: `5.2 s`, `00:12:07`, `1 d 03:46:40`."""
     if seconds is None or not math.isfinite(seconds):
         return "n/a"
     return f"{seconds:.1f} s" if seconds < 60 else hms(seconds)
@@ -73,5 +73,5 @@ def flops_text(per_s: float) -> str:
 
 
 def utc(time_s: float | None = None) -> str:
-    """Returns a moment in seconds since 1970, or now: `2026-11-28 23:59:30 UTC`."""
+    """Returns a time in seconds since 1970, or the current time: `2026-11-28 23:59:30 UTC`."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time_s))

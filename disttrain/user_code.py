@@ -1,4 +1,4 @@
-"""Classes and functions of the user's own, named `package.module:member` in a config."""
+"""The user's own classes and functions, named `package.module:member` in a config."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from disttrain.errors import UsageError, describe
 
 
 def is_target(name: str) -> bool:
-    """Tells whether a name has the form `package.module:member`; nothing is imported."""
+    """Returns whether a name has the form `package.module:member`; imports nothing."""
     module, _, member = name.partition(":")
     return member.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def import_target(target: str) -> Callable[..., Any]:
-    """Imports `package.module:member`, a class or function; the working directory is looked in too.
+    """Imports `package.module:member`, a class or function; also searches the working directory.
 
     Raises:
-        UsageError: it is not there, or its module cannot be imported.
+        UsageError: the module cannot be imported, or has no such class or function.
     """
-    if str(Path.cwd()) not in sys.path:  # as `python -m` has it; a console script does not
+    if str(Path.cwd()) not in sys.path:  # `python -m` adds it, a console script does not
         sys.path.insert(0, str(Path.cwd()))
     name, _, member = target.partition(":")
     try:
@@ -40,6 +40,6 @@ def import_target(target: str) -> Callable[..., Any]:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Returns `; did you mean ...?` with the choice that is most like a word, or nothing."""
+    """Returns `; did you mean ...?` with the choice most similar to a word, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), 1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,4 +1,4 @@
-"""Where this user's caches lie."""
+"""The folders of this user's caches."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from disttrain.slurm_env import job_folders
 
 
 def user_cache() -> Path:
-    """Returns the folder of this user's caches: disttrain in $XDG_CACHE_HOME, else in ~/.cache."""
+    """Returns the cache folder of this user: disttrain/ in $XDG_CACHE_HOME, or else in ~/.cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "disttrain"
 
 
 def cache_folder() -> Path:
-    """Returns the folder of what is made from data sets: $DISTTRAIN_CACHE, else in the user's cache."""
+    """Returns the folder for files derived from data sets: $DISTTRAIN_CACHE, or else the user's cache."""
     return Path(os.environ.get("DISTTRAIN_CACHE") or user_cache())
 
 
 def decoded_folder() -> Path:
     """Returns the folder of decoded data sets.
 
-    In a Slurm job it lies on the node's own disk, in $SLURM_TMPDIR or else $TMPDIR, if that is a folder of
-    this user alone: one that everybody can write to, such as /tmp, may be memory, is cleaned up by nobody,
-    and may hold what others have put there. $DISTTRAIN_CACHE has the last word.
+    In a Slurm job it is on the local disk of the node, in $SLURM_TMPDIR or else $TMPDIR, if only this user
+    can write there. A shared folder such as /tmp may be in memory, is not cleaned up after the job, and may
+    contain files of other users. $DISTTRAIN_CACHE takes precedence.
     """
     if not os.environ.get("DISTTRAIN_CACHE"):
         for folder in job_folders(os.environ):
@@ -40,14 +40,14 @@ def decoded_folder() -> Path:
 def _is_private(folder: Path) -> bool:
     try:
         status = folder.stat()
-    except OSError:  # on this node there is none
+    except OSError:  # it does not exist on this node
         return False
     others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not others_write
 
 
 def remember(record: Path, content: str | bytes) -> None:
-    """Writes to the cache what was found; if it cannot be written, the next process has to look again."""
+    """Writes a result to the cache; if that fails, the next process has to compute it again."""
     with contextlib.suppress(OSError, StorageError):
         record.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(record, content, durable=False)

@@ -1,8 +1,8 @@
-"""What every rank runs: join the group, build the parts, train, and leave a truthful end behind.
+"""What every rank runs: it joins the process group, builds the state, trains and records how it ended.
 
 Started by `disttrain run`, `accelerate launch -m disttrain.worker`, `torchrun -m disttrain.worker` or
-`srun python -m disttrain.worker`; all of them lead to the same run. torch is imported only after the config
-has been read, so that a mistake in it is told at once.
+`srun python -m disttrain.worker`; all of them give the same run. torch is imported only after the config has
+been read, so that a mistake in it is reported at once.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def main(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Trains CONFIG as one rank of the group that the environment describes."""
-    gc.disable()  # until all is imported and built: importing torch takes a fifth less time
+    """Trains CONFIG as one rank of the process group that the environment describes."""
+    gc.disable()  # until everything is imported and built: importing torch takes 20 % less time
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()  # torchrun, which may be killed
+        end_with_parent()  # even if torchrun is killed
     os.environ.update(slurm_env.task_environment(os.environ))
     rank = Rank(int(os.environ.get("RANK", "0")), run_dir)
     rank.listen()
@@ -90,7 +90,7 @@ def main(
         except StorageError as error:
             rank.fail(error)
             code = error.exit_code
-    except (Exception, SystemExit) as error:  # a model that calls sys.exit has not finished the run
+    except (Exception, SystemExit) as error:  # if a user's model calls sys.exit, the run has not finished
         rank.fail(error)
         if rank.heartbeat.place[0] is Phase.START:
             signal_failure()
@@ -101,11 +101,11 @@ def main(
     sys.stdout.flush()
     sys.stderr.flush()
     rank.heartbeat.leave(code)
-    os._exit(code)  # without waiting for the threads of a broken process group
+    os._exit(code)  # does not wait for the threads of a broken process group
 
 
 def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int) -> None:
-    """Trains as one rank, from joining the group to leaving it."""
+    """Trains as one rank, from joining the process group to leaving it. Every rank calls this."""
     rank.heartbeat.beat(Phase.START, 0, 1)
     import torch.distributed as dist
 
@@ -120,7 +120,7 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
     rank.heartbeat.beat(Phase.START, 0, 4)
     stopped = None
     try:
-        if rank.heartbeat.connection is None and group.num_processes > 1:  # else the launchers have compared
+        if rank.heartbeat.connection is None and group.num_processes > 1:  # otherwise the launchers compare
             from disttrain.training.collectives import Group, gather
 
             gathered = gather(Group.of(group), (socket.gethostname(), facts(config, index)))
@@ -144,8 +144,9 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
             raise HangError(f"{who} {waited}: one of them hangs or is gone") from error
         raise
     if dist.is_initialized():
-        # Only together: torchrun ends the others as soon as one has gone, and rank 0 may still be saving. A
-        # rank that fails leaves without, because the others would hear of that before anyone knows the cause.
+        # All ranks leave together: torchrun ends the others as soon as one exits, and rank 0 may still be
+        # saving. A rank that fails does not come here. The other ranks would fail too, before its error is
+        # recorded.
         with contextlib.nullcontext() if stopped is None else contextlib.suppress(RuntimeError):
             dist.barrier(device_ids=[group.device.index] if device == "cuda" else None)
             dist.destroy_process_group()
@@ -156,9 +157,10 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
 def enter_folder(
     config: Config, rank: Rank, group: PartialState, index: Index, resume: str, *, force: bool
 ) -> tuple[RunFolder | None, Path | None]:
-    """Agrees on the run folder and on where to begin; rank 0 makes the folder. Every rank calls this.
+    """Agrees on the run folder, which rank 0 creates, and on the checkpoint. Every rank calls this.
 
-    Returns no folder when the run in it has finished already; and the checkpoint to go on from.
+    Returns:
+        The folder, or None if its run has already finished; and the checkpoint to resume from, if any.
     """
     from disttrain.training.collectives import Group, gather
 
@@ -166,7 +168,7 @@ def enter_folder(
     if rank.number == 0:
         folder = RunFolder(rank.run_dir or new_run_path(config.name))
         if folder.is_run():
-            folder.create()  # its lock: what a run that goes on there does meanwhile is no damage
+            folder.create()  # takes its lock, so that no other run changes the checkpoints while we read them
         now = fingerprint(config, index, None if config.data.on_error == "skip" else ())
         start = resume_point(folder, resume, now, force=force)
         if start.finished:
@@ -187,7 +189,7 @@ def enter_folder(
 
 
 def prepare_folder(folder: RunFolder, config: Config, start: Start) -> Path | None:
-    """Makes a run folder ready to begin, says what was found, returns the checkpoint. Rank 0 alone calls."""
+    """Prepares the run folder, prints notes on it, and returns the checkpoint. Only rank 0 calls this."""
     checkpoint, notes = start.checkpoint, list(start.notes)
     if checkpoint is not None:
         if checkpoint.resolve().parent == folder.checkpoints.resolve():
@@ -227,7 +229,7 @@ def train_in_folder(
     *,
     force: bool,
 ) -> None:
-    """Builds the parts, trains, and keeps the run folder. Every rank calls this."""
+    """Builds the training state, trains, and writes the run folder. Every rank calls this."""
     from disttrain.monitor.observe import RunObserver
     from disttrain.training.build import build
     from disttrain.training.callbacks import Callbacks
@@ -236,7 +238,7 @@ def train_in_folder(
     from disttrain.training.train import train
 
     state, progress, choices = build(config, rank, group, index, checkpoint_path, force=force)
-    gc.freeze()  # what was imported stays for good; no collection looks at it again
+    gc.freeze()  # imported modules are never freed; collections skip them from now on
     gc.enable()
     if rank.number == 0:
         if not folder.config.exists():
@@ -269,7 +271,7 @@ def train_in_folder(
             phases = Phases(rank.heartbeat.beat, group.device)
             train(state, progress, Callbacks(observer, observer.gauges, saver, lambda: rank.stop, phases))
         finally:
-            with contextlib.suppress(DisttrainError):  # whatever ended the run, what is being saved is kept
+            with contextlib.suppress(DisttrainError):  # a checkpoint in progress is finished in any case
                 saver.wait()
             settle()
         settle(state="finished", exit_code=0, reason="all epochs done")
@@ -278,7 +280,7 @@ def train_in_folder(
 
 @contextlib.contextmanager
 def _writing(rank: Rank, observer: RunObserver) -> Iterator[None]:
-    """Around the writing of a checkpoint: the launcher sees it, and the records of its step are on disk."""
+    """Marks the writing of a checkpoint for the launcher, and first puts the metrics of its step on disk."""
     rank.heartbeat.saving(True)
     try:
         observer.sync()

@@ -1,4 +1,4 @@
-"""The `disttrain` command. Bodies are thin and import what they need, so that --help is quick."""
+"""The `disttrain` command. Function bodies import what they need, to keep --help fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from disttrain.errors import DisttrainError
 
 
 class _Group(click.Group):
-    """Shows a user's mistake as one line with its exit code."""
+    """Prints a DisttrainError as one line and exits with its code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -45,7 +45,7 @@ for command in (*running.COMMANDS, data.data, tuning.tune, *inference.COMMANDS):
 
 @main.group()
 def config() -> None:
-    """About the config file."""
+    """Describe the config file."""
 
 
 @config.command()
@@ -58,7 +58,7 @@ def schema() -> None:
 
 @main.command()
 def models() -> None:
-    """List the models: name, parameters with their usual input, source."""
+    """List the built-in models: name, number of parameters, input size and source."""
     from disttrain.models import CATALOG, build_model, parameter_count
 
     for name, entry in CATALOG.items():

@@ -1,4 +1,4 @@
-"""`disttrain data`: make and look at data sets."""
+"""`disttrain data`: make, check and measure data sets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FORCE = click.option("--force", is_flag=True, help="Replace an existing data se
 @ROOT
 @_FORCE
 def prepare(name: str, source: Path | None, root: str | None, force: bool) -> None:
-    """Make a well-known data set. Downloads it unless --source is given."""
+    """Make a well-known data set. Downloads the original files unless --source is given."""
     from disttrain.shards import datasets
 
     _make(lambda options: datasets.prepare(name, source, root, options), force=force)
@@ -44,10 +44,10 @@ def prepare(name: str, source: Path | None, root: str | None, force: bool) -> No
 @click.option(
     "--val-fraction",
     type=float,
-    help="Share of each class for the val split, if DIR has no val folder.",
+    help="Fraction of each class for the val split, if DIR has no val folder.",
 )
 @click.option("--seed", type=int, default=0, help="Seed of the sample order and of the split.")
-@click.option("--shard-mib", type=POSITIVE, default=64, help="Size of a shard.")
+@click.option("--shard-mib", type=POSITIVE, default=64, help="Size of a shard in MiB.")
 @click.option("--procs", "processes", type=COUNT, help="Packing processes (default: one per core).")
 @ROOT
 @_FORCE
@@ -72,7 +72,7 @@ def pack(
 
 
 def _make(function: Callable[[Options], Index], **how: Any) -> Index:
-    """Makes a data set, shows how it goes and what it is."""
+    """Makes a data set while showing progress, then prints its index."""
     from disttrain.shards.pack import Options
 
     with progress() as on_progress:
@@ -97,8 +97,8 @@ def inspect(name: str, root: str | None) -> None:
 def verify(name: str, root: str | None) -> None:
     """Check every sample of a data set.
 
-    Reads and decodes all samples and compares them with the index. Lists bad shards and samples and exits
-    with 65 if there are any.
+    Reads and decodes all samples and compares them with the index. If any shard or sample is bad, lists them
+    and exits with 65.
     """
     from disttrain.errors import DataError
     from disttrain.shards.index import load_index, remedy
@@ -126,8 +126,8 @@ def verify(name: str, root: str | None) -> None:
 @click.option(
     "--val", multiple=True, metavar="PATTERN", help="Tars of the val split (default: val*.tar or test*.tar)."
 )
-@click.option("--classes", type=PATH, help="File with one class name a line, in the order of the labels.")
-@click.option("--skip", is_flag=True, help="Accept samples that cannot be used.")
+@click.option("--classes", type=PATH, help="File with one class name per line, in label order.")
+@click.option("--skip", is_flag=True, help="Accept tars with unusable samples.")
 @_FORCE
 def index_(folder: Path, classes: Path | None, skip: bool, force: bool, **patterns: Sequence[str]) -> None:
     """Index WebDataset tars that you already have.
@@ -156,16 +156,16 @@ def index_(folder: Path, classes: Path | None, skip: bool, force: bool, **patter
 @click.argument("name")
 @ROOT
 @click.option("--samples", type=COUNT, default=20000, help="Samples for each stage.")
-@click.option("--batch-size", type=COUNT, default=512)
-@click.option("--threads", type=COUNT, help="Decoding and arithmetic threads (default: all cores).")
+@click.option("--batch-size", type=COUNT, default=512, help="Samples per batch.")
+@click.option("--threads", type=COUNT, help="Threads for decoding and augmentation (default: all cores).")
 @JSON
 def bench_(
     name: str, root: str | None, samples: int, batch_size: int, threads: int | None, as_json: bool
 ) -> None:
     """Measure how fast this machine serves a data set.
 
-    Times reading, decoding, caching, batching and augmentation. The last line is the stock webdataset
-    pipeline on the same shards.
+    Times reading, decoding, caching, batching and augmentation. The last line shows the plain webdataset
+    pipeline on the same shards, for comparison.
     """
     from disttrain.bench.data_bench import bench
     from disttrain.shards.index import load_index

@@ -1,4 +1,4 @@
-"""What is done with a run that was trained: eval, predict, export, report."""
+"""The commands on a trained run: eval, predict, export, report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from disttrain.cli.shared import COUNT, JSON, PATH, PROCESSES, ROOT, progress
 from disttrain.units import percent
 
 _RUN = click.argument("run_path", metavar="RUN", type=PATH)
-_CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|latest|PATH", help="Which weights.")
+_CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|latest|PATH", help="Weights to use.")
 
 
 @click.command("eval")
@@ -29,7 +29,7 @@ _CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|latest|
 def eval_(run_path: Path, checkpoint: str, as_json: bool, **where: Any) -> None:
     """Evaluate a trained model on a validation split.
 
-    Shows loss, accuracy, accuracy per class and the confusion matrix. Every sample counts exactly once, on
+    Shows loss, accuracy, accuracy per class and the confusion matrix. Counts every sample exactly once, with
     any number of processes.
     """
     from disttrain.inference.eval import evaluate, report
@@ -51,9 +51,10 @@ def predict(
 ) -> None:
     """Classify images with a trained model.
 
-    RUN is a run folder, or a file of `disttrain export --format safetensors`. A FOLDER stands for all images
-    below it. `-` reads file names from standard input, separated by newlines, or by NUL as `find -print0`
-    does. A bad file is reported on standard error; the others are classified, and the exit code is 65.
+    RUN is a run folder, or a file made by `disttrain export --format safetensors`. FOLDER means all images
+    below it. `-` reads file names from standard input, separated by newlines, or by NUL as from `find
+    -print0`. A bad file is reported on standard error. The other files are still classified, and the exit
+    code is 65.
     """
     from disttrain.inference.predict_command import predict as show
 
@@ -96,28 +97,28 @@ def export(
 @click.option(
     "--output",
     type=PATH,
-    help="The page to write (default: RUN/report.html; of a comparison ./comparison.html).",
+    help="The page to write (default: RUN/report.html, or ./comparison.html for several runs).",
 )
 @click.option(
     "--target",
     type=click.FloatRange(0, 100),
     metavar="PCT",
-    help="Compare the time to this accuracy (default: the best that all runs reached).",
+    help="Compare the time to this accuracy (default: the highest that all runs reached).",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(0),
     default=60,
-    help="Limit for an evaluation, where the best checkpoint has none.",
+    help="Time limit in seconds for evaluating the best checkpoint, if it has not been evaluated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def report(
     runs: tuple[Path, ...], output: Path | None, target: float | None, seconds: float, as_json: bool
 ) -> None:
-    """Write the report of a run, or the comparison of several, as one HTML file.
+    """Write a report on a run, or a comparison of several, as one HTML file.
 
-    The file needs no network. The run may still be going on, or have failed. The best checkpoint and the
-    data set add examples and pictures if they are there.
+    The file works offline. The run may still be training, or have failed. The report shows example images
+    if the best checkpoint and the data set are available.
     """
     if len(runs) > 1:
         _compare(runs, output, target, as_json)

@@ -1,4 +1,4 @@
-"""`disttrain run`, and what shows a machine and a run: bench, top, doctor."""
+"""The commands run, bench, top and doctor."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from disttrain.launch.prepare import Ready
     from disttrain.runs.runfolder import RunFolder
 
-_INSIDE_S = "10"  # in which the report of a run that has finished looks at validation images
-_STOPPED = {75, 130, 138, 140, 143}  # the run goes on later, or somebody wanted an end at once
+_REPORT_EVAL_S = "10"  # time limit for evaluating the best checkpoint in the report of a finished run
+_STOPPED = {75, 130, 138, 140, 143}  # no report: the run will be resumed, or was ended by a signal
 
 
 @click.command()
 @click.argument("config_path", metavar="CONFIG", type=PATH)
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--gpus", type=COUNT, help="GPUs on this node (default: all visible).")
-@click.option("--procs", type=COUNT, help="Processes without GPUs (CPU, gloo).")
+@click.option("--procs", type=COUNT, help="CPU processes, instead of GPUs.")
 @click.option("--nodes", type=COUNT, help="Number of nodes (default: from Slurm, else 1).")
 @NODE
 @click.option("--run-dir", type=PATH, help="Run folder (default: runs/<name>/<UTC time>).")
@@ -47,9 +47,9 @@ _STOPPED = {75, 130, 138, 140, 143}  # the run goes on later, or somebody wanted
     "--max-restarts",
     type=click.IntRange(0),
     default=0,
-    help="Restarts from the last checkpoint after a crash.",
+    help="Number of restarts from the last checkpoint after a crash.",
 )
-@click.option("--dry-run", is_flag=True, help="Show the plan, start nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
 @click.option(
     "--report/--no-report",
     default=True,
@@ -119,7 +119,7 @@ def run(
 
 
 def _show(plan: LaunchPlan, config: Config, ready: Ready | None) -> None:
-    """Shows the plan of a run, or that there is nothing to do."""
+    """Prints the plan of a run, or that it has already finished."""
     if ready is None:
         click.echo(f"{plan.run_dir}: this run has finished already; nothing to do")
         return
@@ -132,7 +132,7 @@ def _show(plan: LaunchPlan, config: Config, ready: Ready | None) -> None:
 def _train(
     plan: LaunchPlan, folder: RunFolder, known: dict[str, str], *, max_restarts: int, report: bool
 ) -> NoReturn:
-    """Follows a run to its end, says how it has ended, and ends with its exit code."""
+    """Trains until the run ends, prints the outcome, writes the report, and exits with the run's code."""
     from disttrain.launch.launcher import launch
 
     outcome = launch(plan, folder, max_restarts=max_restarts, say=click.echo, facts=known)
@@ -141,10 +141,10 @@ def _train(
     if outcome.message:
         aside(f"disttrain: {outcome.message}")
     if report and plan.node_rank == 0 and folder.metrics.exists() and outcome.exit_code not in _STOPPED:
-        seconds = "0" if outcome.exit_code else _INSIDE_S
+        seconds = "0" if outcome.exit_code else _REPORT_EVAL_S
         command = [sys.executable, "-m", "disttrain", "report", str(folder.path), "--seconds", seconds]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:  # which changes no exit code
+        if done.returncode:  # does not affect the exit code of the run
             why = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
             aside(f"no report ({why[0]}); try `disttrain report {folder.path}`")
         elif plan.verbosity >= 0:
@@ -168,9 +168,9 @@ def bench(
 ) -> None:
     """Show where the time of a training step goes on this machine.
 
-    Measures CONFIG, or a small network on the embedded digits: the phases of a step, real samples against a
-    replayed batch, each setting of precision, channels_last and compile, and other numbers of processes. It
-    does not compile if train.compile is false.
+    Measures CONFIG, or a small network on the built-in digits: the phases of a step, and real data against a
+    replayed batch. Then tries each setting of precision, channels_last and compile, and other numbers of
+    processes. Does not compile if train.compile is false.
     """
     from rich.console import Console
 
@@ -199,8 +199,8 @@ def bench(
 def top(run_dir: Path | None, as_json: bool) -> None:
     """Watch the GPUs of a run, or of this node.
 
-    RUN is the folder of a run, which may have ended; nothing is written to it. Press Ctrl-C to quit. Without
-    a terminal everything is printed once.
+    RUN is a run folder. The run may have ended, and top writes nothing to the folder. Press Ctrl-C to quit.
+    Without a terminal, top prints everything once.
     """
     from disttrain.monitor.top import show
 
@@ -215,7 +215,7 @@ def top(run_dir: Path | None, as_json: bool) -> None:
     flag_value=0,
     type=click.IntRange(0),
     metavar="[N]",
-    help="Measure the network between all nodes: of the Slurm job, or N that run this command.",
+    help="Measure the network between the nodes of the Slurm job, or between N nodes that run this command.",
 )
 @NODE
 @JSON
@@ -223,8 +223,8 @@ def doctor(checks: tuple[str, ...], nodes: int | None, as_json: bool, **place: A
     """Check this machine and say how to fix what does not work.
 
     CHECK selects some of: packages, driver, gpus, machine, disk, clock, network, slurm, data, allreduce,
-    step. With --nodes it measures latency and bandwidth between every pair of nodes instead. Exits with 1
-    if a check fails. Warnings do not affect the exit code.
+    step. With --nodes, doctor measures latency and bandwidth between every pair of nodes instead. Exits with
+    1 if a check fails. Warnings do not affect the exit code.
     """
     from disttrain.doctor import examine, report
     from disttrain.errors import UsageError

@@ -1,4 +1,4 @@
-"""What several commands share: options, a progress bar, and what precedes a measurement."""
+"""Shared by several commands: options, a progress bar, and the checks before a measurement."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 COUNT = click.IntRange(1)
 POSITIVE = click.FloatRange(0, min_open=True)
 ROOT = click.option("--root", help="Folder of the data sets (default: $DISTTRAIN_DATA or the user's cache).")
-SECONDS = click.option("--seconds", type=POSITIVE, default=2, help="Length of each measurement.")
+SECONDS = click.option("--seconds", type=POSITIVE, default=2, help="Length of each measurement in seconds.")
 
 
 def options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
@@ -39,18 +39,22 @@ def options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
 
 
 NODE = options(
-    click.option("--node-rank", type=click.IntRange(0), help="This node, 0 to nodes - 1."),
+    click.option("--node-rank", type=click.IntRange(0), help="Rank of this node, 0 to nodes - 1."),
     click.option("--master-addr", metavar="HOST", help="Address of node 0."),
     click.option("--master-port", type=click.IntRange(1, 65535), help="A free port on node 0."),
 )
 PROCESSES = options(
     click.option("--gpus", type=COUNT, help="GPUs to use (default: all visible)."),
-    click.option("--procs", type=COUNT, help="Processes without GPUs (default: 1)."),
+    click.option("--procs", type=COUNT, help="CPU processes, instead of GPUs (default: 1)."),
 )
 
 
 def ready_to_measure(config: Config, gpus: int | None, procs: int | None) -> tuple[LaunchPlan, Index]:
-    """Returns the processes that are to measure an experiment, and its data set; raises what does not fit."""
+    """Returns the processes to measure an experiment with, and the index of its data set.
+
+    Raises:
+        DisttrainError: config, machine or data set do not fit together.
+    """
     from disttrain.launch.jobs import plan_job
     from disttrain.models import check_model_name
     from disttrain.preflight import check_machine, check_weights
@@ -62,13 +66,13 @@ def ready_to_measure(config: Config, gpus: int | None, procs: int | None) -> tup
 
 
 def aside(text: str) -> None:
-    """Shows what is going on beside the results."""
+    """Prints a line to standard error, apart from the results."""
     click.echo(text, err=True)
 
 
 @contextlib.contextmanager
 def progress(*, disable: bool = False) -> Iterator[Callable[[int, int | None], None]]:
-    """Shows a bar, a count of images and the time left on a terminal, nothing elsewhere or if disabled."""
+    """Yields a function that shows progress (done, total) as a bar on a terminal, and nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -82,7 +86,7 @@ def progress(*, disable: bool = False) -> Iterator[Callable[[int, int | None], N
         *columns,
         console=Console(stderr=True),
         transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # what goes to a file or a pipe is not for the console
+        redirect_stdout=sys.stdout.isatty(),  # output to a file or a pipe must not go through the console
         disable=disable or not is_animated(sys.stderr),
     ) as progress:
         task = progress.add_task("", total=None)

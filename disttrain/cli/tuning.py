@@ -1,4 +1,4 @@
-"""`disttrain tune`: a learning rate and a batch size for an experiment."""
+"""`disttrain tune`: find a learning rate or a batch size for an experiment."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _OF_BOTH = options(
 
 
 @tune.command()
-@click.option("--from", "low", type=POSITIVE, default=1e-6)
-@click.option("--to", "high", type=POSITIVE, default=10)
+@click.option("--from", "low", type=POSITIVE, default=1e-6, help="Lowest learning rate to try.")
+@click.option("--to", "high", type=POSITIVE, default=10, help="Highest learning rate to try.")
 @click.option("--steps", type=click.IntRange(20), default=100, help="Optimizer steps.")
 @_OF_BOTH
 def lr(
@@ -48,8 +48,8 @@ def lr(
 ) -> None:
     """Suggest optim.lr by a learning-rate range test (Smith 2015).
 
-    Trains for some steps while the rate rises, and suggests the rate at which the loss falls fastest. Take it
-    as a start: with warm-up, up to a third of the rate of the least loss is usual.
+    Trains for some steps with a rising learning rate, and suggests the rate at which the loss falls fastest.
+    Use it as a starting point: with warm-up, up to a third of the rate with the lowest loss is usual.
     """
     from disttrain.bench.tune import find_rate
     from disttrain.bench.tune_page import write_rates
@@ -85,9 +85,9 @@ def batch(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Suggest train.batch_size: the smallest batch that is nearly as fast as the fastest.
+    """Suggest train.batch_size: the smallest batch size that is nearly as fast as the fastest.
 
-    Tries larger and larger batches until one does not fit into memory or gains nothing.
+    Tries larger and larger batches until one does not fit into memory or is not faster.
     """
     from disttrain.bench.tune import judge_batches, try_batches
     from disttrain.bench.tune_page import batch_cells, write_batches
@@ -122,5 +122,5 @@ def _subject(config: Config, index: Index) -> str:
 
 
 def _short(rate: float) -> str:
-    """Returns a rate with two digits, as a config has it."""
+    """Returns a learning rate with two digits, as one writes it in a config."""
     return f"{float(f'{rate:.2g}'):g}"
