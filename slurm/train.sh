@@ -4,8 +4,8 @@
 #   sbatch [options of sbatch] slurm/train.sh CONFIG [KEY=VALUE ...] [options of disttrain run]
 #   sbatch --nodes=2 --gpus-per-node=4 --cpus-per-task=32 --time=02:00:00 slurm/train.sh configs/resnet18_cifar.yaml
 #
-# One task per node: `disttrain run` starts one process per GPU of its node. Before the time limit the run saves
-# and stops (exit 75) and the job puts itself back into the queue, where it goes on in the same run folder.
+# Each node has one task: `disttrain run`, which starts one process per GPU of its node. Before the time limit, the
+# run saves a checkpoint and stops (exit 75), and the job requeues itself. It then resumes in the same run folder.
 #SBATCH --job-name=disttrain
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -14,12 +14,13 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR2@120
 
-# What your cluster needs, as far as the job does not inherit it from where you call sbatch. The rest stays as it is.
+# Edit these lines for your cluster, if the job does not inherit the settings from the shell that calls sbatch. Leave
+# the rest as it is.
 # module load cuda
 # source ~/venvs/disttrain/bin/activate
-# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0  # where a node has several networks
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0  # if a node has several networks
 inside=()       # (apptainer exec --nv ~/disttrain.sif) runs disttrain in a container
-srun_options=() # (--container-image=disttrain.sqsh) or whatever else your srun needs
+srun_options=() # (--container-image=disttrain.sqsh) or other options for srun
 
 set -u
 if (($# == 0)); then
@@ -29,39 +30,39 @@ fi
 run_dir=${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}
 max_requeues=${MAX_REQUEUES:-20}
 main_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-main_port=$((20000 + SLURM_JOB_ID * 8 % 12000)) # jobs that share a node do not meet; below the kernel's own ports
+main_port=$((20000 + SLURM_JOB_ID * 8 % 12000)) # different for jobs on the same node; below the ephemeral ports
 
 run=(disttrain run "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}" --run-dir "$run_dir" --nodes "$SLURM_JOB_NUM_NODES")
 run+=(--master-addr "$main_host" --master-port "$main_port")
-# One task per node, whatever sbatch was told. srun takes no --cpus-per-task from sbatch, so it is told: what the job
-# has on the node where it has least, if sbatch was not told either.
+# One task per node, whatever the options of sbatch. srun does not inherit --cpus-per-task from sbatch. If sbatch has
+# none either, each task gets as many CPUs as the job has on the node with the fewest.
 fewest_cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
 step=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
 step+=(--cpus-per-task="${SLURM_CPUS_PER_TASK:-$fewest_cpus}" --kill-on-bad-exit=1)
 
-# What the run says of itself: srun has only the highest code of its tasks, and those of the others are no verdict.
+# Reads the run's own exit code: srun returns only the highest code of its tasks, which may not be the outcome.
 said() { sed -n 's/^ *"\(exit_code\|updated_at\)": *\(.*[^,]\),\{0,1\}$/\1=\2/p' "$run_dir/status.json" 2>/dev/null; }
 said_before=$(said)
-ended() { # prints how it has ended in this time slice, if it has
+ended() { # prints the run's exit code if it has ended in this time slice
   local now
   now=$(said)
   [[ $now != "$said_before" && $now =~ exit_code=([0-9]+) ]] && echo "${BASH_REMATCH[1]}"
 }
 
 out_of_time='' srun=''
-# srun hands USR2 on to the launchers; TERM would make it end the step at once.
+# srun forwards USR2 to the launchers; on TERM it would end the step at once.
 trap 'out_of_time=1; [[ -z $srun ]] || kill -USR2 "$srun"' USR2
-# In the background, because bash runs no trap while it waits for a command in the foreground. The number of a node
-# is known inside its task alone.
+# In the background, because bash runs no trap while it waits for a command in the foreground. The rank of a node is
+# known only inside its task.
 # shellcheck disable=SC2016
 "${step[@]}" "${srun_options[@]}" bash -c 'exec "$@" --node-rank "$SLURM_NODEID"' task "${inside[@]}" "${run[@]}" &
 srun=$!
-[[ -z $out_of_time ]] || kill -USR2 "$srun" # the trap came before there was an srun
+[[ -z $out_of_time ]] || kill -USR2 "$srun" # the trap ran before srun was started
 waited=0
 while kill -0 "$srun" 2>/dev/null; do
   sleep 1 &
   wait $! # returns at once when the trap has run
-  # srun waits, perhaps for ever, for the tasks of a node that is gone, long after the others have ended.
+  # srun may wait for ever for the tasks of a node that is gone, although all others have ended.
   if [[ $(ended) == 7[01] ]]; then waited=$((waited + 1)); else waited=0; fi
   ((waited <= 10)) || kill -KILL "$srun"
 done
@@ -70,7 +71,7 @@ code=$?
 if verdict=$(ended); then
   code=$verdict
 fi
-if [[ $code == 75 && -n $out_of_time ]]; then # a stop that somebody else has asked for is meant to last
+if [[ $code == 75 && -n $out_of_time ]]; then # a stop for any other reason is final
   if ((${SLURM_RESTART_COUNT:-0} < max_requeues)); then
     echo "$(date -u +%H:%M:%S)  saved and stopped: back into the queue"
     scontrol requeue "$SLURM_JOB_ID"

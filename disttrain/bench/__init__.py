@@ -1,1 +1,1 @@
-"""What a machine and a recipe can do, measured with the parts of a run: bench, tune."""
+"""Benchmarks and tuning, with the same code as a run: `disttrain bench`, `tune` and `data bench`."""

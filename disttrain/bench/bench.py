@@ -1,7 +1,7 @@
-"""`disttrain bench`: where the time of a training step goes on this machine, and which settings suit it.
+"""`disttrain bench`: measures the phases of a training step on this machine, and compares settings.
 
-Starts the processes that measure (`disttrain.bench.worker`), one group after the other, and shows what they
-found. Nothing here imports torch.
+Starts the processes that measure (`disttrain.bench.worker`), one group after the other, and formats their
+results. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -24,17 +24,23 @@ DEFAULT = {
     "train": {"epochs": 1, "batch_size": 64},
     "optim": {"name": "sgd", "lr": 1e-3},
 }
-"""What is measured without a config: the embedded digits."""
+"""The config that is measured by default, with the built-in digits."""
 
 
 def bench(
     config: Config, plan: LaunchPlan, *, seconds: float, cores: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measures a config on the processes of a plan of one node, and the step time on other numbers of them.
+    """Measures a config in the processes of a plan, and the step time with other numbers of processes.
 
-    Each measurement takes so many seconds at least; the processes share so many cores.
+    Args:
+        config: the experiment.
+        plan: device and processes, on a single node.
+        seconds: least length of each measurement.
+        cores: CPU cores that the processes share.
+        say: called with messages for the user.
 
-    Returns what `disttrain bench --json` prints.
+    Returns:
+        The output of `disttrain bench --json`.
     """
 
     def measured(plan: LaunchPlan, what: str) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def _fastest(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    """Returns lines on arithmetic and settings."""
+    """Returns lines on FLOPs and settings."""
     lines = [_arithmetic(results)]
     best = _fastest(results)
     settings = (f"train.{key}={str(best[key]).lower()}" for key in ("precision", "channels_last", "compile"))

@@ -1,4 +1,4 @@
-"""How fast each stage of the data path is on this machine, beside the stock webdataset pipeline."""
+"""Measures the speed of each stage of the data path, compared with a plain webdataset pipeline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from disttrain.training.normalize import Normalize
 
 
 class Stage(NamedTuple):
-    """The speed of one stage: what it does, with the threads it uses, the samples and seconds they took."""
+    """The speed of one stage: its work and threads in words, its samples, and the seconds that it took."""
 
     name: str
     what: str
@@ -48,10 +48,14 @@ class Stage(NamedTuple):
 def bench(index: Index, *, samples: int, batch_size: int, threads: int | None = None) -> Iterator[Stage]:
     """Measures the train split of a data set on the CPU, stage by stage.
 
-    Each is measured with so many samples, at most those of the split; no `threads` means the usable cores.
+    Args:
+        index: the index of the data set.
+        samples: samples for each stage, at most those of the split.
+        batch_size: samples per batch.
+        threads: threads for decoding and augmentation; None means all usable cores.
 
     Raises:
-        UsageError: the data set lies on a server.
+        UsageError: the data set is on a server.
         DataError: a shard is damaged.
     """
     if index.base is not None:
@@ -61,7 +65,7 @@ def bench(index: Index, *, samples: int, batch_size: int, threads: int | None = 
     train = index.splits["train"]
     samples = min(samples, train.samples)
     totals = list(itertools.accumulate(shard.samples for shard in train.shards))
-    numbers = list(range(1 + bisect.bisect_left(totals, samples)))  # of the shards that hold so many
+    numbers = list(range(1 + bisect.bisect_left(totals, samples)))  # the first shards with enough samples
     pixels = np.empty((samples, index.height, index.width, index.channels), np.uint8)
     yield from _shards_to_pixels(index, numbers, pixels, threads)
     plan = Plan(0, tuple(train.shards[number].samples for number in numbers), batch_size)
@@ -76,7 +80,7 @@ def bench(index: Index, *, samples: int, batch_size: int, threads: int | None = 
 def _shards_to_pixels(
     index: Index, numbers: list[int], pixels: npt.NDArray[np.uint8], threads: int
 ) -> Iterator[Stage]:
-    """Fills in the pixels of the first samples, stage by stage."""
+    """Measures the stages that decode the first samples, and fills `pixels` with them."""
     samples, shards = len(pixels), index.splits["train"].shards
     tars = [index.folder / shards[number].file for number in numbers]
     inside = sum(shards[number].samples for number in numbers)
@@ -117,12 +121,12 @@ def _pixels_to_batches(
     )
     augment.start_epoch(0, order, index.height, index.width)
     cached = Cached(DecodedSplit(pixels, np.zeros(samples, np.int64)), cpu, "host")
-    within = np.argsort(order, kind="stable")  # an order of the samples that have been decoded
+    within = np.argsort(order, kind="stable")  # a random order of only the decoded samples
     what = f"gather batches of {batch_size} from the cache"
     yield _timed("batch", what, samples, lambda: _drain(cached.batches(within, windows)))
 
     batches = list(cached.batches(within, windows))
-    augment.train(batches[0].images, windows[0])  # the first use of the memory is no part of it
+    augment.train(batches[0].images, windows[0])  # warm-up: do not time the first use of the memory
 
     def augment_all(batches: Iterable[Batch]) -> None:
         for batch, window in zip(batches, windows, strict=True):
@@ -163,7 +167,7 @@ def _scan(path: Path) -> None:
 
 
 def _fill_cache(index: Index, numbers: list[int], threads: int) -> None:
-    """Decodes shards into a file of the kind that the cache has."""
+    """Decodes shards into a file like those of the cache."""
     count = sum(index.splits["train"].shards[number].samples for number in numbers)
     with tempfile.TemporaryDirectory() as scratch:
         shape = (count, index.height, index.width, index.channels)
@@ -176,7 +180,7 @@ def _fill_cache(index: Index, numbers: list[int], threads: int) -> None:
 
 
 def _stock(tars: list[Path], index: Index, samples: int, batch_size: int) -> None:
-    """Runs the pipeline that most people write."""
+    """Runs the webdataset pipeline that most people write."""
     import webdataset
     from torchvision import transforms
 

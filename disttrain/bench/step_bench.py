@@ -1,4 +1,4 @@
-"""The time of a training step and of its phases, measured on the parts of a run."""
+"""Measures the time of a training step and of its phases, with the training state of a run."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 
 class Replay:
-    """Serves the first batch of a loader again and again from a device, under the ids that the plan has."""
+    """A loader that repeats the first batch of another one from device memory, with the ids of the plan."""
 
     def __init__(self, loader: Loader, device: torch.device) -> None:
         self._loader = loader
         self._device = device
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
-        """Yields as many samples of the first window as each window has."""
+        """Yields a batch of the size of each window, with the samples of the first window."""
         windows = iter(windows)
         first = next(windows)
         with contextlib.closing(self._loader.batches(order, [first])) as batches:
@@ -53,9 +53,9 @@ class Replay:
 
 
 class StepBench:
-    """Measures training steps; every rank makes one and calls its methods in the same order.
+    """Measures training steps. Every rank creates one and calls its methods in the same order.
 
-    Each measurement takes so many seconds at least. The model of `state` is trained in the process.
+    Each measurement takes at least `seconds`. It trains the model of `state`.
     """
 
     def __init__(self, state: TrainState, seconds: float) -> None:
@@ -66,12 +66,12 @@ class StepBench:
         state.model.train()
 
     def step(self, loader: Loader) -> float:
-        """Returns the seconds of a training step of the ordinary loop with samples from a loader."""
+        """Returns the seconds of a step of the normal training loop with samples from a loader."""
         state, size = self._state, self._state.plan.batch_size
         return self._repeat(loader, lambda batches: train_step(state, batches, 1, size, Phases()))
 
     def phases(self) -> dict[str, float]:
-        """Returns the seconds of each phase of a step, one after the other with nothing overlapping."""
+        """Returns the seconds of each phase of a step, with a synchronization after each, without overlap."""
         state, config = self._state, self._state.config.train
         sums: dict[str, float] = {}
 
@@ -120,7 +120,7 @@ class StepBench:
         return result
 
     def logging(self, index: Index, choices: dict[str, Choice]) -> float:
-        """Returns the seconds of a log point, metrics written and shown, divided by the steps between two."""
+        """Returns the seconds of a log point, divided by the steps between two log points."""
         config, progress = self._state.config, Progress(step=1, samples_seen=1)
         every = config.monitor.log_every_steps
         with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +135,7 @@ class StepBench:
                 log_metrics(self._state, progress, [], 0.1, callbacks)
 
             with observer:
-                point()  # the first is no part of it
+                point()  # warm-up
                 self._synchronize()
                 count, began = 0, time.perf_counter()
                 while count == 0 or count % 4 or self._all(time.perf_counter() - began < self._seconds / 4):
@@ -150,7 +150,7 @@ class StepBench:
         step: Callable[[Iterator[tuple[MicroBatch, Batch]]], object],
         before: Callable[[], None] = lambda: None,
     ) -> float:
-        """Takes full steps with samples of a loader for the time of a measurement; returns seconds a step."""
+        """Runs full steps with samples from a loader for at least `seconds`; returns the seconds per step."""
         state, plan = self._state, self._state.plan
         state.meter.restart()
         full = max(1, plan.samples // plan.batch_size)
@@ -167,7 +167,7 @@ class StepBench:
                             began = time.perf_counter()
                         step(batches)
                         taken += 1
-                        if taken > warm_up + 2 and taken % 4 == 0:  # the ranks agree now and then
+                        if taken > warm_up + 2 and taken % 4 == 0:  # the ranks agree on whether to stop
                             more = self._all(time.perf_counter() - began < self._seconds)
                             if not more:
                                 break

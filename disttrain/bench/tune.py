@@ -1,6 +1,6 @@
-"""`disttrain tune`: a learning rate and a batch size for an experiment, found by trying them out.
+"""`disttrain tune`: finds a learning rate or a batch size for an experiment by short trials.
 
-Starts the processes that try (`disttrain.bench.worker`) and judges what they found. Nothing here imports
+Starts the processes of the trials (`disttrain.bench.worker`) and judges their results. Nothing here imports
 torch.
 """
 
@@ -19,27 +19,27 @@ from disttrain.shards.index import Index
 
 OUT_OF_MEMORY = "out of memory"
 
-_SMOOTH = 0.9  # weight of what came before in the mean of the losses
-_DIVERGED = 3.0  # times the least mean loss
-_FELL = 0.99  # of the most: more is chance
-_SETTLED = 10  # steps before the mean says anything
-_NEAR_BEST = 0.95  # of the highest throughput
-_GROWTH = 1.03  # that a doubled batch must bring, else larger ones are not tried
+_SMOOTH = 0.9  # weight of the previous value in the moving average of the losses
+_DIVERGED = 3.0  # times the lowest average loss
+_FELL = 0.99  # times the highest average: above this, a fall of the loss may be chance
+_SETTLED = 10  # steps before the average is meaningful
+_NEAR_BEST = 0.95  # times the highest throughput
+_GROWTH = 1.03  # speed-up that a doubled batch must give, otherwise larger ones are not tried
 _SMALLEST = 16
 _LARGEST = 65536
 
 
 @dataclass(frozen=True)
 class RateFinding:
-    """What the learning rate range test found (Smith 2015).
+    """The result of a learning-rate range test (Smith 2015).
 
     Attributes:
-        rates: of the steps that were taken.
-        losses: of those steps, before each was taken.
-        smooth: their exponential means, corrected for their beginning.
-        suggested: the rate at which the mean fell fastest, or None if it did not fall.
-        most: the rate at which the mean was least: above it training gets worse.
-        diverged: the rate at which the loss was many times the least or not finite; None if it never was.
+        rates: learning rate of each step.
+        losses: loss of each step, before its update.
+        smooth: exponential moving average of the losses, bias-corrected.
+        suggested: the rate at which the average fell fastest, or None if it did not fall.
+        most: the rate with the lowest average; training gets worse above it.
+        diverged: the rate at which the loss diverged or was not finite; None if it never did.
     """
 
     rates: list[float]
@@ -51,9 +51,9 @@ class RateFinding:
 
 
 def find_rate(config: Config, plan: LaunchPlan, *, low: float, high: float, steps: int) -> RateFinding:
-    """Trains for some steps while the learning rate rises from `low` to `high`, or until the loss diverges.
+    """Trains for some steps with a learning rate that rises from `low` to `high`, or until the loss diverges.
 
-    Groups of parameters keep their share of optim.lr. `plan` is of a single node.
+    Parameter groups keep the ratio of their rate to optim.lr. `plan` must be for a single node.
     """
     request = {"what": "rate", "low": low, "high": high, "steps": steps, "diverged": _DIVERGED}
     found = _run(config, plan, request)
@@ -61,7 +61,7 @@ def find_rate(config: Config, plan: LaunchPlan, *, low: float, high: float, step
 
 
 def judge_rates(rates: Sequence[float], losses: Sequence[float]) -> RateFinding:
-    """Returns what the losses say of the rates; the arguments are one of each per step."""
+    """Returns the finding for a learning rate and a loss per step."""
     smooth, mean = [], 0.0
     for step, loss in enumerate(losses, 1):
         mean = _SMOOTH * mean + (1 - _SMOOTH) * loss
@@ -87,9 +87,9 @@ class BatchRow:
     """A batch size that was tried.
 
     Attributes:
-        batch_size: the global batch.
-        step_s: seconds of a step; None if it does not fit into the memory.
-        memory_gib: most memory of a GPU in use; None on CPUs and where it does not fit.
+        batch_size: the global batch size.
+        step_s: seconds per step; None if it does not fit into memory.
+        memory_gib: peak memory of a GPU; None on CPUs and if it does not fit.
     """
 
     batch_size: int
@@ -105,9 +105,9 @@ class BatchRow:
 def try_batches(
     config: Config, plan: LaunchPlan, index: Index, *, seconds: float, say: Callable[[str], None]
 ) -> Iterator[BatchRow]:
-    """Yields batch sizes, each twice the one before, until a batch does not fit or brings nothing more.
+    """Yields measurements of doubling batch sizes, until one does not fit into memory or is not faster.
 
-    Each measurement takes so many seconds. `plan` is of a single node.
+    Each measurement takes `seconds`. `plan` must be for a single node.
     """
     parts = plan.processes * config.train.accumulate
     size = parts * max(1, _SMALLEST // parts)

@@ -1,4 +1,4 @@
-"""The page of `disttrain tune`: one HTML file with the curve, as a report has them."""
+"""The page of `disttrain tune`: one HTML file with a chart, like those of a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from disttrain.report.rendering import render
 
 
 def write_rates(found: RateFinding, outcome: str, subject: str, output: Path) -> Path:
-    """Writes the losses over the learning rates."""
+    """Writes the page of a learning-rate range test, and returns its path."""
     drawn = charts.Charts()
     marks = [rate for rate in (found.suggested, found.most) if rate is not None]
     charts.rising_rate(drawn, found.rates, found.losses, found.smooth, marks)
@@ -33,7 +33,7 @@ def write_rates(found: RateFinding, outcome: str, subject: str, output: Path) ->
 
 
 def write_batches(found: Sequence[BatchRow], outcome: str, subject: str, output: Path) -> Path:
-    """Writes the throughput over the batch sizes."""
+    """Writes the page on throughput by batch size, and returns its path."""
     drawn = charts.Charts()
     speeds = {row.batch_size: row.images_per_s for row in found if row.images_per_s is not None}
     charts.batch_speeds(drawn, speeds)
@@ -53,7 +53,7 @@ def write_batches(found: Sequence[BatchRow], outcome: str, subject: str, output:
 
 
 def batch_cells(row: BatchRow) -> tuple[str, str, str, str]:
-    """Returns a row of the table of batch sizes, for people."""
+    """Returns the cells of a row of the table of batch sizes."""
     if row.step_s is None:
         return f"{row.batch_size:,}", "does not fit", "", ""
     memory = "n/a" if row.memory_gib is None else f"{row.memory_gib:,.2f}"

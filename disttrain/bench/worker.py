@@ -1,6 +1,6 @@
-"""What every rank of `disttrain bench` and `disttrain tune` runs: the state of a run, measured and tried out.
+"""What every rank of `disttrain bench` and `disttrain tune` runs: measurements on a real training state.
 
-Builds what a run builds, from the same functions, and leaves nothing behind: no run folder, no checkpoint.
+Builds the state with the same functions as a run, but writes no run folder and no checkpoint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Measures as one rank of the group that the environment describes. Every rank calls this."""
+    """Measures as one rank of the process group that the environment describes. Every rank calls this."""
     config = Config.model_validate(request["config"])
     rank = Rank(int(os.environ.get("RANK", "0")), None)
     group = join(config, best_device())
@@ -72,7 +72,7 @@ def everything(
     step_s: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """Returns what `disttrain bench` shows beside the time of a step. Every rank calls this."""
+    """Returns the other results of `disttrain bench`, given the step time. Every rank calls this."""
     config, device = state.config, state.accelerator.device
     work = Workload(
         state.bare_model,
@@ -96,7 +96,7 @@ def everything(
 
 
 def settings_table(work: Workload, seconds: float, *, compiling: bool) -> list[dict[str, Any]]:
-    """Returns forward and backward for precision x channels_last x compile. Every rank calls this."""
+    """Times forward and backward passes for precision x channels_last x compile. Every rank calls this."""
     probe = Probe(work)
     on_gpu = probe.device.type == "cuda"
     precisions: list[Precision] = ["fp32", "tf32", "bf16", "fp16"] if on_gpu else ["fp32", "bf16"]
@@ -116,7 +116,7 @@ def settings_table(work: Workload, seconds: float, *, compiling: bool) -> list[d
 
 
 def flops(state: TrainState, step_s: float) -> dict[str, Any]:
-    """Returns the arithmetic of a training step and how near it comes to what the device can do."""
+    """Returns the FLOPs of a training step, and their share of the device's peak."""
     precision = state.settings.precision
     peak, source = peak_flops_per_s(state.accelerator.device, precision)
     if state.accelerator.device.type == "cpu":
@@ -133,7 +133,7 @@ def flops(state: TrainState, step_s: float) -> dict[str, Any]:
 
 
 def _measured_peak(precision: str) -> tuple[float, str]:
-    """Returns the operations per second that this CPU does in a precision, and how that was found."""
+    """Returns the measured peak FLOP/s of this CPU in a precision, and how it was measured."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     side = 1024
     left, right = (torch.randn(side, side).to(dtype) for _ in range(2))
@@ -150,9 +150,10 @@ def raise_rate(
 ) -> dict[str, list[float]]:
     """Trains while the learning rate rises by the same factor in each step. Every rank calls this.
 
-    Ends before the last step if the loss is `diverged` times the least one, or not finite.
+    Stops early if the loss is above 2 x `diverged` x the lowest loss, or not finite, in two steps in a row.
 
-    Returns the rates and the mean loss of each step over all ranks, before the step was taken.
+    Returns:
+        The rate of each step and its mean loss over all ranks, before the update.
     """
     rates: list[float] = []
     losses: list[float] = []
@@ -169,7 +170,7 @@ def raise_rate(
             total, samples = reduce_sum(state.group, Phase.REPORT, step + 1, [loss, state.meter.samples])
             rates.append(rate)
             losses.append(total / samples)
-            # Two steps in a row, because a single batch may be an odd one.
+            # Two steps in a row, because a single batch may be an outlier.
             bad = [not math.isfinite(value) or value > 2 * diverged * min(losses) for value in losses[-2:]]
             if step and all(bad):
                 break

@@ -1,8 +1,8 @@
-"""`disttrain doctor`: what works on this machine and what does not, each with its remedy.
+"""`disttrain doctor`: checks this machine, and gives a remedy for each problem.
 
-Every check runs in a process of its own (`disttrain.doctor.checks`) with a time limit, so that one that
-crashes or hangs is a line of the report and never its end. What a finding is worth is decided by the pure
-functions of `disttrain.doctor.rules`. Nothing here imports torch.
+Every check runs in its own process (`disttrain.doctor.checks`) with a time limit. If one crashes or hangs,
+that is one line of the report, and the other checks still run. The pure functions of `disttrain.doctor.rules`
+judge the facts. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pathlib import Path
 from disttrain.doctor.rules import Finding, failure
 from disttrain.errors import UsageError
 
-_GRACE_S = 5.0  # for a check to end by itself after its time limit, with a word on where it was
+_GRACE_S = 5.0  # for a check to print its stack and exit after its time limit
 
 
 def examine(names: Sequence[str] = ()) -> Iterator[tuple[str, Finding]]:
-    """Yields the name of a check and what it found, one finding after the other; no names mean all checks.
+    """Runs checks and yields each finding with the name of its check; without names, runs all checks.
 
     Raises:
-        UsageError: there is no such check.
+        UsageError: a name is not that of a check.
     """
     from disttrain.doctor.checks import CHECKS
 
@@ -50,7 +50,7 @@ def examine(names: Sequence[str] = ()) -> Iterator[tuple[str, Finding]]:
 
 
 def report(finding: Finding) -> str:
-    """Returns the lines of a finding for a terminal."""
+    """Returns the lines of a finding, for a terminal."""
     import click
 
     colour = {"ok": "green", "warning": "yellow", "failure": "red"}[finding.status]
@@ -59,14 +59,14 @@ def report(finding: Finding) -> str:
 
 
 def isolated(command: Sequence[str], limit_s: float, subject: str) -> Iterator[Finding]:
-    """Runs a check in a process of its own and yields what it found, and its own failure if it has one.
+    """Runs a check in its own process and yields its findings; also a failure if the check itself failed.
 
     Args:
         command: prints a finding as JSON on each line of its standard output.
-        limit_s: seconds until it is killed with all that it started, plus a moment of grace.
-        subject: of a failure of the check itself.
+        limit_s: seconds until the check is killed with all its children, plus a grace period.
+        subject: the subject of a failure of the check itself.
     """
-    # Files, not pipes: a process that cannot be killed would hold a pipe open.
+    # Files, not pipes: a process that cannot be killed would keep a pipe open.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
@@ -79,7 +79,7 @@ def isolated(command: Sequence[str], limit_s: float, subject: str) -> Iterator[F
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1)  # one that the kernel holds is left behind
+                process.wait(1)  # gives up on a process that is stuck in the kernel
         out.seek(0)
         err.seek(0)
         for line in out:
@@ -91,7 +91,7 @@ def isolated(command: Sequence[str], limit_s: float, subject: str) -> Iterator[F
 
 
 def _ending(code: int | None, errors: str, limit_s: float) -> str:
-    """Says how a check ended that did not end well, from its exit code and what it printed."""
+    """Returns how a check failed, from its exit code and its standard error."""
     places = re.findall(r'  File "([^"]+)", line (\d+) in (\S+)', errors.rpartition("hread 0x")[2])
     where = f", in {places[0][2]} ({Path(places[0][0]).name}:{places[0][1]})" if places else ""
     if code is None or "Timeout (" in errors:

@@ -1,4 +1,4 @@
-"""Two processes of one machine that reduce tensors: whether they find one another, and how fast they are."""
+"""All-reduce between two processes of one machine: whether they connect, and how fast they are."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from disttrain.launch.jobs import serve
 if TYPE_CHECKING:
     import torch
 
-LIMIT_S = 60.0  # until the processes have found one another, and for each message between them
+LIMIT_S = 60.0  # for the processes to connect, and for each message between them
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Returns the seconds that a reduction of one number takes, and the bytes per second of a large one."""
+    """Returns the seconds of an all-reduce of one number, and the bytes per second of a large one."""
     import torch
     import torch.distributed as dist
 
@@ -35,9 +35,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def reduction_s(ones: torch.Tensor, times: int) -> float:
-    """Returns the median of the seconds in which a tensor is summed over the ranks. Every rank calls this.
+    """Returns the median seconds of an all-reduce of a tensor of ones. Every rank calls this.
 
-    Raises RuntimeError if the sum is wrong.
+    Raises:
+        RuntimeError: the sum is wrong.
     """
     import torch
     import torch.distributed as dist

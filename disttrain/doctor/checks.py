@@ -1,8 +1,8 @@
-"""The checks of `disttrain doctor`: each gathers facts and hands them to a rule.
+"""The checks of `disttrain doctor`: each gathers facts and passes them to a rule.
 
-`python -m disttrain.doctor.checks NAME [ARGUMENT]` runs one of them, and prints a finding as JSON on each
-line. A check may crash or hang: it runs alone in its process, which ends at the time limit with a word on
-where it was. Heavy imports are in the bodies.
+`python -m disttrain.doctor.checks NAME [ARGUMENT]` runs one check, and prints a finding as JSON on each line.
+A check may crash or hang: it has its own process, which prints its stack and exits at the time limit. Heavy
+imports are in the function bodies.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Check(NamedTuple):
     """A check and how it is run.
 
     Attributes:
-        run: yields what it finds.
-        limit_s: seconds that it may take; importing torch from a network disk can take a minute.
-        arguments: from the usable GPUs (cuda:0, ...) to what it is run with, each in a process of its own.
+        run: yields the findings.
+        limit_s: time limit in seconds; importing torch from a network disk can take a minute.
+        arguments: returns the arguments to run it with, for the usable GPUs (cuda:0, ...); one process each.
     """
 
     run: Callable[[str], Iterator[Finding]]
@@ -51,9 +51,9 @@ class Check(NamedTuple):
 
 
 def packages(_: str) -> Iterator[Finding]:
-    """Versions of what training needs, and whether they fit one another."""
+    """Checks that the packages that training needs are installed in compatible versions."""
     import torch
-    import torchvision  # fails to import beside another torch than its own
+    import torchvision  # fails to import with a torch that it was not built for
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -61,10 +61,10 @@ def packages(_: str) -> Iterator[Finding]:
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     yield ok("torch", f"{torch.__version__}, {cuda}, torchvision {torchvision.__version__}")
     versions: dict[str, str] = {}
-    for one in importlib.metadata.distributions():  # the first of a name is the one that is imported
+    for one in importlib.metadata.distributions():  # the first with a name is the one that is imported
         versions.setdefault(canonicalize_name(one.name), one.version)
     requirements, todo, done = [], ["disttrain"], set[str]()
-    while todo:  # what disttrain needs, what that needs, and so on
+    while todo:  # the requirements of disttrain, their requirements, and so on
         name = todo.pop()
         if name in done or name not in versions:
             continue
@@ -89,7 +89,7 @@ def packages(_: str) -> Iterator[Finding]:
 
 
 def driver(_: str) -> Iterator[Finding]:
-    """The NVIDIA driver, its GPUs and how they are connected, by NVML."""
+    """Checks the NVIDIA driver, its GPUs and how they are connected, with NVML."""
     import pynvml
 
     try:
@@ -113,7 +113,7 @@ def driver(_: str) -> Iterator[Finding]:
 
 
 def gpus(_: str) -> Iterator[Finding]:
-    """What torch can use of the GPUs."""
+    """Checks which GPUs torch can use."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     known = visible_gpus()
     if not known and (hidden is not None or not device_files()):
@@ -158,7 +158,7 @@ def gpus(_: str) -> Iterator[Finding]:
 
 
 def _pci_devices() -> list[str]:
-    """Returns the NVIDIA GPUs on the bus, with a driver or without."""
+    """Returns the NVIDIA GPUs on the PCI bus, with or without a driver."""
     found = []
     for path in sorted(Path("/sys/bus/pci/devices").glob("*")):
         with contextlib.suppress(OSError):
@@ -169,7 +169,7 @@ def _pci_devices() -> list[str]:
 
 
 def _way(a: Any, b: Any) -> str:
-    """Returns how two GPUs are connected, as nvidia-smi topo names it."""
+    """Returns how two GPUs are connected, with the names of nvidia-smi topo."""
     import pynvml
 
     state = ask(pynvml.nvmlDeviceGetP2PStatus, a, b, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
@@ -180,7 +180,7 @@ def _way(a: Any, b: Any) -> str:
 
 
 def machine(_: str) -> Iterator[Finding]:
-    """Cores, memory, shared memory and limits."""
+    """Checks cores, memory, shared memory and limits."""
     import psutil
 
     yield rules.cores(usable_cores(), os.cpu_count() or 1, slurm_env.allocation(os.environ))
@@ -194,7 +194,7 @@ def machine(_: str) -> Iterator[Finding]:
 
 
 def disk(_: str) -> Iterator[Finding]:
-    """Room for runs, caches and data sets."""
+    """Checks the free space for runs, caches and data sets."""
     from disttrain.shards.index import data_root, server_root
 
     folders = {"disk of runs": Path.cwd(), "disk of the cache": cache_folder()}
@@ -207,7 +207,7 @@ def disk(_: str) -> Iterator[Finding]:
 
 
 def clock(_: str) -> Iterator[Finding]:
-    """Whether time goes on, and is that of the file system."""
+    """Checks that the clocks run, and agree with the file system."""
     monotonic, wall = time.monotonic(), time.time()
     time.sleep(0.1)
     elapsed = (time.monotonic() - monotonic, time.time() - wall)
@@ -222,7 +222,7 @@ def clock(_: str) -> Iterator[Finding]:
 
 
 def network(_: str) -> Iterator[Finding]:
-    """The interfaces over which processes of several nodes would talk."""
+    """Checks the network interfaces that connect the processes of several nodes."""
     import psutil
 
     up = [name for name, state in psutil.net_if_stats().items() if state.isup]
@@ -238,7 +238,7 @@ def network(_: str) -> Iterator[Finding]:
 
 
 def _own_address(host: str) -> str | None:
-    """Returns the first address that a host name leads to and that is of this host, as gloo looks for it."""
+    """Returns the first address that a host name resolves to and that belongs to this host, like gloo."""
     with contextlib.suppress(OSError):
         for family, kind, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
             with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
@@ -248,14 +248,14 @@ def _own_address(host: str) -> str | None:
 
 
 def slurm_(_: str) -> Iterator[Finding]:
-    """Slurm and the job that this process belongs to."""
+    """Checks Slurm and the job of this process."""
     there = shutil.which("srun") is not None
     says = [_output(*words) if there else None for words in (("srun", "--version"), ("scontrol", "ping"))]
     yield rules.cluster(slurm_env.allocation(os.environ), *says)
 
 
 def _output(*command: str) -> str:
-    """Returns what a command says within ten seconds, on one line."""
+    """Returns the output of a command within ten seconds, on one line."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -264,7 +264,7 @@ def _output(*command: str) -> str:
 
 
 def data(_: str) -> Iterator[Finding]:
-    """The data root with its data sets, and the cache."""
+    """Checks the data root with its data sets, and the cache."""
     from disttrain.shards.index import data_root, load_index, server_root
 
     server = server_root(None)
@@ -288,7 +288,7 @@ def data(_: str) -> Iterator[Finding]:
 
 
 def _folder(subject: str, folder: Path, remedy: str, *, needed: bool) -> Finding:
-    """Judges whether a folder can be written or made; one that is not needed may be there to be read only."""
+    """Judges whether a folder is writable or can be created; if not `needed`, it may be read-only."""
     place = _existing(folder)
     new = "" if place == folder else " (will be made)"
     try:
@@ -304,12 +304,12 @@ def _folder(subject: str, folder: Path, remedy: str, *, needed: bool) -> Finding
 
 
 def _existing(folder: Path) -> Path:
-    """Returns a folder, or the nearest above it that is there."""
+    """Returns a folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def allreduce(backend: str) -> Iterator[Finding]:
-    """Two processes that add up their numbers, started as those of a run."""
+    """Checks an all-reduce between two processes, started like those of a run."""
     from disttrain.launch.jobs import plan_job, run_job
 
     plan = plan_job(gpus=2, procs=None) if backend == "nccl" else plan_job(gpus=None, procs=2)
@@ -321,7 +321,7 @@ def allreduce(backend: str) -> Iterator[Finding]:
 
 
 def step(device_name: str) -> Iterator[Finding]:
-    """A training step on a device in fp32 and bf16, against the same in float64 on the CPU."""
+    """Checks a training step on a device in fp32 and bf16 against the same step in float64 on the CPU."""
     import copy
 
     import torch
@@ -330,14 +330,14 @@ def step(device_name: str) -> Iterator[Finding]:
     from disttrain.models import build_model
     from disttrain.training.autotune import allow_tf32
 
-    torch.set_num_threads(1)  # several would measure what else runs here
+    torch.set_num_threads(1)  # with several, the time would depend on what else runs here
     torch.manual_seed(0)
     allow_tf32(False)
     model = build_model("cnn_mnist", num_classes=10, in_channels=1, image_size=(28, 28), args={})
     images, labels = torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
 
     def train(device: torch.device, dtype: torch.dtype, steps: int) -> tuple[list[float], float]:
-        """Returns the losses of the first two steps, and the median of seconds of the later ones."""
+        """Returns the losses of the first two steps, and the median seconds of all but the first."""
         low = dtype == torch.bfloat16
         kept = torch.float32 if low else dtype
         own = copy.deepcopy(model).to(device, kept)
@@ -384,13 +384,13 @@ CHECKS = {
 
 
 def main() -> None:
-    """Runs the check that the command line names."""
+    """Runs the check named on the command line."""
     name, argument = (*sys.argv[1:], "")[:2]
     check = CHECKS[name]
     faulthandler.enable()
     faulthandler.dump_traceback_later(check.limit_s, exit=True)
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print is not a finding
+    os.dup2(2, 1)  # keeps the output of libraries apart from the findings
     for finding in check.run(argument):
         print(json.dumps(finding._asdict()), file=out)
     out.close()

@@ -1,7 +1,7 @@
-"""`disttrain doctor --nodes`: whether all nodes reach one another, and how fast, pair by pair.
+"""`disttrain doctor --nodes`: checks the network between every pair of nodes, and measures its speed.
 
-One process on each node. They meet as the launchers of a run do, and then try what the ranks of a run would
-use: the address that gloo takes, and gloo or NCCL itself.
+Each node runs one process. They connect like the launchers of a run, and then use the network like its ranks:
+the address that gloo chooses, and gloo or NCCL itself.
 """
 
 from __future__ import annotations
@@ -31,18 +31,23 @@ if TYPE_CHECKING:
     import torch
 
 _MEET_S = 60.0
-_CONNECT_S = 3.0  # for a plain connection between two nodes
+_CONNECT_S = 3.0  # for a plain TCP connection between two nodes
 _ROUND_TRIPS = 200
 _LARGE_BYTES = {"gloo": 2**24, "nccl": 2**28}
 _LARGE_TRIPS = 5
-_BUCKET_BYTES = 25 * 2**20  # of gradients, as DDP sums them up
-_SLOW = 2.0  # times worse than the median of the pairs
+_BUCKET_BYTES = 25 * 2**20  # size of a gradient bucket of DDP
+_SLOW = 2.0  # times worse than the median of the pairs is slow
 
 
 class Pair(NamedTuple):
-    """What two nodes measured together: half of the median round trip of 4 bytes, a large message one way.
+    """The measurement between two nodes.
 
-    Both are None, and `problem` says why, where it failed.
+    Attributes:
+        first: the node with the lower rank.
+        second: the other node.
+        latency_s: half of the median round trip of 4 bytes; None if it failed.
+        bytes_per_s: speed of a large message in one direction; None if it failed.
+        problem: why it failed, or empty.
     """
 
     first: int
@@ -53,7 +58,7 @@ class Pair(NamedTuple):
 
 
 def starts_srun(environ: Mapping[str, str]) -> list[str] | None:
-    """Returns the command that runs this on all nodes of a Slurm job; None in a task of it, or outside."""
+    """Returns the srun command to run this on all nodes of a Slurm job; None outside a job or inside srun."""
     job = allocation(environ)
     if job is None:
         return None
@@ -65,24 +70,24 @@ def starts_srun(environ: Mapping[str, str]) -> list[str] | None:
 
 
 def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Returns all pairs of nodes in as few rounds as can be; no node is in two pairs of a round."""
+    """Returns all pairs of nodes in as few rounds as possible; in a round, a node is in at most one pair."""
     places: list[int | None] = [*range(nodes), *([None] if nodes % 2 else [])]
     result = []
     for _ in range(len(places) - 1):
         half = len(places) // 2
         paired = zip(places[:half], reversed(places[half:]), strict=True)
         result.append(sorted((min(a, b), max(a, b)) for a, b in paired if a is not None and b is not None))
-        places = [places[0], places[-1], *places[1:-1]]  # the circle method: all but one move on
+        places = [places[0], places[-1], *places[1:-1]]  # the circle method: all but the first rotate
     return result
 
 
 def examine_nodes(place: Node | None) -> Iterator[tuple[str, Finding]]:
-    """Measures between all nodes; node 0 yields what was found, the others nothing. Every node calls this.
+    """Measures the network between all nodes. Every node calls this; only node 0 yields findings.
 
     Raises:
-        BusyError: the port is taken.
-        HangError: a node has not come.
-        UsageError: there is one node only, or the nodes differ, such as in their devices.
+        BusyError: the port is in use.
+        HangError: a node did not join.
+        UsageError: there is only one node, or the nodes differ, for example in their devices.
     """
     if place is None:
         raise UsageError(
@@ -105,9 +110,10 @@ def examine_nodes(place: Node | None) -> Iterator[tuple[str, Finding]]:
 
 
 def _exchange(channel: Channel, place: Node, value: Any) -> list[Any]:
-    """Returns the values of all nodes, on every node. Every node calls this.
+    """Gathers a value from each node, and returns them all on every node. Every node calls this.
 
-    Raises HangError if a node is gone or does not answer.
+    Raises:
+        HangError: a node is gone or does not answer.
     """
     values: dict[int, Any] = {place.node_rank: value}
     deadline = time.monotonic() + 2 * LIMIT_S
@@ -129,7 +135,7 @@ def _exchange(channel: Channel, place: Node, value: Any) -> list[Any]:
 
 
 def _reach(channel: Channel, place: Node, names: Sequence[str], interface: str | None) -> list[Finding]:
-    """Connects every node to every other one at the address that gloo takes there."""
+    """Connects each node to every other one, at the address that gloo would use; returns the failures."""
     with socket.create_server(("", 0)) as server:
         threading.Thread(target=_accept_all, args=(server,), daemon=True).start()
         here = _address(interface), server.getsockname()[1]
@@ -158,7 +164,7 @@ def _accept_all(server: socket.socket) -> None:
 
 
 def _address(interface: str | None) -> str:
-    """Returns the address at which gloo listens: an interface's, or what this node's name stands for."""
+    """Returns the address at which gloo listens: that of an interface, or the one of the host name."""
     interface = interface or os.environ.get("GLOO_SOCKET_IFNAME")
     if interface is None:
         return socket.gethostbyname(socket.gethostname())
@@ -172,8 +178,8 @@ def _address(interface: str | None) -> str:
 
 
 def _measure(channel: Channel, place: Node, backend: str) -> tuple[list[Pair], float | str]:
-    """Returns all pairs, and the seconds of a reduction over all nodes or why it failed. On every node."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that hosts have no names in the DNS is no news
+    """Returns all pairs, and the seconds of an all-reduce or why it failed. Every node calls this."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides warnings about hosts without a DNS name
     import torch
     import torch.distributed as dist
 
@@ -202,19 +208,19 @@ def _measure(channel: Channel, place: Node, backend: str) -> tuple[list[Pair], f
         except RuntimeError as error:
             reduction = str(error).splitlines()[0]
     found = [Pair(*pair) for node, pairs in enumerate(everyones) for pair in pairs if pair[0] == node]
-    _exchange(channel, place, None)  # nobody leaves while another still counts on it
+    _exchange(channel, place, None)  # no node leaves while another still needs it
     return found, reduction
 
 
 def _measure_pair(first: int, second: int, node: int, device: torch.device, large_bytes: int) -> Pair:
-    """Sends messages to and fro between two nodes. Both call this."""
+    """Measures round trips between two nodes. Both nodes call this."""
     import torch
     import torch.distributed as dist
 
     other = second if node == first else first
 
     def trip(numbers: torch.Tensor) -> float:
-        """Returns the seconds that a message needs to the other and back."""
+        """Returns the seconds of a round trip."""
         begin = time.perf_counter()
         for call in (dist.send, dist.recv) if node == first else (dist.recv, dist.send):
             call(numbers, other)
@@ -224,7 +230,7 @@ def _measure_pair(first: int, second: int, node: int, device: torch.device, larg
 
     def half_trips(size: int, times: int) -> float:
         numbers = torch.full((size,), float(node), device=device)
-        trip(numbers)  # the first opens the connection and waits for the other
+        trip(numbers)  # warm-up: opens the connection and waits for the other node
         median = statistics.median(trip(numbers) for _ in range(times)) / 2
         if not bool((numbers == first).all()):
             raise RuntimeError("other numbers arrived than were sent")
@@ -238,7 +244,7 @@ def _measure_pair(first: int, second: int, node: int, device: torch.device, larg
 
 
 def judge(found: tuple[list[Pair], float | str], names: Sequence[str], backend: str) -> Iterator[Finding]:
-    """Yields what the measurements say: of each pair, and of all nodes together."""
+    """Yields a finding for each pair of nodes, and one for all nodes together."""
     pairs, reduction = found
     latency_s = statistics.median(pair.latency_s or 0.0 for pair in pairs)
     bytes_per_s = statistics.median(pair.bytes_per_s or 0.0 for pair in pairs)

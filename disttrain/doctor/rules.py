@@ -1,7 +1,7 @@
-"""What the facts that a check finds are worth: pure functions, from facts to findings.
+"""The rules of `disttrain doctor`: pure functions that turn facts into findings.
 
-A finding is a failure where training as asked for cannot work, a warning where it works worse or only by
-luck. A machine without a GPU is fine.
+A failure means that training cannot work, a warning that it is slower or may break. A machine without a GPU
+is fine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """One line of the report: what was looked at, its worth, the facts with their units, what to do."""
+    """One line of the report: what was checked, its status, the facts with units, and a remedy."""
 
     subject: str
     status: Literal["ok", "warning", "failure"]
@@ -26,22 +26,22 @@ class Finding(NamedTuple):
 
 
 def ok(subject: str, found: str) -> Finding:
-    """Returns a finding that needs nothing."""
+    """Returns a finding without a problem."""
     return Finding(subject, "ok", found)
 
 
 def warning(subject: str, found: str, remedy: str) -> Finding:
-    """Returns a finding that makes training worse, or may."""
+    """Returns a finding that makes training slower, or may break it."""
     return Finding(subject, "warning", found, remedy)
 
 
 def failure(subject: str, found: str, remedy: str) -> Finding:
-    """Returns a finding that keeps training from working."""
+    """Returns a finding with which training cannot work."""
     return Finding(subject, "failure", found, remedy)
 
 
 def unmet(requirements: Iterable[tuple[str, str]], versions: Mapping[str, str]) -> list[str]:
-    """Returns what packages lack of what they ask for (PEP 508); `versions` are by canonical name."""
+    """Returns the requirements (PEP 508) of packages that are not met; `versions` are by canonical name."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -61,7 +61,8 @@ def unmet(requirements: Iterable[tuple[str, str]], versions: Mapping[str, str]) 
 def nccl(packages: Mapping[str, str], loaded: str | None, torch_cuda: str | None) -> Finding:
     """Judges the NCCL that torch has loaded, and the versions of the installed packages nvidia-nccl-cu*.
 
-    `loaded` and `torch_cuda`, the CUDA version that torch was built for, are None for a build without.
+    `loaded` is its version, and `torch_cuda` the CUDA version of torch. Both are None for a build without
+    CUDA.
     """
     if loaded is None or torch_cuda is None:
         return ok("NCCL", "none in this build of torch; only GPUs need it")
@@ -82,7 +83,7 @@ _LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # CUDA rele
 
 
 def no_driver(problem: str, devices: Sequence[str]) -> Finding:
-    """Judges that NVML cannot be used, from what it says and the GPUs that there are nevertheless."""
+    """Judges a machine on which NVML fails, from its error and the GPUs that exist nevertheless."""
     if not devices:
         return ok("NVIDIA driver", "none, and no NVIDIA GPU")
     return warning(
@@ -93,10 +94,10 @@ def no_driver(problem: str, devices: Sequence[str]) -> Finding:
 
 
 def driver(version: str, driver_cuda: tuple[int, int], torch_cuda: str | None, *, usable: bool) -> Finding:
-    """Judges whether a driver runs what torch was built for; `torch_cuda` is None for a build without CUDA.
+    """Judges whether a driver supports torch's CUDA version; `torch_cuda` is None for a build without CUDA.
 
-    Within a major version of CUDA any driver of that version does (CUDA compatibility guide). An older one
-    does where a GPU is `usable` nevertheless, by forward compatibility libraries.
+    A driver supports all versions of its major version of CUDA (CUDA compatibility guide). If an older driver
+    has a `usable` GPU, forward compatibility libraries are installed.
     """
     has = f"driver {version}, CUDA up to {driver_cuda[0]}.{driver_cuda[1]}"
     if torch_cuda is None:
@@ -116,9 +117,9 @@ def driver(version: str, driver_cuda: tuple[int, int], torch_cuda: str | None, *
 
 
 def has_kernels(capability: tuple[int, int], archs: Sequence[str]) -> bool:
-    """Tells whether a build of torch has kernels for a compute capability.
+    """Returns whether a build of torch has kernels for a compute capability.
 
-    Its `archs` are as torch.cuda.get_arch_list returns them: sm_80, sm_90a, compute_90.
+    `archs` are from torch.cuda.get_arch_list: sm_80, sm_90a, compute_90.
     """
 
     def fits(arch: str) -> bool:
@@ -126,9 +127,9 @@ def has_kernels(capability: tuple[int, int], archs: Sequence[str]) -> bool:
         if found is None:
             return False
         kind, built, suffix = found[1], (int(found[2]), int(found[3])), found[4]
-        if suffix == "a":  # for this architecture alone
+        if suffix == "a":  # only for this architecture
             return built == capability
-        if kind == "compute" and not suffix:  # PTX, which the driver compiles for any later GPU
+        if kind == "compute" and not suffix:  # PTX, which the driver compiles for any newer GPU
             return built <= capability
         return built[0] == capability[0] and built[1] <= capability[1]
 
@@ -139,8 +140,8 @@ def topology(pairs: Mapping[tuple[int, int], str], nvlinks: Sequence[int]) -> Fi
     """Judges how GPUs are connected.
 
     Args:
-        pairs: the way between two GPUs: NVLink, or PIX, PXB, PHB, NODE, SYS as nvidia-smi calls it over PCIe.
-        nvlinks: active NVLinks of each GPU.
+        pairs: how two GPUs are connected: NVLink, or over PCIe PIX, PXB, PHB, NODE or SYS as in nvidia-smi.
+        nvlinks: number of active NVLinks of each GPU.
     """
     ways: dict[str, list[tuple[int, int]]] = {}
     for pair, way in sorted(pairs.items()):
@@ -161,7 +162,7 @@ def topology(pairs: Mapping[tuple[int, int], str], nvlinks: Sequence[int]) -> Fi
 
 
 def peers(access: Mapping[tuple[int, int], bool], linked: Iterable[tuple[int, int]]) -> Finding:
-    """Judges whether the first GPU of a pair reaches the memory of the second; NVLink connects `linked`."""
+    """Judges whether the first GPU of a pair can access the memory of the second; `linked` have NVLink."""
     without = sorted(pair for pair, reached in access.items() if not reached)
     if broken := sorted(set(without) & set(linked)):
         return warning(
@@ -189,7 +190,7 @@ def cores(usable: int, present: int, allocation: Allocation | None) -> Finding:
 
 
 def shared_memory(total_bytes: int | None, gpus: int) -> Finding:
-    """Judges /dev/shm, through which NCCL connects processes of a node; None where there is none."""
+    """Judges /dev/shm, which NCCL uses between processes of a node; None if it does not exist."""
     found = "not there" if total_bytes is None else gib(total_bytes, 2)
     if gpus > 1 and (total_bytes or 0) <= 64 * 2**20:
         remedy = "start the container with --shm-size=1g or --ipc=host"
@@ -198,7 +199,7 @@ def shared_memory(total_bytes: int | None, gpus: int) -> Finding:
 
 
 def open_files(soft: int, hard: int) -> Finding:
-    """Judges the limit of open files; -1 is none."""
+    """Judges the limit on open files; -1 means no limit."""
     if 0 <= soft < 1024:
         return warning(
             "open files", f"at most {soft:,}", f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}"
@@ -207,7 +208,7 @@ def open_files(soft: int, hard: int) -> Finding:
 
 
 def locked_memory(soft_bytes: int, infiniband: Sequence[str]) -> Finding:
-    """Judges the limit of locked memory, which InfiniBand needs; -1 is none."""
+    """Judges the limit on locked memory, which InfiniBand needs; -1 means no limit."""
     found = "no limit" if soft_bytes < 0 else f"at most {mib(soft_bytes)}"
     if infiniband and 0 <= soft_bytes < _GIB:
         remedy = "ulimit -l unlimited, or LimitMEMLOCK=infinity for slurmd or the container"
@@ -216,7 +217,7 @@ def locked_memory(soft_bytes: int, infiniband: Sequence[str]) -> Finding:
 
 
 def cluster(job: Allocation | None, version: str | None, ping: str | None) -> Finding:
-    """Judges Slurm by this process's job and by what `srun --version` and `scontrol ping` say."""
+    """Judges Slurm by the job of this process and the output of `srun --version` and `scontrol ping`."""
     place = "outside of a job"
     if job is not None:
         step = "" if job.step is None else f", step {job.step},"
@@ -233,7 +234,7 @@ def cluster(job: Allocation | None, version: str | None, ping: str | None) -> Fi
 
 
 def disk(subject: str, path: str, free_bytes: int, free_files: int | None) -> Finding:
-    """Judges the room on the disk of a folder; free_files is None where there is no such limit."""
+    """Judges the free space on the disk of a folder; `free_files` is None if there is no such limit."""
     found = f"{gib(free_bytes)} free in {path}"
     remedy = "delete old runs and caches, or choose another disk: --run-dir, DISTTRAIN_DATA, DISTTRAIN_CACHE"
     if free_files is not None and free_files < 100:
@@ -249,10 +250,10 @@ def clock(elapsed_s: Sequence[float], now_s: float, newest_s: float, file_s: flo
     """Judges the clocks.
 
     Args:
-        elapsed_s: what the monotonic and the wall clock say of one and the same pause.
-        now_s: wall clock, seconds since 1970.
-        newest_s: time of the newest file of this installation.
-        file_s: time that a file system gives to a file made just now.
+        elapsed_s: length of the same pause by the monotonic clock and by the wall clock.
+        now_s: wall clock, in seconds since 1970.
+        newest_s: time of the newest file of this installation, in seconds since 1970.
+        file_s: time that the file system gives to a file written now, in seconds since 1970.
     """
     monotonic, wall = elapsed_s
     set_it = "start chrony or another NTP client"
@@ -272,11 +273,11 @@ def clock(elapsed_s: Sequence[float], now_s: float, newest_s: float, file_s: flo
 
 
 def nccl_interfaces(names: Sequence[str], setting: str | None) -> list[str]:
-    """Returns the interfaces that NCCL may take, the first of them first.
+    """Returns the interfaces that NCCL may use, in order of preference.
 
     Args:
-        names: interfaces that are up, in the system's order.
-        setting: NCCL_SOCKET_IFNAME: prefixes, with ^ in front those to leave out, with = whole names.
+        names: interfaces that are up, in the order of the system.
+        setting: NCCL_SOCKET_IFNAME: prefixes; a leading ^ excludes them, a leading = means exact names.
     """
     if setting:
         excluded, exact = setting.startswith("^"), setting.lstrip("^").startswith("=")
@@ -288,7 +289,7 @@ def nccl_interfaces(names: Sequence[str], setting: str | None) -> list[str]:
 
 
 def nccl_network(names: Sequence[str], setting: str | None) -> Finding:
-    """Judges the interface that NCCL takes between nodes; arguments as for `nccl_interfaces`."""
+    """Judges the interface that NCCL uses between nodes; arguments as for `nccl_interfaces`."""
     taken = nccl_interfaces(names, setting)
     given = f" (NCCL_SOCKET_IFNAME={setting})" if setting else ""
     if not taken:
@@ -302,14 +303,14 @@ def nccl_network(names: Sequence[str], setting: str | None) -> Finding:
 def gloo_network(
     addresses: Mapping[str, Sequence[str]], setting: str | None, host: str, own: str | None, nodes: int
 ) -> Finding:
-    """Judges the interface that gloo takes.
+    """Judges the interface that gloo uses.
 
     Args:
-        addresses: of the interfaces that are up.
-        setting: GLOO_SOCKET_IFNAME.
+        addresses: addresses of the interfaces that are up.
+        setting: GLOO_SOCKET_IFNAME, or None.
         host: name of this host.
-        own: address of this host that its name leads to; None where it leads to none.
-        nodes: of the job.
+        own: address of this host that its name resolves to; None if there is none.
+        nodes: number of nodes of the job.
     """
     subject = "gloo network"
     if setting:
@@ -335,7 +336,7 @@ def losses(
 ) -> Finding:
     """Judges a training step by the losses before and after it.
 
-    Those `expected` are from float64 on the CPU; `tolerance` is the greatest difference as a share of them.
+    The `expected` losses are from float64 on the CPU; `tolerance` is the largest allowed relative difference.
     """
     text = " -> ".join(f"{loss:.4f}" for loss in found)
     if any(not abs(a - b) <= tolerance * abs(b) for a, b in zip(found, expected, strict=True)):

@@ -1,1 +1,1 @@
-"""Using what was trained: evaluate, predict, export."""
+"""Evaluates, applies and exports trained models."""

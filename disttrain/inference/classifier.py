@@ -1,4 +1,4 @@
-"""A trained network with what its images need, ready for use: from a run folder or from an exported file."""
+"""A trained model that takes raw images, loaded from a run folder or an exported file."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from disttrain.training.autotune import allow_tf32, autocast
 from disttrain.training.normalize import Normalize
 
 METADATA = "disttrain"
-"""The key of the header of a safetensors file under which the `Facts` stand, as JSON."""
+"""The key in the header of a safetensors file that holds the `Facts` as JSON."""
 
 
 class Classifier(nn.Module):
-    """A network with its normalization inside.
+    """A network that normalizes its images itself.
 
-    It takes images as they are stored, uint8 [B, H, W, C], and gives the scores (logits) of the classes,
-    float32 [B, classes]; their softmax are probabilities.
+    It takes images as stored, uint8 [B, H, W, C], and returns the logits of the classes, float32 [B,
+    classes]. Their softmax gives the probabilities.
 
     Args:
-        network: reads normalized images [B, C, H, W].
-        facts: what it is and what its images are.
-        precision: that it was trained and evaluated in.
-        channels_last: the memory order of its images and filters.
+        network: takes normalized images [B, C, H, W].
+        facts: the model, its classes and the format of its images.
+        precision: in which it was trained and evaluated.
+        channels_last: whether images and filters are in channels-last memory order.
 
     Attributes:
-        input: its normalization.
-        source: the checkpoint or file its weights are from, for people.
-        step: optimizer steps it was trained for, where that is known.
+        input: the normalization.
+        source: the checkpoint or file of the weights, for messages.
+        step: optimizer steps that it was trained for, or None if unknown.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class Classifier(nn.Module):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of the scores."""
+        """The names of the classes, in the order of the logits."""
         return self.facts.classes
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; images must be there."""
+        """The device of the network; images must be on it too."""
         return self.input.offset.device
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Returns uint8 [B, H, W, C] images as the network reads them, float32 [B, C, H, W].
+        """Returns the normalized images, float32 [B, C, H, W], for uint8 images [B, H, W, C].
 
         Raises:
-            ValueError: images of another type or size.
+            ValueError: the images have another dtype or size.
         """
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.facts.shape:
             height, width, channels = self.facts.shape
@@ -81,19 +81,19 @@ class Classifier(nn.Module):
         return result
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the scores of the classes, float32 [B, classes], for uint8 images [B, H, W, C]."""
+        """Returns the logits of the classes, float32 [B, classes], for uint8 images [B, H, W, C]."""
         scores: Tensor = self.network(self.normalize(images))
         return scores.float()
 
     @property
     def evaluated_in(self) -> str:
-        """The precision inside `as_evaluated`, which is fp32, tf32, bf16 or fp16."""
+        """The precision that `as_evaluated` uses, which is fp32, tf32, bf16 or fp16."""
         on_gpu = self.device.type == "cuda"
         return self.precision if on_gpu or self.precision == "bf16" else "fp32"
 
     @contextlib.contextmanager
     def as_evaluated(self) -> Iterator[None]:
-        """Computes inside in the precision that the run was evaluated in, as far as the device has it."""
+        """Uses the precision of the run's evaluations inside, as far as the device supports it."""
         if self.device.type == "cuda":
             allow_tf32(self.evaluated_in == "tf32")
         with autocast(self.device, self.evaluated_in):
@@ -103,18 +103,18 @@ class Classifier(nn.Module):
 def load_model(
     source: str | Path, checkpoint: str | Path = "best", *, device: str | torch.device = "cpu"
 ) -> Classifier:
-    """Returns the network of a run, or of a file that `disttrain export` has written, in eval mode.
+    """Returns the model of a run, or of a file written by `disttrain export`, in eval mode.
 
-    The weights are the moving average where the run has one (`train.ema`), as in its evaluations.
+    The weights are the moving average if the run has one (`train.ema`), as in its evaluations.
 
     Args:
         source: a run folder, or an exported safetensors file.
-        checkpoint: of the run: best, latest, or a path.
-        device: where it is to compute.
+        checkpoint: checkpoint of the run: best, latest, or a path.
+        device: device to load the model on.
 
     Raises:
-        UsageError: there is no such run.
-        CheckpointError: there is no such checkpoint, or it is damaged or does not fit.
+        UsageError: the run does not exist.
+        CheckpointError: the checkpoint does not exist, is damaged, or does not fit the network.
     """
     source = Path(source)
     if source.is_file():
@@ -155,7 +155,7 @@ def _load_exported(path: Path) -> Classifier:
 
 
 def _build(facts: Facts, weights: Mapping[str, Any], source: str, **settings: Any) -> Classifier:
-    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn at random
+    with torch.random.fork_rng(devices=[]):  # drawing the initial weights must not change the caller's RNG
         network = build_model(
             facts.model,
             num_classes=len(facts.classes),

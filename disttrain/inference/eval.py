@@ -1,7 +1,6 @@
-"""`disttrain eval`: how good a trained network is, over a whole split, on any number of processes.
+"""`disttrain eval`: evaluates a trained model on a whole split, with any number of processes.
 
-Starts the processes that evaluate (`disttrain.inference.eval_worker`) and shows what they found. Nothing here
-imports torch.
+Starts the processes (`disttrain.inference.eval_worker`) and formats their result. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from disttrain.units import accuracy_text, percent
 if TYPE_CHECKING:
     from disttrain.data.epoch_plan import Ids
 
-_MOST_SHOWN = 20  # classes in a confusion matrix on a screen
+_MOST_SHOWN = 20  # classes in a confusion matrix on a terminal
 _PAIRS_SHOWN = 10
 
 
@@ -35,27 +34,27 @@ def evaluate(
     gpus: int | None = None,
     procs: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run's network on the validation split of a data set, in processes of its own.
+    """Evaluates the model of a run on the validation split of a data set, in new processes.
 
     Args:
         run: the run folder.
         checkpoint: best, latest, or the path of a checkpoint.
-        data: name of a packed data set with the same classes; None means that of the run.
-        root: where the data sets lie; None means where the config says.
+        data: name of a packed data set with the same classes; None means the data set of the run.
+        root: folder of the data sets; None means that of the config.
         tta: the test-time augmentation.
-        gpus: how many to use; None means all that are visible.
-        procs: processes without GPUs.
+        gpus: how many to use; None means all visible ones.
+        procs: processes on the CPU, instead of GPUs.
 
     Returns:
-        loss, accuracy 0..1, correct, total, skipped; top5_accuracy and top5_correct (None for up to 5
-        classes); per_class, a list of class, correct, total and accuracy; confusion, for each true class the
-        numbers of each predicted one; classes, and what was evaluated where. With a test-time augmentation
-        also plain_accuracy and plain_correct, without it.
+        A dict with: loss, accuracy 0..1, correct, total and skipped; top5_accuracy and top5_correct (None for
+        up to 5 classes); per_class, a list of class, correct, total and accuracy; confusion, the counts of
+        predicted classes for each true class; classes; and what was evaluated, and how. With test-time
+        augmentation, plain_accuracy and plain_correct are the results without it.
 
     Raises:
-        UsageError: it is not a run, or the machine has not what is asked for.
-        CheckpointError: there is no such checkpoint, or it is damaged.
-        DataError: the data set is missing or damaged, or its classes or images are others.
+        UsageError: the run does not exist, or the machine has fewer GPUs.
+        CheckpointError: the checkpoint does not exist or is damaged.
+        DataError: the data set is missing or damaged, or has other classes or image sizes.
     """
     trained = open_run(Path(run), checkpoint)
     plan = plan_job(gpus=gpus, procs=procs)
@@ -71,15 +70,15 @@ def evaluate(
 
 
 def open_data(config: Config, facts: Facts, data: str | None, root: str | None) -> Index:
-    """Returns the index of what a run is evaluated on: its own data set and root, or others.
+    """Returns the index of the data set to evaluate on: `data` in `root`, by default those of the config.
 
     Raises:
-        DataError: the data set is missing or damaged, or its classes or images are others.
+        DataError: the data set is missing or damaged, or has other classes or image sizes.
     """
     place = {"name": data or config.data.name, "root": root or config.data.root}
     changes = {
         "data": config.data.model_copy(update=place),
-        # What is checked of a data set to train on does not matter here.
+        # These disable checks that matter only for training.
         "augment": AugmentConfig(),
         "model": config.model.model_copy(update={"num_classes": None}),
     }
@@ -102,7 +101,7 @@ def open_data(config: Config, facts: Facts, data: str | None, root: str | None) 
 
 
 def usable_samples(config: Config, index: Index) -> Ids:
-    """Returns the ids of the validation split that can be evaluated: int64, without those to be skipped."""
+    """Returns the ids of the usable validation samples: int64, without those to skip."""
     import numpy as np
 
     from disttrain.data.epoch_plan import usable_ids
@@ -115,7 +114,7 @@ def usable_samples(config: Config, index: Index) -> Ids:
 
 
 def report(result: dict[str, Any]) -> Iterator[str]:
-    """Yields the lines of a result for a terminal."""
+    """Yields the lines of a result, for a terminal."""
     many = f"{result['processes']} process{'es' * (result['processes'] > 1)}"
     yield f"{result['checkpoint']} on {result['data']}/{result['split']}, {many}, {result['precision']}"
     yield f"accuracy {_share(result['correct'], result['total'])}, loss {result['loss']:.4f}"

@@ -1,4 +1,4 @@
-"""What every rank of `disttrain eval` runs: its share of a split, counted, and added up over the ranks."""
+"""What every rank of `disttrain eval` runs: each evaluates its part of a split, and they sum the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from disttrain.training.group import best_device, join
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Evaluates as one rank of the group that the environment describes. Every rank calls this."""
+    """Evaluates as one rank of the process group that the environment describes. Every rank calls this."""
     import torch
 
     from disttrain.data.stages import open_stream
@@ -34,7 +34,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     size = batch_size(config.train, group.world_size)
     workers = min(8, cores_of_a_rank()) if config.data.workers is None else config.data.workers
     expect_images(len(ids) // group.world_size)
-    # One pass: nothing is gained from a decoded copy.
+    # Streamed: a decoded copy does not pay off for a single pass.
     pipeline = config.data.pipeline
     data = open_stream(index, "val", group.device, batch_size=size, workers=workers, pipeline=pipeline)
     skipped = index.splits["val"].samples - len(ids)

@@ -1,8 +1,8 @@
-"""`disttrain export`: a trained network as a file for other programs, checked on real images, with a card.
+"""`disttrain export`: writes a trained model for other programs, checks it on real images, adds a model card.
 
-Every format takes images as they are stored, uint8 [B, H, W, C] with any B, and gives the scores (logits) of
-the classes, float32 [B, classes]; the normalization is inside, or for safetensors in the header. torch is
-imported only after the command line has been found right.
+Every format takes images as stored, uint8 [B, H, W, C] with any B, and returns the logits of the classes,
+float32 [B, classes]. The normalization is part of the model; for safetensors, it is in the header. torch is
+imported only after the arguments have been checked.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ Format = Literal["safetensors", "torch-export", "onnx"]
 
 SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
 TOLERANCE = 1e-4
-"""Largest difference of a score, relative to the largest score if that is above 1."""
+"""Largest allowed difference of a logit; relative to the largest logit if that is above 1."""
 
-_IMAGES = 256  # of the validation split, on which a file is checked
+_IMAGES = 256  # validation images for the check of a file
 _ONNX_MODULES = ("onnx", "onnxruntime", "onnxscript")
 _FACTS_FILE = "disttrain.json"  # in a torch.export archive
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written and checked.
+    """An exported file that passed the check.
 
     Attributes:
-        path: the file; README.md lies beside it.
-        difference: largest difference of a score from the network's.
-        images: on which that was found.
+        path: the file; the model card is README.md beside it.
+        difference: largest difference between its logits and those of the model.
+        images: number of images that they were compared on.
     """
 
     path: Path
@@ -65,24 +65,23 @@ def export(
     checkpoint: str | Path = "best",
     root: str | None = None,
 ) -> Exported:
-    """Writes the network of a run as a file, checks it, and writes a model card beside it.
+    """Exports the model of a run, checks the file, and writes a model card beside it.
 
-    The weights are the moving average where the run has one.
+    The weights are the moving average if the run has one.
 
     Args:
         run: the run folder.
         file_format: safetensors, torch-export or onnx.
         output: the file; None means export/<file_format>/model.<suffix> in the run folder.
         checkpoint: best, latest, or the path of a checkpoint.
-        root: where the data set of the run lies, if not where its config says.
+        root: folder of the data sets; None means that of the config.
 
     Raises:
-        UsageError: it is not a run, a package is missing, or the folder holds another README.md.
-        CheckpointError: there is no such checkpoint, or it is damaged.
-        DataError: the data set of the run, on which the file is checked, is missing or damaged.
+        UsageError: the run does not exist, a package is missing, or the folder has another README.md.
+        CheckpointError: the checkpoint does not exist or is damaged.
+        DataError: the data set of the run, needed for the check, is missing or damaged.
         StorageError: the file cannot be written.
-        DisttrainError: the network cannot be exported, or the file does not compute what the network does;
-            there is none then.
+        DisttrainError: the model cannot be exported, or the file gives other logits; no file is left then.
     """
     if file_format == "onnx" and any(importlib.util.find_spec(name) is None for name in _ONNX_MODULES):
         raise UsageError(
@@ -122,11 +121,11 @@ def _export(trained: Trained, file_format: Format, index: Index, path: Path, par
     images = real_images(trained, index)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters, about themselves
+            warnings.simplefilter("ignore")  # the exporters warn about their own code
             reader = _WRITERS[file_format](classifier, partial)
     except OSError:
         raise
-    except Exception as error:  # whatever the exporters raise about a network
+    except Exception as error:  # exporters raise errors of many types
         reason = " ".join(str(error).split())[:300]
         raise DisttrainError(
             f"{trained.facts.model} cannot be exported as {file_format}: {type(error).__name__}: {reason}; "
@@ -135,7 +134,7 @@ def _export(trained: Trained, file_format: Format, index: Index, path: Path, par
     with torch.inference_mode():
         expected = classifier(torch.from_numpy(images)).numpy()
     difference = 0.0
-    for part in (slice(0, 1), slice(1, None)):  # the size of the batch is free
+    for part in (slice(0, 1), slice(1, None)):  # checks two batch sizes
         if len(images[part]):
             difference = max(difference, float(abs(reader(images[part]) - expected[part]).max()))
     limit = TOLERANCE * max(1.0, float(abs(expected).max()))
@@ -149,7 +148,7 @@ def _export(trained: Trained, file_format: Format, index: Index, path: Path, par
 
 
 def real_images(trained: Trained, index: Index) -> npt.NDArray[np.uint8]:
-    """Returns images of the validation split, spread over it: uint8 [B, H, W, C]."""
+    """Returns images from all over the validation split: uint8 [B, H, W, C]."""
     import numpy as np
     import torch
 
@@ -182,7 +181,7 @@ def _write_torch_export(classifier: Classifier, path: Path) -> Scores:
     import torch
 
     program = _traced(classifier)
-    program.example_inputs = None  # they would be pickled into the file
+    program.example_inputs = None  # otherwise they would be pickled into the file
     torch.export.save(program, path, extra_files={_FACTS_FILE: _json(classifier.facts)})
     module: Any = torch.export.load(path).module()
     return _in_torch(module)

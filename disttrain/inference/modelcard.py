@@ -1,4 +1,4 @@
-"""The model card: README.md beside an exported network, with a program that uses it."""
+"""The model card: README.md beside an exported model, with a program that uses the model."""
 
 from __future__ import annotations
 
@@ -74,20 +74,20 @@ classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])""",
 
 
 def check_place(folder: Path) -> None:
-    """Raises UsageError if a folder holds a README.md that is no model card."""
+    """Raises UsageError if a folder contains a README.md that is not a model card."""
     path = folder / NAME
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise UsageError(f"{path}: is not a model card and would be replaced; choose an --output elsewhere")
 
 
 def input_text(facts: Facts) -> str:
-    """Returns what an exported network takes, in words."""
+    """Returns a description of the input of an exported model."""
     colors = "gray" if facts.channels == 1 else "RGB"
     return f"images: uint8 [B, {facts.height}, {facts.width}, {facts.channels}], {colors} 0..255, any B"
 
 
 def card(trained: Trained, file_format: str, file: str, index: Index, difference: float, images: int) -> str:
-    """Returns the model card of an exported file; on so many images its scores differ so much at most."""
+    """Returns the model card of an exported file; `difference` is that of its logits on so many images."""
     facts = trained.facts
     rows = {
         "file": f"`{file}` ({file_format})",
@@ -130,7 +130,7 @@ with `classify.py`:
 
 
 def _program(facts: Facts, file_format: str, file: str) -> str:
-    """Returns the program that uses a file, whose name is given as Python has it."""
+    """Returns the program that uses an exported file; `file` is its name as a Python literal."""
     if file_format == "safetensors":
         return _WITH_DISTTRAIN.format(file=file)
     fields = {name: text.format(file=file) for name, text in _PROGRAMS[file_format].items()}
@@ -139,7 +139,7 @@ def _program(facts: Facts, file_format: str, file: str) -> str:
 
 
 def _training(trained: Trained) -> dict[str, str]:
-    """Returns how the network was trained, and how good it is."""
+    """Returns the rows on training and accuracy."""
     state = read_state(trained.checkpoint)
     found = evaluation_of(trained.checkpoint)
     accuracy = "not evaluated at this step"

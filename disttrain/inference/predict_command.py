@@ -1,6 +1,6 @@
-"""What `disttrain predict` prints: a line for each image, as a table or as JSON.
+"""The output of `disttrain predict`: a line for each image, as a table or as JSON.
 
-torch is imported only after the command line has been found right, so that a mistake in it is told at once.
+torch is imported only after the arguments have been checked, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from disttrain.shards.images import Pixels, expect_images
 if TYPE_CHECKING:
     from disttrain.inference.prediction import Prediction
 
-_WIDEST = 60  # characters of a file name in a column
+_WIDEST = 60  # characters of the column of file names
 
 
 def predict(
@@ -38,11 +38,11 @@ def predict(
     as_json: bool,
     on_progress: Callable[[int, int | None], None],
 ) -> None:
-    """Predicts, prints, and draws the sheet; arguments as of the command.
+    """Classifies images, prints the predictions and draws the grid; the arguments are those of the command.
 
     Raises:
-        DataError: there is no image, or some could not be used; the others were printed.
-        UsageError, CheckpointError: as of `open_run` and `check_name`.
+        DataError: there are no images, or some are unusable; the others were printed.
+        UsageError, CheckpointError: from `open_run` and `check_name`.
     """
     if grid is not None:
         check_name(grid)
@@ -50,7 +50,7 @@ def predict(
         open_run(run, checkpoint)
     files = listed(names)
     expect_images(len(files))
-    # What libraries warn of in a file is either an error below, or of no importance.
+    # Pillow's warnings about a file are either reported as an error below, or unimportant.
     warnings.filterwarnings("ignore", module="PIL")
 
     from disttrain.inference.classifier import load_model
@@ -81,12 +81,12 @@ def predict(
 
 
 def listed(names: Sequence[str]) -> list[str]:
-    """Returns the files that names stand for.
+    """Returns the files that the arguments stand for.
 
-    A folder stands for the image files below it, sorted; - for the names on standard input.
+    A folder stands for the image files below it, sorted; - for the file names on standard input.
 
     Raises:
-        DataError: there is none.
+        DataError: there are none.
     """
     files: list[str] = []
     for name in (name for given in names for name in (_read_names() if given == "-" else [given])):
@@ -103,7 +103,7 @@ def listed(names: Sequence[str]) -> list[str]:
 
 
 def _read_names() -> list[str]:
-    """Returns the names on standard input, separated by NUL if there is one, else by newlines."""
+    """Returns the names on standard input, separated by NUL if it contains one, else by newlines."""
     data = sys.stdin.buffer.read()
     separator = b"\0" if b"\0" in data else b"\n"
     return [os.fsdecode(name) for name in data.split(separator) if name]
@@ -114,7 +114,7 @@ def _json(prediction: Prediction) -> str:
 
 
 def _table(files: Sequence[str], classes: Sequence[str]) -> Callable[[Prediction], str]:
-    """Prints the head of a table, and returns what makes its rows."""
+    """Prints the header of a table, and returns a function that formats its rows."""
     image_width, class_width = min(_WIDEST, max(map(len, files))), max(map(len, classes))
     click.echo(f"{'image':<{image_width}}  {'class':<{class_width}}  probability")
 
@@ -126,7 +126,7 @@ def _table(files: Sequence[str], classes: Sequence[str]) -> Callable[[Prediction
 
 
 def _shown(name: str) -> str:
-    """Returns a file name without what would move the cursor of a terminal or break the line."""
+    """Returns a file name with escapes for characters that would move the cursor or break the line."""
     text = click.format_filename(name)
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 

@@ -1,6 +1,6 @@
-"""`disttrain predict`: what a trained network takes images for.
+"""Classifies images with a trained model.
 
-Files are decoded and resized as packing does it, by threads, while the network computes.
+Threads decode and resize the files, in the same way as packing, while the network computes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from disttrain.shards.images import Pixels, as_picture, decode_image, encode_ima
 ImageSource = str | Path | Pixels
 """An image file, or its pixels: uint8 [H, W], [H, W, 1] or [H, W, 3]."""
 
-_BATCH = 64  # images that a thread decodes at a time, and that go through the network together
+_BATCH = 64  # images of one decoding task and of one forward pass
 _T = TypeVar("_T")
 
 
 class Prediction(NamedTuple):
-    """What an image is taken for.
+    """The prediction for an image.
 
     Attributes:
         image: name of the file; empty for pixels.
         top: the most probable classes with their probabilities 0..1, best first; empty if there is a problem.
-        problem: why the image cannot be used, or None.
+        problem: why the image is unusable, or None.
     """
 
     image: str
@@ -49,7 +49,7 @@ class Prediction(NamedTuple):
 
     @property
     def probability(self) -> float | None:
-        """Its probability, 0..1."""
+        """The probability of the most probable class, 0..1."""
         return self.top[0][1] if self.top else None
 
     def as_json(self) -> dict[str, Any]:
@@ -65,18 +65,18 @@ def predict(
     checkpoint: str | Path = "best",
     top: int = 5,
 ) -> list[Prediction]:
-    """Returns what a network takes images for, in their order.
+    """Returns the predictions of a model for images, in their order.
 
     Args:
-        source: a run folder, an exported safetensors file, or what `load_model` returned.
-        images: one or several image files, or pixels. They are prepared as those it was trained on: decoded,
-            turned upright, brought to its size, made gray if it reads gray.
-        checkpoint: of the run: best, latest, or a path.
-        top: classes in each prediction.
+        source: a run folder, an exported safetensors file, or a model from `load_model`.
+        images: one or more image files, or pixels. They are prepared like the training images: decoded,
+            rotated according to EXIF, resized to the input size of the model, and made gray if it takes gray.
+        checkpoint: checkpoint of the run: best, latest, or a path.
+        top: classes per prediction.
 
     Raises:
-        UsageError: there is no such run.
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        UsageError: the run does not exist.
+        CheckpointError: the checkpoint does not exist or is damaged.
     """
     if isinstance(images, (str, Path, np.ndarray)):
         images = [images]
@@ -87,12 +87,12 @@ def predict(
 def predictions(
     classifier: Classifier, images: Iterable[ImageSource], top: int
 ) -> Iterator[tuple[Prediction, Pixels | None]]:
-    """Yields the prediction for each image, and its pixels as the network reads them, uint8 [H, W, C].
+    """Yields the prediction for each image with its prepared pixels, uint8 [H, W, C], or None if unusable.
 
     Args:
-        classifier: of which `as_evaluated` gives the precision.
-        images: taken some batches ahead.
-        top: classes in each prediction.
+        classifier: computes in the precision of `as_evaluated`.
+        images: read a few batches ahead.
+        top: classes per prediction.
     """
     classes = classifier.classes
     for batch in decoded(images, classifier.facts):
@@ -114,7 +114,7 @@ def predictions(
 
 
 def decoded(images: Iterable[ImageSource], facts: Facts) -> Iterator[list[tuple[ImageSource, Pixels | str]]]:
-    """Yields batches of images with their pixels, prepared by threads, or why they cannot be used."""
+    """Yields batches of images, each with its pixels, prepared by threads, or why it is unusable."""
 
     def prepare(batch: Sequence[ImageSource]) -> list[tuple[ImageSource, Pixels | str]]:
         return [(image, _prepared_or_reason(image, facts)) for image in batch]
@@ -130,11 +130,11 @@ def _prepared_or_reason(image: ImageSource, facts: Facts) -> Pixels | str:
 
 
 def prepared(image: ImageSource, facts: Facts) -> Pixels:
-    """Returns an image as `disttrain data pack --size` would have stored it for the network.
+    """Returns the pixels of an image as `disttrain data pack --size` would store them: uint8 [H, W, C].
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no image, or broken, or too large.
+        ValueError: the file is not an image, or is broken or too large.
     """
     height, width, channels = facts.shape
     jpeg = False
@@ -145,7 +145,7 @@ def prepared(image: ImageSource, facts: Facts) -> Pixels:
         picture = as_picture(image).convert("L" if channels == 1 else "RGB")
         pixels = np.array(picture).reshape(*image.shape[:2], channels)
     else:
-        if not stat.S_ISREG(os.stat(image).st_mode):  # noqa: PTH116  half the time of Path's, for each file
+        if not stat.S_ISREG(os.stat(image).st_mode):  # noqa: PTH116  takes half the time of Path.stat
             raise ValueError("is not a file")
         with open(image, "rb") as file:  # noqa: PTH123
             data = file.read()
@@ -153,7 +153,7 @@ def prepared(image: ImageSource, facts: Facts) -> Pixels:
         jpeg = data[:3] == b"\xff\xd8\xff"
     if pixels.shape[:2] != (height, width):
         pixels = fitted(pixels, height, width)
-        if jpeg:  # packing stores it as a JPEG again
+        if jpeg:  # packing stores a resized JPEG as a JPEG, which is lossy
             pixels = decode_image(encode_image(pixels, "JPEG"), channels)
     return pixels
 

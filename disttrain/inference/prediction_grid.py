@@ -1,4 +1,4 @@
-"""A picture of many images, each with what it was taken for."""
+"""The prediction grid: one picture of many images with their predictions."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from disttrain.shards.images import Pixels, as_picture
 from disttrain.units import percent
 
 MOST = 400
-"""Images on a sheet; more could not be looked at."""
+"""Most images in a grid; a larger picture is of no use."""
 
-_SIDE, _GAP, _LINE = 112, 8, 16  # pixels: of an image, between two, of a line of text
+_SIDE, _GAP, _LINE = 112, 8, 16  # pixels: side of an image, gap between images, height of a line of text
 _RIGHT, _WRONG, _INK, _PAPER = "#1a7f37", "#cf222e", "#1f2328", "#ffffff"
 
 
 class Cell(NamedTuple):
-    """An image of the sheet.
+    """An image of the grid.
 
     Attributes:
         pixels: uint8 [H, W, C].
         label: the predicted class.
-        probability: of it, 0..1.
-        truth: the true class, where it is known.
+        probability: probability of that class, 0..1.
+        truth: the true class, or None if unknown.
     """
 
     pixels: Pixels
@@ -36,7 +36,7 @@ class Cell(NamedTuple):
 
 
 def check_name(path: Path) -> None:
-    """Raises UsageError if the name of a sheet is not that of a picture."""
+    """Raises UsageError if a grid cannot be saved under this name."""
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UsageError(f"--grid {path}: expected a name that ends in .png, .jpg or .webp")
     if not path.absolute().parent.is_dir():
@@ -44,7 +44,7 @@ def check_name(path: Path) -> None:
 
 
 def draw(cells: list[Cell]) -> Image.Image:
-    """Returns the sheet: under each image the prediction, and the true class in green or red if known."""
+    """Returns the grid. Below each image is the prediction, and the true class in green or red if known."""
     columns = max(1, min(len(cells), math.ceil(math.sqrt(1.5 * len(cells)))))
     rows = max(1, -(-len(cells) // columns))
     wide, high = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP
@@ -53,7 +53,7 @@ def draw(cells: list[Cell]) -> Image.Image:
     for number, cell in enumerate(cells):
         left, top = _GAP + number % columns * wide, _GAP + number // columns * high
         picture = as_picture(cell.pixels).convert("RGB")
-        small = max(picture.size) < _SIDE  # its pixels stay to be seen
+        small = max(picture.size) < _SIDE  # keep its pixels visible
         resampling = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
         picture = ImageOps.contain(picture, (_SIDE, _SIDE), resampling)
         sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2))
@@ -69,7 +69,7 @@ def draw(cells: list[Cell]) -> Image.Image:
 
 
 def save(sheet: Image.Image, path: Path) -> None:
-    """Writes a sheet, or raises StorageError."""
+    """Saves a grid, or raises StorageError."""
     try:
         sheet.save(path)
     except OSError as error:

@@ -1,7 +1,6 @@
-"""What a run has left behind: its config, what its network is and reads, and its checkpoints.
+"""Opens a trained run: its config, the facts about its model, and a checkpoint.
 
-The network itself is the business of `classifier`; nothing here imports torch, so that a mistake is told at
-once.
+`classifier` loads the network. Nothing here imports torch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ _Count = Annotated[int, Field(gt=0)]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a network is and what its images are: enough to build it again and to feed it.
+    """The model and the format of its images: enough to build it and to prepare images for it.
 
     Attributes:
-        model: as `model.name` of the config.
-        args: as `model.args`.
-        classes: their names, in the order of the scores.
+        model: `model.name` of the config.
+        args: `model.args` of the config.
+        classes: names of the classes, in the order of the logits.
         channels: 1 for gray, 3 for RGB.
-        height: of the images in pixels.
-        width: of the images in pixels.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
         mean: per channel, subtracted from pixel values in 0..1.
-        std: per channel, by which they are then divided; 0 for a constant channel, which is not.
-        data: name of the data set it was trained on.
+        std: per channel, the divisor after that; 0 for a constant channel, which is not divided.
+        data: name of the data set that it was trained on.
     """
 
     model: str
@@ -68,11 +67,11 @@ class Trained(NamedTuple):
 
 
 def open_run(run: Path, checkpoint: str | Path = "best") -> Trained:
-    """Finds what is needed of a run folder; the checkpoint is best, latest, or a path.
+    """Returns a run with one of its checkpoints: best, latest, or a path.
 
     Raises:
-        UsageError: it is not a run folder, or damaged.
-        CheckpointError: there is no such checkpoint.
+        UsageError: this is not a run folder, or it is damaged.
+        CheckpointError: the checkpoint does not exist.
     """
     folder = RunFolder(run)
     if not folder.config.is_file():

@@ -1,1 +1,1 @@
-"""From a command to running processes on one node or many, and from their end to one outcome."""
+"""Starts the processes of a run on one node or many, supervises them, and decides on one outcome."""

@@ -1,4 +1,4 @@
-"""What `disttrain run --dry-run` shows: the plan of a run, worked out without starting it."""
+"""The plan of a run, as `disttrain run --dry-run` prints it. Starts nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from disttrain.userdirs import decoded_folder
 
 
 def describe(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, str]]:
-    """Returns (label, text) lines: command, ranks, batches, steps, data, model, checkpoints, beginning."""
+    """Returns (label, text) lines on command, ranks, batches, steps, data, model, checkpoints and resume."""
     from disttrain.data.epoch_plan import make_plan
 
     index, start = ready.index, ready.start
@@ -62,14 +62,14 @@ def describe(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, 
 
 
 def _model_size(config: Config, index: Index) -> tuple[int, int]:
-    """Returns the parameters of the model and the bytes of a checkpoint, by making both once on the CPU."""
+    """Returns the number of parameters and the bytes of a checkpoint; builds both once on the CPU."""
     from disttrain.models import build_for, parameter_count
     from disttrain.runs.checkpoint import bytes_needed
     from disttrain.training.optim import build_optimizer, state_bytes
 
     model = build_for(config.model, index)
     optimizer, _ = build_optimizer(config.optim, config.schedule, model)
-    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if config.train.ema is not None:
-        parts["ema"] = model.state_dict()
-    return parameter_count(model), bytes_needed(parts) + state_bytes(optimizer)
+        state["ema"] = model.state_dict()
+    return parameter_count(model), bytes_needed(state) + state_bytes(optimizer)

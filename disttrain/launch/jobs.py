@@ -1,6 +1,6 @@
-"""Work of a group of processes outside of any run: started, and its result or first error brought back.
+"""Runs a function in several processes outside any run, and returns its result or raises its first error.
 
-`plan_job` says which processes, `run_job` starts them; each of them calls `serve` with the function to run.
+`plan_job` decides on the processes and `run_job` starts them. Each process calls `serve` with the function.
 Nothing here imports torch.
 """
 
@@ -26,24 +26,28 @@ Values = dict[str, Any]
 
 
 def plan_job(*, gpus: int | None, procs: int | None) -> LaunchPlan:
-    """Returns a plan for processes of this node, of no run: on so many GPUs, on all visible ones, or on CPUs.
+    """Returns a plan for processes on this node, outside any run.
+
+    Args:
+        gpus: how many to use; None means all visible ones.
+        procs: processes on the CPU, instead of GPUs.
 
     Raises:
-        UsageError: the machine does not have what is asked for.
+        UsageError: the machine has fewer GPUs.
     """
     return LaunchPlan(Path(), (), Path(), "never", *processes_here(gpus=gpus, procs=procs))
 
 
 def run_job(plan: LaunchPlan, module: str, request: Mapping[str, Any]) -> Values:
-    """Runs a module that calls `serve` in the processes of a plan and returns what its rank 0 has found.
+    """Runs a module that calls `serve` in the processes of a plan, and returns the result of rank 0.
 
     Args:
-        plan: device and processes; a single node.
+        plan: device and processes, on a single node.
         module: its name.
-        request: JSON values, handed to every rank.
+        request: JSON values for every rank.
 
     Raises:
-        DisttrainError: as the first rank to fail has raised it, or a process died without a word.
+        DisttrainError: the error of the first rank that failed, or a process died without one.
     """
     with tempfile.TemporaryDirectory(prefix="disttrain-") as name:
         folder = Path(name)
@@ -68,7 +72,7 @@ def run_job(plan: LaunchPlan, module: str, request: Mapping[str, Any]) -> Values
 
 
 def serve(answer: Callable[[Values], Values]) -> None:
-    """Runs a function as one rank of a job, leaves the group and ends this process. Every rank calls this."""
+    """Runs a function as one rank of a job, then exits this process. Every rank calls this."""
     end_with_parent()
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
     code = 0
@@ -84,4 +88,4 @@ def serve(answer: Callable[[Values], Values]) -> None:
         RunFolder(folder).write_error(rank, error)
         code = 1
     sys.stderr.flush()
-    os._exit(code)  # without waiting for the threads of a broken process group
+    os._exit(code)  # does not wait for the threads of a broken process group

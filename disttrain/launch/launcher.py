@@ -1,4 +1,4 @@
-"""Starts the processes of a plan, and starts them again after a failure; none outlives it.
+"""Starts the processes of a plan, and restarts them after a failure. No process outlives the launcher.
 
 Nothing here imports torch.
 """
@@ -31,9 +31,9 @@ from disttrain.runs.manifest import list_steps, step_of
 from disttrain.runs.runfolder import CLEAN, COMMAND, LOCKED_BY_LAUNCHER, RunFolder
 from disttrain.terminal import is_animated
 
-_MOST_IDLE_RESTARTS = 3  # in a row without progress
-_SAVING_S = 2.0  # for a checkpoint that is being written when another rank fails
-_GONE_S = 10.0  # for processes that were killed
+_MOST_IDLE_RESTARTS = 3  # consecutive restarts without progress
+_SAVING_S = 2.0  # to finish a checkpoint when another rank has failed
+_GONE_S = 10.0  # for killed processes to disappear
 
 
 def launch(
@@ -44,13 +44,13 @@ def launch(
     say: Callable[[str], None],
     facts: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Runs the plan to its end and settles status.json. The folder's lock must be held.
+    """Runs the plan until the run ends, and writes the outcome to status.json.
 
-    Nothing that was started is left when it returns, however the run has ended. A failure is followed by
-    another attempt from the last checkpoint, `max_restarts` times at most. `facts` are what all nodes must
-    agree on.
+    The caller must hold the lock of the folder. No process is left when this returns, however the run ended.
+    After a failure, the run is restarted from the last checkpoint, at most `max_restarts` times. `facts` must
+    be the same on all nodes.
     """
-    signals: list[int] = []  # the first asks the ranks to stop, the second ends them at once
+    signals: list[int] = []  # the first asks the ranks to stop, the second kills them
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
     previous = {number: signal.signal(number, lambda got, _: signals.append(got)) for number in numbers}
     restarts = int(folder.status().get("restarts") or 0)
@@ -64,7 +64,7 @@ def launch(
                     folder.update_status(exit_code=useless.exit_code, **useless.status)
                     return useless
                 restarts += requeued and attempt == 0
-                # So that no earlier end is taken for the end of this attempt.
+                # Otherwise the outcome of an earlier attempt could be taken for this one's.
                 folder.update_status(**CLEAN, state="running", restarts=restarts, **changes)
             outcome, stopping = _attempt(plan, folder, signals, facts or {})
             if plan.node_rank == 0 and outcome.status:
@@ -85,10 +85,10 @@ def launch(
 
 
 def _begin(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[str, Any]]:
-    """Looks whether a run gets on at all, where nobody asked for this attempt: after a failure or a requeue.
+    """Checks whether a run makes progress, if this attempt is automatic (after a failure or a requeue).
 
     Returns:
-        The outcome if it is of no use to begin again; and what to keep in status.json for the next time.
+        The outcome if another attempt is useless, else None; and the changes to status.json.
     """
     status = folder.status()
     step = max(map(step_of, list_steps(folder.checkpoints)), default=0)
@@ -105,15 +105,16 @@ def _begin(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[
 def _attempt(
     plan: LaunchPlan, folder: RunFolder, signals: list[int], facts: Mapping[str, str]
 ) -> tuple[Outcome, bool]:
-    """Starts this node's processes, follows them to their end and leaves none behind.
+    """Starts the processes of this node and waits until they have ended.
 
-    Returns how it ended, and whether a node was asked to stop.
+    Returns:
+        The outcome, and whether a node was asked to stop.
     """
     with contextlib.ExitStack() as stack:
         try:
-            channel = _meet(plan, facts, signals)
+            channel = _connect_nodes(plan, facts, signals)
         except DisttrainError as error:
-            return _not_met(error, signals), bool(signals)
+            return _not_connected(error, signals), bool(signals)
         stack.callback(channel.close)
         stack.enter_context(adopting_orphans())
         liveness = stack.enter_context(Liveness(plan.ranks.start, plan.processes))
@@ -124,7 +125,7 @@ def _attempt(
         begin = log.tell()
         variables = child_environment(plan, os.environ) | liveness.environment
         variables |= {LOCKED_BY_LAUNCHER: str(folder.path.resolve()), COMMAND: shlex.join(sys.orig_argv)}
-        # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then asks for a stop.
+        # In its own session, so that Ctrl-C reaches only the launcher, which then asks the ranks to stop.
         child = subprocess.Popen(
             command(plan),
             env=variables,
@@ -136,7 +137,7 @@ def _attempt(
         liveness.begin(child.pid)
         supervisor = Supervisor(plan, folder, signals, liveness, child, channel, begin)
         outcome = supervisor.follow()
-        # What rank 0 has begun to save is worth a moment, if it can still be finished.
+        # If rank 0 is saving a checkpoint and another rank failed, give it time to finish.
         deadline = time.monotonic() + _SAVING_S
         failed_elsewhere = outcome.status.get("state") == "failed" and outcome.status.get("rank") != 0
         while plan.node_rank == 0 and failed_elsewhere and liveness.saving(0) and time.monotonic() < deadline:
@@ -144,8 +145,8 @@ def _attempt(
         return outcome, supervisor.stopping
 
 
-def _meet(plan: LaunchPlan, facts: Mapping[str, str], signals: list[int]) -> Channel:
-    """Waits for the launchers of the other nodes; the line of a run on one node leads nowhere."""
+def _connect_nodes(plan: LaunchPlan, facts: Mapping[str, str], signals: list[int]) -> Channel:
+    """Waits for the launchers of the other nodes; on a single node, the channel has no connections."""
     if plan.nodes == 1:
         return Channel({}, [socket.gethostname()])
     assert plan.master_addr is not None
@@ -155,26 +156,27 @@ def _meet(plan: LaunchPlan, facts: Mapping[str, str], signals: list[int]) -> Cha
     return rendezvous(place, plan.processes, facts, timeout_s=timeout_s, interrupted=lambda: bool(signals))
 
 
-def _not_met(error: DisttrainError, signals: list[int]) -> Outcome:
-    """Returns how a run ends whose nodes have not met."""
+def _not_connected(error: DisttrainError, signals: list[int]) -> Outcome:
+    """Returns the outcome of a run whose nodes could not connect."""
     code, reason = error.exit_code, str(error)
     state = "stopped" if isinstance(error, StoppedError) else "failed"
     if state == "stopped" and signal.SIGTERM in signals and "SLURM_STEP_ID" in os.environ:
-        # No wish to stop: srun ends all tasks when one fails, or the job is cancelled.
+        # Not a request to stop: srun terminates all tasks when one fails, or the job was cancelled.
         code, state = 128 + signal.SIGTERM, "failed"
         reason = "ended by SIGTERM before all nodes had come; see what the others say"
     return Outcome.of(code, reason, state=state)
 
 
 def _prepare_child(launcher: int) -> None:
-    """What a new child does before it becomes another program: it does not outlive the launcher."""
-    # Slurm may send it to every process of a step; those between this one and the ranks know it not.
+    """Runs in a new child before exec, so that the child does not outlive the launcher."""
+    # Slurm may send USR2 to every process of a step. Those between the launcher and the ranks do not handle
+    # it.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     end_with_parent(launcher)
 
 
 def _end_all(child: subprocess.Popen[bytes], others: Container[psutil.Process]) -> None:
-    """Ends a child and all that descend from it, and returns when they are gone; `others` do not."""
+    """Kills a child and all its descendants, and waits until they are gone; `others` are spared."""
     deadline = time.monotonic() + _GONE_S
     if child.poll() is None:
         child.kill()
@@ -190,5 +192,5 @@ def _end_all(child: subprocess.Popen[bytes], others: Container[psutil.Process]) 
             break
         time.sleep(0.005)
     if is_animated(sys.stdout):
-        sys.stdout.write("\x1b[?25h")  # a dashboard that was killed leaves the cursor hidden
+        sys.stdout.write("\x1b[?25h")  # shows the cursor, which a killed dashboard leaves hidden
         sys.stdout.flush()

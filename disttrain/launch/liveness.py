@@ -1,7 +1,8 @@
-"""The launcher's side of supervision: what the ranks of this node are doing, who has ended, who hangs.
+"""The launcher's side of supervision: what the ranks of this node do, which have ended, which hang.
 
-Every rank connects to the launcher's socket (see `heartbeat.py`). The end of a process closes its connection,
-so that a death is known at once; a rank that ends by itself says so before. Nothing here imports torch.
+Every rank connects to the launcher's socket (see `heartbeat.py`). When a process ends, its connection closes,
+so the launcher sees a death at once. A rank that exits normally announces its exit code first. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from typing import NamedTuple
 
 from disttrain.heartbeat import ADDRESS, ROW_BYTES, STACKS, STOP, Phase, doing, unpack
 
-_LOOK_S = 0.25  # between two looks at the progress and at /proc
+_LOOK_S = 0.25  # interval of reading the progress and /proc
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_FRAMES = 15  # of a stack, the latest call first
-_EXIT_S = 1.0  # from the end of the connection to that of the process
+_FRAMES = 15  # shown of a stack, the latest call first
+_EXIT_S = 1.0  # for a process to exit after its connection has closed
 _PF_EXITING = 4  # linux/sched.h
-_BUSY = 0.5  # of a core: a process in an endless loop takes one, one that waits takes nearly none
-_ALIVE, _ALIVE_S = 0.01, 0.05  # of a core, and at least so much: a process that starts takes more
+_BUSY = 0.5  # cores: a process in an endless loop uses one core, a waiting process almost none
+_ALIVE, _ALIVE_S = 0.01, 0.05  # a starting process uses more than these cores and CPU seconds
 
 
 class Row(NamedTuple):
-    """How one rank is doing.
+    """The state of a rank that has not ended.
 
     Attributes:
         rank: its number.
-        host: where it runs.
-        progress: as `heartbeat.pack` has it; -1 until it has connected.
-        still_s: seconds since it made progress; while it starts, also since it used the processor.
-        stopped_s: seconds for which it has been seen stopped by a signal.
-        cpu_s: processor time that it has used since it made progress.
+        host: its host name.
+        progress: from `heartbeat.pack`; -1 before it has connected.
+        still_s: seconds since its last progress; while it starts, CPU use counts as progress.
+        stopped_s: seconds since it was first seen stopped by a signal; 0 if it is not.
+        cpu_s: CPU time since its last progress.
     """
 
     rank: int
@@ -51,18 +52,18 @@ class Row(NamedTuple):
 
     @property
     def phase(self) -> Phase:
-        """What it is at."""
+        """What it is doing."""
         return unpack(max(self.progress, 0))[0]
 
 
 class End(NamedTuple):
-    """How a rank has ended.
+    """How a rank ended.
 
     Attributes:
         rank: its number.
         said: the exit code that it announced, or None.
-        status: its exit code, negative for a signal, or None if that is not known.
-        doing: what it was at, in words.
+        status: its actual exit code, negative for a signal, or None if unknown.
+        doing: what it was doing, in words.
     """
 
     rank: int
@@ -72,16 +73,16 @@ class End(NamedTuple):
 
 
 def stalled(rows: Sequence[Row], timeout_s: float, *, cpu_tells: bool) -> list[Row]:
-    """Returns the ranks that hang, none if all is well. What the others do is wait for them.
+    """Returns the ranks that hang, without those that only wait for them; empty if none hangs.
 
-    The rank that is behind all others is waited for by them, sooner or later, so that it alone is judged.
-    While it starts, no rank may show any sign of life, because a start is long and tells little.
+    Sooner or later, all ranks wait for the one that is furthest behind, so only that one is judged. Startup
+    is long and has few beats, so a rank hangs there only if no rank shows any progress.
 
     Args:
         rows: of all ranks.
         timeout_s: how long a rank may make no progress.
-        cpu_tells: whether a rank that waits for others leaves the processor alone, as with gloo. Of several
-            that are equally far, it is then the busy one that hangs.
+        cpu_tells: whether waiting ranks use no CPU, as with gloo. If several ranks are equally far behind,
+            the busy one then is the one that hangs.
     """
     stopped = [row for row in rows if row.stopped_s >= timeout_s]
     if stopped or not rows:
@@ -97,7 +98,7 @@ def stalled(rows: Sequence[Row], timeout_s: float, *, cpu_tells: bool) -> list[R
 
 
 def describe(culprits: Sequence[Row], rows: Sequence[Row]) -> str:
-    """Returns one sentence on ranks that hang and on those that wait for them."""
+    """Returns a sentence on the ranks that hang and on those that wait for them."""
     where = dict.fromkeys(row.host for row in culprits)
     names = " and ".join(
         f"{_ranks(row.rank for row in culprits if row.host == host)} on {host}" for host in where
@@ -125,7 +126,7 @@ def _ranks(numbers: Iterable[int]) -> str:
 
 @dataclass
 class _Local:
-    """What is known of a rank of this node."""
+    """A rank of this node."""
 
     rank: int
     pid: int | None = None
@@ -133,20 +134,20 @@ class _Local:
     said: int | None = None
     ended: bool = False
     progress: int = -1
-    since: float = 0.0  # the launcher's clock when it last made progress
+    since: float = 0.0  # clock of `Liveness` at its last progress
     stopped_since: float | None = None
-    cpu_at: float = 0.0  # processor time when it last made progress
-    status: int | None = None  # its exit code, as the process that started it says
+    cpu_at: float = 0.0  # its CPU time at its last progress
+    status: int | None = None  # its exit code, as reported by the process that started it
 
 
 class Liveness:
-    """Watches over the ranks of this node: so many, from the first one on."""
+    """Watches the ranks of this node: `count` ranks from `first` on."""
 
     def __init__(self, first: int, count: int) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         name = f"disttrain-{secrets.token_hex(16)}"
-        self._listener.bind(f"\0{name}")  # an abstract name: no file that could be left behind
-        self._listener.listen(count + 1)  # the ranks and the process that started them
+        self._listener.bind(f"\0{name}")  # an abstract socket leaves no file behind
+        self._listener.listen(count + 1)  # the ranks, and the process that starts them
         self.environment = {ADDRESS: f"@{name}"}
         self._memory = os.memfd_create("disttrain-heartbeat")
         os.ftruncate(self._memory, count * ROW_BYTES)
@@ -156,7 +157,7 @@ class Liveness:
         self._stopping = False
         self._clock, self._looked = 0.0, time.monotonic()
         self.ends: list[End] = []
-        """The ranks that have ended, in order."""
+        """The ranks that have ended, in the order of their ends."""
 
     def __enter__(self) -> Liveness:
         return self
@@ -170,12 +171,12 @@ class Liveness:
 
     @property
     def started(self) -> bool:
-        """Whether a rank has begun to train."""
+        """Whether any rank has begun to train."""
         return any(unpack(max(local.progress, 0))[0] is not Phase.START for local in self._look())
 
     @property
     def all_ended(self) -> bool:
-        """Whether no rank is left."""
+        """Whether all ranks have ended."""
         return all(local.ended for local in self._locals)
 
     @property
@@ -184,7 +185,7 @@ class Liveness:
         return {local.rank: local.said for local in self._locals if local.said is not None}
 
     def rows(self) -> list[Row]:
-        """Returns how the ranks are doing that have not ended."""
+        """Returns the state of each rank that has not ended."""
         return [
             Row(
                 local.rank,
@@ -199,12 +200,12 @@ class Liveness:
         ]
 
     def saving(self, rank: int) -> bool:
-        """Tells whether a rank of this node is alive and writing a checkpoint."""
+        """Returns whether a rank of this node is alive and writing a checkpoint."""
         local = self._locals[rank - self._first]
         return not local.ended and local.stopped_since is None and self._cells(local)[1] != 0
 
     def stop(self) -> None:
-        """Asks all ranks to stop; those too that connect later."""
+        """Asks all ranks to stop, including those that connect later."""
         self._stopping = True
         for local in self._locals:
             if local.connection is not None and not local.ended:
@@ -212,14 +213,14 @@ class Liveness:
                     local.connection.send(STOP)
 
     def begin(self, starter: int) -> None:
-        """Takes the process that starts the ranks, or is the only one, for those that have yet to connect."""
+        """Watches the process that starts the ranks (or is the only rank) in place of unconnected ranks."""
         for local in self._locals:
             local.pid = starter
 
     def wait(self, timeout_s: float, also: Sequence[socket.socket] = ()) -> None:
-        """Waits until a rank connects, speaks or ends, at most so many seconds, and takes note of it.
+        """Waits until a rank connects, sends a message or ends, and processes that.
 
-        Other sockets may end the waiting too.
+        Returns at the latest after `timeout_s`, or when one of the sockets in `also` is readable.
         """
         open_ = {local.connection: local for local in self._locals if local.connection and not local.ended}
         for ready in wait_for_any([self._listener, *open_, *also], timeout_s):
@@ -231,14 +232,14 @@ class Liveness:
             self._inspect()
 
     def note_ends(self, codes: Mapping[int, int]) -> None:
-        """Takes in exit codes of ranks, negative for a signal, from the process that started them."""
+        """Records exit codes of ranks, negative for a signal, reported by the process that started them."""
         for rank, code in codes.items():
             local = self._locals[rank - self._first]
             local.status = code
             self._hear_last(local)
 
     def stacks(self, rank: int, log: Path, timeout_s: float = 1.0) -> str:
-        """Returns the stack of the main thread of a rank of this node, which it writes to its log."""
+        """Asks a rank of this node to write its stacks to its log, and returns that of the main thread."""
         local = self._locals[rank - self._first]
         state = _process(local.pid)
         if local.connection is None or local.pid is None or state is None:
@@ -269,11 +270,11 @@ class Liveness:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, uid, _ = struct.unpack("3i", credentials)
         connection.settimeout(5)
-        word = None
+        message = None
         with contextlib.suppress(OSError, ValueError):
-            word = json.loads(connection.recv(4096))
+            message = json.loads(connection.recv(4096))
         by_rank = {local.rank: local for local in self._locals} if uid in {os.getuid(), 0} else {}
-        match word:
+        match message:
             case {"rank": int(rank)} if rank in by_rank and by_rank[rank].connection is None:
                 self._admit(by_rank[rank], connection, pid)
                 return
@@ -282,7 +283,7 @@ class Liveness:
         connection.close()
 
     def _admit(self, local: _Local, connection: socket.socket, pid: int) -> None:
-        with contextlib.suppress(OSError):  # it may have ended already: that is heard next
+        with contextlib.suppress(OSError):  # it may have ended already; the next read shows that
             socket.send_fds(connection, [b"%d" % (local.rank - self._first)], [self._memory])
             if self._stopping:
                 connection.send(STOP)
@@ -302,8 +303,8 @@ class Liveness:
             self._note_end(local)
 
     def _note_end(self, local: _Local) -> None:
-        # The kernel sets the exit code of a process before it closes what that has open; Python may close it
-        # a little before the process ends.
+        # The kernel sets the exit code of a process before it closes its files, but Python may close the
+        # connection shortly before the process exits.
         deadline = time.monotonic() + _EXIT_S
         pid = local.pid if local.connection is not None else None
         while (state := _process(pid)) and not state.exiting and time.monotonic() < deadline:
@@ -314,7 +315,7 @@ class Liveness:
         self.ends.append(End(local.rank, local.said, status, doing(local.progress)))
 
     def _look(self) -> list[_Local]:
-        """Takes in the progress that the ranks show."""
+        """Reads the progress of the ranks."""
         for local in self._locals:
             if local.connection is not None and not local.ended:
                 progress = self._cells(local)[0]
@@ -326,7 +327,7 @@ class Liveness:
 
     def _inspect(self) -> None:
         now = time.monotonic()
-        # Time in which this process did not run, because all of the job was suspended, is nobody's fault.
+        # Time in which this process did not run, because the whole job was suspended, does not count.
         self._clock += min(now - self._looked, 4 * _LOOK_S)
         self._looked = now
         for local in self._look():
@@ -334,7 +335,7 @@ class Liveness:
                 continue
             state = _process(local.pid)
             if state is None or state.letter in "ZX":
-                if local.connection is not None:  # which may be open in a process that it has started
+                if local.connection is not None:  # a child process of the rank may keep it open
                     self._hear_last(local)
                 continue
             if state.letter not in "Tt":
@@ -356,12 +357,12 @@ class Liveness:
 class _State(NamedTuple):
     letter: str
     cpu_s: float
-    status: int  # as waitpid has it; 0 while it runs
+    status: int  # as from waitpid; 0 while it runs
     exiting: bool
 
 
 def _process(pid: int | None) -> _State | None:
-    """Returns what /proc tells of a process, or None if it is gone."""
+    """Returns the state of a process from /proc, or None if it is gone."""
     if pid is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a node starts: from flags and what Slurm says to a command and an environment, all of it pure.
+"""The launch plan of a node: from flags and Slurm's environment to a command and its variables. Pure.
 
 A single process is started directly, several through `accelerate launch`.
 """
@@ -40,7 +40,7 @@ class Processes(NamedTuple):
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What one node starts.
+    """What a node starts.
 
     Attributes:
         config_path: the YAML file, as given.
@@ -56,7 +56,7 @@ class LaunchPlan:
         master_addr: address of node 0; needed for several nodes.
         master_port: port on node 0; needed for several nodes.
         verbosity: -1 quiet, 0, 1 verbose.
-        force: go on although config or data set differ from the checkpoint's.
+        force: resume although the config or data set differs from the checkpoint's.
         stall_timeout_s: how long a rank may make no progress, and how long to wait for other nodes.
     """
 
@@ -91,13 +91,13 @@ class LaunchPlan:
 def plan_processes(
     *, gpus: int | None, procs: int | None, visible: Sequence[Gpu], cores: int, environ: Mapping[str, str]
 ) -> Processes:
-    """Decides device, processes on this node, their GPUs and the CPU threads of each.
+    """Decides on the device, the processes on this node, their GPUs and the CPU threads of each.
 
-    Follows `--gpus` and `--procs` where they are given, and OMP_NUM_THREADS; else it takes all visible GPUs,
-    and shares the cores out.
+    `--gpus`, `--procs` and OMP_NUM_THREADS take precedence. The defaults are all visible GPUs, and an equal
+    share of the cores.
 
     Raises:
-        UsageError: the machine does not have what is asked for.
+        UsageError: the flags contradict each other, or the machine has fewer GPUs.
     """
     if gpus is not None and procs is not None:
         raise UsageError(
@@ -131,7 +131,7 @@ def plan_nodes(
     master_port: int | None,
     environ: Mapping[str, str],
 ) -> slurm_env.Node | None:
-    """Returns this node's place among several, from the flags or else from Slurm; None for a single node.
+    """Returns the rank of this node and the address of node 0, from the flags or Slurm; None for one node.
 
     Raises:
         UsageError: a flag is missing or contradicts another.
@@ -156,10 +156,10 @@ def plan_nodes(
 
 
 def plan_run_dir(name: str, node: slurm_env.Node | None, environ: Mapping[str, str]) -> Path | None:
-    """Returns the run folder of a run that is given none, if several nodes must agree on it; else None.
+    """Returns the default run folder if several nodes must agree on it; None for a single node.
 
     Raises:
-        UsageError: there is nothing that they could agree on.
+        UsageError: outside Slurm, the nodes have no common name for it.
     """
     if node is None:
         return None
@@ -179,7 +179,7 @@ def worker_command(plan: LaunchPlan) -> list[str]:
 
 
 def command(plan: LaunchPlan, worker: Sequence[str] | None = None) -> list[str]:
-    """Returns the command line that starts this node's processes: those of a run, or of another `worker`."""
+    """Returns the command line that starts the processes of this node; `worker` replaces the run's module."""
     worker = worker_command(plan) if worker is None else worker
     if plan.world_size == 1:
         return [sys.executable, "-m", *worker]
@@ -187,7 +187,7 @@ def command(plan: LaunchPlan, worker: Sequence[str] | None = None) -> list[str]:
     launch += ["--config_file", str(files("disttrain") / "assets" / "accelerate.yaml")]
     launch += ["--num_machines", str(plan.nodes), "--num_processes", str(plan.world_size)]
     launch += ["--num_cpu_threads_per_process", str(plan.threads)]
-    launch += ["--log_dir", os.devnull]  # else torchrun leaves a folder in /tmp when it is killed
+    launch += ["--log_dir", os.devnull]  # otherwise torchrun leaves a folder in /tmp when it is killed
     if plan.nodes > 1:
         launch += ["--machine_rank", str(plan.node_rank)]
         launch += ["--main_process_ip", str(plan.master_addr), "--main_process_port", str(plan.master_port)]
@@ -197,12 +197,12 @@ def command(plan: LaunchPlan, worker: Sequence[str] | None = None) -> list[str]:
 
 
 def environment(plan: LaunchPlan) -> dict[str, str]:
-    """Returns the variables to set for the command."""
+    """Returns the environment variables to set for the command."""
     variables = {"OMP_NUM_THREADS": str(plan.threads)}
     if plan.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
     if plan.nodes == 1 and plan.world_size > 1:
-        # torchrun then binds a free port itself; a port that is picked beforehand may be taken in between.
+        # torchrun then binds a free port itself. A port picked here could be taken before torchrun binds it.
         variables |= {"PET_STANDALONE": "1", "PET_LOCAL_ADDR": "127.0.0.1"}
     return variables
 
@@ -214,13 +214,13 @@ def child_environment(plan: LaunchPlan, environ: Mapping[str, str]) -> dict[str,
 
 
 def shell_line(plan: LaunchPlan) -> str:
-    """Returns the command with its variables, as one would type it."""
+    """Returns the command with its variables, as typed in a shell."""
     assignments = [f"{name}={shlex.quote(value)}" for name, value in environment(plan).items()]
     return " ".join([*assignments, shlex.join(command(plan))])
 
 
 def rank_map(plan: LaunchPlan) -> list[tuple[int, str, str]]:
-    """Returns (rank, host, device) for every rank; hosts and GPUs of other nodes are not known here."""
+    """Returns (rank, host, device) for every rank; hosts and GPUs of other nodes are unknown here."""
     rows = []
     for rank in range(plan.world_size):
         node, local = divmod(rank, plan.processes)

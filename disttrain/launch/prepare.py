@@ -1,4 +1,4 @@
-"""Before anything is started: the processes of this machine, all checks of a run, and where it begins."""
+"""Everything before the launch: the processes of this machine, all checks of a run, and its checkpoint."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Ready:
     """A run that has passed all checks.
 
     Attributes:
-        index: of its data set.
-        folder: locked by this process if there is a run in it.
-        start: where it begins; None on the nodes but the first one, which decides that.
+        index: the index of its data set.
+        folder: the run folder, locked by this process if it contains a run.
+        start: the checkpoint to resume from; None except on node 0, which decides on it.
     """
 
     index: Index
@@ -33,7 +33,7 @@ class Ready:
 
 
 def processes_here(*, gpus: int | None, procs: int | None) -> Processes:
-    """Returns what `plan_processes` decides here; arguments and errors as there."""
+    """Returns the result of `plan_processes` for this machine; arguments and errors as there."""
     return plan_processes(
         gpus=gpus,
         procs=procs,
@@ -44,16 +44,19 @@ def processes_here(*, gpus: int | None, procs: int | None) -> Processes:
 
 
 def prepare(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[str], None]) -> Ready | None:
-    """Checks config, machine, data set and run folder against one another; every node calls this.
+    """Checks that config, machine, data set and run folder fit together. Every node calls this.
 
-    Returns None if the run in the folder has finished already. A dry run leaves the folder as it is.
+    A dry run does not change the folder.
+
+    Returns:
+        The checked run, or None if the run in the folder has already finished.
 
     Raises:
-        DisttrainError: what is wrong, and how to put it right.
+        DisttrainError: a check failed.
     """
     index = check_machine(config, plan.device, plan.processes, plan.world_size, say)
     folder = RunFolder(plan.run_dir)
-    unknown = config.data.on_error == "skip"  # what is skipped is found by the workers
+    unknown = config.data.on_error == "skip"  # the workers find out which samples are skipped
     own = fingerprint(config, index, None if unknown else ())
     if plan.resume == "auto" and is_finished(folder, own):
         return None
@@ -62,7 +65,7 @@ def prepare(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[s
     check_trackers(config)
     check_weights(config)
     if folder.is_run() and not dry_run:
-        folder.create()  # its lock: what a run that goes on there does meanwhile is no damage
+        folder.create()  # takes its lock, so that no other run changes the checkpoints while we read them
     start = resume_point(folder, plan.resume, own, force=plan.force)
     check_room(folder.path, start.checkpoint)
     return Ready(index, folder, start)

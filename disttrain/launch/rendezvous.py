@@ -1,4 +1,4 @@
-"""The nodes of a run: what all must agree on, how their launchers meet, and the line between them.
+"""The rendezvous of the nodes of a run: their launchers connect, compare facts and exchange messages.
 
 Nothing here imports torch.
 """
@@ -23,15 +23,15 @@ from disttrain.runs.agreement import compare_peers
 from disttrain.slurm_env import Node
 
 _POLL_S = 0.2
-_LINE_BYTES = 4 * 2**20  # a hello has the config in it, an outcome a traceback
-_TELL_S = 5.0  # for other nodes to come and hear why this one does not begin
-_SILENT_S = 20  # after which a node whose kernel does not answer is taken for dead
+_LINE_BYTES = 4 * 2**20  # a hello contains the config, an outcome a traceback
+_TELL_S = 5.0  # for other nodes to connect and receive this node's failure
+_SILENT_S = 20  # after which a node whose kernel does not answer counts as dead
 
 
 class Channel:
-    """The line between the launchers: node 0 is connected to every other node, and each of those to node 0.
+    """The connections between the launchers: node 0 is connected to every other node.
 
-    What has come already over the connections is `unread`.
+    `unread` is data that was already received over them.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Channel:
         self._messages: list[tuple[int, dict[str, Any]]] = []
         self.hosts = list(hosts)
         self.lost: set[int] = set()
-        """The nodes that can no longer be reached."""
+        """The nodes that are no longer reachable."""
         for connection in connections.values():
             connection.setblocking(False)
             for option, value in (
@@ -57,11 +57,11 @@ class Channel:
 
     @property
     def sockets(self) -> list[socket.socket]:
-        """The connections, to wait for."""
+        """The sockets of the connections that are still open."""
         return [connection for node, connection in self._connections.items() if node not in self.lost]
 
     def send(self, message: Mapping[str, Any], node: int | None = None) -> None:
-        """Sends a message to a node, or to all that this one is connected to."""
+        """Sends a message to a node, or to all connected nodes."""
         line = json.dumps(message).encode() + b"\n"
         for number, connection in self._connections.items():
             if node in {None, number} and number not in self.lost:
@@ -73,7 +73,7 @@ class Channel:
                     self.lost.add(number)
 
     def receive(self) -> list[tuple[int, dict[str, Any]]]:
-        """Returns the messages that have come since the last call, with the nodes they are from."""
+        """Returns the messages received since the last call, each with the node that sent it."""
         for node, connection in self._connections.items():
             while node not in self.lost:
                 try:
@@ -90,7 +90,7 @@ class Channel:
         return messages
 
     def ask(self, node: int, question: str, value: object, timeout_s: float) -> Any:
-        """Returns a node's answer to a question, or None; other messages are kept for `receive`."""
+        """Returns a node's answer to a question, or None after `timeout_s`; `receive` still gets the rest."""
         self.send({question: value}, node)
         others, deadline = [], time.monotonic() + timeout_s
         answer = None
@@ -105,7 +105,7 @@ class Channel:
         return answer
 
     def close(self) -> None:
-        """Ends the connections."""
+        """Closes the connections."""
         for connection in self._connections.values():
             connection.close()
 
@@ -119,19 +119,19 @@ def rendezvous(
     interrupted: Callable[[], bool],
     failed: DisttrainError | None = None,
 ) -> Channel:
-    """Waits for the launchers of all nodes and compares what they know. Every node calls this.
+    """Connects the launchers of all nodes and compares their facts. Every node calls this.
 
     Args:
         place: this node.
-        processes: on this node.
-        known: what must be the same everywhere, from `runs.agreement.facts`.
+        processes: number of processes on this node.
+        known: facts that must be the same on all nodes, from `runs.agreement.facts`.
         timeout_s: how long to wait.
-        interrupted: whether to give up, asked often.
-        failed: why this node will not begin, which is all that it comes to say.
+        interrupted: called often; returns whether to give up.
+        failed: why this node cannot start the run; it then only reports that to the others.
 
     Raises:
-        DisttrainError: the port is taken, a node has not come, the nodes differ, this one was interrupted, or
-            another has failed; each as an error of its kind.
+        DisttrainError: the port is in use, a node did not join, the nodes differ, this node was interrupted,
+            or another node failed; each with its own subclass.
     """
     hello: dict[str, Any] = {"node": place.node_rank, "host": socket.gethostname()}
     if failed is None:
@@ -180,16 +180,16 @@ def _join_others(
 
 @contextlib.contextmanager
 def telling_nodes(place: Node | None) -> Iterator[None]:
-    """Passes on to node 0 what keeps this node from beginning, and from it to the others: none need wait.
+    """Reports an error of this node to all nodes through node 0, so that none waits in vain.
 
-    There is nobody to tell where `place` is None, a run on one node.
+    `place` is None for a run on one node, which reports nothing.
     """
     try:
         yield
     except DisttrainError as error:
         if place is not None:
             _outlive_others()
-            with contextlib.suppress(DisttrainError):  # nobody comes, or another has failed too
+            with contextlib.suppress(DisttrainError):  # nobody else joined, or another node failed too
                 rendezvous(place, 0, {}, timeout_s=_TELL_S, interrupted=lambda: False, failed=error)
         raise
     if place is not None:
@@ -197,13 +197,13 @@ def telling_nodes(place: Node | None) -> Iterator[None]:
 
 
 def _outlive_others() -> None:
-    # Slurm ends all tasks with the first that fails; each should still say why, and end with its own code.
+    # Slurm terminates all tasks when one fails. Each should still print its error and exit with its own code.
     if "SLURM_STEP_ID" in os.environ:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Caller:
-    """A process that has connected to node 0, and what it has said."""
+    """A process that has connected to node 0, with its hello."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -211,7 +211,7 @@ class _Caller:
         self._data = b""
 
     def read(self) -> bool:
-        """Takes in what has come; returns whether to keep the connection."""
+        """Reads what it has sent; returns whether to keep the connection."""
         try:
             part = self.connection.recv(2**16)
         except OSError:
@@ -223,11 +223,11 @@ class _Caller:
                 complete = {"host", "facts"} <= set(hello) or {"host", "failed", "exit_code"} <= set(hello)
                 if isinstance(hello["node"], int) and complete:
                     self.hello = hello
-            return bool(self.hello)  # else it is some other program
+            return bool(self.hello)  # without a valid hello it is some other program
         return bool(part) and len(self._data) < _LINE_BYTES
 
     def refuse(self, error: DisttrainError) -> None:
-        """Tells the node why the run does not begin."""
+        """Sends the node the error that keeps the run from starting."""
         line = json.dumps({"refused": str(error), "exit_code": error.exit_code}).encode() + b"\n"
         with contextlib.suppress(OSError):
             self.connection.settimeout(5)
@@ -235,7 +235,11 @@ class _Caller:
 
 
 def _receive_nodes(place: Node, present: dict[int, _Caller], going: Callable[[], bool]) -> None:
-    """Fills in the nodes that come, until all are there or the time is over; raises as one has failed."""
+    """Adds the nodes that connect to `present`, until all have joined or time is up.
+
+    Raises:
+        DisttrainError: the failure that a node reported.
+    """
     callers: dict[socket.socket, _Caller] = {}
     failed, exit_code, until = "", 0, math.inf
     with _listen(place.master_port) as server:
@@ -261,7 +265,7 @@ def _receive_nodes(place: Node, present: dict[int, _Caller], going: Callable[[],
                     if keep:
                         problem = f"--node-rank {number} is taken already or not below --nodes {place.nodes}"
                         caller.refuse(UsageError(f"{problem}; give each node a number of its own"))
-                    elif present.get(number) is caller:  # it may come again
+                    elif present.get(number) is caller:  # it may connect again
                         del present[number]
                     ready.close()
                     del callers[ready]
@@ -286,7 +290,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _holder(port: int) -> str:
-    """Returns who listens on a port, as far as /proc tells."""
+    """Returns which process listens on a port, or an empty string if /proc does not show it."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             here = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
@@ -308,7 +312,7 @@ def _join_node_0(
             connection.sendall(json.dumps(hello).encode() + b"\n")
             connection.settimeout(_POLL_S)
             data = b""
-            while going(timeout_s) and b"\n" not in data:  # node 0 may have begun to wait later
+            while going(timeout_s) and b"\n" not in data:  # node 0 may have started to wait later
                 with contextlib.suppress(TimeoutError):
                     part = connection.recv(2**16)
                     if not part:
@@ -322,7 +326,7 @@ def _join_node_0(
                     connection = None
                     return channel
                 raise error_of(int(answer["exit_code"]), str(answer["refused"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:  # not there yet, or another program
+        except (OSError, ValueError, KeyError, TypeError) as error:  # not listening yet, or another program
             problem = getattr(error, "strerror", None) or str(error) or problem
             time.sleep(_POLL_S)
         finally:

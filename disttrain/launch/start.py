@@ -1,4 +1,4 @@
-"""`disttrain.train`: what the command `disttrain run` does, from Python."""
+"""`disttrain.train`: the command `disttrain run` as a Python function."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ def train(
     resume: str | Path = "auto",
     quiet: bool = False,
 ) -> Path:
-    """Trains an experiment to its end, in processes of its own, as `disttrain run` does.
+    """Trains an experiment in new processes, like `disttrain run`, and waits until it has finished.
 
-    The processes print to this one's standard output. An interrupt (Ctrl-C) is passed on once, so that the
-    run saves and stops.
+    The processes print to the standard output of this one. An interrupt (Ctrl-C) is forwarded once, so that
+    the run saves a checkpoint and stops.
 
     Args:
         config: the experiment, or the path of its YAML file.
         overrides: settings to change, such as "optim.lr=0.1".
-        gpus: how many to use; None means all that are visible.
-        procs: processes without GPUs.
-        run_dir: the run folder; None makes one under runs/.
-        resume: auto, never, or a run folder or checkpoint to go on from.
-        quiet: show the outcome only.
+        gpus: how many to use; None means all visible ones.
+        procs: processes on the CPU, instead of GPUs.
+        run_dir: the run folder; None creates one under runs/.
+        resume: auto, never, or the run folder or checkpoint to resume from.
+        quiet: show only the outcome.
 
     Returns:
         The run folder.
 
     Raises:
         UsageError: the config is wrong.
-        StoppedError: the run was asked to stop; calling this again with its run_dir goes on.
-        DisttrainError: as the run has ended; the exit code tells which kind.
+        StoppedError: the run was asked to stop. Call this again with its run_dir to resume it.
+        DisttrainError: the run failed; the subclass corresponds to its exit code.
     """
     with tempfile.TemporaryDirectory(prefix="disttrain-") as folder:
         if isinstance(config, Config):
@@ -51,22 +51,22 @@ def train(
         else:
             path = Path(config)
         name = load_config(path, overrides).name
-        place = Path(run_dir) if run_dir is not None else new_run_path(name)
-        words = ["run", str(path), *overrides, "--run-dir", str(place), "--resume", str(resume)]
-        words += [] if gpus is None else ["--gpus", str(gpus)]
-        words += [] if procs is None else ["--procs", str(procs)]
-        words += ["--quiet"] if quiet else []
-        code, said = _wait_for([sys.executable, "-m", "disttrain", *words])
+        path_of_run = Path(run_dir) if run_dir is not None else new_run_path(name)
+        arguments = ["run", str(path), *overrides, "--run-dir", str(path_of_run), "--resume", str(resume)]
+        arguments += [] if gpus is None else ["--gpus", str(gpus)]
+        arguments += [] if procs is None else ["--procs", str(procs)]
+        arguments += ["--quiet"] if quiet else []
+        code, errors = _wait_for([sys.executable, "-m", "disttrain", *arguments])
     if code:
-        status = RunFolder(place).status()
+        status = RunFolder(path_of_run).status()
         reason = status.get("reason") if status.get("exit_code") == code else None
-        raise error_of(code, reason or said or f"{place}: disttrain run ended with exit code {code}")
-    return place
+        raise error_of(code, reason or errors or f"{path_of_run}: disttrain run ended with exit code {code}")
+    return path_of_run
 
 
 def _wait_for(command: list[str]) -> tuple[int, str]:
-    """Returns the exit code of a command and what it says of its failure; passes one interrupt on."""
-    # A session of its own: a Ctrl-C in the terminal reaches this process alone.
+    """Runs a command and returns its exit code and its last error lines; forwards one interrupt."""
+    # In its own session, so that Ctrl-C in the terminal reaches only this process.
     with tempfile.TemporaryFile() as errors:
         with subprocess.Popen(command, stderr=errors, start_new_session=True) as child:
             try:

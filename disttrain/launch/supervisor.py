@@ -1,4 +1,4 @@
-"""From what is seen of the processes of all nodes to one outcome."""
+"""Supervises the processes of all nodes and decides on one outcome."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from disttrain.launch.rendezvous import Channel
 from disttrain.runs.runfolder import RunFolder
 
 _POLL_S = 0.2
-_CAUSE_S = 1.0  # for the cause of an error that may be a consequence
-_REPORT_S = 1.0  # between two reports of a node on its ranks
-_NODE_0_S = 10.0  # by which node 0 is sooner to notice a hang
-_ALL_DONE_S = 60.0  # for the other nodes, when the ranks of this one have ended well
-_DETAIL = 2**16  # characters of a traceback that are passed on
-# What collectives say when a peer is gone: torch's own errors, gloo and NCCL.
+_CAUSE_S = 1.0  # to wait for the cause of an error that may be only a consequence
+_REPORT_S = 1.0  # interval at which a node reports on its ranks
+_NODE_0_S = 10.0  # the other nodes wait this much longer than node 0 before they judge a hang
+_ALL_DONE_S = 60.0  # to wait for the other nodes when the ranks of this one have succeeded
+_DETAIL = 2**16  # characters of a traceback that are sent to other nodes
+# The errors of collectives whose peer is gone, from torch, gloo and NCCL.
 _OF_THE_GROUP = re.compile(
     r"gloo|NCCL|TCPStore|^Dist\w*Error|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE
 )
@@ -38,10 +38,10 @@ class Outcome:
 
     Attributes:
         exit_code: for the shell.
-        message: one line for the user; empty when the run itself has said all.
+        message: one line for the user; empty if the run has already printed it.
         detail: a traceback or the last lines of a log; may be empty.
-        status: what belongs into status.json; empty when the run itself has written its end.
-        victim: whether it may be no more than the consequence of a failure that is not known yet.
+        status: changes to status.json; empty if the run has already written them.
+        victim: whether it may be only the consequence of a failure that is not known yet.
     """
 
     exit_code: int
@@ -52,12 +52,12 @@ class Outcome:
 
     @classmethod
     def of(cls, code: int, reason: str, message: str = "", detail: str = "", **status: Any) -> Outcome:
-        """Returns an end that the run itself has not written down: failed, if `status` does not differ."""
+        """Returns an outcome that the run has not recorded itself; its state is failed unless given."""
         return cls(code, message or reason, detail, {"state": "failed", "reason": reason, **status})
 
 
 class Supervisor:
-    """Follows the processes of this node, and through the channel those of the others, to one outcome."""
+    """Supervises the processes of this node, and through the channel those of the other nodes."""
 
     def __init__(
         self,
@@ -78,13 +78,13 @@ class Supervisor:
         self._log_begin = log_begin
         self._host = socket.gethostname()
         self.stopping = False
-        self._asked = False  # by another node; a signal here is still the first one
+        self._asked = False  # to stop, by another node; does not count as a signal here
         self._remote_rows: dict[int, list[Row]] = {}
-        self._done: dict[int, int] = {}  # exit codes of the nodes that have ended well
+        self._done: dict[int, int] = {}  # exit codes of the nodes that have succeeded
         self._final: Outcome | None = None
 
     def follow(self) -> Outcome:
-        """Returns how the run ended; what of it is still alive is of no use any more."""
+        """Waits for the outcome of the run; the caller can kill the processes that are left."""
         suspect, until, reported = None, 0.0, 0.0
         while True:
             self._liveness.wait(_POLL_S, self._channel.sockets)
@@ -112,7 +112,7 @@ class Supervisor:
         return Outcome.of(128 + number, reason, f"{reason}; the last checkpoint is intact", state="stopped")
 
     def _stop(self) -> Outcome | None:
-        """Hands on the wish to stop; before training has begun there is nothing to save."""
+        """Forwards a request to stop. Before training has begun, there is nothing to save."""
         if self.stopping or not (self._signals or self._asked):
             return None
         self.stopping = True
@@ -124,7 +124,7 @@ class Supervisor:
         return None
 
     def _listen(self) -> Outcome | None:
-        """Takes in what the other nodes say."""
+        """Processes the messages of the other nodes."""
         found = None
         for node, message in self._channel.receive():
             match message:
@@ -148,19 +148,19 @@ class Supervisor:
         return found
 
     def _local(self) -> Outcome | None:
-        """Judges the ends of this node's ranks, and of the process that started them."""
+        """Judges how the ranks of this node, and the process that started them, have ended."""
         code = self._child.poll()
         if code is not None and self._plan.world_size == 1:
             self._liveness.note_ends({0: code})
         elif code is not None and not self._liveness.all_ended:
             if code < 0 and not self._liveness.ends:
                 return self._end(code)  # its ranks die with it
-            self._liveness.wait(0.1)  # what it and its ranks have said may come a moment later
+            self._liveness.wait(0.1)  # their last messages may arrive a moment later
         said = set(self._liveness.said.values())
         saved = self.stopping and StoppedError.exit_code in said
         for end in self._liveness.ends:
             fell = end.said is None and end.status not in _ENDED_BY_TORCHRUN
-            if fell and not saved:  # those that torchrun has ended died of something else
+            if fell and not saved:  # ranks that torchrun terminated are not the cause
                 return self._failure(end.rank, f"{_cause(end.status)} {end.doing}")
         if said - _WELL and not saved:
             error = self._folder.first_error(self._plan.ranks)
@@ -169,12 +169,12 @@ class Supervisor:
         return self._end(code) if self._liveness.all_ended or code is not None else None
 
     def _end(self, code: int | None) -> Outcome:
-        """Judges the end of all ranks of this node, of which none was seen to die.
+        """Judges the end of all ranks of this node, if none was seen to die.
 
-        `code` is how the process that started them has ended, if it has.
+        `code` is the exit code of the process that started them, or None while it runs.
         """
         said = set(self._liveness.said.values())
-        if self._plan.node_rank and said and said <= _WELL:  # status.json is node 0's
+        if self._plan.node_rank and said and said <= _WELL:  # only node 0 writes status.json
             return Outcome(max(said))
         if (error := self._folder.first_error(self._plan.ranks)) is not None:
             return _from_error(error)
@@ -203,7 +203,7 @@ class Supervisor:
         )
 
     def _hang(self) -> Outcome | None:
-        """Judges who makes no progress: node 0 for all nodes, the others when node 0 is silent."""
+        """Finds ranks without progress: node 0 judges all nodes, the others judge only if node 0 does not."""
         plan = self._plan
         rows = [*self._liveness.rows(), *(row for rows in self._remote_rows.values() for row in rows)]
         timeout_s = plan.stall_timeout_s + (_NODE_0_S if plan.node_rank else 0)
@@ -222,16 +222,16 @@ class Supervisor:
         return Outcome.of(code, reason, detail="\n".join(stacks), rank=first.rank, host=first.host)
 
     def _agree(self, found: Outcome) -> Outcome:
-        """Settles on one outcome with the other nodes."""
+        """Agrees on one outcome with the other nodes; node 0 decides."""
         channel = self._channel
         if self._plan.nodes == 1:
             return found
         well = found.exit_code in _WELL and not found.status
-        word = {"done": found.exit_code} if well else {"outcome": asdict(found)}
+        message = {"done": found.exit_code} if well else {"outcome": asdict(found)}
         wait_s = _ALL_DONE_S if well else _CAUSE_S + 1
         deadline = time.monotonic() + wait_s
         if self._plan.node_rank:
-            channel.send(word)
+            channel.send(message)
             while self._final is None and 0 not in channel.lost and time.monotonic() < deadline:
                 self._liveness.wait(_POLL_S, channel.sockets)
                 found = self._second_signal() or found
@@ -247,12 +247,12 @@ class Supervisor:
 
 
 def _worse(one: Outcome | None, other: Outcome) -> Outcome:
-    """Returns the outcome that is more likely the cause of the other."""
+    """Returns the outcome that more likely caused the other."""
     return other if one is None or (one.victim and not other.victim) else one
 
 
 def _from_error(error: Mapping[str, Any]) -> Outcome:
-    """Returns the outcome of a run that ended with an error that a rank wrote down."""
+    """Returns the outcome for an error that a rank has recorded."""
     code, reason = int(error["exit_code"]), str(error["message"])
     place = {"rank": error["rank"], "host": error["host"]}
     if error["traceback"] is None:
@@ -274,7 +274,7 @@ def _cause(status: int | None) -> str:
 
 
 def _read_tail(path: Path, begin: int, lines: int) -> str:
-    """Returns the last lines of a file, none of them from before the byte `begin`."""
+    """Returns the last lines of a file, starting at the byte `begin` at the earliest."""
     try:
         with path.open("rb") as file:
             file.seek(begin)
