@@ -97,7 +97,7 @@ class Heartbeat:
         try:
             row, descriptors, _, _ = socket.recv_fds(connection, 64, 1)
             if not descriptors:
-                raise ConnectionRefusedError(f"the launcher expects no rank {rank}")
+                raise ConnectionRefusedError(f"the launcher does not expect rank {rank}")
         except OSError:
             connection.close()
             raise
@@ -132,7 +132,7 @@ class Heartbeat:
                 self.connection.send(json.dumps({"exit_code": exit_code}).encode())
 
 
-def tell_ends(environ: Mapping[str, str], codes: Mapping[int, int]) -> None:
+def report_exits(environ: Mapping[str, str], codes: Mapping[int, int]) -> None:
     """Reports the exit codes of ranks that this process started to the launcher, if there is one.
 
     Args:

@@ -80,12 +80,12 @@ def check_trackers(config: Config) -> None:
         found = importlib.util.find_spec(name)
         if found is None or not found.has_location:  # a folder ./wandb is not the package
             raise UsageError(
-                f'monitor.trackers: {name} is not installed; pip install "disttrain[{name}]", or leave it out'
+                f'monitor.trackers: {name} is not installed; run pip install "disttrain[{name}]" or remove it'
             )
     folder = config.monitor.prometheus_dir
     if folder is not None and not (Path(folder).is_dir() and os.access(folder, os.W_OK)):
         raise UsageError(
-            f"monitor.prometheus_dir: {folder} is not a folder that can be written; make it, and start "
+            f"monitor.prometheus_dir: {folder} is not a writable folder; create it, and start "
             "node_exporter with --collector.textfile.directory"
         )
 
@@ -105,18 +105,18 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
         prepare(name, None, root, Options(say=say))
     index = load_index(name, root, strict=config.data.on_error == "stop")
     if "val" not in index.splits:
-        raise DataError(f"{index.base or index.folder}: has no val split to evaluate on; make one")
+        raise DataError(f"{index.base or index.folder}: has no val split, which evaluation needs; add one")
     classes = len(index.classes)
     if config.model.num_classes not in (None, classes):
         raise UsageError(
             f"model.num_classes = {config.model.num_classes}, but {name} has {classes} classes; "
-            "set it to that or leave it out"
+            f"set it to {classes} or remove it"
         )
     smallest = min(index.height, index.width)
     if config.augment.crop_padding >= smallest:
         raise UsageError(
-            f"augment.crop_padding = {config.augment.crop_padding} is too much for images of "
-            f"{index.width}x{index.height}; at most {smallest - 1}"
+            f"augment.crop_padding = {config.augment.crop_padding} is too large for images of "
+            f"{index.width}x{index.height}; use at most {smallest - 1}"
         )
     return index
 
@@ -124,7 +124,7 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
 def check_weights(config: Config) -> None:
     """Raises UsageError if the file of `model.weights` does not exist."""
     if config.model.weights is not None and not Path(config.model.weights).is_file():
-        raise UsageError(f"model.weights: there is no file {config.model.weights}")
+        raise UsageError(f"model.weights: {config.model.weights} does not exist; correct the path")
 
 
 def check_shared_memory(
@@ -136,7 +136,7 @@ def check_shared_memory(
     needed, free = local_processes * _SHARED_BYTES, free_bytes(folder)
     if free is not None and free < needed:
         raise StorageError(
-            f"{folder}: NCCL takes {needed:,} bytes for {local_processes} GPUs, {free:,} bytes are free; "
+            f"{folder}: NCCL needs {needed:,} bytes for {local_processes} GPUs, but {free:,} bytes are free; "
             "start the container with --shm-size=1g or --ipc=host, or set NCCL_SHM_DISABLE=1, which is slower"
         )
 
@@ -155,8 +155,8 @@ def check_space(folder: Path, needed_bytes: int, keep: int) -> str | None:
     missing = keep + 2 - sum(step_of(path) >= 0 for path in folder.glob("step_*"))
     if free is not None and free < missing * needed_bytes:
         return (
-            f"{folder}: {free:,} bytes free are enough for {free // needed_bytes} of the {missing} further "
-            f"checkpoints of {needed_bytes:,} bytes that are kept at once"
+            f"{folder}: {free:,} bytes free are enough for only {free // needed_bytes} of the {missing} "
+            f"further checkpoints ({needed_bytes:,} bytes each) that the run keeps"
         )
     return None
 

@@ -58,8 +58,8 @@ def node(environ: Mapping[str, str]) -> Node | None:
     tasks = _tasks(environ)
     if tasks != nodes:
         raise UsageError(
-            f"Slurm started {tasks} tasks on {nodes} nodes; `disttrain run` starts the processes of a "
-            "node itself: use srun --ntasks-per-node=1, start `python -m disttrain.worker` in every task, "
+            f"Slurm started {tasks} tasks on {nodes} nodes, but `disttrain run` starts the processes of each "
+            "node itself; use srun --ntasks-per-node=1, run `python -m disttrain.worker` in every task, "
             "or train on this node only with --nodes 1"
         )
     return Node(nodes, int(environ["SLURM_NODEID"]), _first_host(environ), _port(environ))

@@ -59,9 +59,11 @@ log = logging.getLogger("disttrain")
 @click.option(
     "--run-dir", type=click.Path(path_type=Path), help="Run folder (default runs/<name>/<UTC time>)."
 )
-@click.option("--resume", default="auto", help="auto, never, or a run folder or checkpoint to go on from.")
-@click.option("--force", is_flag=True, help="Go on although config or data set differ from the checkpoint's.")
-@click.option("-q", "--quiet", is_flag=True, help="Show the outcome only.")
+@click.option("--resume", default="auto", help="auto, never, or the run folder or checkpoint to resume from.")
+@click.option(
+    "--force", is_flag=True, help="Resume although the config or data set differs from the checkpoint's."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Show only the outcome.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every log point.")
 def main(
     config_path: Path,
@@ -135,12 +137,14 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
         who, when = f"rank {rank.number} on {socket.gethostname()}", doing(pack(*rank.heartbeat.place))
         if lacking := out_of_memory(error):
             remedy = "raise train.accumulate, so that fewer images go through the network at once, or lower "
-            remedy += "train.batch_size (this run goes on so with --force)"
+            remedy += "train.batch_size and continue this run with --force"
             if rank.heartbeat.place[0] is Phase.START:
-                remedy = "keep fewer images in memory with data.cache=none, or see what else takes it here"
+                remedy = (
+                    "keep fewer images in memory with data.cache=none, or check what else uses memory here"
+                )
             raise TrainingError(f"{who} ran out of memory {when}: {lacking}; {remedy}") from error
         if (isinstance(error, dist.DistError) or "gloo" in str(error)) and timed_out(error):
-            waited = f"waited {collective_timeout_s(config):g} s for the others {when}"
+            waited = f"waited {collective_timeout_s(config):g} s for the other ranks {when}"
             raise HangError(f"{who} {waited}: one of them hangs or is gone") from error
         raise
     if dist.is_initialized():
@@ -172,7 +176,7 @@ def enter_folder(
         now = fingerprint(config, index, None if config.data.on_error == "skip" else ())
         start = resume_point(folder, resume, now, force=force)
         if start.finished:
-            print(f"{folder.path}: this run has finished already; nothing to do", flush=True)
+            print(f"{folder.path}: this run has already finished; nothing to do", flush=True)
         else:
             folder.create()
             checkpoint = prepare_folder(folder, config, start)
@@ -202,12 +206,12 @@ def prepare_folder(folder: RunFolder, config: Config, start: Start) -> Path | No
             folder.update_status(began_from=str(checkpoint.resolve()))
     if start.changes:
         folder.record_forced(start.step, start.changes)
-        notes += [f"--force: going on with {change}" for change in start.changes]
+        notes += [f"--force: resuming with {change}" for change in start.changes]
     if folder.config.exists():
         old = load_config(folder.config)
         lines = differences(old, config)
         if changed := [line for line in lines if role(line.partition(":")[0]) is not Role.MACHINE]:
-            notes += [f"going on with {line}" for line in changed if line not in start.changes]
+            notes += [f"resuming with {line}" for line in changed if line not in start.changes]
             kept = folder.path / f"config.{start.step}.yaml"
             if not kept.exists():
                 write_atomically(kept, dump_config(old))
@@ -266,7 +270,7 @@ def train_in_folder(
     )
     with observer:
         if checkpoint_path is not None:
-            observer.note(f"going on from {checkpoint_path}, step {progress.step:,}")
+            observer.note(f"resuming from {checkpoint_path}, step {progress.step:,}")
         try:
             phases = Phases(rank.heartbeat.beat, group.device)
             train(state, progress, Callbacks(observer, observer.gauges, saver, lambda: rank.stop, phases))

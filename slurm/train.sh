@@ -73,10 +73,10 @@ if verdict=$(ended); then
 fi
 if [[ $code == 75 && -n $out_of_time ]]; then # a stop for any other reason is final
   if ((${SLURM_RESTART_COUNT:-0} < max_requeues)); then
-    echo "$(date -u +%H:%M:%S)  saved and stopped: back into the queue"
+    echo "$(date -u +%H:%M:%S)  saved and stopped; requeueing the job"
     scontrol requeue "$SLURM_JOB_ID"
   else
-    echo "$(date -u +%H:%M:%S)  saved and stopped after $max_requeues requeues (MAX_REQUEUES); go on with" \
+    echo "$(date -u +%H:%M:%S)  saved and stopped after $max_requeues requeues (MAX_REQUEUES); resume with" \
       "RUN_DIR=$run_dir sbatch ..." >&2
   fi
 fi

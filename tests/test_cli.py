@@ -120,7 +120,7 @@ MISTAKES = {
     "batch in a dry run": ([*RUN, "--procs", "3", "--dry-run"], 2, "train.batch_size = 64 cannot be divided"),
     "no GPU": ([*RUN, "--gpus", "2"], 2,
         "--gpus 2: this machine has no usable GPU; train on the CPU with --procs N"),
-    "GPUs and processes": ([*RUN, "--gpus", "1", "--procs", "1"], 2, "--gpus and --procs exclude each other"),
+    "GPUs and processes": ([*RUN, "--gpus", "1", "--procs", "1"], 2, "--gpus and --procs cannot be combined"),
     "precision": ([*RUN, "--procs", "1", "train.precision=fp16"], 2, "train.precision = fp16 needs a GPU"),
     "classes": ([*RUN, "model.num_classes=7"], 2, "model.num_classes = 7, but digits has 10 classes"),
     "node without nodes": ([*RUN, "--node-rank", "1"], 2, "--node-rank and --master-addr need --nodes N"),
@@ -214,7 +214,7 @@ def test_a_run_that_has_finished_is_left_alone(disttrain, config_file, tmp_path)
     before = snapshot(run)
     done = disttrain("run", config_file, "--procs", 1, "--run-dir", "run")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "run: this run has finished already; nothing to do\n"
+    assert done.stdout == "run: this run has already finished; nothing to do\n"
     assert snapshot(run) == before
 
 

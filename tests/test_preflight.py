@@ -149,11 +149,11 @@ def test_another_data_set_is_not_made_silently(tmp_path):
     [
         (
             {"model": {"num_classes": 7}},
-            "model.num_classes = 7, but digits has 10 classes; set it to that or leave it out",
+            "model.num_classes = 7, but digits has 10 classes; set it to 10 or remove it",
         ),
         (
             {"augment": {"crop_padding": 8}},
-            "augment.crop_padding = 8 is too much for images of 8x8; at most 7",
+            "augment.crop_padding = 8 is too large for images of 8x8; use at most 7",
         ),
     ],
 )
@@ -438,7 +438,7 @@ def test_one_further_checkpoint_must_fit(tmp_path, monkeypatch):
     disk(monkeypatch, 1000)
     note = check_space(tmp_path, 1000, 2)
     assert note is not None
-    assert "1,000 bytes free are enough for 1 of the 4 further checkpoints" in note
+    assert "1,000 bytes free are enough for only 1 of the 4 further checkpoints" in note
     make_checkpoint(tmp_path, 1)
     make_checkpoint(tmp_path, 2)
     disk(monkeypatch, 2000)
@@ -463,7 +463,7 @@ def test_shared_memory_is_needed_between_gpus_of_a_node(tmp_path, monkeypatch):
     with pytest.raises(StorageError) as caught:
         check_shared_memory("cuda", 4, tmp_path)
     assert str(caught.value).startswith(
-        f"{tmp_path}: NCCL takes 77,103,104 bytes for 4 GPUs, 67,108,864 bytes "
+        f"{tmp_path}: NCCL needs 77,103,104 bytes for 4 GPUs, but 67,108,864 bytes "
     )
     for word in ("--shm-size=1g", "--ipc=host", "NCCL_SHM_DISABLE=1"):
         assert word in str(caught.value)

@@ -79,12 +79,12 @@ def tables(results: dict[str, Any]) -> list[Table]:
     total = sum(results["phases_s"].values())
     for name, seconds in results["phases_s"].items():
         step.add_row(name.replace("_", " "), f"{1e3 * seconds:,.3f}", percent(seconds / total, 1))
-    step.add_row("one after the other", f"{1e3 * total:,.3f}", "", style="dim")
-    step.add_row("the ordinary loop", f"{1e3 * step_s:,.3f}", "")
-    data = _table("throughput", "samples", "ms a step", "images/s")
+    step.add_row("sum of the phases", f"{1e3 * total:,.3f}", "", style="dim")
+    step.add_row("normal training loop", f"{1e3 * step_s:,.3f}", "")
+    data = _table("throughput", "samples", "ms per step", "images/s")
     for name, seconds in (("from the data set", step_s), ("one batch replayed", results["replayed_step_s"])):
         data.add_row(name, f"{1e3 * seconds:,.3f}", f"{batch / seconds:,.0f}")
-    columns = ("precision", "channels_last", "compile", "ms a pass", "images/s and process")
+    columns = ("precision", "channels_last", "compile", "ms per pass", "images/s per process")
     settings = _table("forward and backward", *columns)
     for row in results["table"]:
         names = (row["precision"], str(row["channels_last"]).lower(), str(row["compile"]).lower())
@@ -124,10 +124,10 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 def _arithmetic(results: dict[str, Any]) -> str:
     if results["flops_per_image"] is None:
-        return "the arithmetic of this model is not known: it has layers that are not counted"
+        return "the FLOPs of this model are unknown: it has layers that are not counted"
     text = (
-        f"{results['flops_per_image'] / 1e6:,.1f} MFLOP an image, forward and backward; "
-        f"{flops_text(results['flops_per_s_and_device'])} on each device"
+        f"{results['flops_per_image'] / 1e6:,.1f} MFLOP per image, forward and backward; "
+        f"{flops_text(results['flops_per_s_and_device'])} per device"
     )
     if results["share_of_peak"] is None:
         return f"{text}; peak n/a ({results['peak_source']})"

@@ -59,7 +59,7 @@ def bench(index: Index, *, samples: int, batch_size: int, threads: int | None = 
         DataError: a shard is damaged.
     """
     if index.base is not None:
-        raise UsageError(f"{index.base}: lies on a server; benchmark a local copy")
+        raise UsageError(f"{index.base}: is on a server; benchmark a local copy")
     threads = threads or usable_cores()
     torch.set_num_threads(threads)
     train = index.splits["train"]

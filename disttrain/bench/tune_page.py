@@ -25,8 +25,8 @@ def write_rates(found: RateFinding, outcome: str, subject: str, output: Path) ->
         outcome=outcome,
         subject=subject,
         heading="Loss while the learning rate rises",
-        explanation="Each step trains with a larger learning rate than the one before. The suggestion, the "
-        "first dashed line, is where the mean of the losses falls fastest; above the second it rises again.",
+        explanation="Each step uses a larger learning rate than the previous one. The first dashed line is "
+        "the suggestion: there the average loss falls fastest. Above the second line, it rises again.",
         columns=("learning rate", "loss", "mean"),
         rows=rows,
     )
@@ -45,9 +45,9 @@ def write_batches(found: Sequence[BatchRow], outcome: str, subject: str, output:
         outcome=outcome,
         subject=subject,
         heading="Throughput over the batch size",
-        explanation="The suggestion is the smallest batch that is nearly as fast as the fastest. Another "
-        "batch size is another experiment: look for its learning rate with disttrain tune lr.",
-        columns=("batch size", "ms a step", "images/s", "GPU memory, GiB"),
+        explanation="The suggestion is the smallest batch size that is nearly as fast as the fastest. A new "
+        "batch size needs a new learning rate: find it with disttrain tune lr.",
+        columns=("batch size", "ms per step", "images/s", "GPU memory, GiB"),
         rows=[batch_cells(row) for row in found],
     )
 

@@ -115,7 +115,7 @@ def verify(name: str, root: str | None) -> None:
         raise DataError(f"{name}: {count}; {remedy(index)}, or train without them with data.on_error=skip")
     samples = sum(split.samples for split in index.splits.values())
     shards = sum(len(split.shards) for split in index.splits.values())
-    click.echo(f"{name}: {samples:,} samples in {shards} shard{'s' * (shards > 1)} are what the index says")
+    click.echo(f"{name}: {samples:,} samples in {shards} shard{'s' * (shards > 1)} match the index")
 
 
 @data.command("index")
@@ -149,7 +149,7 @@ def index_(folder: Path, classes: Path | None, skip: bool, force: bool, **patter
         lambda options: index_folder(folder, patterns, options, classes=names, skip_unusable=skip),
         force=force,
     )
-    click.echo(f"use it with data.name={index.name} data.root={index.folder.parent}")
+    click.echo(f"train on it with data.name={index.name} data.root={index.folder.parent}")
 
 
 @data.command("bench")
@@ -172,7 +172,7 @@ def bench_(
 
     stages = []
     if not as_json:
-        click.echo(f"{'stage':<17} {'samples/s':>12} {'us/sample':>10}  what")
+        click.echo(f"{'stage':<17} {'samples/s':>12} {'us/sample':>10}  work")
     for stage in bench(load_index(name, root), samples=samples, batch_size=batch_size, threads=threads):
         stages.append(stage._asdict() | {"samples_per_s": stage.samples_per_s})
         if not as_json:

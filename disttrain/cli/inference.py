@@ -89,7 +89,7 @@ def export(
     from disttrain.inference.exporting import export
 
     done = export(run_path, file_format, output, checkpoint=checkpoint, root=root)
-    click.echo(f"{done.path}: largest difference of a score {done.difference:.3g} on {done.images} images")
+    click.echo(f"{done.path}: logits differ by at most {done.difference:.3g} on {done.images} images")
 
 
 @click.command()

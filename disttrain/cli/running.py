@@ -95,7 +95,7 @@ def run(
         here = processes_here(gpus=gpus, procs=procs)
         if here.device == "cpu" and procs is None and (why := unusable_gpus()):
             note = "training on the CPU, although this machine has GPUs"
-            aside(f"{note} ({why}); see `disttrain doctor`, or say --procs N if that is meant")
+            aside(f"{note} ({why}); run `disttrain doctor`, or use --procs N to train on the CPU on purpose")
         run_dir = run_dir or plan_run_dir(config.name, node, os.environ)
         plan = LaunchPlan(
             config_path,
@@ -121,7 +121,7 @@ def run(
 def _show(plan: LaunchPlan, config: Config, ready: Ready | None) -> None:
     """Prints the plan of a run, or that it has already finished."""
     if ready is None:
-        click.echo(f"{plan.run_dir}: this run has finished already; nothing to do")
+        click.echo(f"{plan.run_dir}: this run has already finished; nothing to do")
         return
     from disttrain.launch.dryrun import describe
 
@@ -146,7 +146,7 @@ def _train(
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:  # does not affect the exit code of the run
             why = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-            aside(f"no report ({why[0]}); try `disttrain report {folder.path}`")
+            aside(f"cannot write the report ({why[0]}); try `disttrain report {folder.path}`")
         elif plan.verbosity >= 0:
             click.echo(f"report: {folder.path / 'report.html'}")
     sys.exit(outcome.exit_code)
@@ -232,7 +232,7 @@ def doctor(checks: tuple[str, ...], nodes: int | None, as_json: bool, **place: A
     if nodes is None:
         findings = examine(checks)
     elif checks:
-        raise UsageError("--nodes is a check of its own: leave out the others")
+        raise UsageError("--nodes cannot be combined with other checks; leave them out")
     else:
         from disttrain.doctor.nodes import examine_nodes, starts_srun
         from disttrain.launch.plan import plan_nodes

@@ -57,12 +57,12 @@ def lr(
     from disttrain.errors import UsageError
 
     if span["low"] >= span["high"]:
-        raise UsageError(f"--from {span['low']:g} is not below --to {span['high']:g}")
+        raise UsageError(f"--from {span['low']:g} is not below --to {span['high']:g}; choose a lower --from")
     config = load_config(config_path, overrides)
     plan, index = ready_to_measure(config, gpus, procs)
     found = find_rate(config, plan, **span)
     if found.suggested is None or found.most is None:
-        outcome = "the loss fell at no learning rate: give a wider range (--from, --to)"
+        outcome = "the loss did not fall at any learning rate; try a wider range (--from, --to)"
     else:
         outcome = f"optim.lr={_short(found.suggested)}; above {_short(found.most)} training gets worse"
     page = write_rates(found, outcome, _subject(config, index), output or Path("tune_lr.html"))
@@ -98,7 +98,7 @@ def batch(
     plan, index = ready_to_measure(config, gpus, procs)
     rows = []
     if not as_json:
-        click.echo(f"{'batch size':>10} {'ms a step':>12} {'images/s':>12} {'GPU memory, GiB':>16}")
+        click.echo(f"{'batch size':>10} {'ms per step':>12} {'images/s':>12} {'GPU memory, GiB':>16}")
     for row in try_batches(config, plan, index, seconds=seconds, say=aside):
         rows.append(row)
         if not as_json:
@@ -106,14 +106,14 @@ def batch(
             click.echo(f"{size:>10} {step:>12} {speed:>12} {memory:>16}")
     best = judge_batches(rows)
     if best is None:
-        raise TrainingError("not even the smallest batch fits into the memory; take smaller images")
+        raise TrainingError("not even the smallest batch fits into memory; use smaller images")
     outcome = f"train.batch_size={best}"
     page = write_batches(rows, outcome, _subject(config, index), output or Path("tune_batch.html"))
     if as_json:
         tried = [dataclasses.asdict(row) | {"images_per_s": row.images_per_s} for row in rows]
         click.echo(json.dumps({"tried": tried, "suggested": best, "page": str(page)}))
         return
-    click.echo(f"{outcome}; its learning rate: disttrain tune lr {config_path} {outcome}")
+    click.echo(f"{outcome}; find its learning rate with: disttrain tune lr {config_path} {outcome}")
     click.echo(page)
 
 

@@ -37,7 +37,7 @@ def examine(names: Sequence[str] = ()) -> Iterator[tuple[str, Finding]]:
         if name not in CHECKS:
             close = difflib.get_close_matches(name, CHECKS, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise UsageError(f"there is no check {name!r}; the checks are {', '.join(CHECKS)}{hint}")
+            raise UsageError(f"unknown check {name!r}; the checks are {', '.join(CHECKS)}{hint}")
     gpus: list[str] = []
     for name, check in CHECKS.items():
         if not names or name in names or (name == "gpus" and {"allreduce", "step"} & {*names}):
@@ -86,8 +86,8 @@ def isolated(command: Sequence[str], limit_s: float, subject: str) -> Iterator[F
             with contextlib.suppress(ValueError, TypeError):
                 yield Finding(**json.loads(line))
         if code != 0:
-            again = f"see what it says: {' '.join(['python', *command[1:]]).strip()}"
-            yield failure(subject, _ending(code, err.read(), limit_s), again)
+            remedy = f"see the output of: {' '.join(['python', *command[1:]]).strip()}"
+            yield failure(subject, _ending(code, err.read(), limit_s), remedy)
 
 
 def _ending(code: int | None, errors: str, limit_s: float) -> str:

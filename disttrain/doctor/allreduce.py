@@ -54,7 +54,8 @@ def reduction_s(ones: torch.Tensor, times: int) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
         if not bool((numbers == right).all()):
-            raise RuntimeError(f"the sum of 1 to {dist.get_world_size()} is {numbers.flatten()[0].item()}")
+            found = numbers.flatten()[0].item()
+            raise RuntimeError(f"wrong sum of 1 to {dist.get_world_size()}: {found}")
     return statistics.median(seconds)
 
 

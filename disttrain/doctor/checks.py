@@ -74,13 +74,13 @@ def packages(_: str) -> Iterator[Finding]:
                 requirements.append((name, text))
                 todo.append(canonicalize_name(Requirement(text).name))
     problems = rules.unmet(requirements, versions)
-    remedy = "pip install --upgrade disttrain, in an environment of its own"
+    remedy = "run pip install --upgrade disttrain in a new environment"
     yield from (warning("requirement", problem, remedy) for problem in problems)
     if "disttrain" not in versions:
-        text = "not looked at: this source tree is not installed"
-        yield warning("requirements", text, "pip install -e . in the tree")
+        text = "not checked: this source tree is not installed"
+        yield warning("requirements", text, "run pip install -e . in the source tree")
     elif not problems:
-        yield ok("requirements", f"{len(done)} packages fit one another")
+        yield ok("requirements", f"{len(done)} packages are compatible")
     loaded = None
     with contextlib.suppress(RuntimeError, AttributeError):
         loaded = ".".join(map(str, torch.cuda.nccl.version()))
@@ -118,7 +118,7 @@ def gpus(_: str) -> Iterator[Finding]:
     known = visible_gpus()
     if not known and (hidden is not None or not device_files()):
         why = "" if hidden is None else f" (CUDA_VISIBLE_DEVICES={hidden})"
-        yield ok("GPUs", f"none to train on{why}: runs take the CPU")
+        yield ok("GPUs", f"none to train on{why}: runs use the CPU")
         return
     import pynvml
     import torch
@@ -138,7 +138,7 @@ def gpus(_: str) -> Iterator[Finding]:
     if count != len(known) or count == 0:
         why = f": {problem}" if count == 0 else ""
         found = f"NVML shows {len(known)}, torch can use {count}{why}"
-        yield failure("GPUs", found, "see the lines on driver and packages; in a container: --gpus all")
+        yield failure("GPUs", found, "see the lines on driver and packages; in a container, use --gpus all")
     archs = torch.cuda.get_arch_list()
     for i in range(count):
         device = torch.cuda.get_device_properties(i)
@@ -146,7 +146,7 @@ def gpus(_: str) -> Iterator[Finding]:
         if rules.has_kernels((device.major, device.minor), archs):
             yield ok(f"cuda:{i}", found)
         else:
-            found += f": torch has kernels for {', '.join(archs)} only"
+            found += f": torch has kernels only for {', '.join(archs)}"
             remedy = "install a torch for this GPU (https://pytorch.org/get-started/locally)"
             yield failure(f"cuda:{i}", found, remedy)
     if count > 1:
@@ -269,28 +269,28 @@ def data(_: str) -> Iterator[Finding]:
 
     server = server_root(None)
     if server is not None:
-        yield ok("data root", f"{server}, on a server and not looked into")
+        yield ok("data root", f"{server}, on a server and not checked")
     else:
         root = data_root(None)
-        yield _folder("data root", root, "set DISTTRAIN_DATA to a folder of yours", needed=False)
+        yield _folder("data root", root, "set DISTTRAIN_DATA to a writable folder", needed=False)
         names = sorted(path.parent.name for path in root.glob("*/index.json"))
         for name in names:
             try:
                 splits = load_index(name, None).splits.items()
             except DisttrainError as error:
-                more = f"`disttrain data verify {name}` lists all that is wrong"
-                yield warning(f"data set {name}", reason(error), more)
+                remedy = f"`disttrain data verify {name}` lists all problems"
+                yield warning(f"data set {name}", reason(error), remedy)
             else:
                 yield ok(f"data set {name}", ", ".join(f"{split.samples:,} {part}" for part, split in splits))
         if not names:
             yield ok("data sets", "none yet; `disttrain data prepare digits|mnist|cifar10` makes one")
-    yield _folder("cache", cache_folder(), "set DISTTRAIN_CACHE to a folder of yours", needed=True)
+    yield _folder("cache", cache_folder(), "set DISTTRAIN_CACHE to a writable folder", needed=True)
 
 
 def _folder(subject: str, folder: Path, remedy: str, *, needed: bool) -> Finding:
     """Judges whether a folder is writable or can be created; if not `needed`, it may be read-only."""
     place = _existing(folder)
-    new = "" if place == folder else " (will be made)"
+    new = "" if place == folder else " (will be created)"
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"disttrain")
@@ -299,7 +299,7 @@ def _folder(subject: str, folder: Path, remedy: str, *, needed: bool) -> Finding
         found = f"{folder}{new}: cannot be written: {reason(error)}"
         if needed or new:
             return (failure if needed else warning)(subject, found, remedy)
-        return ok(subject, f"{found}; data sets can be used, not made")
+        return ok(subject, f"{found}; data sets can be read, but not made")
     return ok(subject, f"{folder}{new}")
 
 
@@ -315,7 +315,7 @@ def allreduce(backend: str) -> Iterator[Finding]:
     plan = plan_job(gpus=2, procs=None) if backend == "nccl" else plan_job(gpus=None, procs=2)
     found = run_job(plan, "disttrain.doctor.allreduce", {"backend": backend})
     speed = (
-        f"{1e6 * found['latency_s']:,.0f} us for one number, {found['bytes_per_s'] / 1e9:.2f} GB/s for many"
+        f"{1e6 * found['latency_s']:,.0f} us for one number, {found['bytes_per_s'] / 1e9:.2f} GB/s when large"
     )
     yield ok(f"all-reduce, {backend}", f"2 processes: {speed}")
 
@@ -362,7 +362,7 @@ def step(device_name: str) -> Iterator[Finding]:
         if name == "bf16" and device.type == "cuda":
             torch.cuda.set_device(device)
             if not torch.cuda.is_bf16_supported(including_emulation=False):
-                yield ok(f"{device_name} bf16", "this GPU has none; train.precision=auto takes fp16")
+                yield ok(f"{device_name} bf16", "not supported by this GPU; train.precision=auto means fp16")
                 continue
         found, seconds = train(device, dtype, 6)
         yield rules.losses(f"{device_name} {name}", found, expected, tolerance, 1e3 * seconds)

@@ -91,7 +91,7 @@ def examine_nodes(place: Node | None) -> Iterator[tuple[str, Finding]]:
     """
     if place is None:
         raise UsageError(
-            "--nodes: there is one node only; call this in a Slurm job of several, or on each node with "
+            "--nodes needs several nodes; run this in a Slurm job with several nodes, or on each node with "
             "--nodes N --node-rank R --master-addr HOST --master-port PORT"
         )
     backend = "nccl" if visible_gpus() else "gloo"
@@ -123,7 +123,7 @@ def _exchange(channel: Channel, place: Node, value: Any) -> list[Any]:
         messages = channel.receive()
         if not messages and (channel.lost or time.monotonic() > deadline):
             gone = ", ".join(channel.hosts[node] for node in sorted(channel.lost)) or "a node"
-            raise HangError(f"{gone} is gone or does not answer; see what it printed")
+            raise HangError(f"{gone} is gone or does not answer; see its output")
         if not messages:
             time.sleep(0.01)
         for node, message in messages:
@@ -147,7 +147,7 @@ def _reach(channel: Channel, place: Node, names: Sequence[str], interface: str |
             except OSError as error:
                 problems.append((node, f"{address}: {error.strerror or error}"))
         everyones = _exchange(channel, place, problems)
-    remedy = "see to the firewall between them, or name the right interface in GLOO_SOCKET_IFNAME"
+    remedy = "check the firewall between them, or set GLOO_SOCKET_IFNAME to the right interface"
     return [
         failure(f"{names[node]} -> {names[other]}", f"no connection to {problem}", remedy)
         for node, problems in enumerate(everyones)
@@ -173,7 +173,7 @@ def _address(interface: str | None) -> str:
             return entry.address
     raise UsageError(
         f"GLOO_SOCKET_IFNAME={interface}: {socket.gethostname()} has no such interface with an address; "
-        "`ip -br address` shows those it has"
+        "choose one that `ip -br address` shows"
     )
 
 
@@ -197,7 +197,7 @@ def _measure(channel: Channel, place: Node, backend: str) -> tuple[list[Pair], f
             backend, store=store, rank=place.node_rank, world_size=place.nodes, timeout=timeout
         )
     except RuntimeError as error:
-        raise HangError(f"{backend} does not connect the nodes: {str(error).splitlines()[0]}") from None
+        raise HangError(f"{backend} cannot connect the nodes: {str(error).splitlines()[0]}") from None
     mine = [pair for pairs in rounds(place.nodes) for pair in pairs if place.node_rank in pair]
     own = [_measure_pair(*pair, place.node_rank, device, _LARGE_BYTES[backend]) for pair in mine]
     everyones = _exchange(channel, place, own)
@@ -233,7 +233,7 @@ def _measure_pair(first: int, second: int, node: int, device: torch.device, larg
         trip(numbers)  # warm-up: opens the connection and waits for the other node
         median = statistics.median(trip(numbers) for _ in range(times)) / 2
         if not bool((numbers == first).all()):
-            raise RuntimeError("other numbers arrived than were sent")
+            raise RuntimeError("the numbers received are not those that were sent")
         return median
 
     try:
@@ -251,18 +251,18 @@ def judge(found: tuple[list[Pair], float | str], names: Sequence[str], backend: 
     for pair in sorted(pairs):
         subject = f"{names[pair.first]} - {names[pair.second]}"
         if pair.latency_s is None or pair.bytes_per_s is None:
-            yield failure(
-                subject, f"{backend}: {pair.problem}", f"{backend.upper()}_SOCKET_IFNAME=<interface>"
-            )
+            remedy = f"set {backend.upper()}_SOCKET_IFNAME=<interface>"
+            yield failure(subject, f"{backend}: {pair.problem}", remedy)
             continue
         text = f"{backend}: {1e6 * pair.latency_s:,.0f} us, {pair.bytes_per_s / 1e9:,.2f} GB/s"
         if pair.latency_s > _SLOW * latency_s or pair.bytes_per_s * _SLOW < bytes_per_s:
             median = f"{1e6 * latency_s:,.0f} us, {bytes_per_s / 1e9:,.2f} GB/s"
-            yield warning(subject, f"{text}, where the median of the pairs is {median}", "see to their link")
+            found_text = f"{text}, but the median of the pairs is {median}"
+            yield warning(subject, found_text, "check the link between them")
         else:
             yield ok(subject, text)
     subject = f"all {len(names)} nodes"
     if isinstance(reduction, str):
-        yield failure(subject, f"reduction: {reduction}", "see to the pairs first")
+        yield failure(subject, f"all-reduce: {reduction}", "fix the pairs first")
     else:
-        yield ok(subject, f"{backend}: 25 MiB summed up in {time_text(reduction)}")
+        yield ok(subject, f"{backend}: all-reduce of 25 MiB in {time_text(reduction)}")

@@ -54,7 +54,8 @@ def unmet(requirements: Iterable[tuple[str, str]], versions: Mapping[str, str]) 
         if version is None:
             problems.append(f"{package} needs {requirement.name}, which is not installed")
         elif not requirement.specifier.contains(version, prereleases=True):
-            problems.append(f"{package} needs {requirement.name}{requirement.specifier}, here is {version}")
+            wanted = f"{requirement.name}{requirement.specifier}"
+            problems.append(f"{package} needs {wanted}, but {version} is installed")
     return problems
 
 
@@ -70,12 +71,12 @@ def nccl(packages: Mapping[str, str], loaded: str | None, torch_cuda: str | None
     others = sorted(set(packages) - {own})
     if own in packages and others:
         return warning(
-            "NCCL", f"{own} and {', '.join(others)} write into one folder; {loaded} is in use",
+            "NCCL", f"{own} and {', '.join(others)} install into the same folder; {loaded} is in use",
             f"pip uninstall -y {own} {' '.join(others)} && pip install {own}=={packages[own]}",
         )  # fmt: skip
     if own in packages and packages[own] != loaded:
-        remedy = "unset LD_LIBRARY_PATH and LD_PRELOAD, or take the other NCCL out of them"
-        return warning("NCCL", f"{loaded} is in use, {own} {packages[own]} is installed", remedy)
+        remedy = "unset LD_LIBRARY_PATH and LD_PRELOAD, or remove the other NCCL from them"
+        return warning("NCCL", f"{loaded} is in use, but {own} {packages[own]} is installed", remedy)
     return ok("NCCL", loaded)
 
 
@@ -87,8 +88,8 @@ def no_driver(problem: str, devices: Sequence[str]) -> Finding:
     if not devices:
         return ok("NVIDIA driver", "none, and no NVIDIA GPU")
     return warning(
-        "NVIDIA driver", f"NVML: {problem}; but there is {', '.join(devices)}",
-        "load the driver (nvidia-smi must work), reboot after an update of it; in a container: "
+        "NVIDIA driver", f"NVML: {problem}; but this machine has {', '.join(devices)}",
+        "load the driver (nvidia-smi must work), or reboot after a driver update; in a container, use "
         "--gpus all with NVIDIA_DRIVER_CAPABILITIES=compute,utility",
     )  # fmt: skip
 
@@ -107,7 +108,7 @@ def driver(version: str, driver_cuda: tuple[int, int], torch_cuda: str | None, *
     if driver_cuda[0] >= major:
         return ok("torch for CUDA", f"{has}; torch is built for CUDA {torch_cuda}")
     if usable:
-        return ok("torch for CUDA", f"{has}; CUDA {torch_cuda} runs by forward compatibility libraries")
+        return ok("torch for CUDA", f"{has}; CUDA {torch_cuda} uses forward compatibility libraries")
     least = _LEAST_DRIVER.get(major)
     return failure(
         "torch for CUDA", f"{has}, but torch is built for CUDA {torch_cuda}",
@@ -167,12 +168,12 @@ def peers(access: Mapping[tuple[int, int], bool], linked: Iterable[tuple[int, in
     if broken := sorted(set(without) & set(linked)):
         return warning(
             "peer access", f"none between {_names(broken)}, although NVLink connects them",
-            "see `nvidia-smi topo -p2p r`; switch off ACS or IOMMU in the host, start nvidia-fabricmanager",
+            "see `nvidia-smi topo -p2p r`; disable ACS or IOMMU on the host, start nvidia-fabricmanager",
         )  # fmt: skip
     if not without:
         return ok("peer access", "between all GPUs")
     if len(without) == len(access):
-        return ok("peer access", "none, as usual for these GPUs; NCCL goes through the memory of the host")
+        return ok("peer access", "none, as usual for these GPUs; NCCL uses host memory")
     return ok("peer access", f"none between {_names(without)}")
 
 
@@ -184,14 +185,15 @@ def cores(usable: int, present: int, allocation: Allocation | None) -> Finding:
     """Judges the CPU cores that this process may use."""
     found = f"{usable} of {present} usable" if usable < present else str(present)
     if allocation is not None and allocation.cpus_per_task is not None and usable < allocation.cpus_per_task:
-        remedy = f"srun --cpus-per-task={allocation.cpus_per_task}: srun does not take it over from sbatch"
-        return warning("cores", f"{found}, the job asked for {allocation.cpus_per_task} per task", remedy)
+        wanted = allocation.cpus_per_task
+        remedy = f"use srun --cpus-per-task={wanted}: srun does not inherit it from sbatch"
+        return warning("cores", f"{found}, but the job asked for {wanted} per task", remedy)
     return ok("cores", found)
 
 
 def shared_memory(total_bytes: int | None, gpus: int) -> Finding:
     """Judges /dev/shm, which NCCL uses between processes of a node; None if it does not exist."""
-    found = "not there" if total_bytes is None else gib(total_bytes, 2)
+    found = "does not exist" if total_bytes is None else gib(total_bytes, 2)
     if gpus > 1 and (total_bytes or 0) <= 64 * 2**20:
         remedy = "start the container with --shm-size=1g or --ipc=host"
         return warning("/dev/shm", f"{found}: too small for NCCL between {gpus} GPUs", remedy)
@@ -218,19 +220,19 @@ def locked_memory(soft_bytes: int, infiniband: Sequence[str]) -> Finding:
 
 def cluster(job: Allocation | None, version: str | None, ping: str | None) -> Finding:
     """Judges Slurm by the job of this process and the output of `srun --version` and `scontrol ping`."""
-    place = "outside of a job"
+    place = "outside a job"
     if job is not None:
         step = "" if job.step is None else f", step {job.step},"
         place = f"in job {job.job}{step} of {job.nodes} node{'s' * (job.nodes > 1)}"
     if version is None or ping is None:
         if job is None:
-            return ok("Slurm", "none here")
-        return warning("Slurm", f"{place}, but there is no srun", "put Slurm's commands into PATH")
+            return ok("Slurm", "not installed")
+        return warning("Slurm", f"{place}, but srun was not found", "add Slurm's commands to PATH")
     if " is UP" in ping:
         return ok("Slurm", f"{version}, {place}")
     if job is None and " is DOWN" not in ping:
-        return ok("Slurm", "its commands are here, but know of no cluster")
-    return warning("Slurm", f"{place}; scontrol ping: {ping}", "no job can start until slurmctld is back")
+        return ok("Slurm", "installed, but not connected to a cluster")
+    return warning("Slurm", f"{place}; scontrol ping: {ping}", "no job can start until slurmctld is up")
 
 
 def disk(subject: str, path: str, free_bytes: int, free_files: int | None) -> Finding:
@@ -238,7 +240,7 @@ def disk(subject: str, path: str, free_bytes: int, free_files: int | None) -> Fi
     found = f"{gib(free_bytes)} free in {path}"
     remedy = "delete old runs and caches, or choose another disk: --run-dir, DISTTRAIN_DATA, DISTTRAIN_CACHE"
     if free_files is not None and free_files < 100:
-        return failure(subject, f"{found}, but only {free_files} files can be made", remedy)
+        return failure(subject, f"{found}, but only {free_files} files can be created", remedy)
     if free_bytes < 2**30 // 10:
         return failure(subject, found, remedy)
     if free_bytes < _GIB:
@@ -258,18 +260,18 @@ def clock(elapsed_s: Sequence[float], now_s: float, newest_s: float, file_s: flo
     monotonic, wall = elapsed_s
     set_it = "start chrony or another NTP client"
     if monotonic <= 0:
-        found = f"the monotonic clock went {monotonic:.3f} s in a pause"
-        return failure("clock", found, "reboot; mend the host")
+        found = f"the monotonic clock advanced {monotonic:.3f} s during a pause"
+        return failure("clock", found, "reboot or repair the host")
     if now_s < newest_s - 86400:
         return failure("clock", f"is {(newest_s - now_s) / 86400:,.0f} days before this installation", set_it)
     if abs(wall - monotonic) > 1:
-        return warning("clock", f"the wall clock jumped by {wall - monotonic:.1f} s meanwhile", set_it)
+        return warning("clock", f"the wall clock jumped by {wall - monotonic:.1f} s during a pause", set_it)
     if abs(file_s - now_s) > 5:
         return warning(
             "clock", f"files in the current folder are dated {file_s - now_s:+.0f} s from now",
             f"{set_it}, here and on the file server",
         )  # fmt: skip
-    return ok("clock", "steady, as the file system has it")
+    return ok("clock", "steady, and agrees with the file system")
 
 
 def nccl_interfaces(names: Sequence[str], setting: str | None) -> list[str]:
@@ -295,7 +297,7 @@ def nccl_network(names: Sequence[str], setting: str | None) -> Finding:
     if not taken:
         return failure(
             "NCCL network", f"no interface of {', '.join(names) or 'none that is up'}{given}",
-            "unset NCCL_SOCKET_IFNAME or name one of these",
+            "unset NCCL_SOCKET_IFNAME, or set it to one of these",
         )  # fmt: skip
     return ok("NCCL network", f"{', '.join(taken)}{given}")
 
@@ -317,11 +319,11 @@ def gloo_network(
         missing = ", ".join(name for name in setting.split(",") if name not in addresses)
         if not missing:
             return ok(subject, f"{setting} (GLOO_SOCKET_IFNAME)")
-        found = f"GLOO_SOCKET_IFNAME={setting}: {missing} is not there or not up"
-        return failure(subject, found, f"unset it or name one of {', '.join(addresses)}")
+        found = f"GLOO_SOCKET_IFNAME={setting}: {missing} does not exist or is down"
+        return failure(subject, found, f"unset it, or set it to one of {', '.join(addresses)}")
     taken = next((name for name, owned in addresses.items() if own in owned), "lo")
-    leads = f"{host} is {own}" if own else f"the name {host} leads to no address of this host"
-    found = f"{taken} ({leads})"
+    resolved = f"{host} is {own}" if own else f"the name {host} does not resolve to an address of this host"
+    found = f"{taken} ({resolved})"
     if taken != "lo":
         return ok(subject, found)
     other = next((name for name in addresses if name != "lo"), "INTERFACE")
@@ -341,6 +343,6 @@ def losses(
     text = " -> ".join(f"{loss:.4f}" for loss in found)
     if any(not abs(a - b) <= tolerance * abs(b) for a, b in zip(found, expected, strict=True)):
         right = " -> ".join(f"{loss:.4f}" for loss in expected)
-        remedy = "take the device out of use; on a GPU see `nvidia-smi -q -d ECC` and reinstall torch"
-        return failure(subject, f"computes wrong: loss {text} instead of {right}", remedy)
-    return ok(subject, f"a training step takes {step_ms:.3g} ms, loss {text} as it should be")
+        remedy = "stop using the device; on a GPU, see `nvidia-smi -q -d ECC` and reinstall torch"
+        return failure(subject, f"wrong result: loss {text} instead of {right}", remedy)
+    return ok(subject, f"a training step takes {step_ms:.3g} ms, loss {text} as expected")

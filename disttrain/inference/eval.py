@@ -90,11 +90,11 @@ def open_data(config: Config, facts: Facts, data: str | None, root: str | None) 
             for name, own, other in others
             if set(own) - set(other)
         ]
-        raise DataError(f"{index.name}: has other classes than the run: {'; '.join(only)}")
+        raise DataError(f"{index.name}: its classes differ from those of the run: {'; '.join(only)}")
     if (index.height, index.width, index.channels) != facts.shape:
         sizes = [f"{c}x{h}x{w}" for h, w, c in ((index.height, index.width, index.channels), facts.shape)]
         raise DataError(
-            f"{index.name}: has images of {sizes[0]}, the run was trained on {sizes[1]}; "
+            f"{index.name}: its images are {sizes[0]}, but the run was trained on {sizes[1]}; "
             f"pack it again{f' with --size {facts.height}' if facts.height == facts.width else ''}"
         )
     return index
@@ -123,7 +123,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
     if "plain_correct" in result:
         yield f"without {result['tta']} {_share(result['plain_correct'], result['total'])}"
     if result["skipped"]:
-        yield f"skipped  {result['skipped']:,} samples that cannot be used"
+        yield f"skipped  {result['skipped']:,} unusable samples"
     yield ""
     width = max(5, *map(len, result["classes"]))
     yield f"{'class':<{width}} {'accuracy':>10} {'correct':>9} {'of':>9}"
@@ -134,7 +134,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
     classes, confusion = result["classes"], result["confusion"]
     if len(classes) <= _MOST_SHOWN:
         cell = max(len(f"{count:,}") for row in confusion for count in row) + 1
-        yield "confusion: a row for each true class, a column for each prediction in the same order"
+        yield "confusion matrix: a row for each true class, a column for each predicted class"
         for name, row in zip(classes, confusion, strict=True):
             yield f"{name:<{width}} " + "".join(f"{count:>{cell},}" for count in row)
         return
@@ -144,7 +144,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
         for predicted, count in enumerate(row)
         if true != predicted and count
     ]
-    yield "taken for another most often (the whole confusion matrix: --json)"
+    yield "most frequent confusions (--json has the whole confusion matrix)"
     for count, true, predicted in sorted(pairs, key=lambda pair: -pair[0])[:_PAIRS_SHOWN]:
         yield f"{true} as {predicted}: {count:,}"
 

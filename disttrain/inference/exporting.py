@@ -129,7 +129,7 @@ def _export(trained: Trained, file_format: Format, index: Index, path: Path, par
         reason = " ".join(str(error).split())[:300]
         raise DisttrainError(
             f"{trained.facts.model} cannot be exported as {file_format}: {type(error).__name__}: {reason}; "
-            "safetensors holds any network"
+            "use --format safetensors, which holds any network"
         ) from error
     with torch.inference_mode():
         expected = classifier(torch.from_numpy(images)).numpy()
@@ -140,7 +140,7 @@ def _export(trained: Trained, file_format: Format, index: Index, path: Path, par
     limit = TOLERANCE * max(1.0, float(abs(expected).max()))
     if not difference <= limit:
         raise DisttrainError(
-            f"{path}: not written: its scores differ by {difference:.3g} from the network's on {len(images)} "
+            f"{path}: not written: its logits differ by {difference:.3g} from the model's on {len(images)} "
             f"images, more than {limit:.3g}; please report it"
         )
     partial.replace(path)

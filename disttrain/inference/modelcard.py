@@ -15,7 +15,7 @@ from disttrain.shards.index import Index
 from disttrain.units import accuracy_text, number
 
 NAME = "README.md"
-OUTPUT_TEXT = "logits: float32 [B, classes], the scores of the classes; their softmax are probabilities"
+OUTPUT_TEXT = "logits: float32 [B, classes]; their softmax gives the probabilities of the classes"
 
 _MARK = "<!-- model card, written by disttrain export -->"
 
@@ -37,7 +37,7 @@ from PIL import Image, ImageOps
 
 
 def pixels(path):
-    """Returns an image file as the network reads it: uint8 [1, {height}, {width}, {channels}]."""
+    """Returns the pixels of an image file: uint8 [1, {height}, {width}, {channels}]."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")
     scale = max({width} / image.width, {height} / image.height)
     left, top = max(0, image.width - {width} / scale) / 2, max(0, image.height - {height} / scale) / 2
@@ -77,7 +77,7 @@ def check_place(folder: Path) -> None:
     """Raises UsageError if a folder contains a README.md that is not a model card."""
     path = folder / NAME
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        raise UsageError(f"{path}: is not a model card and would be replaced; choose an --output elsewhere")
+        raise UsageError(f"{path}: exists and is not a model card; choose an --output in another folder")
 
 
 def input_text(facts: Facts) -> str:
@@ -91,7 +91,7 @@ def card(trained: Trained, file_format: str, file: str, index: Index, difference
     facts = trained.facts
     rows = {
         "file": f"`{file}` ({file_format})",
-        "check": f"scores differ by {difference:.2g} at most from the network's on {images} images",
+        "check": f"logits differ by at most {difference:.2g} from the trained model's on {images} images",
         "network": f"`{facts.model}` {json.dumps(facts.args) if facts.args else ''}".rstrip(),
         **_training(trained),
         "data": f"`{facts.data}`: "
@@ -111,7 +111,7 @@ def card(trained: Trained, file_format: str, file: str, index: Index, difference
 
 ## Classes
 
-In the order of the scores:
+In the order of the logits:
 
 ```json
 {json.dumps(facts.classes, ensure_ascii=False)}
@@ -157,8 +157,8 @@ def _training(trained: Trained) -> dict[str, str]:
 
 def _preprocessing(facts: Facts, *, inside: bool) -> str:
     numbers: list[Any] = [[round(value, 6) for value in values] for values in (facts.mean, facts.std)]
-    where = "inside the network" if inside else "in the header, and done by `disttrain.load_model`"
+    where = "inside the network" if inside else "by `disttrain.load_model`, from the header of the file"
     return (
-        f"resized to cover {facts.height}x{facts.width} pixels (bicubic), the middle cut out; then, {where}: "
-        f"scaled to 0..1, less the mean {numbers[0]}, divided by {numbers[1]}"
+        f"resized to cover {facts.height}x{facts.width} pixels (bicubic) and center-cropped; then, {where}: "
+        f"scaled to 0..1, minus the mean {numbers[0]}, divided by {numbers[1]}"
     )

@@ -40,7 +40,7 @@ def check_name(path: Path) -> None:
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UsageError(f"--grid {path}: expected a name that ends in .png, .jpg or .webp")
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"--grid {path}: there is no folder {path.parent}; make it first")
+        raise UsageError(f"--grid {path}: folder {path.parent} does not exist; create it first")
 
 
 def draw(cells: list[Cell]) -> Image.Image:

@@ -109,6 +109,6 @@ def _facts(folder: RunFolder, config: Config) -> Facts:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{folder.env}: does not say what the images of the run are ({type(error).__name__}); "
-            "it is written when a run starts: resume the run to have it written again"
+            f"{folder.env}: does not describe the images of the run ({type(error).__name__}); "
+            "resume the run, which writes the file again"
         ) from None

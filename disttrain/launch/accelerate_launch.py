@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 
-from disttrain.heartbeat import tell_ends
+from disttrain.heartbeat import report_exits
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     try:
         launch()
     except ChildFailedError as error:
-        tell_ends(os.environ, {rank: failure.exitcode for rank, failure in error.failures.items()})
+        report_exits(os.environ, {rank: failure.exitcode for rank, failure in error.failures.items()})
         sys.exit(1)
 
 

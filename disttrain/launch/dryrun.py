@@ -56,7 +56,7 @@ def describe(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, 
         ("run folder", str(plan.run_dir)),
     ]  # fmt: skip
     if start is not None:
-        begin = [] if start.checkpoint is None else [f"going on from {start.checkpoint}"]
+        begin = [] if start.checkpoint is None else [f"resuming from {start.checkpoint}"]
         lines += [("resume", text) for text in (*start.notes, *start.changes, *begin)]
     return lines
 

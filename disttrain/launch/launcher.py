@@ -96,8 +96,8 @@ def _begin(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[
     if idle <= _MOST_IDLE_RESTARTS:
         return None, {"began_at": step, "idle_restarts": idle}
     reason = (
-        f"no progress in {_MOST_IDLE_RESTARTS} restarts: each began at step {step:,} and saved nothing; see "
-        "to the failure, or save more often (checkpoint.every_steps), then start it again"
+        f"no progress in {_MOST_IDLE_RESTARTS} restarts: each began at step {step:,} and saved nothing; fix "
+        "the failure, or save more often (checkpoint.every_steps), then start the run again"
     )
     return Outcome.of(TrainingError.exit_code, reason), {}
 
@@ -163,7 +163,7 @@ def _not_connected(error: DisttrainError, signals: list[int]) -> Outcome:
     if state == "stopped" and signal.SIGTERM in signals and "SLURM_STEP_ID" in os.environ:
         # Not a request to stop: srun terminates all tasks when one fails, or the job was cancelled.
         code, state = 128 + signal.SIGTERM, "failed"
-        reason = "ended by SIGTERM before all nodes had come; see what the others say"
+        reason = "ended by SIGTERM before all nodes had joined; see the messages of the other nodes"
     return Outcome.of(code, reason, state=state)
 
 

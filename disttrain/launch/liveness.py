@@ -243,9 +243,9 @@ class Liveness:
         local = self._locals[rank - self._first]
         state = _process(local.pid)
         if local.connection is None or local.pid is None or state is None:
-            return f"rank {rank} has not said a word yet"
+            return f"rank {rank} has not connected yet"
         if state.letter in "Tt":
-            return f"rank {rank}, process {local.pid}, is stopped (SIGSTOP or a debugger) and shows no stack"
+            return f"rank {rank}, process {local.pid}, is stopped (SIGSTOP or a debugger): no stack"
         begin = log.stat().st_size if log.exists() else 0
         with contextlib.suppress(OSError):
             os.kill(local.pid, STACKS)
@@ -258,7 +258,7 @@ class Liveness:
                 if text and text == before:
                     break
         main = text[max(text.rfind("\nThread "), text.rfind("\nCurrent thread "), 0) :].strip().splitlines()
-        return "\n".join([f"rank {rank}:", *main[:_FRAMES]]) if main else f"rank {rank} shows no stack"
+        return "\n".join([f"rank {rank}:", *main[:_FRAMES]]) if main else f"rank {rank} wrote no stack"
 
     def _cells(self, local: _Local) -> tuple[int, int]:
         row = os.pread(self._memory, 16, (local.rank - self._first) * ROW_BYTES)

@@ -101,7 +101,7 @@ def plan_processes(
     """
     if gpus is not None and procs is not None:
         raise UsageError(
-            "--gpus and --procs exclude each other: give --gpus N or, to train on the CPU, --procs N"
+            "--gpus and --procs cannot be combined; use --gpus N or, to train on the CPU, --procs N"
         )
     if gpus is not None and gpus > len(visible):
         if not visible:
@@ -111,14 +111,14 @@ def plan_processes(
         limit = environ.get("CUDA_VISIBLE_DEVICES")
         of = f" (CUDA_VISIBLE_DEVICES={limit})" if limit is not None else ""
         raise UsageError(
-            f"--gpus {gpus}: only {len(visible)} visible on this machine{of}; lower --gpus, "
+            f"--gpus {gpus}: this machine has only {len(visible)} visible{of}; lower --gpus, "
             "or use --procs N to train on the CPU"
         )
     on_gpu = procs is None and bool(visible)
     processes = (gpus or len(visible)) if on_gpu else (procs or 1)
     wanted = environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes))
     if not re.fullmatch(r"0*[1-9][0-9]*", wanted):
-        raise UsageError(f"OMP_NUM_THREADS={wanted}: expected one whole number; correct it or unset it")
+        raise UsageError(f"OMP_NUM_THREADS={wanted}: expected a positive whole number; correct or unset it")
     if on_gpu:
         return Processes("cuda", processes, tuple(visible[:processes]), int(wanted))
     return Processes("cpu", processes, (), int(wanted))

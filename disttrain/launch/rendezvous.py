@@ -143,7 +143,7 @@ def rendezvous(
 
     def going(longer_s: float = 0) -> bool:
         if interrupted():
-            raise StoppedError("stopped before the nodes had met; nothing is lost, the same command goes on")
+            raise StoppedError("stopped before all nodes joined; nothing is lost, run the same command again")
         return time.monotonic() < deadline + longer_s
 
     return (_join_node_0 if place.node_rank else _join_others)(place, hello, going, timeout_s)
@@ -263,8 +263,8 @@ def _receive_nodes(place: Node, present: dict[int, _Caller], going: Callable[[],
                         present[number] = caller
                         continue
                     if keep:
-                        problem = f"--node-rank {number} is taken already or not below --nodes {place.nodes}"
-                        caller.refuse(UsageError(f"{problem}; give each node a number of its own"))
+                        problem = f"--node-rank {number} is already taken or not below --nodes {place.nodes}"
+                        caller.refuse(UsageError(f"{problem}; give each node a different rank"))
                     elif present.get(number) is caller:  # it may connect again
                         del present[number]
                     ready.close()
@@ -316,7 +316,7 @@ def _join_node_0(
                 with contextlib.suppress(TimeoutError):
                     part = connection.recv(2**16)
                     if not part:
-                        raise ConnectionError("connected, but it hung up")
+                        raise ConnectionError("connected, but it closed the connection")
                     data += part
             line, newline, rest = data.partition(b"\n")
             if newline:

@@ -118,7 +118,7 @@ class Supervisor:
         self.stopping = True
         self._channel.send({"stop": True})
         if self._plan.node_rank == 0 and not self._liveness.started and not self._liveness.ends:
-            reason = "stopped before training began; nothing is lost, the same command goes on"
+            reason = "stopped before training began; nothing is lost, run the same command again"
             return Outcome.of(StoppedError.exit_code, reason, state="stopped")
         self._liveness.stop()
         return None
@@ -269,7 +269,7 @@ def _cause(status: int | None) -> str:
     if status < 0:
         return f"was killed by {signal.Signals(-status).name}"
     if status == 0:
-        return "left early with exit code 0 and no report"
+        return "exited early with exit code 0 and left no report"
     return f"ended with exit code {status} and left no report"
 
 

@@ -62,8 +62,8 @@ def test_the_tables_show_shares_rates_and_efficiency() -> None:
     for expected in (
         "data 1.000 10.0 %",
         "backward 5.000 50.0 %",
-        "one after the other 10.000",
-        "the ordinary loop 10.000",
+        "sum of the phases 10.000",
+        "normal training loop 10.000",
         "one batch replayed 8.000 12,500",
         "fp32 true false 20.000 5,000",
         "bf16 true true n/a Oh: no",
@@ -75,16 +75,16 @@ def test_the_tables_show_shares_rates_and_efficiency() -> None:
 
 def test_the_summary_names_the_share_of_the_peak_and_the_fastest_settings() -> None:
     assert summary(RESULTS) == [
-        "3.0 MFLOP an image, forward and backward; "
-        "30.0 GFLOP/s on each device = 10.0 % of 300.0 GFLOP/s (a data sheet)",
+        "3.0 MFLOP per image, forward and backward; "
+        "30.0 GFLOP/s per device = 10.0 % of 300.0 GFLOP/s (a data sheet)",
         "fastest here: train.precision=bf16 train.channels_last=true train.compile=false",
         "a run chooses precision bf16: faster",
     ]
     unknown = RESULTS | {"share_of_peak": None, "peak_source": "no figure for X"}
-    assert summary(unknown)[0].endswith("30.0 GFLOP/s on each device; peak n/a (no figure for X)")
+    assert summary(unknown)[0].endswith("30.0 GFLOP/s per device; peak n/a (no figure for X)")
     uncounted = RESULTS | {"flops_per_image": None, "flops_per_s_and_device": None, "share_of_peak": None}
     assert summary(uncounted)[0] == (
-        "the arithmetic of this model is not known: it has layers that are not counted"
+        "the FLOPs of this model are unknown: it has layers that are not counted"
     )
 
 

@@ -82,7 +82,7 @@ def test_a_learning_rate_for_the_digits(disttrain: Run, tmp_path: Path, config_f
 
     wrong = disttrain("tune", "lr", config_file, "--from", "1", "--to", "1e-3", "--procs", "1")
     assert wrong.returncode == 2
-    assert wrong.stderr.strip() == "disttrain: --from 1 is not below --to 0.001"
+    assert wrong.stderr.strip() == "disttrain: --from 1 is not below --to 0.001; choose a lower --from"
 
 
 def test_a_batch_size_for_the_digits(disttrain: Run, tmp_path: Path, config_file: Path) -> None:

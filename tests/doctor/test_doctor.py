@@ -36,8 +36,8 @@ def test_requirements_that_are_not_met() -> None:
     ]
     versions = {"torch": "2.14.1", "safe-tensors": "0.3", "torch-extra": "2.9rc1"}
     assert rules.unmet(requirements, versions) == [
-        "torchvision needs torch==2.15.0, here is 2.14.1",
-        "accelerate needs Safe_Tensors>=0.4, here is 0.3",
+        "torchvision needs torch==2.15.0, but 2.14.1 is installed",
+        "accelerate needs Safe_Tensors>=0.4, but 0.3 is installed",
         "webdataset needs braceexpand, which is not installed",
     ]
     assert rules.unmet(requirements[:1], {"torch": "2.15.0+cu132"}) == []
@@ -136,8 +136,8 @@ def test_peer_access() -> None:
         (rules.shared_memory(64 * 2**20, 1), "ok", "0.06 GiB"),
         (rules.shared_memory(64 * 2**20, 2), "warning", "too small for NCCL between 2 GPUs"),
         (rules.shared_memory(8 * GIB, 8), "ok", "8.00 GiB"),
-        (rules.shared_memory(None, 0), "ok", "not there"),
-        (rules.shared_memory(None, 8), "warning", "not there"),
+        (rules.shared_memory(None, 0), "ok", "does not exist"),
+        (rules.shared_memory(None, 8), "warning", "does not exist"),
         (rules.open_files(256, 4096), "warning", "at most 256"),
         (rules.open_files(1024, 4096), "ok", "at most 1,024"),
         (rules.open_files(-1, -1), "ok", "no limit"),
@@ -147,16 +147,16 @@ def test_peer_access() -> None:
         (rules.disk("d", "/x", 50 * GIB, None), "ok", "50.0 GiB free in /x"),
         (rules.disk("d", "/x", GIB // 2, None), "warning", "0.5 GiB free"),
         (rules.disk("d", "/x", GIB // 20, None), "failure", "0.0 GiB free"),
-        (rules.disk("d", "/x", 50 * GIB, 0), "failure", "only 0 files can be made"),
+        (rules.disk("d", "/x", 50 * GIB, 0), "failure", "only 0 files can be created"),
         (rules.clock((0.1, 0.1), 1e9, 1e9 - 5, 1e9 + 1), "ok", "steady"),
-        (rules.clock((0.0, 0.1), 1e9, 1e9, 1e9), "failure", "the monotonic clock went 0.000 s"),
+        (rules.clock((0.0, 0.1), 1e9, 1e9, 1e9), "failure", "the monotonic clock advanced 0.000 s"),
         (rules.clock((0.1, 0.1), 1e9, 1e9 + 3 * 86400, 1e9), "failure", "is 3 days before"),
         (rules.clock((0.1, 3.1), 1e9, 1e9, 1e9), "warning", "jumped by 3.0 s"),
         (rules.clock((0.1, 0.1), 1e9, 1e9, 1e9 - 60), "warning", "are dated -60 s from now"),
-        (rules.cluster(None, None, None), "ok", "none here"),
+        (rules.cluster(None, None, None), "ok", "not installed"),
         (rules.cluster(None, "slurm 22.05", "Slurmctld(primary) at a is UP"), "ok", "slurm 22.05, outside"),
         (rules.cluster(None, "slurm 22.05", "Slurmctld(primary) at a is DOWN"), "warning", "is DOWN"),
-        (rules.cluster(None, "srun: fatal", "scontrol: fatal: no config"), "ok", "know of no cluster"),
+        (rules.cluster(None, "srun: fatal", "scontrol: fatal: no config"), "ok", "not connected"),
         (rules.cluster(Allocation("7", "0", 2, None), "slurm 22.05", "at a is UP"), "ok",
          "in job 7, step 0, of 2 nodes"),
         (rules.cluster(Allocation("7", None, 1, None), None, None), "warning", "in job 7 of 1 node, but"),
@@ -200,9 +200,15 @@ ADDRESSES = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.5"], "ib0": ["10.1.0.5
         (None, "10.1.0.5", 2, "ok", "ib0 (n1 is 10.1.0.5)"),
         (None, "127.0.1.1", 1, "ok", "lo (n1 is 127.0.1.1); for CPU runs on several nodes: "),
         (None, "127.0.1.1", 2, "warning", "lo (n1 is 127.0.1.1): no other node can reach this one"),
-        (None, None, 2, "warning", "lo (the name n1 leads to no address of this host): no other node"),
+        (
+            None,
+            None,
+            2,
+            "warning",
+            "lo (the name n1 does not resolve to an address of this host): no other node",
+        ),
         ("eth0", "127.0.1.1", 2, "ok", "eth0 (GLOO_SOCKET_IFNAME)"),
-        ("eth0,bond0", None, 1, "failure", "GLOO_SOCKET_IFNAME=eth0,bond0: bond0 is not there or not up"),
+        ("eth0,bond0", None, 1, "failure", "GLOO_SOCKET_IFNAME=eth0,bond0: bond0 does not exist or is down"),
     ],
 )
 def test_the_interface_that_gloo_takes(
@@ -255,7 +261,7 @@ def test_a_check_that_crashes_is_a_failure_after_what_it_found(program: str, fou
     first, second = run_isolated(FIRST + program)
     assert first == Finding("a", "ok", "b")
     assert (second.subject, second.status, second.found) == ("it", "failure", found)
-    assert second.remedy.startswith("see what it says: python -c ")
+    assert second.remedy.startswith("see the output of: python -c ")
 
 
 @pytest.mark.integration
@@ -305,7 +311,7 @@ def test_this_machine_is_well(disttrain: Run, digits_root: Path) -> None:
     assert by_subject["data root"]["found"] == str(digits_root)
     assert by_subject["all-reduce, gloo"]["found"].startswith("2 processes: ")
     for precision in ("fp32", "bf16"):
-        assert "as it should be" in by_subject[f"cpu {precision}"]["found"]
+        assert "as expected" in by_subject[f"cpu {precision}"]["found"]
 
 
 def test_text_and_names_of_checks(disttrain: Run, tmp_path: Path) -> None:
@@ -315,9 +321,10 @@ def test_text_and_names_of_checks(disttrain: Run, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert lines[0].startswith("ok       clock ")  # in the order of the table, not of the command line
     assert (
-        f"failure  cache              {tmp_path}/file/cache (will be made): cannot be written" in done.stdout
+        f"failure  cache              {tmp_path}/file/cache (will be created): cannot be written"
+        in done.stdout
     )
-    assert lines[-1] == f"{'':>27} -> set DISTTRAIN_CACHE to a folder of yours"
+    assert lines[-1] == f"{'':>27} -> set DISTTRAIN_CACHE to a writable folder"
     wrong = disttrain("doctor", "netwrok")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.endswith("allreduce, step; did you mean network?\n")
@@ -384,7 +391,7 @@ def test_gpus_that_torch_cannot_use_are_a_failure(disttrain: Run, library: dict[
     assert [finding["subject"] for finding in found] == ["torch for CUDA", "GPUs"]
     assert found[1]["found"].startswith("NVML shows 4, torch can use 0: ")
     (hidden,) = examined(disttrain, "gpus", CUDA_VISIBLE_DEVICES="", **library)
-    assert hidden["found"] == "none to train on (CUDA_VISIBLE_DEVICES=): runs take the CPU"
+    assert hidden["found"] == "none to train on (CUDA_VISIBLE_DEVICES=): runs use the CPU"
 
 
 def test_a_library_that_crashes_is_a_line_and_the_rest_goes_on(
@@ -393,7 +400,7 @@ def test_a_library_that_crashes_is_a_line_and_the_rest_goes_on(
     found = examined(disttrain, "driver", "clock", code=1, FAKE_NVML_CRASH="1", **library)
     assert [finding["check"] for finding in found] == ["driver", "clock"]
     assert found[0]["found"].startswith("ended by SIGABRT, in nvmlInit")
-    assert found[0]["remedy"] == "see what it says: python -m disttrain.doctor.checks driver"
+    assert found[0]["remedy"] == "see the output of: python -m disttrain.doctor.checks driver"
 
 
 @pytest.mark.integration

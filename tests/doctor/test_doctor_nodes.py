@@ -29,10 +29,10 @@ def test_measurements_in_their_units_and_a_slow_link() -> None:
     pairs = [Pair(0, 1, 20e-6, 10e9), Pair(1, 2, 50e-6, 10e9), Pair(0, 2, 21e-6, 4e9)]
     found = {finding.subject: finding for finding in judge((pairs, 0.0123), NAMES, "gloo")}
     assert found["a (node 0) - b (node 1)"].found == "gloo: 20 us, 10.00 GB/s"
-    assert found["all 3 nodes"].found == "gloo: 25 MiB summed up in 12.3 ms"
+    assert found["all 3 nodes"].found == "gloo: all-reduce of 25 MiB in 12.3 ms"
     assert [finding.status for finding in found.values()] == ["ok", "warning", "warning", "ok"]
     slow = found["a (node 0) - c (node 2)"]
-    assert slow.found == "gloo: 21 us, 4.00 GB/s, where the median of the pairs is 21 us, 10.00 GB/s"
+    assert slow.found == "gloo: 21 us, 4.00 GB/s, but the median of the pairs is 21 us, 10.00 GB/s"
 
 
 def test_a_pair_that_failed() -> None:
@@ -41,7 +41,7 @@ def test_a_pair_that_failed() -> None:
     assert [finding.status for finding in found] == ["ok", "failure", "failure"]
     assert found[1].found == "nccl: Connection reset by peer"
     assert "NCCL_SOCKET_IFNAME" in found[1].remedy
-    assert found[2].found == "reduction: not tried"
+    assert found[2].found == "all-reduce: not tried"
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_many_classes_show_what_is_confused_most() -> None:
     }  # fmt: skip
     lines = list(report(result))
     assert lines[-2:] == ["class 3 as class 7: 4", "class 7 as class 3: 2"]
-    assert "skipped  2 samples that cannot be used" in lines
+    assert "skipped  2 unusable samples" in lines
 
 
 def repacked(root: Path, name: str, classes: tuple[str, ...], digits_root: Path, **options: Any) -> None:
@@ -146,10 +146,10 @@ MISTAKES: dict[str, tuple[int, Callable[[Path], list[object]], str]] = {
     "no data": (65, lambda run: [run, "--data", "none"], "there is no data set 'none'"),
     "no GPU": (2, lambda run: [run, "--gpus", "2"], "--gpus 2: this machine has no usable GPU"),
     "other classes": (65, lambda run: [run, "--data", "planes", "--root", "."],
-        "planes: has other classes than the run: only planes has airplane, automobile, bird, cat, deer, dog, "
-        "frog, horse, ship, truck; only the run has 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        "planes: its classes differ from those of the run: only planes has airplane, automobile, bird, cat, "
+        "deer, dog, frog, horse, ship, truck; only the run has 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
     "other images": (65, lambda run: [run, "--data", "colour", "--root", "."],
-        "colour: has images of 3x8x8, the run was trained on 1x8x8; pack it again with --size 8"),
+        "colour: its images are 3x8x8, but the run was trained on 1x8x8; pack it again with --size 8"),
 }  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_a_run_without_the_facts_of_its_images_says_where_they_come_from(
     (run / "env.json").unlink()
     if content is not None:
         (run / "env.json").write_text(content)
-    with pytest.raises(UsageError, match=r"env\.json: does not say what the images of the run are"):
+    with pytest.raises(UsageError, match=r"env\.json: does not describe the images of the run"):
         open_run(run)
 
 

@@ -51,7 +51,7 @@ def test_an_export_is_checked_and_its_card_has_a_program_that_runs(
     done = disttrain("export", trained_run, "--format", file_format, "--output", path)
     assert (done.returncode, done.stderr) == (0, "")
     found = re.fullmatch(
-        rf"{re.escape(str(path))}: largest difference of a score (\S+) on 256 images\n", done.stdout
+        rf"{re.escape(str(path))}: logits differ by at most (\S+) on 256 images\n", done.stdout
     )
     assert found
     assert float(found[1]) < 1e-4
@@ -173,7 +173,7 @@ def test_a_file_that_computes_something_else_does_not_stay(
         return scores
 
     monkeypatch.setitem(exporting._WRITERS, "safetensors", careless)
-    with pytest.raises(DisttrainError, match=r"not written: its scores differ by \S+ .* more than") as caught:
+    with pytest.raises(DisttrainError, match=r"not written: its logits differ by \S+ .* more than") as caught:
         export(trained_run, "safetensors", tmp_path / "net.safetensors")
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
@@ -206,7 +206,7 @@ def test_the_missing_extra_is_named(
 
 def test_a_readme_of_somebody_else_is_left_alone(trained_run: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# mine\n")
-    with pytest.raises(UsageError, match="is not a model card and would be replaced"):
+    with pytest.raises(UsageError, match="exists and is not a model card"):
         export(trained_run, "safetensors", tmp_path / "net.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     with pytest.raises(UsageError, match=r"expected a name that ends in \.pt2"):

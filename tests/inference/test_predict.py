@@ -283,7 +283,7 @@ MISTAKES: dict[str, tuple[int, list[str], str]] = {
     "no run": (2, ["nowhere", "x.png"], "nowhere: is not a run folder"),
     "no images": (65, ["RUN", "empty"], "empty: no image files; give files, or folders with images"),
     "no picture": (2, ["RUN", "x.png", "--grid", "x.doc"], "--grid x.doc: expected a name that ends in"),
-    "no folder": (2, ["RUN", "x.png", "--grid", "no/x.png"], "--grid no/x.png: there is no folder no"),
+    "no folder": (2, ["RUN", "x.png", "--grid", "no/x.png"], "--grid no/x.png: folder no does not exist"),
     "no checkpoint": (66, ["RUN", "x.png", "--checkpoint", "no"], "no: there is no checkpoint; give"),
     "another file": (66, ["text.png", "text.png"], "text.png: is not a file of `disttrain export"),
 }  # fmt: skip

@@ -91,7 +91,7 @@ def test_a_run_that_ends_at_a_bad_sample_goes_on_without_it(tmp_path: Path, trai
     assert "data.on_error=skip" in ended.stderr  # the remedy, and it works
     went_on = train("run", "--procs", "1", "data.cache=none", "data.on_error=skip")
     assert went_on.returncode == 0, went_on.stderr
-    assert "going on with data.on_error: stop -> skip" in went_on.stdout
+    assert "resuming with data.on_error: stop -> skip" in went_on.stdout
     assert records(tmp_path / "run")[-2]["skipped"] == 1
 
 

@@ -75,4 +75,4 @@ def test_it_starts_itself_on_all_nodes_of_a_job(tmp_path: Path) -> None:
     with slurm_cluster.slurm(tmp_path / "slurm", env=env) as hosts:
         output = hosts.on(CONTROL, "salloc", "--nodes=2", *DOCTOR, timeout=120, cwd=tmp_path)
     assert re.search(r"ok +node0 \(node 0\) - node1 \(node 1\) gloo: [\d,]+ us", output)
-    assert re.search(r"ok +all 2 nodes +gloo: 25 MiB summed up in", output)
+    assert re.search(r"ok +all 2 nodes +gloo: all-reduce of 25 MiB in", output)

@@ -232,7 +232,7 @@ def test_a_damaged_run_goes_on_and_ends_as_if_it_had_never_been_stopped(
     assert done.returncode == 0, done.stderr
     assert "step_00000037/optimizer.safetensors: damaged: found " in done.stdout
     assert "is kept as damaged_step_00000037" in done.stdout
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     assert "step_00000035, step 35" in done.stdout
     assert (copy / "checkpoints/damaged_step_00000037").is_dir()
     assert small(disttrain, "whole").returncode == 0
@@ -365,7 +365,7 @@ def test_a_disk_that_fills_up_ends_the_run_which_then_goes_on(
     mount("-o", "remount,size=400m", tiny_disk)
     done = small(disttrain, run, *WIDE)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {found}" in done.stdout
+    assert f"resuming from {found}" in done.stdout
     steps = [record["step"] for record in records(run) if record["kind"] == "train"]
     assert steps == sorted(set(steps))
     assert {step for _, step in ids_per_step(run)} == set(range(1, 70))

@@ -154,13 +154,13 @@ def test_a_finished_run_goes_on_for_more_epochs_and_with_what_may_change(
     succeeded(disttrain(*run))
     again = disttrain(*run)
     assert succeeded(again)
-    assert "finished already" in again.stdout
+    assert "already finished" in again.stdout
     # What messages ask for: more often saved, in smaller parts.
     changes = ("train.epochs=4", "checkpoint.every_steps=10", "train.accumulate=2")
     longer = disttrain(*run, *changes)
     assert succeeded(longer)
     for change in ("train.epochs: 2 -> 4", "checkpoint.every_steps: None -> 10", "train.accumulate: 1 -> 2"):
-        assert f"going on with {change}" in longer.stdout
+        assert f"resuming with {change}" in longer.stdout
     folder = tmp_path / "run"
     records = metrics(folder)
     assert [record["epoch"] for record in records if record["kind"] == "eval"] == [1, 2, 3, 4]
@@ -260,7 +260,7 @@ def test_too_little_memory_is_named_with_its_remedy(
     assert re.fullmatch(
         r"rank 1 on \S+ ran out of memory in step 8 while computing: can't allocate memory: you tried to "
         r"allocate 4503599627370496 bytes.*; raise train\.accumulate, so that fewer images go through the "
-        r"network at once, or lower train\.batch_size \(this run goes on so with --force\)",
+        r"network at once, or lower train\.batch_size and continue this run with --force",
         state["reason"],
     ), state["reason"]
 
@@ -352,7 +352,7 @@ def test_a_run_that_began_from_a_checkpoint_goes_on_by_itself(
     assert succeeded(disttrain(*arguments, "--resume", "first", "--force"))
     again = disttrain(*arguments)
     assert succeeded(again)
-    assert "finished already" in again.stdout
+    assert "already finished" in again.stdout
     assert status(tmp_path / "second")["samples_seen"] == 3 * 1438
 
 

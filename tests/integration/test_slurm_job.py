@@ -172,13 +172,13 @@ def requeued(cluster: Hosts, tmp_path: Path, config_file: Path) -> Job:
     cluster.on(CONTROL, "scancel", "--signal=USR2", "--batch", job.number)  # as at the limit
     job.wait_for_state("PENDING", "COMPLETED", "FAILED")
     assert "saved, resumable" in job.output()
-    assert "back into the queue" in job.output()
+    assert "requeueing the job" in job.output()
     stopped_at = job.status()["step"]
     wait_for_slurmstepd(cluster, job)
     cluster.on(CONTROL, "scontrol", "update", f"JobId={job.number}", "StartTime=now")
     job.wait_for_state("COMPLETED", "FAILED")
     assert job.facts()["Restarts"] == "1"
-    assert re.search(rf"going on from \S+, step {stopped_at:,}\b", job.output())
+    assert re.search(rf"resuming from \S+, step {stopped_at:,}\b", job.output())
     status = job.status()
     assert (status["state"], status["samples_seen"]) == ("finished", epochs * SAMPLES)
     assert_every_sample_once_an_epoch(job.run_dir, epochs)
@@ -322,7 +322,7 @@ def test_a_job_that_began_on_two_nodes_goes_on_on_one(
     third = submit(cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")
     third.wait_for_state("COMPLETED", "FAILED")
     assert third.facts()["JobState"] == "COMPLETED", third.output()
-    assert third.output().count("this run has finished already") == 2  # said by each node
+    assert third.output().count("this run has already finished") == 2  # said by each node
 
 
 def release(cluster: Hosts, job: Job, nodes: int) -> float:

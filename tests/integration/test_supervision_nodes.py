@@ -190,4 +190,4 @@ def test_a_rank_that_freezes_without_our_launcher(start: Start, tmp_path: Path, 
     ranks[1].kill()
     ranks[1].wait()
     assert ranks[0].returncode == 71, output
-    assert f"rank 0 on {HOST} waited 31 s for the others in step" in output
+    assert f"rank 0 on {HOST} waited 31 s for the other ranks in step" in output

@@ -45,18 +45,18 @@ def test_processes_of_a_node(gpus, procs, visible, environ, expected):
 @pytest.mark.parametrize(
     ("gpus", "procs", "visible", "environ", "message"),
     [
-        (1, 1, GPUS, {}, "--gpus and --procs exclude each other: give --gpus N or, "
+        (1, 1, GPUS, {}, "--gpus and --procs cannot be combined; use --gpus N or, "
                          "to train on the CPU, --procs N"),
         (1, None, (), {}, "--gpus 1: this machine has no usable GPU; train on the CPU with --procs N"),
-        (4, None, GPUS, {}, "--gpus 4: only 2 visible on this machine; lower --gpus, "
+        (4, None, GPUS, {}, "--gpus 4: this machine has only 2 visible; lower --gpus, "
                             "or use --procs N to train on the CPU"),
         (4, None, GPUS, {"CUDA_VISIBLE_DEVICES": "3,1"},
-         "--gpus 4: only 2 visible on this machine (CUDA_VISIBLE_DEVICES=3,1); lower --gpus, "
+         "--gpus 4: this machine has only 2 visible (CUDA_VISIBLE_DEVICES=3,1); lower --gpus, "
          "or use --procs N to train on the CPU"),
         (None, 1, (), {"OMP_NUM_THREADS": "4,2"},
-         "OMP_NUM_THREADS=4,2: expected one whole number; correct it or unset it"),
+         "OMP_NUM_THREADS=4,2: expected a positive whole number; correct or unset it"),
         (None, 1, (), {"OMP_NUM_THREADS": "0"},
-         "OMP_NUM_THREADS=0: expected one whole number; correct it or unset it"),
+         "OMP_NUM_THREADS=0: expected a positive whole number; correct or unset it"),
     ],
 )  # fmt: skip
 def test_what_a_node_does_not_have(gpus, procs, visible, environ, message):

@@ -147,7 +147,7 @@ def test_an_end_without_a_report_is_a_failure_whatever_its_code(launch, folder, 
     outcome = launch(f"sys.exit({code})", connected=connected)
     cause = f"ended with exit code {code} and left no report"
     if code == 0:
-        cause = "left early with exit code 0 and no report"
+        cause = "exited early with exit code 0 and left no report"
     assert outcome.exit_code == 70
     assert outcome.message == f"rank 0 on {HOST} {cause} while starting; see {folder.launch_log(0)}"
     assert folder.status()["state"] == "failed"
@@ -156,16 +156,16 @@ def test_an_end_without_a_report_is_a_failure_whatever_its_code(launch, folder, 
 def test_a_rank_that_says_it_is_done_without_a_finished_run_is_a_failure(launch, folder):
     outcome = launch("leave(0)")
     assert outcome.exit_code == 70
-    assert "and no report" in outcome.message
+    assert "and left no report" in outcome.message
 
 
 def test_a_rank_killed_before_it_connects_is_named_before_its_victims(launch, folder):
     outcome = launch(
         """
-from disttrain.heartbeat import tell_ends
+from disttrain.heartbeat import report_exits
 folder.write_error(0, RuntimeError("connection closed by peer"))
 print("last words", file=sys.stderr, flush=True)
-tell_ends(os.environ, {0: -15, 1: -9})
+report_exits(os.environ, {0: -15, 1: -9})
 sys.exit(1)
 """,
         TWO,
@@ -178,11 +178,11 @@ sys.exit(1)
 def test_the_cause_is_waited_for_when_its_victim_ends_first(launch, folder):
     outcome = launch(
         """
-from disttrain.heartbeat import tell_ends
+from disttrain.heartbeat import report_exits
 folder.write_error(0, RuntimeError("connection closed by peer"))
 heartbeat.leave(1)
 time.sleep(0.5)
-tell_ends(os.environ, {0: 1, 1: -9})
+report_exits(os.environ, {0: 1, 1: -9})
 sys.exit(1)
 """,
         TWO,
@@ -412,7 +412,7 @@ def test_a_stop_before_training_has_begun_loses_nothing(launched, tmp_path, numb
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert output == "stopped before training began; nothing is lost, the same command goes on\n"
+    assert output == "stopped before training began; nothing is lost, run the same command again\n"
     status = RunFolder(tmp_path / "run").status()
     assert (status["state"], status["exit_code"]) == ("stopped", 75)
     assert gone(child)

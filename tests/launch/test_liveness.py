@@ -204,7 +204,7 @@ def test_the_stack_of_a_rank(liveness: Liveness, start: Start, tmp_path: Path) -
     process.send_signal(signal.SIGSTOP)
     until(liveness, lambda: liveness.rows()[0].stopped_s > 0)
     assert "is stopped" in liveness.stacks(4, tmp_path / "4.log")
-    assert liveness.stacks(5, tmp_path / "5.log") == "rank 5 has not said a word yet"
+    assert liveness.stacks(5, tmp_path / "5.log") == "rank 5 has not connected yet"
 
 
 def test_a_stop_reaches_ranks_that_are_there_and_that_come(liveness: Liveness, start: Start) -> None:
@@ -230,7 +230,7 @@ def test_a_process_of_another_rank_is_turned_away(liveness: Liveness, start: Sta
             command, env=os.environ | liveness.environment, stderr=subprocess.PIPE, text=True
         )
         until(liveness, lambda process=process: process.poll() is not None)
-        assert f"expects no rank {rank}" in process.communicate()[1]
+        assert f"does not expect rank {rank}" in process.communicate()[1]
     assert connected(liveness) == [4]
 
 

@@ -115,7 +115,7 @@ def test_two_nodes_of_the_same_number(port):
     first, *others = gather(port, {}, {}, {}, nodes=3, timeout_s=3, ranks=[0, 1, 1])
     assert isinstance(first, HangError)
     assert {type(error) for error in others} == {HangError, UsageError}
-    assert any("--node-rank 1 is taken already" in str(error) for error in others)
+    assert any("--node-rank 1 is already taken" in str(error) for error in others)
 
 
 def test_a_port_that_is_taken_is_named_with_its_holder():

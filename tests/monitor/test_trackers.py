@@ -229,7 +229,7 @@ def test_a_tracker_that_is_not_installed(tmp_path: Path, disttrain: Run, config_
         pytest.skip("wandb is installed")
     (tmp_path / "wandb").mkdir()  # what wandb leaves behind is not wandb
     done = disttrain(*RUN, "monitor.trackers=[wandb]")
-    message = 'monitor.trackers: wandb is not installed; pip install "disttrain[wandb]", or leave it out'
+    message = 'monitor.trackers: wandb is not installed; run pip install "disttrain[wandb]" or remove it'
     assert (done.returncode, done.stderr) == (2, f"disttrain: {message}\n")
     worker = [sys.executable, "-m", "disttrain.worker", str(config_file), "monitor.trackers=[wandb]"]
     other_door = subprocess.run(worker, cwd=tmp_path, capture_output=True, text=True, timeout=240)
@@ -241,7 +241,7 @@ def test_a_prometheus_folder_that_is_not_there(tmp_path: Path) -> None:
     check_trackers(experiment(prometheus_dir=str(tmp_path)))
     (tmp_path / "file").touch()
     for name in ("nowhere", "file"):
-        with pytest.raises(UsageError, match=rf"^monitor\.prometheus_dir: .*{name} is not a folder"):
+        with pytest.raises(UsageError, match=rf"^monitor\.prometheus_dir: .*{name} is not a writable folder"):
             check_trackers(experiment(prometheus_dir=str(tmp_path / name)))
 
 
