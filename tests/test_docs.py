@@ -1,8 +1,10 @@
 """What the documents promise is there."""
 
 import importlib.util
+import inspect
 import re
 import statistics
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import disttrain as package
 from disttrain.cli import main as disttrain
 from disttrain.config import load_config
+from disttrain.worker import main as worker
 from kit import REPOSITORY
 
 DOCUMENTS = [
@@ -21,6 +24,25 @@ DOCUMENTS = [
 MOST_LINES = 180  # of the README
 MEAN_WORDS = 18  # of the sentences of a document
 MOST_WORDS = 35  # of one sentence
+RETIRED = {
+    "as_written": "eager",
+    "contact sheet": "prediction grid",
+    "drawing_apart": "preserve_rng_state",
+    "embedded digits": "built-in digits",
+    "foreign tar": "existing tar",
+    "in passing": "transient",
+    "look_due": "should_poll_stop",
+    "newest sound": "latest valid",
+    "piece": "micro-batch",
+    "pulse": "heartbeat",
+    "seeder": "make_seed_fn",
+    "sees to it": "ensures",
+    "survey": "scan for bad samples",
+    "tally": "metrics",
+    "unreduced": "no_sync",
+    "whereof": "of which",
+}
+"""Word of the project's own that the texts no longer use -> the field's word for it."""
 
 
 def load(script: str) -> Any:
@@ -152,12 +174,72 @@ def test_readme_is_short() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_sentences_are_short(document: str) -> None:
-    lengths = {sentence: words(sentence) for sentence in sentences((REPOSITORY / document).read_text())}
-    too_long = [f"{count} words: {text}" for text, count in lengths.items() if count > MOST_WORDS]
-    assert not too_long, f"{document}: split what has more than {MOST_WORDS} words"
-    mean = statistics.fmean(lengths.values())
-    longest = "\n".join(sorted(lengths, key=lambda sentence: -lengths[sentence])[:5])
-    assert mean <= MEAN_WORDS, f"{document}: {mean:.1f} words a sentence; the longest:\n{longest}"
+    check_lengths(document, sentences((REPOSITORY / document).read_text()))
+
+
+def test_sentences_of_the_help_texts_are_short() -> None:
+    check_lengths("help texts", [sentence for text in HELP_TEXTS.values() for sentence in sentences(text)])
+
+
+def test_every_command_and_option_has_a_help_text() -> None:
+    assert len(HELP_TEXTS) > 60
+    assert not [name for name, text in HELP_TEXTS.items() if not text.strip()]
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "docs/config.md", "help texts", "comments"])
+def test_retired_words_are_not_used(name: str) -> None:
+    text = {"help texts": "\n".join(HELP_TEXTS.values()), "comments": "\n".join(comments())}.get(name)
+    found = retired_words((REPOSITORY / name).read_text() if text is None else text)
+    assert not found, f"{name}: say {[f'{RETIRED[word]} instead of {word}' for word in found]}"
+
+
+def test_retired_words_are_found_in_any_form() -> None:
+    assert retired_words("Pieces of a\nContact sheet, as-written") == ["as_written", "contact sheet", "piece"]
+    assert retired_words("A masterpiece, an impulse") == []
+
+
+def test_comments_of_the_configs_are_found() -> None:
+    found = comments()
+    assert any("for the convolution filters" in comment for comment in found)
+    assert any("any free port" in comment for comment in found)
+    assert any("if a node has several networks" in comment for comment in found)
+
+
+def check_lengths(name: str, found: Collection[str]) -> None:
+    """Asserts that sentences are short, each and in the mean."""
+    lengths = [(words(sentence), sentence) for sentence in found]
+    too_long = [f"{count} words: {text}" for count, text in lengths if count > MOST_WORDS]
+    assert not too_long, f"{name}: split what has more than {MOST_WORDS} words"
+    mean = statistics.fmean(count for count, _ in lengths)
+    longest = "\n".join(text for _, text in sorted(lengths, reverse=True)[:5])
+    assert mean <= MEAN_WORDS, f"{name}: {mean:.1f} words a sentence; the longest:\n{longest}"
+
+
+def help_texts(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
+    """Yields (name, help text) of a command, of its options and of all its subcommands."""
+    yield path, inspect.cleandoc(command.help or "")
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            yield f"{path} {parameter.opts[-1]}", parameter.help or ""
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from help_texts(child, f"{path} {name}")
+
+
+HELP_TEXTS = dict([*help_texts(disttrain, "disttrain"), *help_texts(worker, "disttrain.worker")])
+
+
+def comments() -> list[str]:
+    """Returns the comments of the experiments, of the launch settings and of the Slurm script."""
+    paths = [path for folder in ("configs", "launch", "slurm") for path in (REPOSITORY / folder).iterdir()]
+    texts = [path.read_text() for path in paths if path.suffix in {".yaml", ".sh"}]
+    return [found for text in texts for found in re.findall(r"(?:^|\s)#\s(.*)$", text, re.MULTILINE)]
+
+
+def retired_words(text: str) -> list[str]:
+    """Returns which of the retired words a text has, in the singular or the plural."""
+    patterns = {word: re.sub("[ _]", r"[\\s_-]+", word) for word in RETIRED}
+    return [word for word, form in patterns.items() if re.search(rf"\b{form}s?\b", text, re.IGNORECASE)]
 
 
 def test_sentences_are_told_from_what_is_not_prose() -> None:

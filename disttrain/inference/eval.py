@@ -46,8 +46,8 @@ def evaluate(
         procs: processes on the CPU, instead of GPUs.
 
     Returns:
-        A dict with: loss, accuracy 0..1, correct, total and skipped; top5_accuracy and top5_correct (None for
-        up to 5 classes); per_class, a list of class, correct, total and accuracy; confusion, the counts of
+        A dict of loss, accuracy 0..1, correct, total and skipped; top5_accuracy and top5_correct (None for up
+        to 5 classes); per_class, a list of class, correct, total and accuracy; confusion, the counts of
         predicted classes for each true class; classes; and what was evaluated, and how. With test-time
         augmentation, plain_accuracy and plain_correct are the results without it.
 
