@@ -99,22 +99,22 @@ class StepBench:
                     loss.backward(torch.full_like(loss, state.world_size / config.batch_size))
                     clocked("backward and reduction" if reduced else "backward", now)
 
-        def alone(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
+        def without_reduction(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
             passes(batches, reduced=False)
             now = time.perf_counter()
             state.optimizer.step()
             state.drop_gradients()
             clocked("optimizer", now)
 
-        def together(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
+        def with_reduction(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
             passes(batches, reduced=True)
             state.drop_gradients()
 
         names = ("data", "to_device", "augmentation", "forward", "backward", "optimizer")
-        self._repeat(state.train_data, alone, before=sums.clear)
+        self._repeat(state.train_data, without_reduction, before=sums.clear)
         result = {name: sums[name] / self._steps for name in names}
         if state.world_size > 1:
-            self._repeat(state.train_data, together, before=sums.clear)
+            self._repeat(state.train_data, with_reduction, before=sums.clear)
             reduced = sums["backward and reduction"] / self._steps
             result["communication"] = max(0.0, reduced - result["backward"])
         return result

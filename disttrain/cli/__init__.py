@@ -58,7 +58,10 @@ def schema() -> None:
 
 @main.command()
 def models() -> None:
-    """List the built-in models: name, number of parameters, input size and source."""
+    """List the built-in models.
+
+    Shows the number of parameters, the input size and the source of each model.
+    """
     from disttrain.models import CATALOG, build_model, parameter_count
 
     for name, entry in CATALOG.items():

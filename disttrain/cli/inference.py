@@ -71,7 +71,7 @@ def predict(
     required=True,
     help="File format.",
 )
-@click.option("--output", type=PATH, metavar="FILE", help="Default: RUN/export/FORMAT/model.*")
+@click.option("--output", type=PATH, metavar="FILE", help="Default: RUN/export/FORMAT/model.*.")
 @_CHECKPOINT
 @ROOT
 def export(
@@ -115,10 +115,10 @@ def export(
 def report(
     runs: tuple[Path, ...], output: Path | None, target: float | None, seconds: float, as_json: bool
 ) -> None:
-    """Write a report on a run, or a comparison of several, as one HTML file.
+    """Write a report on a run, or compare several runs.
 
-    The file works offline. The run may still be training, or have failed. The report shows example images
-    if the best checkpoint and the data set are available.
+    The result is one HTML file that works offline. The run may still be training, or have failed. The report
+    shows example images if the best checkpoint and the data set are available.
     """
     if len(runs) > 1:
         _compare(runs, output, target, as_json)

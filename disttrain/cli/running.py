@@ -82,14 +82,14 @@ def run(
     from disttrain.config import load_config
     from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
     from disttrain.launch.prepare import prepare, processes_here
-    from disttrain.launch.rendezvous import telling_nodes
+    from disttrain.launch.rendezvous import sharing_failures
     from disttrain.models import check_model_name
     from disttrain.monitor.nvml import unusable_gpus
     from disttrain.runs.agreement import facts
     from disttrain.runs.runfolder import RunFolder, new_run_path
 
     node = plan_nodes(nodes, **place, environ=os.environ)
-    with telling_nodes(None if dry_run else node):
+    with sharing_failures(None if dry_run else node):
         config = load_config(config_path, overrides)
         check_model_name(config.model.name)
         here = processes_here(gpus=gpus, procs=procs)

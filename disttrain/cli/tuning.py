@@ -21,12 +21,12 @@ def tune() -> None:
     """Find a learning rate or a batch size by short trials."""
 
 
-_OF_BOTH = options(
+_COMMON = options(
     click.argument("config_path", metavar="CONFIG", type=PATH),
     click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1),
     PROCESSES,
     click.option(
-        "--output", type=PATH, help="The page with the plot (default: ./tune_lr.html, ./tune_batch.html)."
+        "--output", type=PATH, help="The page with the plot (default: ./tune_lr.html or ./tune_batch.html)."
     ),
     JSON,
 )
@@ -36,7 +36,7 @@ _OF_BOTH = options(
 @click.option("--from", "low", type=POSITIVE, default=1e-6, help="Lowest learning rate to try.")
 @click.option("--to", "high", type=POSITIVE, default=10, help="Highest learning rate to try.")
 @click.option("--steps", type=click.IntRange(20), default=100, help="Optimizer steps.")
-@_OF_BOTH
+@_COMMON
 def lr(
     config_path: Path,
     overrides: tuple[str, ...],
@@ -75,7 +75,7 @@ def lr(
 
 @tune.command()
 @SECONDS
-@_OF_BOTH
+@_COMMON
 def batch(
     config_path: Path,
     overrides: tuple[str, ...],

@@ -128,10 +128,10 @@ def _exchange(channel: Channel, place: Node, value: Any) -> list[Any]:
             time.sleep(0.01)
         for node, message in messages:
             values |= {node: message["value"]} if place.node_rank == 0 else dict(enumerate(message["values"]))
-    everyones = [values[node] for node in range(place.nodes)]
+    gathered = [values[node] for node in range(place.nodes)]
     if place.node_rank == 0:
-        channel.send({"values": everyones})
-    return everyones
+        channel.send({"values": gathered})
+    return gathered
 
 
 def _reach(channel: Channel, place: Node, names: Sequence[str], interface: str | None) -> list[Finding]:
@@ -146,11 +146,11 @@ def _reach(channel: Channel, place: Node, names: Sequence[str], interface: str |
                 socket.create_connection((address, port), timeout=_CONNECT_S).close()
             except OSError as error:
                 problems.append((node, f"{address}: {error.strerror or error}"))
-        everyones = _exchange(channel, place, problems)
+        gathered = _exchange(channel, place, problems)
     remedy = "check the firewall between them, or set GLOO_SOCKET_IFNAME to the right interface"
     return [
         failure(f"{names[node]} -> {names[other]}", f"no connection to {problem}", remedy)
-        for node, problems in enumerate(everyones)
+        for node, problems in enumerate(gathered)
         for other, problem in problems
     ]
 
@@ -200,14 +200,14 @@ def _measure(channel: Channel, place: Node, backend: str) -> tuple[list[Pair], f
         raise HangError(f"{backend} cannot connect the nodes: {str(error).splitlines()[0]}") from None
     mine = [pair for pairs in rounds(place.nodes) for pair in pairs if place.node_rank in pair]
     own = [_measure_pair(*pair, place.node_rank, device, _LARGE_BYTES[backend]) for pair in mine]
-    everyones = _exchange(channel, place, own)
+    gathered = _exchange(channel, place, own)
     reduction: float | str = "not tried"
-    if not any(problem for pairs in everyones for *_, problem in pairs):
+    if not any(problem for pairs in gathered for *_, problem in pairs):
         try:
             reduction = reduction_s(torch.ones(_BUCKET_BYTES // 4, device=device), _LARGE_TRIPS)
         except RuntimeError as error:
             reduction = str(error).splitlines()[0]
-    found = [Pair(*pair) for node, pairs in enumerate(everyones) for pair in pairs if pair[0] == node]
+    found = [Pair(*pair) for node, pairs in enumerate(gathered) for pair in pairs if pair[0] == node]
     _exchange(channel, place, None)  # no node leaves while another still needs it
     return found, reduction
 

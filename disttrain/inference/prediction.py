@@ -96,10 +96,10 @@ def predictions(
     """
     classes = classifier.classes
     for batch in decoded(images, classifier.facts):
-        sound = [pixels for _, pixels in batch if not isinstance(pixels, str)]
+        usable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
         rows: Iterator[tuple[list[float], list[int]]] = iter(())
-        if sound:
-            stacked = torch.from_numpy(np.stack(sound)).to(classifier.device)
+        if usable:
+            stacked = torch.from_numpy(np.stack(usable)).to(classifier.device)
             with torch.inference_mode(), classifier.as_evaluated():
                 best = classifier(stacked).softmax(1).topk(min(top, len(classes)))
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)

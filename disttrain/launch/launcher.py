@@ -59,7 +59,7 @@ def launch(
         for attempt in range(max_restarts + 1):
             folder.clear_errors(plan.ranks)
             if plan.node_rank == 0:
-                useless, changes = _begin(folder, by_itself=attempt > 0 or requeued)
+                useless, changes = _begin_attempt(folder, by_itself=attempt > 0 or requeued)
                 if useless is not None:
                     folder.update_status(exit_code=useless.exit_code, **useless.status)
                     return useless
@@ -84,7 +84,7 @@ def launch(
     return outcome
 
 
-def _begin(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[str, Any]]:
+def _begin_attempt(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[str, Any]]:
     """Checks whether a run makes progress, if this attempt is automatic (after a failure or a requeue).
 
     Returns:

@@ -141,20 +141,20 @@ def rendezvous(
         hello |= {"failed": str(failed), "exit_code": failed.exit_code}
     deadline = time.monotonic() + timeout_s
 
-    def going(longer_s: float = 0) -> bool:
+    def waiting(longer_s: float = 0) -> bool:
         if interrupted():
             raise StoppedError("stopped before all nodes joined; nothing is lost, run the same command again")
         return time.monotonic() < deadline + longer_s
 
-    return (_join_node_0 if place.node_rank else _join_others)(place, hello, going, timeout_s)
+    return (_join_node_0 if place.node_rank else _join_others)(place, hello, waiting, timeout_s)
 
 
 def _join_others(
-    place: Node, hello: Mapping[str, Any], going: Callable[..., bool], timeout_s: float
+    place: Node, hello: Mapping[str, Any], waiting: Callable[..., bool], timeout_s: float
 ) -> Channel:
     present: dict[int, _Caller] = {}
     try:
-        _receive_nodes(place, present, going)
+        _receive_nodes(place, present, waiting)
         if "failed" in hello:
             raise error_of(hello["exit_code"], hello["failed"])
         missing = sorted(set(range(1, place.nodes)) - set(present))
@@ -179,7 +179,7 @@ def _join_others(
 
 
 @contextlib.contextmanager
-def telling_nodes(place: Node | None) -> Iterator[None]:
+def sharing_failures(place: Node | None) -> Iterator[None]:
     """Reports an error of this node to all nodes through node 0, so that none waits in vain.
 
     `place` is None for a run on one node, which reports nothing.
@@ -234,7 +234,7 @@ class _Caller:
             self.connection.sendall(line)
 
 
-def _receive_nodes(place: Node, present: dict[int, _Caller], going: Callable[[], bool]) -> None:
+def _receive_nodes(place: Node, present: dict[int, _Caller], waiting: Callable[[], bool]) -> None:
     """Adds the nodes that connect to `present`, until all have joined or time is up.
 
     Raises:
@@ -244,7 +244,7 @@ def _receive_nodes(place: Node, present: dict[int, _Caller], going: Callable[[],
     failed, exit_code, until = "", 0, math.inf
     with _listen(place.master_port) as server:
         try:
-            while len(present) < place.nodes - 1 and going() and time.monotonic() < until:
+            while len(present) < place.nodes - 1 and waiting() and time.monotonic() < until:
                 for ready in wait_for_any([server, *callers], _POLL_S):
                     if ready is server:
                         connection, _ = server.accept()
@@ -301,10 +301,10 @@ def _holder(port: int) -> str:
 
 
 def _join_node_0(
-    place: Node, hello: Mapping[str, Any], going: Callable[..., bool], timeout_s: float
+    place: Node, hello: Mapping[str, Any], waiting: Callable[..., bool], timeout_s: float
 ) -> Channel:
     problem = "no answer"
-    while going():
+    while waiting():
         connection = None
         try:
             connection = socket.create_connection((place.master_addr, place.master_port), timeout=2)
@@ -312,7 +312,7 @@ def _join_node_0(
             connection.sendall(json.dumps(hello).encode() + b"\n")
             connection.settimeout(_POLL_S)
             data = b""
-            while going(timeout_s) and b"\n" not in data:  # node 0 may have started to wait later
+            while waiting(timeout_s) and b"\n" not in data:  # node 0 may have started to wait later
                 with contextlib.suppress(TimeoutError):
                     part = connection.recv(2**16)
                     if not part:

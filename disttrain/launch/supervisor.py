@@ -25,10 +25,10 @@ _NODE_0_S = 10.0  # the other nodes wait this much longer than node 0 before the
 _ALL_DONE_S = 60.0  # to wait for the other nodes when the ranks of this one have succeeded
 _DETAIL = 2**16  # characters of a traceback that are sent to other nodes
 # The errors of collectives whose peer is gone, from torch, gloo and NCCL.
-_OF_THE_GROUP = re.compile(
+_COLLECTIVE_ERROR = re.compile(
     r"gloo|NCCL|TCPStore|^Dist\w*Error|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE
 )
-_WELL = {0, StoppedError.exit_code}
+_SUCCESS = {0, StoppedError.exit_code}
 _ENDED_BY_TORCHRUN = {-signal.SIGTERM, 128 + signal.SIGTERM}
 
 
@@ -136,7 +136,7 @@ class Supervisor:
                     self._done[node] = code
                     self._remote_rows[node] = []
                 case {"outcome": outcome}:
-                    found = _worse(found, Outcome(**outcome))
+                    found = _likelier_cause(found, Outcome(**outcome))
                 case {"final": outcome}:
                     self._final = Outcome(**outcome)
                 case {"stacks": rank}:
@@ -144,7 +144,7 @@ class Supervisor:
         for node in sorted(self._channel.lost - set(self._done)):
             host = self._channel.hosts[node]
             gone = Outcome.of(TrainingError.exit_code, f"node {node} ({host}) is gone", host=host)
-            found = _worse(found, gone)
+            found = _likelier_cause(found, gone)
         return found
 
     def _local(self) -> Outcome | None:
@@ -159,10 +159,10 @@ class Supervisor:
         said = set(self._liveness.said.values())
         saved = self.stopping and StoppedError.exit_code in said
         for end in self._liveness.ends:
-            fell = end.said is None and end.status not in _ENDED_BY_TORCHRUN
-            if fell and not saved:  # ranks that torchrun terminated are not the cause
+            died = end.said is None and end.status not in _ENDED_BY_TORCHRUN
+            if died and not saved:  # ranks that torchrun terminated are not the cause
                 return self._failure(end.rank, f"{_cause(end.status)} {end.doing}")
-        if said - _WELL and not saved:
+        if said - _SUCCESS and not saved:
             error = self._folder.first_error(self._plan.ranks)
             if error is not None:
                 return _from_error(error)
@@ -174,7 +174,7 @@ class Supervisor:
         `code` is the exit code of the process that started them, or None while it runs.
         """
         said = set(self._liveness.said.values())
-        if self._plan.node_rank and said and said <= _WELL:  # only node 0 writes status.json
+        if self._plan.node_rank and said and said <= _SUCCESS:  # only node 0 writes status.json
             return Outcome(max(said))
         if (error := self._folder.first_error(self._plan.ranks)) is not None:
             return _from_error(error)
@@ -185,7 +185,7 @@ class Supervisor:
             return self._failure(None, _cause(code))
         end = min(self._liveness.ends, key=lambda end: end.said is not None)
         failure = self._failure(end.rank, _cause(end.status if end.said is None else end.said))
-        if end.said is None or end.said in _WELL:
+        if end.said is None or end.said in _SUCCESS:
             return failure
         # Its error file could not be written.
         return replace(failure, exit_code=type(error_of(end.said, "")).exit_code)
@@ -226,9 +226,9 @@ class Supervisor:
         channel = self._channel
         if self._plan.nodes == 1:
             return found
-        well = found.exit_code in _WELL and not found.status
-        message = {"done": found.exit_code} if well else {"outcome": asdict(found)}
-        wait_s = _ALL_DONE_S if well else _CAUSE_S + 1
+        succeeded = found.exit_code in _SUCCESS and not found.status
+        message = {"done": found.exit_code} if succeeded else {"outcome": asdict(found)}
+        wait_s = _ALL_DONE_S if succeeded else _CAUSE_S + 1
         deadline = time.monotonic() + wait_s
         if self._plan.node_rank:
             channel.send(message)
@@ -237,16 +237,16 @@ class Supervisor:
                 found = self._second_signal() or found
                 self._listen()
             return self._final or found
-        while well and len(self._done) < self._plan.nodes - 1 and time.monotonic() < deadline:
+        while succeeded and len(self._done) < self._plan.nodes - 1 and time.monotonic() < deadline:
             self._liveness.wait(_POLL_S, channel.sockets)
             bad = self._second_signal() or self._listen()
             if bad is not None:
-                found, well = bad, False
+                found, succeeded = bad, False
         channel.send({"final": asdict(found)})
         return found
 
 
-def _worse(one: Outcome | None, other: Outcome) -> Outcome:
+def _likelier_cause(one: Outcome | None, other: Outcome) -> Outcome:
     """Returns the outcome that more likely caused the other."""
     return other if one is None or (one.victim and not other.victim) else one
 
@@ -260,7 +260,7 @@ def _from_error(error: Mapping[str, Any]) -> Outcome:
     reason = f"{error['type']}: {reason}"
     message = f"rank {error['rank']} on {error['host']} failed: {reason}"
     outcome = Outcome.of(code, reason, message, str(error["traceback"])[-_DETAIL:], **place)
-    return replace(outcome, victim=_OF_THE_GROUP.search(reason) is not None)
+    return replace(outcome, victim=_COLLECTIVE_ERROR.search(reason) is not None)
 
 
 def _cause(status: int | None) -> str:

@@ -14,7 +14,7 @@ import pytest
 import disttrain
 from disttrain.config import load_config
 from disttrain.errors import BusyError, DataError, DisttrainError, HangError, StoppedError, UsageError
-from disttrain.launch.rendezvous import Channel, rendezvous, telling_nodes
+from disttrain.launch.rendezvous import Channel, rendezvous, sharing_failures
 from disttrain.preflight import open_index
 from disttrain.runs import agreement
 from disttrain.runs.agreement import compare_peers, facts
@@ -135,7 +135,7 @@ def test_a_stop_ends_the_waiting(port):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_what_keeps_one_node_from_beginning_ends_the_others_with_it(port, failing):
     def fail():
-        with telling_nodes(Node(3, failing, "127.0.0.1", port)):
+        with sharing_failures(Node(3, failing, "127.0.0.1", port)):
             raise DataError("there is no data set 'digits'")
 
     with ThreadPoolExecutor(3) as pool:
@@ -157,7 +157,7 @@ def test_what_keeps_one_node_from_beginning_ends_the_others_with_it(port, failin
 @pytest.mark.integration
 def test_a_node_that_fails_alone_ends_by_itself(port):
     begin = time.monotonic()
-    with pytest.raises(DataError), telling_nodes(Node(2, 1, "127.0.0.1", port)):
+    with pytest.raises(DataError), sharing_failures(Node(2, 1, "127.0.0.1", port)):
         raise DataError("x")
     assert time.monotonic() - begin < 20
 
