@@ -166,7 +166,9 @@ def _build_torchvision(name: str, given: Mapping[str, Any], args: Mapping[str, A
     if "num_classes" in args:
         raise _given_argument("num_classes")
     if "weights" in args:
-        raise UsageError("model.args.weights: set model.weights instead, or remove it for random weights")
+        raise UsageError(
+            "model.args.weights: training starts from random weights or the file of model.weights; remove it"
+        )
     defaults: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):  # the auxiliary heads turn the output into a tuple
         defaults = {"aux_logits": False, "init_weights": True}

@@ -274,7 +274,7 @@ def test_torchvision_networks(name: str, shape: tuple[int, int, int], args: dict
     [
         ("resnt18", (3, 32, 32), {}, r"resnt18: torchvision has no classifier .*did you mean resnet18\?"),
         ("fcn_resnet50", (3, 32, 32), {}, "torchvision has no classifier"),
-        ("resnet18", (1, 28, 28), {}, "take 3 channels, the images have 1"),
+        ("resnet18", (1, 28, 28), {}, "take 3 channels, but the images have 1"),
         (
             "resnet18",
             (3, 32, 32),
