@@ -330,7 +330,7 @@ def test_wrong_cifar_files_are_named(root, source):
     for data, message in (
         (sound[:-1], "12291 bytes are not a whole number"),
         (b"\x0b" + sound[1:], "label 11 at position 0"),
-        (b"", "holds no samples"),
+        (b"", "has no samples"),
     ):
         path.write_bytes(data)
         with pytest.raises(DataError, match=rf"data_batch_2\.bin: {message}"):

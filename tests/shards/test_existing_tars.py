@@ -102,7 +102,7 @@ def test_patterns_name_the_splits(tmp_path):
         index_it(tmp_path / "set", train=["*.tar"], val=["check.tar"])
     with pytest.raises(DataError, match=r"part-1\.tar: belongs to no split"):
         index_it(tmp_path / "set", train=["part-0.tar", "sub/*.tar"], val=["check.tar"], force=True)
-    with pytest.raises(UsageError, match=r"check\.tar: belongs to train and val"):
+    with pytest.raises(UsageError, match=r"check\.tar: belongs to both train and val"):
         index_it(tmp_path / "set", train=["*.tar"], val=["check.tar"], force=True)
     with pytest.raises(UnsafeError, match="leaves the folder"):
         index_it(tmp_path / "set", train=["../set/*.tar"], val=["check.tar"], force=True)
