@@ -353,7 +353,7 @@ def test_a_folder_of_images_is_packed_and_inspected(disttrain, image_folder, tmp
     again = disttrain(*pack, "--val-fraction", 0.4)
     assert again.returncode == 65
     assert again.stderr == (
-        f"disttrain: {tmp_path}/sets/levels: exists; replace it with --force or choose another name\n"
+        f"disttrain: {tmp_path}/sets/levels: already exists; replace it with --force or choose another name\n"
     )
     replaced = disttrain(*pack, "--val-fraction", 0.2, "--size", 2, "--force")
     assert (replaced.returncode, replaced.stderr) == (0, "")

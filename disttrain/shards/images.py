@@ -87,7 +87,8 @@ def decode_into(images: Sequence[Encoded], out: Pixels) -> None:
     """
     _, height, width, channels = out.shape
     places: list[int] = []
-    tensors: list[torch.Tensor] = []  # copied together: releasing the lock for each takes a fifth more time
+    # Copied together at the end: releasing the lock for each image costs a fifth of the speed.
+    tensors: list[torch.Tensor] = []
     for place, image in enumerate(images):
         try:
             plain = _plain(image)

@@ -131,7 +131,9 @@ def _download(url: str, target: Path, size: int, sha256: str) -> None:
                 return
             partial.unlink()
             if last:
-                raise DataError(f"{_shown(url)}: its SHA-256 does not match the index; repair it there")
+                raise DataError(
+                    f"{_shown(url)}: its SHA-256 does not match the index; repair it on the server"
+                )
 
 
 def _fetch_rest(url: str, partial: Path, size: int) -> None:

@@ -103,7 +103,7 @@ def scan(file: BinaryIO, classes: int | None) -> Contents:
         sample.members.add(extension)
         sample.problem = sample.problem or problem
     if not samples:
-        raise ValueError("holds no samples")
+        raise ValueError("has no samples")
     return Contents(
         tuple(sample.key for sample in samples),
         tuple(sample.extension for sample in samples),

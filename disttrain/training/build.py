@@ -97,7 +97,7 @@ def build(
     group = Group.of(process_group)
     device = group.device
     checkpoint = None if checkpoint_path is None else load(checkpoint_path)
-    data = open_data(config, index, group)
+    data = build_data(config, index, group)
     model, weights = initial_model(config, index, device, resumed=checkpoint is not None)
     per_image = flops_per_image(model, (index.channels, index.height, index.width))
     chosen = choose_arithmetic(config, group, model, index, data.plan, checkpoint)
@@ -140,7 +140,7 @@ def build(
     return state, progress, choices
 
 
-def open_data(config: Config, index: Index, group: Group) -> Data:
+def build_data(config: Config, index: Index, group: Group) -> Data:
     """Returns the samples of a run. Every rank calls this."""
     say = print if group.rank == 0 else log.info
     skipped = {split: skipped_samples(config, index, split, group, say) for split in ("train", "val")}

@@ -165,7 +165,9 @@ def score(
     network, size, ids = task.network, task.batch_size, task.split.ids
     own = rank_slice(range(len(ids)), task.group.rank, task.group.world_size)
     windows = (slice(begin, min(begin + size, own.stop)) for begin in range(own.start, own.stop, size))
-    most = len(rank_slice(range(len(ids)), 0, task.group.world_size))  # samples of a rank
+    most = len(
+        rank_slice(range(len(ids)), 0, task.group.world_size)
+    )  # samples of rank 0, the most of any rank
     training = network.training
     network.eval()
     with (

@@ -104,7 +104,7 @@ def test_folders_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_an_empty_tar_is_damaged(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no samples"):
+    with pytest.raises(ValueError, match="has no samples"):
         look(tmp_path, tar_of({}))
     with pytest.raises(ValueError, match="no end mark"):
         look(tmp_path, b"")
