@@ -88,7 +88,7 @@ def main(
     except StoppedError as stop:
         code = stop.exit_code
         try:
-            rank.settle(state="stopped", exit_code=code, reason=str(stop))
+            rank.write_status(state="stopped", exit_code=code, reason=str(stop))
         except StorageError as error:
             rank.fail(error)
             code = error.exit_code
@@ -256,12 +256,12 @@ def train_in_folder(
         if warning is not None:
             observer.note(warning)
 
-    def settle(**status: Any) -> None:
+    def write_status(**status: Any) -> None:
         place = {"step": progress.step, "epoch": progress.epoch, "samples_seen": progress.samples_seen}
-        rank.settle(**status, **place)
+        rank.write_status(**status, **place)
 
     earlier = folder.status()
-    settle(
+    write_status(
         **CLEAN,
         state="running",
         world_size=state.world_size,
@@ -277,8 +277,8 @@ def train_in_folder(
         finally:
             with contextlib.suppress(DisttrainError):  # a checkpoint in progress is finished in any case
                 saver.wait()
-            settle()
-        settle(state="finished", exit_code=0, reason="all epochs done")
+            write_status()
+        write_status(state="finished", exit_code=0, reason="all epochs done")
         observer.finished()
 
 

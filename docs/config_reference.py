@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the schema: `python docs/config_reference.py`. A test keeps the two alike."""
+"""Writes docs/config.md from the schema: `python docs/config_reference.py`. A test compares the two."""
 
 import json
 from pathlib import Path
@@ -21,9 +21,9 @@ def reference() -> str:
         "as JSON Schema, for editors. Any key can be set on the command line:",
         "`disttrain run CONFIG optim.lr=0.1`.",
         "",
-        'A run goes on with the values that it began with. What is marked "on resume" may be changed when',
-        'it goes on; what is marked "machine" says nothing of the experiment and may differ from node to',
-        "node too.",
+        'A resumed run must have the same values as before. Keys marked "on resume" may change on resume.',
+        'Keys marked "machine" are not part of the experiment: they may change on resume, and may differ',
+        "between nodes.",
         "",
         *_table("", top, schema["required"]),
     ]

@@ -144,7 +144,7 @@ MISTAKES = {
     "nothing to pack": (["data", "pack", "nowhere", "--name", "x"], 65, "nowhere: no such folder"),
     "no layout": (["data", "pack", "done", "--name", "x"], 65, "done: has no folder train; expected "),
     "fraction": (["data", "pack", "done", "--name", "x", "--val-fraction", "1.5"], 2, "--val-fraction 1.5: "),
-    "bad name": (["data", "pack", "done", "--name", "a/b"], 2, "'a/b' is not the name of a data set"),
+    "bad name": (["data", "pack", "done", "--name", "a/b"], 2, "'a/b' is not a valid name of a data set"),
     "nothing to inspect": (["data", "inspect", "minst"], 65, "did you mean mnist?; make it with "),
 }  # fmt: skip
 
@@ -342,7 +342,7 @@ def test_the_digits_are_prepared_once(disttrain, tmp_path):
     before = snapshot(tmp_path / "sets")
     second = disttrain("data", "prepare", "digits", "--root", "sets")
     assert second.returncode == 0
-    assert second.stdout.splitlines()[0] == f"digits is prepared already: {tmp_path}/sets/digits"
+    assert second.stdout.splitlines()[0] == f"digits is already prepared: {tmp_path}/sets/digits"
     assert snapshot(tmp_path / "sets") == before
 
 
@@ -353,7 +353,7 @@ def test_a_folder_of_images_is_packed_and_inspected(disttrain, image_folder, tmp
     again = disttrain(*pack, "--val-fraction", 0.4)
     assert again.returncode == 65
     assert again.stderr == (
-        f"disttrain: {tmp_path}/sets/levels: exists; replace it with --force or choose another name\n"
+        f"disttrain: {tmp_path}/sets/levels: already exists; replace it with --force or choose another name\n"
     )
     replaced = disttrain(*pack, "--val-fraction", 0.2, "--size", 2, "--force")
     assert (replaced.returncode, replaced.stderr) == (0, "")

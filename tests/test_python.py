@@ -163,7 +163,7 @@ def test_validation_is_in_order_and_a_remainder_may_be_dropped(seven_root: Path)
     assert len(data) == 2
     with pytest.raises(DataError, match="has no split 'test'; it has train, val"):
         disttrain.open_data("seven", "test", batch_size=4, root=str(seven_root))
-    with pytest.raises(UsageError, match="rank 0 of 5 with batch_size = 4: every rank needs a share"):
+    with pytest.raises(UsageError, match="rank 0 of 5 with batch_size = 4: the rank must be below"):
         disttrain.open_data("seven", batch_size=4, root=str(seven_root), world_size=5)
 
 

@@ -18,7 +18,7 @@ from disttrain.runs.runfolder import RunFolder
 from disttrain.training.callbacks import Callbacks
 from disttrain.training.collectives import reduce_sum
 from disttrain.training.log_metrics import log_metrics
-from disttrain.training.microbatch import prefetch, prepare
+from disttrain.training.microbatch import augment_micro_batch, prefetch
 from disttrain.training.phases import Phases
 from disttrain.training.state import Progress
 from disttrain.training.step import loss_sum, no_sync, train_step
@@ -90,7 +90,7 @@ class StepBench:
                 now = clocked("data", now)
                 batch = batch.to(state.accelerator.device)
                 now = clocked("to_device", now)
-                images, labels, partners = prepare(state, micro, batch)
+                images, labels, partners = augment_micro_batch(state, micro, batch)
                 now = clocked("augmentation", now)
                 with contextlib.nullcontext() if reduced else no_sync(state):
                     logits = state.model(images)

@@ -158,7 +158,7 @@ def raise_rate(
     rates: list[float] = []
     losses: list[float] = []
     phases, lr = Phases(), state.config.optim.lr
-    shares = [rate.peak / lr for rate in state.rates]
+    shares = [rate.peak / lr for rate in state.lr_schedules]
     state.model.train()
     with contextlib.closing(_endless(state)) as batches:
         for step in range(steps):

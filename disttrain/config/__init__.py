@@ -1,7 +1,7 @@
 """The experiment: a typed schema, read from YAML with `key=value` overrides.
 
-The YAML describes the experiment, never the machine. Everything is checked here, before anything starts:
-unknown keys, wrong types and impossible combinations each give one line that names the place and the remedy.
+The YAML describes the experiment, not the machine. Everything is checked here, before anything starts. For
+each unknown key, wrong type or invalid combination, the error has one line with the place and the remedy.
 Nothing here imports torch.
 """
 

@@ -64,12 +64,12 @@ def json_schema() -> dict[str, Any]:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Returns every setting by its dotted key, such as optim.lr."""
+    """Returns the value of every dotted key, such as optim.lr."""
     return flatten(config.model_dump(mode="json"))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of nested sections by their dotted keys."""
+    """Returns nested sections as one dict with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -80,7 +80,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[str]:
-    """Returns one `key: old -> new` line for each key in which two configs, or documents, differ."""
+    """Returns one line `key: old -> new` for each difference between two configs or documents."""
     before, after = (settings(item) if isinstance(item, Config) else flatten(item) for item in (old, new))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
@@ -110,12 +110,12 @@ def _apply_override(tree: dict[str, Any], where: dict[Key, str], override: str) 
         raise UsageError(f"{source}: {name} is a section; set one of its keys, such as {example}")
     section[keys[-1]] = value
     for place in [place for place in where if place[: len(keys)] == keys]:
-        del where[place]  # what the file held below this key is gone
+        del where[place]  # the override replaces everything below this key
     where[keys] = source
 
 
 def _place(key: Key, where: Mapping[Key, str]) -> str:
-    """Returns where a value comes from, or the nearest section above it that is written down."""
+    """Returns where a value was set, or the nearest section above it that was set."""
     return next(where[key[:end]] for end in range(len(key), -1, -1) if key[:end] in where)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a config, in words: the place of each mistake and a sentence with the remedy."""
+"""The mistakes in a config: for each its place, and a sentence with the remedy."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from disttrain.config.yaml12 import Key, dotted_name
 from disttrain.user_code import did_you_mean
 
 Problem = tuple[Key, str]
-"""The place of a mistake, and a sentence that begins with its dotted key."""
+"""The place of a mistake, and a sentence that starts with its dotted key."""
 
-_OTHER_NAMES = {  # what other tools call it
+_OTHER_NAMES = {  # of keys in other tools
     "learning_rate": "optim.lr",
     "max_epochs": "train.epochs",
     "num_epochs": "train.epochs",
@@ -69,18 +69,18 @@ _OWNERS = {
 
 
 def explained(error: pydantic.ValidationError) -> list[Problem]:
-    """Returns what a check of types and limits has found, one problem for each key."""
+    """Returns the problems that pydantic found, one for each key."""
     problems = {}
     for item in error.errors():
         key = item["loc"]
-        if item["type"] != "extra_forbidden":  # a union appends its branch ("literal['auto']") to the place
+        if item["type"] != "extra_forbidden":  # a union appends its branch ("literal['auto']") to the key
             key = tuple(part for i, part in enumerate(key) if isinstance(part, int) or _is_key(key[: i + 1]))
         problems[key] = dotted_name(key) + _remark(key, item)
     return list(problems.items())
 
 
 def _remark(key: Key, item: Any) -> str:
-    """Returns the sentence about one of pydantic's errors, without the key that it begins with."""
+    """Returns the sentence about one of pydantic's errors, without the key at its start."""
     value, kind = item["input"], item["type"]
     expected = _EXPECTED_BY_KEY.get(dotted_name(key)) or _EXPECTED.get(kind)
     hint = ""
@@ -106,13 +106,13 @@ def _remark(key: Key, item: Any) -> str:
 
 
 def _shown(value: object) -> str:
-    """Returns a value as YAML has it, shortened."""
+    """Returns a value in YAML style, shortened."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def conflicts(config: Config) -> list[Problem]:
-    """Returns what each key alone allows but the keys together do not."""
+    """Returns the problems of keys that are valid alone but not together."""
     return [(key, f"{dotted_name(key)}: {remark}") for key, remark in _conflicts(config)]
 
 
@@ -130,16 +130,16 @@ def _conflicts(config: Config) -> Iterator[Problem]:
         except re.error as error:
             yield (*place, "parameters"), f"not a regular expression: {error}"
     if config.augment.resized_crop is not None and config.augment.crop_padding:
-        yield ("augment", "crop_padding"), "resized_crop crops already; remove one of both"
+        yield ("augment", "crop_padding"), "augment.resized_crop also crops; remove one of them"
     if train.accumulate > train.batch_size:
-        remark = f"{train.accumulate} parts of a batch of {train.batch_size}; make it smaller"
+        remark = f"{train.accumulate} is more than train.batch_size = {train.batch_size}; lower it"
         yield ("train", "accumulate"), remark
 
 
 def _optim_conflicts(place: Key, optim: OptimizerFields, name: str) -> Iterator[Problem]:
     for field, names in _OWNERS.items():
         if getattr(optim, field) is not None and name not in names:
-            yield (*place, field), f"{name} has none; remove it"
+            yield (*place, field), f"{name} does not use it; remove it"
     if optim.nesterov and optim.momentum == 0:
         yield (*place, "nesterov"), f"needs {dotted_name(place)}.momentum above 0"
 
@@ -150,17 +150,17 @@ def _schedule_conflicts(place: Key, schedule: ScheduleConfig, epochs: int) -> It
     if warmup > epochs:
         yield (*place, "warmup_epochs"), f"{warmup:g} is longer than train.epochs = {epochs}; shorten it"
     if end is not None and warmup > end:
-        yield (*place, "end_epoch"), f"{end:g} is before the end of the warm-up, {warmup:g}; move it"
+        yield (*place, "end_epoch"), f"{end:g} is before the end of the warm-up, {warmup:g}; raise it"
     if end is not None and schedule.name in {"constant", "step"}:
-        yield (*place, "end_epoch"), f"{named} has none; remove it"
+        yield (*place, "end_epoch"), f"{named} does not use it; remove it"
     if schedule.name == "step" and not schedule.milestones:
-        yield (*place, "milestones"), f"needed by {named}, for example [30, 40]"
+        yield (*place, "milestones"), f"{named} needs it, for example [30, 40]"
     if schedule.name != "step" and schedule.milestones:
-        yield (*place, "milestones"), f"{named} has none; remove it or choose step"
+        yield (*place, "milestones"), f"{named} does not use it; remove it, or choose step"
 
 
 def _known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Returns every dotted key, in order; those of the items of a list stand for all of them."""
+    """Returns every dotted key, in order; the keys of list items have no number."""
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
@@ -179,7 +179,7 @@ def _without_numbers(key: Key) -> str:
 
 
 def _nearest(key: Key) -> str | None:
-    """Returns the dotted key that an unknown one may have meant: of its own section, or of any."""
+    """Returns the known dotted key closest to an unknown one, first in its section, then in any."""
     name, known = str(key[-1]), _known_keys()
     if name in _OTHER_NAMES:
         return _OTHER_NAMES[name]

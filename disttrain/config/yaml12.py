@@ -1,6 +1,6 @@
-"""YAML as a config needs it: the core schema of version 1.2, no aliases, and the line of every key.
+"""YAML for configs: the core schema of version 1.2, without aliases, and with the line of every key.
 
-PyYAML reads version 1.1, in which `no` is false and `1e-3` is text.
+PyYAML reads version 1.1, where `no` is false and `1e-3` is text.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import yaml
 
 from disttrain.errors import UsageError
 
-_CORE_SCALARS = [  # YAML 1.2.2, section 10.3.2; PyYAML's own table is YAML 1.1 (no = False, 1e-3 = text)
+_CORE_SCALARS = [  # YAML 1.2.2, section 10.3.2
     ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("merge", r"<<", "<"),  # a key that YAML 1.1 knows; refused, and quoted where it is text
+    ("merge", r"<<", "<"),  # YAML 1.1's merge key: refused in a file, and quoted in text
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     (
@@ -48,7 +48,7 @@ for _tag, _pattern, _first in _CORE_SCALARS:
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    """Escapes the line breaks of old, which a reader takes for newlines."""
+    """Escapes NEL, LS and PS, which a reader would turn into newlines."""
     style = '"' if re.search("[\x85\u2028\u2029]", text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -56,11 +56,11 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _CoreDumper.add_representer(str, _represent_text)
 
 Key = tuple[str | int, ...]
-"""The place of a value: names of sections and numbers of items."""
+"""The path of a value: names of sections and numbers of items."""
 
 
 def dotted_name(key: Key) -> str:
-    """Returns a place as a user writes it, such as optim.groups.0.lr."""
+    """Returns a key as a user writes it, such as optim.groups.0.lr."""
     return ".".join(str(part) for part in key)
 
 
@@ -74,14 +74,14 @@ def read_yaml(text: str, name: str, *, numbered: bool) -> tuple[Any, dict[Key, i
 
     Args:
         text: YAML without aliases, anchors, tags and merge keys.
-        name: begins every message.
+        name: name of the document, at the start of every message.
         numbered: whether messages also have the line.
 
     Returns:
         The data, and the line (from 1) of every key and item in it.
 
     Raises:
-        UsageError: the text is not such a document; keys given twice too.
+        UsageError: the text is not such a document, or has a key twice.
     """
     document = _Document(name, numbered)
     node = document.compose(text)
@@ -89,7 +89,7 @@ def read_yaml(text: str, name: str, *, numbered: bool) -> tuple[Any, dict[Key, i
 
 
 class _Document:
-    """One document while it is read; arguments as of `read_yaml`."""
+    """A document that is being read; for the arguments see `read_yaml`."""
 
     def __init__(self, name: str, numbered: bool) -> None:
         self._name = name
@@ -102,7 +102,7 @@ class _Document:
         return UsageError(f"{place}: {text}")
 
     def compose(self, text: str) -> yaml.Node | None:
-        """Returns the tree of the text."""
+        """Returns the node tree of the text."""
         try:
             for token in yaml.scan(text, Loader=_CoreLoader):
                 if isinstance(token, (yaml.AliasToken, yaml.AnchorToken, yaml.TagToken)):
@@ -124,7 +124,7 @@ class _Document:
             raise self._error(None, "not valid YAML: nested too deeply") from None
 
     def build(self, node: yaml.Node, key: Key) -> Any:
-        """Returns the data below a node, whose place is `key`."""
+        """Returns the data below a node with the path `key`."""
         self.lines.setdefault(key, node.start_mark.line + 1)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*key, i)) for i, item in enumerate(node.value)]

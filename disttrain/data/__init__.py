@@ -1,1 +1,1 @@
-"""The order of the samples, and how their images reach the device."""
+"""The order of the samples, and the loaders."""

@@ -1,4 +1,4 @@
-"""What a loader hands to the training loop, and which loader serves a run."""
+"""The batches of a loader, the interface of the loaders, and the choice between them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
 
 Window = slice | Ids
-"""Places in the order of an epoch: a slice, or int64 [B]."""
+"""Positions in the order of an epoch: a slice, or int64 [B]."""
 
 
 class Batch(NamedTuple):
-    """Samples as they were stored.
+    """Stored samples, before augmentation.
 
     Attributes:
         images: uint8 [B, H, W, C].
         labels: int64 [B].
-        ids: what was served, on the host: int64 [B].
+        ids: sample ids, int64 [B], on the host.
     """
 
     images: Tensor
@@ -33,29 +33,28 @@ class Batch(NamedTuple):
     ids: Ids
 
     def to(self, device: torch.device) -> Batch:
-        """Returns the batch on a device; from pinned memory to a GPU the host does not wait for the copy."""
+        """Returns the batch on a device; a copy from pinned memory to a GPU is asynchronous."""
         return Batch(
             self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.ids
         )
 
 
 class Loader(Protocol):
-    """Serves one split to one rank."""
+    """Loads the samples of one split for one rank."""
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
-        """Yields the samples at each window of an order, in the memory of the device or else of the host.
+        """Yields the samples at each window of an order, in device or host memory.
 
-        What is in host memory and meant for a GPU is pinned.
+        Host memory for a GPU is pinned.
 
         Args:
             order: ids, int64 [samples].
-            windows: the places that this rank wants, in the order in which it wants them; may be taken
-                some batches ahead.
+            windows: the positions of each batch of this rank. The loader may read some windows ahead.
         """
 
 
-def gather(source: Tensor, places: Tensor, *, pinned: bool) -> Tensor:
-    """Returns the rows of a tensor at some places, int64 [B], in pinned memory if asked."""
+def gather_rows(source: Tensor, places: Tensor, *, pinned: bool) -> Tensor:
+    """Returns the rows of a tensor at `places`, int64 [B], in pinned memory if `pinned`."""
     if not pinned:
         return source.index_select(0, places)
     rows = torch.empty((len(places), *source.shape[1:]), dtype=source.dtype, pin_memory=True)
@@ -69,23 +68,23 @@ def choose_cache(
     *,
     streamed: bool = False,
 ) -> tuple[Literal["device", "host", "none"], str]:
-    """Decides where the images of a rank come from, and says why.
+    """Chooses where a rank's images are cached, and returns the choice and the reason.
 
-    The choice changes the speed and nothing else: every place serves the same order.
+    The choice only affects the speed; the order of the samples is the same.
 
     Args:
         cache: `data.cache` of the config.
         needed: bytes of the decoded splits.
         device: the device of the rank.
-        streamed: whether the data has stages of the user's own, which run in every epoch.
+        streamed: whether there are user stages (`data.pipeline`), which run in every epoch.
 
     Raises:
-        UsageError: a decoded copy is asked for, but the data has stages of the user's own.
+        UsageError: the config asks for a cache and for user stages.
     """
     if streamed:
         if cache not in ("auto", "none"):
             raise UsageError(
-                f"data.cache = {cache}, but the stages of data.pipeline run in every epoch; leave it at auto"
+                f"data.cache = {cache}, but the stages of data.pipeline run in every epoch; set it to auto"
             )
         return "none", "data.pipeline: read from the shards in every epoch"
     size = f"{mib(needed)} decoded"
@@ -100,14 +99,14 @@ def choose_cache(
     if device.type == "cpu":
         return (
             "host",
-            f"{size}; on a CPU: mapped from the cache, shared by the ranks of the node",
+            f"{size}; on a CPU: mapped from the decoded copy, shared by the ranks of the node",
         )
     if cache != "auto":
         return cache, f"data.cache = {cache}"
     free, _ = torch.cuda.mem_get_info(device)
     size += f", {mib(free)} free on the device"
     if needed <= 0.3 * free:
-        return "device", f"{size}: fits in 30 % of it"
+        return "device", f"{size}: at most 30 % of it"
     return "host", f"{size}: more than 30 % of it"
 
 

@@ -1,6 +1,6 @@
 """The decoded copy of a data set: one uint8 file per split, made once per node.
 
-All ranks and later runs share it through the page cache; on a GPU it lives in device memory if it fits.
+All ranks and later runs share it through the page cache. For a GPU it is copied to device memory if it fits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from disttrain.data.batches import Batch, Window, gather
+from disttrain.data.batches import Batch, Window, gather_rows
 from disttrain.data.epoch_plan import Ids
 from disttrain.errors import DataError, StorageError
 from disttrain.files import appearing, file_lock, sha256, stamp
@@ -30,12 +30,12 @@ from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
 
 _FILES = ("images.npy", "labels.npy")
-_SEAL = "seal.json"  # the hashes of the files, and their size and times when it was written
+_SEAL = "seal.json"  # hashes, sizes and modification times of the files
 
 
 @dataclass(frozen=True)
 class DecodedSplit:
-    """The decoded images of one split, in index order, mapped from the cache.
+    """The decoded images of one split, in the order of the index, memory-mapped from the cache.
 
     Attributes:
         images: uint8 [N, H, W, C].
@@ -47,18 +47,18 @@ class DecodedSplit:
 
 
 def open_split(index: Index, split: str, skipped: Ids, say: Callable[[str], None]) -> DecodedSplit:
-    """Returns the decoded images of a split, decoding the shards if no process has done so before.
+    """Returns the decoded images of a split, and decodes the shards if that was not done before.
 
-    Any number of processes may call this at once: one decodes, the others wait for it.
+    Any number of processes may call this at once: one decodes, the others wait.
 
     Args:
         index: the data set.
         split: train or val.
-        skipped: ids of samples that cannot be used; their pixels are undefined.
-        say: told when decoding begins, or that another process is waited for.
+        skipped: ids of bad samples; their pixels are undefined.
+        say: called when decoding begins, or when another process decodes.
 
     Raises:
-        DataError: a shard is damaged or does not hold what the index says.
+        DataError: a shard is damaged or does not match the index.
         StorageError: the decoded copy does not fit on the disk.
     """
     folder = decoded_folder()
@@ -70,7 +70,7 @@ def open_split(index: Index, split: str, skipped: Ids, say: Callable[[str], None
     if found is not None:
         return found
     try:
-        with file_lock(target, lambda: say(f"waiting for another process that decodes {index.name}/{split}")):
+        with file_lock(target, lambda: say(f"waiting for another process to decode {index.name}/{split}")):
             found = _map(target, index, split)
             if found is None:
                 _decode(index, split, skipped, target, say)
@@ -86,7 +86,7 @@ def open_split(index: Index, split: str, skipped: Ids, say: Callable[[str], None
 
 def _map(target: Path, index: Index, split: str) -> DecodedSplit | None:
     shape = (index.splits[split].samples, index.height, index.width, index.channels)
-    try:  # copy-on-write, because torch warns of arrays that cannot be written
+    try:  # copy-on-write, because torch warns about read-only arrays
         if not _is_sealed(target):
             return None
         images = np.load(target / "images.npy", mmap_mode="c", allow_pickle=False)
@@ -99,7 +99,7 @@ def _map(target: Path, index: Index, split: str) -> DecodedSplit | None:
 
 
 def _is_sealed(target: Path) -> bool:
-    """Tells whether the files are those that were written; they are hashed only if they were touched."""
+    """Returns whether the files are unchanged; hashes them only if size or times differ."""
     seal = json.loads((target / _SEAL).read_text())
     for name in _FILES:
         if seal[name]["stamp"] != stamp(target / name) and seal[name]["sha256"] != sha256(target / name):
@@ -113,16 +113,16 @@ def _decode(index: Index, split: str, skipped: Ids, target: Path, say: Callable[
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise StorageError(
-            f"{target.parent}: {mib(needed)} needed for the decoded copy of {index.name}, "
-            f"{mib(free)} free; free some space, set DISTTRAIN_CACHE to another folder, or read "
-            "the shards in every epoch with data.cache=none"
+            f"{target.parent}: the decoded copy of {index.name} needs {mib(needed)}, but only {mib(free)} "
+            "are free; free some space, set DISTTRAIN_CACHE to another folder, or read the shards in every "
+            "epoch with data.cache=none"
         )
     expect_images(shape[0])
     say(f"decoding {index.name}/{split} once: {shape[0]:,} images, {mib(needed, 1)}")
     with appearing(target) as partial:
         partial.mkdir()
         images = np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-        with (partial / "images.npy").open("r+b") as mapped:  # a full disk is an error here, a SIGBUS later
+        with (partial / "images.npy").open("r+b") as mapped:  # a full disk fails here, not with SIGBUS later
             os.posix_fallocate(mapped.fileno(), 0, os.fstat(mapped.fileno()).st_size)
         labels = np.full(shape[0], -1, dtype=np.int64)
         left_out = set(skipped.tolist())
@@ -134,8 +134,8 @@ def _decode(index: Index, split: str, skipped: Ids, target: Path, say: Callable[
                 for sample, (key, problem) in chunk.problems.items():
                     if sample not in left_out:
                         raise DataError(
-                            f"{index.place(shard)}: sample {key}: {problem}; {remedy(index)}, or leave such "
-                            "samples out with data.on_error=skip"
+                            f"{index.place(shard)}: sample {key}: {problem}; {remedy(index)}, or skip such "
+                            "samples with data.on_error=skip"
                         )
                 end = chunk.first + len(chunk.labels)
                 images[chunk.first : end], labels[chunk.first : end] = chunk.images, chunk.labels
@@ -149,12 +149,12 @@ def _decode(index: Index, split: str, skipped: Ids, target: Path, say: Callable[
 
 
 class Cached:
-    """A decoded split in the place it is served from, for one rank.
+    """Loads a decoded split from device or host memory, for one rank.
 
     Args:
         split: the decoded split.
-        device: where batches are wanted.
-        place: device keeps a copy there and gathers there; host does in host memory.
+        device: where the batches are used.
+        place: device copies the split to the device; host keeps it in host memory.
     """
 
     def __init__(self, split: DecodedSplit, device: torch.device, place: Literal["device", "host"]) -> None:
@@ -172,6 +172,6 @@ class Cached:
                 window if isinstance(window, slice) else torch.from_numpy(window).to(home, non_blocking=True)
             ]
             images, labels = (
-                gather(source, chosen, pinned=self._pinned) for source in (self._images, self._labels)
+                gather_rows(source, chosen, pinned=self._pinned) for source in (self._images, self._labels)
             )
             yield Batch(images, labels, order[window])

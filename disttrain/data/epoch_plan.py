@@ -1,10 +1,10 @@
 """Which samples make up each batch: pure functions of the seed, the epoch and the index.
 
-The order of an epoch is made for reading shards one after the other, and does not depend on who reads
-them. The shards are put in a random order and laid end to end; that sequence is cut into a fixed number of
-streams; each stream is shuffled within a window; places of the epoch are dealt to the streams in turn. A
-rank takes a contiguous part of each global batch, in which the streams lie one after the other, so that
-it reads few of them. The same order is served from the decoded copy and from the shards.
+The order suits sequential reads of shards, and does not depend on the number of ranks. The shards are
+concatenated in a random order. This sequence is cut into a fixed number of streams, and each stream is
+shuffled within a window. The positions of the epoch go to the streams in turn. Within a global batch, the
+samples are sorted by stream. A rank takes a contiguous part of each global batch, so it reads only a few
+streams. The decoded copy and the shards give the same order.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from disttrain.errors import UsageError
 from disttrain.shards.index import Index
 
 _ORDER = 1  # the stream of random numbers that orders an epoch
-_DIGEST = 0x6F8E  # the key of the hashes that an epoch is proved with
-_SHARDS, _CUT, _SHUFFLE = range(3)  # streams of random numbers within it
+_DIGEST = 0x6F8E  # the key of the hashes in `digest`
+_SHARDS, _CUT, _SHUFFLE = range(3)  # streams of random numbers within _ORDER
 
 Ids = npt.NDArray[np.int64]
 """Positions of samples in their split, counted through its shards in the order of the index."""
@@ -30,16 +30,16 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of the samples in every epoch, whatever the number of ranks.
+    """The order of the samples in every epoch, for any number of ranks.
 
     Attributes:
         seed: the seed of the run.
-        shards: samples in each shard of the training split, in the order of the index.
+        shards: number of samples in each shard of the split, in the order of the index.
         batch_size: the global batch.
-        drop_remainder: leave out the samples that do not fill the last batch.
-        streams: parts of the epoch that are read side by side.
-        shuffle_buffer: samples, over all streams, among which the next one is chosen.
-        skipped: ids that are left out in every epoch, because they cannot be used.
+        drop_remainder: whether to drop the samples that do not fill the last batch.
+        streams: number of streams.
+        shuffle_buffer: samples, over all streams, from which the next one is chosen.
+        skipped: ids of bad samples, which every epoch leaves out.
     """
 
     seed: int
@@ -53,13 +53,13 @@ class Plan:
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"train.batch_size = {self.batch_size} is more than the {self.samples} training samples and "
+                f"train.batch_size = {self.batch_size} is more than the {self.samples} training samples, and "
                 "data.remainder = drop leaves none; lower it or use data.remainder = keep"
             )
 
     @cached_property
     def samples(self) -> int:
-        """Samples that can be used."""
+        """Number of usable samples."""
         return sum(self.shards) - len(self.skipped)
 
     @cached_property
@@ -77,28 +77,28 @@ class Plan:
         """Returns the ids of the split in the order of this epoch: int64 [samples]."""
         key = counter_rng.derive(self.seed, _ORDER, epoch)
         sequence = self._sequence(key)
-        # Stream s has the places s, s + streams, ... of the epoch, before batches are put in order.
+        # Stream s has the positions s, s + streams, ... of the epoch, before batches are sorted by stream.
         lengths = (len(sequence) - np.arange(self.streams) + self.streams - 1) // self.streams
         starts = np.cumsum(lengths) - lengths
         self._shuffle(sequence, starts, lengths, key)
-        # Within a batch the streams lie one after the other, so that a rank's part has few of them.
+        # Sorted by stream within a batch, so that a rank's part has only a few streams.
         places = np.arange(len(sequence))
         dealt = np.argsort(places // self.batch_size * self.streams + places % self.streams, kind="stable")
         order: Ids = sequence[starts[dealt % self.streams] + dealt // self.streams]
         return order
 
     def _sequence(self, key: int) -> Ids:
-        """Returns the usable ids of the shards, which are laid end to end in a random order."""
+        """Returns the usable ids of the shards, concatenated in a random order."""
         shards = np.split(np.arange(sum(self.shards)), np.cumsum(self.shards)[:-1])
         turns = counter_rng.permutation(counter_rng.derive(key, _SHARDS), len(shards))
         sequence = np.concatenate([shards[i] for i in turns])
         if len(self.skipped):
             sequence = sequence[~np.isin(sequence, self.skipped)]
-        # Turned, so that the streams are not cut at the same samples in every epoch.
+        # Rotated, so that the streams are not cut at the same samples in every epoch.
         return np.roll(sequence, -(counter_rng.derive(key, _CUT) % len(sequence)))
 
     def _shuffle(self, sequence: Ids, starts: Ids, lengths: Ids, key: int) -> None:
-        """Shuffles each stream in place: in full if its share of the buffer holds it, else within that."""
+        """Shuffles each stream in place, in full or within its share of the buffer if that is smaller."""
         draws = counter_rng.bits(counter_rng.derive(key, _SHUFFLE), len(sequence))
         fractions = (draws >> np.uint64(11)) * 2.0**-53
         window = max(1, self.shuffle_buffer // self.streams)
@@ -111,15 +111,15 @@ class Plan:
 
     @property
     def ids(self) -> Ids:
-        """Every id that can be used, in the order of the index: int64 [samples]."""
+        """The usable ids, in the order of the index: int64 [samples]."""
         return usable_ids(sum(self.shards), self.skipped)
 
     def ids_between(self, order: Ids, begin: int, end: int) -> Ids:
-        """Returns the ids at places begin..end-1 of an order; for a whole epoch they come from the index."""
+        """Returns the ids at positions begin..end-1 of an order; for a whole epoch, in the index's order."""
         return self.ids if end - begin == self.samples else order[begin:end]
 
     def batch(self, step: int) -> range:
-        """Returns the places in the epoch's order that make up the global batch of a step of the epoch."""
+        """Returns the positions in the epoch's order of the global batch of a step of the epoch."""
         return range(step * self.batch_size, min((step + 1) * self.batch_size, self.samples))
 
 
@@ -129,10 +129,10 @@ def make_plan(config: Config, index: Index, skipped: Ids | None = None) -> Plan:
     Args:
         config: the experiment.
         index: its data set.
-        skipped: ids of the train split that are left out.
+        skipped: ids of the train split to leave out.
 
     Raises:
-        UsageError: nothing is left to train on.
+        UsageError: no samples are left for training.
     """
     return Plan(
         config.seed,
@@ -146,7 +146,7 @@ def make_plan(config: Config, index: Index, skipped: Ids | None = None) -> Plan:
 
 
 def usable_ids(samples: int, skipped: Ids) -> Ids:
-    """Returns the ids 0..samples-1 without those that are skipped: int64 [samples - skipped]."""
+    """Returns the ids 0..samples-1 without `skipped`: int64 [samples - skipped]."""
     usable = np.ones(samples, bool)
     usable[skipped] = False
     return np.flatnonzero(usable)
@@ -155,15 +155,15 @@ def usable_ids(samples: int, skipped: Ids) -> Ids:
 def digest(ids: Ids) -> tuple[int, int]:
     """Returns the number of ids and the sum of their hashes modulo 2**64.
 
-    Neither depends on the order. The sums of disjoint parts add up to that of the whole; a sample that is
-    missing, repeated or replaced changes them, but for one chance in 2**64.
+    Neither depends on the order, and the results of disjoint parts add up. A missing, repeated or replaced
+    sample changes the result, except with a probability of 2**-64.
     """
     hashes = counter_rng.bits_at(_DIGEST, ids.astype(np.uint64))
     return len(ids), int(hashes.sum(dtype=np.uint64))
 
 
 def rank_slice(places: range, rank: int, world_size: int) -> range:
-    """Returns one rank's contiguous part of `places`; the first parts may be one longer."""
+    """Returns a rank's contiguous part of `places`; the first parts may be longer by one."""
     base, extra = divmod(len(places), world_size)
     begin = rank * base + min(rank, extra)
     return places[begin : begin + base + (rank < extra)]

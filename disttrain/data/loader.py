@@ -1,4 +1,4 @@
-"""A packed data set for loops of one's own: the epochs of the data engine, as an ordinary iterable."""
+"""A packed data set for your own training loop: an iterable over its epochs."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ from disttrain.shards.index import load_index
 
 @dataclass
 class OpenData:
-    """A split of a packed data set, served to one rank. Every rank opens it.
+    """Loads a split of a packed data set for one rank. Every rank opens it.
 
-    Each iteration over it is the next epoch; `epoch` gives a certain one. An epoch has every sample exactly
-    once, over all ranks together, in an order that depends on the seed and its number alone. All ranks get
+    Each iteration over it is the next epoch; `epoch` returns any epoch. In an epoch, the ranks together get
+    every sample exactly once. The order depends only on the seed and the number of the epoch. All ranks get
     the same number of batches.
 
     Attributes:
-        name: of the data set, as in `data.name`.
+        name: name of the data set, like `data.name`.
         split: train or val.
-        batch_size: over all ranks together; each gets its share of it.
-        root: where the data sets lie, as `data.root`.
-        seed: of the order.
-        shuffle: None shuffles train alone; False keeps the order of the index.
-        drop_remainder: leave out the samples that do not fill a last batch. Otherwise that is smaller, and on
-            some ranks it may be empty.
-        cache: where the decoded images live, as `data.cache`.
-        pipeline: arranges the stages that read, decode and batch: a function, whose name `data.pipeline` has.
-        device: where batches are wanted.
-        rank: this one; None asks torch.distributed, else $RANK.
-        world_size: of them; None asks torch.distributed, else $WORLD_SIZE.
-        say: told of decoding and downloads.
+        batch_size: the global batch; each rank gets its share.
+        root: folder of the data sets, like `data.root`.
+        seed: seed of the order.
+        shuffle: None shuffles only train; False keeps the order of the index.
+        drop_remainder: drop the samples that do not fill the last batch. Otherwise the last batch is smaller,
+            and may be empty on some ranks.
+        cache: where the decoded images are kept, like `data.cache`.
+        pipeline: a function that returns the stages which read, decode and batch. `data.pipeline` has its
+            name.
+        device: where the batches are used.
+        rank: this rank; None reads it from torch.distributed or $RANK.
+        world_size: number of ranks; None reads it from torch.distributed or $WORLD_SIZE.
+        say: called with messages about decoding and downloads.
         index: classes, channels, height, width, mean, std, and the number of samples of each split.
 
     Raises:
-        UsageError: the batch or the rank is impossible.
+        UsageError: the batch size or the rank is invalid.
         DataError: the data set is missing or damaged, or has no such split.
     """
 
@@ -75,8 +76,8 @@ class OpenData:
             world_size = dist.get_world_size() if group else int(os.environ.get("WORLD_SIZE", "1"))
         if not 0 <= rank < world_size <= self.batch_size:
             raise UsageError(
-                f"rank {rank} of {world_size} with batch_size = {self.batch_size}: every rank needs a share "
-                "of a batch"
+                f"rank {rank} of {world_size} with batch_size = {self.batch_size}: the rank must be below "
+                "the world size, and batch_size at least the world size"
             )
         self.index = load_index(self.name, self.root)
         if self.split not in self.index.splits:
@@ -110,11 +111,11 @@ class OpenData:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes; labels are positions in it."""
+        """The names of the classes; a label is a position in this list."""
         return self.index.classes
 
     def __len__(self) -> int:
-        """Returns the batches in an epoch, the same on all ranks."""
+        """Returns the number of batches in an epoch, the same on all ranks."""
         return self._plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -126,8 +127,8 @@ class OpenData:
         """Yields this rank's batches of an epoch: images uint8 [B, H, W, C], labels and ids int64 [B].
 
         Args:
-            number: of the epoch, from 0.
-            first: batches to leave out, to go on in the middle of an epoch.
+            number: number of the epoch, from 0.
+            first: batches to skip, to resume in the middle of an epoch.
         """
         order: Ids = self._plan.order(number) if self._shuffle else self._plan.ids
         places = (self._plan.batch(step) for step in range(first, len(self)))

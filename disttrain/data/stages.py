@@ -1,7 +1,7 @@
-"""A user's own stages between the shards and the batches: `data.pipeline`.
+"""User stages between the shards and the batches: `data.pipeline`.
 
-The stages are those of a webdataset pipeline: functions from one iterator to the next, of ordinary webdataset
-samples. Without stages of one's own `streamed.py` does the same in one go, which takes a tenth less time.
+They are the stages of a webdataset pipeline: functions from one iterator of webdataset samples to the next.
+Without user stages, `streamed.py` reads and decodes in one go, which takes a tenth less time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from disttrain.data.batches import Batch, Window
 from disttrain.data.epoch_plan import Ids
-from disttrain.data.streamed import PIECE, Streamed, Wanted, cut, unique
+from disttrain.data.streamed import CHUNK, Streamed, Wanted, chunk_slices, unique
 from disttrain.errors import DisttrainError, UsageError, describe
 from disttrain.parallel import chunked, ordered_map
 from disttrain.shards.images import ImageError, decode_into
@@ -29,17 +29,17 @@ Stage: TypeAlias = Callable[[Iterable[Any]], Iterator[Any]]
 
 
 class Stages(NamedTuple):
-    """The stages of an epoch. A function of the user's takes them and returns those to use, in order.
+    """The stages of an epoch. The user's function takes them and returns the stages to use, in order.
 
-    It may put stages of its own between them or in their place, such as `webdataset.map(function)`. Every
-    sample that comes in has to come out, once and in its order.
+    It may add or replace stages, for example with `webdataset.map(function)`. The stages must return every
+    sample once, in the same order.
 
     Attributes:
-        source: yields the samples of this rank as webdataset has them: `__key__`, `__url__`, the image file
-            under its extension and the label under `cls`, in bytes; and `__id__`, the place in the split.
-        decode: puts `image`, uint8 [H, W, C], in the place of the image file, and an int into `cls`.
-        batch: collects them into batches.
-        threaded: makes a stage of a function of one sample, which the decoding threads call.
+        source: yields this rank's samples in webdataset's form: `__key__`, `__url__`, the bytes of the image
+            file under its extension and of the label under `cls`; and `__id__`, the sample id.
+        decode: replaces the image file by `image`, uint8 [H, W, C], and makes `cls` an int.
+        batch: collects the samples into batches.
+        threaded: turns a function of one sample into a stage that the decoding threads run.
     """
 
     source: Callable[[], Iterator[Sample]]
@@ -52,11 +52,11 @@ Pipeline: TypeAlias = Callable[[Stages], Sequence[Callable[..., Any]]]
 
 
 class Staged:
-    """A split served from its shards through a user's stages, for one rank.
+    """Loads a split from its shards through user stages, for one rank.
 
     Args:
-        stream: the same without them.
-        pipeline: arranges the stages.
+        stream: loads the split without user stages.
+        pipeline: returns the stages to use.
     """
 
     def __init__(self, stream: Streamed, pipeline: Pipeline) -> None:
@@ -65,16 +65,16 @@ class Staged:
 
     @property
     def most_bytes(self) -> int:
-        """Memory that decoded samples under way take at most, for windows of the usual size."""
-        return self._stream.most_bytes + self._stream.batch_bytes  # the batch that they are copied to
+        """The most memory that decoded samples take at once, for windows of the usual size."""
+        return self._stream.most_bytes + self._stream.batch_bytes  # plus the batch that they are copied to
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
         """Yields the samples at each window of an order.
 
         Raises:
-            UsageError: the pipeline fails, or does not give the samples that are due.
+            UsageError: the pipeline fails, or returns other samples than expected.
         """
-        from webdataset.pipeline import DataPipeline  # not where no run needs it
+        from webdataset.pipeline import DataPipeline  # only imported if a run needs it
 
         ahead, due = itertools.tee(order[window] for window in windows)
         stages = Stages(partial(self._read, ahead), self._decode, partial(self._collect, due), self._threaded)
@@ -82,7 +82,7 @@ class Staged:
             for batch in DataPipeline(*self._pipeline(stages)):
                 if not isinstance(batch, Batch):
                     raise UsageError(
-                        f"data.pipeline: gives a {type(batch).__name__}; its last stage is stages.batch"
+                        f"data.pipeline: returns a {type(batch).__name__}; end it with stages.batch"
                     )
                 yield batch
         except DisttrainError:
@@ -92,20 +92,20 @@ class Staged:
 
     def _read(self, wanted: Iterable[Ids]) -> Iterator[Sample]:
         batches = map(unique, wanted)
-        pieces = (ids[piece] for ids, _ in batches for piece in cut(len(ids)))
-        read = ordered_map(self._stream.reader.samples, pieces, self._stream.workers)
+        chunks = (ids[chunk] for ids, _ in batches for chunk in chunk_slices(len(ids)))
+        read = ordered_map(self._stream.reader.samples, chunks, self._stream.workers)
         return itertools.chain.from_iterable(read)
 
     def _decode(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        pieces = chunked(samples, PIECE)
-        decoded = ordered_map(self._decode_piece, pieces, self._stream.workers, self._stream.ahead)
+        chunks = chunked(samples, CHUNK)
+        decoded = ordered_map(self._decode_chunk, chunks, self._stream.workers, self._stream.ahead)
         return itertools.chain.from_iterable(decoded)
 
     def _threaded(self, function: Callable[[Sample], Sample]) -> Stage:
         workers, ahead = self._stream.workers, self._stream.ahead
-        return lambda samples: ordered_map(function, samples, workers, ahead, chunk=PIECE)
+        return lambda samples: ordered_map(function, samples, workers, ahead, chunk=CHUNK)
 
-    def _decode_piece(self, samples: list[Sample]) -> list[Sample]:
+    def _decode_chunk(self, samples: list[Sample]) -> list[Sample]:
         images = np.empty((len(samples), *self._stream.shape), np.uint8)
         files = [sample.pop(_extension(sample)) for sample in samples]
         try:
@@ -134,11 +134,11 @@ class Staged:
         except (KeyError, TypeError, ValueError) as error:
             height, width, channels = self._stream.shape
             raise UsageError(
-                f"data.pipeline: the batch stage takes samples with `image`, uint8 [{height}, {width}, "
+                f"data.pipeline: the batch stage needs samples with `image`, uint8 [{height}, {width}, "
                 f"{channels}], and `cls`, an int: {describe(error)}"
             ) from error
         if not 0 <= labels.min() <= labels.max() < (classes := len(self._stream.index.classes)):
-            raise UsageError(f"data.pipeline: gives a `cls` outside 0..{classes - 1}")
+            raise UsageError(f"data.pipeline: returns a `cls` outside 0..{classes - 1}")
 
 
 def open_stream(
@@ -151,19 +151,19 @@ def open_stream(
     say: Callable[[str], None] = lambda text: None,
     pipeline: Pipeline | str | None,
 ) -> Streamed | Staged:
-    """Returns what serves a split from its shards.
+    """Returns a loader that reads a split from its shards.
 
     Args:
         index: the data set.
         split: train or val.
-        device: where batches are wanted.
-        batch_size: samples in a usual window; so many are decoded ahead, twice.
+        device: where the batches are used.
+        batch_size: samples in a usual window; two of them are decoded ahead.
         workers: threads that read and decode.
-        say: told of downloads.
-        pipeline: arranges the stages, a function or its name as `data.pipeline` has it; None needs none.
+        say: called with messages about downloads.
+        pipeline: a function that returns the stages, its name (see `data.pipeline`), or None.
 
     Raises:
-        UsageError: there is no function of this name.
+        UsageError: there is no function with this name.
     """
     stream = Streamed(index, split, device, batch_size=batch_size, workers=workers, say=say)
     if pipeline is None:
@@ -177,24 +177,24 @@ def open_stream(
 
 
 def _extension(sample: Sample) -> str:
-    """Returns the field of a sample that is its image file."""
+    """Returns the key of a sample's image file."""
     for name in IMAGE_EXTENSIONS:
         if name in sample:
             return name
     raise UsageError(
-        f"data.pipeline: the decode stage takes samples with an image file: {', '.join(IMAGE_EXTENSIONS)}"
+        f"data.pipeline: the decode stage needs samples with an image file: {', '.join(IMAGE_EXTENSIONS)}"
     )
 
 
 def _check_order(due: Ids, samples: Sequence[Sample]) -> None:
-    """Raises UsageError unless the samples are those that are due."""
+    """Raises UsageError unless the samples have the ids `due`, in this order."""
     found = [sample.get("__id__", "without __id__") for sample in samples]
     if found == due.tolist():
         return
     pairs = itertools.zip_longest(due.tolist(), found)
     expected, other = next((expected, other) for expected, other in pairs if expected != other)
     raise UsageError(
-        f"data.pipeline: gives {'no more samples' if other is None else f'sample {other}'} where "
-        f"{'no more are' if expected is None else f'sample {expected} is'} due; its stages may change "
-        "samples, but neither leave any out nor repeat or reorder them"
+        f"data.pipeline: returns {'no more samples' if other is None else f'sample {other}'}, but "
+        f"{'no more samples were' if expected is None else f'sample {expected} was'} expected; stages may "
+        "change samples, but must not drop, repeat or reorder them"
     )

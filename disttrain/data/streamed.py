@@ -1,8 +1,8 @@
-"""Reads and decodes the shards anew in every epoch, for data sets larger than memory.
+"""Reads and decodes the shards again in every epoch, for data sets larger than memory.
 
-A rank reads the samples of its part of each global batch, and nothing else, at their offsets in the shards.
-The order of the plan goes through the shards stream by stream, so that the reads of a stream are near one
-another; there is nothing to skip when a run resumes. Memory is bounded by the batches under way.
+A rank reads only the samples of its part of each global batch, at their offsets in the shards. The epoch plan
+reads the shards in streams, so that the reads of a stream are close together. A resumed run has nothing to
+skip. Memory depends only on the number of batches in flight.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from disttrain.data.batches import Batch, Window, gather
+from disttrain.data.batches import Batch, Window, gather_rows
 from disttrain.data.epoch_plan import Ids
 from disttrain.parallel import ordered_map
 from disttrain.shards.index import Index
 from disttrain.shards.reader import Reader
 
-PIECE = 64  # samples that one thread reads and decodes at a time
+CHUNK = 64  # samples that one thread reads and decodes at a time
 
 
 class Wanted(NamedTuple):
-    """A batch that is due.
+    """A requested batch.
 
     Attributes:
-        ids: what was asked for, int64 [B].
-        unique: the same without repetitions, int64 [U].
-        inverse: int64 [B], such that ids = unique[inverse]; None if nothing is repeated.
-        images: takes those of `unique`, uint8 [U, H, W, C].
-        labels: int64 [U].
+        ids: the requested ids, int64 [B].
+        unique: the ids without repetitions, int64 [U].
+        inverse: int64 [B] with ids = unique[inverse]; None without repetitions.
+        images: buffer for the images of `unique`, uint8 [U, H, W, C].
+        labels: buffer for the labels of `unique`, int64 [U].
     """
 
     ids: Ids
@@ -42,31 +42,31 @@ class Wanted(NamedTuple):
     labels: torch.Tensor
 
     def batch(self) -> Batch:
-        """Returns the batch, when `images` and `labels` are filled."""
+        """Returns the batch; call it after `images` and `labels` are filled."""
         images, labels = self.images, self.labels
         if self.inverse is not None:
             places, pinned = torch.from_numpy(self.inverse), images.is_pinned()
-            images, labels = (gather(rows, places, pinned=pinned) for rows in (images, labels))
+            images, labels = (gather_rows(rows, places, pinned=pinned) for rows in (images, labels))
         return Batch(images, labels, self.ids)
 
 
 class Streamed:
-    """A split served from its shards, for one rank.
+    """Loads a split from its shards, for one rank.
 
     Args:
         index: the data set.
         split: train or val.
-        device: where batches are wanted.
-        batch_size: samples in a usual window; so many are decoded ahead, twice.
-        workers: threads that read and decode; 0 does it when a batch is asked for.
-        say: told of downloads.
+        device: where the batches are used.
+        batch_size: samples in a usual window; two of them are decoded ahead.
+        workers: threads that read and decode; with 0, the calling thread does it.
+        say: called with messages about downloads.
 
     Attributes:
         index: the data set.
         shape: height, width and channels of an image.
-        reader: of its samples.
-        workers: threads.
-        ahead: pieces of work that may be done or under way before they are asked for.
+        reader: reads the samples.
+        workers: number of threads.
+        ahead: number of chunks that are decoded ahead.
     """
 
     def __init__(
@@ -84,48 +84,48 @@ class Streamed:
         self.reader = Reader(index, split, say)
         self._pinned = device.type == "cuda"
         self.workers = workers
-        self._batch = -(-batch_size // PIECE)  # in pieces
+        self._batch = -(-batch_size // CHUNK)  # in chunks
         self.ahead = max(2 * workers, 2 * self._batch)
 
     @property
     def most_bytes(self) -> int:
-        """Memory that decoded samples under way take at most, for windows of the usual size."""
-        # A window in which samples are repeated is put together from those that are decoded.
-        return (self.ahead + 2) * PIECE * int(np.prod(self.shape)) + self.batch_bytes
+        """The most memory that decoded samples take at once, for windows of the usual size."""
+        # A window with repeated samples is copied from the decoded ones, into one more batch.
+        return (self.ahead + 2) * CHUNK * int(np.prod(self.shape)) + self.batch_bytes
 
     @property
     def batch_bytes(self) -> int:
-        """Memory of a batch of the usual size, in whole pieces."""
-        return self._batch * PIECE * int(np.prod(self.shape))
+        """Memory of a batch of the usual size, in whole chunks."""
+        return self._batch * CHUNK * int(np.prod(self.shape))
 
     def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
         """Yields the samples at each window of an order."""
         wanted = (self.wanted(order[window]) for window in windows)
-        pieces = ((due, piece) for due in wanted for piece in cut(len(due.unique)))
-        with contextlib.closing(ordered_map(self._fill, pieces, self.workers, self.ahead)) as filled:
-            for due, piece in filled:
-                if piece.stop == len(due.unique):
+        chunks = ((due, chunk) for due in wanted for chunk in chunk_slices(len(due.unique)))
+        with contextlib.closing(ordered_map(self._fill, chunks, self.workers, self.ahead)) as filled:
+            for due, chunk in filled:
+                if chunk.stop == len(due.unique):
                     yield due.batch()
 
     def wanted(self, ids: Ids) -> Wanted:
-        """Makes room for a batch."""
+        """Allocates the buffers of a batch."""
         kept, inverse = unique(ids)
         images = torch.empty((len(kept), *self.shape), dtype=torch.uint8, pin_memory=self._pinned)
         labels = torch.empty(len(kept), dtype=torch.int64, pin_memory=self._pinned)
         return Wanted(ids, kept, inverse, images, labels)
 
     def _fill(self, work: tuple[Wanted, slice]) -> tuple[Wanted, slice]:
-        due, piece = work
-        self.reader.decode(due.unique[piece], due.images[piece].numpy(), due.labels[piece].numpy())
+        due, chunk = work
+        self.reader.decode(due.unique[chunk], due.images[chunk].numpy(), due.labels[chunk].numpy())
         return work
 
 
 def unique(ids: Ids) -> tuple[Ids, npt.NDArray[np.intp] | None]:
-    """Returns each id once, int64 [U], and the places such that ids = kept[places]; None if none repeats."""
-    kept, places = np.unique(ids, return_inverse=True)
-    return (kept, places) if len(kept) < len(ids) else (ids, None)  # read in the order of the plan
+    """Returns each id once, int64 [U], and `inverse` with ids = kept[inverse]; None without repetitions."""
+    kept, inverse = np.unique(ids, return_inverse=True)
+    return (kept, inverse) if len(kept) < len(ids) else (ids, None)  # ids keep the order of the plan
 
 
-def cut(count: int) -> Iterator[slice]:
-    """Cuts a number of samples into what one thread reads and decodes at a time."""
-    return (slice(begin, min(begin + PIECE, count)) for begin in range(0, count, PIECE))
+def chunk_slices(count: int) -> Iterator[slice]:
+    """Yields the chunks of `count` samples."""
+    return (slice(begin, min(begin + CHUNK, count)) for begin in range(0, count, CHUNK))

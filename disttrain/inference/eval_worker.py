@@ -39,9 +39,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     data = open_stream(index, "val", group.device, batch_size=size, workers=workers, pipeline=pipeline)
     skipped = index.splits["val"].samples - len(ids)
     split = Validation(data, ids, facts.classes, skipped)
-    places = torch.tensor([facts.classes.index(name) for name in index.classes], device=group.device)
+    outputs = torch.tensor([facts.classes.index(name) for name in index.classes], device=group.device)
     task = EvalTask(
-        classifier.network, classifier.normalize, split, group, size, classifier.as_evaluated, places
+        classifier.network, classifier.normalize, split, group, size, classifier.as_evaluated, outputs
     )
     found = measure(task, request["tta"])
     assert found is not None

@@ -1,7 +1,8 @@
-"""The networks by name: our own catalog, torchvision's classifiers, and classes of the user's.
+"""Networks by name: our catalog, torchvision's classifiers, and the user's classes.
 
-This module owns the names and the building of a checked network; the networks themselves are in the
-modules beside it. Importing it does not import torch: the launcher checks names before any process starts.
+This module owns the names, and builds and checks a network. The networks of the catalog are in the other
+modules of this package. Importing this module does not import torch, because the launcher checks the model's
+name before any process starts.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """Where a network of the catalog is, and what it is from."""
+    """A network of the catalog."""
 
     target: str
-    """`package.module:Class` (or a factory function)."""
+    """`package.module:Class`, or a factory function."""
     source: str
-    """The publication, or what the network is."""
+    """The publication, or a description of the network."""
     input_shape: tuple[int, int, int] = (3, 32, 32)
-    """Channels, height and width of the images it was designed for."""
+    """Channels, height and width of the images that it was designed for."""
 
 
 CATALOG: dict[str, Entry] = {
@@ -54,7 +55,7 @@ def check_model_name(name: str) -> None:
     """Checks a name without importing torch, torchvision or the user's module.
 
     Raises:
-        UsageError: the name is neither in the catalog nor of the form `torchvision:NAME` or
+        UsageError: the name is not in the catalog, and not of the form `torchvision:NAME` or
             `package.module:Class`.
     """
     if name in CATALOG:
@@ -72,7 +73,7 @@ def check_model_name(name: str) -> None:
 
 
 def build_for(model: ModelConfig, index: Index) -> nn.Module:
-    """Builds the network that a config names, for the images and classes of a data set; as `build_model`."""
+    """Builds the network of a config for the images and classes of a data set; see `build_model`."""
     return build_model(
         model.name,
         num_classes=len(index.classes),
@@ -90,19 +91,19 @@ def build_model(
     image_size: tuple[int, int],
     args: Mapping[str, Any],
 ) -> nn.Module:
-    """Builds a network on the CPU, under the caller's random state, and checks its output on one image.
+    """Builds a network on the CPU, with the current random state, and checks its output for one image.
 
     Args:
-        name: a name of the catalog, `torchvision:NAME` or `package.module:Class`. A class or factory of the
-            user's is called with those of num_classes, in_channels and image_size that its signature names
-            (num_classes also where it takes `**kwargs`), and with args.
-        num_classes: outputs of the network.
+        name: a name of the catalog, `torchvision:NAME` or `package.module:Class`. A user's class or factory
+            gets the arguments num_classes, in_channels and image_size if its signature has them, num_classes
+            also if it has `**kwargs`, and always `args`.
+        num_classes: number of outputs.
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
-        args: the further keyword arguments of `model.args`.
+        args: more keyword arguments, from `model.args`.
 
     Raises:
-        UsageError: the name or an argument is wrong, the images do not fit, or the user's code fails.
+        UsageError: the name or an argument is wrong, the image size is unsuitable, or the user's code fails.
     """
     from torch import nn
 
@@ -119,13 +120,13 @@ def build_model(
     except Exception as error:
         raise UsageError(f"model {name}: cannot be built: {describe(error)}") from error
     if not isinstance(model, nn.Module):
-        raise UsageError(f"model {name}: gives a value of type {type(model).__name__}, not a torch.nn.Module")
+        raise UsageError(f"model {name}: returns a {type(model).__name__}, expected a torch.nn.Module")
     _check_output(model, name, num_classes, (in_channels, *image_size))
     return model
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Returns the number of parameters, frozen ones included, buffers not."""
+    """Returns the number of parameters, including frozen ones, without buffers."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -146,7 +147,7 @@ def _build_target(factory: Callable[..., Any], given: Mapping[str, Any], args: M
         p.name for p in parameters if p.default is p.empty and p.name in options and p.name not in args
     ]
     if missing:
-        raise UsageError(f"model.args.{missing[0]} is missing; it has no default")
+        raise UsageError(f"model.args.{missing[0]} is missing and has no default; add it")
     return factory(**keywords, **args)
 
 
@@ -159,13 +160,15 @@ def _build_torchvision(name: str, given: Mapping[str, Any], args: Mapping[str, A
         raise UsageError(f"torchvision has no classifier of this name{did_you_mean(name, known)}")
     if given["in_channels"] != 3:
         raise UsageError(
-            f"torchvision's networks take 3 channels, the images have {given['in_channels']}; "
+            f"torchvision's networks take 3 channels, but the images have {given['in_channels']}; "
             "choose one of `disttrain models`"
         )
     if "num_classes" in args:
         raise _given_argument("num_classes")
     if "weights" in args:
-        raise UsageError("model.args.weights: training starts from random weights; remove it")
+        raise UsageError(
+            "model.args.weights: training starts from random weights or the file of model.weights; remove it"
+        )
     defaults: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):  # the auxiliary heads turn the output into a tuple
         defaults = {"aux_logits": False, "init_weights": True}
@@ -177,19 +180,17 @@ def _build_torchvision(name: str, given: Mapping[str, Any], args: Mapping[str, A
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if not unexpected or unexpected[1] not in args:
             raise
-        with torch.device("meta"):  # the builders forward **kwargs: only the class knows its options
+        with torch.device("meta"):  # the builders forward **kwargs; only the class has the option names
             parameters = inspect.signature(type(models.get_model(name, **defaults))).parameters.values()
         options = [p.name for p in parameters if p.default is not p.empty and p.name != "num_classes"]
         raise _unknown_argument(unexpected[1], options) from None
 
 
 def try_out(model: nn.Module, images: Tensor) -> Any:
-    """Returns what a model makes of images in evaluation mode; raises what it raises.
-
-    Modes, buffers and random state are afterwards as they were.
+    """Returns a model's output in evaluation mode, and restores its modes and buffers and the random state.
 
     Args:
-        model: scores [B, classes] are expected of it, and not checked.
+        model: should return scores [B, classes]; this is not checked. Its exceptions are passed on.
         images: float32 [B, C, H, W], on the model's device.
     """
     import torch
@@ -206,7 +207,7 @@ def try_out(model: nn.Module, images: Tensor) -> Any:
 
 
 def _check_output(model: nn.Module, name: str, num_classes: int, shape: tuple[int, int, int]) -> None:
-    """Checks what comes out for one blank image of this shape."""
+    """Checks the output for one blank image of this shape."""
     import torch
 
     image = "x".join(str(length) for length in shape)
@@ -220,16 +221,16 @@ def _check_output(model: nn.Module, name: str, num_classes: int, shape: tuple[in
     )
     if got != [1, num_classes]:
         raise UsageError(
-            f"model {name}: one image of {image} gives {got}, expected scores [1, {num_classes}] "
+            f"model {name}: returns {got} for one image of {image}, expected scores [1, {num_classes}] "
             "(batch, num_classes)"
         )
 
 
 def _given_argument(key: str) -> UsageError:
-    remedy = "set model.num_classes instead" if key == "num_classes" else "the data set gives it; remove it"
+    remedy = "set model.num_classes instead" if key == "num_classes" else "comes from the data set; remove it"
     return UsageError(f"model.args.{key}: {remedy}")
 
 
 def _unknown_argument(key: str, options: list[str]) -> UsageError:
-    accepted = f"accepted: {', '.join(options)}" if options else "this model takes none"
+    accepted = f"accepted: {', '.join(options)}" if options else "this model takes no arguments"
     return UsageError(f"model.args.{key}: unknown argument{did_you_mean(key, options)}; {accepted}")

@@ -12,9 +12,9 @@ from disttrain.models.layers import map_size
 class AlexNetCifar(nn.Sequential):
     """Five convolutions and three linear layers (Krizhevsky et al. 2012, section 3.5), reduced to 32x32.
 
-    Takes images float [B, in_channels, H, W], 3x32x32 by design and 18x18 or larger; gives scores
-    float [B, num_classes]. Kernels and widths are smaller than in the paper; overlapping pools and dropout
-    are kept, local response normalization is not.
+    Takes images float [B, in_channels, H, W], 3x32x32 by design and 18x18 or larger; returns scores
+    float [B, num_classes]. Kernels and widths are smaller than in the paper. It keeps the overlapping pools
+    and dropout, but not the local response normalization.
     """
 
     def __init__(

@@ -13,12 +13,12 @@ from disttrain.models.layers import conv_bn, init_weights, map_size
 class Inception(nn.Module):
     """Four parallel branches whose maps are concatenated (Szegedy et al. 2014, figure 2b).
 
-    Takes float [B, inputs, H, W]; gives float [B, direct + three + five + pooled, H, W].
+    Takes float [B, inputs, H, W]; returns float [B, direct + three + five + pooled, H, W].
 
     Args:
         inputs: channels of the input.
         direct: maps of the 1x1 branch.
-        reduced: maps to which a 1x1 convolution reduces the input before the 3x3 and the 5x5 kernels.
+        reduced: maps after the 1x1 convolution that reduces the input of the 3x3 and the 5x5 branch.
         three: maps of the 3x3 branch.
         five: maps of the 5x5 branch.
         pooled: maps of the branch of a 3x3 max pool and a 1x1 convolution.
@@ -43,12 +43,12 @@ class Inception(nn.Module):
 class InceptionSmall(nn.Sequential):
     """Six inception modules in three stages, after GoogLeNet (Szegedy et al. 2014, table 1).
 
-    Takes images float [B, in_channels, H, W], 3x32x32 by design and 5x5 or larger; gives scores
+    Takes images float [B, in_channels, H, W], 3x32x32 by design and 5x5 or larger; returns scores
     float [B, num_classes].
 
-    The stem makes 192 maps of 28x28 of a 32x32 image, where GoogLeNet has its first module; widths of the
-    outputs are those of its modules 3a, 3b, 4a, 4e, 5a and 5b. Batch norm follows every convolution; there
-    are no auxiliary heads.
+    For a 32x32 image the stem returns 192 maps of 28x28, the input of GoogLeNet's first module. The modules
+    have the output widths of GoogLeNet's 3a, 3b, 4a, 4e, 5a and 5b. Batch norm follows every convolution;
+    there are no auxiliary heads.
     """
 
     def __init__(self, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""What several networks share: image-size arithmetic, convolution with batch norm, and initialisation."""
+"""Shared by several networks: image-size arithmetic, convolution with batch norm, and initialisation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from disttrain.errors import UsageError
 
 
 def map_size(layers: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Returns the height and width of the maps that a chain of convolutions and pools makes of an image.
+    """Returns the height and width of the maps after a chain of convolutions and pools.
 
     Args:
-        layers: modules that run one after the other, with square windows.
-        image_size: height and width in pixels.
+        layers: modules that run in sequence, with square windows.
+        image_size: height and width of the image in pixels.
 
     Raises:
-        UsageError: the image is too small for the chain; the message gives the smallest one.
+        UsageError: the image is too small for the chain; the message has the smallest size.
     """
     height, width = _chain_length(layers, image_size[0]), _chain_length(layers, image_size[1])
     if min(height, width) < 1:
@@ -33,7 +33,7 @@ def map_size(layers: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
 def conv_bn(
     inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding: int | None = None, relu: bool = True
 ) -> nn.Sequential:
-    """Returns a convolution without bias and its batch norm, followed by a ReLU.
+    """Returns a convolution without bias, its batch norm, and a ReLU.
 
     Args:
         inputs: channels of the input.
@@ -41,7 +41,7 @@ def conv_bn(
         kernel: side of the square kernel.
         stride: stride of the convolution.
         padding: zeros at each border; None keeps the size (for an odd kernel and stride 1).
-        relu: whether the ReLU follows.
+        relu: whether to add the ReLU.
     """
     padding = kernel // 2 if padding is None else padding
     layers = [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False), nn.BatchNorm2d(outputs)]
@@ -49,9 +49,9 @@ def conv_bn(
 
 
 def init_weights(model: nn.Module) -> None:
-    """Initialises in place: convolutions as He et al. 2015 (fan out), linear layers as Goyal et al. 2017.
+    """Initialises convolutions as in He et al. 2015 (fan out) and linear layers as in Goyal et al. 2017.
 
-    The linear weights of standard deviation 0.01 (section 5.1) start the loss near ln(num_classes).
+    Linear weights with standard deviation 0.01 (section 5.1) make the loss start near ln(num_classes).
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):

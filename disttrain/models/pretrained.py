@@ -1,4 +1,4 @@
-"""Weights from a file for the start of a run, such as torchvision's, with another number of classes."""
+"""Initial weights from a file, such as torchvision's; the number of classes may differ."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from disttrain.errors import UnsafeError, UsageError, reason
 
 _MOST_NAMES = 5
-_PREFIXES = ("module.", "_orig_mod.")  # of DDP, of averaged models, of compiled ones
+_PREFIXES = ("module.", "_orig_mod.")  # from DDP or AveragedModel; from torch.compile
 
 
 def load_weights(model: nn.Module, path: Path, num_classes: int) -> list[str]:
-    """Loads weights into a network; what depends on the number of classes may differ and is left as it is.
+    """Loads weights into a network. Layers for another number of classes keep their current weights.
 
     Args:
         model: changed in place.
         path: a state dict written by torch.save, or a safetensors file.
-        num_classes: of the model.
+        num_classes: number of classes of the model.
 
     Returns:
-        The names of what was left as it is: the tensors of the last layers whose number of classes differs.
+        The names of the tensors that were not loaded, because their number of classes differs.
 
     Raises:
-        UsageError: the file is missing, unreadable or for another network.
+        UsageError: the file is missing, unreadable or from another network.
         UnsafeError: the file is a pickle of more than tensors.
     """
     saved = _read(path)
@@ -48,10 +48,10 @@ def load_weights(model: nn.Module, path: Path, num_classes: int) -> list[str]:
         if name in saved and own[name].shape != saved[name].shape and name not in fresh
     ]
     problems = [f"has no {_some(missing)}"] * bool(missing)
-    problems += [f"has {_some(unexpected)} in addition"] * bool(unexpected)
+    problems += [f"also has {_some(unexpected)}"] * bool(unexpected)
     problems += [_some(different)] * bool(different)
     if problems:
-        raise UsageError(f"model.weights: {path} is of another network: it {'; '.join(problems)}")
+        raise UsageError(f"model.weights: {path} is from another network: {'; '.join(problems)}")
     model.load_state_dict({name: own[name] if name in fresh else saved[name] for name in own})
     return fresh
 
@@ -68,17 +68,17 @@ def _read(path: Path) -> dict[str, Tensor]:
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if path.read_bytes()[:2] != b"PK" and path.read_bytes()[:1] != b"\x80":
-            raise UsageError(f"model.weights: {path} is no state dict of torch.save") from None
+            raise UsageError(f"model.weights: {path} is not a state dict of torch.save") from None
         raise UnsafeError(
             f"model.weights: {path} holds more than tensors, which could run code: {reason(error)[:200]}; "
-            "save the state dict alone: torch.save(model.state_dict(), FILE)"
+            "save only the state dict: torch.save(model.state_dict(), FILE)"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         raise UsageError(f"model.weights: {path} cannot be read: {reason(error)[:200]}") from None
     if isinstance(saved, dict) and isinstance(saved.get("state_dict"), dict):
         saved = saved["state_dict"]
     if not isinstance(saved, dict) or not all(isinstance(value, Tensor) for value in saved.values()):
-        raise UsageError(f"model.weights: {path} is no state dict: names with tensors")
+        raise UsageError(f"model.weights: {path} is not a state dict, which maps names to tensors")
     for prefix in _PREFIXES:
         if saved and all(name.startswith(prefix) for name in saved):
             saved = {name.removeprefix(prefix): value for name, value in saved.items()}

@@ -15,7 +15,7 @@ from disttrain.models.layers import conv_bn, init_weights
 class Residual(nn.Module):
     """Adds a branch to its input (He et al. 2015, section 3.2).
 
-    Takes float [B, inputs, H, W]; gives float [B, outputs, H / stride, W / stride]. Where the shape changes,
+    Takes float [B, inputs, H, W]; returns float [B, outputs, H / stride, W / stride]. If the shape changes,
     a strided 1x1 convolution projects the input (option B of the paper).
     """
 
@@ -50,14 +50,14 @@ def bottleneck(inputs: int, width: int, stride: int) -> Residual:
 class ResNet(nn.Sequential):
     """Four stages of residual blocks, a global average pool and a linear layer (He et al. 2015, table 1).
 
-    Takes images float [B, in_channels, H, W] of any size; gives scores float [B, num_classes]. Images of up
-    to 64x64 meet a 3x3 convolution of stride 1, larger ones the paper's 7x7 convolution and max pool, which
-    reduce them by 4 before the first block.
+    Takes images float [B, in_channels, H, W] of any size; returns scores float [B, num_classes]. Images of up
+    to 64x64 go through a 3x3 convolution of stride 1 first. Larger ones go through the paper's 7x7
+    convolution and max pool, which divide the size by 4.
 
     Args:
-        block: makes a block of its inputs, its width and its stride.
-        depths: blocks of each of the four stages.
-        num_classes: outputs.
+        block: returns a block for its input channels, width and stride.
+        depths: number of blocks in each of the four stages.
+        num_classes: number of outputs.
         in_channels: channels of the images.
         image_size: height and width of the images.
     """

@@ -13,7 +13,7 @@ from disttrain.models.layers import map_size
 class CnnMnist(nn.Sequential):
     """Two 3x3 convolutions and one linear layer.
 
-    Takes images float [B, in_channels, H, W], 1x28x28 by design and 4x4 or larger; gives scores
+    Takes images float [B, in_channels, H, W], 1x28x28 by design and 4x4 or larger; returns scores
     float [B, num_classes].
     """
 
@@ -40,13 +40,13 @@ def _lenet_head(inputs: int, num_classes: int, activate: type[nn.Module]) -> nn.
 class LeNet5(nn.Sequential):
     """LeNet-5 (LeCun et al. 1998, section II.B): tanh and average pooling, 28x28 digits padded to 32x32.
 
-    Takes images float [B, in_channels, H, W], 1x28x28 by design and 12x12 or larger; gives scores
+    Takes images float [B, in_channels, H, W], 1x28x28 by design and 12x12 or larger; returns scores
     float [B, num_classes].
 
     It differs from the paper in four points: the pooling has no trainable coefficient, bias and squashing
     function; each map of C3 sees all six maps of S2; tanh is not scaled; the output is a linear layer for a
-    softmax in place of Euclidean radial basis functions. C5 is written as a linear layer, which on 28x28 is
-    the same as the paper's 5x5 convolution.
+    softmax instead of Euclidean radial basis functions. C5 is a linear layer, which for 28x28 images is the
+    same as the paper's 5x5 convolution.
     """
 
     def __init__(self, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:
@@ -66,7 +66,7 @@ class LeNet5(nn.Sequential):
 class LeNetBN(nn.Sequential):
     """LeNet-5 with ReLU, max pooling and a batch norm before the linear layers.
 
-    Takes images float [B, in_channels, H, W], 3x32x32 by design and 16x16 or larger; gives scores
+    Takes images float [B, in_channels, H, W], 3x32x32 by design and 16x16 or larger; returns scores
     float [B, num_classes].
     """
 
@@ -88,7 +88,7 @@ class LeNetBN(nn.Sequential):
 class TrafficCNN(nn.Sequential):
     """Two 5x5 convolutions of 4 and 10 kernels and one linear layer, for small images such as traffic signs.
 
-    Takes images float [B, in_channels, H, W], 3x32x32 by design and 16x16 or larger; gives scores
+    Takes images float [B, in_channels, H, W], 3x32x32 by design and 16x16 or larger; returns scores
     float [B, num_classes].
     """
 
@@ -110,13 +110,13 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "s
 
 
 class ConvNet4(nn.Sequential):
-    """Four layers with weights to compare activations (Krizhevsky et al. 2012, section 3.1, figure 1).
+    """Four layers with weights, to compare activations (Krizhevsky et al. 2012, section 3.1, figure 1).
 
-    Takes images float [B, in_channels, H, W], 3x32x32 by design, of any size; gives scores
+    Takes images float [B, in_channels, H, W], 3x32x32 by design, of any size; returns scores
     float [B, num_classes].
 
-    The paper does not give the widths of its network. These (32, 32 and 64 kernels of 5x5, overlapping
-    pools) are those of the first author's CIFAR-10 network in cuda-convnet, with max pooling throughout.
+    The paper does not give the widths of its network. These are from the first author's CIFAR-10 network in
+    cuda-convnet: 32, 32 and 64 kernels of 5x5 and overlapping pools, here always max pools.
     """
 
     def __init__(

@@ -12,17 +12,17 @@ from disttrain.models.layers import conv_bn, init_weights, map_size
 
 
 class VGG(nn.Sequential):
-    """Five stages of 3x3 convolutions, each ended by a max pool (Simonyan & Zisserman 2014, table 1).
+    """Five stages of 3x3 convolutions, each followed by a max pool (Simonyan & Zisserman 2014, table 1).
 
-    Takes images float [B, in_channels, H, W], 3x32x32 by design and 32x32 or larger; gives scores
+    Takes images float [B, in_channels, H, W], 3x32x32 by design and 32x32 or larger; returns scores
     float [B, num_classes].
 
-    Batch norm follows every convolution (Ioffe & Szegedy 2015), and one linear layer after a global average
-    pool replaces the paper's three linear layers, whose 4096 units are for maps of 7x7.
+    Batch norm follows every convolution (Ioffe & Szegedy 2015). A global average pool and one linear layer
+    replace the paper's three linear layers, whose 4096 units are for maps of 7x7.
 
     Args:
-        depths: convolutions of each of the five stages.
-        num_classes: outputs.
+        depths: number of convolutions in each of the five stages.
+        num_classes: number of outputs.
         in_channels: channels of the images.
         image_size: height and width of the images.
         dropout: probability of dropping a feature before the linear layer.

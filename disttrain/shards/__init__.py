@@ -1,1 +1,1 @@
-"""Data sets on disk: plain WebDataset tars and an index, packed, verified and read."""
+"""Data sets on disk, as WebDataset tars and an index: packing, verifying and reading."""

@@ -1,6 +1,6 @@
-"""Makes the data sets that disttrain knows, digits, MNIST and CIFAR-10, from their original files.
+"""Makes the built-in data sets, digits, MNIST and CIFAR-10, from their original files.
 
-Folders of images are the business of `imagefolder`; what a packed data set looks like on disk, of `shards`.
+`imagefolder` packs folders of images; `pack` and `writer` own the format on disk.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ CIFAR10_CLASSES = (
 )  # fmt: skip
 
 _DIGITS = tuple("0123456789")
-_DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError)  # what reading a broken archive raises
+_DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError)  # errors from a broken archive
 _DOWNLOAD_TIMEOUT_S = 30.0
 
 _Splits = Mapping[str, Source]
 
 
 def prepare(name: str, source: Path | None, root: str | None, options: Options) -> Index:
-    """Makes a known data set, unless it is there and its shards are what its index says.
+    """Makes a built-in data set, unless it exists and its shards match its index.
 
     Args:
         name: digits, mnist or cifar10.
         source: folder of the original files; None downloads them (digits needs neither).
-        root: as for `data_root`.
-        options: as for `pack`; `force` makes it again even if it is there.
+        root: see `data_root`.
+        options: see `pack`; `force` makes the data set again even if it exists.
 
     Raises:
         UsageError: there is no such data set.
-        DataError: the original files are missing or damaged, or cannot be downloaded.
+        DataError: the original files are missing or damaged, or the download failed.
         StorageError: a write failed.
     """
     if name not in BUILT_IN:
@@ -62,7 +62,7 @@ def prepare(name: str, source: Path | None, root: str | None, options: Options) 
         raise UsageError(
             f"{name!r} is not one of {', '.join(BUILT_IN)}"
             + (f"; did you mean {close[0]}?" if close else "")
-            + "; for a folder of your own images use `disttrain data pack DIR --name NAME`"
+            + "; for your own images use `disttrain data pack DIR --name NAME`"
         )
     if source is not None and name == "digits":
         raise UsageError("digits comes with disttrain; leave out --source")
@@ -76,7 +76,7 @@ def prepare(name: str, source: Path | None, root: str | None, options: Options) 
             say(str(error).partition("; make ")[0] + "; making it again")
             options = replace(options, force=True)
         else:
-            say(f"{name} is prepared already: {index.folder}")
+            say(f"{name} is already prepared: {index.folder}")
             return index
     if name == "digits":
         return pack(name, root, _digits(), _DIGITS, 1, options)
@@ -101,7 +101,7 @@ def _intact(name: str, root: str | None) -> Index:
 
 
 class _Arrays:
-    """Images in memory, uint8 [N, H, W] or [N, H, W, 3], that become PNG files."""
+    """Images in memory, uint8 [N, H, W] or [N, H, W, 3], to be packed as PNG files."""
 
     def __init__(self, images: Pixels, labels: Sequence[int] | npt.NDArray[np.uint8]) -> None:
         assert len(images) == len(labels)
@@ -115,15 +115,15 @@ class _Arrays:
         return Sample(encode_image(self._images[number], "PNG"), "png", int(self._labels[number]))
 
     def size(self, number: int) -> int:
-        """Returns the bytes of the pixels; a PNG of a small image has about as many."""
+        """Returns the size of the pixels in bytes; the PNG of a small image is about as large."""
         return int(self._images[number].size)
 
     def identity(self, number: int) -> None:
-        """Returns None: the samples are in memory."""
+        """Returns None, because the samples are in memory."""
 
 
 def _digits() -> _Splits:
-    """Every fifth of the 1,797 digits, counted through the classes, is for validation."""
+    """Returns the splits of the 1,797 digits; every fifth of each class, in turn, is for validation."""
     file = io.BytesIO(importlib.resources.files("disttrain").joinpath("assets/digits.npz").read_bytes())
     with np.load(file, allow_pickle=False) as arrays:
         images, labels = arrays["images"], arrays["labels"]
@@ -159,7 +159,7 @@ def _mnist_split(source: Path, names: tuple[str, str], files: Sequence[str]) -> 
     images_file, labels_file = (_find_idx(source, name, files) for name in names)
     images, labels = _read_idx(images_file, 3), _read_idx(labels_file, 1)
     if images.shape[1:] != (28, 28):
-        raise DataError(f"{images_file}: images of {images.shape[2]}x{images.shape[1]}; MNIST has 28x28")
+        raise DataError(f"{images_file}: images of {images.shape[2]}x{images.shape[1]}, but MNIST has 28x28")
     if len(images) != len(labels):
         raise DataError(f"{labels_file}: {len(labels)} labels for the {len(images)} images of {images_file}")
     _check_labels(labels, labels_file)
@@ -172,34 +172,34 @@ def _find_idx(source: Path, name: str, files: Sequence[str]) -> Path:
             for path in (folder / stem, folder / f"{stem}.gz"):
                 if path.is_file():
                     return path
-    raise DataError(f"{source}: has no {name}; expected the files {', '.join(files)} (or without .gz)")
+    raise DataError(f"{source}: has no {name}; it must have {', '.join(files)}, with or without .gz")
 
 
 def _read_idx(path: Path, dimensions: int) -> Pixels:
-    """Reads an IDX file of unsigned bytes, gzipped or not."""
+    """Reads an IDX file of unsigned bytes, with or without gzip."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             header = file.read(4 + 4 * dimensions)
             if header[:4] != bytes([0, 0, 8, dimensions]) or len(header) < 4 + 4 * dimensions:
-                raise DataError(f"{path}: not an IDX file of bytes in {dimensions} dimensions; get it again")
+                raise DataError(f"{path}: not a {dimensions}-dimensional IDX file of bytes; get it again")
             shape = struct.unpack(f">{dimensions}I", header[4:])
             size = math.prod(shape)
             if size > 2**31:
                 raise DataError(f"{path}: claims {size} bytes of data; get it again")
-            data = file.read(size + 1)  # one more than there should be
+            data = file.read(size + 1)  # one more, to detect data after the end
     except _DAMAGED as error:
         raise DataError(f"{path}: cannot be read: {reason(error)}; get it again") from None
     if len(data) != size:
-        more = "more" if len(data) > size else str(len(data))
-        raise DataError(f"{path}: {more} bytes of data where its header says {size}; get it again")
+        found = "more" if len(data) > size else f"only {len(data)}"
+        raise DataError(f"{path}: has {found} bytes of data, but its header says {size}; get it again")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _check_labels(labels: npt.NDArray[np.uint8], path: Path | str) -> None:
     if len(labels) == 0:
-        raise DataError(f"{path}: holds no samples; get it again")
+        raise DataError(f"{path}: has no samples; get it again")
     if labels.max() > 9:
-        raise DataError(f"{path}: label {labels.max()} at {int(labels.argmax())}; expected 0 to 9")
+        raise DataError(f"{path}: label {labels.max()} at position {int(labels.argmax())}; expected 0 to 9")
 
 
 # --- CIFAR-10 ---------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def _check_labels(labels: npt.NDArray[np.uint8], path: Path | str) -> None:
 _CIFAR_PYTHON = ("cifar-10-batches-py", "cifar-10-python.tar.gz")
 _CIFAR_BINARY = ("cifar-10-batches-bin", "cifar-10-binary.tar.gz")
 _CIFAR_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}
-_MAX_BATCH_BYTES = 2**26  # twice that of the real ones
+_MAX_BATCH_BYTES = 2**26  # twice the real size
 
 
 def _cifar10(source: Path | None, root: str | None, say: Callable[[str], None]) -> _Splits:
@@ -227,13 +227,13 @@ def _cifar10(source: Path | None, root: str | None, say: Callable[[str], None]) 
                 _extract(source / archive, folder, Path(scratch) / folder)
                 return read(Path(scratch))
     raise DataError(
-        f"{source}: has none of {', '.join((*_CIFAR_PYTHON, *_CIFAR_BINARY))}, "
-        "nor folders train/<class>/ and test/<class>/ of images"
+        f"{source}: not the files of CIFAR-10; it must have one of "
+        f"{', '.join((*_CIFAR_PYTHON, *_CIFAR_BINARY))}, or images in train/<class>/ and test/<class>/"
     )
 
 
 def _extract(archive: Path, folder: str, target: Path) -> None:
-    """Takes the regular files of one folder out of an archive, and nothing else."""
+    """Extracts only the regular files of one folder from an archive."""
     target.mkdir()
     try:
         with tarfile.open(archive) as tar:
@@ -251,11 +251,11 @@ def _extract(archive: Path, folder: str, target: Path) -> None:
 
 
 def _cifar_python(source: Path) -> _Splits:
-    """Reads the pickled version; torchvision checks the MD5 of every file before it unpickles it."""
+    """Reads the pickled version; torchvision checks the MD5 of every file before unpickling."""
     import torchvision
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy deprecates what the pickles of 2009 say
+        warnings.simplefilter("ignore")  # the pickles of 2009 use deprecated NumPy features
         try:
             splits = {
                 "train": torchvision.datasets.CIFAR10(source, train=True),
@@ -270,7 +270,7 @@ def _cifar_python(source: Path) -> _Splits:
 
 
 def _cifar_binary(source: Path) -> _Splits:
-    """Reads the binary version: records of a label and the planes of red, green and blue, 32x32 each."""
+    """Reads the binary version: records of a label and 32x32 planes of red, green and blue."""
     splits: dict[str, Source] = {}
     for split, batches in _CIFAR_BATCHES.items():
         records = []
@@ -293,19 +293,19 @@ def _cifar_binary(source: Path) -> _Splits:
 def _check_cifar_tree(source: Path, tree: Tree) -> None:
     if tree.classes != CIFAR10_CLASSES:
         raise DataError(
-            f"{source}: the classes are {', '.join(tree.classes[:12])}, but those of CIFAR-10 are "
-            f"{', '.join(CIFAR10_CLASSES)}; for others use `disttrain data pack {source} --name NAME`"
+            f"{source}: has the classes {', '.join(tree.classes[:12])}, but CIFAR-10 has "
+            f"{', '.join(CIFAR10_CLASSES)}; for other classes use `disttrain data pack {source} --name NAME`"
         )
     for (width, height), file in tree.sizes.items():
         if (width, height) != (32, 32):
-            raise DataError(f"{file} is {width}x{height}, but the images of CIFAR-10 are 32x32")
+            raise DataError(f"{file} is {width}x{height}, but CIFAR-10 has images of 32x32")
 
 
 @contextlib.contextmanager
 def _downloading(
     name: str, size: str, files: Sequence[str], root: str | None, say: Callable[[str], None]
 ) -> Iterator[Path]:
-    """Runs a download of torchvision in silence; a failure says what to do without a network."""
+    """Runs a download of torchvision silently; the error says what to do without a network."""
     downloads = data_root(root) / "downloads"
     say(f"downloading {name} ({size}) into {downloads}")
     old_timeout_s = socket.getdefaulttimeout()
@@ -317,8 +317,8 @@ def _downloading(
     except (OSError, RuntimeError) as error:  # URLError is an OSError
         command = make_command(name, data_root(root)).rstrip("`") + " --source FOLDER`"
         raise DataError(
-            f"{name}: the download failed ({reason(error)}); put {', '.join(files)} into a folder of your "
-            f"choice and run {command}"
+            f"{name}: the download failed ({reason(error)}); put {', '.join(files)} into a folder and run "
+            f"{command}"
         ) from None
     finally:
         socket.setdefaulttimeout(old_timeout_s)

@@ -1,4 +1,4 @@
-"""Writes an index for WebDataset tars that were made elsewhere, where they lie."""
+"""Writes an index for existing WebDataset tars, without copying them."""
 
 from __future__ import annotations
 
@@ -47,29 +47,28 @@ def index_folder(
     classes: Sequence[str] | None = None,
     skip_unusable: bool = False,
 ) -> Index:
-    """Reads the tars of a folder through and writes its index.json; the tars stay as they are.
+    """Reads the tars of a folder and writes its index.json; the tars do not change.
 
     Every image must have the size of the first. The data set is gray if every image is.
 
     Args:
-        folder: holds the tars; its name becomes the name of the data set.
+        folder: folder of the tars; its name becomes the name of the data set.
         patterns: split -> patterns of the file names; an empty list means the usual ones.
-        options: of them, `force`, `say` and `on_progress`.
-        classes: their names; None takes the labels themselves.
-        skip_unusable: accept samples that cannot be used; training on the data set needs
-            data.on_error = skip.
+        options: `force`, `say` and `on_progress` are used.
+        classes: names of the classes; None uses the labels as names.
+        skip_unusable: accept bad samples; training then needs data.on_error = skip.
 
     Raises:
-        DataError: a tar is damaged, a sample cannot be used, or there are no tars.
-        UnsafeError: a tar holds something that does not belong into a shard.
-        UsageError: an argument does not fit.
+        DataError: a tar is damaged, a sample is bad, or there are no tars.
+        UnsafeError: a tar has a member of a forbidden kind.
+        UsageError: an argument does not match the folder.
     """
     folder = folder.absolute()
     target = data_folder(folder.name, str(folder.parent)) / "index.json"
     if target.exists() and not options.force:
-        raise DataError(f"{target}: exists; replace it with --force")
+        raise DataError(f"{target}: already exists; replace it with --force")
     shards = {
-        split: list(ordered_map(partial(_look_at, folder), paths, usable_cores()))
+        split: list(ordered_map(partial(_read_tar, folder), paths, usable_cores()))
         for split, paths in _find(folder, patterns).items()
     }
     content = _without_statistics(folder, shards, classes)
@@ -83,8 +82,8 @@ def index_folder(
         text = f"{first.place}: sample {first.key}: {first.text}"
         if not skip_unusable:
             raise DataError(
-                f"{text} ({count:,} such samples); repair it, make one size with `disttrain data pack`, or "
-                "leave such samples out with --skip"
+                f"{text} ({count:,} bad samples); repair it, resize the images with `disttrain data pack`, "
+                "or skip such samples with --skip"
             )
         options.say(f"{count:,} samples cannot be used, such as {text}; train with data.on_error=skip")
     counts = findings.class_counts
@@ -100,10 +99,10 @@ def index_folder(
 def _without_statistics(
     folder: Path, shards: dict[str, list[tuple[Shard, Contents]]], classes: Sequence[str] | None
 ) -> IndexFile:
-    """Returns the index as far as headers and labels tell it."""
+    """Returns the index without statistics, from the headers and labels."""
     labels = {int(label) for found in shards.values() for _, c in found for label in c.labels if label >= 0}
     if not labels:
-        raise DataError(f"{folder}: no sample has a label; each needs a member KEY.cls with a number")
+        raise DataError(f"{folder}: no sample has a label; add a member KEY.cls with a number to each")
     names = tuple(classes or (str(label) for label in range(max(labels) + 1)))
     height, width, channels = _shape(folder, shards)
     return IndexFile(
@@ -122,7 +121,7 @@ def _without_statistics(
 
 
 def _find(folder: Path, patterns: dict[str, Sequence[str]]) -> dict[str, list[Path]]:
-    """Returns the tars of every split in the order of their names."""
+    """Returns the tars of every split, sorted by name."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     files: dict[str, list[Path]] = {}
@@ -136,16 +135,16 @@ def _find(folder: Path, patterns: dict[str, Sequence[str]]) -> dict[str, list[Pa
                 break
         if not files[split]:
             what = ", ".join(given or _PATTERNS[split])
-            raise DataError(f"{folder}: no shards {what}; name those of {split} with --{split} PATTERN")
+            raise DataError(f"{folder}: no tars match {what}; give those of {split} with --{split} PATTERN")
     named = {path for paths in files.values() for path in paths}
     if other := next((path for path in sorted(folder.glob("*.tar")) if path not in named), None):
         raise DataError(f"{other}: belongs to no split; move it away, or give --train and --val PATTERN")
     if both := set(files["train"]) & set(files["val"]):
-        raise UsageError(f"{min(both)}: belongs to train and val; give --train and --val PATTERN")
+        raise UsageError(f"{min(both)}: belongs to both train and val; give --train and --val PATTERN")
     return files
 
 
-def _look_at(folder: Path, path: Path) -> tuple[Shard, Contents]:
+def _read_tar(folder: Path, path: Path) -> tuple[Shard, Contents]:
     try:
         if not path.is_file():
             raise ValueError("is not a file")
@@ -162,7 +161,7 @@ def _look_at(folder: Path, path: Path) -> tuple[Shard, Contents]:
 
 
 def _shape(folder: Path, shards: dict[str, list[tuple[Shard, Contents]]]) -> tuple[int, int, Literal[1, 3]]:
-    """Returns height, width and channels: of the first sound image, and gray only if all images are."""
+    """Returns height and width of the first intact image, and 1 channel if all images are gray, else 3."""
     shape = None
     for shard, contents in (item for found in shards.values() for item in found):
         descriptor = os.open(folder / shard.file, os.O_RDONLY | os.O_CLOEXEC)
@@ -176,7 +175,7 @@ def _shape(folder: Path, shards: dict[str, list[tuple[Shard, Contents]]]) -> tup
                     if picture.mode not in GRAY_MODES:
                         return shape[0], shape[1], 3
             except ValueError:
-                continue  # told of when all samples are decoded
+                continue  # reported when all samples are decoded
     if shape is None:
-        raise DataError(f"{folder}: no shard holds an image that can be decoded")
+        raise DataError(f"{folder}: no tar has an image that can be decoded")
     return shape[0], shape[1], 1

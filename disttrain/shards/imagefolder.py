@@ -1,4 +1,4 @@
-"""Packs a folder of image files, one folder per class, as a data set."""
+"""Packs image files, in one folder per class, as a data set."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from disttrain.shards.writer import Sample
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: JPEG files of some phones
-_READERS = 8  # threads that read headers: more than cores, because on a server's disk they wait
+_READERS = 8  # threads that read headers; more than cores, because they wait for network disks
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
 _LAYOUT = (
     "expected {0}/train/<class>/<image files> and {0}/val/<class>/... (or test), "
@@ -50,28 +50,28 @@ def pack_folder(
 ) -> Index:
     """Packs a folder of images: DIR/{train,val|test}/<class>/<files>, or DIR/<class>/<files> to be split.
 
-    The classes are the sorted folder names; the images are shuffled, in an order that depends on the seed
-    and the names alone. PNG, JPEG and WebP files of upright 8-bit gray or RGB pixels keep their bytes;
-    anything else Pillow reads becomes PNG. The data set is gray if every image is.
+    The classes are the sorted folder names. The images are shuffled, in an order that depends only on the
+    seed and the names. PNG, JPEG and WebP files of upright 8-bit gray or RGB pixels keep their bytes; all
+    other images become PNG. The data set is gray if every image is.
 
     Args:
-        folder: the images. Hidden files, other files and links that leave the folder are skipped.
-        name: the new data set.
-        root: as for `data_root`.
-        options: as for `pack`.
-        size: side in pixels; the shorter side of an image is resized to it and the middle cut out
-            (JPEG files become JPEG of quality 95, others PNG). None: all images must have one size.
-        val_fraction: share of each class that becomes the val split, when the folder has none.
-        seed: of the order and of the split.
+        folder: the images. Hidden files, other files and links out of the folder are skipped.
+        name: name of the new data set.
+        root: see `data_root`.
+        options: see `pack`.
+        size: side in pixels. Images are resized so that the shorter side has this length, and cropped to the
+            center. JPEG files become JPEG of quality 95, others PNG. None: all images must have one size.
+        val_fraction: share of each class for the val split, if the folder has no val split.
+        seed: seed of the order and of the split.
 
     Raises:
-        DataError: the folder has not the expected layout, an image is broken, or the sizes differ.
-        UsageError: an argument is out of range or does not fit the folder.
+        DataError: the folder does not have the expected layout, an image is broken, or the sizes differ.
+        UsageError: an argument is out of range or does not match the folder.
         StorageError: a write failed.
     """
     target = data_folder(name, root)
     if target.exists() and not options.force:
-        raise DataError(f"{target}: exists; replace it with --force or choose another name")
+        raise DataError(f"{target}: already exists; replace it with --force or choose another name")
     if size is not None and size < 1:
         raise UsageError(f"--size {size}: must be at least 1")
     if val_fraction is not None and not 0 < val_fraction < 1:
@@ -80,54 +80,55 @@ def pack_folder(
     if size is None and len(tree.sizes) > 1:
         (one, first), (other, second) = list(tree.sizes.items())[:2]
         raise DataError(
-            f"images of different sizes: {first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}; "
-            f"give one size with --size N, for example --size {min(min(one), min(other))}"
+            f"the images have different sizes: {first} is {one[0]}x{one[1]}, {second} is "
+            f"{other[0]}x{other[1]}; resize them with --size N, for example --size "
+            f"{min(min(one), min(other))}"
         )
     return pack(name, root, tree.sources(size), tree.classes, tree.channels, options)
 
 
 class _Picture(NamedTuple):
-    """An image file, as its header tells."""
+    """An image file, from its header."""
 
     file: str
     label: int
     extension: str
-    """Its format if that may be in a shard, else empty."""
+    """Its format if that is allowed in a shard, else empty."""
     plain: bool
-    """Upright, 8 bits, gray or RGB: every reader sees the same pixels."""
+    """Upright, 8 bits, gray or RGB, so that every decoder returns the same pixels."""
     gray: bool
     size: tuple[int, int]
-    """Width and height when upright."""
+    """Width and height after applying the EXIF orientation."""
     bytes: int
     mtime_ns: int
 
 
 class Tree(NamedTuple):
-    """What a folder of images holds."""
+    """The contents of a folder of images."""
 
     classes: tuple[str, ...]
     splits: dict[str, list[_Picture]]
-    """In the order in which they are packed."""
+    """The images of each split, in the order of packing."""
     sizes: dict[tuple[int, int], str]
-    """Every width and height, with the first file that has it."""
+    """Each width and height, with the first file of that size."""
     channels: Literal[1, 3]
 
     def sources(self, side: int | None = None) -> dict[str, Source]:
-        """Returns the splits as `pack` takes them, resized to squares of `side` pixels or as they are."""
+        """Returns the splits for `pack`, resized to squares of `side` pixels unless that is None."""
         return {split: _Pictures(pictures, self.channels, side) for split, pictures in self.splits.items()}
 
 
 def is_tree(source: Path) -> bool:
-    """Tells whether a folder holds a folder of each split."""
+    """Returns whether a folder has a folder for each split."""
     return (source / "train").is_dir()
 
 
 def scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Callable[[str], None]) -> Tree:
-    """Lists a folder of images, reads their headers, and settles split and order."""
+    """Lists a folder of images, reads their headers, and chooses the split and the order."""
     skipped: list[str] = []
     classes, listing = _list_tree(folder, val_fraction, skipped)
     if skipped:
-        say(f"{folder}: skipped {len(skipped):,} entries that are no images, such as {skipped[0]}")
+        say(f"{folder}: skipped {len(skipped):,} entries that are not images, such as {skipped[0]}")
     rng = np.random.default_rng(seed)
     if val_fraction is not None:
         listing = _split_off(listing["train"], classes, val_fraction, rng)
@@ -146,22 +147,22 @@ def scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Callable
 def _list_tree(
     folder: Path, val_fraction: float | None, skipped: list[str]
 ) -> tuple[tuple[str, ...], dict[str, _Files]]:
-    """Returns the classes and the images of every split; what is neither is added to `skipped`."""
+    """Returns the classes and the images of every split; adds all other entries to `skipped`."""
     inside = folder.resolve()
     classes: tuple[str, ...] = ()
     listing: dict[str, _Files] = {}
     for split, split_folder in _split_folders(folder, val_fraction).items():
         if not split_folder.resolve().is_relative_to(inside):
-            raise DataError(f"{split_folder}: a link that leaves {folder}; put the images there")
+            raise DataError(f"{split_folder}: this link leaves {folder}; put the images there")
         class_folders = _entries(split_folder, inside, skipped, lambda entry: entry.is_dir())
         if not class_folders:
             raise DataError(f"{split_folder}: has no class folders; {_LAYOUT.format(folder)}")
-        classes = classes or tuple(entry.name for entry in class_folders)  # those of train, which is first
+        classes = classes or tuple(entry.name for entry in class_folders)  # of train, the first split
         listing[split] = []
         for class_folder in class_folders:
             if class_folder.name not in classes:
                 raise DataError(
-                    f"{class_folder.path}: a class that train does not have; add it there or remove it"
+                    f"{class_folder.path}: train does not have this class; add it there or remove it here"
                 )
             images = _entries(Path(class_folder.path), inside, skipped, _is_image_file)
             if not images:
@@ -185,14 +186,14 @@ def _split_folders(folder: Path, val_fraction: float | None) -> dict[str, Path]:
             raise DataError(f"{folder}: has no folder val or test; add one or use --val-fraction")
         return train
     if val_fraction is not None:
-        raise UsageError(f"{val} is the val split already; leave out --val-fraction")
+        raise UsageError(f"{val} is already the val split; leave out --val-fraction")
     return train | {"val": val}
 
 
 def _entries(
     folder: Path, inside: Path, skipped: list[str], wanted: Callable[[os.DirEntry[str]], bool]
 ) -> list[os.DirEntry[str]]:
-    """Returns the wanted entries sorted by name, without hidden ones and links that lead outside."""
+    """Returns the wanted entries sorted by name, without hidden ones and links to the outside."""
     found = []
     try:
         with os.scandir(folder) as entries:
@@ -215,12 +216,14 @@ def _is_image_file(entry: os.DirEntry[str]) -> bool:
 def _split_off(
     files: _Files, classes: Sequence[str], fraction: float, rng: np.random.Generator
 ) -> dict[str, _Files]:
-    """Takes the same share of every class, at least one image and never all, for validation."""
+    """Moves the same share of every class to val, at least one image and never all."""
     listing: dict[str, _Files] = {"train": [], "val": []}
     for label, members in itertools.groupby(files, key=lambda item: item[1]):
         of_class = list(members)
         if len(of_class) < 2:
-            raise DataError(f"{of_class[0][0]}: the only image of {classes[label]!r}; a split needs two")
+            raise DataError(
+                f"{of_class[0][0]}: the only image of {classes[label]!r}, but a split needs two; add another"
+            )
         count = min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)
         chosen = set(rng.permutation(len(of_class))[:count].tolist())
         for i, item in enumerate(of_class):
@@ -234,7 +237,7 @@ def _read_header(item: tuple[str, int]) -> _Picture:
         with Path(file).open("rb") as stream, open_image(stream) as picture:
             status = os.fstat(stream.fileno())
             orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:  # Pillow raises anything on a broken file
+    except Exception as error:  # Pillow raises all kinds of errors
         raise _broken(file, error) from None
     extension = _EXTENSIONS.get(picture.format or "", "")
     turned = orientation in range(5, 9)
@@ -252,12 +255,12 @@ def _read_header(item: tuple[str, int]) -> _Picture:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """The image files of a split, in the order in which they are packed.
+    """The image files of a split, in the order of packing.
 
     Attributes:
         pictures: the files.
-        channels: of the data set.
-        side: in pixels, to which they are resized; None keeps them.
+        channels: channels of the data set.
+        side: side in pixels to resize the images to; None keeps their size.
     """
 
     pictures: Sequence[_Picture]
@@ -268,7 +271,7 @@ class _Pictures:
         return len(self.pictures)
 
     def load(self, number: int) -> Sample:
-        """Reads a file; its bytes are kept if they are plain and of the right size."""
+        """Reads a file, and keeps its bytes if the image is plain and has the right size."""
         picture = self.pictures[number]
         try:
             image = Path(picture.file).read_bytes()
@@ -291,16 +294,16 @@ class _Pictures:
         return self.pictures[number].bytes if self.side is None else self.side**2 * self.channels
 
     def identity(self, number: int) -> str:
-        """Returns what the file is and how it is packed."""
+        """Returns a text that identifies the file and how it is packed."""
         return f"{self.pictures[number]} {self.side}"
 
 
 def fitted(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Returns an image, uint8 [H, W, C], in another size: resized to cover that, the middle cut out.
+    """Returns an image, uint8 [H, W, C], in another size: resized to cover it, then cropped to the center.
 
-    What is eight times as large or more is first made smaller by whole pixels (Pillow's reducing_gap): that
-    takes 0.3 to 0.6 of the time. It changes the values 0..255 by 0.3 in the mean, where a Lanczos filter in
-    place of the bicubic one changes them by 1.
+    An image of eight times the size or more is first reduced by a whole factor (Pillow's reducing_gap), which
+    takes 0.3 to 0.6 of the time. It changes the values 0..255 by 0.3 on average; a Lanczos filter instead of
+    the bicubic one changes them by 1.
     """
     picture = as_picture(pixels)
     scale = max(width / picture.width, height / picture.height)

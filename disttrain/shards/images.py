@@ -1,10 +1,10 @@
-"""Image files to pixels: which formats are opened, how large they may be, and what their pixels are.
+"""Image files to pixels: the accepted formats, the size limit, and the conversion to gray or RGB.
 
-What nearly all data sets hold, ordinary JPEG and PNG, is recognised by its first bytes and handed to the
-decoder at once; any other file, and any that fails there, is Pillow's to judge. That earns its lines where
-images are small: 23 us for one of MNIST and 70 us for one of CIFAR-10 as JPEG, 55 and 110 us through Pillow's
-own reader of headers, which also keeps other threads waiting. Where many JPEGs are to come torchvision
-decodes the ordinary ones, in 35 us; of others its pixels are not Pillow's.
+Nearly all data sets have ordinary JPEG or PNG files. These are recognised by their first bytes, and go to the
+decoder directly. Pillow reads all other files, and those that fail in the decoder. The short cut pays off for
+small images: 23 us instead of 55 us for an MNIST image, and 70 us instead of 110 us for a CIFAR-10 JPEG.
+Pillow's header parser also blocks other threads. For many JPEGs, torchvision decodes the ordinary ones, in
+35 us; for other JPEGs its pixels differ from Pillow's.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ if TYPE_CHECKING:
     import torch
 
 MAX_PIXELS = 8192 * 8192
-"""Larger pictures are refused before they are decoded: a file of 10 kB can ask for gigabytes."""
+"""Larger images are refused before they are decoded, because a file of 10 kB can decode to gigabytes."""
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What Pillow may try on a file; some of its other readers start programs."""
+"""The formats that Pillow may try; some of its other plugins start programs."""
 
 Pixels = npt.NDArray[np.uint8]
 Encoded = bytes | bytearray | memoryview
-"""The bytes of an image file, wherever they were read to."""
+"""The bytes of an image file."""
 
 _Operator: TypeAlias = "Callable[[torch.Tensor, int, bool], torch.Tensor]"
-"""torchvision's on a file's bytes, 1 for gray or 3 for RGB, and whether EXIF turns it; to [C, H, W]."""
+"""torchvision's JPEG decoder: file, 1 for gray or 3 for RGB, whether to apply EXIF; returns [C, H, W]."""
 
-_MANY = 100_000  # JPEGs from which on torchvision is worth its import
+_MANY = 100_000  # JPEGs for which the import of torchvision pays off
 
-_many = False  # of them are to come
+_many = False  # whether that many are expected
 
 
 def decode_image(image: Encoded, channels: int, most_pixels: int = MAX_PIXELS) -> Pixels:
     """Decodes an image file.
 
-    The EXIF orientation is applied, transparency dropped, 16 bits are cut to their upper 8, and of an
-    animation the first frame is taken.
+    Applies the EXIF orientation, drops transparency, keeps the upper 8 of 16 bits, and takes the first frame
+    of an animation.
 
     Args:
-        image: the file, of one of `IMAGE_FORMATS`.
+        image: the file, in one of `IMAGE_FORMATS`.
         channels: 1 for gray, 3 for RGB.
-        most_pixels: larger pictures are refused before they are decoded.
+        most_pixels: larger images are refused before they are decoded.
 
     Returns:
         uint8 [height, width, channels]
 
     Raises:
-        ValueError: it is no image, broken, or too large; the message is the reason.
+        ValueError: not an image, broken, or too large; the message is the reason.
     """
     plain = _plain(image)
     tensor = _by_torchvision(plain, channels, most_pixels)
@@ -66,7 +66,7 @@ def decode_image(image: Encoded, channels: int, most_pixels: int = MAX_PIXELS) -
 
 
 class ImageError(ValueError):
-    """One image of several is refused."""
+    """One of several images cannot be decoded; `place` is its position."""
 
     def __init__(self, place: int, reason: str) -> None:
         super().__init__(reason)
@@ -74,20 +74,21 @@ class ImageError(ValueError):
 
 
 def decode_into(images: Sequence[Encoded], out: Pixels) -> None:
-    """Decodes image files of one size to their places; the pixels are those of `decode_image`.
+    """Decodes image files of one size into `out`, with the pixels of `decode_image`.
 
-    The decoders work without the interpreter lock, so threads with 64 images or more each gain from it.
+    The decoders release the interpreter lock, so threads help if each has 64 images or more.
 
     Args:
-        images: files of `IMAGE_FORMATS`.
-        out: uint8 [len(images), height, width, channels]; partly written if an image is refused.
+        images: files in `IMAGE_FORMATS`.
+        out: uint8 [len(images), height, width, channels]; partly written after an error.
 
     Raises:
-        ImageError: one is refused by `decode_image` or has another size; it says which.
+        ImageError: an image cannot be decoded or has another size.
     """
     _, height, width, channels = out.shape
     places: list[int] = []
-    tensors: list[torch.Tensor] = []  # copied at once: giving up the lock for each costs a fifth of the speed
+    # Copied together at the end: releasing the lock for each image costs a fifth of the speed.
+    tensors: list[torch.Tensor] = []
     for place, image in enumerate(images):
         try:
             plain = _plain(image)
@@ -112,28 +113,28 @@ def decode_into(images: Sequence[Encoded], out: Pixels) -> None:
 
 
 def expect_images(count: int) -> None:
-    """Chooses the JPEG decoder for a number of images to come; the pixels are the same in any case.
+    """Chooses the JPEG decoder for a number of expected images; the pixels are the same for both.
 
-    torchvision takes over a second to import; a process pays for it when it meets the first JPEG.
+    The import of torchvision takes over a second; it happens at the first JPEG of a process.
     """
     global _many
     _many = _many or count >= _MANY
 
 
 def use_torchvision() -> bool:
-    """Lets torchvision decode ordinary JPEGs from now on; False if it cannot be had or its pixels differ."""
+    """Makes torchvision decode ordinary JPEGs; returns False if it is missing or its pixels differ."""
     expect_images(_MANY)
     return _torchvision_jpeg() is not None
 
 
 @functools.cache
 def _torchvision_jpeg() -> _Operator | None:
-    """Returns torchvision's decoder if it gives Pillow's pixels: the two bring libjpegs of their own."""
+    """Returns torchvision's decoder if its pixels equal Pillow's; the two have different libjpegs."""
     try:
         import torch
         import torchvision  # noqa: F401  # registers the operator
 
-        operator: _Operator = torch.ops.image.decode_jpeg.default  # the function of torchvision.io warns
+        operator: _Operator = torch.ops.image.decode_jpeg.default  # torchvision.io's function warns
     except (ImportError, AttributeError):
         return None
     noise = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -155,29 +156,29 @@ def _torchvision_jpeg() -> _Operator | None:
 
 
 class _Plain(NamedTuple):
-    """What the header of an ordinary JPEG or PNG says."""
+    """An ordinary JPEG or PNG, from its header."""
 
     decoder: Literal["jpeg", "zip"]
-    """Pillow's name of the decoder."""
+    """Pillow's name for the decoder."""
     width: int
     height: int
     mode: Literal["L", "RGB"]
     data: Encoded
-    """What the decoder reads."""
+    """The decoder's input."""
 
 
 def _plain(image: Encoded) -> _Plain | None:
     """Returns the header of an ordinary JPEG or PNG; None for any other file.
 
-    Ordinary is what needs the decoder alone: 8 bits, gray or RGB, no transparency, no EXIF or XMP that could
-    turn the picture, no animation, and nothing unknown or out of order before the pixels.
+    An ordinary file needs only the decoder: 8 bits, gray or RGB, no transparency, no EXIF or XMP that could
+    rotate the image, no animation, and nothing unknown or out of order before the pixels.
     """
     try:
         if image[:3] == b"\xff\xd8\xff":
             return _plain_jpeg(image)
         if image[:16] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR":
             return _plain_png(image)
-    except (IndexError, struct.error):  # it ends in the header
+    except (IndexError, struct.error):  # the file ends within the header
         pass
     return None
 
@@ -188,14 +189,14 @@ _NOT_OF_PIXELS = frozenset((0xC4, 0xDB, 0xDD, 0xE0, 0xEE, 0xFE))  # DHT, DQT, DR
 
 
 def _plain_jpeg(image: Encoded) -> _Plain | None:
-    """Walks the segments before the first scan as libjpeg does, and gives up where it might read on."""
+    """Parses the segments before the first scan like libjpeg; returns None if libjpeg might parse more."""
     position, width, height, components = 2, 0, 0, 0
     while True:
         prefix, marker, length = _SEGMENT(image, position)
         if prefix != 0xFF:
             return None
         if marker in _NOT_OF_PIXELS:
-            if length < (9 if marker in (0xE0, 0xEE) else 2):  # Pillow reads 7 bytes of these two
+            if length < (9 if marker in (0xE0, 0xEE) else 2):  # Pillow reads 7 bytes of JFIF and Adobe
                 return None
         elif 0xC0 <= marker <= 0xC2 and not components:  # frame: baseline, extended or progressive
             bits, height, width, components = _FRAME(image, position + 4)
@@ -232,11 +233,11 @@ def _plain_png(image: Encoded) -> _Plain | None:
 
 
 def _by_torchvision(plain: _Plain | None, channels: int, most_pixels: int) -> torch.Tensor | None:
-    """Returns uint8 [C, H, W], or None where torchvision is not in use, is not Pillow's equal, or fails."""
+    """Returns uint8 [C, H, W], or None if torchvision is not in use, differs from Pillow, or fails."""
     if not _many or plain is None or plain.decoder != "jpeg" or plain.width * plain.height > most_pixels:
         return None
     decode = _torchvision_jpeg()
-    if decode is None or channels < len(plain.mode):  # gray by another formula
+    if decode is None or channels < len(plain.mode):  # torchvision has another formula for gray
         return None
     try:
         return decode(_as_tensor(plain.data), channels, False)
@@ -247,7 +248,7 @@ def _by_torchvision(plain: _Plain | None, channels: int, most_pixels: int) -> to
 def _as_tensor(image: Encoded) -> torch.Tensor:
     import torch
 
-    # A copy, because torch warns of memory that cannot be written; it takes a hundredth of the decoding.
+    # A copy, because torch warns about read-only memory; it takes a hundredth of the decoding time.
     return torch.frombuffer(bytearray(image), dtype=torch.uint8)
 
 
@@ -259,8 +260,8 @@ def _as_pixels(tensor: torch.Tensor) -> Pixels:
 def _by_pillow(image: Encoded, plain: _Plain | None, channels: int, most_pixels: int) -> Pixels:
     if plain is not None and plain.width * plain.height <= most_pixels:
         size = plain.width, plain.height
-        option = "" if plain.decoder == "jpeg" else 0  # the color space is the file's; rows are in order
-        with contextlib.suppress(ValueError, OSError):  # the reason comes from the whole reader below
+        option = "" if plain.decoder == "jpeg" else 0  # JPEG: color space of the file; PNG: no interlacing
+        with contextlib.suppress(ValueError, OSError):  # the full reader below gives the reason
             picture = Image.frombytes(plain.mode, size, plain.data, plain.decoder, plain.mode, option)
             picture = _convert(picture, "L" if channels == 1 else "RGB")
             pixels = np.frombuffer(bytearray(picture.tobytes()), np.uint8)
@@ -269,25 +270,25 @@ def _by_pillow(image: Encoded, plain: _Plain | None, channels: int, most_pixels:
         with open_image(io.BytesIO(image), most_pixels) as picture:
             ImageOps.exif_transpose(picture, in_place=True)
             pixels = np.array(_convert(picture, "L" if channels == 1 else "RGB"))
-    except Exception as error:  # Pillow raises anything on a broken file, SyntaxError and struct.error too
+    except Exception as error:  # Pillow raises all kinds of errors, even SyntaxError and struct.error
         raise ValueError(str(error) or type(error).__name__) from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def open_image(file: BinaryIO, most_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads the header of an image file; the pixels follow on demand.
+    """Reads the header of an image file; Pillow reads the pixels on demand.
 
     Raises:
-        ValueError: it is no image of a known format, or larger than `most_pixels`.
+        ValueError: not an image in a known format, or larger than `most_pixels`.
     """
-    width, height = _webp_size(file.read(30))  # for this format Pillow allocates the pixels at once
+    width, height = _webp_size(file.read(30))  # for WebP, Pillow allocates the pixels immediately
     file.seek(0)
     if width * height > most_pixels:
         raise _too_large(width, height, most_pixels)
     try:
         picture = Image.open(file, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
-        raise ValueError("not a sound image file of a known format") from None
+        raise ValueError("damaged, or not an image in a known format") from None
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
     if picture.width * picture.height > most_pixels:
@@ -296,7 +297,7 @@ def open_image(file: BinaryIO, most_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:
-    """Returns width and height as the first 30 bytes of a WebP file say; zeros for any other file."""
+    """Returns width and height from the first 30 bytes of a WebP file; zeros for any other file."""
     if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return 0, 0
     kind = head[12:16]
@@ -312,7 +313,7 @@ def _webp_size(head: bytes) -> tuple[int, int]:
 
 
 def _too_large(width: int, height: int, most_pixels: int) -> ValueError:
-    return ValueError(f"{width}x{height} pixels are more than the limit of {most_pixels}")
+    return ValueError(f"{width}x{height} pixels are over the limit of {most_pixels}")
 
 
 def _convert(picture: Image.Image, mode: str) -> Image.Image:
@@ -320,27 +321,27 @@ def _convert(picture: Image.Image, mode: str) -> Image.Image:
         return picture
     if picture.mode == "F":
         raise ValueError("floating-point pixels are not supported")
-    if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips them to 255
+    if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them to 255
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("pixels of more than 16 bits are not supported")
         picture = Image.fromarray((values >> 8).astype(np.uint8))
     elif picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # Pillow warns about the direct way
+        picture = picture.convert("RGBA")  # Pillow warns about the direct conversion
     return picture.convert(mode)
 
 
 def pixel_sums(pixels: Pixels) -> npt.NDArray[np.int64]:
-    """Returns the sums of uint8 [..., C] pixels and of their squares, exact: int64 [2, C]."""
+    """Returns the exact sums of uint8 [..., C] pixels and of their squares: int64 [2, C]."""
     flat = pixels.reshape(-1, pixels.shape[-1])
     squares = np.square(flat, dtype=np.uint16)  # 255 * 255 < 2**16
     return np.stack([flat.sum(axis=0, dtype=np.int64), squares.sum(axis=0, dtype=np.int64)])
 
 
 def encode_image(pixels: Pixels, image_format: Literal["PNG", "JPEG"]) -> bytes:
-    """Returns uint8 [H, W] or [H, W, C] pixels as an image file; JPEG of quality 95."""
+    """Returns uint8 [H, W] or [H, W, C] pixels as an image file; JPEG has quality 95."""
     file = io.BytesIO()
-    as_picture(pixels).save(file, image_format, quality=95, subsampling=0)  # PNG ignores the two
+    as_picture(pixels).save(file, image_format, quality=95, subsampling=0)  # PNG ignores these options
     return file.getvalue()
 
 

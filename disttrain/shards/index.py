@@ -1,10 +1,10 @@
-"""The index of a packed data set: index.json, what it promises, and where data sets lie.
+"""The index of a packed data set, index.json, and the folders of data sets.
 
     <root>/<name>/index.json
     <root>/<name>/train-000000.tar ...   val-000000.tar ...
 
-The index records the shape and statistics of the images and the size and SHA-256 of every shard, so that a
-damaged shard is noticed before a sample of it is used.
+The index has the shape and statistics of the images, and the size and SHA-256 of every shard, so that a
+damaged shard is noticed before any of its samples is used.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 BUILT_IN = ("digits", "mnist", "cifar10")
-"""The data sets that `disttrain data prepare` makes."""
+"""The data sets that `disttrain data prepare` can make."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHARD = re.compile(rf"{_NAME.pattern}(/{_NAME.pattern})*")
 _INDEX_LIMIT_BYTES = 2**25
 VERSION = 1
 MAX_SHARD_PIXELS = 4096 * 4096
-"""Images in shards are no larger, because whole batches of them must fit into memory."""
+"""The limit for images in shards, because whole batches must fit into memory."""
 
 _LEAST_BYTES = 512  # of a sample in a tar
 _Count = Annotated[int, Field(gt=0)]
@@ -52,7 +52,7 @@ class Shard:
     """One tar."""
 
     file: str
-    """Path in the folder of the index, or an http(s) address."""
+    """Path relative to the folder of the index, or an http(s) URL."""
     samples: _Count
     bytes: _Count
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -68,7 +68,7 @@ class Split:
 
 
 class IndexFile(pydantic.BaseModel):
-    """What index.json holds."""
+    """The contents of index.json."""
 
     model_config = pydantic.ConfigDict(frozen=True)
 
@@ -90,9 +90,9 @@ class IndexFile(pydantic.BaseModel):
 class Index(IndexFile):
     """A packed data set.
 
-    `mean` and `std` are per channel, of the train split's pixels scaled to 0..1; `std` is 0 where a channel
-    is constant. `digest` is the SHA-256 of index.json and so, through the hashes in it, of every byte of
-    the data set. `base` is the address of the data set if it lies on a server; `folder` is then empty.
+    `mean` and `std` are per channel, of the train split's pixels scaled to 0..1; `std` is 0 for a constant
+    channel. `digest` is the SHA-256 of index.json. It covers every byte of the data set, because index.json
+    has the shards' hashes. `base` is the URL of a data set on a server; `folder` is then empty.
     """
 
     folder: Path
@@ -101,13 +101,13 @@ class Index(IndexFile):
     base: str | None = None
 
     def url(self, shard: Shard) -> str | None:
-        """Returns the address of a shard that lies on a server, else None."""
+        """Returns the URL of a shard on a server, or None for a local one."""
         if is_url(shard.file):
             return shard.file
         return f"{self.base}/{shard.file}" if self.base else None
 
     def place(self, shard: Shard) -> str:
-        """Returns the path or the address of a shard, for people."""
+        """Returns the path or the URL of a shard, for messages."""
         return self.url(shard) or str(self.folder / shard.file)
 
     @property
@@ -117,8 +117,8 @@ class Index(IndexFile):
         return samples * (self.height * self.width * self.channels + 8)
 
     def first_ids(self, split: str) -> npt.NDArray[np.int64]:
-        """Returns the id of the first sample of each shard, and their number: int64 [shards + 1]."""
-        import numpy as np  # here, because a launcher needs none of it
+        """Returns the first id of each shard, then the number of samples: int64 [shards + 1]."""
+        import numpy as np  # here, because a launcher does not need it
 
         counts = [shard.samples for shard in self.splits[split].shards]
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -128,29 +128,29 @@ def data_root(root: str | None) -> Path:
     """Returns the folder of the packed data sets.
 
     Args:
-        root: the --root option or data.root; None means $DISTTRAIN_DATA, else the user's cache folder.
+        root: the --root option or data.root; None means $DISTTRAIN_DATA, or else the user's cache folder.
 
     Raises:
-        UsageError: the root is the address of a server.
+        UsageError: the root is the URL of a server.
     """
     if (server := server_root(root)) is not None:
-        raise UsageError(f"{server}: lies on a server and cannot be written; give a folder with --root")
+        raise UsageError(f"{server}: cannot write to a server; give a folder with --root")
     if chosen := root or os.environ.get("DISTTRAIN_DATA"):
         return Path(chosen).expanduser().absolute()
     return user_cache() / "data"
 
 
 def server_root(root: str | None) -> str | None:
-    """Returns the root if it is the address of a server, else None."""
+    """Returns the root if it is the URL of a server, else None."""
     chosen = root or os.environ.get("DISTTRAIN_DATA") or ""
     return chosen.rstrip("/") if "://" in chosen or chosen.startswith("pipe:") else None
 
 
 def data_folder(name: str, root: str | None) -> Path:
-    """Returns the folder of a data set, which need not exist.
+    """Returns the folder of a data set, which may not exist yet.
 
     Raises:
-        UsageError: the name is not a plain name.
+        UsageError: the name is invalid.
     """
     _check_name(name)
     return data_root(root) / name
@@ -159,13 +159,13 @@ def data_folder(name: str, root: str | None) -> Path:
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} is not the name of a data set; use letters, digits, '.', '_' and '-', "
+            f"{name!r} is not a valid name of a data set; use letters, digits, '.', '_' and '-', "
             "and give its folder with --root"
         )
 
 
 def make_command(name: str, root: Path, *, force: bool = False) -> str:
-    """Returns the command that makes a data set under a root; `force` replaces the one that is there."""
+    """Returns the command that makes a data set under a root; `force` replaces an existing one."""
     is_default = server_root(None) is None and root == data_root(None)
     place = "" if is_default else f" --root {shlex.quote(str(root))}"
     if name in BUILT_IN:
@@ -174,18 +174,18 @@ def make_command(name: str, root: Path, *, force: bool = False) -> str:
 
 
 def load_index(name: str, root: str | None, *, strict: bool = True) -> Index:
-    """Reads the index of a data set and checks that its shards are there in full size.
+    """Reads the index of a data set, and checks that its shards exist and have the right size.
 
     Args:
         name: a folder under the root.
-        root: as for `data_root`, or the address of a server.
-        strict: False accepts missing and extra shards and shards of another size, which `find_bad_samples`
-            and `verify` report.
+        root: see `data_root`; or the URL of a server.
+        strict: False accepts missing shards, extra shards and shards of another size, for callers that
+            report them: `find_bad_samples` and `verify`.
 
     Raises:
         DataError: the data set is missing or damaged; the message names the file and the remedy.
-        UnsafeError: the index names something that is not a shard of this data set.
-        UsageError: the name is not a plain name.
+        UnsafeError: the index names a file that may not be a shard.
+        UsageError: the name is invalid.
     """
     if (server := server_root(root)) is not None:
         _check_name(name)
@@ -211,17 +211,17 @@ def load_index(name: str, root: str | None, *, strict: bool = True) -> Index:
 
 
 def parse_index(text: bytes, name: str, folder: Path, *, base: str | None = None) -> Index:
-    """Returns what an index.json says.
+    """Parses and checks an index.json.
 
     Args:
-        text: the file.
-        name: of the data set.
-        folder: where it lies.
-        base: its address if it lies on a server.
+        text: contents of the file.
+        name: name of the data set.
+        folder: folder of the data set.
+        base: URL of the data set if it is on a server.
 
     Raises:
-        DataError: the index is damaged or contradicts itself.
-        UnsafeError: it names something that is not a shard of this data set.
+        DataError: the index is damaged or inconsistent.
+        UnsafeError: the index names a file that may not be a shard.
     """
     place = f"{base or folder}/index.json"
     try:
@@ -231,8 +231,8 @@ def parse_index(text: bytes, name: str, folder: Path, *, base: str | None = None
     for shard in content.shards:
         if not _is_place(shard.file):
             raise UnsafeError(
-                f"{place}: refused to open {shard.file!r}: a shard is a file in the folder of its index or "
-                f"an http(s) address; {_again(name, folder, base)}"
+                f"{place}: refused to open {shard.file!r}: a shard must be a file in the folder of its index "
+                f"or an http(s) URL; {_again(name, folder, base)}"
             )
     if problem := _contradiction(content):
         raise DataError(f"{place}: {problem}; {_again(name, folder, base)}")
@@ -241,7 +241,7 @@ def parse_index(text: bytes, name: str, folder: Path, *, base: str | None = None
 
 
 def _is_place(file: str) -> bool:
-    """Tells whether a shard may lie there: a path in the folder of the index, or an http(s) address."""
+    """Returns whether this may be a shard: a path in the folder of the index, or an http(s) URL."""
     if not is_url(file):
         return _SHARD.fullmatch(file) is not None
     try:
@@ -258,7 +258,7 @@ def _again(name: str, folder: Path, base: str | None) -> str:
 
 
 def remedy(index: Index) -> str:
-    """Returns what to do about a damaged data set."""
+    """Returns the remedy for a damaged data set."""
     return _again(index.name, index.folder, index.base)
 
 
@@ -268,7 +268,7 @@ def _check_files(index: Index) -> None:
         if index.url(shard) is None and (problem := size_problem(index.folder / shard.file, shard)):
             raise DataError(f"{problem}; {remedy(index)}")
     for path in extra_shards(index):
-        raise DataError(f"{path}: a shard that is not in index.json; remove it, or {remedy(index)}")
+        raise DataError(f"{path}: this shard is not in index.json; remove it, or {remedy(index)}")
 
 
 def extra_shards(index: Index) -> list[Path]:
@@ -284,7 +284,7 @@ def _missing(name: str, folder: Path) -> str:
     if close and close[0] != name:
         text += f"; did you mean {close[0]}?"
     wanted = close[0] if close and close[0] not in there else name
-    found = f"in {folder.parent}: {', '.join(there)}" if there else f"{folder.parent} holds none yet"
+    found = f"in {folder.parent}: {', '.join(there)}" if there else f"{folder.parent} has no data sets yet"
     return f"{text}; make it with {make_command(wanted, folder.parent)} ({found})"
 
 
@@ -298,12 +298,12 @@ def _first_problem(error: pydantic.ValidationError) -> str:
 
 
 def _contradiction(content: IndexFile) -> str | None:
-    """Returns what is wrong between the fields of an index, if anything."""
+    """Returns the first inconsistency between the fields of an index, or None."""
     if not len(content.mean) == len(content.std) == content.channels:
         return f"mean and std must have {content.channels} values, one per channel"
     if content.height * content.width > MAX_SHARD_PIXELS:
         size = f"{content.width}x{content.height}"
-        return f"images of {size} are more than the limit of {MAX_SHARD_PIXELS} pixels"
+        return f"images of {size} are over the limit of {MAX_SHARD_PIXELS} pixels"
     if "train" not in content.splits:
         return "splits: train is missing"
     for name, split in content.splits.items():
@@ -314,22 +314,22 @@ def _contradiction(content: IndexFile) -> str | None:
             return f"splits.{name}: {split.samples} samples, but {total} in shards and {counted} in classes"
     for shard in content.shards:
         if shard.samples * _LEAST_BYTES > shard.bytes:
-            return f"{shard.file}: {shard.samples} samples are more than {shard.bytes} bytes can hold"
+            return f"{shard.file}: {shard.bytes} bytes are too few for {shard.samples} samples"
     for field in ("file", "sha256"):
         seen = set[str]()
         for shard in content.shards:
             if getattr(shard, field) in seen:
-                return f"the shard {shard.file} is there twice (same {field})"
+                return f"the shard {shard.file} is listed twice (same {field})"
             seen.add(getattr(shard, field))
     return None
 
 
 def mean_std(sums: npt.NDArray[np.int64], pixels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation per channel for pixels in 0..1, rounded once from exact integers.
+    """Returns mean and standard deviation per channel, of pixels in 0..1, from exact integer sums.
 
     Args:
-        sums: as `pixel_sums` has them.
-        pixels: their number.
+        sums: sums of the pixels; see `pixel_sums`.
+        pixels: number of pixels.
     """
     pairs = list(zip(*sums.tolist(), strict=True))
     mean = tuple(total / (255 * pixels) for total, _ in pairs)
@@ -338,7 +338,7 @@ def mean_std(sums: npt.NDArray[np.int64], pixels: int) -> tuple[tuple[float, ...
 
 
 def size_problem(path: Path, shard: Shard) -> str | None:
-    """Returns what is wrong with the size of a shard, if anything."""
+    """Returns an error message if a shard does not have its size, or None."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -347,5 +347,5 @@ def size_problem(path: Path, shard: Shard) -> str | None:
 
 
 def index_bytes(content: IndexFile) -> bytes:
-    """Returns the file index.json."""
+    """Returns the contents of the file index.json."""
     return (json.dumps(content.model_dump(mode="json"), indent=1) + "\n").encode()

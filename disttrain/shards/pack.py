@@ -1,8 +1,7 @@
-"""Packs samples as a data set: plans the shards, has them written by several processes, and publishes them.
+"""Packs samples as a data set: plans the shards, writes them in several processes, and publishes them.
 
-The plan follows from the input alone, so the bytes do not depend on the number of processes. Shards that
-were finished when packing was interrupted are kept for the next try. Where the samples come from is the
-business of `datasets` and `imagefolder`.
+The plan depends only on the input, so the bytes do not depend on the number of processes. After an
+interruption, the next attempt keeps the finished shards. `datasets` and `imagefolder` supply the samples.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from disttrain.shards.index import (
     load_index,
     mean_std,
 )
-from disttrain.shards.writer import Record, Sample, check_shape, member_bytes, write_shard
+from disttrain.shards.writer import Sample, WrittenShard, check_shape, member_bytes, write_shard
 from disttrain.units import mib
 
 Progress = Callable[[int, int], None]
@@ -47,10 +46,10 @@ Progress = Callable[[int, int], None]
 
 
 def silent(*told: object) -> None:
-    """Tells nobody."""
+    """Ignores the message."""
 
 
-_FEW = 4000  # samples that are not worth other processes
+_FEW = 4000  # samples; fewer are not worth more processes
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,10 @@ class Options:
 
     Attributes:
         force: replace an existing data set.
-        shard_mib: a shard is closed when it has reached this size, by the sizes that the source tells.
-        processes: that write; None means one per usable core, if there is enough to do.
-        say: takes lines for the user.
-        on_progress: told how far packing is.
+        shard_mib: a shard ends when it reaches this size, estimated from the sizes of the source.
+        processes: number of processes; None means one per usable core if there is enough work.
+        say: called with lines for the user.
+        on_progress: called with the progress of packing.
     """
 
     force: bool = False
@@ -73,7 +72,7 @@ class Options:
 
 
 class Source(Protocol):
-    """Samples that are known before they are loaded."""
+    """A list of samples, which are loaded one by one."""
 
     def __len__(self) -> int:
         """Returns the number of samples."""
@@ -82,13 +81,13 @@ class Source(Protocol):
         """Returns a sample."""
 
     def size(self, number: int) -> int:
-        """Returns about how many bytes the image of a sample has."""
+        """Returns the approximate size of a sample's image in bytes."""
 
     def identity(self, number: int) -> str | None:
-        """Returns what changes when a sample does; None for samples in memory.
+        """Returns a text that changes if the sample does; None for samples in memory.
 
-        Samples in memory are written by this process alone and not kept after an interruption. Others are
-        pickled, to be loaded by other processes.
+        Only this process writes samples in memory, and they are not kept after an interruption. For other
+        samples the source is pickled, so that other processes can load them.
         """
 
 
@@ -102,20 +101,19 @@ def pack(
 ) -> Index:
     """Writes samples as a data set, which appears under its name when it is complete.
 
-    Every image is decoded once: it must be sound and have the shape of the first. When a data set of that
-    name exists, or another process makes it meanwhile, the existing one stays: it is returned if it is
-    the same.
+    Every image is decoded once, to check that it is intact and has the shape of the first. An existing data
+    set of this name stays, also if another process makes it meanwhile; it is returned if it is the same.
 
     Args:
         name: folder under the root.
-        root: as for `data_root`.
+        root: see `data_root`.
         splits: the samples of `train` and other splits, each in the order of the shards.
-        classes: their names; labels are positions in it.
-        channels: to which the images are converted when they are decoded.
-        options: how.
+        classes: names of the classes; a label is a position in this list.
+        channels: number of channels to decode the images to.
+        options: how to make the data set.
 
     Raises:
-        DataError: an image is broken or of another shape, a split is empty, or another data set of that
+        DataError: an image is broken or has another shape, a split is empty, or another data set of this
             name exists.
         StorageError: a write failed, or a process was killed.
     """
@@ -131,7 +129,7 @@ def pack(
         with _scratch_folder(place, options.say, keep=all(job.fingerprint for job in jobs)) as scratch:
             text = index_bytes(_describe(jobs, _write(jobs, splits, scratch, options), classes, channels))
             for path in set(scratch.iterdir()) - {scratch / job.file for job in jobs}:
-                path.unlink()  # the record of a shard, or a shard of an earlier plan
+                path.unlink()  # the record of a shard, or a shard from an earlier plan
             write_new(scratch / "index.json", text)
             sync_folder(scratch)
             published = _publish(scratch, place, options.force)
@@ -142,8 +140,8 @@ def pack(
         ) from error
     except KilledError:
         raise StorageError(
-            f"{target}: a packing process was killed (too little memory?); run the command again to go on, "
-            "with fewer --procs"
+            f"{target}: a packing process was killed, perhaps for lack of memory; run the command again with "
+            "fewer --procs, it keeps the finished shards"
         ) from None
     index = load_index(name, root)
     if not published and index.digest != hashlib.sha256(text).hexdigest():
@@ -160,11 +158,11 @@ class _Job:
     split: str
     file: str
     numbers: range
-    """Of its samples in the split."""
+    """Numbers of its samples in the split."""
     size: int
-    """About the bytes that it will have."""
+    """Approximate size in bytes."""
     fingerprint: str
-    """Changes when anything does that goes into it; empty if that is unknown."""
+    """Changes if any input of the shard does; empty for samples in memory."""
     classes: int
     channels: int
 
@@ -192,8 +190,8 @@ def _plan(splits: Mapping[str, Source], shard_bytes: int, classes: int, channels
 
 def _write(
     jobs: Sequence[_Job], splits: Mapping[str, Source], scratch: Path, options: Options
-) -> list[Record]:
-    """Writes the shards that are not there yet and returns the records of all, in order.
+) -> list[WrittenShard]:
+    """Writes the missing shards and returns the records of all shards, in order.
 
     Raises:
         KilledError: a process was killed.
@@ -204,12 +202,12 @@ def _write(
     done = total - sum(len(job.numbers) for job in missing)
     if done:
         kept = len(jobs) - len(missing)
-        options.say(f"going on: {kept:,} of {len(jobs):,} shards were finished before")
+        options.say(f"resuming: {kept:,} of {len(jobs):,} shards are already finished")
     free, needed = shutil.disk_usage(scratch).free, sum(job.size for job in missing)
     if needed > free:
         raise StorageError(
-            f"{scratch.parent}: {mib(needed)} needed for the shards, {mib(free)} "
-            "free; make room or choose another folder with --root"
+            f"{scratch.parent}: the shards need {mib(needed)}, but only {mib(free)} are free; "
+            "make room or choose another folder with --root"
         )
     processes = min(options.processes or (usable_cores() if total >= _FEW else 1), len(missing))
     if processes > 1 and all(job.fingerprint for job in jobs):
@@ -238,13 +236,13 @@ def _show_hundreds(on_progress: Progress, before: int, total: int, written: int)
 
 def _write_numbered(
     splits: Mapping[str, Source], scratch: Path, written: Any, numbered: tuple[int, _Job]
-) -> Record:
-    """Writes a shard, and counts its samples in `written` at its number."""
+) -> WrittenShard:
+    """Writes a shard, and counts its samples in `written[number]`."""
     number, job = numbered
     return _write_job(job, splits[job.split], scratch, partial(operator.setitem, written, number))
 
 
-def _write_job(job: _Job, source: Source, scratch: Path, on_sample: Callable[[int], object]) -> Record:
+def _write_job(job: _Job, source: Source, scratch: Path, on_sample: Callable[[int], object]) -> WrittenShard:
     samples = ((number, source.load(number)) for number in job.numbers)
     record = write_shard(scratch / job.file, samples, job.classes, job.channels, on_sample)
     if job.fingerprint:
@@ -253,12 +251,12 @@ def _write_job(job: _Job, source: Source, scratch: Path, on_sample: Callable[[in
     return record
 
 
-def _kept(scratch: Path, job: _Job) -> Record | None:
-    """Returns the record of a shard that an earlier try has finished from the same input."""
+def _kept(scratch: Path, job: _Job) -> WrittenShard | None:
+    """Returns the record of a shard that an earlier attempt finished from the same input, or None."""
     path = scratch / job.file
     try:
         kept = path.with_suffix(".json").read_bytes()
-        fingerprint, record = msgspec.json.decode(kept, type=tuple[str, Record])
+        fingerprint, record = msgspec.json.decode(kept, type=tuple[str, WrittenShard])
         sound = fingerprint == job.fingerprint and sha256(path) == record.sha256
     except (OSError, msgspec.DecodeError):
         return None
@@ -266,9 +264,9 @@ def _kept(scratch: Path, job: _Job) -> Record | None:
 
 
 def _describe(
-    jobs: Sequence[_Job], records: Sequence[Record], classes: Sequence[str], channels: Literal[1, 3]
+    jobs: Sequence[_Job], records: Sequence[WrittenShard], classes: Sequence[str], channels: Literal[1, 3]
 ) -> IndexFile:
-    """Returns the index of the shards, which must agree in the shape of their images."""
+    """Returns the index of the shards, whose images must all have the same shape."""
     height, width = records[0].shape
     splits: dict[str, Split] = {}
     for split, group in itertools.groupby(zip(jobs, records, strict=True), key=lambda pair: pair[0].split):
@@ -298,9 +296,9 @@ def _describe(
 
 @contextlib.contextmanager
 def _scratch_folder(target: Path, say: Callable[[str], None], *, keep: bool) -> Iterator[Path]:
-    """Makes the hidden folder beside the target; after a failure it is kept for the next try, or removed."""
+    """Makes a hidden folder beside the target; after a failure, keeps it for the next attempt if `keep`."""
     scratch = target.parent / f".{target.name}.partial"
-    with file_lock(target, lambda: say(f"waiting for another process that packs {target.name}")):
+    with file_lock(target, lambda: say(f"waiting for another process to pack {target.name}")):
         scratch.mkdir(exist_ok=True)
         try:
             yield scratch
@@ -308,20 +306,20 @@ def _scratch_folder(target: Path, say: Callable[[str], None], *, keep: bool) -> 
             if not keep:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
-        shutil.rmtree(scratch, ignore_errors=True)  # there only if another data set was published meanwhile
+        shutil.rmtree(scratch, ignore_errors=True)  # still exists if another process published its data set
 
 
 def _check_replaceable(target: Path) -> None:
-    """Refuses to replace what is not a packed data set: a wrong --root must not delete a home folder."""
+    """Refuses to replace anything but a packed data set: a wrong --root must not delete a home folder."""
     if not target.exists():
         return
     for path in target.iterdir() if target.is_dir() else [target]:
         if path == target or not (path.name == "index.json" or path.suffix == ".tar"):
-            raise DataError(f"{path}: not part of a packed data set; move it away, or choose another name")
+            raise DataError(f"{path}: not part of a packed data set; move it away or choose another name")
 
 
 def _publish(folder: Path, target: Path, overwrite: bool) -> bool:
-    """Renames a complete folder to its place; returns False if another one is there and may not go."""
+    """Renames a complete folder to `target`; returns False if that exists and `overwrite` is False."""
     while True:
         try:
             folder.rename(target)
@@ -335,4 +333,4 @@ def _publish(folder: Path, target: Path, overwrite: bool) -> bool:
             return False
         old = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
         with old as folder_of_old, contextlib.suppress(FileNotFoundError):
-            target.rename(Path(folder_of_old) / target.name)  # a reader that has its shards open keeps them
+            target.rename(Path(folder_of_old) / target.name)  # readers keep the shards that they have open

@@ -1,8 +1,8 @@
-"""Reads shards, and nothing of a shard before its size, hash and structure are what they must be.
+"""Reads samples from shards, after checking a shard's size, hash and structure.
 
-The first process that needs a shard reads it through once and keeps what it found beside the user's cache:
-where the samples lie, keyed by the shard's hash and by size and times of the file, so that later runs and
-other ranks need not look again.
+The first process that needs a shard reads all of it once, and stores the offsets of the samples in the user's
+cache. The key is the shard's hash with size and times of the file. So later runs and other ranks do not check
+it again.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from disttrain.userdirs import cache_folder, remember
 
 Ids = npt.NDArray[np.int64]
 Sample: TypeAlias = dict[str, Any]
-"""Of webdataset: a field of its own for each member of a sample, by extension."""
+"""A sample of webdataset: a dict with one field for each member, by extension."""
 
 _CHUNK = 256  # samples that one thread decodes at a time
 _OPEN_SHARDS = 64
-_TICK_NS = 100_000_000  # a file as young as this could change again without another time
+_TICK_NS = 100_000_000  # a file that was just written could change again with the same time stamp
 
 
 class ShardError(DataError):
-    """A whole shard is missing or is not what the index says.
+    """A whole shard is missing or does not match the index.
 
     Args:
         index: its data set.
         shard: the shard.
-        problem: what is wrong with it.
+        problem: what is wrong.
     """
 
     def __init__(self, index: Index, shard: Shard, problem: str) -> None:
@@ -59,11 +59,11 @@ class ShardError(DataError):
 
 
 class OpenShard:
-    """A shard that is what the index says, open for reading from any thread.
+    """A checked shard, open for reading from any thread.
 
     Attributes:
-        place: its path or address, for messages.
-        contents: where its samples lie.
+        place: path or URL of the shard, for messages.
+        contents: its samples.
     """
 
     def __init__(self, place: str, descriptor: int, contents: Contents) -> None:
@@ -83,14 +83,14 @@ class OpenShard:
         size = int(self.contents.sizes[position])
         image = os.pread(self._descriptor, size, int(self.contents.offsets[position]))
         if len(image) != size:
-            raise ValueError("the shard was cut while it was read")
+            raise ValueError("the shard was truncated while it was being read")
         return image
 
     def sample(self, position: int) -> Sample:
-        """Returns a sample as webdataset has it: `__key__`, `__url__`, the image file and `cls`, in bytes.
+        """Returns a sample in webdataset's form: `__key__`, `__url__`, and the bytes of the image and `cls`.
 
         Raises:
-            ValueError: as for `read`.
+            ValueError: see `read`.
         """
         key, extension = self.contents.keys[position], self.contents.extensions[position]
         label = b"%d" % self.contents.labels[position]
@@ -98,29 +98,29 @@ class OpenShard:
 
 
 def sample_error(index: Index, place: str, key: str, error: Exception) -> DataError:
-    """Returns what to raise about a sample that cannot be used; `place` is its shard."""
+    """Returns the error for a bad sample; `place` is the path or URL of its shard."""
     return DataError(
-        f"{place}: sample {key}: {reason(error)}; {remedy(index)}, or leave such samples out with "
+        f"{place}: sample {key}: {reason(error)}; {remedy(index)}, or skip such samples with "
         "data.on_error=skip"
     )
 
 
 def open_shard(index: Index, split: str, number: int, say: Callable[[str], None] | None = None) -> OpenShard:
-    """Opens a shard after checking it, downloading it first if it lies on a server.
+    """Checks and opens a shard; downloads it first if it is on a server.
 
-    Any process may call this, alone.
+    Any single process may call this.
 
     Args:
         index: the data set.
         split: train or val.
-        number: of the shard in the split.
-        say: told of a download.
+        number: number of the shard in the split.
+        say: called with a message if the shard is downloaded.
 
     Raises:
-        ShardError: the shard is missing or is not what the index says; the message names it, the first
-            sample known to be bad, and the remedy.
-        DataError: it cannot be downloaded.
-        UnsafeError: it holds something that does not belong into a shard.
+        ShardError: the shard is missing or does not match the index. The message names the shard, the first
+            bad sample if known, and the remedy.
+        DataError: the download failed.
+        UnsafeError: the shard has a member of a forbidden kind.
     """
     shard = index.splits[split].shards[number]
     url = index.url(shard)
@@ -129,13 +129,13 @@ def open_shard(index: Index, split: str, number: int, say: Callable[[str], None]
     path = fetch_shard(url, size=shard.bytes, sha256=shard.sha256, say=say)
     try:
         return _open(index, shard, path)
-    except ShardError:  # removed by another process meanwhile, or damaged on this disk
+    except ShardError:  # another process removed it meanwhile, or it is damaged on this disk
         path.unlink(missing_ok=True)
         return _open(index, shard, fetch_shard(url, size=shard.bytes, sha256=shard.sha256, say=say))
 
 
 def sample_keys(index: Index, ids: Sequence[int], split: str = "train") -> list[str | None]:
-    """Returns the keys of samples in their shards; None where a shard cannot be read any more."""
+    """Returns the keys of samples in their shards; None for samples of an unreadable shard."""
     shards = index.splits[split].shards
     ends = list(itertools.accumulate(shard.samples for shard in shards))
     keys: list[str | None] = []
@@ -166,7 +166,7 @@ def _open(index: Index, shard: Shard, path: Path) -> OpenShard:
 
 
 def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Contents:
-    """Returns what an open shard holds, from the cache if this very file has been checked before."""
+    """Returns the contents of an open shard, from the cache if this file was checked before."""
     if problem := size_problem(path, shard):
         raise ShardError(index, shard, problem.removeprefix(f"{path}: "))
     seen = stamp(descriptor)
@@ -189,7 +189,7 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
         if contents is not None:
             problem = _first_bad(index, OpenShard(str(path), os.dup(descriptor), contents))
         found = f" ({problem})" if problem else ""
-        raise ShardError(index, shard, f"damaged: its SHA-256 is not that of the index{found}")
+        raise ShardError(index, shard, f"damaged: its SHA-256 does not match the index{found}")
     if contents is None:
         raise ShardError(index, shard, problem)
     if len(contents.keys) != shard.samples:
@@ -200,7 +200,7 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
 
 
 def _first_bad(index: Index, shard: OpenShard) -> str:
-    """Returns which sample of a damaged shard is seen to be bad, if any is."""
+    """Returns the first bad sample of a damaged shard and its problem, or an empty string."""
     pixels = np.empty((1, index.height, index.width, index.channels), np.uint8)
     for position, key in enumerate(shard.contents.keys):
         try:
@@ -240,7 +240,7 @@ class Reader:
     Args:
         index: the data set.
         split: train or val.
-        say: told of downloads.
+        say: called with messages about downloads.
     """
 
     def __init__(self, index: Index, split: str, say: Callable[[str], None] | None = None) -> None:
@@ -257,12 +257,12 @@ class Reader:
 
         Args:
             ids: int64 [B].
-            images: takes the pixels, uint8 [B, H, W, C].
-            labels: takes the labels, int64 [B].
+            images: output for the pixels, uint8 [B, H, W, C].
+            labels: output for the labels, int64 [B].
 
         Raises:
-            DataError: a shard or a sample cannot be used; the message names it.
-            UnsafeError: a shard holds something that does not belong into one.
+            DataError: a shard or a sample is bad; the message names it.
+            UnsafeError: a shard has a member of a forbidden kind.
         """
         places = self._places(ids)
         files: list[bytes] = []
@@ -276,13 +276,13 @@ class Reader:
             raise self._error(places[error.place if isinstance(error, ImageError) else at], error) from None
 
     def samples(self, ids: Ids) -> list[Sample]:
-        """Returns samples as webdataset has them, each with its id as `__id__`.
+        """Returns samples in webdataset's form, each with its id as `__id__`.
 
         Args:
             ids: int64 [B].
 
         Raises:
-            DataError, UnsafeError: as for `decode`.
+            DataError, UnsafeError: see `decode`.
         """
         places = self._places(ids)
         samples: list[Sample] = []
@@ -294,7 +294,7 @@ class Reader:
         return samples
 
     def _places(self, ids: Ids) -> list[tuple[OpenShard, int]]:
-        """Returns the shard of each sample, open, and the sample's position in it."""
+        """Returns the open shard of each sample, and the sample's position in it."""
         numbers = np.searchsorted(self._first, ids, side="right") - 1
         positions = (ids - self._first[numbers]).tolist()
         shards = {number: self._shard(number) for number in set(numbers.tolist())}
@@ -309,7 +309,7 @@ class Reader:
             if shard := self._open.get(number):
                 self._open.move_to_end(number)
                 return shard
-        with self._shard_locks[number]:  # one thread checks it, others that need it wait
+        with self._shard_locks[number]:  # one thread checks the shard, the others wait
             with self._lock:
                 if shard := self._open.get(number):
                     return shard
@@ -317,17 +317,17 @@ class Reader:
             with self._lock:
                 self._open[number] = shard
                 if len(self._open) > _OPEN_SHARDS:
-                    self._open.popitem(last=False)  # closed when the last thread has read from it
+                    self._open.popitem(last=False)  # closed when no thread uses it any more
             return shard
 
 
 class Chunk(NamedTuple):
-    """Consecutive samples of a shard, decoded.
+    """Consecutive decoded samples of a shard.
 
     Attributes:
-        first: id of the first one.
-        images: uint8 [n, H, W, C]; arbitrary where there is a problem.
-        labels: int64 [n]; -1 where there is a problem with it.
+        first: id of the first sample.
+        images: uint8 [n, H, W, C]; arbitrary for bad samples.
+        labels: int64 [n]; -1 for an invalid label.
         problems: id -> key, and why the sample cannot be used.
     """
 
@@ -338,10 +338,10 @@ class Chunk(NamedTuple):
 
 
 def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[Chunk]:
-    """Yields all samples of a shard, decoded in their order.
+    """Yields all samples of a shard, decoded, in order.
 
     Raises:
-        DataError, UnsafeError: as for `open_shard`.
+        DataError, UnsafeError: see `open_shard`.
     """
     shard = open_shard(index, split, number)
     count = len(shard.contents.keys)
@@ -354,7 +354,7 @@ def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[
         problems = {}
         try:
             decode_into([shard.read(position) for position in positions], images)
-        except (ValueError, OSError):  # at least one cannot be used: find out which
+        except (ValueError, OSError):  # at least one sample is bad: find out which
             for place, position in enumerate(positions):
                 try:
                     decode_into([shard.read(position)], images[place : place + 1])

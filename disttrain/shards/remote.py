@@ -1,6 +1,6 @@
-"""Data sets on an http(s) server: the index on demand, the shards through a cache on the local disk.
+"""Data sets on an http(s) server: fetches the index on demand, and shards into a cache on the local disk.
 
-A shard is downloaded once per node, under the name of its hash, and appears when it is complete.
+A shard is downloaded once per node. Its file is named after its hash, and appears when it is complete.
 """
 
 from __future__ import annotations
@@ -36,41 +36,41 @@ _T = TypeVar("_T")
 
 
 def is_url(text: str) -> bool:
-    """Tells whether the text is an http(s) address."""
+    """Returns whether the text is an http(s) URL."""
     return text.startswith(("http://", "https://"))
 
 
 def check_url(url: str) -> None:
-    """Checks that an address is one of a web server.
+    """Checks that a URL is a valid http(s) URL.
 
     Raises:
-        UnsafeError: it is a command.
-        UsageError: it is of another kind, or broken.
+        UnsafeError: it is a command or a file URL.
+        UsageError: it has another scheme, or is malformed.
     """
     scheme = url.partition(":")[0]
     if not is_url(url):
         if scheme in {"pipe", "file"} or not scheme.isalnum():
-            raise UnsafeError(f"refused to open {url!r}; data lies in a folder or at an http(s) address")
+            raise UnsafeError(f"refused to open {url!r}; use a folder or an http(s) URL")
         raise UsageError(f"{url}: {scheme}: is not supported; mount or download the data, or use http(s)")
     try:
         host = urllib.parse.urlsplit(url).hostname
     except ValueError:
         host = None
     if not host or any(c.isspace() or not c.isprintable() for c in url):
-        raise UsageError(f"{url!r}: not an address; expected https://host/folder")
+        raise UsageError(f"{url!r}: not a valid URL; expected https://host/folder")
 
 
 def fetch_text(url: str, limit_bytes: int) -> bytes:
     """Returns a small file from a server.
 
     Args:
-        url: its address.
+        url: URL of the file.
         limit_bytes: larger files are refused.
 
     Raises:
-        DataError: it cannot be had.
-        UnsafeError: the address is a command, or the server sends elsewhere than to http(s).
-        UsageError: it is no http(s) address.
+        DataError: the download failed.
+        UnsafeError: the URL is a command or a file, or the server redirects to something else than http(s).
+        UsageError: it is not an http(s) URL.
     """
     check_url(url)
 
@@ -81,25 +81,25 @@ def fetch_text(url: str, limit_bytes: int) -> bytes:
 
     content = _persist(url, fetch)
     if len(content) > limit_bytes:
-        raise DataError(f"{_shown(url)}: more than {limit_bytes} bytes; is it the right file?")
+        raise DataError(f"{_shown(url)}: larger than {limit_bytes} bytes; check that it is the right file")
     return content
 
 
 def fetch_shard(url: str, *, size: int, sha256: str, say: Callable[[str], None] | None = None) -> Path:
-    """Returns a local copy of a shard, downloading it if there is none.
+    """Returns the path of a local copy of a shard, and downloads the shard if there is none.
 
     Any number of threads and processes may call this at once: one downloads, the others wait.
 
     Args:
-        url: its address.
-        size: in bytes, as the index says.
-        sha256: as the index says.
-        say: told of the download.
+        url: URL of the shard.
+        size: size in the index, in bytes.
+        sha256: hash in the index.
+        say: called with a message about the download.
 
     Raises:
-        DataError: it cannot be had, or is not what the index says.
-        StorageError: there is no room for it.
-        UnsafeError, UsageError: as for `fetch_text`.
+        DataError: the download failed, or does not match the index.
+        StorageError: there is not enough space.
+        UnsafeError, UsageError: see `fetch_text`.
     """
     check_url(url)
     target = cache_folder() / "shards" / f"{sha256}.tar"
@@ -113,14 +113,14 @@ def fetch_shard(url: str, *, size: int, sha256: str, say: Callable[[str], None] 
             target.with_suffix(".used").touch()
     except OSError as error:
         raise StorageError(
-            f"{target.parent}: a shard cannot be kept: {reason(error)}; free some space or set "
+            f"{target.parent}: cannot store a shard: {reason(error)}; free some space or set "
             "DISTTRAIN_CACHE to another folder"
         ) from None
     return target
 
 
 def _download(url: str, target: Path, size: int, sha256: str) -> None:
-    """Downloads a shard, going on where a connection broke, and once again if its hash is wrong."""
+    """Downloads a shard; resumes after a broken connection, and starts again once if the hash is wrong."""
     with appearing(target) as partial:
         for last in (False, True):
             _persist(url, lambda: _fetch_rest(url, partial, size))
@@ -131,11 +131,13 @@ def _download(url: str, target: Path, size: int, sha256: str) -> None:
                 return
             partial.unlink()
             if last:
-                raise DataError(f"{_shown(url)}: its SHA-256 is not that of the index; repair it there")
+                raise DataError(
+                    f"{_shown(url)}: its SHA-256 does not match the index; repair it on the server"
+                )
 
 
 def _fetch_rest(url: str, partial: Path, size: int) -> None:
-    """Appends what is missing; raises `http.client.IncompleteRead` if the connection ends early."""
+    """Appends the missing bytes; raises `http.client.IncompleteRead` if the connection ends early."""
     done = partial.stat().st_size if partial.exists() else 0
     with _open(url, {"Range": f"bytes={done}-"} if done else {}) as response:
         given = response.headers.get("Content-Range", "")
@@ -146,14 +148,14 @@ def _fetch_rest(url: str, partial: Path, size: int) -> None:
             while chunk := response.read(_CHUNK_BYTES):
                 done += len(chunk)
                 if done > size:
-                    raise DataError(f"{_shown(url)}: longer than the {size} bytes that the index says")
+                    raise DataError(f"{_shown(url)}: larger than the {size} bytes in the index")
                 file.write(chunk)
     if done < size:
         raise http.client.IncompleteRead(b"", size - done)
 
 
 def _persist(url: str, fetch: Callable[[], _T]) -> _T:
-    """Calls `fetch` until it succeeds, with growing pauses between tries that may help."""
+    """Calls `fetch` until it succeeds, with growing pauses; permanent errors are not retried."""
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
@@ -168,50 +170,50 @@ def _persist(url: str, fetch: Callable[[], _T]) -> _T:
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
             problem = reason(cause) if isinstance(cause, Exception) else str(cause)
     raise DataError(
-        f"{_shown(url)}: {problem}; check the address and the network, or use a local copy of the data set"
+        f"{_shown(url)}: {problem}; check the URL and the network, or use a local copy of the data set"
     )
 
 
-class _SameKind(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to web servers only."""
+class _HttpRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows only redirects to http(s) URLs."""
 
     def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
         target = urllib.parse.urljoin(req.full_url, headers.get("Location", ""))
         if not is_url(target):
             fp.close()
-            raise UnsafeError(f"{_shown(req.full_url)}: refused to be sent to {target!r}")
+            raise UnsafeError(f"{_shown(req.full_url)}: refused the redirect to {target!r}")
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _open(url: str, headers: dict[str, str]) -> Any:
-    opener = urllib.request.build_opener(_SameKind)
+    opener = urllib.request.build_opener(_HttpRedirects)
     request = urllib.request.Request(url, headers={"User-Agent": "disttrain", **headers})
     return opener.open(request, timeout=_TIMEOUT_S)
 
 
 def _shown(url: str) -> str:
-    """Returns an address without user and password."""
+    """Returns a URL without user and password."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _make_room(target: Path, size: int) -> None:
-    """Removes the shards that were not used for longest, as far as the limit of the cache asks for it."""
+    """Removes the least recently used shards until a new one fits into the limit of the cache."""
     if text := os.environ.get(_LIMIT):
         room = _limit_bytes(text) - size
         for path in sorted(target.parent.glob("*.tar"), key=_used_at, reverse=True):
             room -= path.stat().st_size
             if room >= 0:
                 continue
-            path.unlink(missing_ok=True)  # who has it open can still read it
+            path.unlink(missing_ok=True)  # processes that have it open can still read it
             path.with_suffix(".used").unlink(missing_ok=True)
     free = shutil.disk_usage(target.parent).free
     if size > free:
         raise StorageError(
-            f"{target.parent}: {mib(size)} needed for a shard, {mib(free)} free; "
-            f"free some space, set DISTTRAIN_CACHE to another folder, or {_LIMIT} to a limit"
+            f"{target.parent}: a shard needs {mib(size)}, but only {mib(free)} are free; "
+            f"free some space, set DISTTRAIN_CACHE to another folder, or limit the cache with {_LIMIT}"
         )
 
 

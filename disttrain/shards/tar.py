@@ -1,6 +1,6 @@
-"""Finds the samples of a WebDataset tar, and refuses what does not belong into one.
+"""Finds the samples of a WebDataset tar, and refuses members that do not belong in one.
 
-A strict reader of headers: nothing is unpacked, and nothing but headers and labels is read.
+A strict parser: it reads only headers and labels, and unpacks nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from disttrain.errors import UnsafeError
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-"""The members that are images."""
+"""Extensions of the members that are images."""
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -44,13 +44,13 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Contents:
-    """The samples of a shard, in its order.
+    """The samples of a shard, in order.
 
     Attributes:
-        keys: the common name of a sample's members, without extension.
-        extensions: of the image, one of `IMAGE_EXTENSIONS`; empty if the sample has none.
-        offsets: where the image begins in the shard, in bytes: int64 [n].
-        sizes: of the image in bytes: int64 [n].
+        keys: the name that a sample's members share, without extension.
+        extensions: extension of each image, one of `IMAGE_EXTENSIONS`; empty without an image.
+        offsets: offset of each image in the shard, in bytes: int64 [n].
+        sizes: size of each image in bytes: int64 [n].
         labels: int64 [n]; -1 if unknown.
         problems: position -> why that sample cannot be used.
     """
@@ -64,15 +64,15 @@ class Contents:
 
 
 def scan(file: BinaryIO, classes: int | None) -> Contents:
-    """Reads the headers and labels of a shard from its beginning to its end.
+    """Reads the headers and labels of a whole shard.
 
     Args:
         file: an uncompressed tar, seekable.
-        classes: labels must be below; None accepts any.
+        classes: number of classes, which all labels must be below; None accepts any label.
 
     Raises:
-        ValueError: the tar is damaged or incomplete; the message says what and near which member.
-        UnsafeError: a member is of a kind that does not belong into a shard.
+        ValueError: the tar is damaged or incomplete; the message says what is wrong, and near which member.
+        UnsafeError: the shard has a member of a forbidden kind.
     """
     samples: list[_Sample] = []
     seen: set[str] = set()
@@ -84,26 +84,26 @@ def scan(file: BinaryIO, classes: int | None) -> Contents:
         key, extension, problem = f"{folder}{slash}{stem}", extension.lower(), ""
         if not samples or samples[-1].key != key:
             if key in seen:
-                problem = f"key {key} is there twice: interleaved or duplicated members"
+                problem = f"key {key} occurs twice: interleaved or duplicated members"
             samples.append(_Sample(key, problem=problem))
             seen.add(key)
         sample = samples[-1]
         if extension in sample.members:
-            problem = f"two members {name}"
+            problem = f"two members named {name}"
         elif extension in IMAGE_EXTENSIONS:
             if sample.extension:
                 problem = "two images"
             elif size == 0:
                 problem = "the image is empty"
             elif size > _MAX_IMAGE_BYTES:
-                problem = f"an image file of {size} bytes, more than the limit of {_MAX_IMAGE_BYTES}"
+                problem = f"the image file has {size} bytes, over the limit of {_MAX_IMAGE_BYTES}"
             sample.extension, sample.offset, sample.size = extension, offset, size
         elif extension == "cls":
             sample.label, problem = _label(head[:size].strip(), size, classes)
         sample.members.add(extension)
         sample.problem = sample.problem or problem
     if not samples:
-        raise ValueError("holds no samples")
+        raise ValueError("has no samples")
     return Contents(
         tuple(sample.key for sample in samples),
         tuple(sample.extension for sample in samples),
@@ -125,18 +125,18 @@ class _Sample:
     members: set[str] = field(default_factory=set)
 
     def unusable(self) -> str:
-        """Returns why, once all of its members have been seen, or nothing."""
+        """Returns why the sample cannot be used, or an empty string; call it after all members."""
         if self.problem or not self.extension:
             return self.problem or "no image"
         return "" if "cls" in self.members else "no label (member cls)"
 
 
 def _label(text: bytes, size: int, classes: int | None) -> tuple[int, str]:
-    """Returns the label that a member states, or -1 and what is wrong with it."""
+    """Returns the label in a member and an empty string, or -1 and the problem."""
     if size > _MAX_LABEL_BYTES or not text.isdigit() or int(text) > _MAX_LABEL:
         return -1, f"{text[:20]!r} is not a label"
     if classes is not None and int(text) >= classes:
-        return -1, f"label {int(text)} is not one from 0 to {classes - 1}"
+        return -1, f"label {int(text)} is not in 0 to {classes - 1}"
     return int(text), ""
 
 
@@ -145,33 +145,33 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int, bytes]]:
 
     Raises:
         ValueError: the tar is damaged or incomplete.
-        UnsafeError: a member is not a regular file, or of a kind that is refused.
+        UnsafeError: a member is not a regular file, or of another forbidden kind.
     """
     end = os.fstat(descriptor).st_size
     if end % _BLOCK:
         raise ValueError(
-            f"{end} bytes are not a whole number of {_BLOCK}-byte blocks: the tar was cut or added to"
+            f"{end} bytes are not a whole number of {_BLOCK}-byte blocks: the tar was truncated or extended"
         )
     place, name = 0, ""
-    stated: dict[str, str] = {}  # of the next member, by headers of its own
+    stated: dict[str, str] = {}  # name and size of the next member, from pax or GNU headers
     while True:
         block = os.pread(descriptor, 2 * _BLOCK, place)
         header, head = block[:_BLOCK], block[_BLOCK:]
         if len(header) < _BLOCK:
-            raise ValueError(f"ends without an end mark after {name or 'nothing'}: the tar was cut")
+            raise ValueError(f"no end mark after {name or 'the start'}: the tar was truncated")
         if header == _ZEROS:
             if stated:
-                raise ValueError("ends after the header of a name")
+                raise ValueError("no member after the last header of a name")
             _check_end(descriptor, place, end, name)
             return
         size = _check_header(header, place, name)
         kind = header[156:157]
         content, next_place = place + _BLOCK, place + _BLOCK + -(-size // _BLOCK) * _BLOCK
         if next_place > end:
-            raise ValueError(f"member {_text(header[:100], place)} reaches beyond the end: the tar was cut")
+            raise ValueError(f"member {_text(header[:100], place)} is incomplete: the tar was truncated")
         if kind in (_PAX, _PAX_GLOBAL, _LONG_NAME):
             if size > _MAX_NAME_BYTES:
-                raise ValueError(f"a header of {size} bytes for a name near byte {place}")
+                raise ValueError(f"the header of a name has {size} bytes, near byte {place}")
             stated |= _stated(kind, os.pread(descriptor, size, content), place)
             place = next_place
             continue
@@ -179,40 +179,38 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int, bytes]]:
         name = _text(header[:100], place)
         name = stated.get("path") or (f"{prefix}/{name}" if prefix else name)
         if "size" in stated and stated["size"] != str(size):
-            raise ValueError(f"member {name}: two different sizes")
+            raise ValueError(f"member {name} has two different sizes")
         stated, place = {}, next_place
         _check_name(name)
         if kind == _FOLDER and size == 0:
             continue
         if kind not in (b"0", b"\0"):
             what = _KINDS.get(kind, f"of the unknown kind {kind!r}")
-            raise UnsafeError(
-                f"member {name} is {what}; shards hold regular files only: make it again without"
-            )
+            raise UnsafeError(f"member {name} is {what}; make the shard again with only regular files")
         if size > _MAX_MEMBER_BYTES:
-            raise UnsafeError(f"member {name} has {size} bytes, more than the limit of {_MAX_MEMBER_BYTES}")
+            raise UnsafeError(f"member {name} has {size} bytes, over the limit of {_MAX_MEMBER_BYTES}")
         yield name, content, size, head
 
 
 def _stated(kind: bytes, data: bytes, place: int) -> dict[str, str]:
-    """Returns what a header before a member states about it, in the words of pax."""
+    """Returns the pax keywords in a header before a member; a GNU long name becomes `path`."""
     if kind == _LONG_NAME:
         return {"path": _text(data, place)}
     records = _pax_records(data, place)
     if kind == _PAX:
         return records
     if records.keys() & {"path", "size"}:
-        raise UnsafeError("a global header gives a name or size to all members; make the shard again")
+        raise UnsafeError("a global header sets the name or size of all members; make the shard again")
     return {}
 
 
 def _check_header(header: bytes, place: int, after: str) -> int:
-    """Returns the size that a header states, after checking that it is one."""
+    """Checks a header and returns the size in it."""
     where = f"at byte {place}" + (f", after member {after}" if after else "")
     if place == 0:
         for magic, kind in _MAGICS.items():
             if header.startswith(magic):
-                raise ValueError(f"is compressed with {kind}; shards are plain tars: unpack it")
+                raise ValueError(f"is compressed with {kind}; shards must be plain tars, so decompress it")
     if header[257:262] != b"ustar":
         raise ValueError(f"is not a tar {where}")
     stated = _number(header[148:156], where)
@@ -234,7 +232,7 @@ def _text(data: bytes, place: int) -> str:
     try:
         return data.partition(b"\0")[0].decode()
     except UnicodeDecodeError:
-        raise ValueError(f"a name that is not UTF-8 at byte {place}") from None
+        raise ValueError(f"the name at byte {place} is not UTF-8") from None
 
 
 def _pax_records(data: bytes, place: int) -> dict[str, str]:
@@ -245,13 +243,13 @@ def _pax_records(data: bytes, place: int) -> dict[str, str]:
         end = begin + int(digits) if digits.isdigit() else 0
         key, equals, value = data[begin + len(digits) + 1 : max(end - 1, 0)].partition(b"=")
         if not space or not equals or end <= begin or end > len(data) or data[end - 1 : end] != b"\n":
-            raise ValueError(f"a damaged header of a name at byte {place}")
+            raise ValueError(f"the header of a name is damaged at byte {place}")
         if key.startswith(b"GNU.sparse") or key == b"linkpath":
             raise UnsafeError(
-                "a member is sparse or a link; shards hold regular files only: make it again without"
+                "a member is a sparse file or a link; make the shard again with only regular files"
             )
         if b"\0" in value:
-            raise UnsafeError(f"a name with a NUL at byte {place}; make the shard again")
+            raise UnsafeError(f"the name at byte {place} has a NUL; make the shard again")
         records[_text(key, place)] = _text(value, place)
         begin = end
     return records
@@ -265,17 +263,15 @@ def _check_name(name: str) -> None:
         raise UnsafeError(f"member {name!r} leaves the folder; make the shard again with plain names")
     last = parts[-1].rpartition(".")[2].lower()
     if last in _PICKLED:
-        raise UnsafeError(
-            f"member {name!r} is a pickle, which can run programs; make the shard again without"
-        )
+        raise UnsafeError(f"member {name!r} is a pickle, which can run code; make the shard again without it")
     if last in _COMPRESSED:
         raise UnsafeError(f"member {name!r} is compressed; make the shard again with plain members")
 
 
 def _check_end(descriptor: int, place: int, end: int, after: str) -> None:
-    """Checks that nothing but zeros follows, two blocks of them at least."""
+    """Checks that only zeros follow, at least two blocks of them."""
     if end - place < 2 * _BLOCK:
-        raise ValueError(f"ends with half an end mark after {after or 'nothing'}: the tar was cut")
+        raise ValueError(f"half an end mark after {after or 'the start'}: the tar was truncated")
     for begin in range(place, end, 2**20):
         if os.pread(descriptor, min(2**20, end - begin), begin).strip(b"\0"):
-            raise ValueError(f"goes on after its end mark at byte {place}")
+            raise ValueError(f"has data after its end mark at byte {place}")

@@ -1,4 +1,4 @@
-"""Looks at every sample of a data set: which ones cannot be used, and whether the index tells the truth."""
+"""Reads every sample of a data set: finds bad samples, and checks that the index matches the shards."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from disttrain.userdirs import cache_folder, remember
 
 
 class Problem(NamedTuple):
-    """A sample, or a whole shard, that cannot be used."""
+    """A problem of a sample, a shard or the index."""
 
     place: str
-    """Path or address of the shard."""
+    """Path or URL of the shard or the index."""
     key: str | None
-    """Of the sample; None for the whole shard."""
+    """Key of the sample; None for the whole file."""
     text: str
 
 
 class Findings:
-    """What is found while a data set is read through.
+    """The results of reading a whole data set.
 
     Attributes:
-        problems: in the order of the shards.
-        unusable: split -> ids of the samples that cannot be used, in order.
-        class_counts: split -> usable samples of each class.
-        sums: of the pixels of the train split, as `pixel_sums` has them.
+        problems: problems of samples and shards, in the order of the shards.
+        unusable: split -> ids of the bad samples, in order.
+        class_counts: split -> number of usable samples of each class.
+        sums: sums of the pixels of the train split; see `pixel_sums`.
     """
 
     def __init__(self, index: Index) -> None:
@@ -47,7 +47,7 @@ class Findings:
         self.sums = np.zeros((2, index.channels), np.int64)
 
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns what index.json says of the pixels of the train split, from its usable samples."""
+        """Returns mean and standard deviation for index.json, from the usable samples of the train split."""
         pixels = int(self.class_counts["train"].sum()) * self._pixels
         return mean_std(self.sums, pixels)
 
@@ -64,7 +64,7 @@ def examine(
         on_progress: called now and then with the samples done and their total.
 
     Raises:
-        UnsafeError: a shard holds something that does not belong into one.
+        UnsafeError: a shard has a member of a forbidden kind.
     """
     findings = Findings(index)
     total = sum(index.splits[split].samples for split in splits)
@@ -97,22 +97,22 @@ def examine(
 
 
 def verify(index: Index, *, on_progress: Progress = silent) -> list[Problem]:
-    """Reads and decodes a whole data set and compares it with its index.
+    """Reads and decodes a whole data set, and compares it with its index.
 
     Args:
         index: the data set, loaded with `strict=False`.
-        on_progress: as for `examine`.
+        on_progress: see `examine`.
 
     Returns:
-        What is wrong, nothing if all is well.
+        The problems; empty if there are none.
 
     Raises:
-        UnsafeError: a shard holds something that does not belong into one.
+        UnsafeError: a shard has a member of a forbidden kind.
     """
     findings = examine(index, tuple(index.splits), statistics=True, on_progress=on_progress)
     problems = findings.problems
     for path in extra_shards(index):
-        problems.append(Problem(str(path), None, "a shard that is not in index.json"))
+        problems.append(Problem(str(path), None, "this shard is not in index.json"))
     place = f"{index.base or index.folder}/index.json"
     for split in index.splits:
         problems += double_keys(index, split)
@@ -120,69 +120,67 @@ def verify(index: Index, *, on_progress: Progress = silent) -> list[Problem]:
         return problems
     for split, content in index.splits.items():
         if findings.class_counts[split].tolist() != list(content.class_counts):
-            problems.append(Problem(place, None, f"class_counts of {split} are not those of the shards"))
+            problems.append(Problem(place, None, f"class_counts of {split} do not match the shards"))
     if findings.mean_std() != (index.mean, index.std):
-        problems.append(Problem(place, None, "mean or std are not those of the train split"))
+        problems.append(Problem(place, None, "mean or std do not match the train split"))
     return problems
 
 
 def double_keys(index: Index, split: str) -> Iterator[Problem]:
-    """Yields the samples of a split that another shard of it has too: same key, size and label."""
+    """Yields the samples of a split that are also in another of its shards: same key, size and label."""
     seen: set[tuple[str, int, int]] = set()
     for number, shard in enumerate(index.splits[split].shards):
-        with suppress(ShardError):  # a shard that cannot be opened has been told of
+        with suppress(ShardError):  # a shard that cannot be opened was reported before
             contents = open_shard(index, split, number).contents
             samples = list(zip(contents.keys, contents.sizes.tolist(), contents.labels.tolist(), strict=True))
             for sample in samples:
                 if sample in seen:
-                    yield Problem(index.place(shard), sample[0], "is in another shard of the split too")
+                    yield Problem(index.place(shard), sample[0], "is also in another shard of the split")
             seen.update(samples)
 
 
 def find_bad_samples(index: Index, split: str, say: Callable[[str], None]) -> Ids:
-    """Returns the ids of the samples that cannot be used, after reading and decoding all of them once.
+    """Reads and decodes all samples of a split once, and returns the ids of the bad ones.
 
-    The result is kept beside the user's cache until a shard changes. Any process may call this, alone; ranks
-    on other nodes may see other files and must agree afterwards.
+    The result is kept in the user's cache until a shard changes. Any single process may call this. Nodes may
+    have different files, so the ranks must combine their results.
 
     Args:
         index: the data set, loaded with `strict=False`.
         split: train or val.
-        say: told that samples are read, and of every one that is left out.
+        say: called when the search starts, and for every bad sample.
 
     Raises:
-        UnsafeError: a shard holds something that does not belong into one.
+        UnsafeError: a shard has a member of a forbidden kind.
     """
     record = cache_folder() / "surveys" / f"{index.name}-{index.digest[:16]}-{split}.json"
     stamps = [_stamp(index, shard) for shard in index.splits[split].shards]
     with contextlib.ExitStack() as stack:
-        with suppress(OSError):  # a cache that cannot be written: every process looks for itself
-            wait = f"waiting for another process that looks through {index.name}/{split}"
+        with suppress(OSError):  # if the cache cannot be written, every process searches on its own
+            wait = f"waiting for another process to check {index.name}/{split}"
             stack.enter_context(file_lock(record, lambda: say(wait)))
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(record.read_text())
             if kept["stamps"] == stamps:
                 return np.array(kept["unusable"], np.int64)
-        unusable = _look_through(index, split, say)
+        unusable = _search(index, split, say)
         remember(record, json.dumps({"stamps": stamps, "unusable": unusable}))
     return np.array(unusable, np.int64)
 
 
-def _look_through(index: Index, split: str, say: Callable[[str], None]) -> list[int]:
-    say(f"looking for unusable samples of {index.name}/{split} once: {index.splits[split].samples:,} samples")
+def _search(index: Index, split: str, say: Callable[[str], None]) -> list[int]:
+    say(f"looking for bad samples in {index.name}/{split} once: {index.splits[split].samples:,} samples")
     findings = examine(index, (split,), statistics=False)
     for problem in findings.problems[:20]:
         sample = f"sample {problem.key}" if problem.key else "all its samples"
-        say(f"left out: {problem.place}: {sample}: {problem.text}")
+        say(f"skipped: {problem.place}: {sample}: {problem.text}")
     if len(findings.problems) > 20:
-        say(
-            f"left out: {len(findings.problems) - 20:,} more; `disttrain data verify {index.name}` lists them"
-        )
+        say(f"skipped: {len(findings.problems) - 20:,} more; `disttrain data verify {index.name}` lists them")
     return findings.unusable[split]
 
 
 def _stamp(index: Index, shard: Shard) -> list[int] | None:
-    """Returns what changes when a shard's file does; None for a shard on a server or a missing one."""
+    """Returns the stamp of a shard's file; None for a shard on a server or a missing one."""
     with suppress(OSError):
         return None if index.url(shard) else stamp(index.folder / shard.file)
     return None

@@ -1,7 +1,7 @@
-"""Writes one shard: a plain WebDataset tar, and a record of what went into it.
+"""Writes one shard, a plain WebDataset tar, and returns a record of its contents.
 
-A tar holds `<key>.png|jpg|webp` and `<key>.cls` (the label in decimal) for each sample; the key is the
-sample's running number in its split. The same samples give the same bytes.
+A tar has `<key>.png|jpg|webp` and `<key>.cls`, the label in decimal, for each sample. The key is the number
+of the sample in its split. The same samples give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from disttrain.files import sha256
 from disttrain.shards.images import decode_image, pixel_sums
 from disttrain.shards.index import MAX_SHARD_PIXELS
 
-BLOCK = 512  # of a tar, in bytes
+BLOCK = 512  # bytes of a tar block
 
 
 class Sample(NamedTuple):
     """One encoded image with its label."""
 
     image: bytes
-    """An image file."""
+    """The image file."""
     extension: str
-    """Its format: png, jpg or webp."""
+    """The format: png, jpg or webp."""
     label: int
     """Position in the list of classes."""
     origin: str = ""
-    """Where it comes from, for messages; not stored."""
+    """Name of the sample in messages, such as its file; not stored."""
 
 
-class Record(msgspec.Struct, frozen=True):
-    """What went into a shard."""
+class WrittenShard(msgspec.Struct, frozen=True):
+    """A record of the contents of a shard."""
 
     bytes: int
     sha256: str
@@ -46,11 +46,11 @@ class Record(msgspec.Struct, frozen=True):
     first: str
     """Origin of its first sample."""
     sums: list[list[int]]
-    """Of the pixels, as `pixel_sums` has them."""
+    """Sums of the pixels; see `pixel_sums`."""
 
 
 def member_bytes(size: int) -> int:
-    """Returns the bytes that an image of `size` bytes and its label take in a tar."""
+    """Returns the size in a tar, in bytes, of an image of `size` bytes and its label."""
     return BLOCK + -(-size // BLOCK) * BLOCK + 2 * BLOCK
 
 
@@ -60,18 +60,18 @@ def write_shard(
     classes: int,
     channels: int,
     on_sample: Callable[[int], object],
-) -> Record:
-    """Writes a shard and checks every sample on the way: it must be sound and have the shape of the first.
+) -> WrittenShard:
+    """Writes a shard, and checks that every image is intact and has the shape of the first.
 
     Args:
         path: the tar.
-        samples: at least one, each with its running number in its split.
-        classes: labels are below.
-        channels: 1 or 3, to which the images are converted when they are decoded.
-        on_sample: told the number of samples written, after each.
+        samples: at least one sample, each with its number in its split.
+        classes: number of classes; labels must be below.
+        channels: number of channels to decode the images to, 1 or 3.
+        on_sample: called after each sample with the number of samples written.
 
     Raises:
-        DataError: an image is broken or of another shape, or a label is none of the classes.
+        DataError: an image is broken or has another shape, or a label is out of range.
         OSError: a write failed.
     """
     from webdataset.writer import TarWriter
@@ -87,7 +87,7 @@ def write_shard(
             for count, (number, sample) in enumerate(samples, 1):
                 name = sample.origin or f"{path.stem.partition('-')[0]} sample {number}"
                 if not 0 <= sample.label < classes:
-                    raise DataError(f"{name}: label {sample.label}, but {classes} classes")
+                    raise DataError(f"{name}: label {sample.label} is not in 0 to {classes - 1}")
                 try:
                     pixels = decode_image(sample.image, channels, MAX_SHARD_PIXELS)
                 except ValueError as error:
@@ -103,13 +103,13 @@ def write_shard(
                 on_sample(count)
         file.flush()
         os.fsync(file.fileno())
-    return Record(path.stat().st_size, sha256(path), counts, shape, origin, sums.tolist())
+    return WrittenShard(path.stat().st_size, sha256(path), counts, shape, origin, sums.tolist())
 
 
 def check_shape(name: str, shape: tuple[int, int], first: str, expected: tuple[int, int]) -> None:
-    """Raises DataError if an image, or the first one of a shard, has another shape than the first of all."""
+    """Raises DataError if the image `name` has another shape than the image `first`."""
     if shape != expected:
         raise DataError(
-            f"{name} is {shape[1]}x{shape[0]} but {first} is {expected[1]}x{expected[0]}; all images must "
-            "have one size"
+            f"{name} is {shape[1]}x{shape[0]}, but {first} is {expected[1]}x{expected[0]}; all images must "
+            "have the same size"
         )

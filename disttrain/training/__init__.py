@@ -1,1 +1,1 @@
-"""What every rank trains with and how: the loops and their state."""
+"""Training and evaluation: the loops that every rank runs, and their state."""

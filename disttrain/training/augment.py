@@ -1,7 +1,7 @@
 """Augmentation of whole batches, on the device.
 
-Every random choice is a function of (seed, epoch, place of the sample in the epoch), or of the sample itself,
-so that an image is augmented the same way on any number of ranks.
+Every random choice is a function of (seed, epoch, position of the sample in the epoch) or of the sample id.
+So an image is augmented the same way on any number of ranks.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from disttrain.data.epoch_plan import Ids
 from disttrain.training.normalize import Normalize
 
 _ROWS, _COLUMNS, _FLIP, _CUT_ROWS, _CUT_COLUMNS, _MIX = range(2, 8)  # streams of random numbers
-_PART_AREA, _PART_ASPECT, _PART_ROW, _PART_COLUMN = range(8, 12)
-_MOST_ASPECT = 4 / 3  # of a part, and the least is its inverse
-_FINE = 2**24  # steps of a random number in 0..1
+_CROP_AREA, _CROP_ASPECT, _CROP_ROW, _CROP_COLUMN = range(8, 12)
+_MAX_ASPECT = 4 / 3  # of a resized crop; the smallest aspect ratio is the inverse
+_FINE = 2**24  # number of values that a random number in 0..1 can have
 
 
 @dataclass(frozen=True)
 class Mix:
-    """How one global batch is mixed with itself.
+    """How the samples of a global batch are mixed with each other.
 
     Attributes:
-        shift: the sample at place p is mixed with the one at (p + shift) modulo the size of the batch.
-        lam: weight of the sample itself; its partner has the rest.
+        shift: sample p of the batch is mixed with sample (p + shift) modulo the batch size.
+        lam: weight of the sample; its partner has weight 1 - lam.
         box: rows and columns (top, bottom, left, right) pasted from the partner, or None to blend.
     """
 
@@ -41,7 +41,7 @@ class Mix:
 
 
 class Augment:
-    """Turns uint8 images into what the network reads.
+    """Turns stored uint8 images into the network's input.
 
     Args:
         config: the augmentation of training images.
@@ -55,10 +55,10 @@ class Augment:
         self._seed = seed
         self._device = normalize.offset.device
         self._draws: dict[int, Tensor] = {}
-        self._parts: Tensor | None = None  # centre and half size of each part, in grid_sample's units
+        self._crops: Tensor | None = None  # centre and half size of each crop, in grid_sample's units
 
     def start_epoch(self, epoch: int, order: Ids, height: int, width: int) -> None:
-        """Draws the random choices of an epoch, counted from 0, for every place in its order."""
+        """Draws the random choices of an epoch, counted from 0, for every position in its order."""
         padding, size = self._config.crop_padding, self._config.cutout
         ranges: dict[int, int] = {}
         if padding:
@@ -71,27 +71,27 @@ class Augment:
             draws = counter_rng.integers(counter_rng.derive(self._seed, stream, epoch), len(order), below)
             self._draws[stream] = torch.from_numpy(draws).to(self._device)
         if self._config.resized_crop is not None:
-            self._parts = torch.from_numpy(self._draw_parts(epoch, len(order), height, width)).to(
+            self._crops = torch.from_numpy(self._draw_crops(epoch, len(order), height, width)).to(
                 self._device
             )
-        if self._config.flip == "alternating":  # here the choice is the sample's, not the place's
+        if self._config.flip == "alternating":  # this choice depends on the sample, not on its position
             first = counter_rng.bits_at(counter_rng.derive(self._seed, _FLIP), order.astype(np.uint64))
             flips = ((first >> np.uint64(63)).astype(np.int64) + epoch) % 2
             self._draws[_FLIP] = torch.from_numpy(flips).to(self._device)
 
     def train(self, images: Tensor, places: slice | Tensor) -> Tensor:
-        """Crops, resizes, flips, normalizes and cuts.
+        """Crops, resizes, flips, normalizes and cuts out holes.
 
         Args:
             images: uint8 [B, H, W, C].
-            places: the places of these images in the epoch: a slice, or int64 [B] on the device.
+            places: positions of these images in the epoch: a slice, or int64 [B] on the device.
 
         Returns:
             float32 [B, C, H, W].
         """
         batch, height, width, _ = images.shape
-        if self._parts is not None:
-            result = self._enlarge(self.normalize(images), places)
+        if self._crops is not None:
+            result = self._resize_crops(self.normalize(images), places)
         else:
             if _ROWS in self._draws or _FLIP in self._draws:
                 images = self._crop_and_flip(images, places)
@@ -107,7 +107,7 @@ class Augment:
         return result
 
     def mix(self, epoch: int, step: int, batch: int, height: int, width: int) -> Mix | None:
-        """Returns how the global batch of so many samples in a step of an epoch is mixed, or None."""
+        """Returns how to mix the global batch of `batch` samples in a step of an epoch, or None."""
         mixup, cutmix = self._config.mixup, self._config.cutmix
         if not (mixup or cutmix) or batch < 2:
             return None
@@ -115,38 +115,38 @@ class Augment:
         draws = counter_rng.uniform(key, 4)
         shift = 1 + int(draws[0] * (batch - 1))
         use_cutmix = bool(cutmix) and (not mixup or draws[1] < 0.5)
-        share = counter_rng.symmetric_beta(counter_rng.derive(key, 1), cutmix if use_cutmix else mixup)
+        lam = counter_rng.symmetric_beta(counter_rng.derive(key, 1), cutmix if use_cutmix else mixup)
         if not use_cutmix:
-            return Mix(shift, share, None)
-        side = (1 - share) ** 0.5
+            return Mix(shift, lam, None)
+        side = (1 - lam) ** 0.5
         row, column = int(draws[2] * height), int(draws[3] * width)
         top, bottom = np.clip([row - side * height / 2, row + side * height / 2], 0, height).astype(int)
         left, right = np.clip([column - side * width / 2, column + side * width / 2], 0, width).astype(int)
         kept = 1 - (bottom - top) * (right - left) / (height * width)
         return Mix(shift, float(kept), (int(top), int(bottom), int(left), int(right)))
 
-    def _draw_parts(self, epoch: int, count: int, height: int, width: int) -> npt.NDArray[np.float32]:
-        """Returns (column, row) of the centre and half the size of each part: float32 [count, 2, 2].
+    def _draw_crops(self, epoch: int, count: int, height: int, width: int) -> npt.NDArray[np.float32]:
+        """Returns (column, row) of the centre and of half the size of each crop: float32 [count, 2, 2].
 
-        The unit is half the image, the origin its centre. A part that would be longer than the image is cut
-        to its length, which gives it another aspect ratio.
+        The unit is half the image, the origin is its centre. A crop that would be longer than the image is
+        cut to the image's length, which changes the aspect ratio.
         """
         area, aspect, row, column = (
             counter_rng.integers(counter_rng.derive(self._seed, stream, epoch), count, _FINE) / _FINE
-            for stream in (_PART_AREA, _PART_ASPECT, _PART_ROW, _PART_COLUMN)
+            for stream in (_CROP_AREA, _CROP_ASPECT, _CROP_ROW, _CROP_COLUMN)
         )
         least = self._config.resized_crop
         assert least is not None
         pixels = (least + (1 - least) * area) * height * width
-        ratio = np.exp((2 * aspect - 1) * np.log(_MOST_ASPECT))
+        ratio = np.exp((2 * aspect - 1) * np.log(_MAX_ASPECT))
         half = np.stack([np.sqrt(pixels * ratio) / width, np.sqrt(pixels / ratio) / height], 1).clip(max=1)
         centre = (1 - half) * (2 * np.stack([column, row], 1) - 1)
         return np.stack([centre, half], 1).astype(np.float32)
 
-    def _enlarge(self, images: Tensor, places: slice | Tensor) -> Tensor:
-        """Enlarges the part of each image to the whole, flipped or not: float32 [B, C, H, W]."""
-        assert self._parts is not None
-        centre, half = self._parts[places].unbind(1)
+    def _resize_crops(self, images: Tensor, places: slice | Tensor) -> Tensor:
+        """Resizes the crop of each image to the image's size, and flips it if drawn: float32 [B, C, H, W]."""
+        assert self._crops is not None
+        centre, half = self._crops[places].unbind(1)
         if _FLIP in self._draws:
             sides = torch.where(self._draws[_FLIP][places] == 1, -1.0, 1.0)
             half = torch.stack([half[:, 0] * sides, half[:, 1]], 1)
@@ -166,12 +166,12 @@ class Augment:
             columns = _reflect(columns + (self._draws[_COLUMNS][places, None] - padding), width)
         if _FLIP in self._draws:
             columns = torch.where(self._draws[_FLIP][places, None] == 1, columns.flip(-1), columns)
-        # One gather of whole pixels: several times as fast as indexing by image, row and column.
+        # One gather of whole pixels is several times faster than indexing by image, row and column.
         lines = torch.arange(0, batch * height, height, device=self._device)[:, None] + rows
         pixels = (lines[:, :, None] * width + columns.expand(batch, -1)[:, None, :]).view(-1)
         return images.reshape(-1, channels).index_select(0, pixels).view(batch, height, width, channels)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
-    """Maps indexes outside 0..size-1 back by reflection at the border pixels."""
+    """Maps indices outside 0..size-1 back by reflection at the border pixels."""
     return size - 1 - (size - 1 - index.abs()).abs()

@@ -1,10 +1,9 @@
-"""What is chosen for the user on this machine: arithmetic, memory order, compilation, threads, bucket size.
+"""Chooses the settings that suit this machine: precision, memory order, compilation, threads, bucket size.
 
-The arithmetic is part of the experiment and chosen by a rule; the others too where one is known, else by a
-measurement of the real model. Measuring ends when it has cost a fiftieth of
-what the run will take, and a run that is shorter than a minute is not measured at all. All ranks measure
-together and decide alike. What is chosen and why is kept in env.json, and the arithmetic in every checkpoint,
-so that a run that goes on stays the same run.
+The precision is part of the experiment, so a rule chooses it. The other settings follow a rule if one is
+known, otherwise a measurement of the real model. Measurements take at most a fiftieth of the run's expected
+time, and are skipped for runs of less than a minute. All ranks measure together and choose the same. env.json
+has the choices and their reasons. Checkpoints have the settings, so that a resumed run computes the same way.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ from disttrain.units import time_text
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
-SHORT_RUN_S = 60.0  # a run of this length is not worth a measurement
-BUDGET = 0.02  # share of the run that measuring may take
-PROBE_BATCH = 128  # images at most in a pass that is measured; a longer one tells nothing more
-_WIN = 0.97  # a setting must take at most this share of the time of the plain one to be preferred to it
-_NEAR = 1.25  # times the fastest: what a single measurement cannot tell from it
-_ROUNDS = 9  # in which settings that are near one another are measured again
-_COMPILE_S = 45.0  # what compiling a network of some twenty layers for a GPU takes
-_COMPILE_WIN = 0.95  # at most this share of the time, or not compiled
-_REPEATS = 3  # passes of a measurement at least
+SHORT_RUN_S = 60.0  # a shorter run is not worth a measurement
+BUDGET = 0.02  # share of the run's time for measurements
+PROBE_BATCH = 128  # most images in a measured pass on a CPU; a larger batch would show nothing more
+_WIN = 0.97  # a setting must take at most this share of the default's time to replace it
+_NEAR = 1.25  # a single measurement cannot distinguish times within this factor of the fastest
+_ROUNDS = 9  # in which settings with similar times are measured again
+_COMPILE_S = 45.0  # to compile a network of some twenty layers for a GPU
+_COMPILE_WIN = 0.95  # compiled if that takes at most this share of the eager time
+_REPEATS = 3  # fewest passes of a measurement
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the forward and backward pass is computed; none of it is part of the experiment.
+    """How the forward and backward pass is computed.
 
     Attributes:
         precision: the arithmetic.
-        channels_last: NHWC memory order.
-        compiled: by torch.compile.
+        channels_last: whether the memory order is NHWC.
+        compiled: whether torch.compile compiles the model.
         threads: CPU threads of this process.
     """
 
@@ -62,7 +61,7 @@ class Settings:
 
 
 class Choice(NamedTuple):
-    """What was chosen for the user, and why."""
+    """An automatic choice and its reason."""
 
     value: str
     reason: str
@@ -72,7 +71,7 @@ class Choice(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The settings of a run, and each of them with its reason."""
+    """The settings of a run, and the reason for each."""
 
     settings: Settings
     reasons: dict[str, Choice]
@@ -83,10 +82,10 @@ class Workload:
     """What one rank computes in a run.
 
     Attributes:
-        model: the network on its device, in fp32; it is not changed.
+        model: the network on its device, in fp32; not modified.
         batch: images in one forward pass.
         image: channels, height and width.
-        classes: outputs.
+        classes: number of classes.
         passes: forward and backward passes in the rest of the run.
         world_size: number of ranks.
     """
@@ -102,14 +101,14 @@ class Workload:
 def choose(
     config: TrainConfig, work: Workload, *, threads: int, saved: Mapping[str, Any] | None = None
 ) -> Chosen:
-    """Decides how a run computes. Every rank calls this; all get the same answer.
+    """Chooses the settings of a run. Every rank calls this; all get the same settings.
 
     Args:
-        config: what the user has set is kept, the rest is chosen.
+        config: the user's settings are kept, the others are chosen.
         work: what is computed.
         threads: CPU threads that this process may use.
-        saved: settings of the run that is gone on with, with their `device` and `world_size`, or None. They
-            are kept as far as they fit here, so that the run stays the same to the last bit.
+        saved: the settings in the checkpoint, with its `device` and `world_size`, or None. They are kept if
+            this machine allows it, so that the resumed run is the same to the last bit.
     """
     device = next(work.model.parameters()).device
     settings, reasons = _rules(config, device, threads, saved["precision"] if saved else None)
@@ -121,7 +120,7 @@ def choose(
         settings = replace(settings, **{field: saved[field] for field in kept.values()})
         reasons |= {key: Choice(_shown(settings, key), "as in the checkpoint") for key in kept}
     elif unknown is not None and config.reproducible:
-        why = "train.reproducible: another run might measure otherwise"
+        why = "train.reproducible: another run might measure other times"
         reasons[unknown] = Choice(_shown(settings, unknown), why)
     elif unknown is not None:
         settings, found = _measured(Probe(work), settings, unknown)
@@ -131,18 +130,18 @@ def choose(
 
 
 def bucket_mib(parameters: int, device: torch.device) -> tuple[float, str]:
-    """Returns the size of DDP's gradient buckets in MiB for so many trained parameters, and why."""
+    """Returns the size of DDP's gradient buckets in MiB for the trained parameters, and why."""
     size = 4 * parameters / 2**20
     if device.type == "cpu" or size <= 4:
-        # One reduction: fewer messages; on CPUs there is no engine beside the cores that could overlap.
+        # One reduction means fewer messages. On a CPU, computation and communication share the cores.
         return size + 1, f"one bucket for {size:.1f} MiB of gradients"
     bucket = min(25.0, size / 4)
-    return bucket, f"{size:.1f} MiB of gradients in buckets that are reduced while others are computed"
+    return bucket, f"{size:.1f} MiB of gradients; a bucket is reduced while the next is computed"
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Lets a GPU compute fp32 products and convolutions in tf32, or not."""
-    # The older of torch's two ways: torch.export asks in this way, and fails if the other one was used.
+    """Sets whether a GPU computes fp32 matrix products and convolutions in tf32."""
+    # The older of torch's two interfaces, because torch.export reads it and fails after use of the newer one.
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -154,13 +153,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 _FIELDS = {"channels_last": "channels_last", "compile": "compiled"}
-"""Keys that may be measured, the first on a CPU and the second on a GPU, with their fields of `Settings`."""
+"""Config keys that may be measured, the first on a CPU and the second on a GPU; and fields of `Settings`."""
 
 
 def _rules(
     config: TrainConfig, device: torch.device, threads: int, fixed_precision: Precision | None
 ) -> tuple[Settings, dict[str, Choice]]:
-    """Returns the settings by the rules, and the reason of each that is not to be measured."""
+    """Returns the default settings, and the reason for each setting that needs no measurement."""
     reasons: dict[str, Choice] = {}
     if config.precision != "auto":
         precision: Precision = config.precision
@@ -188,10 +187,12 @@ def _rules(
 
 
 def _measured(probe: Probe, plain: Settings, key: str) -> tuple[Settings, dict[str, Choice]]:
-    """Decides one key by measuring, and on a CPU the threads; `plain` is by the rules. Every rank calls this.
+    """Chooses one key by measurement, and on a CPU the threads. Every rank calls this.
+
+    `plain` has the default settings.
 
     Returns:
-        The settings to use, and the reasons of what was decided.
+        The settings to use, and the reasons for the measured ones.
     """
     try:
         plain_s = probe.seconds(plain)
@@ -199,7 +200,7 @@ def _measured(probe: Probe, plain: Settings, key: str) -> tuple[Settings, dict[s
         return plain, {key: Choice(_shown(plain, key), f"cannot be measured: {error}")}
     run_s = plain_s * probe.passes
     if run_s < SHORT_RUN_S:
-        text = f"a run of about {run_s:.0f} s does not repay measuring"
+        text = f"a run of about {run_s:.0f} s is too short to measure"
         return plain, {key: Choice(_shown(plain, key), text)}
     if key == "compile":
         return _compiled_or_not(probe, plain, plain_s)
@@ -224,25 +225,25 @@ def _measured(probe: Probe, plain: Settings, key: str) -> tuple[Settings, dict[s
 
 
 def _compiled_or_not(probe: Probe, plain: Settings, plain_s: float) -> tuple[Settings, dict[str, Choice]]:
-    """Compiles if the run is so long that even a vain attempt costs little."""
+    """Tries to compile if the run is so long that even a failed attempt costs little."""
     run_s, compiled, best = plain_s * probe.passes, replace(plain, compiled=True), plain
     if BUDGET * run_s < _COMPILE_S / 2:
-        text = f"a run of about {run_s:,.0f} s does not repay compiling"
+        text = f"a run of about {run_s:,.0f} s is too short to compile"
     else:
         try:
             compiled_s = probe.seconds(compiled)
         except ProbeError as error:
             text = f"compiling fails: {error}"
         else:
-            text = f"{time_text(compiled_s)} a pass, {time_text(plain_s)} as written"
+            text = f"{time_text(compiled_s)} a pass, {time_text(plain_s)} eager"
             best = compiled if compiled_s <= _COMPILE_WIN * plain_s else plain
     return best, {"compile": Choice(_shown(best, "compile"), text)}
 
 
 def _measure_in_turns(probe: Probe, seconds: dict[Settings, float], budget: float) -> None:
-    """Replaces the times of the fastest settings by medians over rounds, if several are near one another.
+    """Measures the fastest settings again in turns, if their times are similar, and stores the medians.
 
-    A setting that is measured once has met what else the machine did in that moment.
+    A single measurement depends on what else the machine does at that moment.
     """
     fastest = min(seconds.values())
     near = [settings for settings in seconds if seconds[settings] <= _NEAR * fastest]
@@ -251,7 +252,7 @@ def _measure_in_turns(probe: Probe, seconds: dict[Settings, float], budget: floa
     times = {settings: [seconds[settings]] for settings in near}
     round_s = probe.spent_s / len(seconds) * len(near)
     while len(times[near[0]]) <= _ROUNDS and probe.spent_s + round_s <= budget:
-        near.reverse()  # so that none always comes after the same other one
+        near.reverse()  # so that no setting always follows the same other one
         for settings in near:
             times[settings].append(_seconds_or_never(probe, settings))
     seconds |= {settings: statistics.median(values) for settings, values in times.items()}
@@ -260,12 +261,12 @@ def _measure_in_turns(probe: Probe, seconds: dict[Settings, float], budget: floa
 def _seconds_or_never(probe: Probe, settings: Settings) -> float:
     try:
         return probe.seconds(settings)
-    except ProbeError:  # the model does not run in this way
+    except ProbeError:  # the model does not run with these settings
         return math.inf
 
 
 def _best(plain: Settings, seconds: dict[Settings, float]) -> Settings:
-    """Returns the fastest settings, or the plain ones where the gain is no more than noise can be."""
+    """Returns the fastest settings, or `plain` if the gain may be noise."""
     best = min(seconds, key=lambda settings: seconds[settings])
     return best if seconds[best] <= _WIN * seconds[plain] else plain
 
@@ -280,7 +281,7 @@ def _table(seconds: dict[Settings, float]) -> str:
 
 
 class ProbeError(Exception):
-    """A model could not be measured; the message names the kind of error."""
+    """The model could not be measured; the message is the type of the error."""
 
 
 class Probe:
@@ -289,8 +290,8 @@ class Probe:
     Attributes:
         device: of the model.
         batch: images in a pass.
-        passes: of that size in the rest of the run.
-        spent_s: seconds that measuring has taken, the same on all ranks.
+        passes: passes of that size in the rest of the run.
+        spent_s: seconds spent on measurements, the same on all ranks.
     """
 
     def __init__(self, work: Workload) -> None:
@@ -301,20 +302,20 @@ class Probe:
         self.spent_s = 0.0
 
     def seconds(self, settings: Settings, least_s: float = 0.05) -> float:
-        """Returns the seconds of one pass: the mean over the ranks of the median. Every rank calls this.
+        """Returns the seconds of a pass: each rank's median, averaged over the ranks. Every rank calls this.
 
         Args:
             settings: how to compute.
-            least_s: that the measurement takes on each rank, after two passes to warm up.
+            least_s: shortest time of the measurement on each rank, after two warm-up passes.
 
         Raises:
-            ProbeError: it failed on a rank; raised on all of them.
+            ProbeError: it failed on a rank; raised on all ranks.
         """
         began = time.perf_counter()
         times, problem = [0.0], ""
         try:
             times = self._times(settings, least_s)
-        except Exception as error:  # a model that cannot be copied, say, or what a compiler says of it
+        except Exception as error:  # such as a model that cannot be copied, or an error of the compiler
             problem = type(error).__name__
         median, spent = statistics.median(times), time.perf_counter() - began
         seconds, spent, failed = self._mean([median, spent, float(problem != "")])
@@ -326,13 +327,13 @@ class Probe:
     def _times(self, settings: Settings, least_s: float) -> list[float]:
         times: list[float] = []
         with self._prepared(settings) as step:
-            step()  # memory is allocated, kernels are chosen, code is compiled
+            step()  # allocates memory, chooses kernels, compiles
             step()
             while len(times) < _REPEATS or sum(times) < least_s:
                 start = time.perf_counter()
                 step()
                 times.append(time.perf_counter() - start)
-                if times[0] > 1.0:  # a long step is its own mean
+                if times[0] > 1.0:  # one long step is precise enough
                     break
         return times
 

@@ -1,4 +1,4 @@
-"""From a config and a data set to what a rank trains with. Every rank calls all of these."""
+"""Builds the training state of a rank from a config and a data set. Every rank calls all of these."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ from disttrain.training.group import wait_for_all
 from disttrain.training.normalize import Normalize
 from disttrain.training.optim import build_optimizer
 from disttrain.training.rank import Rank
-from disttrain.training.rank_state import restore_rank_state, seed_own_code
-from disttrain.training.restore import go_on
+from disttrain.training.rank_state import restore_rank_state, seed_user_code
+from disttrain.training.restore import resume
 from disttrain.training.state import Progress, TrainState, Validation, eager
 from disttrain.units import mib
 
@@ -58,7 +58,7 @@ log = logging.getLogger("disttrain")
 
 
 INIT_IMAGES = 5000
-"""Training images at most that a model with `init_from_images` sees before the first step."""
+"""The most training images that a model with `init_from_images` sees before the first step."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class Data:
 
     Attributes:
         plan: the order of the training samples.
-        train: serves the training split.
+        train: loads the training split.
         val: the validation split.
-        place: where the images come from, and why.
+        cache: where the images are kept (`data.cache`), and why.
     """
 
     plan: Plan
     train: Loader
     val: Validation
-    place: Choice
+    cache: Choice
 
 
 def build(
@@ -87,35 +87,35 @@ def build(
     *,
     force: bool = False,
 ) -> tuple[TrainState, Progress, dict[str, Choice]]:
-    """Makes model, optimizer, data and augmentation, in the state of the checkpoint if there is one.
+    """Makes model, optimizer, data and augmentation, and loads the checkpoint if there is one.
 
-    Every rank calls this. With `force`, config or data set may differ from the checkpoint's.
+    Every rank calls this. With `force`, the config or the data set may differ from the checkpoint's.
 
     Returns:
-        The state, where to begin, and what was chosen for the user and why.
+        The state, the progress to start from, and the automatic choices with their reasons.
     """
     group = Group.of(process_group)
     device = group.device
     checkpoint = None if checkpoint_path is None else load(checkpoint_path)
-    data = open_data(config, index, group)
+    data = build_data(config, index, group)
     model, weights = initial_model(config, index, device, resumed=checkpoint is not None)
     per_image = flops_per_image(model, (index.channels, index.height, index.width))
     chosen = choose_arithmetic(config, group, model, index, data.plan, checkpoint)
     settings = chosen.settings
     accelerator = apply_arithmetic(settings, device, model)
-    choices = {"cache": data.place} | weights | chosen.reasons
+    choices = {"cache": data.cache} | weights | chosen.reasons
     mean, std = statistics(config.data, index.mean, index.std)
     normalize = Normalize(mean, std, index.width, channels_last=settings.channels_last, device=device)
     if checkpoint is None and hasattr(model, "init_from_images"):
         cast(Any, model).init_from_images(normalize(first_images(data, device)))
-    optimizer, rates = build_optimizer(config.optim, config.schedule, model)
+    optimizer, lr_schedules = build_optimizer(config.optim, config.schedule, model)
     state = TrainState(
         config=config,
         accelerator=accelerator,
         model=model,
         ema=None if config.train.ema is None else MovingAverage(model, config.train.ema),
         optimizer=optimizer,
-        rates=rates,
+        lr_schedules=lr_schedules,
         plan=data.plan,
         augment=Augment(config.augment, seed=config.seed, normalize=normalize),
         train_data=data.train,
@@ -125,14 +125,14 @@ def build(
         flops_per_image=per_image,
         peak_flops_per_s=peak_flops_per_s(device, settings.precision)[0],
     )
-    progress = Progress() if checkpoint is None else go_on(checkpoint, state, index, rank, force=force)
-    state.model = model = accelerator.prepare_model(model, evaluation_mode=True)  # for its precision alone
+    progress = Progress() if checkpoint is None else resume(checkpoint, state, index, rank, force=force)
+    state.model = model = accelerator.prepare_model(model, evaluation_mode=True)  # only sets the precision
     if group.world_size > 1:
         state.model, choices["bucket"] = wrap_ddp(model, device, timed_every=config.monitor.log_every_steps)
     choices["cuda_graph"] = graph_choice(config, device, group.world_size, settings)
     if choices["cuda_graph"].value == "true":
         state.graph = StepGraph(optimizer, device)
-    seed_own_code(config.seed, group.rank)
+    seed_user_code(config.seed, group.rank)
     if checkpoint is not None:
         if group.world_size > 2:
             warm_up_ddp_buckets(state, index)
@@ -140,7 +140,7 @@ def build(
     return state, progress, choices
 
 
-def open_data(config: Config, index: Index, group: Group) -> Data:
+def build_data(config: Config, index: Index, group: Group) -> Data:
     """Returns the samples of a run. Every rank calls this."""
     say = print if group.rank == 0 else log.info
     skipped = {split: skipped_samples(config, index, split, group, say) for split in ("train", "val")}
@@ -163,8 +163,8 @@ def open_data(config: Config, index: Index, group: Group) -> Data:
             )
             loaders[split] = streamed
         reason += (
-            f"; {config.data.streams} streams, {workers} decoding threads per process, at most "
-            f"{mib(streamed.most_bytes, 1)} of decoded samples under way in each"
+            f"; {config.data.streams} streams, {workers} decoding threads and at most "
+            f"{mib(streamed.most_bytes, 1)} of decoded samples per process"
         )
     wait_for_all("data")
     val_ids = usable_ids(index.splits["val"].samples, skipped["val"])
@@ -175,7 +175,7 @@ def open_data(config: Config, index: Index, group: Group) -> Data:
 def skipped_samples(
     config: Config, index: Index, split: str, group: Group, say: Callable[[str], None]
 ) -> Ids:
-    """Returns the ids of a split that cannot be used on any node. Every rank calls this."""
+    """Returns the ids of the samples of a split that any node cannot use. Every rank calls this."""
     if config.data.on_error != "skip":
         return np.empty(0, np.int64)
     found = find_bad_samples(index, split, say)
@@ -184,13 +184,13 @@ def skipped_samples(
     if len(found) == index.splits[split].samples:
         raise DataError(
             f"{index.base or index.folder}: no sample of the {split} split can be used; "
-            f"`disttrain data verify {index.name}` tells why"
+            f"run `disttrain data verify {index.name}` to see why"
         )
     return found
 
 
 def first_images(data: Data, device: torch.device) -> Tensor:
-    """Returns the first training images by their number, the same on every rank: uint8 [N, H, W, C]."""
+    """Returns the training images with the lowest ids, the same on every rank: uint8 [N, H, W, C]."""
     with contextlib.closing(data.train.batches(data.plan.ids, [slice(0, INIT_IMAGES)])) as batches:
         return next(batches).to(device).images
 
@@ -198,26 +198,26 @@ def first_images(data: Data, device: torch.device) -> Tensor:
 def initial_model(
     config: Config, index: Index, device: torch.device, *, resumed: bool
 ) -> tuple[nn.Module, dict[str, Choice]]:
-    """Returns the network on its device, and what came from a file of weights.
+    """Returns the network on its device, and what was loaded from `model.weights`.
 
-    The weights are random, the same on all ranks, or those of the file; if those of a checkpoint come next,
-    no file is read.
+    Random weights are the same on all ranks. A resumed run does not read `model.weights`, because the
+    checkpoint replaces all weights.
     """
     torch.manual_seed(config.seed)
     model = build_for(config.model, index).to(device)
     if config.model.weights is None or resumed:
         return model, {}
     fresh = load_weights(model, Path(config.model.weights), len(index.classes))
-    left = f", but {', '.join(fresh)}, which begin at random" if fresh else ""
-    return model, {"weights": Choice(config.model.weights, f"all{left}")}
+    reason = f"all but {', '.join(fresh)}, which start at random" if fresh else "all"
+    return model, {"weights": Choice(config.model.weights, reason)}
 
 
 def choose_arithmetic(
     config: Config, group: Group, model: nn.Module, index: Index, plan: Plan, checkpoint: Checkpoint | None
 ) -> Chosen:
-    """Chooses precision, memory order, compilation and threads, for what is left of the run.
+    """Chooses precision, memory order, compilation and threads for the rest of the run.
 
-    Every rank calls this. The model is on its device, and not changed.
+    Every rank calls this. The model is on its device and stays as it is.
     """
     steps = plan.steps_per_epoch * config.train.epochs - (checkpoint.value("step") if checkpoint else 0)
     work = Workload(
@@ -233,7 +233,7 @@ def choose_arithmetic(
 
 
 def apply_arithmetic(settings: Settings, device: torch.device, model: nn.Module) -> Accelerator:
-    """Puts the model into the chosen memory order and compiles it; sets what holds for the process."""
+    """Applies the settings to the model (memory order, compilation) and to this process."""
     allow_tf32(settings.precision == "tf32")
     if device.type == "cpu":
         torch.set_num_threads(settings.threads)
@@ -241,7 +241,7 @@ def apply_arithmetic(settings: Settings, device: torch.device, model: nn.Module)
         model.to(memory_format=torch.channels_last)
     if settings.compiled:
         model.compile(dynamic=False)
-    # A launcher's settings are not part of the experiment.
+    # Settings of `accelerate launch` are not part of the experiment.
     os.environ |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
     return Accelerator(
         cpu=device.type == "cpu",
@@ -252,31 +252,31 @@ def apply_arithmetic(settings: Settings, device: torch.device, model: nn.Module)
 def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tuple[nn.Module, Choice]:
     """Returns a model wrapped in DDP, and the size of its gradient buckets. Every rank calls this.
 
-    Of so many steps as `timed_every` DDP measures one.
+    DDP times one step in `timed_every`.
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     bucket, reason = bucket_mib(trained, device)
     wrapped = DistributedDataParallel(
         model,
-        # Accelerate would name the GPU by the number of the process on its node. A task that sees one
-        # GPU alone has none with that number.
+        # Accelerate would use the local rank as the GPU's number. A task that sees only one GPU does not
+        # have a GPU with that number.
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         bucket_cap_mb=bucket,
     )
-    # Batch-norm statistics are averaged when they are used, not broadcast in every step. Set here because the
-    # constructor's argument has a new name in each torch.
+    # Batch-norm statistics are averaged before they are used; no broadcast in every step. Set here because
+    # the constructor's argument has a new name in each torch.
     wrapped.broadcast_buffers = False
     wrapped._set_ddp_runtime_logging_sample_rate(timed_every)
     return wrapped, Choice(f"{bucket:.3g} MiB", reason)
 
 
 def warm_up_ddp_buckets(state: TrainState, index: Index) -> None:
-    """Lets DDP order its gradient buckets, as it does after the first step of a run. Every rank calls this.
+    """Makes DDP rebuild its gradient buckets, as it does after the first step. Every rank calls this.
 
-    The place of a gradient in its bucket decides in which order more than two ranks are summed up: without
-    this, the first step of a run that goes on would differ in the last bit from one that was never stopped.
-    Only the generators of random numbers change.
+    With more than two ranks, the position of a gradient in its bucket decides the order of summation. Without
+    this, the first step of a resumed run would differ in the last bit from a run that was never stopped.
+    Only the random number generators change.
     """
     buffers = [(buffer, buffer.clone()) for buffer in state.bare_model.buffers()]
     with eager(state):

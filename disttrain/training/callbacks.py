@@ -1,4 +1,4 @@
-"""What the loops call: who is told what happens, what saves, who asks to stop."""
+"""The callbacks of the training and evaluation loops."""
 
 from __future__ import annotations
 
@@ -12,38 +12,49 @@ from disttrain.training.saver import RunSaver
 
 
 class Observer(Protocol):
-    """Told what happens; every rank has one."""
+    """Receives the events of training; every rank has one."""
 
     def train(self, record: TrainRecord) -> None:
-        """Takes the means since the last log point."""
+        """Receives the means since the last log point."""
 
     def evaluate(self, record: EvalRecord) -> None:
-        """Takes the result of an evaluation."""
+        """Receives the result of an evaluation."""
 
     def trace(self, epoch: int, step: int, ids: Sequence[int]) -> None:
-        """Takes the ids that this rank trains on in a step; epoch and step count from 1."""
+        """Receives the ids that this rank trains on in a step; epoch and step count from 1."""
 
     def bad_batch(self, epoch: int, step: int, ids: Sequence[int]) -> str:
-        """Writes down the samples of a global batch whose loss is not finite.
+        """Records the samples of a global batch with a non-finite loss.
 
         Returns:
-            Where they can be read.
+            Where they are recorded.
         """
 
 
 class Gauges(Protocol):
-    """Readings of all ranks that travel with the loss in its one reduction."""
+    """Readings of all ranks, which are reduced together with the loss."""
 
     def read(self) -> Sequence[float]:
-        """Returns this rank's numbers, 0 in the places of others; NaN is unknown. As long on every rank."""
+        """Returns this rank's numbers, with 0 in the slots of other ranks and NaN for unknown.
+
+        The length is the same on every rank.
+        """
 
     def rows(self, totals: Sequence[float]) -> dict[str, Any]:
-        """Turns the numbers summed over the ranks into fields of the train record."""
+        """Turns the numbers, summed over the ranks, into fields of the train record."""
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the loops call; `phases` is told of every phase that begins: heartbeat and clock."""
+    """What the loops call.
+
+    Attributes:
+        observer: receives events.
+        gauges: read at every log point.
+        saver: saves checkpoints.
+        stop_requested: returns whether this rank was asked to stop.
+        phases: times every phase and beats the heartbeat.
+    """
 
     observer: Observer
     gauges: Gauges

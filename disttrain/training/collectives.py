@@ -1,4 +1,4 @@
-"""What the ranks tell one another beside the gradients. Every rank calls every function here."""
+"""The collectives other than the gradient reduction. Every rank calls every function here."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record", bound="DataclassInstance")
 
-_WIDTH = 64  # numbers in a reduction at least, so that ranks at different places still meet in one
-_PLACE = 23  # the stream of hashes of places
+_WIDTH = 64  # fewest numbers in a reduction, so that ranks which are out of step reduce equally many
+_PLACE = 23  # the stream of hashes of (phase, step)
 
 
 class Group(NamedTuple):
-    """The ranks that tell one another something, as one of them sees them.
+    """The process group, as one rank sees it.
 
     Attributes:
-        rank: this one.
-        world_size: of them.
-        device: where this one computes.
+        rank: this rank.
+        world_size: number of ranks.
+        device: where this rank computes.
     """
 
     rank: int
@@ -39,17 +39,17 @@ class Group(NamedTuple):
 
     @classmethod
     def of(cls, state: PartialState) -> Group:
-        """Returns what Accelerate says of them."""
+        """Returns the group of Accelerate's state."""
         return cls(state.process_index, state.num_processes, state.device)
 
 
 def reduce_sum(group: Group, phase: Phase, step: int, values: Sequence[float]) -> list[float]:
-    """Sums numbers over the ranks in float64, and makes sure that all of them are at the same place.
+    """Sums numbers over the ranks in float64, and checks that all ranks are in the same phase and step.
 
     Waits for the device.
 
     Raises:
-        TrainingError: another rank is in another phase or step; nothing that was summed can be used.
+        TrainingError: a rank is in another phase or step, so the sums are meaningless.
     """
     if group.world_size == 1:
         return list(values)
@@ -61,14 +61,14 @@ def reduce_sum(group: Group, phase: Phase, step: int, values: Sequence[float]) -
     if places != place * group.world_size:
         found = gather(group, (phase.name.lower(), step))
         where = ", ".join(f"rank {rank} {name} of step {at:,}" for rank, (name, at) in enumerate(found))
-        raise TrainingError(f"the ranks have lost one another: {where}; internal error, please report it")
+        raise TrainingError(f"the ranks are out of step: {where}; internal error, please report it")
     return sums[: len(values)]
 
 
 def reduce_record(group: Group, phase: Phase, step: int, record: Record) -> Record:
-    """Returns a record whose numbers are summed over the ranks, in one reduction; otherwise as `reduce_sum`.
+    """Sums the numbers of a record over the ranks in one reduction; see `reduce_sum`.
 
-    The record is a dataclass of numbers and lists of numbers, which are as long on every rank.
+    The record is a dataclass of numbers and lists of numbers. A list has the same length on every rank.
     """
     values = [getattr(record, field.name) for field in dataclasses.fields(record)]
     flat = [number for value in values for number in (value if isinstance(value, list) else [value])]
@@ -78,7 +78,7 @@ def reduce_record(group: Group, phase: Phase, step: int, record: Record) -> Reco
 
 
 def stop_requested_anywhere(group: Group, phase: Phase, step: int, requested: bool) -> bool:
-    """Tells whether any rank was asked to stop."""
+    """Returns whether any rank was asked to stop."""
     return reduce_sum(group, phase, step, [float(requested)])[0] > 0
 
 
@@ -92,24 +92,24 @@ def gather(group: Group, value: Any) -> list[Any]:
 
 
 def average_buffers(group: Group, model: nn.Module) -> None:
-    """Makes the batch-norm statistics the mean over the ranks; does not change those that are equal."""
+    """Averages the batch-norm statistics over the ranks; equal ones do not change."""
     if group.world_size == 1:
         return
     buffers = float_buffers(model)
     if buffers:
-        # In float64, in which the mean of equal fp32 numbers is that number whatever the world size.
+        # In float64, the mean of equal fp32 numbers is exactly that number for any world size.
         flat = torch.cat([buffer.reshape(-1).double() for buffer in buffers])
         dist.all_reduce(flat)
         fill(buffers, flat / group.world_size)
 
 
 def float_buffers(model: nn.Module) -> list[Tensor]:
-    """Returns the buffers that hold statistics."""
+    """Returns the floating-point buffers, such as batch-norm statistics."""
     return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
 def fill(buffers: Sequence[Tensor], flat: Tensor) -> None:
-    """Copies the numbers of a flat tensor into buffers, one after the other."""
+    """Copies the numbers of a flat tensor into buffers, in order."""
     pieces = flat.split([buffer.numel() for buffer in buffers])
     for buffer, piece in zip(buffers, pieces, strict=True):
         buffer.copy_(piece.view_as(buffer))

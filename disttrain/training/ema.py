@@ -1,4 +1,4 @@
-"""The moving average of a model's weights."""
+"""The exponential moving average (EMA) of a model's weights."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 
 class MovingAverage(nn.Module):
-    """The exponential moving average of a model's weights and statistics.
+    """The exponential moving average of a model's weights and floating-point buffers.
 
-    It begins as what the first step has made of them; integers are not averaged. (torch's AveragedModel sends
-    its counter to the device in every step, and waits for it.)
+    It starts with the values after the first step. Integers are copied. (torch's AveragedModel copies its
+    counter to the device in every step, and waits for it.)
 
     Args:
         model: on its device, not wrapped.
-        decay: weight of the average so far, 0..1; the model has the rest.
+        decay: weight of the old average, 0..1; the model has weight 1 - decay.
 
     Attributes:
-        module: a model with the averages.
+        module: a copy of the model with the averages.
     """
 
-    n_averaged: Tensor  # steps taken in; on the host
+    n_averaged: Tensor  # steps averaged so far; on the host
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ class MovingAverage(nn.Module):
         self._decay = decay
 
     def update(self, model: nn.Module) -> None:
-        """Takes in what a step has made of the model."""
+        """Averages in the model after a step."""
         self.average(model)
         self.n_averaged += 1
 
     @torch.no_grad()
     def average(self, model: nn.Module) -> None:
-        """Does of `update` what is done on the device; the step is not counted."""
+        """Does the part of `update` that runs on the device; does not count the step."""
         own: list[Tensor] = []
         new: list[Tensor] = []
         for average, value in zip(_tensors(self.module), _tensors(model), strict=True):

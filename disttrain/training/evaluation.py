@@ -1,4 +1,4 @@
-"""The evaluation, in training and of what was trained: integers over a split, on any number of ranks."""
+"""Evaluation of a network on a split, during and after training, with one result for any world size."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ from disttrain.training.state import Progress, TrainState, Validation, cudnn_heu
 
 Augmentation = Literal["none", "flip", "multi_view"]
 
-_LARGEST_BATCH = 1024  # images in a batch of evaluation, where it may be larger than in training
+_LARGEST_BATCH = 1024  # images per evaluation batch, unless the training batch is larger
 
 
 @dataclass(frozen=True)
 class EvalTask:
-    """What is evaluated, as one rank sees it.
+    """What one rank evaluates.
 
     Attributes:
         network: on the device of the rank, not wrapped.
-        normalize: uint8 [B, H, W, C] to float32 [B, C, H, W].
+        normalize: turns uint8 [B, H, W, C] into float32 [B, C, H, W].
         split: the samples.
         group: the ranks.
-        batch_size: images that go through the network at once.
-        autocast: gives the context of the forward pass.
-        places: of each class of the split among the scores, int64 [classes] on the device; None is the same.
+        batch_size: images per forward pass.
+        autocast: returns the context of the forward pass.
+        outputs: the network's output for each class of the split, int64 [classes] on the device, or None if
+            both have the same order.
     """
 
     network: nn.Module
@@ -55,7 +56,7 @@ class EvalTask:
     group: Group
     batch_size: int
     autocast: Callable[[], contextlib.AbstractContextManager[object]]
-    places: Tensor | None = None
+    outputs: Tensor | None = None
 
 
 def evaluate(
@@ -64,10 +65,10 @@ def evaluate(
     """Evaluates the model, or its moving average, on the validation split. Every rank calls this.
 
     Returns:
-        What was found; None if a rank was asked to stop meanwhile.
+        The result, or None if a rank was asked to stop meanwhile.
 
     Raises:
-        DataError: the ranks together did not see every sample.
+        DataError: the ranks did not see every sample exactly once.
     """
     for network in state.networks:
         average_buffers(state.group, network)
@@ -78,7 +79,7 @@ def evaluate(
 
     def go_on(number: int) -> bool:
         callbacks.phases.enter(Phase.EVALUATE, step, number)
-        # Collective: every rank, also one that has no batch left.
+        # Collective: every rank calls this, also one that has no batch left.
         return not state.should_poll_stop(number) or not stop_requested_anywhere(
             state.group, Phase.EVALUATE, step, callbacks.stop_requested()
         )
@@ -95,20 +96,20 @@ def measure(
     epoch: int = 0,
     go_on: Callable[[int], bool] = lambda number: True,
 ) -> Evaluation | None:
-    """Evaluates; every rank calls this.
+    """Evaluates a network on a split. Every rank calls this.
 
     Args:
-        task: what is evaluated.
+        task: what to evaluate.
         tta: the test-time augmentation.
         step: optimizer steps taken so far.
         epoch: epochs completed.
-        go_on: asked before each batch, as often on every rank; False ends the evaluation.
+        go_on: called before each batch, equally often on every rank; False ends the evaluation.
 
     Returns:
-        What was found; None if it was ended.
+        The result, or None if `go_on` ended the evaluation.
 
     Raises:
-        DataError: the ranks together did not see every sample.
+        DataError: the ranks did not see every sample exactly once.
     """
     group, split = task.group, task.split
     metrics = EvalMetrics(group.device, len(split.classes))
@@ -141,8 +142,8 @@ def measure(
 
 
 def batch_size(config: TrainConfig, world_size: int) -> int:
-    """Returns the images that go through the network at once in an evaluation."""
-    # Nothing is kept for a backward pass, so that more fits than in training.
+    """Returns the images per forward pass in an evaluation."""
+    # Without a backward pass, a larger batch fits than in training.
     size = max(1, config.batch_size // (world_size * config.accumulate))
     return max(size, min(4 * size, _LARGEST_BATCH))
 
@@ -153,18 +154,20 @@ def score(
     take: Callable[[Batch, Tensor, Tensor], None],
     go_on: Callable[[int], bool],
 ) -> bool:
-    """Puts this rank's samples through the network; returns whether all were seen.
+    """Scores this rank's samples; returns False if `go_on` ended it.
 
     Args:
-        task: what is evaluated.
+        task: what to evaluate.
         tta: the test-time augmentation.
-        take: is given each batch, its scores float32 [B, classes], and its scores without augmentation.
-        go_on: as of `measure`.
+        take: called with each batch, its scores float32 [B, classes], and its scores without augmentation.
+        go_on: see `measure`.
     """
     network, size, ids = task.network, task.batch_size, task.split.ids
     own = rank_slice(range(len(ids)), task.group.rank, task.group.world_size)
     windows = (slice(begin, min(begin + size, own.stop)) for begin in range(own.start, own.stop, size))
-    most = len(rank_slice(range(len(ids)), 0, task.group.world_size))  # of all ranks
+    most = len(
+        rank_slice(range(len(ids)), 0, task.group.world_size)
+    )  # samples of rank 0, the most of any rank
     training = network.training
     network.eval()
     with (
@@ -179,8 +182,8 @@ def score(
             if batch is None:
                 continue
             batch = batch.to(task.group.device)
-            if task.places is not None:
-                batch = batch._replace(labels=task.places[batch.labels])
+            if task.outputs is not None:
+                batch = batch._replace(labels=task.outputs[batch.labels])
             passes = (
                 (network(images).float(), weight)
                 for images, weight in tta_views(task.normalize(batch.images), tta)
@@ -197,13 +200,13 @@ def score(
 
 @dataclass
 class EvalSums(Seen):
-    """What an evaluation adds up over samples and ranks, with which samples they were; exact in float64.
+    """The sums of an evaluation over samples and ranks, and which samples they include; exact in float64.
 
     Attributes:
         loss: cross entropy.
-        correct: samples that were predicted right.
-        plain_correct: those without test-time augmentation.
-        top5_correct: whose class is among the five best.
+        correct: samples predicted correctly.
+        plain_correct: samples predicted correctly without test-time augmentation.
+        top5_correct: samples whose class is among the five best.
     """
 
     loss: float
@@ -213,11 +216,11 @@ class EvalSums(Seen):
 
 
 class EvalMetrics:
-    """What a rank counts over the samples that it has seen, on its device.
+    """Counts correct predictions and mistakes of one rank, on its device.
 
     Args:
         device: of the rank.
-        classes: their number.
+        classes: number of classes.
 
     Attributes:
         confusion: int64 [classes * classes], row by row the predictions for each true class.
@@ -229,10 +232,10 @@ class EvalMetrics:
         self._classes = classes
         self.confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
         self._seen: list[Ids] = []
-        self._wrong: list[tuple[Ids, list[Tensor]]] = []  # of each batch the columns of its mistakes
+        self._wrong: list[tuple[Ids, list[Tensor]]] = []  # the mistakes of each batch, as columns
 
     def add(self, batch: Batch, logits: Tensor, plain: Tensor) -> None:
-        """Adds a batch, without a synchronisation; arguments as `score` gives them."""
+        """Adds a batch, without a synchronisation; for the arguments see `take` of `score`."""
         labels, predicted = batch.labels, logits.argmax(1)
         self._loss += F.cross_entropy(logits, labels, reduction="sum")
         best = logits.topk(min(5, self._classes)).indices
@@ -247,7 +250,7 @@ class EvalMetrics:
         self._seen.append(batch.ids)
 
     def mistakes(self) -> list[Mistake]:
-        """Returns the most confident ones of each batch of this rank; waits for the device."""
+        """Returns the most confident mistakes of each batch of this rank; waits for the device."""
         return [
             Mistake(chance, int(ids[place]), label, predicted)
             for ids, columns in self._wrong
@@ -268,10 +271,10 @@ class EvalMetrics:
 
 
 def tta_views(images: Tensor, tta: Augmentation) -> Iterator[tuple[Tensor, float]]:
-    """Yields the images as each pass of a test-time augmentation sees them, with the weight of its scores.
+    """Yields the images for each pass of a test-time augmentation, and the weight of its scores.
 
-    The first are the images as they are. multi_view is that of Jordan 2024 (airbench): the mirrored images
-    too, and both shifted by a pixel to the upper left and to the lower right with half the weight.
+    The first pass has the original images. multi_view follows Jordan 2024 (airbench): the images and their
+    mirror images, and both shifted by one pixel to the upper left and the lower right with half the weight.
 
     Args:
         images: [B, C, H, W].

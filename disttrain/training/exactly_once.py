@@ -1,4 +1,4 @@
-"""The proof that the ranks together saw every sample exactly once, in training and in an evaluation."""
+"""Checks that the ranks together saw every sample exactly once, in training and in an evaluation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from disttrain.training.state import TrainState
 
 @dataclass
 class Seen:
-    """Which samples were seen, as numbers that may be added up over ranks: exact in float64.
+    """The digest of the samples seen, as numbers that can be summed over ranks; exact in float64.
 
     Attributes:
-        samples: how many.
+        samples: number of samples.
         digest_low: the lower 32 bits of the sum of their hashes; see `digest`.
-        digest_high: the upper ones.
+        digest_high: the upper 32 bits.
     """
 
     samples: float
@@ -29,21 +29,21 @@ class Seen:
     digest_high: float
 
     def check(self, expected: Ids, who: str) -> None:
-        """Compares the sums over all ranks with the ids that they should have seen, in any order.
+        """Compares the sums over all ranks with the expected ids, in any order.
 
         Raises:
-            DataError: a sample was left out, repeated or replaced; `who` begins the sentence.
+            DataError: a sample was left out, repeated or replaced. Its message starts with `who`.
         """
         found = int(self.samples), (int(self.digest_low) + (int(self.digest_high) << 32)) % 2**64
         if found != digest(expected):
             raise DataError(
-                f"{who} {found[0]:,} samples, it should be {len(expected):,}, or not the same ones: "
-                "internal error; please report it"
+                f"{who} {found[0]:,} samples instead of {len(expected):,}, or not the expected ones; "
+                "internal error, please report it"
             )
 
 
 def seen_by_rank(ids: Sequence[Ids]) -> Seen:
-    """Returns which samples this rank has seen, given the ids of its batches."""
+    """Returns the digest of the samples that this rank has seen, from the ids of its batches."""
     count, total = digest(np.concatenate(ids) if ids else np.empty(0, np.int64))
     return Seen(count, total & 0xFFFFFFFF, total >> 32)
 

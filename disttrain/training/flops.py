@@ -1,4 +1,4 @@
-"""The arithmetic that a model asks for, what a device does of it in a second, and the most that it could."""
+"""Floating-point operations of a model, and how many a device does per second and at its peak (MFU)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from disttrain.models import try_out
 
 PEAK_TFLOPS = {
-    # Dense, as the makers' data sheets have them: bf16 or fp16, tf32, fp32. The first name that fits counts.
+    # From the makers' data sheets, dense: bf16 or fp16, tf32, fp32. The first name that matches counts.
     "H200 NVL": (836, 418, 60),
     "H200": (989, 495, 67),
     "H100 NVL": (836, 418, 60),
@@ -33,10 +33,11 @@ _CHEAP = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
 def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int | None:
     """Returns the floating-point operations of the matrix products in training on one image.
 
-    A multiplication and an addition are two. The products are those of convolutions and linear layers:
-    forward, and backward for the weights that are trained and the inputs that depend on such weights.
-    What is computed twice is counted once: the number is that of the model, not of a way to run it.
-    (torch.utils.flop_counter takes long to import, and takes grouped convolutions for full ones backward.)
+    A multiplication and an addition count as two. Counted are convolutions and linear layers: the forward
+    pass, and the backward pass for trained weights and for inputs that depend on trained weights.
+    Recomputation is not counted: the number describes the model, not how it runs.
+    (torch.utils.flop_counter imports slowly, and counts grouped convolutions as full ones in the backward
+    pass.)
 
     The model computes the scores of a blank image for this; it is not changed.
 
@@ -45,7 +46,7 @@ def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int | None
         image: channels, height and width.
 
     Returns:
-        The number, or None where the model has parameters in layers that are not known here.
+        The number, or None if the model has parameters in other kinds of layers.
     """
     layers = [
         module for module in model.modules() if next(module.parameters(recurse=False), None) is not None
@@ -72,12 +73,12 @@ def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int | None
 def device_flops(
     per_image: int | None, images_per_s: float, *, peak_per_s: float | None
 ) -> tuple[int | None, float | None]:
-    """Returns the model's operations per second on a device and their share of its peak in percent (MFU).
+    """Returns the model's operations per second on a device, and their share of its peak in percent (MFU).
 
     Args:
-        per_image: of `flops_per_image`.
-        images_per_s: that one device trains on.
-        peak_per_s: of `peak_flops_per_s`.
+        per_image: from `flops_per_image`.
+        images_per_s: images per second of one device in training.
+        peak_per_s: from `peak_flops_per_s`.
     """
     if per_image is None:
         return None, None
@@ -86,12 +87,12 @@ def device_flops(
 
 
 def peak_flops_per_s(device: torch.device, precision: str) -> tuple[float | None, str]:
-    """Returns the most operations per second that a GPU does in a precision, and where that is from."""
+    """Returns the peak operations per second of a GPU in a precision, or None, and its source."""
     if device.type != "cuda":
         return None, "no data sheet for a CPU"
     name = torch.cuda.get_device_name(device)
     for known, (half, tf32, single) in PEAK_TFLOPS.items():
-        if re.search(rf"\b{known}\b", name):  # an L40 is no L4
+        if re.search(rf"\b{known}\b", name):  # an L40 is not an L4
             tera = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": single}[precision]
             return (None if tera is None else tera * 1e12), f"data sheet of {known}"
     return None, f"no figure for {name}"

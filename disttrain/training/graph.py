@@ -1,7 +1,7 @@
-"""A whole step as one CUDA graph: the host hands out one piece of work in place of some hundred kernels.
+"""A whole step as one CUDA graph: the host launches one graph instead of some hundred kernels.
 
-A GPU computes a step of a small network faster than the host can ask for its kernels. Recorded once and
-replayed, the step takes the time of its kernels.
+A GPU computes a step of a small network faster than the host can launch its kernels. A step that is captured
+once and replayed takes only the time of its kernels.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from disttrain.training.optim import inner_groups
 
 log = logging.getLogger("disttrain")
 
-_WARM_UP_STEPS = 3  # torch wants some before a capture: libraries are loaded, kernels and memory chosen
+_WARM_UP_STEPS = 3  # before the capture, to load libraries, choose kernels and allocate memory
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Takes images float32 [B, C, H, W] and labels int64 [B], returns loss float32 [] and scores [B, classes]."""
+"""Takes images float32 [B, C, H, W] and labels int64 [B]; returns loss float32 [] and scores [B, classes]."""
 
 
 def graph_choice(config: Config, device: torch.device, world_size: int, settings: Settings) -> Choice:
-    """Returns whether the steps of a run are replayed as a graph, "true" or "false", and why."""
+    """Returns whether to replay the steps of a run as a graph, "true" or "false", and the reason."""
     if config.train.cuda_graph is False:
         return Choice("false", "train.cuda_graph")
     if obstacle := graph_obstacle(config, device, world_size, settings.precision):
@@ -37,14 +37,14 @@ def graph_choice(config: Config, device: torch.device, world_size: int, settings
     if config.train.cuda_graph is True:
         return Choice("true", "train.cuda_graph")
     if config.model.name not in CATALOG:
-        return Choice("false", "not one of our networks; train.cuda_graph=true tries it")
+        return Choice("false", "your own network; train.cuda_graph=true tries it")
     if settings.compiled:
         return Choice("false", "compiled; train.cuda_graph=true does both")
     return Choice("true", "a single GPU")
 
 
 def graph_obstacle(config: Config, device: torch.device, world_size: int, precision: str) -> str | None:
-    """Returns why no graph is possible, whatever `train.cuda_graph` says, or None."""
+    """Returns why a graph is impossible, whatever `train.cuda_graph` is, or None if it is possible."""
     obstacles = {
         "there is no GPU": device.type != "cuda",
         "several ranks reduce their gradients": world_size > 1,
@@ -56,13 +56,13 @@ def graph_obstacle(config: Config, device: torch.device, world_size: int, precis
 
 
 class StepGraph:
-    """Takes steps on batches of one shape: the first few as they are, the others as a CUDA graph.
+    """Runs steps on batches of one shape: the first few normally, the others as a CUDA graph.
 
-    What a step does on the host happens while it is recorded and not again; the learning rates are read anew
-    in every step. The random numbers of the device are those of its generator, as without a graph.
+    Python code of a step runs only during the capture, not in a replay. Every step reads the current learning
+    rates. The device's random numbers are the same as without a graph.
 
     Args:
-        optimizer: whose rates the steps use.
+        optimizer: its learning rates are used.
         device: a GPU.
     """
 
@@ -77,7 +77,7 @@ class StepGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, step: Step, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes a step; the arguments are those of `step`, which is the same in every call.
+        """Runs `step` on images and labels; `step` must be the same in every call.
 
         Returns:
             The loss and the scores of `step`, detached.
@@ -88,7 +88,7 @@ class StepGraph:
             self._capture(step, images, labels)
         if self._graph is None:
             self._warm_up_left = max(0, self._warm_up_left - 1)
-            with self._rates_on_device(), self._apart():
+            with self._rates_on_device(), self._on_capture_stream():
                 loss, scores = step(images, labels)
             return loss.detach(), scores.detach()
         self._images.copy_(images)
@@ -98,22 +98,22 @@ class StepGraph:
 
     @property
     def recorded(self) -> bool:
-        """Whether the steps are replayed by now."""
+        """Whether the steps are replayed now."""
         return self._graph is not None
 
     def _capture(self, step: Step, images: Tensor, labels: Tensor) -> None:
-        """Records a step, if there is memory for it.
+        """Captures a step if there is enough memory.
 
         Raises:
-            UsageError: it does what cannot be recorded.
+            UsageError: the step cannot be captured.
         """
         self._usable = self._fits()
         if not self._usable:
-            log.info("no CUDA graph: there is no memory for a second set of activations")
+            log.info("no CUDA graph: not enough memory for a second set of activations")
             return
         self._images, self._labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may ask for memory meanwhile: they write a checkpoint, say.
+        # Other threads may allocate memory meanwhile, for example to write a checkpoint.
         recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         try:
             with self._rates_on_device(capturable=True), recording:
@@ -123,13 +123,13 @@ class StepGraph:
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
             raise UsageError(
-                f"a step of this network cannot be recorded as a CUDA graph ({why}); "
+                f"a step of this network cannot be captured as a CUDA graph ({why}); "
                 "set train.cuda_graph=false"
             ) from error
         self._graph, self._loss, self._scores = graph, loss.detach(), scores.detach()
 
     def _fits(self) -> bool:
-        """Tells whether there is memory for a second set of activations, those of the graph."""
+        """Returns whether there is enough memory for a second set of activations."""
         needed = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
         free, _ = torch.cuda.mem_get_info(self._device)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
@@ -137,13 +137,13 @@ class StepGraph:
 
     @contextlib.contextmanager
     def _rates_on_device(self, *, capturable: bool = False) -> Iterator[None]:
-        """Lets the optimizer read its rates on the device, where they can change between replays."""
+        """Keeps the optimizer's learning rates on the device, where they can change between replays."""
         groups = [*self._groups, *self._inner_groups]
         before = [dict(group) for group in groups]
         for group, rate in zip(self._groups, self._rates, strict=True):
             group["lr"] = rate
         for group in groups:
-            if "capturable" in group:  # Adam asks for this word; its fused kernels are so in any case
+            if "capturable" in group:  # Adam requires the flag, although its fused kernels are capturable
                 group["capturable"] = capturable
         try:
             yield
@@ -152,8 +152,8 @@ class StepGraph:
                 group.update(old)
 
     @contextlib.contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Works on the stream of the capture, whose memory and libraries are then ready."""
+    def _on_capture_stream(self) -> Iterator[None]:
+        """Runs on the capture's stream, so that its memory and libraries are ready for the capture."""
         default = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(default)
         with torch.cuda.stream(self._stream):

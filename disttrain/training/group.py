@@ -1,4 +1,4 @@
-"""How a rank joins the others."""
+"""The process group: joining it, waiting for all ranks, and the errors of both."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("disttrain")
 
-_LONG_WORK_S = 3600.0  # in which a rank may decode a data set while others wait
-_FAILED = "disttrain/failed"  # in the store of the group
+_LONG_WORK_S = 3600.0  # longest time that ranks wait for another to decode a data set
+_FAILED = "disttrain/failed"  # key in the group's store
 
 
 def collective_timeout_s(config: Config) -> float:
-    """Returns the seconds for which a rank waits for others; a launcher that watches it is sooner."""
+    """Returns the seconds that a rank waits in a collective; the launcher detects a stall before that."""
     return config.monitor.stall_timeout_s + 30
 
 
 def timed_out(error: Exception) -> bool:
-    """Tells whether a collective failed because it had waited for too long."""
+    """Returns whether a collective failed with a timeout."""
     return re.search(r"time(d )?out", str(error), re.IGNORECASE) is not None
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until every rank has come here, an hour at most. Every rank calls this, once for each `what`.
+    """Waits until every rank calls this, an hour at most. Every rank calls this, once for each `what`.
 
-    For what one node may have to do while another has it already, such as decoding: a collective would give
-    up after `collective_timeout_s`, and a launcher sees sooner whether one of the ranks hangs.
+    For long work that only some nodes have to do, such as decoding. A collective would time out after
+    `collective_timeout_s`; the launcher finds a rank that stalls before this does.
 
     Raises:
-        HangError: a rank has not come.
-        TrainingError: a rank has failed.
+        HangError: a rank did not arrive.
+        TrainingError: a rank failed.
     """
     import torch.distributed as dist
 
@@ -60,30 +60,31 @@ def wait_for_all(what: str) -> None:
             raise TrainingError(f"another rank failed while this one waited for it ({what})")
         if time.monotonic() > deadline:
             raise HangError(
-                f"{came} of {world_size} ranks have come within an hour ({what}); look for the others"
+                f"only {came} of {world_size} ranks arrived within an hour ({what}); "
+                "check the logs of the others"
             )
         time.sleep(pause_s)
         pause_s = min(1.5 * pause_s, 1.0)
 
 
 def signal_failure() -> None:
-    """Lets the ranks that wait in `wait_for_all` know that this one will not come."""
+    """Tells the ranks in `wait_for_all` that this rank failed."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, may have gone
+        with contextlib.suppress(RuntimeError):  # rank 0, which hosts the store, may have ended
             dist.distributed_c10d._get_default_store().add(_FAILED, 1)
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """Returns what torch says of a tensor for which there was too little memory; None of any other error."""
+    """Returns torch's description of an out-of-memory error, or None for any other error."""
     import torch
 
     line = str(error).partition("\n")[0]
     if any(words in line for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")):
-        return line  # by pinned memory, or by a library beside torch's own memory
+        return line  # from pinned memory, or from a library that does not use torch's allocator
     if isinstance(error, torch.OutOfMemoryError):
-        return ". ".join(line.split(". ")[1:3]) or line  # how much was tried, how much there is
+        return ". ".join(line.split(". ")[1:3]) or line  # how much was requested, how much there is
     return line.partition("DefaultCPUAllocator: ")[2] or None
 
 
@@ -108,18 +109,18 @@ def check_plugins(environ: Mapping[str, str]) -> None:
 
 
 def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
-    """Joins the process group and sets what holds for all arithmetic of this process.
+    """Joins the process group, and sets this process's threads and determinism. Every rank calls this.
 
     Raises:
-        BusyError: the port on which the ranks meet is taken.
-        HangError: another rank has not come.
-        UsageError: the group is smaller than promised, or Accelerate is set to train without DDP.
+        BusyError: the master port is in use.
+        HangError: another rank did not join.
+        UsageError: the group does not have WORLD_SIZE ranks, or Accelerate is set to train without DDP.
     """
     check_plugins(os.environ)
     import torch
     from accelerate import PartialState
 
-    # Read at the first use of cuBLAS, where train.reproducible asks for it.
+    # cuBLAS reads it at its first use; train.reproducible needs it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keep_freed_memory()
     torch.backends.cudnn.benchmark = not config.train.reproducible
@@ -127,30 +128,30 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores_of_a_rank()))
     expected = int(os.environ.get("WORLD_SIZE", "1"))
-    patience = datetime.timedelta(seconds=collective_timeout_s(config))
+    timeout = datetime.timedelta(seconds=collective_timeout_s(config))
     if expected > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         interface = prepare_gloo(os.environ["MASTER_ADDR"])
         if interface is not None:
-            log.info("gloo listens on %s, because the name of this host leads nowhere", interface)
+            log.info("gloo listens on %s, because other nodes cannot reach this node's hostname", interface)
     try:
-        group = PartialState(cpu=device == "cpu", timeout=patience)
+        group = PartialState(cpu=device == "cpu", timeout=timeout)
     except torch.distributed.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
-            raise BusyError(f"{address} is taken on {socket.gethostname()}; choose another port") from None
+            raise BusyError(f"{address} is in use on {socket.gethostname()}; choose another port") from None
         if not timed_out(error):
             raise
         came = re.search(r"(\d+)/\d+ clients joined", str(error))
         who = f"{came[1]} of {expected} ranks joined; " if came else ""
         raise HangError(
-            f"{who}rank {os.environ.get('RANK')} waited {patience.total_seconds():g} s for the others at "
-            f"{address}; look for the ranks that did not start"
+            f"{who}rank {os.environ.get('RANK')} waited {timeout.total_seconds():g} s for the others at "
+            f"{address}; find out why they did not start"
         ) from None
     if group.num_processes != expected:
         raise UsageError(
-            f"the launcher promised {expected} processes, the group has {group.num_processes}; "
+            f"WORLD_SIZE is {expected}, but the process group has {group.num_processes} processes; "
             "use `disttrain run`, torchrun, or accelerate launch with a file from launch/"
         )
-    if group.device == torch.device("cuda"):  # a single process: Accelerate leaves the number open
+    if group.device == torch.device("cuda"):  # for a single process, Accelerate does not set the index
         group.device = torch.device("cuda", torch.cuda.current_device())
     return group

@@ -1,4 +1,4 @@
-"""Log points: the one reduction between which the ranks meet for nothing but gradients, and its record."""
+"""Log points: all ranks reduce their metrics in one collective, and rank 0 writes a record."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from disttrain.training.state import Progress, TrainState
 
 @dataclass
 class Interval:
-    """What the ranks add up at a log point.
+    """What is summed over the ranks at a log point.
 
     Attributes:
-        loss: summed over the samples since the last one.
-        correct: samples that were predicted right.
-        samples: that were trained on.
+        loss: sum over the samples since the last log point.
+        correct: samples predicted correctly.
+        samples: samples trained on.
         wait_s: seconds of waiting for data.
         elapsed_s: seconds since the last log point.
-        stops: ranks that were asked to stop.
-        times_ms: of a step: of every rank in the first field of StepTimes, then of every rank in the next.
+        stops: number of ranks that were asked to stop.
+        times_ms: phase times of a step: the first field of StepTimes for every rank, then the next field.
         readings: of the gauges.
     """
 
@@ -46,12 +46,12 @@ class Interval:
 def log_metrics(
     state: TrainState, progress: Progress, seen: Sequence[Ids], lr: float, callbacks: Callbacks
 ) -> bool:
-    """Reduces the sums of all ranks once and reports them. Every rank calls this.
+    """Reduces the sums of all ranks in one collective and reports them. Every rank calls this.
 
     Args:
-        state: what is trained with.
-        progress: where the run is.
-        seen: ids that this rank trained on, the last step last.
+        state: what is trained.
+        progress: how far the run is.
+        seen: ids that this rank trained on in each step, oldest first.
         lr: learning rate of the last step.
         callbacks: what to call.
 
@@ -59,10 +59,10 @@ def log_metrics(
         Whether any rank was asked to stop.
 
     Raises:
-        TrainingError: the loss is not finite, or the gradients are not.
+        TrainingError: the loss or the gradients are not finite.
     """
     meter = state.meter
-    own = _since_the_last(state, callbacks)
+    own = _rank_sums(state, callbacks)
     norm = meter.grad_norm.item()
     total = reduce_record(state.group, Phase.REPORT, progress.step, own)
     if not math.isfinite(total.loss):
@@ -98,15 +98,15 @@ def log_metrics(
     return total.stops > 0
 
 
-def _since_the_last(state: TrainState, callbacks: Callbacks) -> Interval:
-    """Returns what this rank has to add."""
+def _rank_sums(state: TrainState, callbacks: Callbacks) -> Interval:
+    """Returns this rank's sums since the last log point."""
     meter = state.meter
     loss, correct = meter.totals()  # Device synchronisation.
     callbacks.phases.synchronized()
     times = callbacks.phases.take(meter.steps, state.model)
     elapsed_s, wait_s = meter.elapsed_s, meter.wait_s
     if state.accelerator.device.type == "cuda":
-        # The host hands out work ahead of the GPU: what it waits for meanwhile is no wait of the GPU.
+        # The host runs ahead of the GPU, so the GPU may have work while the host waits for data.
         wait_s = min(elapsed_s, times.data / 1000 * meter.steps)
     times_ms = [0.0] * (len(StepTimes.__struct_fields__) * state.world_size)
     times_ms[state.rank :: state.world_size] = msgspec.structs.astuple(times)
@@ -118,11 +118,11 @@ def _since_the_last(state: TrainState, callbacks: Callbacks) -> Interval:
 def step_times(
     times_ms: Sequence[float], ranks: int
 ) -> tuple[StepTimes[float], StepTimes[tuple[float, ...]]]:
-    """Returns the milliseconds of each phase of a step: the means of the ranks, and those of each rank.
+    """Returns the milliseconds of each phase of a step: the mean over the ranks, and the value of each rank.
 
     Args:
-        times_ms: of every rank in the first field of StepTimes, then of every rank in the next.
-        ranks: how many there are.
+        times_ms: the first field of StepTimes for every rank, then the next field for every rank, and so on.
+        ranks: number of ranks.
     """
     rows = [
         tuple(round(value, 4) for value in times_ms[first : first + ranks])

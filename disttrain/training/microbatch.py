@@ -1,4 +1,4 @@
-"""The micro-batches of a step: which samples a rank puts through the model at once, and their way there."""
+"""The micro-batches of a step: which samples they hold, and how these are loaded and augmented."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from disttrain.training.state import TrainState
 
 
 class MicroBatch(NamedTuple):
-    """What one rank puts through the model at once: its share of a global batch, or a part of it.
+    """The samples of one forward and backward pass: a rank's share of a global batch, or a part of it.
 
     Attributes:
-        window: the places of the epoch to load: of its own samples, then of those that are mixed into them;
-            a slice of length B, or int64 [2 B].
-        samples: number of its own samples, B.
+        window: the positions in the epoch to load: a slice of length B, or with mixing int64 [2 B], the
+            samples followed by their partners.
+        samples: number of samples without partners, B.
         mix: how they are mixed, or None.
-        counts: whether it counts; a rank without a sample of its own takes part with a weight of zero.
-        last: whether it is the rank's last one of the step.
+        counts: False if the rank has no sample in this step; it then runs one with a weight of zero.
+        last: whether it is the rank's last micro-batch of the step.
     """
 
     window: Window
@@ -59,21 +59,21 @@ def micro_batches(state: TrainState, epoch: int, index: int) -> Iterator[MicroBa
 def prefetch(
     state: TrainState, epoch: int, steps: range, order: Ids
 ) -> Generator[tuple[MicroBatch, Batch], None, None]:
-    """Yields this rank's micro-batches of the steps of an epoch with their samples, loaded ahead."""
+    """Yields this rank's micro-batches of the given steps with their samples, which are loaded ahead."""
     micros, ahead = itertools.tee(micro for index in steps for micro in micro_batches(state, epoch, index))
     with contextlib.closing(state.train_data.batches(order, (micro.window for micro in ahead))) as batches:
         yield from zip(micros, batches, strict=True)
 
 
 class Inputs(NamedTuple):
-    """A micro-batch as the model reads it.
+    """A micro-batch on the device, ready for the model.
 
     Attributes:
-        micro: which samples, and what they count for.
+        micro: the micro-batch.
         images: augmented and normalized, float32 [B, C, H, W].
         labels: int64 [B].
-        partners: labels of the images that are mixed in, int64 [B], or None.
-        ids: of the rank's own samples, int64 [B].
+        partners: labels of the images mixed in, int64 [B], or None.
+        ids: sample ids without partners, int64 [B].
     """
 
     micro: MicroBatch
@@ -86,17 +86,19 @@ class Inputs(NamedTuple):
 def next_inputs(
     state: TrainState, batches: Iterator[tuple[MicroBatch, Batch]], step: int, number: int, phases: Phases
 ) -> Inputs:
-    """Takes the next micro-batch, number `number` of a step, to the device and augments it."""
+    """Moves the next micro-batch, the step's number `number`, to the device and augments it."""
     began = phases.enter(Phase.DATA, step, number)
     micro, batch = next(batches)
     state.meter.wait_s += phases.enter(Phase.TO_DEVICE, step, number) - began
     batch = batch.to(state.accelerator.device)
     phases.enter(Phase.AUGMENT, step, number)
-    images, labels, partners = prepare(state, micro, batch)
+    images, labels, partners = augment_micro_batch(state, micro, batch)
     return Inputs(micro, images, labels, partners, batch.ids[: micro.samples])
 
 
-def prepare(state: TrainState, micro: MicroBatch, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+def augment_micro_batch(
+    state: TrainState, micro: MicroBatch, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the augmented images, their labels and, if mixed, the labels of their partners."""
     window, count, mix = micro.window, micro.samples, micro.mix
     if isinstance(window, slice):

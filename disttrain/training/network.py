@@ -1,4 +1,4 @@
-"""Which of a node's networks leads to the other nodes."""
+"""Finds the network interface through which a node reaches the others."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import socket
 
 import psutil
 
-_ELSEWHERE = "192.0.2.1"  # nobody's (RFC 5737): stands for whatever the default route leads to
+_ELSEWHERE = "192.0.2.1"  # a reserved address (RFC 5737), reached by the default route
 
 
 def prepare_gloo(master_addr: str) -> str | None:
-    """Sets GLOO_SOCKET_IFNAME where this node's own name leads nowhere; returns what it set, if anything."""
-    if "GLOO_SOCKET_IFNAME" in os.environ or own_name_leads_here():
+    """Sets GLOO_SOCKET_IFNAME if this node's hostname is not routable; returns the interface, or None."""
+    if "GLOO_SOCKET_IFNAME" in os.environ or own_hostname_is_routable():
         return None
     interface = interface_to(master_addr)
     if interface is not None:
@@ -22,8 +22,8 @@ def prepare_gloo(master_addr: str) -> str | None:
     return interface
 
 
-def own_name_leads_here() -> bool:
-    """Tells whether other nodes reach this one by the address that its own name stands for."""
+def own_hostname_is_routable() -> bool:
+    """Returns whether this node's hostname resolves to an address that other nodes can reach."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), 1, type=socket.SOCK_STREAM)
     except OSError:
@@ -32,18 +32,17 @@ def own_name_leads_here() -> bool:
 
 
 def interface_to(host: str) -> str | None:
-    """Returns the name of the interface by which this node reaches another, or is reached itself.
+    """Returns the name of the interface through which this node reaches `host`, without sending anything.
 
-    Without GLOO_SOCKET_IFNAME gloo listens where this node's own name points to. That is the loopback
-    interface where /etc/hosts says so, as Debian's does, or where the name is unknown: then no other node
-    gets through. Nothing is sent.
+    Without GLOO_SOCKET_IFNAME, gloo listens on the address of this node's hostname. That is the loopback
+    interface if the hostname is unknown or /etc/hosts says so, as on Debian. Then no other node can connect.
 
     Args:
-        host: name or address of the first node; where that is this one, by a name of its own, the interface
-            with the default route is taken, or the only one.
+        host: name or address of the first node. If it resolves to a loopback address of this node, the result
+            is the interface of the default route, or the only interface.
 
     Returns:
-        None if it cannot be told.
+        None if it cannot be determined.
     """
     interfaces = {
         entry.address.partition("%")[0]: name

@@ -1,4 +1,4 @@
-"""What is done about losses and gradients that are not finite."""
+"""Errors for losses and gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from disttrain.training.callbacks import Callbacks
 from disttrain.training.collectives import gather, reduce_sum
 from disttrain.training.state import Progress, TrainState
 
-_MOST_SKIPPED_STEPS = 20  # in a row, by a gradient scaler that finds only overflows
+_MOST_SKIPPED_STEPS = 20  # in a row, by a gradient scaler that always finds an overflow
 
 
 def check_loss(state: TrainState, progress: Progress, seen: Sequence[Ids], callbacks: Callbacks) -> None:
-    """Looks at the losses since the last log point without reporting them. Every rank calls this.
+    """Checks the losses since the last log point without reporting them. Every rank calls this.
 
     Raises:
-        TrainingError: one is not finite.
+        TrainingError: a loss is not finite.
     """
     loss, _ = state.meter.totals()
     if not math.isfinite(reduce_sum(state.group, Phase.REPORT, progress.step, [loss])[0]):
@@ -31,7 +31,7 @@ def check_loss(state: TrainState, progress: Progress, seen: Sequence[Ids], callb
 def nonfinite_error(
     state: TrainState, progress: Progress, seen: Sequence[Ids], callbacks: Callbacks
 ) -> TrainingError:
-    """Finds the first step whose loss is not finite and writes its batch down. Every rank calls this.
+    """Finds the first step with a non-finite loss, and records its batch. Every rank calls this.
 
     Returns:
         The error to raise.
@@ -41,29 +41,29 @@ def nonfinite_error(
     first, rank = min(
         (steps if found is None else found, rank) for rank, found in enumerate(gather(state.group, own))
     )
-    back = steps - first  # from the end of the interval
+    back = steps - first  # steps back from the end of the interval
     if not 0 < back <= len(seen):
         return TrainingError(
-            f"the sum of the losses up to step {progress.step:,} is not finite; lower optim.lr "
-            "(this run goes on so with --force)"
+            f"the sum of the losses up to step {progress.step:,} is not finite; lower optim.lr, "
+            "and continue this run with --force"
         )
     step = progress.step - back + 1
     ids = np.concatenate(gather(state.group, seen[-back]))
     where = callbacks.observer.bad_batch(progress.epoch + 1, step, ids.tolist())
-    # The first rank to fail takes the others down: not before rank 0 has written it.
+    # The first rank that fails ends the others, so all wait until rank 0 has recorded the batch.
     gather(state.group, None)
     return TrainingError(
-        f"the loss is not finite at step {step:,} (epoch {progress.epoch + 1}, on rank {rank} first); "
-        f"its batch is written down in {where}; lower optim.lr, set train.grad_clip, or use "
-        "train.precision=fp32 (this run goes on so with --force)"
+        f"the loss is not finite at step {step:,} (epoch {progress.epoch + 1}, first on rank {rank}); "
+        f"its batch is in {where}; lower optim.lr, set train.grad_clip, or use train.precision=fp32, "
+        "and continue this run with --force"
     )
 
 
 def check_scaler(state: TrainState) -> None:
-    """Looks whether the gradient scaler of fp16 lets any step through. Waits for the device.
+    """Checks that the gradient scaler of fp16 does not skip every step. Waits for the device.
 
     Raises:
-        TrainingError: it has skipped every step for long, because the gradients overflow at any scale.
+        TrainingError: it skipped many steps in a row, because the gradients overflow at any scale.
     """
     scaler, meter = state.accelerator.scaler, state.meter
     if scaler is None:
@@ -75,6 +75,6 @@ def check_scaler(state: TrainState) -> None:
     if meter.skipped_steps >= _MOST_SKIPPED_STEPS:
         raise TrainingError(
             f"the gradients were not finite in the last {meter.skipped_steps} steps, at any loss scale "
-            f"down to {scale:.3g}; lower optim.lr or use train.precision=bf16 or fp32 (this run goes on "
-            "so with --force)"
+            f"down to {scale:.3g}; lower optim.lr, or use train.precision=bf16 or fp32, "
+            "and continue this run with --force"
         )

@@ -1,4 +1,4 @@
-"""From stored pixels to what a network reads."""
+"""Normalization: from stored pixels to the network's input."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """Turns images as they are stored, uint8 [B, H, W, C], into float32 [B, C, H, W]: offset + scale * value.
+    """Turns stored images, uint8 [B, H, W, C], into float32 [B, C, H, W]: offset + scale * value.
 
     Args:
-        mean: per channel, of pixel values in 0..1.
-        std: per channel, of pixel values in 0..1; 0 for a constant channel, which is not scaled.
-        width: of the images in pixels.
-        channels_last: memory order of the result.
+        mean: mean per channel, of pixel values in 0..1.
+        std: standard deviation per channel, of pixel values in 0..1; 0 leaves a constant channel unscaled.
+        width: width of the images in pixels.
+        channels_last: whether the result has NHWC memory order.
         device: where the images are.
     """
 
@@ -36,11 +36,11 @@ class Normalize(nn.Module):
         divisor = torch.tensor([value or 1.0 for value in std])
         factors = {"offset": -(torch.tensor(mean) / divisor), "scale": 1 / (255 * divisor)}
         for name, values in factors.items():
-            # For the values of a whole row: over three channels alone the arithmetic would be slower.
+            # For a whole row of values: broadcasting over only three channels would be slower.
             self.register_buffer(name, values.repeat(width).to(device), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the images as the network reads them."""
+        """Returns the normalized images."""
         values = images.reshape(-1, len(self.offset)).float()
         torch.addcmul(self.offset, values, self.scale, out=values)
         result = values.view(images.shape).permute(0, 3, 1, 2)

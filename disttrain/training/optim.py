@@ -1,4 +1,4 @@
-"""Optimizers from torch, and the learning rate as a pure function of the progress."""
+"""The optimizers, and the learning rate as a pure function of the progress."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from disttrain.config import GroupConfig, OptimConfig, OptimizerFields, Schedule
 from disttrain.errors import UsageError
 
 
-class Rate(NamedTuple):
+class LrSchedule(NamedTuple):
     """The learning rate of a parameter group over the run."""
 
     peak: float
-    """The learning rate where the factor of the schedule is 1."""
+    """The learning rate at a factor of 1."""
     schedule: ScheduleConfig
-    """The factor at each point of the run; see `lr_factor`."""
+    """The factor over the run; see `lr_factor`."""
 
     def at(self, epochs_done: float, epochs: int) -> float:
-        """Returns the learning rate; arguments as for `lr_factor`."""
+        """Returns the learning rate; for the arguments see `lr_factor`."""
         return self.peak * lr_factor(self.schedule, epochs_done, epochs)
 
 
 def build_optimizer(
     config: OptimConfig, schedule: ScheduleConfig, model: nn.Module
-) -> tuple[Optimizer, list[Rate]]:
+) -> tuple[Optimizer, list[LrSchedule]]:
     """Returns the configured optimizer and the learning rate of each of its parameter groups.
 
-    The fused kernels of torch are used; the learning rates are the peaks until `set_lr` is called. Frozen
+    Uses torch's fused kernels. The optimizer has the peak learning rates until `set_lr` is called. Frozen
     parameters are left out.
 
     Raises:
-        UsageError: a group of the config has no parameter.
+        UsageError: a group of the config matches no parameter.
     """
     parts: list[Optimizer] = []
-    rates: list[Rate] = []
+    rates: list[LrSchedule] = []
     for settings, shape, parameters in _groups(config, schedule, model):
-        rate = Rate(settings.lr, shape)
+        rate = LrSchedule(settings.lr, shape)
         if settings.name == "muon":
             filters = [p for p in parameters if p.ndim in {2, 4} and p is not _head(model)]
             if filters:
@@ -50,7 +50,7 @@ def build_optimizer(
                 rates.append(rate)
             parameters = [p for p in parameters if p.ndim not in {2, 4} or p is _head(model)]
         if parameters:
-            parts.append(_plain(settings, parameters))
+            parts.append(_torch_optimizer(settings, parameters))
             rates.append(rate)
     return (parts[0] if len(parts) == 1 else CombinedOptimizer(parts)), rates
 
@@ -58,15 +58,15 @@ def build_optimizer(
 def _groups(
     config: OptimConfig, schedule: ScheduleConfig, model: nn.Module
 ) -> list[tuple[OptimConfig, ScheduleConfig, list[nn.Parameter]]]:
-    """Returns the trainable parameters, how and at which rate: the groups in order, then the rest."""
+    """Returns optimizer, schedule and trainable parameters of each group in order, and last of the rest."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = []
     for i, group in enumerate(config.groups):
         names = [name for name in named if re.fullmatch(group.parameters, name)]
         if not names:
             raise UsageError(
-                f"optim.groups.{i}.parameters: {group.parameters!r} matches none of the parameters that are "
-                f"trained and not in an earlier group: {', '.join(named) or 'there are none left'}"
+                f"optim.groups.{i}.parameters: {group.parameters!r} matches no trainable parameter outside "
+                f"the earlier groups: {', '.join(named) or 'there are none left'}"
             )
         parameters = [named.pop(name) for name in names]
         found.append((_settings(config, group), group.schedule or schedule, parameters))
@@ -74,15 +74,15 @@ def _groups(
 
 
 def _settings(config: OptimConfig, group: GroupConfig) -> OptimConfig:
-    """Returns the optimizer of a group: what it sets itself, and of the rest what `optim` has."""
+    """Returns the optimizer settings of a group: its own, and those of `optim` for the rest."""
     own = {field: getattr(group, field) for field in OptimizerFields.model_fields}
     own = {field: value for field, value in own.items() if value is not None}
-    if group.name not in (None, config.name):  # the others are settings of another optimizer
+    if group.name not in (None, config.name):  # optional settings of `optim` are for another optimizer
         own = {name: None for name, field in OptimConfig.model_fields.items() if field.default is None} | own
     return config.model_copy(update=own)
 
 
-def _plain(settings: OptimConfig, parameters: list[nn.Parameter]) -> Optimizer:
+def _torch_optimizer(settings: OptimConfig, parameters: list[nn.Parameter]) -> Optimizer:
     betas, decay = settings.betas or (0.9, 0.999), settings.weight_decay
     if settings.name == "sgd":
         return SGD(
@@ -95,7 +95,7 @@ def _plain(settings: OptimConfig, parameters: list[nn.Parameter]) -> Optimizer:
         )
     if settings.name == "adam":
         return Adam(parameters, settings.lr, betas, weight_decay=decay, fused=True)
-    return AdamW(parameters, settings.lr, betas, weight_decay=decay, fused=True)  # adamw, and beside muon
+    return AdamW(parameters, settings.lr, betas, weight_decay=decay, fused=True)  # adamw, or the rest of muon
 
 
 def _head(model: nn.Module) -> Tensor | None:
@@ -105,14 +105,14 @@ def _head(model: nn.Module) -> Tensor | None:
 
 
 class StackedMuon(Muon):
-    """torch's Muon, with the matrices of one shape orthogonalised together.
+    """torch's Muon with one parameter group, which orthogonalises all matrices of a shape together.
 
-    One after the other they are too small to fill a GPU. It has one parameter group.
+    A single matrix is too small to use a whole GPU.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Takes one step; a parameter without gradient is left alone."""
+        """Takes one step; a parameter without gradient does not change."""
         assert closure is None
         (group,) = self.param_groups
         lr, momentum = group["lr"], group["momentum"]
@@ -140,7 +140,7 @@ class StackedMuon(Muon):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Returns about the nearest orthogonal matrices, by five Newton-Schulz iterations (Jordan et al. 2024).
+    """Returns nearly orthogonal matrices close to these, by five Newton-Schulz steps (Jordan et al. 2024).
 
     Args:
         matrices: float [N, rows, columns].
@@ -160,14 +160,14 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 class ConvMuon(Optimizer):
-    """Muon for filters and hidden matrices (Jordan et al. 2024).
+    """Muon for convolution filters and hidden matrices (Jordan et al. 2024).
 
-    torch's Muon takes matrices only. A filter [O, I, H, W] is given to it as the matrix [O, H*W*I] that
-    shares its memory; the order of the columns does not matter to an orthogonalisation.
+    torch's Muon takes only matrices. It gets a filter [O, I, H, W] as a matrix [O, H*W*I] in the same memory;
+    the order of the columns does not matter for the orthogonalisation.
 
     Args:
         filters: parameters of 2 or 4 dimensions.
-        settings: lr, momentum, nesterov, weight_decay, adjust_lr and normalize_weights are used.
+        settings: its lr, momentum, nesterov, weight_decay, adjust_lr and normalize_weights are used.
     """
 
     def __init__(self, filters: list[nn.Parameter], settings: OptimConfig) -> None:
@@ -186,7 +186,7 @@ class ConvMuon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Takes one step; a parameter without gradient is left alone."""
+        """Takes one step; a parameter without gradient does not change."""
         assert closure is None
         if self._norms is not None:
             factors = torch._foreach_reciprocal(torch._foreach_norm(self._matrices))
@@ -197,19 +197,19 @@ class ConvMuon(Optimizer):
         self._muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
         self._muon.step()
         for matrix in self._matrices:
-            matrix.grad = None  # else it outlives the step
+            matrix.grad = None  # otherwise it would stay in memory after the step
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of torch's Muon."""
         return self._muon.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the state of torch's Muon."""
+        """Loads the state of torch's Muon."""
         load_state(self._muon, state_dict)
 
 
 class CombinedOptimizer(Optimizer):
-    """Several optimizers as one, each with a parameter group of its own.
+    """Several optimizers as one, each with its own parameter group.
 
     Args:
         parts: optimizers of one parameter group.
@@ -222,42 +222,42 @@ class CombinedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Takes one step of every part."""
+        """Takes one step of every optimizer."""
         assert closure is None
         for part, group in zip(self.inner, self.param_groups, strict=True):
             part.param_groups[0]["lr"] = group["lr"]
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the states of the parts, in order."""
+        """Returns the states of the optimizers, in order."""
         return {"parts": [part.state_dict() for part in self.inner]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the states of the parts."""
+        """Loads the states of the optimizers."""
         for part, state in zip(self.inner, state_dict["parts"], strict=True):
             load_state(part, state)
 
 
 def inner_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Returns the parameter groups of the optimizers that an optimizer is made of, if it is."""
+    """Returns the parameter groups of the optimizers inside an optimizer, which may be none."""
     inner: list[Optimizer] = getattr(optimizer, "inner", [])
     return [group for part in inner for group in (*part.param_groups, *inner_groups(part))]
 
 
 def _matrix(values: Tensor, filters: Tensor) -> Tensor:
-    """Returns [O, ...] as [O, columns] in the memory order of `filters`, without a copy if it is the same."""
+    """Returns [O, ...] as [O, columns] in the memory order of `filters`; copies only if the order differs."""
     if filters.ndim == 4 and filters.is_contiguous(memory_format=torch.channels_last):
         values = values.permute(0, 2, 3, 1)
     return values.reshape(len(values), -1)
 
 
 def lr_factor(schedule: ScheduleConfig, epochs_done: float, epochs: int) -> float:
-    """Returns the learning rate at a point of the run, as a share of the peak.
+    """Returns the learning rate at a point of the run, as a fraction of the peak.
 
     Args:
-        schedule: shape and warm-up.
+        schedule: its shape and warm-up.
         epochs_done: samples seen so far divided by the samples of an epoch.
-        epochs: length of the run.
+        epochs: number of epochs of the run.
     """
     warmup = schedule.warmup_epochs
     if warmup is None:
@@ -281,26 +281,26 @@ def lr_factor(schedule: ScheduleConfig, epochs_done: float, epochs: int) -> floa
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Takes over the state of an optimizer of the same kind; its settings stay those of the config."""
+    """Loads the state of an optimizer of the same kind, and keeps the settings of the config."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     for parameter, values in optimizer.state.items():
-        for key, value in values.items():  # NCHW as on disk; torch's fused kernels do not look at strides
+        for key, value in values.items():  # NCHW on disk; torch's fused kernels ignore strides
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Returns the bytes that the state of an optimizer will take beyond what it holds already."""
+    """Returns the bytes that an optimizer will still allocate for its state."""
     if inner := getattr(optimizer, "inner", []):
         return sum(map(state_bytes, inner))
     total = 0
     for group in optimizer.param_groups:
         averages = 2 if isinstance(optimizer, Adam) else int(group["momentum"] > 0)  # AdamW is an Adam
         new = [parameter for parameter in group["params"] if parameter not in optimizer.state]
-        total += sum(averages * parameter.nbytes + 4 for parameter in new)  # and a step counter
+        total += sum(averages * parameter.nbytes + 4 for parameter in new)  # 4 for the step counter
     return total
 
 
@@ -311,5 +311,5 @@ def set_lr(optimizer: Optimizer, rates: Sequence[float]) -> None:
 
 
 def _cosine(position: float) -> float:
-    """Falls from 1 at position 0 to 0 at position 1 along half a cosine."""
+    """Returns a half cosine: 1 at position 0, 0 from position 1 on."""
     return 0.5 * (1 + math.cos(math.pi * min(position, 1.0)))

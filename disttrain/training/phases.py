@@ -1,10 +1,10 @@
-"""Where the time of a step goes on this rank, told by the same calls that are its heartbeat.
+"""Times the phases of a step on this rank, with the same calls that beat its heartbeat.
 
-On a CPU the phases are timed by the host. On a GPU the host only hands out work: there one step between two
-log points is timed by events on the device, which are read at the second one, when all are waited for in any
-case. It is one in the middle: after a log point the device is idle, and for some steps shows the time of the
-host, which is hidden afterwards. The time that a rank waits for the gradients of others is what DDP itself
-measures of a step in between; it is a part of the backward pass.
+On a CPU, the host times the phases. On a GPU the host only queues work, so CUDA events time one step between
+two log points. The second log point reads them, because it waits for the device anyway. The timed step is in
+the middle of the interval: right after a log point the device is idle, and for some steps the events would
+show the host's time. DDP measures how long a rank waits for the gradients of others, as a part of the
+backward pass.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from disttrain.runs.records import StepTimes
 
 
 class Phases:
-    """Follows one rank through its phases.
+    """Times the phases of one rank.
 
     Args:
-        beat: the heartbeat: told of each phase, step and part that begins.
+        beat: the heartbeat; called with each phase, step and part that begins.
         device: where the rank computes.
     """
 
@@ -38,13 +38,13 @@ class Phases:
         self._seconds = [0.0] * len(Phase)
         self._phase, self._since = Phase.START, time.perf_counter()
         self._events: list[tuple[Phase, torch.cuda.Event]] = []
-        self._on_device_ms = [0.0] * len(Phase)  # of the step that was timed last
+        self._on_device_ms = [0.0] * len(Phase)  # of the last timed step
         self._step = 0
-        self._steps_before = 0  # steps until the one that is timed; -1 once that has begun
-        self._marking = False  # whether it is under way
+        self._steps_before = 0  # steps until the timed step; -1 once it has begun
+        self._marking = False  # whether the timed step is running
 
     def enter(self, phase: Phase, step: int, part: int = 0) -> float:
-        """Begins a phase; arguments as for `Heartbeat.beat`. Returns the time, seconds of perf_counter."""
+        """Begins a phase; for the arguments see `Heartbeat.beat`. Returns the time of perf_counter in s."""
         now = time.perf_counter()
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
@@ -57,7 +57,7 @@ class Phases:
         begins = phase == Phase.DATA and step != self._step
         self._step = step
         if self._marking:
-            self._marking = not begins and phase <= Phase.OPTIMIZE  # if not, the last event
+            self._marking = not begins and phase <= Phase.OPTIMIZE  # otherwise this is the last event
         elif begins and self._steps_before >= 0:
             self._marking = self._steps_before == 0
             self._steps_before -= 1
@@ -70,12 +70,12 @@ class Phases:
         self._events.append((phase, event))
 
     def synchronized(self) -> None:
-        """The host has waited for the device: that is no time of the phase in which it did."""
+        """Excludes the time that the host just waited for the device from the current phase."""
         if self._on_gpu:
             self._since = time.perf_counter()
 
     def take(self, steps: int, model: nn.Module) -> StepTimes[float]:
-        """Returns the means of the steps since the last call; the device must be idle."""
+        """Returns the mean milliseconds per phase since the last call; the device must be idle."""
         now = time.perf_counter()
         self._seconds[self._phase] += now - self._since
         self._since = now
@@ -84,7 +84,7 @@ class Phases:
             self._on_device_ms = [0.0] * len(Phase)
             for (phase, begin), (_, end) in zip(self._events, self._events[1:], strict=False):
                 self._on_device_ms[phase] += begin.elapsed_time(end)
-        if any(self._on_device_ms):  # not on a CPU, nor before the first step that was timed
+        if any(self._on_device_ms):  # all 0 on a CPU, and before the first timed step
             step_ms[Phase.DATA : Phase.REPORT] = self._on_device_ms[Phase.DATA : Phase.REPORT]
         waiting_ms = min(exposed_communication_ms(model), step_ms[Phase.COMPUTE])
         self._seconds = [0.0] * len(Phase)
@@ -104,7 +104,7 @@ class Phases:
 
 
 def exposed_communication_ms(model: nn.Module) -> float:
-    """Returns the milliseconds that the last step which DDP has timed waited for gradients; 0 without DDP."""
+    """Returns the milliseconds that the last step timed by DDP waited for gradients; 0 without DDP."""
     if not isinstance(model, DistributedDataParallel):
         return 0.0
     found = model._get_ddp_logging_data()

@@ -1,4 +1,4 @@
-"""One process of a run: how it is asked to stop, how it logs, and how it says what ended it."""
+"""One training process: its log, its stop requests, and how it reports the error that ended it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _SECOND_S = 1.0  # Ctrl-C in a terminal reaches a rank of torchrun twice: from t
 
 
 class Rank:
-    """This process's number, its run folder once that is known, and how it speaks.
+    """This process: its rank, its run folder once that is known, its log and its heartbeat.
 
     Args:
         number: rank among all processes.
-        run_dir: the run folder, when it was given.
+        run_dir: the run folder, if one was given.
 
     Attributes:
         folder: the run folder, once it is known.
         stop: whether this rank was asked to stop.
-        heartbeat: shows the launcher that it lives.
+        heartbeat: tells the launcher that this rank is alive.
     """
 
     def __init__(self, number: int, run_dir: Path | None) -> None:
@@ -51,7 +51,7 @@ class Rank:
         self.heartbeat = Heartbeat.connect(os.environ, number)
 
     def enter(self, folder: RunFolder) -> None:
-        """Begins to log into the folder; ranks but 0 send everything they print there too."""
+        """Starts to log into the folder. All ranks except 0 also redirect stdout and stderr there."""
         self.folder = folder
         path = folder.log(self.number)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,9 +71,10 @@ class Rank:
                 os.dup2(file.fileno(), 2)
 
     def listen(self) -> None:
-        """Takes SIGTERM, SIGINT, SIGUSR2 and the launcher's word as the wish to stop; ends with the launcher.
+        """Treats SIGTERM, SIGINT, SIGUSR2 and the launcher's message as stop requests.
 
-        A thread hears them, so that they count while the main thread waits for others.
+        A thread receives them, so that they work while the main thread waits for other ranks. It kills this
+        process if the launcher dies.
         """
         here, there = socket.socketpair()
         there.setblocking(False)
@@ -89,9 +90,9 @@ class Rank:
             for number in _STOPS & set(here.recv(64)):
                 if asked_at is None and self.heartbeat.place[0] is Phase.START:
                     stop = StoppedError(
-                        "stopped before training began; nothing is lost, the same command goes on"
+                        "stopped before training began; nothing is lost, run the same command again"
                     )
-                    self.settle(state="stopped", exit_code=stop.exit_code, reason=str(stop))
+                    self.write_status(state="stopped", exit_code=stop.exit_code, reason=str(stop))
                     if self.number == 0:
                         os.write(self._terminal, f"disttrain: {stop}\n".encode())
                     os._exit(stop.exit_code)
@@ -112,26 +113,26 @@ class Rank:
                     except OSError:
                         word = b""
                     if word != STOP:
-                        os.kill(os.getpid(), signal.SIGKILL)  # it has died: nobody would end this process
+                        os.kill(os.getpid(), signal.SIGKILL)  # the launcher died: nobody would end this rank
                     self.stop = True
                 else:
                     stops = _STOPS & set(here.recv(64))
                     if signal.SIGTERM in stops and self.heartbeat.place[0] is Phase.START:
-                        os._exit(128 + signal.SIGTERM)  # torchrun, because another rank could not start
+                        os._exit(128 + signal.SIGTERM)  # from torchrun: another rank could not start
                     self.stop = self.stop or bool(stops)
 
-    def settle(self, **status: Any) -> None:
-        """Writes the end of the run into status.json, from rank 0."""
+    def write_status(self, **status: Any) -> None:
+        """Writes the status of the run to status.json; only rank 0 does."""
         if self.number == 0 and self.folder is not None:
             self.folder.update_status(**status)
 
     def fail(self, error: BaseException) -> None:
-        """Writes down what ended this rank; the first rank to fail says so and settles the run."""
+        """Records the error that ended this rank; the first rank to fail prints it and writes status.json."""
         text = str(error) if isinstance(error, DisttrainError) else "".join(traceback.format_exception(error))
         first = self.number == 0
         if self.folder is not None:
             log.error("%s", text)
-            with contextlib.suppress(StorageError):  # it is said on the terminal, and by the exit code
+            with contextlib.suppress(StorageError):  # the terminal and the exit code report the error, too
                 self.folder.write_error(self.number, error)
                 cause = self.folder.first_error(since=self._began)
                 first = cause is not None and cause["rank"] == self.number

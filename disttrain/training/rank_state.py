@@ -1,4 +1,4 @@
-"""What differs from rank to rank and is saved, so that a run that was stopped goes on as if it had not.
+"""The state that differs between ranks, in checkpoints so that a resumed run equals an uninterrupted one.
 
 Every rank calls every function here.
 """
@@ -18,22 +18,22 @@ from disttrain import counter_rng
 from disttrain.training.collectives import fill, float_buffers, gather
 from disttrain.training.state import MeterState, TrainState
 
-_OWN_CODE = 24  # the stream of random numbers that seeds Python's and numpy's generators
+_USER_CODE = 24  # the stream of random numbers that seeds Python's and NumPy's generators
 
 
-def seed_own_code(seed: int, rank: int) -> None:
-    """Seeds the generators that the loops do not use but that a user's own model may."""
-    key = counter_rng.derive(seed, _OWN_CODE, rank)
+def seed_user_code(seed: int, rank: int) -> None:
+    """Seeds Python's and NumPy's generators: our loops do not use them, but a user's model may."""
+    key = counter_rng.derive(seed, _USER_CODE, rank)
     random.seed(key)
     np.random.seed(key >> 32)
 
 
 @contextlib.contextmanager
 def preserve_rng_state(device: torch.device) -> Iterator[None]:
-    """Leaves the generators of this rank as they were, whatever is drawn inside, also when it is broken off.
+    """Restores this rank's random number generators on exit, also after an error.
 
-    A network of the user's own may draw in an evaluation: what it draws in training does not depend on how
-    often it is evaluated, and an evaluation that begins again draws the same.
+    A user's network may draw random numbers in an evaluation. Its draws in training do not depend on how
+    often it is evaluated, and an evaluation that is repeated draws the same numbers.
     """
     before = _generators(device)
     try:
@@ -43,7 +43,7 @@ def preserve_rng_state(device: torch.device) -> Iterator[None]:
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
-    """Returns the state of every generator of random numbers that this rank has."""
+    """Returns the state of all random number generators of this rank."""
     _, words, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
     state = {
@@ -61,7 +61,7 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
 
 
 def _set_generators(state: dict[str, Tensor], device: torch.device) -> None:
-    """Puts back what `_generators` returned."""
+    """Restores the state that `_generators` returned."""
     has_gauss, gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
     place, has_gauss, numpy_gauss = state["numpy_rest"].tolist()
@@ -73,14 +73,14 @@ def _set_generators(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def gather_rank_states(state: TrainState, *, with_buffers: bool) -> dict[str, Tensor]:
-    """Returns what differs from rank to rank in a run.
+    """Returns the state that differs between ranks.
 
     Args:
         state: of this rank.
-        with_buffers: whether the batch-norm statistics of each rank are to be kept apart.
+        with_buffers: whether to include each rank's batch-norm statistics.
 
     Returns:
-        Tensors [ranks, ...]: random number generators, the sums since the last log point, statistics.
+        Tensors [ranks, ...]: random number generators, sums since the last log point, batch-norm statistics.
     """
     own = _generators(state.accelerator.device)
     own["meter"] = torch.tensor(astuple(state.meter.state()), dtype=torch.float64)
@@ -92,7 +92,7 @@ def gather_rank_states(state: TrainState, *, with_buffers: bool) -> dict[str, Te
 
 
 def restore_rank_state(state: TrainState, states: dict[str, Tensor]) -> None:
-    """Puts back what `gather_rank_states` returned; on another number of ranks, what has a meaning there."""
+    """Restores what `gather_rank_states` returned; with another world size, only the sums."""
     meters = states["meter"]
     if len(meters) == state.world_size:
         own = {name: value[state.rank].clone() for name, value in states.items()}  # aligned in memory
@@ -102,7 +102,7 @@ def restore_rank_state(state: TrainState, states: dict[str, Tensor]) -> None:
         state.meter.load(MeterState(*own["meter"].tolist()))
     else:
         total, mean = (MeterState(*values.tolist()) for values in (meters.sum(0), meters.mean(0)))
-        if state.rank:  # the sums go on with rank 0
+        if state.rank:  # rank 0 gets all the sums
             total = MeterState(0, 0, 0, 0, 0, 0)
         state.meter.load(replace(mean, loss=total.loss, correct=total.correct, samples=total.samples))
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a run that goes on: whether it is the same one, where it goes on, and its state."""
+"""Resumes a run from a checkpoint: checks that it is the same run, and restores its progress and state."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ from disttrain.training.state import Progress, TrainState
 log = logging.getLogger("disttrain")
 
 
-def go_on(checkpoint: Checkpoint, state: TrainState, index: Index, rank: Rank, *, force: bool) -> Progress:
-    """Puts a checkpoint into the parts of a run, whose model is not wrapped yet.
+def resume(checkpoint: Checkpoint, state: TrainState, index: Index, rank: Rank, *, force: bool) -> Progress:
+    """Loads a checkpoint into the state of a run, whose model is not wrapped yet.
 
     Returns:
-        Where the run goes on.
+        The progress to resume from.
 
     Raises:
-        CheckpointError, UsageError: as `saved_position`, `restore` and `restore_scaler` do.
+        CheckpointError, UsageError: see `saved_progress`, `restore` and `restore_scaler`.
     """
-    progress = saved_position(checkpoint, state.config, index, state.plan, rank, force=force)
+    progress = saved_progress(checkpoint, state.config, index, state.plan, rank, force=force)
     restore(checkpoint, state.model, state.optimizer, state.ema, force=force)
     restore_scaler(checkpoint, state.accelerator.scaler, force=force)
     return progress
 
 
-def saved_position(
+def saved_progress(
     checkpoint: Checkpoint, config: Config, index: Index, plan: Plan, rank: Rank, *, force: bool
 ) -> Progress:
-    """Returns where a run goes on, after checking that it is the run of the checkpoint.
+    """Returns the progress to resume from, after checking that the checkpoint is from this run.
 
     Raises:
-        CheckpointError: it was saved with another optimizer, or does not say what it was saved with.
-        UsageError: config or data set differ, and that is not forced.
+        CheckpointError: the checkpoint has another optimizer, or no fingerprint.
+        UsageError: config or data set differ, without `force`.
     """
     if checkpoint.value("optimizer") != config.optim.name:
         raise CheckpointError(
             f"{checkpoint.path}: was saved with optim.name = {checkpoint.value('optimizer')}, "
-            f"the config has {config.optim.name}; resume with the config it was saved with"
+            f"but the config has {config.optim.name}; resume with the config it was saved with"
         )
     fields = dataclasses.fields(Progress)
     progress = Progress(**{field.name: checkpoint.value(field.name) for field in fields})
     saved = saved_identity(checkpoint.path, checkpoint.state)
-    now = fingerprint(config, index, plan.skipped.tolist())  # now that what is left out is known
+    now = fingerprint(config, index, plan.skipped.tolist())
     changes = changes_since(saved, now)
     if changes and not force:
         raise refuse(f"{checkpoint.path}: was saved with", changes)
@@ -65,7 +65,7 @@ def saved_position(
         rank.folder.record_forced(progress.step, [f"data.skipped: {before} -> {left_out}"])
     if saved["order"] != now["order"] and progress.samples:
         say = print if rank.number == 0 else log.info
-        say(f"the samples have another order now: epoch {progress.epoch + 1} begins again")
+        say(f"the order of the samples has changed: epoch {progress.epoch + 1} starts again")
         progress.samples = 0
     return progress
 
@@ -78,17 +78,17 @@ def restore(
     *,
     force: bool = False,
 ) -> None:
-    """Puts the parts of a checkpoint into a model, its optimizer and its moving average, if there is one.
+    """Loads a checkpoint into a model, its optimizer and its moving average, if there is one.
 
-    With `force` a moving average that the config does not use is left out.
+    With `force`, a moving average that the config does not use is ignored.
 
     Raises:
-        CheckpointError: a part is missing or not used, or names or shapes do not fit.
+        CheckpointError: a part is missing or unused, or its names or shapes do not match.
     """
     if ema is None and "ema" in checkpoint.parts and not force:
         raise CheckpointError(
-            f"{checkpoint.path}: has a moving average of the weights (ema), the config has train.ema = null; "
-            "resume with the config it was saved with, or leave it out with --force"
+            f"{checkpoint.path}: has a moving average of the weights, but the config has train.ema = null; "
+            "resume with the config it was saved with, or ignore the average with --force"
         )
     loaders: dict[str, Callable[[Any], Any]] = {
         "model": model.load_state_dict,
@@ -104,27 +104,27 @@ def restore(
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
-                f"{checkpoint.path}: {name} does not fit the config: {reason}; "
+                f"{checkpoint.path}: the {name} does not match the config: {reason}; "
                 "resume with the config it was saved with"
             ) from None
 
 
 def restore_scaler(checkpoint: Checkpoint, scaler: GradScaler | None, *, force: bool) -> None:
-    """Puts the state of a checkpoint into the gradient scaler.
+    """Loads the state of the gradient scaler.
 
     Raises:
-        CheckpointError: one of the two has a scaler and the other does not.
+        CheckpointError: only one of checkpoint and run has a scaler.
     """
     saved = checkpoint.value("scaler")
     if scaler is not None:
         if saved is None:
             raise CheckpointError(
-                f"{checkpoint.path}: has no gradient scaler, which train.precision = fp16 needs; "
+                f"{checkpoint.path}: has no gradient scaler, but train.precision = fp16 needs one; "
                 "resume with the config it was saved with"
             )
         scaler.load_state_dict(saved)
     elif saved is not None and not force:
         raise CheckpointError(
-            f"{checkpoint.path}: has a gradient scaler, which is for train.precision = fp16 alone; "
-            "resume with the config it was saved with, or leave it out with --force"
+            f"{checkpoint.path}: has a gradient scaler, but only train.precision = fp16 uses one; "
+            "resume with the config it was saved with, or ignore the scaler with --force"
         )

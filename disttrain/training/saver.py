@@ -1,4 +1,4 @@
-"""Saves the checkpoints of a run beside the training."""
+"""Saves the checkpoints of a run, while training continues."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from disttrain.training.state import Progress, TrainState
 
 
 class RunSaver:
-    """Saves the state of a run: every rank gives its own, rank 0 writes.
+    """Saves the state of a run: gathers it from all ranks, and rank 0 writes it.
 
     Args:
-        state: what is saved.
-        progress: where the run is.
+        state: what to save.
+        progress: how far the run is.
         index: the data set.
         folder: the run folder.
-        done: told of every complete checkpoint and whether it is the best.
-        writing: around the writing of each, in the thread that writes.
+        done: called with every complete checkpoint, and whether it is the best.
+        writing: the context in which the writing thread writes a checkpoint.
     """
 
     def __init__(
@@ -58,23 +58,23 @@ class RunSaver:
         if state.ema is not None:
             self._buffers["ema"] = {name for name, _ in state.ema.named_buffers()}
         self._writer = Writer(folder.checkpoints, state.config.checkpoint.keep, done, writing)
-        self.check = self._writer.check  # whether a save has failed in the meantime
-        self.wait = self._writer.wait  # until everything is saved
+        self.check = self._writer.check  # raises the error of a failed save
+        self.wait = self._writer.wait  # waits until everything is saved
 
     def save(self, *, best: bool, evaluation: Evaluation | None = None, stopping: bool = False) -> None:
-        """Begins to save the state as it is now. Every rank calls this.
+        """Starts to save the current state. Every rank calls this.
 
         Args:
-            best: whether it is the best so far.
-            evaluation: of the state, if there was one.
-            stopping: whether the run ends here at a step where it would not have saved otherwise; what goes
-                on from it must not differ from a run that was never stopped.
+            best: whether the state is the best so far.
+            evaluation: the evaluation of the state, if there was one.
+            stopping: whether the run stops at a step at which it would not save otherwise.
 
         Raises:
-            StorageError, TrainingError: the save before could not be completed.
+            StorageError, TrainingError: the previous save failed.
         """
         state = self._state
-        # At a step where a run that is not stopped saves nothing, each rank's statistics are kept apart.
+        # An uninterrupted run does not average the batch-norm statistics at this step. The resumed run must
+        # equal it, so the checkpoint has each rank's statistics.
         ranks = gather_rank_states(state, with_buffers=stopping and state.world_size > 1)
         for network in state.networks:
             average_buffers(state.group, network)
@@ -88,17 +88,17 @@ class RunSaver:
 
 
 def saved_parts(state: TrainState) -> dict[str, Any]:
-    """Returns what every rank has alike and a checkpoint holds."""
+    """Returns the parts of a checkpoint that are the same on all ranks."""
     found = {"model": state.bare_model.state_dict(), "optimizer": state.optimizer.state_dict()}
     return found if state.ema is None else found | {"ema": state.ema.state_dict()}
 
 
 def checkpoint_bytes(state: TrainState) -> int:
-    """Returns what a checkpoint will take on the disk, rounded up."""
+    """Returns the size of a checkpoint on disk, rounded up."""
     beside = _RANK_BYTES * state.world_size + _MISTAKES_BYTES + _CELL_BYTES * len(state.val.classes) ** 2
     return bytes_needed(saved_parts(state)) + state_bytes(state.optimizer) + beside
 
 
 _RANK_BYTES = 2**14  # the random number generators of a rank
 _MISTAKES_BYTES = 2**13  # of an evaluation, and its record
-_CELL_BYTES = 4  # of its confusion matrix; almost all are 0
+_CELL_BYTES = 4  # of its confusion matrix, where almost all cells are 0

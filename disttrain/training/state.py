@@ -1,4 +1,4 @@
-"""What one rank trains and evaluates with, how far it is, and what it sums up between log points."""
+"""The training state of one rank, its progress, and the metrics that it sums between log points."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from disttrain.training.autotune import Settings
 from disttrain.training.collectives import Group
 from disttrain.training.ema import MovingAverage
 from disttrain.training.graph import StepGraph
-from disttrain.training.optim import Rate
+from disttrain.training.optim import LrSchedule
 
-_LOOK_S = 1.0  # between two looks for a wish to stop, unless a step takes longer
-_COUNTED_AT_ONCE = 16  # forward passes whose hits are counted together
+_POLL_S = 1.0  # between two polls for a stop request, unless a step takes longer
+_COUNTED_AT_ONCE = 16  # forward passes whose correct predictions are counted together
 
 
 @dataclass
 class Progress:
-    """Where a run is; saved with every checkpoint.
+    """How far a run is; saved with every checkpoint.
 
     Attributes:
-        epoch: epochs whose training is completed.
+        epoch: epochs whose training is complete.
         samples: samples of the current epoch trained on, over all ranks.
         step: optimizer steps taken.
         samples_seen: samples trained on in the whole run, over all ranks.
         best_accuracy: best validation accuracy so far, 0..1.
-        evaluation_due: whether the last completed epoch has still to be evaluated.
+        evaluation_due: whether the evaluation of the last complete epoch is still to come.
     """
 
     epoch: int = 0
@@ -53,14 +53,14 @@ class Progress:
 
 @dataclass
 class MeterState:
-    """What a run that is stopped between two log points needs to go on: sums of one rank since the last one.
+    """The sums of one rank since the last log point, for a run that is stopped between two log points.
 
     Attributes:
-        loss: of the samples.
-        correct: samples that were predicted right.
-        samples: that were trained on.
-        steps: that were taken.
-        wait_s: seconds in which the host waited for data.
+        loss: sum over the samples.
+        correct: samples predicted correctly.
+        samples: samples trained on.
+        steps: optimizer steps.
+        wait_s: seconds that the host waited for data.
         elapsed_s: seconds of training.
     """
 
@@ -73,19 +73,19 @@ class MeterState:
 
 
 class Meter:
-    """Sums since the last log point: loss and hits on the device, times on the host.
+    """Sums since the last log point: loss and correct predictions on the device, times on the host.
 
     Args:
         device: where the losses are.
 
     Attributes:
-        samples: that this rank has trained on.
-        steps: that were taken.
-        wait_s: seconds in which the host waited for data.
-        step_time_s: seconds of a step as all ranks have agreed on at the last log point, or None.
-        scale: of the gradient scaler at the last log point, or None.
-        skipped_steps: that it has skipped in a row.
-        grad_norm: the norm of the last gradient before it was clipped, float32 [], NaN if it was not.
+        samples: samples that this rank trained on.
+        steps: optimizer steps.
+        wait_s: seconds that the host waited for data.
+        step_time_s: seconds of a step at the last log point, the same on all ranks, or None before the first.
+        scale: the gradient scaler's scale at the last log point, or None.
+        skipped_steps: steps in a row that the gradient scaler skipped.
+        grad_norm: norm of the last gradient before clipping, float32 []; NaN without clipping.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -99,12 +99,12 @@ class Meter:
         self.restart()
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds the loss and the hits of a part of a batch, without a synchronisation.
+        """Adds the loss and the correct predictions of a micro-batch, without a synchronisation.
 
-        Most are only noted, and counted some steps at once.
+        Correct predictions are counted for several micro-batches at once.
 
         Args:
-            loss: float32 [], summed over the part.
+            loss: float32 [], summed over the micro-batch.
             logits: [B, classes].
             labels: int64 [B].
         """
@@ -116,7 +116,7 @@ class Meter:
             self._count()
 
     def totals(self) -> list[float]:
-        """Returns the sum of the losses and the hits; waits for the device."""
+        """Returns the sum of the losses and the number of correct predictions; waits for the device."""
         self._count()
         totals: list[float] = self._sums.tolist()
         return totals
@@ -129,14 +129,14 @@ class Meter:
             self._pending.clear()
 
     def first_nonfinite_step(self) -> int | None:
-        """Returns how many steps were complete before the first one whose loss is not finite, if one is."""
+        """Returns the steps taken before the first non-finite loss, or None if all losses are finite."""
         for step, loss in self._losses:
             if not torch.isfinite(loss):
                 return step
         return None
 
     def start(self) -> None:
-        """Starts the clock, when training begins or goes on."""
+        """Starts the clock when training begins or resumes."""
         self._began = time.perf_counter() - self._before_s
 
     @property
@@ -145,7 +145,7 @@ class Meter:
         return time.perf_counter() - self._began
 
     def restart(self) -> None:
-        """Begins a new interval."""
+        """Starts a new interval."""
         self._pending.clear()
         self._losses.clear()
         self._sums.zero_()
@@ -158,7 +158,7 @@ class Meter:
         return MeterState(loss, correct, self.samples, self.steps, self.wait_s, self.elapsed_s)
 
     def load(self, state: MeterState) -> None:
-        """Goes on with an interval."""
+        """Continues a saved interval."""
         self.restart()
         self._sums.copy_(torch.tensor([state.loss, state.correct], dtype=torch.float64))
         self.samples, self.steps = int(state.samples), int(state.steps)
@@ -169,10 +169,10 @@ class Validation(NamedTuple):
     """A split to evaluate on, as one rank sees it.
 
     Attributes:
-        data: serves the samples to this rank.
-        ids: those that all ranks together evaluate, int64 [samples].
-        classes: their names, in the order of the scores.
-        skipped: how many more samples there are, which cannot be used.
+        data: loads the samples for this rank.
+        ids: the samples that all ranks evaluate together, int64 [samples].
+        classes: names of the classes, in the order of the scores.
+        skipped: bad samples of the split, which are not in `ids`.
     """
 
     data: Loader
@@ -186,20 +186,20 @@ class TrainState:
     """What one rank trains with, built by the worker.
 
     Attributes:
-        model: computes in its precision; wrapped in DDP when there are several ranks.
+        model: computes in its precision; wrapped in DDP if there are several ranks.
         ema: moving average of the bare model, or None.
-        rates: the learning rate of each of its parameter groups.
+        lr_schedules: the learning rate of each parameter group of the optimizer.
         plan: the order of the training samples.
-        train_data: the training split, served to this rank.
+        train_data: loads the training split for this rank.
         val: the validation split.
         image_size: height and width in pixels.
         settings: how the forward and backward pass is computed.
-        flops_per_image: of training, or None if that is not known.
-        peak_flops_per_s: the most that the device does, or None if that is not known.
-        graph: takes the steps with a whole batch as a CUDA graph, or None.
+        flops_per_image: floating-point operations of training on one image, or None if unknown.
+        peak_flops_per_s: the device's peak, or None if unknown.
+        graph: runs the steps with a full batch as a CUDA graph, or None.
         meter: sums since the last log point.
-        compiled_batch: images in the forward pass that the model is compiled for, or None if it is not.
-        parameters: those that the optimizer changes.
+        compiled_batch: the batch size that the model is compiled for, or None without compilation.
+        parameters: the parameters that the optimizer updates.
     """
 
     config: Config
@@ -207,7 +207,7 @@ class TrainState:
     model: nn.Module
     ema: MovingAverage | None
     optimizer: Optimizer
-    rates: Sequence[Rate]
+    lr_schedules: Sequence[LrSchedule]
     plan: Plan
     augment: Augment
     train_data: Loader
@@ -232,16 +232,16 @@ class TrainState:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def drop_gradients(self) -> None:
-        """Forgets the gradients; the bookkeeping around Optimizer.zero_grad takes longer than this loop."""
+        """Sets the gradients to None, in less time than the bookkeeping of Optimizer.zero_grad takes."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def should_poll_stop(self, number: int) -> bool:
-        """Tells whether the ranks ask one another after so many steps if one is to stop; the same on all."""
+        """Returns whether the ranks poll for a stop request at step `number`; the same on all ranks."""
         step_time_s = self.meter.step_time_s
         if self.world_size == 1 or step_time_s is None:
             return True
-        return number % max(1, int(_LOOK_S / step_time_s)) == 0
+        return number % max(1, int(_POLL_S / step_time_s)) == 0
 
     @property
     def group(self) -> Group:
@@ -257,15 +257,15 @@ class TrainState:
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The model without DDP and, if there is one, its moving average, which is evaluated then."""
+        """The model without DDP and, if there is one, its moving average. The last one is evaluated."""
         return [self.bare_model, *([] if self.ema is None else [self.ema.module])]
 
 
 @contextmanager
 def cudnn_heuristics() -> Iterator[None]:
-    """Lets cuDNN choose its kernels by rule, not by trying them.
+    """Lets cuDNN choose its kernels by heuristics instead of benchmarking them.
 
-    For a size of batch that comes once an epoch: trying takes seconds (docs/benchmarks.md).
+    For a batch size that occurs once an epoch: the benchmark takes seconds (docs/benchmarks.md).
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
@@ -277,7 +277,7 @@ def cudnn_heuristics() -> Iterator[None]:
 
 @contextmanager
 def eager(state: TrainState) -> Iterator[None]:
-    """Runs a model that is compiled for one size of batch without its compilation."""
+    """Runs a compiled model in eager mode, for batches of a size that it is not compiled for."""
     if state.compiled_batch is None:
         yield
     else:

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches in order, forward, loss, backward, clip, step, moving average."""
+"""One optimizer step: for each micro-batch forward, loss and backward; then clip, step, moving average."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def train_step(
 ) -> Ids:
     """Takes one optimizer step. Every rank calls this.
 
-    The gradient is that of the mean over the global batch, whatever the shares: the sum of a rank's losses is
-    weighted with the world size, because DDP takes the mean over ranks, divided by the size of the batch. The
-    backward pass begins with that weight, which is no operation of its own.
+    The loss is the mean over the global batch, even if the ranks have different numbers of samples. So the
+    weight of a rank's summed loss is world size / global batch: DDP averages over the ranks. The backward
+    pass starts from that weight, which costs no extra operation.
 
     Args:
         state: what to train with.
-        batches: gives this rank's micro-batches of the step.
-        step: its number, from 1.
+        batches: yields this rank's micro-batches of the step.
+        step: number of the step, from 1.
         global_batch: samples of the step over all ranks.
-        phases: told of what begins.
+        phases: times the phases.
 
     Returns:
         The ids that this rank trained on, int64 [B].
     """
-    # In plain torch: the wrappers of Accelerate look for packages and signatures in every step.
+    # Plain torch, because Accelerate's wrappers inspect packages and signatures in every step.
     config, scaler, meter = state.config.train, state.accelerator.scaler, state.meter
     ids: list[Ids] = []
     for number in itertools.count():
@@ -53,12 +53,12 @@ def train_step(
         phases.enter(Phase.COMPUTE, step, 2 * number)
         graph = state.graph if micro.samples == config.batch_size else None
         if graph is not None:
-            loss, scores = graph(partial(whole_step, state), images, labels)
+            loss, scores = graph(partial(full_batch_step, state), images, labels)
         else:
-            with passes(state, micro, global_batch):
+            with micro_batch_context(state, micro, global_batch):
                 scores = state.model(images)
                 loss = loss_sum(scores, labels, partners, micro.mix, config.label_smoothing)
-                phases.enter(Phase.COMPUTE, step, 2 * number + 1)  # here the ranks wait for one another
+                phases.enter(Phase.COMPUTE, step, 2 * number + 1)  # the ranks wait for each other from here
                 weight = state.world_size / global_batch if micro.counts else 0.0
                 (loss if scaler is None else scaler.scale(loss)).backward(torch.full_like(loss, weight))
         if micro.counts:
@@ -76,11 +76,11 @@ def train_step(
 
 
 @contextlib.contextmanager
-def passes(state: TrainState, micro: MicroBatch, global_batch: int) -> Iterator[None]:
-    """What holds around the passes of a micro-batch.
+def micro_batch_context(state: TrainState, micro: MicroBatch, global_batch: int) -> Iterator[None]:
+    """Context of the forward and backward pass of a micro-batch.
 
-    The gradients stay on this rank until its last one. A batch of another size than the others is neither
-    compiled, nor does cuDNN try its kernels for it.
+    Gradients are reduced only in the last micro-batch of a step. A batch of an unusual size runs in eager
+    mode, and cuDNN does not benchmark kernels for it.
     """
     with contextlib.ExitStack() as stack:
         if not micro.last:
@@ -93,23 +93,23 @@ def passes(state: TrainState, micro: MicroBatch, global_batch: int) -> Iterator[
 
 
 def no_sync(state: TrainState) -> contextlib.AbstractContextManager[None]:
-    """Leaves gradients on this rank, to be reduced with those of a later pass."""
+    """Accumulates gradients without an all-reduce; a later pass reduces them."""
     if state.world_size == 1:
         return contextlib.nullcontext()
     assert isinstance(state.model, DistributedDataParallel)
     return state.model.no_sync()
 
 
-def whole_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Takes a step on a whole batch, as `train_step` does; all its effects are on the device.
+def full_batch_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes the step of `train_step` on a full batch, with effects only on the device.
 
     Args:
-        state: of a single rank.
+        state: of a run with a single rank.
         images: float32 [B, C, H, W].
         labels: int64 [B].
 
     Returns:
-        The summed loss, float32 [], and the scores [B, classes].
+        The loss summed over the batch, float32 [], and the scores [B, classes].
     """
     logits = state.model(images)
     loss = loss_sum(logits, labels, None, None, state.config.train.label_smoothing)
@@ -119,7 +119,7 @@ def whole_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tenso
 
 
 def update(state: TrainState) -> None:
-    """Changes the weights by their gradients, which it drops, and the moving average by the weights."""
+    """Updates the weights, drops the gradients, and updates the moving average."""
     clip, scaler = state.config.train.grad_clip, state.accelerator.scaler
     if clip is not None:
         if scaler is not None:
@@ -145,8 +145,8 @@ def loss_sum(
         logits: [B, classes].
         labels: int64 [B].
         partners: labels of the images mixed in, int64 [B], or None.
-        mix: the weights of the two labels, or None.
-        label_smoothing: share of the target spread over all classes.
+        mix: has the weights of the two labels, or None.
+        label_smoothing: share of the target that is spread over all classes.
     """
     loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
     if mix is None or partners is None:

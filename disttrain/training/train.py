@@ -1,10 +1,10 @@
 """The training loop.
 
-Between two log points there is no device synchronisation, no collective but the reduction of the gradients
-and no Python work per sample; where steps are slow, and before their time is known, several ranks ask one
-another about once a second whether one of them is to stop. (The gradient scaler of fp16 waits for the device
-in each step, unless the optimizer is a single fused one.) This module knows nothing of terminals, NVML, Click
-or Slurm: it is handed what it calls.
+Between two log points, nothing waits for the device, the gradient reduction is the only collective, and no
+Python code runs per sample. There are two exceptions. With several ranks and slow steps, the ranks poll about
+once a second whether one of them should stop. With fp16, the gradient scaler waits for the device in each
+step, unless the optimizer is a single fused one. This module knows nothing of terminals, NVML, Click or
+Slurm; it gets its callbacks as arguments.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _NOISE = 16  # the stream of random numbers that seeds dropout
 
 
 def train(state: TrainState, progress: Progress, callbacks: Callbacks) -> None:
-    """Trains from `progress`, which is kept up to date, to the end of the run. Every rank calls this.
+    """Trains from `progress` to the end of the run, and keeps `progress` up to date. Every rank calls this.
 
     Raises:
-        TrainingError: the loss is not finite, or the ranks have lost one another.
+        TrainingError: the loss is not finite, or the ranks are out of step.
         StoppedError: a rank was asked to stop; a checkpoint was saved.
         DataError: the ranks did not see every sample exactly once.
         StorageError: a checkpoint cannot be written.
     """
     state.model.train()
     epochs = range(progress.epoch, state.config.train.epochs)
-    # The order of the next epoch is computed beside this one: a GPU would have nothing to do in that time.
+    # A thread computes the order of the next epoch during this one, so that the GPU need not wait for it.
     with contextlib.closing(ordered_map(state.plan.order, epochs, threads=1, ahead=1)) as orders:
         while progress.epoch < epochs.stop or progress.evaluation_due:
             if not progress.evaluation_due:
@@ -57,7 +57,7 @@ def train(state: TrainState, progress: Progress, callbacks: Callbacks) -> None:
 
 
 def stop(progress: Progress, callbacks: Callbacks, where: str, *, saved: bool = False) -> None:
-    """Saves, unless that was done, and ends the run. Every rank calls this.
+    """Saves a checkpoint unless `saved`, and ends the run. Every rank calls this.
 
     Raises:
         StoppedError: always.
@@ -70,10 +70,10 @@ def stop(progress: Progress, callbacks: Callbacks, where: str, *, saved: bool = 
 
 
 def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Callbacks) -> None:
-    """Trains from `progress` to the end of its epoch, whose order is given. Every rank calls this.
+    """Trains from `progress` to the end of its epoch, in the given sample order. Every rank calls this.
 
     Raises:
-        TrainingError, StoppedError, DataError, StorageError: as `train` does.
+        TrainingError, StoppedError, DataError, StorageError: see `train`.
     """
     config, plan, epoch, begin = state.config, state.plan, progress.epoch, progress.samples
     steps = range(begin // plan.batch_size, plan.steps_per_epoch)
@@ -86,8 +86,8 @@ def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Ca
         for index in steps:
             places = plan.batch(index)
             now = epoch + (places.start + places.stop) / 2 / plan.samples_per_epoch  # the middle of the step
-            set_lr(state.optimizer, [rate.at(now, config.train.epochs) for rate in state.rates])
-            # Dropout depends on the step and the rank alone, so that a resumed run draws the same.
+            set_lr(state.optimizer, [rate.at(now, config.train.epochs) for rate in state.lr_schedules])
+            # Dropout depends only on the step and the rank, so that a resumed run draws the same masks.
             seed(counter_rng.derive(config.seed, _NOISE, progress.step, state.rank) >> 1)
 
             ids = train_step(state, batches, progress.step + 1, len(places), callbacks.phases)
@@ -102,8 +102,8 @@ def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Ca
             save_due = progress.step % (config.checkpoint.every_steps or progress.step + 1) == 0
             log_due = progress.step % config.monitor.log_every_steps == 0
             stopping = False
-            if log_due or save_due or last:  # a save follows a look at the loss
-                # Collective and device synchronisation: all ranks meet here.
+            if log_due or save_due or last:  # the loss is checked before every save
+                # Collective, and waits for the device.
                 callbacks.phases.enter(Phase.REPORT, progress.step, 0)
                 callbacks.saver.check()
                 lr = config.optim.lr * lr_factor(config.schedule, now, config.train.epochs)
@@ -113,7 +113,7 @@ def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Ca
                     callbacks.saver.save(best=False)
                     meter.restart()
             elif state.should_poll_stop(meter.steps):
-                # Collective where there are several ranks, about once a second.
+                # With several ranks: a collective, about once a second.
                 asked = callbacks.stop_requested()
                 stopping = stop_requested_anywhere(state.group, Phase.REPORT, progress.step, asked)
             if last or stopping:
@@ -125,7 +125,7 @@ def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Ca
 
 
 def finish_epoch(state: TrainState, progress: Progress, callbacks: Callbacks) -> None:
-    """Evaluates and saves as the config says, and always after the last epoch. Every rank calls this.
+    """Evaluates and saves if the config says so, and always after the last epoch. Every rank calls this.
 
     Raises:
         StoppedError: a rank was asked to stop.
@@ -159,9 +159,9 @@ def finish_epoch(state: TrainState, progress: Progress, callbacks: Callbacks) ->
 
 
 def make_seed_fn(device: torch.device) -> Callable[[int], object]:
-    """Returns a function that seeds the random numbers of a device.
+    """Returns a function that seeds the random number generator of a device.
 
-    torch.manual_seed seeds every kind of device there is and takes a tenth of a millisecond for it.
+    torch.manual_seed takes a tenth of a millisecond, because it seeds every kind of device.
     """
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index].manual_seed

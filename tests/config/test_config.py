@@ -195,9 +195,9 @@ def test_all_mistakes_are_reported_at_once(file):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optim.name=adam", "optim.momentum=0.9"], "optim.momentum: adam has none; remove it"),
-        (["optim.name=adamw", "optim.nesterov=false"], "optim.nesterov: adamw has none; remove it"),
-        (["optim.betas=[0.9, 0.99]"], "optim.betas: sgd has none; remove it"),
+        (["optim.name=adam", "optim.momentum=0.9"], "optim.momentum: adam does not use it; remove it"),
+        (["optim.name=adamw", "optim.nesterov=false"], "optim.nesterov: adamw does not use it; remove it"),
+        (["optim.betas=[0.9, 0.99]"], "optim.betas: sgd does not use it; remove it"),
         (["optim.momentum=0", "optim.nesterov=true"], "optim.nesterov: needs optim.momentum above 0"),
         (
             ["schedule.warmup_epochs=3"],
@@ -205,29 +205,29 @@ def test_all_mistakes_are_reported_at_once(file):
         ),
         (
             ["schedule.name=step"],
-            "schedule.milestones: needed by schedule.name = step, for example [30, 40]",
+            "schedule.milestones: schedule.name = step needs it, for example [30, 40]",
         ),
         (
             ["schedule.name=cosine", "schedule.milestones=[1]"],
-            "schedule.milestones: schedule.name = cosine has none; remove it or choose step",
+            "schedule.milestones: schedule.name = cosine does not use it; remove it, or choose step",
         ),
         (
             ["schedule.name=linear", "schedule.end_epoch=1", "schedule.warmup_epochs=1.5"],
-            "schedule.end_epoch: 1 is before the end of the warm-up, 1.5; move it",
+            "schedule.end_epoch: 1 is before the end of the warm-up, 1.5; raise it",
         ),
         (
             ["schedule.end_epoch=1"],
-            "schedule.end_epoch: schedule.name = constant has none; remove it",
+            "schedule.end_epoch: schedule.name = constant does not use it; remove it",
         ),
-        (["optim.adjust_lr=original"], "optim.adjust_lr: sgd has none; remove it"),
-        (["optim.normalize_weights=true"], "optim.normalize_weights: sgd has none; remove it"),
+        (["optim.adjust_lr=original"], "optim.adjust_lr: sgd does not use it; remove it"),
+        (["optim.normalize_weights=true"], "optim.normalize_weights: sgd does not use it; remove it"),
         (
             ["optim.groups=[{parameters: a}, {parameters: b, name: adam, momentum: 0.5}]"],
-            "optim.groups.1.momentum: adam has none; remove it",
+            "optim.groups.1.momentum: adam does not use it; remove it",
         ),
         (
             ["optim.groups=[{parameters: a, schedule: {name: step}}]"],
-            "optim.groups.0.schedule.milestones: needed by optim.groups.0.schedule.name = step, "
+            "optim.groups.0.schedule.milestones: optim.groups.0.schedule.name = step needs it, "
             "for example [30, 40]",
         ),
         (
@@ -235,7 +235,7 @@ def test_all_mistakes_are_reported_at_once(file):
             "optim.groups.0.parameters: not a regular expression: missing ), unterminated subpattern at "
             "position 0",
         ),
-        (["train.accumulate=65"], "train.accumulate: 65 parts of a batch of 64; make it smaller"),
+        (["train.accumulate=65"], "train.accumulate: 65 is more than train.batch_size = 64; lower it"),
     ],
 )
 def test_conflicts_between_settings(file, overrides, message):

@@ -106,20 +106,23 @@ def fails(sample: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("pipeline", "message"),
     [
-        (lambda s: [s.source, without_the_third, s.decode, s.batch], "gives sample .* where sample"),
-        (lambda s: [s.source, s.decode, with_the_first_twice, s.batch], r"gives sample \d+ where sample"),
-        (lambda s: [s.source, s.decode, then_more, s.batch], r"gives sample \d+ where no more are due"),
+        (lambda s: [s.source, without_the_third, s.decode, s.batch], "returns sample .*, but sample"),
+        (lambda s: [s.source, s.decode, with_the_first_twice, s.batch], r"returns sample \d+, but sample"),
+        (
+            lambda s: [s.source, s.decode, then_more, s.batch],
+            r"returns sample \d+, but no more samples were expected",
+        ),
         (
             lambda s: [s.source, s.threaded(lambda sample: {"__id__": sample["__id__"]}), s.decode, s.batch],
-            "the decode stage takes samples with an image file",
+            "the decode stage needs samples with an image file",
         ),
-        (changed(lambda s: {"image": s["image"]}), r"gives sample without __id__ where sample \d+ is due"),
-        (changed(lambda s: s | {"image": s["image"] / 255}), r"takes .* `image`, uint8 \[8, 8, 3\]"),
-        (changed(lambda s: s | {"image": s["image"][:4]}), r"takes samples with `image`, uint8 \[8, 8, 3\]"),
+        (changed(lambda s: {"image": s["image"]}), r"sample without __id__, but sample \d+ was expected"),
+        (changed(lambda s: s | {"image": s["image"] / 255}), r"needs .* `image`, uint8 \[8, 8, 3\]"),
+        (changed(lambda s: s | {"image": s["image"][:4]}), r"needs samples with `image`, uint8 \[8, 8, 3\]"),
         (changed(lambda s: s | {"cls": "cat"}), r"`cls`, an int: ValueError"),
-        (changed(lambda s: s | {"cls": 4}), r"gives a `cls` outside 0\.\.3"),
+        (changed(lambda s: s | {"cls": 4}), r"returns a `cls` outside 0\.\.3"),
         (changed(fails), "KeyError: 'depth'"),
-        (lambda s: [s.source, s.decode], r"gives a dict; its last stage is stages\.batch"),
+        (lambda s: [s.source, s.decode], r"returns a dict; end it with stages\.batch"),
         (lambda s: None, "TypeError"),
     ],
 )  # fmt: skip

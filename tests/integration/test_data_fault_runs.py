@@ -75,7 +75,7 @@ def test_skip_trains_on_all_other_samples_and_counts_the_rest(tmp_path: Path, tr
         assert [r["total"] for r in records(tmp_path / name) if r["kind"] == "eval"] == [6, 6]
     assert ids_per_step(tmp_path / "one") == ids_per_step(tmp_path / "two")
     for line in ("train-1.tar: sample first: no label", "train-2.tar: all its samples: No such file"):
-        assert f"left out: {folder}/{line}" in one.stdout
+        assert f"skipped: {folder}/{line}" in one.stdout
     after_one_epoch = tmp_path / "one" / "checkpoints" / "step_00000004"
     assert after_one_epoch.exists(), list(after_one_epoch.parent.iterdir())
     resumed = train("more", "--procs", "2", skip, "data.cache=none", "--resume", str(after_one_epoch))
@@ -113,8 +113,8 @@ def test_verify_lists_what_is_bad_and_ends_with_65(disttrain: Run, tmp_path: Pat
         f"{folder}/train-0.tar: No such file or directory",
         f"{folder}/train-1.tar: sample bad: no label (member cls)",
         f"{folder}/train-1.tar: sample other: no label (member cls)",
-        f"{folder}/train-1.tar: sample bad: key bad is there twice: interleaved or duplicated members",
-        f"{folder}/train-1.tar: sample other: key other is there twice: interleaved or duplicated members",
+        f"{folder}/train-1.tar: sample bad: key bad occurs twice: interleaved or duplicated members",
+        f"{folder}/train-1.tar: sample other: key other occurs twice: interleaved or duplicated members",
     ]
     assert result.stderr.startswith("disttrain: set: 5 problems; ")
 

@@ -129,7 +129,7 @@ def test_damaged_shard_without_hash_check_gives_no_wrong_sample(
             if extension == "cls":
                 assert found[sample][1] == samples[sample][1]
                 problems = [problem.text for problem in verify(index)]
-                assert problems == ["class_counts of train are not those of the shards"]
+                assert problems == ["class_counts of train do not match the shards"]
             else:
                 assert extension in {"png", "jpg", "webp"}
                 assert found[sample][0] == samples[sample][0]
@@ -188,11 +188,11 @@ SHARD_FAULTS: dict[str, tuple[Callable[[Path], object], str, list[int] | None]] 
     ),
     "extra": (
         lambda folder: (folder / "train-9.tar").write_bytes(tar_of(*good("z", 2))),
-        r"train-9\.tar: a shard that is not in index\.json",
+        r"train-9\.tar: this shard is not in index\.json",
         [],
     ),
-    "named twice": (name_twice, r"train-1\.tar is there twice \(same file\)", None),
-    "a copy": (copy_shard, r"train-2\.tar is there twice \(same sha256\)", None),
+    "named twice": (name_twice, r"train-1\.tar is listed twice \(same file\)", None),
+    "a copy": (copy_shard, r"train-2\.tar is listed twice \(same sha256\)", None),
 }  # fmt: skip
 """What is done, what is said of it, and the ids that are left out; None if nothing can be trusted."""
 
@@ -341,5 +341,5 @@ def test_a_label_is_checked_against_the_classes_of_this_index(
             split["class_counts"] = split["class_counts"][: len(names)]
 
     edit(folder, fewer)
-    with pytest.raises(DataError, match=r"set/train-\d\.tar: sample \w+: label \d is not one from 0 to"):
+    with pytest.raises(DataError, match=r"set/train-\d\.tar: sample \w+: label \d is not in 0 to"):
         serve(load(folder), way)

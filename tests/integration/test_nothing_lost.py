@@ -287,7 +287,7 @@ def test_a_change_is_refused_shown_and_with_force_recorded(disttrain: Run, copy:
     changes = ["optim.lr=2e-3", "train.batch_size=32"]
     stopped = small(disttrain, "run", *changes, "--force", stop_at=3)
     assert stopped.returncode == 75, stopped.stderr
-    assert "epoch 2 begins again" in stopped.stdout
+    assert "epoch 2 starts again" in stopped.stdout
     assert (copy / "config.37.yaml").read_text() == before
     assert load_config(copy / "config.yaml").optim.lr == 2e-3
     epoch = [step for step, ids in ids_per_step(copy).items() if step[1] > 37 and len(ids) == 32]

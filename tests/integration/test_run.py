@@ -235,7 +235,7 @@ def test_the_batch_whose_loss_was_not_finite_is_written_down(
     result = disttrain("run", config_file, *arguments, "--report")
     assert result.returncode == 70, result.stderr
     assert "failed with exit code 70" in (tmp_path / "run/report.html").read_text()
-    assert "not finite at step 8 (epoch 1, on rank 1 first)" in result.stderr
+    assert "not finite at step 8 (epoch 1, first on rank 1)" in result.stderr
     assert "optim.lr" in result.stderr
     state = status(tmp_path / "run")
     assert (state["state"], state["exit_code"]) == ("failed", 70)

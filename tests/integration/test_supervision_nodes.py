@@ -170,7 +170,7 @@ def test_a_rank_whose_port_is_taken(start: Start, tmp_path: Path) -> None:
         port = server.getsockname()[1]
         code, output, _ = ended(worker(start, 0, port), tmp_path)
     assert code == 73, output
-    assert f"127.0.0.1:{port} is taken on {HOST}" in output
+    assert f"127.0.0.1:{port} is in use on {HOST}" in output
 
 
 @pytest.mark.nightly

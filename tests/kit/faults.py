@@ -186,9 +186,9 @@ BAD: dict[str, tuple[list[Member], list[int], str]] = {
     "duplicated": (
         sample("twin", png=image(0)) + sample("other", png=image(1)) + sample("twin", png=image(2)),
         [2],
-        r"key twin is there twice",
+        r"key twin occurs twice",
     ),
-    "one image, two labels": ([*sample(png=image(0)), ("bad.cls", b"2")], [0], r"two members bad\.cls"),
+    "one image, two labels": ([*sample(png=image(0)), ("bad.cls", b"2")], [0], r"two members named bad\.cls"),
     "no label": ([("bad.png", image(0))], [0], r"no label"),
     "no image": ([("bad.cls", b"1")], [0], r"no image"),
     "label x": (sample(label=b"x", png=image(0)), [0], r"b'x' is not a label"),
@@ -196,7 +196,7 @@ BAD: dict[str, tuple[list[Member], list[int], str]] = {
     "label 1.0": (sample(label=b"1.0", png=image(0)), [0], r"b'1\.0' is not a label"),
     "label in other digits": (sample(label="\u0661".encode(), png=image(0)), [0], r"is not a label"),
     "empty label": (sample(label=b"", png=image(0)), [0], r"b'' is not a label"),
-    "label 99": (sample(label=b"99", png=image(0)), [0], r"label 99 is not one from 0 to 3"),
+    "label 99": (sample(label=b"99", png=image(0)), [0], r"label 99 is not in 0 to 3"),
     "long label": (sample(label=b"0" * 600, png=image(0)), [0], r"is not a label"),
     "two images": (sample(png=image(0), jpg=image(1, "JPEG")), [0], r"two images"),
     "empty image": (sample(png=b""), [0], r"the image is empty"),
@@ -209,8 +209,8 @@ BAD: dict[str, tuple[list[Member], list[int], str]] = {
     "cut PNG": (sample(png=image(0)[:120]), [0], r"."),
     "cut JPEG": (sample(jpg=image(0, "JPEG")[:-40]), [0], r"."),
     "cut WebP": (sample(webp=image(0, "WEBP")[:-20]), [0], r"."),
-    "text": (sample(png=b"a photograph"), [0], r"not a sound image file"),
-    "a program": (sample(png=b"%!PS-Adobe-3.0 EPSF-3.0\n(x) run"), [0], r"not a sound image file"),
+    "text": (sample(png=b"a photograph"), [0], r"damaged, or not an image"),
+    "a program": (sample(png=b"%!PS-Adobe-3.0 EPSF-3.0\n(x) run"), [0], r"damaged, or not an image"),
 }
 """Members, which of their samples are bad, and what is said of the first of those."""
 

@@ -20,7 +20,7 @@ from disttrain.training.autotune import Settings
 from disttrain.training.callbacks import Callbacks
 from disttrain.training.ema import MovingAverage
 from disttrain.training.normalize import Normalize
-from disttrain.training.optim import Rate, build_optimizer
+from disttrain.training.optim import LrSchedule, build_optimizer
 from disttrain.training.state import Progress, TrainState, Validation
 from disttrain.training.train import train
 
@@ -108,7 +108,7 @@ def make_state(
         model = model.to(memory_format=torch.channels_last)
     decay = config.train.ema
     average = None if decay is None else MovingAverage(model, decay)
-    optimizer, rates = build_optimizer(config.optim, config.schedule, model)
+    optimizer, lr_schedules = build_optimizer(config.optim, config.schedule, model)
     model = accelerator.prepare(model)
     device = accelerator.device
     return TrainState(
@@ -117,7 +117,7 @@ def make_state(
         model=model,
         ema=average,
         optimizer=optimizer,
-        rates=rates,
+        lr_schedules=lr_schedules,
         plan=Plan(config.seed, (samples,), config.train.batch_size, drop),
         augment=Augment(
             config.augment,
@@ -137,7 +137,9 @@ def with_(state: TrainState, **sections: dict[str, Any]) -> TrainState:
     for name, keys in sections.items():
         tree[name] |= keys
     state.config = Config.model_validate(tree)
-    state.rates = [Rate(state.config.optim.lr, state.config.schedule) for _ in state.rates]
+    state.lr_schedules = [
+        LrSchedule(state.config.optim.lr, state.config.schedule) for _ in state.lr_schedules
+    ]
     return state
 
 

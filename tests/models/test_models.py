@@ -226,12 +226,12 @@ def test_malformed_and_unknown_names(name: str, message: str) -> None:
         (
             "resnet18",
             {"dropout": 0.1},
-            r"resnet18: model\.args\.dropout: unknown argument; this model takes none",
+            r"resnet18: model\.args\.dropout: unknown argument; this model takes no arguments",
         ),
         ("convnet4", {"activation": "gelu"}, r"model\.args\.activation: .*relu, tanh, sigmoid, got 'gelu'"),
         ("vgg16", {"dropout": 2.0}, "vgg16: cannot be built: .*dropout probability"),
         ("vgg16", {"num_classes": 5}, r"model\.args\.num_classes: set model\.num_classes"),
-        ("vgg16", {"in_channels": 5}, r"model\.args\.in_channels: the data set gives it"),
+        ("vgg16", {"in_channels": 5}, r"model\.args\.in_channels: comes from the data set"),
     ],
 )
 def test_wrong_arguments(name: str, args: dict[str, Any], message: str) -> None:
@@ -274,7 +274,7 @@ def test_torchvision_networks(name: str, shape: tuple[int, int, int], args: dict
     [
         ("resnt18", (3, 32, 32), {}, r"resnt18: torchvision has no classifier .*did you mean resnet18\?"),
         ("fcn_resnet50", (3, 32, 32), {}, "torchvision has no classifier"),
-        ("resnet18", (1, 28, 28), {}, "take 3 channels, the images have 1"),
+        ("resnet18", (1, 28, 28), {}, "take 3 channels, but the images have 1"),
         (
             "resnet18",
             (3, 32, 32),
@@ -377,7 +377,7 @@ class Net(nn.Module):
     [
         ("Nett", {}, r"module own_networks has no Nett; did you mean Net\?"),
         ("SIZE", {}, "SIZE is of type int, not a class or function"),
-        ("text", {}, r"gives a value of type str, not a torch\.nn\.Module"),
+        ("text", {}, r"returns a str, expected a torch\.nn\.Module"),
         ("Net", {}, r"model\.args\.width is missing"),
         (
             "Net",
@@ -385,8 +385,12 @@ class Net(nn.Module):
             r"model\.args\.widht: unknown argument; did you mean width\?; accepted: width",
         ),
         ("Net", {"width": -1}, "own_networks:Net: cannot be built: .*width must be positive"),
-        ("Net", {"width": 11}, r"one image of 3x32x32 gives \[1, 11\], expected scores \[1, 10\]"),
-        ("two_outputs", {}, r"one image of 3x32x32 gives a value of type tuple, expected scores \[1, 10\]"),
+        ("Net", {"width": 11}, r"returns \[1, 11\] for one image of 3x32x32, expected scores \[1, 10\]"),
+        (
+            "two_outputs",
+            {},
+            r"returns a value of type tuple for one image of 3x32x32, expected scores \[1, 10\]",
+        ),
         ("misfit", {}, "fails on an image of 3x32x32: RuntimeError: .*shapes cannot be multiplied"),
     ],
 )

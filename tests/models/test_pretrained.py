@@ -78,12 +78,12 @@ class _Command:
 @pytest.mark.parametrize(
     ("content", "kind", "message"),
     [
-        ({"conv1.weight": None}, UsageError, "it has no conv1.weight"),
-        ({"extra": torch.zeros(1)}, UsageError, "it has extra in addition"),
+        ({"conv1.weight": None}, UsageError, "has no conv1.weight"),
+        ({"extra": torch.zeros(1)}, UsageError, "also has extra"),
         ({"conv1.weight": torch.zeros(64, 1, 7, 7)}, UsageError,
          "conv1.weight is 64x1x7x7 in the file and 64x3x7x7 here"),
         ({"fc.weight": torch.zeros(7, 100)}, UsageError, "fc.weight is 7x100 in the file and 3x512 here"),
-        ({"note": "text"}, UsageError, "is no state dict: names with tensors"),
+        ({"note": "text"}, UsageError, "is not a state dict, which maps"),
         ({"note": _Command()}, UnsafeError, "holds more than tensors"),
     ],
 )  # fmt: skip

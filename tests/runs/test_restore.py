@@ -217,9 +217,13 @@ def test_the_moving_average_is_restored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "make", "reason"),
     [
-        (network(5), lambda p: Adam(p, 0.1), r"model does not fit the config: .*size mismatch for 0\.weight"),
-        (nn.Linear(3, 2), lambda p: Adam(p, 0.1), r"model does not fit the config: .*Missing key"),
-        (network(), lambda p: Adam([next(p)], 0.1), r"optimizer does not fit the config: .*size of optim"),
+        (
+            network(5),
+            lambda p: Adam(p, 0.1),
+            r"model does not match the config: .*size mismatch for 0\.weight",
+        ),
+        (nn.Linear(3, 2), lambda p: Adam(p, 0.1), r"model does not match the config: .*Missing key"),
+        (network(), lambda p: Adam([next(p)], 0.1), r"optimizer does not match the config: .*size of optim"),
     ],
 )
 def test_a_checkpoint_of_another_network(tmp_path: Path, model: nn.Module, make: Any, reason: str) -> None:
@@ -236,7 +240,9 @@ def test_a_part_that_the_config_does_not_use(tmp_path: Path) -> None:
     model = network()
     optimizer = SGD(model.parameters(), 0.1)
     path = save_run(tmp_path, model, optimizer, ema=MovingAverage(model, 0.9))
-    with pytest.raises(CheckpointError, match=r"\(ema\), the config has train\.ema = null; .*--force"):
+    with pytest.raises(
+        CheckpointError, match=r"average of the weights, but the config has train\.ema = null; .*--force"
+    ):
         restore(load(path), model, optimizer)
     restore(load(path), model, optimizer, force=True)
 
@@ -250,12 +256,12 @@ def test_the_gradient_scaler_is_restored_where_there_was_one(tmp_path: Path, sav
     if saved_with:
         restore_scaler(loaded, other, force=False)
         assert other.get_scale() == 2.0**7
-        with pytest.raises(CheckpointError, match=r"has a gradient scaler, which is for .* --force"):
+        with pytest.raises(CheckpointError, match=r"has a gradient scaler, but only .* --force"):
             restore_scaler(loaded, None, force=False)
         restore_scaler(loaded, None, force=True)
     else:
         restore_scaler(loaded, None, force=False)
-        with pytest.raises(CheckpointError, match=r"has no gradient scaler, which train\.precision = fp16"):
+        with pytest.raises(CheckpointError, match=r"has no gradient scaler, but train\.precision = fp16"):
             restore_scaler(loaded, other, force=True)
 
 

@@ -57,7 +57,7 @@ def test_prepared_data_set_is_left_alone(root, said):
     before = (index.folder / "index.json").stat().st_ino
     assert prepare("digits", said=said) == index
     assert (index.folder / "index.json").stat().st_ino == before
-    assert said == [f"digits is prepared already: {root / 'digits'}"]
+    assert said == [f"digits is already prepared: {root / 'digits'}"]
     assert prepare("digits", force=True) == index
     assert (index.folder / "index.json").stat().st_ino != before
 
@@ -144,17 +144,20 @@ def damage(name, change):
     [
         (
             lambda folder: (folder / MNIST[3]).unlink(),
-            rf"source: has no {MNIST[3]}; expected the files",
+            rf"source: has no {MNIST[3]}; it must have",
         ),
         (
             damage(MNIST[0], lambda data: data[:-1]),
-            rf"{MNIST[0]}: 9407 bytes .* says 9408; get it again",
+            rf"{MNIST[0]}: has only 9407 bytes .* says 9408; get it again",
         ),
-        (damage(MNIST[0], lambda data: data + b"x"), rf"{MNIST[0]}: more bytes"),
-        (damage(MNIST[0], lambda data: b"\0\0\x0d\3" + data[4:]), rf"{MNIST[0]}: not an IDX file"),
-        (damage(MNIST[0], lambda data: data[:9]), rf"{MNIST[0]}: not an IDX file"),
+        (damage(MNIST[0], lambda data: data + b"x"), rf"{MNIST[0]}: has more bytes"),
+        (
+            damage(MNIST[0], lambda data: b"\0\0\x0d\3" + data[4:]),
+            rf"{MNIST[0]}: not a 3-dimensional IDX file",
+        ),
+        (damage(MNIST[0], lambda data: data[:9]), rf"{MNIST[0]}: not a 3-dimensional IDX file"),
         (damage(MNIST[0], lambda data: data[:4] + b"\xff" * 12), rf"{MNIST[0]}: claims \d+ bytes"),
-        (damage(MNIST[1], lambda data: data[:-1] + b"\x0a"), rf"{MNIST[1]}: label 10 at 11"),
+        (damage(MNIST[1], lambda data: data[:-1] + b"\x0a"), rf"{MNIST[1]}: label 10 at position 11"),
         (damage(MNIST[1], lambda data: idx(np.zeros(3, np.uint8))), rf"{MNIST[1]}: 3 labels for the 12"),
         (damage(MNIST[2], lambda data: idx(noise(5, 8, 8))), rf"{MNIST[2]}: images of 8x8"),
     ],
@@ -318,7 +321,7 @@ def test_pickle_of_a_stranger_is_not_opened(root, source, tmp_path, monkeypatch,
 
 
 def test_wrong_cifar_files_are_named(root, source):
-    with pytest.raises(DataError, match=r"source: has none of .*cifar-10-binary\.tar\.gz"):
+    with pytest.raises(DataError, match=r"source: not the files of CIFAR-10; .*cifar-10-binary\.tar\.gz"):
         prepare("cifar10", source)
     folder = source / "cifar-10-batches-bin"
     write_cifar_binary(folder)
@@ -326,8 +329,8 @@ def test_wrong_cifar_files_are_named(root, source):
     sound = path.read_bytes()
     for data, message in (
         (sound[:-1], "12291 bytes are not a whole number"),
-        (b"\x0b" + sound[1:], "label 11 at 0"),
-        (b"", "holds no samples"),
+        (b"\x0b" + sound[1:], "label 11 at position 0"),
+        (b"", "has no samples"),
     ):
         path.write_bytes(data)
         with pytest.raises(DataError, match=rf"data_batch_2\.bin: {message}"):
@@ -364,9 +367,9 @@ def test_cifar_as_a_tree_keeps_the_bytes(root, source):
 def test_cifar_tree_must_be_cifar(root, source):
     for name in ("train/cat", "val/cat"):
         write(source / name / "0.png", noise(1, 32, 32, 3)[0])
-    with pytest.raises(DataError, match=r"source: the classes are cat, .*`disttrain data pack"):
+    with pytest.raises(DataError, match=r"source: has the classes cat, .*`disttrain data pack"):
         prepare("cifar10", source)
     for name in datasets.CIFAR10_CLASSES:
         write(source / "train" / name / "0.png", noise(1, 28, 28, 3)[0])
-    with pytest.raises(DataError, match=r"0\.png is 28x28, but the images of CIFAR-10 are 32x32"):
+    with pytest.raises(DataError, match=r"0\.png is 28x28, but CIFAR-10 has images of 32x32"):
         prepare("cifar10", source)

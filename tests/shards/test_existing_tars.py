@@ -89,7 +89,7 @@ def test_a_data_set_is_gray_if_every_image_is(tmp_path, colour_at):
 def test_patterns_name_the_splits(tmp_path):
     for name in ("part-0", "part-1", "check", "sub/more"):
         write(tmp_path / "set" / f"{name}.tar", pixels(2, len(name)), [0, 1])
-    with pytest.raises(DataError, match=r"no shards train\*\.tar, .*--train PATTERN"):
+    with pytest.raises(DataError, match=r"no tars match train\*\.tar, .*--train PATTERN"):
         index_it(tmp_path / "set")
     index = index_it(tmp_path / "set", train=["part-*.tar", "sub/*.tar"], val=["check.tar"])
     assert [shard.file for shard in index.splits["train"].shards] == [
@@ -98,11 +98,11 @@ def test_patterns_name_the_splits(tmp_path):
         "sub/more.tar",
     ]
     assert [shard.file for shard in index.splits["val"].shards] == ["check.tar"]
-    with pytest.raises(DataError, match=r"index\.json: exists; replace it with --force"):
+    with pytest.raises(DataError, match=r"index\.json: already exists; replace it with --force"):
         index_it(tmp_path / "set", train=["*.tar"], val=["check.tar"])
     with pytest.raises(DataError, match=r"part-1\.tar: belongs to no split"):
         index_it(tmp_path / "set", train=["part-0.tar", "sub/*.tar"], val=["check.tar"], force=True)
-    with pytest.raises(UsageError, match=r"check\.tar: belongs to train and val"):
+    with pytest.raises(UsageError, match=r"check\.tar: belongs to both train and val"):
         index_it(tmp_path / "set", train=["*.tar"], val=["check.tar"], force=True)
     with pytest.raises(UnsafeError, match="leaves the folder"):
         index_it(tmp_path / "set", train=["../set/*.tar"], val=["check.tar"], force=True)
@@ -116,12 +116,12 @@ def test_what_cannot_be_indexed_is_told_and_leaves_no_index(tmp_path, problem):
     write(folder / "train.tar", pixels(3, 0), ["x"] * 3 if problem == "no labels" else [0, 1, 0])
     write(folder / "val.tar", pixels(2, 1, (5, 5) if problem == "other size" else (4, 5)), [0, 1])
     words = {
-        "empty": "no shards",
+        "empty": "no tars match",
         "missing": "no such folder",
         "no tar": r"train\.tar: .*get or make it again",
         "no labels": "no sample has a label|is not a label",
         "other size": r"val\.tar: sample val/0: 5x5 pixels.*--skip",
-        "name": "is not the name of a data set",
+        "name": "is not a valid name of a data set",
     }
     if problem in {"empty", "missing"}:
         shutil.rmtree(folder)

@@ -208,9 +208,9 @@ def cut(source):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (remove_class, r"val/bee: a class that train does not have; add it there or remove it"),
+        (remove_class, r"val/bee: train does not have this class; add it there or remove it here"),
         (empty_class, r"train/cow: has no images; add some or remove the folder"),
-        (corrupt, r"train/bee/3\.png: not a sound image file.*; repair or remove it"),
+        (corrupt, r"train/bee/3\.png: damaged, or not an image.*; repair or remove it"),
         (cut, r"train/bee/3\.png: .*; repair or remove it"),
     ],
 )
@@ -244,7 +244,7 @@ def test_split_folder_may_not_leave(root, source, tmp_path):
     write_tree(tmp_path / "elsewhere")
     write_tree(source, ("train",))
     (source / "val").symlink_to(tmp_path / "elsewhere" / "val")
-    with pytest.raises(DataError, match=r"val: a link that leaves .*source"):
+    with pytest.raises(DataError, match=r"val: this link leaves .*source"):
         pack(source)
 
 
@@ -268,7 +268,9 @@ def test_arguments_out_of_range(root, source, options):
 def test_existing_name_needs_force(root, source):
     write_tree(source)
     first = pack(source)
-    with pytest.raises(DataError, match=r"mine: exists; replace it with --force or choose another name"):
+    with pytest.raises(
+        DataError, match=r"mine: already exists; replace it with --force or choose another name"
+    ):
         pack(source, seed=1)
     assert load_index("mine", None) == first
     assert pack(source, seed=1, force=True).digest != first.digest

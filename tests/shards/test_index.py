@@ -33,9 +33,9 @@ def test_relative_root_survives_a_change_of_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-x", "a b"])
 def test_name_must_be_plain(root, name):
-    with pytest.raises(UsageError, match="is not the name of a data set"):
+    with pytest.raises(UsageError, match="is not a valid name of a data set"):
         load_index(name, None)
-    with pytest.raises(UsageError, match="is not the name of a data set"):
+    with pytest.raises(UsageError, match="is not a valid name of a data set"):
         pack(name=name)
 
 
@@ -59,7 +59,7 @@ def test_missing_data_set_names_path_remedy_and_what_is_there(root):
     [("mnist", "prepare mnist`"), ("cifar-10", "prepare cifar10`"), ("birds", "pack DIR --name birds`")],
 )
 def test_missing_data_set_names_the_command_that_makes_it(root, name, command):
-    with pytest.raises(DataError, match="holds none yet") as caught:
+    with pytest.raises(DataError, match="has no data sets yet") as caught:
         load_index(name, None)
     assert f"`disttrain data {command}" in str(caught.value)
 
@@ -178,10 +178,10 @@ GOOD = {"png": PNG, "cls": b"1"}
         ({"0.cls": b"1"}, "sample 0: no image"),
         ({"0.png": PNG, "0.jpg": PNG, "0.cls": b"1"}, "sample 0: two images"),
         ({"0.png": PNG, "0.cls": b"cat"}, "sample 0: b'cat' is not a label"),
-        ({"0.png": PNG, "0.cls": b"3"}, "sample 0: label 3 is not one from 0 to 2"),
+        ({"0.png": PNG, "0.cls": b"3"}, "sample 0: label 3 is not in 0 to 2"),
         ({"0.png": PNG, "0.cls": b"-1"}, "sample 0: b'-1' is not a label"),
         ({"0.png": PNG, "0.cls": b"1"}, "1 samples, but the index says 10"),
-        ({"0.png": PNG, "0.PNG": PNG, "0.cls": b"1"}, "sample 0: two members 0.PNG"),
+        ({"0.png": PNG, "0.PNG": PNG, "0.cls": b"1"}, "sample 0: two members named 0.PNG"),
     ],
 )
 def test_shard_with_wrong_members(root, members, reason):

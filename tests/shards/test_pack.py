@@ -219,7 +219,7 @@ def test_broken_sample_is_named_and_nothing_is_left(root, case):
 
 def test_sizes_are_both_named(root):
     train = [*samples(images(2)), BROKEN["other size"]]
-    with pytest.raises(DataError, match=r"a/b\.png is 5x7 but train sample 0 is 5x6"):
+    with pytest.raises(DataError, match=r"a/b\.png is 5x7, but train sample 0 is 5x6"):
         pack_samples("toy", None, {"train": Listed(train)}, CLASSES, 3, Options())
 
 
@@ -373,7 +373,7 @@ def test_packing_goes_on_after_it_was_killed(root, many_photos, processes):
     kept = {path.with_suffix(".tar").name for path in scratch.glob("*.json")}
     before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in scratch.glob("*.tar")}
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=240, check=True)
-    assert f"going on: {len(kept)} of" in result.stdout
+    assert f"resuming: {len(kept)} of" in result.stdout
     after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (root / "photos").iterdir()}
     assert all(after[name] == before[name] for name in kept)
     assert tree(root / "photos") == tree(pack_photos(many_photos, "other").folder)
@@ -424,14 +424,14 @@ def test_a_changed_image_is_packed_anew(root, photos, tmp_path):
     finished = len(list(scratch.glob("*.json")))
     said = []
     index = pack_photos(tmp_path / "copy", "photos", say=said.append)
-    assert f"going on: {finished - 1} of" in said[0]
+    assert f"resuming: {finished - 1} of" in said[0]
     assert changed.read_bytes() in {image for _, image, _ in read_split(index, "train")}
     assert verify(index) == []
 
 
 def test_a_full_disk_is_told_before_packing(root, photos, monkeypatch):
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(StorageError, match=r"[12] MiB needed for the shards, 0 MiB free"):
+    with pytest.raises(StorageError, match=r"the shards need [12] MiB, but only 0 MiB are free"):
         pack_photos(photos, "photos")
 
 

@@ -176,7 +176,7 @@ def test_a_missing_shard_is_told_at_once(server: Server, cache: Path) -> None:
     ("content", "requests", "words"),
     [
         (CONTENT[:-1] + b"x", 2, "SHA-256"),
-        (CONTENT + b"x", 1, "longer than"),
+        (CONTENT + b"x", 1, "larger than"),
         (CONTENT[:-1], 4, "IncompleteRead"),
     ],
     ids=["other", "longer", "shorter"],
@@ -203,7 +203,7 @@ def test_a_silent_server_is_given_up(server: Server, monkeypatch: pytest.MonkeyP
 
 def test_no_server_at_all(server: Server) -> None:
     server.http.socket.close()
-    with pytest.raises(DataError, match=r"check the address and the network"):
+    with pytest.raises(DataError, match=r"check the URL and the network"):
         fetch(server)
 
 
@@ -224,7 +224,7 @@ def test_a_server_may_not_send_elsewhere(server: Server, target: str) -> None:
         return True
 
     server.trouble = redirect
-    with pytest.raises(UnsafeError, match="refused to be sent to") as caught:
+    with pytest.raises(UnsafeError, match="refused the redirect to") as caught:
         fetch(server)
     assert caught.value.exit_code == 77
 
@@ -248,7 +248,7 @@ def test_other_addresses_are_refused(url: str, kind: type[Exception]) -> None:
 
 
 def test_an_index_may_not_be_endless(server: Server) -> None:
-    with pytest.raises(DataError, match="more than 1000 bytes"):
+    with pytest.raises(DataError, match="larger than 1000 bytes"):
         fetch_text(f"{server.url}/a.tar", 1000)
 
 
@@ -284,7 +284,7 @@ def test_the_limit_of_the_cache_must_be_a_number(
 
 def test_a_full_disk_is_told_before_the_download(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    with pytest.raises(StorageError, match=r"2 MiB needed for a shard, 1 MiB free"):
+    with pytest.raises(StorageError, match=r"a shard needs 2 MiB, but only 1 MiB are free"):
         fetch(server)
     assert server.requests == []
 

@@ -104,9 +104,9 @@ def test_folders_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_an_empty_tar_is_damaged(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no samples"):
+    with pytest.raises(ValueError, match="has no samples"):
         look(tmp_path, tar_of({}))
-    with pytest.raises(ValueError, match="ends without an end mark"):
+    with pytest.raises(ValueError, match="no end mark"):
         look(tmp_path, b"")
 
 
@@ -118,7 +118,7 @@ def test_every_cut_is_noticed_until_the_end_mark(tmp_path: Path) -> None:
         if end >= whole and end % 512 == 0:
             assert len(look(tmp_path, content[:end]).keys) == 5
         else:
-            with pytest.raises(ValueError, match=r"cut|not a tar|without|half|whole number"):
+            with pytest.raises(ValueError, match=r"truncated|not a tar|no end mark|half|whole number"):
                 look(tmp_path, content[:end])
 
 

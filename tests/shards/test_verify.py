@@ -79,7 +79,7 @@ def test_what_cannot_be_used_is_looked_for_once(root, monkeypatch):
     index = with_bad_labels(root)
     said = []
     assert find_bad_samples(index, "train", said.append).tolist() == [2, 5]
-    assert [text.partition(":")[0] for text in said[1:]] == ["left out"] * 2
+    assert [text.partition(":")[0] for text in said[1:]] == ["skipped"] * 2
     monkeypatch.setattr(module, "examine", None)
     assert find_bad_samples(index, "train", said.append).tolist() == [2, 5]
     assert len(said) == 3
@@ -112,7 +112,7 @@ print(find_bad_samples(load_index("set", {str(root)!r}), "train", print).tolist(
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [output.splitlines()[-1] for output in outputs] == ["[2, 5]"] * 3
-    assert sum("looking for unusable samples" in output for output in outputs) == 1
+    assert sum("looking for bad samples" in output for output in outputs) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(root, monkeypatch, tmp_path):

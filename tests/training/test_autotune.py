@@ -145,7 +145,7 @@ def test_a_short_run_is_not_measured_further(timed: list[Settings]) -> None:
     found = choice(passes=59)
     assert len(timed) == 1
     assert found.settings == Settings("fp32", True, False, 4)
-    assert str(found.reasons["channels_last"]) == "true: a run of about 59 s does not repay measuring"
+    assert str(found.reasons["channels_last"]) == "true: a run of about 59 s is too short to measure"
 
 
 def test_measuring_ends_when_a_fiftieth_of_the_run_is_spent(timed: list[Settings]) -> None:

@@ -234,7 +234,7 @@ ON = {"train": {"cuda_graph": True}}
     ("options", "device", "ranks", "precision", "expected"),
     [
         ({}, "cuda", 1, "bf16", "true: a single GPU"),
-        (OTHER, "cuda", 1, "bf16", "false: not one of our networks; train.cuda_graph=true tries it"),
+        (OTHER, "cuda", 1, "bf16", "false: your own network; train.cuda_graph=true tries it"),
         (OTHER | ON, "cuda", 1, "bf16", "true: train.cuda_graph"),
         ({"train": {"compile": True}}, "cuda", 1, "bf16", "false: compiled; train.cuda_graph=true does both"),
         ({"train": {"cuda_graph": False}}, "cuda", 1, "bf16", "false: train.cuda_graph"),

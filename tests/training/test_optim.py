@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from disttrain.config import OptimConfig, ScheduleConfig
 from disttrain.errors import UsageError
-from disttrain.training.optim import ConvMuon, Rate, build_optimizer, lr_factor, set_lr
+from disttrain.training.optim import ConvMuon, LrSchedule, build_optimizer, lr_factor, set_lr
 
 
 def network(channels_last: bool = False) -> nn.Sequential:
@@ -193,7 +193,7 @@ def test_muon_normalizes_filters_before_each_step() -> None:
 # --- Groups -----------------------------------------------------------------------------------------
 
 
-def grouped(model: nn.Module, *groups: dict[str, Any], **options: Any) -> tuple[Optimizer, list[Rate]]:
+def grouped(model: nn.Module, *groups: dict[str, Any], **options: Any) -> tuple[Optimizer, list[LrSchedule]]:
     config = OptimConfig.model_validate({"name": "sgd", "lr": 0.1, "groups": list(groups)} | options)
     return build_optimizer(config, ScheduleConfig(name="linear"), model)
 
@@ -244,7 +244,7 @@ def _muons(optimizer: Any) -> list[Any]:
 
 def test_a_group_without_parameters_is_an_error_that_lists_what_there_is() -> None:
     with pytest.raises(
-        UsageError, match=r"optim.groups.1.parameters: 'nose' matches none .*: 0.weight, "
+        UsageError, match=r"optim.groups.1.parameters: 'nose' matches no .*: 0.weight, "
     ) as error:
         grouped(network(), {"parameters": ".*bias"}, {"parameters": "nose"})
     assert error.value.exit_code == 2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from disttrain.training import train as loops
 from disttrain.training.augment import Mix
 from disttrain.training.ema import MovingAverage
-from disttrain.training.microbatch import prepare
+from disttrain.training.microbatch import augment_micro_batch
 from disttrain.training.phases import Phases
 from disttrain.training.step import loss_sum
 from kit.training import (
@@ -185,7 +185,7 @@ def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, place
         state.augment.start_epoch(0, state.plan.order(0), 6, 6)
         state.augment.mix = lambda *place: mix  # type: ignore[method-assign]
         with closing(loops.prefetch(state, 0, range(step, step + 1), state.plan.order(0))) as batches:
-            return prepare(state, *next(batches))
+            return augment_micro_batch(state, *next(batches))
 
     images, labels, _ = loaded(None, 0, 1)
     expected, partner_labels = [], []

@@ -186,7 +186,7 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
                 yield one
 
     monkeypatch.setattr(loops, "prefetch", slowly_prefetched)
-    monkeypatch.setattr(microbatch, "prepare", taking(microbatch.prepare, 0.25))
+    monkeypatch.setattr(microbatch, "augment_micro_batch", taking(microbatch.augment_micro_batch, 0.25))
     monkeypatch.setattr(steps, "loss_sum", taking(steps.loss_sum, 1.25))
     monkeypatch.setattr(loops, "evaluate", taking(loops.evaluate, 100))
     state = with_(make_state(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})
@@ -259,7 +259,7 @@ def test_an_epoch_over_other_samples_than_those_of_the_index_is_an_error(how: st
     state = make_state()
     state.train_data = Careless(how)
     recorder = Recorder()
-    with pytest.raises(DataError, match=r"trained on \d+ samples, it should be 40.*internal error") as caught:
+    with pytest.raises(DataError, match=r"trained on \d+ samples instead of 40.*internal error") as caught:
         run(state, recorder=recorder)
     assert caught.value.exit_code == 65
     assert recorder.evaluations == []
@@ -269,7 +269,7 @@ def test_an_epoch_over_other_samples_than_those_of_the_index_is_an_error(how: st
 def test_an_evaluation_of_other_samples_is_an_error(how: str, seen: int) -> None:
     state = make_state(batch_size=4)
     state.val = Validation(Careless(how), np.arange(40), NAMES)
-    with pytest.raises(DataError, match=rf"saw {seen} samples, it should be 40, or not the same ones"):
+    with pytest.raises(DataError, match=rf"saw {seen} samples instead of 40, or not the expected ones"):
         evaluate(state, "none", Progress(), QUIET)
 
 
@@ -283,7 +283,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(value: float)
         state.bare_model.get_parameter("6.bias").fill_(value)
     saves: list[Any] = []
     recorder = Recorder()
-    told = r"the loss is not finite at step 1 \(epoch 1, on rank 0 first\); .*errors/bad\.json; lower"
+    told = r"the loss is not finite at step 1 \(epoch 1, first on rank 0\); .*errors/bad\.json; lower"
     with pytest.raises(TrainingError, match=told) as caught:
         run(state, save=lambda **options: saves.append(options), recorder=recorder)
     assert caught.value.exit_code == 70
