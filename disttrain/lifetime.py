@@ -1,4 +1,4 @@
-"""Processes that end with their parent and leave no orphans. Linux only."""
+"""Processes that end with their parent and leave no orphans, and signals that ask for an end. Linux only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from collections.abc import Iterator
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 1, 36, 37  # linux/prctl.h
 _LIBC = ctypes.CDLL(None)
+
+
+def stop_signals() -> set[signal.Signals]:
+    """Returns the signals that ask a run to save and stop.
+
+    SIGHUP, which comes when the terminal closes, is one of them unless it is ignored, as under nohup.
+    """
+    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
+    return stops if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else stops | {signal.SIGHUP}
 
 
 def end_with_parent(parent: int | None = None) -> None:

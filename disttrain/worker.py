@@ -100,8 +100,9 @@ def main(
     else:
         code = 0
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its terminal or pipe was closed
+            stream.flush()
     rank.heartbeat.leave(code)
     os._exit(code)  # does not wait for the threads of a broken process group
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -135,7 +136,7 @@ def _train(
     """Trains until the run ends, prints the outcome, writes the report, and exits with the run's code."""
     from disttrain.launch.launcher import launch
 
-    outcome = launch(plan, folder, max_restarts=max_restarts, say=click.echo, facts=known)
+    outcome = launch(plan, folder, max_restarts=max_restarts, say=_say, facts=known)
     if outcome.detail:
         aside(outcome.detail.rstrip())
     if outcome.message:
@@ -148,8 +149,14 @@ def _train(
             why = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
             aside(f"cannot write the report ({why[0]}); try `disttrain report {folder.path}`")
         elif plan.verbosity >= 0:
-            click.echo(f"report: {folder.path / 'report.html'}")
+            _say(f"report: {folder.path / 'report.html'}")
     sys.exit(outcome.exit_code)
+
+
+def _say(text: str) -> None:
+    """Prints a line, unless the terminal or pipe was closed: that must not change how a run ends."""
+    with contextlib.suppress(OSError):
+        click.echo(text)
 
 
 @click.command()

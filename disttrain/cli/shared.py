@@ -66,8 +66,9 @@ def ready_to_measure(config: Config, gpus: int | None, procs: int | None) -> tup
 
 
 def aside(text: str) -> None:
-    """Prints a line to standard error, apart from the results."""
-    click.echo(text, err=True)
+    """Prints a line to standard error, apart from the results; not if it was closed."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
 
 
 @contextlib.contextmanager

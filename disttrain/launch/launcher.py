@@ -26,7 +26,7 @@ from disttrain.launch.liveness import Liveness
 from disttrain.launch.plan import LaunchPlan, child_environment, command
 from disttrain.launch.rendezvous import Channel, rendezvous
 from disttrain.launch.supervisor import Outcome, Supervisor
-from disttrain.lifetime import adopting_orphans, end_with_parent
+from disttrain.lifetime import adopting_orphans, end_with_parent, stop_signals
 from disttrain.runs.manifest import list_steps, step_of
 from disttrain.runs.runfolder import CLEAN, COMMAND, LOCKED_BY_LAUNCHER, RunFolder
 from disttrain.terminal import is_animated
@@ -51,8 +51,12 @@ def launch(
     be the same on all nodes.
     """
     signals: list[int] = []  # the first asks the ranks to stop, the second kills them
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-    previous = {number: signal.signal(number, lambda got, _: signals.append(got)) for number in numbers}
+
+    def receive(number: int, _: object) -> None:
+        if number != signal.SIGHUP or not signals:  # the shell and the kernel both send it
+            signals.append(number)
+
+    previous = {number: signal.signal(number, receive) for number in stop_signals()}
     restarts = int(folder.status().get("restarts") or 0)
     requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
     try:

@@ -17,12 +17,12 @@ from typing import Any
 
 from disttrain.errors import DisttrainError, StoppedError, StorageError
 from disttrain.heartbeat import STACKS, STOP, Heartbeat, Phase
+from disttrain.lifetime import stop_signals
 from disttrain.runs.runfolder import RunFolder, utc_now
 
 log = logging.getLogger("disttrain")
 
 
-_STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
 _SECOND_S = 1.0  # Ctrl-C in a terminal reaches a rank of torchrun twice: from the terminal and from torchrun
 
 
@@ -71,14 +71,15 @@ class Rank:
                 os.dup2(file.fileno(), 2)
 
     def listen(self) -> None:
-        """Treats SIGTERM, SIGINT, SIGUSR2 and the launcher's message as stop requests.
+        """Treats SIGTERM, SIGINT, SIGUSR2, SIGHUP and the launcher's message as stop requests.
 
         A thread receives them, so that they work while the main thread waits for other ranks. It kills this
         process if the launcher dies.
         """
         here, there = socket.socketpair()
         there.setblocking(False)
-        for number in _STOPS:
+        self._stops = stop_signals()
+        for number in self._stops:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
         hear = self._hear_signals if self.heartbeat.connection is None else self._hear_launcher
@@ -87,18 +88,18 @@ class Rank:
     def _hear_signals(self, here: socket.socket, _there: socket.socket) -> None:
         asked_at = None
         while True:
-            for number in _STOPS & set(here.recv(64)):
+            for number in self._stops & set(here.recv(64)):
                 if asked_at is None and self.heartbeat.place[0] is Phase.START:
                     stop = StoppedError(
                         "stopped before training began; nothing is lost, run the same command again"
                     )
                     self.write_status(state="stopped", exit_code=stop.exit_code, reason=str(stop))
                     if self.number == 0:
-                        os.write(self._terminal, f"disttrain: {stop}\n".encode())
+                        self._print(f"disttrain: {stop}")
                     os._exit(stop.exit_code)
                 now = time.monotonic()
                 asked_at = now if asked_at is None else asked_at
-                if now - asked_at > _SECOND_S:
+                if now - asked_at > _SECOND_S and number != signal.SIGHUP:
                     os._exit(128 + number)
                 self.stop = True
 
@@ -116,10 +117,15 @@ class Rank:
                         os.kill(os.getpid(), signal.SIGKILL)  # the launcher died: nobody would end this rank
                     self.stop = True
                 else:
-                    stops = _STOPS & set(here.recv(64))
+                    stops = self._stops & set(here.recv(64))
                     if signal.SIGTERM in stops and self.heartbeat.place[0] is Phase.START:
                         os._exit(128 + signal.SIGTERM)  # from torchrun: another rank could not start
                     self.stop = self.stop or bool(stops)
+
+    def _print(self, text: str) -> None:
+        """Prints a line to the standard error that this process began with, unless that was closed."""
+        with contextlib.suppress(OSError):
+            os.write(self._terminal, f"{text}\n".encode())
 
     def write_status(self, **status: Any) -> None:
         """Writes the status of the run to status.json; only rank 0 does."""
@@ -146,4 +152,4 @@ class Rank:
                     )
         if first:
             name = f"rank {self.number}: " if self.number else ""
-            os.write(self._terminal, f"disttrain: {name}{text.rstrip()}\n".encode())
+            self._print(f"disttrain: {name}{text.rstrip()}")

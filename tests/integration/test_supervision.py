@@ -1,17 +1,23 @@
 """Ranks that die, hang or must stop, on one node and on two: real processes, real faults."""
 
 import contextlib
+import fcntl
 import os
 import re
+import signal
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from disttrain.runs.manifest import latest_valid
 from kit.commands import wait_for
 from kit.marks import nightly
-from kit.run_results import status
+from kit.run_results import metrics, status
 from kit.supervision import (
     HOST,
     STALL_S,
@@ -184,3 +190,38 @@ def test_no_worker_survives_the_launcher_even_if_it_is_frozen(start: Start, tmp_
     process.kill()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+
+
+@pytest.mark.parametrize("program", ["disttrain run", "disttrain.worker"])
+@pytest.mark.parametrize("ignored", [False, True], ids=["closed", "nohup"])
+def test_a_terminal_that_closes_stops_and_saves_the_run(
+    program: str, ignored: bool, tmp_path: Path, config_file: Path, digits_root: Path
+) -> None:
+    leader, follower = os.openpty()
+
+    def take_the_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY)
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    epochs = "train.epochs=4" if ignored else "train.epochs=300"
+    process = subprocess.Popen(
+        [sys.executable, "-m", *program.split(), config_file, "--run-dir", "run", epochs],
+        cwd=tmp_path,
+        env=os.environ | {"DISTTRAIN_DATA": str(digits_root), "TERM": "xterm"},
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        start_new_session=True,
+        preexec_fn=take_the_terminal,
+    )
+    os.close(follower)
+    wait_for(lambda: metrics(tmp_path / "run"), process)
+    os.close(leader)  # as when ssh drops or the window is closed: the kernel sends SIGHUP
+    assert process.wait(120) == (0 if ignored else 75)
+    state = status(tmp_path / "run")
+    assert state["state"] == ("finished" if ignored else "stopped")
+    assert not descendants(tmp_path)
+    saved = latest_valid(tmp_path / "run/checkpoints")[0]
+    assert saved is not None
+    assert saved.name == f"step_{state['step']:08d}"

@@ -377,7 +377,7 @@ def gone(child):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_a_stop_is_handed_on_once_and_the_run_saves(launched, tmp_path, number):
     process, child = launched(_TRAINING.replace("{polite}", "True"))
     process.send_signal(number)
@@ -404,7 +404,7 @@ def test_a_second_signal_ends_the_run_at_once(launched, tmp_path):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_a_stop_before_training_has_begun_loses_nothing(launched, tmp_path, number):
     process, child = launched(
         _STAND_IN + "(folder.path / 'ready').write_text(str(os.getpid())); time.sleep(600)"
@@ -428,6 +428,7 @@ def test_no_process_outlives_a_launcher_that_was_killed(launched):
 
 
 def test_the_handlers_of_the_caller_are_put_back(launch):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     launch("settle('finished', 0)")
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
