@@ -132,4 +132,4 @@ def test_a_run_begins_with_the_weights_and_says_so(
 
     missing = disttrain("run", config_file, "model.weights=none.pth", "--procs", "1")
     assert missing.returncode == 2
-    assert missing.stderr.strip() == "disttrain: model.weights: there is no file none.pth"
+    assert missing.stderr.strip() == "disttrain: model.weights: none.pth does not exist; correct the path"
