@@ -205,7 +205,7 @@ def _check_finite(part: str, tensors: Mapping[str, Tensor], taken: Snapshot) -> 
             raise TrainingError(
                 f"{part}: {count:,} of {tensor.numel():,} values of {name} are not finite at step "
                 f"{taken.step:,}; nothing was saved, the last checkpoint is from before that; lower "
-                "optim.lr, set train.grad_clip, or use train.precision=fp32 (this run goes on so "
+                "optim.lr, set train.grad_clip, or use train.precision=fp32 (continue this run "
                 "with --force)"
             )
 
