@@ -211,7 +211,7 @@ def test_a_run_without_a_checkpoint_begins_again(tmp_path):
     folder = RunFolder(tmp_path)
     folder.config.write_text(dump_config(experiment()))
     start = resume_point(folder, "auto", now())
-    assert start == Start(None, notes=(f"{tmp_path}: no checkpoint yet; begins at the beginning",))
+    assert start == Start(None, notes=(f"{tmp_path}: no checkpoint yet; starting from scratch",))
 
 
 def test_a_run_that_began_with_anothers_checkpoint_begins_with_it_again(folder, tmp_path):
@@ -263,7 +263,7 @@ def test_another_config_is_shown_and_refused_unless_forced(folder, tmp_path, pla
         resume_point(run, resume, now(**CHANGED))
     assert str(caught.value) == (
         f"{what} another config or data set:\n  optim.lr: 0.1 -> 0.2\n  train.label_smoothing: 0.0 -> 0.1\n"
-        "undo the change, choose another --run-dir, or go on all the same with --force"
+        "undo the change, choose another --run-dir, or continue anyway with --force"
     )
     start = resume_point(run, resume, now(**CHANGED), force=True)
     assert start.changes == ("optim.lr: 0.1 -> 0.2", "train.label_smoothing: 0.0 -> 0.1")

@@ -1,7 +1,7 @@
 """What rank 0 shows of a run: a live dashboard on a terminal, plain lines everywhere else.
 
-It is fed the records of the run and one-line notes. It knows nothing of torch, NVML or the training
-loop, and whatever becomes of the terminal, training goes on.
+It gets the records of the run and one-line notes, and does not depend on torch, NVML or the training loop.
+A terminal that fails does not stop the training.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from disttrain.runs.records import EvalRecord, GpuMeans, Process, TrainRecord, m
 from disttrain.terminal import Output, is_animated, printable
 from disttrain.units import flops_text, hms, number, percent, utc
 
-_REFRESHES_PER_S = 2  # each takes some milliseconds in which the training waits for the interpreter
-_DEVICE_MIN = 72  # cells that a device's row needs: rows go side by side from twice as many
+_REFRESHES_PER_S = 2  # each holds the GIL for some milliseconds, which delays training
+_DEVICE_MIN = 72  # cells of a device's row; with twice as many, rows are side by side
 _POINTS_KEPT = 400
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What stays the same during a run, in the words in which it is shown."""
+    """The facts of a run that stay the same, as they are shown."""
 
     name: str
     run_dir: str
@@ -54,15 +54,15 @@ class RunInfo:
 
 
 class Console:
-    """Shows one run; used by rank 0 alone.
+    """Shows one run; only rank 0 uses it.
 
-    On a terminal it is a dashboard that redraws itself in a thread, elsewhere a line per event, each with
-    its UTC time. Methods return at once: only the redrawing thread waits for the terminal.
+    On a terminal it is a dashboard that a thread redraws. Otherwise it prints a line per event, with its UTC
+    time. Methods return at once: only the redrawing thread waits for the terminal.
 
     Args:
         info: the run.
-        verbosity: -1 shows the outcome alone, 0 the usual, 1 a line for every record where there are lines.
-        position: gives the optimizer step and the samples seen in the whole run; called at each redraw.
+        verbosity: -1 shows only the outcome, 0 is the default, 1 prints a line for every record.
+        position: returns the optimizer step and the samples seen in the whole run; called at each redraw.
         stream: where to write; None is standard output.
         line_interval_s: the least time between two lines on training.
         clock: seconds, monotonic.
@@ -93,7 +93,7 @@ class Console:
         self._curves = {key: deque[float](maxlen=_POINTS_KEPT) for key in ("loss", "accuracy")}
         self._notes: deque[str] = deque(maxlen=3)
         self._started_s = clock()
-        self._origin: tuple[float, int] | None = None  # time and samples from which the pace is measured
+        self._origin: tuple[float, int] | None = None  # time and samples from which the speed is measured
         self._last_line_s = -math.inf
         self._live: Live | None = None
         if verbosity >= 0 and is_animated(self._out):
@@ -103,7 +103,7 @@ class Console:
                 refresh_per_second=_REFRESHES_PER_S,
                 vertical_overflow="crop",
                 redirect_stdout=stream is sys.stdout,
-                redirect_stderr=sys.stderr.isatty(),  # what goes to a file stays in the file
+                redirect_stderr=sys.stderr.isatty(),  # a redirected stderr keeps its file
             )
 
     def start(self) -> None:
@@ -118,7 +118,7 @@ class Console:
             self._line(f"{label:<5}  {text}")
 
     def train(self, record: TrainRecord) -> None:
-        """Takes a log point."""
+        """Shows a log point."""
         with self._lock:
             self._train = record
             for key, points in self._curves.items():
@@ -129,7 +129,7 @@ class Console:
             self._line(train_line(record, self._info))
 
     def evaluate(self, record: EvalRecord) -> None:
-        """Takes an evaluation."""
+        """Shows an evaluation."""
         with self._lock:
             self._eval = record
             if self._best is None or record.accuracy >= self._best.accuracy:
@@ -137,7 +137,7 @@ class Console:
         self._line(eval_line(record, self._info))
 
     def verdict(self, text: str) -> None:
-        """Takes what holds the run back at present; the dashboard alone shows it."""
+        """Shows the current verdict; only the dashboard does."""
         with self._lock:
             self._verdict = text
 
@@ -157,7 +157,7 @@ class Console:
             live.console.print(plain(text, "bold green" if ok else "bold red"), soft_wrap=True)
 
     def stop(self) -> None:
-        """Gives the terminal back, the last frame staying on it; harmless when repeated."""
+        """Restores the terminal and leaves the last frame on it; safe to call twice."""
         if self._live is not None:
             self._live.stop()
 
@@ -171,7 +171,7 @@ class Console:
         self.stop()
 
     def render(self) -> RenderableType:
-        """Returns the dashboard as of now; it takes the width and height of where it is printed."""
+        """Returns the current dashboard, which adapts to the size of the terminal."""
         return Frame(self._frame)
 
     def _line(self, text: str) -> None:
@@ -208,7 +208,7 @@ class Console:
     def _progress(self, train: TrainRecord | None, width: int) -> list[Text]:
         info, now = self._info, self._clock()
         step, samples = self._position()
-        if self._origin is None or samples <= self._origin[1]:  # start-up is no part of the pace
+        if self._origin is None or samples <= self._origin[1]:  # excludes startup from the speed
             self._origin = (now, samples)
         whole = max(1, info.epochs * info.samples_per_epoch)
         epoch = min(info.epochs, max(1, math.ceil(samples / max(1, info.samples_per_epoch))))
@@ -231,14 +231,14 @@ class Console:
 
 
 def eta(samples: float, samples_per_s: float | None) -> str:
-    """Returns how long so many samples take, n/a while the pace is not known."""
+    """Returns the time that the remaining samples take; n/a while the speed is unknown."""
     if not samples_per_s or not math.isfinite(samples_per_s):
         return "n/a"
     return hms(max(0.0, samples) / samples_per_s)
 
 
 def train_line(record: TrainRecord, info: RunInfo) -> str:
-    """Returns the line of a train record, its fields aligned with those of the run's other lines."""
+    """Returns the line of a train record, aligned with the other lines of the run."""
     name, busy = "cpu", mean(process.cpu_pct for process in record.processes or ())
     if record.gpus:
         name, busy = "gpu", mean(gpu.utilization_pct for gpu in record.gpus)
@@ -255,7 +255,7 @@ def eval_line(record: EvalRecord, info: RunInfo) -> str:
 
 
 def _result(record: TrainRecord | EvalRecord, info: RunInfo) -> str:
-    """Returns what the lines of all records begin with: where the run is, and how good."""
+    """Returns the common start of the lines: epoch, step, loss and accuracy."""
     epochs, steps = f"{info.epochs:,}", f"{info.epochs * info.steps_per_epoch:,}"
     return (
         f"epoch {record.epoch:>{len(epochs)},d}/{epochs}  step {record.step:>{len(steps)},d}/{steps}"
@@ -313,7 +313,7 @@ def _curve_row(
 
 
 def _device_rows(record: TrainRecord | None, width: int, room: int) -> list[Text]:
-    """Returns the rows of the GPUs, else of the processes, in `room` lines, the last summing up the rest."""
+    """Returns the rows of the GPUs or processes in `room` lines; the last one sums up the rest."""
     if record is None:
         return []
     draw: Callable[[Any, int], Text] = _gpu_row if record.gpus else _process_row

@@ -1,4 +1,4 @@
-"""What a run is and what it runs on: for the screen, and for env.json."""
+"""Facts about a run and its environment, for the console and env.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from disttrain.training.autotune import Choice
 from disttrain.training.state import TrainState
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow", "safetensors")
-_COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_")  # how the variables begin that set it
+_COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_")  # prefixes of the variables that configure it
 
 
 def run_info(
@@ -37,7 +37,7 @@ def run_info(
     devices: Sequence[Mapping[str, Any]],
     choices: Mapping[str, Choice],
 ) -> RunInfo:
-    """Returns what stays the same during a run.
+    """Returns the facts of a run that stay the same.
 
     Args:
         config: of the run.
@@ -45,7 +45,7 @@ def run_info(
         state: what it trains with.
         index: of its data set.
         devices: of every rank, from `gauges.gather_devices`.
-        choices: what was chosen for the user.
+        choices: the automatically chosen settings.
     """
     splits = ", ".join(f"{split.samples:,} {name}" for name, split in index.splits.items())
     if devices[0]["uuid"] is None:
@@ -76,7 +76,7 @@ def environment(
     devices: Sequence[Mapping[str, Any]],
     choices: Mapping[str, Choice],
 ) -> dict[str, Any]:
-    """Returns the content of env.json, but for what was forced; arguments as those of `run_info`."""
+    """Returns the content of env.json without `forced`; arguments as for `run_info`."""
     return {
         "disttrain": __version__,
         "command": os.environ.get(COMMAND) or shlex.join(sys.orig_argv),
@@ -109,7 +109,7 @@ def environment(
 
 
 def _communication(state: TrainState) -> dict[str, Any] | None:
-    """Returns what ranks speak through, and the variables that set it, or None for a single process."""
+    """Returns the communication backend and the variables that configure it; None for a single process."""
     if not torch.distributed.is_initialized():
         return None
     on_gpu = state.accelerator.device.type == "cuda"
@@ -123,7 +123,7 @@ def _communication(state: TrainState) -> dict[str, Any] | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Returns commit and state of the working folder's repository, or None."""
+    """Returns the commit of the working folder's git repository and whether it is modified, or None."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

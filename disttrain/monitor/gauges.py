@@ -1,6 +1,6 @@
-"""Readings of the devices of all ranks: who reads which GPU, and how the numbers come to every rank.
+"""Readings of the devices of all ranks: which rank reads which GPU, and how every rank gets the numbers.
 
-The first rank of each node reads the GPUs of that node, but for those that only another rank may see.
+The first rank of each node reads the GPUs of that node, except those that only another rank can see.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from disttrain.runs.runfolder import RunFolder
 from disttrain.training.collectives import Group, gather
 
 _ABOUT = ("rank", "host", "index", "uuid", "name", "memory_total_mib")
-"""What a device is: known from the start. All other fields travel with the loss."""
+"""Fields known from the start. All other fields are reduced together with the loss."""
 
 
 class RunGauges:
-    """Readings of every GPU, or of every process on CPUs, as numbers that can be summed over the ranks.
+    """Readings of every GPU, or of every process on CPUs, as a vector that can be summed over the ranks.
 
-    Each reading has its place in the vector; a rank fills its own places and leaves 0 in the others.
+    Each reading has a fixed position in the vector. A rank fills its own positions and leaves 0 elsewhere.
 
     Args:
         devices: one description per rank, from `gather_devices`.
         rank: of this process.
         interval_s: seconds between two readings of a GPU.
-        folder: takes gpu.jsonl.
-        alarm: told of GPUs that are lost and of critical errors: by the rank that reads the GPU at once, by
-            rank 0 of those that others read at the next log point.
+        folder: the run folder, for gpu.jsonl.
+        alarm: called for lost GPUs and critical errors: at once on the rank that reads the GPU, and at the
+            next log point on rank 0 for GPUs that other ranks read.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RunGauges:
         self._rank = rank
         self._alarm = alarm
         self._on_gpu = devices[rank]["uuid"] is not None
-        # Ranks may share a GPU: it has one place, and the description by its first rank.
+        # A GPU that ranks share has one position, and the description from its first rank.
         first = {device["uuid"] or device["rank"]: device for device in reversed(devices)}
         self._devices = sorted(first.values(), key=lambda device: int(device["rank"]))
         self._kind = GpuMeans if self._on_gpu else Process
@@ -75,17 +75,17 @@ class RunGauges:
         )
 
     def start(self) -> None:
-        """Begins to read."""
+        """Starts reading."""
         self._sampler.start()
 
     def stop(self) -> None:
-        """Ends the reading."""
+        """Stops reading."""
         self._sampler.stop()
         if self._file is not None:
             self._file.close()
 
     def read(self) -> list[float]:
-        """Returns this rank's numbers, 0 in the places of others and NaN where a reading is unknown."""
+        """Returns this rank's numbers: 0 at the positions of others, and NaN for an unknown reading."""
         width = len(self._fields)
         values = [0.0] * (len(self._devices) * width)
         readings = self._sampler.means() if self._on_gpu else [self._processor.means()]
@@ -96,7 +96,7 @@ class RunGauges:
         return values
 
     def rows(self, totals: Sequence[float]) -> dict[str, Any]:
-        """Returns the gpus of a train record, and on CPUs the processes."""
+        """Returns the `gpus` of a train record, and on CPUs its `processes`."""
         numbers = iter([None if math.isnan(number) else round(number, 1) for number in totals])
         names = self._kind.__struct_fields__
         rows: list[Any] = []
@@ -120,20 +120,20 @@ class RunGauges:
 
 
 class SharedLines:
-    """Appends records to a JSONL file to which other nodes append too.
+    """Appends records to a JSONL file that other nodes also append to.
 
     Args:
-        path: made if it is not there.
+        path: created if missing.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
 
     def write(self, records: Sequence[object]) -> None:
-        """Appends records, each a line, at once."""
+        """Appends records, one per line, in a single write."""
         lines = b"".join(map(encoded, records))
-        # NFS appends where this node believes the end to be; with the lock it asks the server. Not every
-        # file system has locks, and those without them append to the true end.
+        # NFS appends at the end as this node has it cached; taking the lock refreshes it from the server.
+        # File systems without locks append at the true end.
         with contextlib.suppress(OSError):
             fcntl.lockf(self._file, fcntl.LOCK_EX)
         try:
@@ -148,19 +148,19 @@ class SharedLines:
 
 
 def gather_devices(group: Group) -> list[dict[str, Any]]:
-    """Returns rank, host, process, device, GPU and who reads it, for every rank. Every rank calls this."""
+    """Returns rank, host, pid, device, GPU and its reader for every rank. Every rank must call this."""
     own = {"rank": group.rank, "host": socket.gethostname(), "pid": os.getpid()}
     return assign(gather(group, own | describe(group.device)))
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Returns what a rank says of its device, and in `reach` the UUIDs of all GPUs that NVML shows it."""
+    """Returns the description of a rank's device; `reach` lists the UUIDs of all GPUs visible to NVML."""
     if device.type != "cuda":
         return {"device": str(device), "name": "CPU", "uuid": None}
     properties = torch.cuda.get_device_properties(device)
     place: list[Any] = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     bus = None if None in place else "{:08x}:{:02x}:{:02x}.0".format(*place)
-    with nvml.session():  # the others join it
+    with nvml.session():  # keeps NVML initialised for the calls below
         gpu = nvml.gpu_of_device(str(properties.uuid), bus)
         reach = [each.uuid for each in nvml.node_gpus()]
     known = nvml.Gpu(-1, f"GPU-{properties.uuid}", properties.name, None) if gpu is None else gpu
@@ -176,10 +176,10 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def assign(devices: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the devices with the rank that reads each GPU: the first one of its host that may see it.
+    """Returns the devices with the rank that reads each GPU: the first rank of its host that can see it.
 
-    A task that is given one GPU of a node sees no other, and to each of them it is GPU 0: then indexes are
-    the numbers of the device files.
+    If each task sees only its own GPU, all of them have index 0. The index is then the number of the device
+    file.
     """
     assigned = []
     for device in devices:

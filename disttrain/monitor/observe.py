@@ -1,6 +1,6 @@
-"""Turns what happens in a run into files and a screen: the observer that `train` is handed.
+"""Writes the records of a run to files and to the screen: the observer that `train` calls.
 
-Rank 0 writes metrics, status and environment and drives the console; every rank writes its own log.
+Rank 0 writes metrics, status and environment, and drives the console. Every rank writes its own log.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from disttrain.units import accuracy_text
 log = logging.getLogger("disttrain")
 
 _STATUS_INTERVAL_S = 1.0
-_LIVE_RECORDS = 10  # train records that the verdict on the screen is made from
-_JUDGED_RECORDS = 1000  # and the one at the end
+_LIVE_RECORDS = 10  # train records for the verdict on the dashboard
+_JUDGED_RECORDS = 1000  # train records for the final verdict
 
 
 class _Shown(NamedTuple):
-    """Where rank 0 puts the records."""
+    """The outputs of rank 0."""
 
     metrics: JsonLines
     console: Console
@@ -52,10 +52,10 @@ class _Shown(NamedTuple):
 
 
 class RunObserver:
-    """Follows one run on one rank; a context manager around the training.
+    """Observes one run on one rank; a context manager around the training.
 
-    Every rank makes one: the devices of all ranks are gathered. `choices` are the settings that were chosen
-    for the user, with their reasons.
+    Every rank must create one, because the devices of all ranks are gathered. `choices` are the automatically
+    chosen settings with their reasons.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class RunObserver:
             file.close()
 
     def train(self, record: TrainRecord) -> None:
-        """Writes and shows a train record; once a second, judges the last ones and updates status.json."""
+        """Writes and shows a train record; once a second, updates the verdict and status.json."""
         if self._shown is None:
             return
         self._write(record, self._shown)
@@ -166,12 +166,12 @@ class RunObserver:
         return str(path)
 
     def sync(self) -> None:
-        """Makes sure that what this rank has written is on the disk before a checkpoint that counts on it."""
+        """Flushes the files of this rank to disk, before a checkpoint that relies on them."""
         for file in self._files:
             file.sync()
 
     def saved(self, path: Path, best: bool) -> None:
-        """Tells of a checkpoint; only the best ones are worth a line on the screen."""
+        """Logs a complete checkpoint."""
         log.info("saved %s%s", path, ", the best" if best else "")
 
     def note(self, text: str) -> None:
@@ -179,15 +179,15 @@ class RunObserver:
         self._say(logging.INFO, text)
 
     def alarm(self, text: str) -> None:
-        """Shows that something is broken; may be called from any thread."""
+        """Shows an error; may be called from any thread."""
         self._say(logging.ERROR, text)
 
     def finished(self) -> None:
-        """Shows the outcome, and what held the run back."""
+        """Shows the outcome and the verdict."""
         log.info("finished")
         if self._shown is None:
             return
-        self._shown.trackers.close()  # what it has to say comes before the outcome
+        self._shown.trackers.close()  # its messages come before the outcome
         if verdict := self._verdict(_JUDGED_RECORDS):
             self._shown.console.note(f"verdict: {verdict.text}")
             self._folder.update_status(verdict=asdict(verdict))
@@ -207,7 +207,7 @@ class RunObserver:
             self._shown.console.note(text)
 
     def _verdict(self, records: int) -> Verdict | None:
-        """Judges the last records, but not the first one, in which everything is still warming up."""
+        """Returns the verdict on the last records, without the first one, which includes the warm-up."""
         found = self._evidence(list(self._records)[1:][-records:])
         return None if found is None else judge(found)
 

@@ -1,6 +1,6 @@
-"""What NVML says of GPUs, read again and again.
+"""Readings of GPUs through NVML.
 
-What cannot be read is None; why is said once in the log. When to read is decided in telemetry.py.
+Unavailable readings are None; the log has the reason once. telemetry.py decides when to read.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from disttrain.units import MIB
 
 _log = logging.getLogger("disttrain")
 
-_RARELY_S = 30.0  # between two questions that take milliseconds: the processes of a GPU, counts of errors
+_RARELY_S = 30.0  # between slow queries, which take milliseconds: processes of a GPU, error counts
 
-_THROTTLE = {  # bits of NVML's clocks event reasons; an idle GPU (bit 0) is not held back by anything
+_THROTTLE = {  # bits of NVML's clocks event reasons; an idle GPU (bit 0) is not throttled
     0x002: "clock_setting",
     0x004: "power",
     0x008: "hardware",
@@ -52,7 +52,7 @@ _COUNTERS = {  # keys of readings -> counter, its scope and units in a MiB, befo
 
 
 class _LostError(Exception):
-    """The GPU does not answer any more."""
+    """The GPU no longer answers."""
 
 
 class GpuReaders:
@@ -61,7 +61,7 @@ class GpuReaders:
     Args:
         uuids: with or without prefix.
         pids: processes whose memory is counted as ours.
-        alarm: told once of a GPU that is lost and of each kind of critical error (Xid) of a GPU.
+        alarm: called once for each lost GPU and each kind of critical error (Xid) of a GPU.
     """
 
     def __init__(self, uuids: Sequence[str], pids: Sequence[int], alarm: Callable[[str], None]) -> None:
@@ -96,7 +96,7 @@ class GpuReaders:
         handle = handle_of(nvml, uuid)
         gpu = describe(nvml, handle)
         if gpu is None:
-            _log.info("GPU %s: NVML does not show it to this process; it is not read", uuid)
+            _log.info("GPU %s: not visible to this process through NVML; it is not read", uuid)
             return None
         reader = _Reader(nvml, handle, gpu, self._pids, said)
         self._stack.callback(reader.close)
@@ -108,15 +108,15 @@ class GpuReaders:
         """Reads every GPU once.
 
         Returns:
-            In the order of the UUIDs a reading, None for a GPU that was not found or has been lost. Its keys
-            are READINGS.
+            A reading for each UUID, with the keys READINGS; None for a GPU that was not found or is lost.
         """
         now_s = time.monotonic()
         rarely = now_s >= self._rarely_due_s
         if rarely:
             self._rarely_due_s = now_s + _RARELY_S
         rows = [None if reader is None else reader.read(rarely) for reader in self._readers]
-        xids = {} if self._xids is None else self._xids.take()  # now: a GPU that is lost says why
+        # After the readings, so that the Xid of a lost GPU is included.
+        xids = {} if self._xids is None else self._xids.take()
         for place, (reader, reading) in enumerate(zip(self._readers, rows, strict=True)):
             if reader is None or reading is None:
                 continue
@@ -126,8 +126,8 @@ class GpuReaders:
                 self._alarm(f"{reader.title}: Xid {xid}, {meaning(xid)}; see dmesg")
             if reading["lost"]:
                 self._alarm(
-                    f"{reader.title}: {reader.loss}; it is not read any more, and what computes on it fails "
-                    "or hangs: take the node out of use and see dmesg"
+                    f"{reader.title}: {reader.loss}; it is no longer read, and programs on it fail or "
+                    "hang; take the node out of service and see dmesg"
                 )
                 self._readers[place] = None
         return rows
@@ -139,7 +139,7 @@ class GpuReaders:
 
 
 class _Reader:
-    """Asks one GPU or MIG instance, in a session."""
+    """Reads one GPU or MIG instance, in a session."""
 
     def __init__(self, nvml: Any, handle: Any, gpu: Gpu, pids: frozenset[int], said: set[str]) -> None:
         self._nvml = nvml
@@ -162,10 +162,10 @@ class _Reader:
             self._performance.close()
 
     def ask(self, what: str, query: Callable[..., Any], *args: object) -> Any:
-        """Returns an answer, or None; what is not supported is not asked again.
+        """Returns the answer of a query, or None. An unsupported query is not repeated.
 
         Raises:
-            _LostError: the GPU does not answer any more.
+            _LostError: the GPU no longer answers.
         """
         nvml = self._nvml
         if what in self._unsupported:
@@ -180,13 +180,13 @@ class _Reader:
                 raise _LostError("it does not work until it is reset") from None
             if code in (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_FUNCTION_NOT_FOUND):
                 self._unsupported.add(what)
-            if what not in self._said:  # by one GPU for all of them
+            if what not in self._said:  # once for all GPUs
                 self._said.add(what)
                 _log.info("%s: %s is not known: NVML: %s", self.title, what, error)
             return None
 
     def read(self, rarely: bool) -> dict[str, Any]:
-        """Returns a reading, all None but `lost` if the GPU is lost; `rarely` asks the slow questions too."""
+        """Returns a reading, all None but `lost` if the GPU is lost; `rarely` runs the slow queries too."""
         try:
             reading = self._read_often()
             if rarely:
@@ -198,7 +198,7 @@ class _Reader:
             return dict.fromkeys(READINGS) | {"lost": True}
 
     def _read_often(self) -> dict[str, Any]:
-        """Asks what takes microseconds."""
+        """Runs the queries that take microseconds."""
         nvml, ask, handle = self._nvml, self.ask, self.handle
         use = ask("utilization", nvml.nvmlDeviceGetUtilizationRates, handle)
         memory = self._memory()
@@ -220,7 +220,7 @@ class _Reader:
         }
 
     def _memory(self) -> Any:
-        """Returns used and total memory; what the driver keeps for itself is not used, as in nvidia-smi."""
+        """Returns used and total memory; the driver's reserve does not count as used, as in nvidia-smi."""
         nvml = self._nvml
         memory = self.ask("memory", nvml.nvmlDeviceGetMemoryInfo, self.handle, nvml.nvmlMemory_v2)
         if memory is None:  # before driver 510
@@ -236,17 +236,17 @@ class _Reader:
         if reasons is None:
             return None
         if reasons & 0x0C0:
-            reasons &= ~0x008  # said of either of them too, and of nothing else by GPUs of today
+            reasons &= ~0x008  # also set for each of those two; current GPUs set it for nothing else
         return [name for bit, name in _THROTTLE.items() if reasons & bit]
 
     def _activity(self) -> dict[str, float | None]:
-        """Returns what the GPU measures of itself; nothing but the keys of _GPM that it knows."""
+        """Returns the performance metrics of the GPU: those keys of _GPM that it supports."""
         if self._performance is None:
             return {}
         return self.ask("activity", self._performance.read) or {}
 
     def _traffic(self) -> dict[str, float | None]:
-        """Returns MiB per second by counters that are 64 bits wide; a narrower one wraps in a second."""
+        """Returns MiB per second from 64-bit counters; narrower ones wrap within a second."""
         if self._performance is not None or "traffic" in self._unsupported:
             return {}
         nvml = self._nvml
@@ -266,7 +266,7 @@ class _Reader:
         return {key: round(span / (now_s - before_s), 1) for key, span in spans.items() if span >= 0}
 
     def _read_traffic_of_20_ms(self, reading: Mapping[str, Any]) -> dict[str, float | None]:
-        """Returns the PCIe traffic of a moment, where there are no counters of it."""
+        """Returns the PCIe traffic over 20 ms, for GPUs without counters."""
         nvml = self._nvml
         if self._performance is not None or "pcie_rx_mib_per_s" in self._before[1]:
             return {}
@@ -281,7 +281,7 @@ class _Reader:
         }
 
     def _read_rarely(self) -> dict[str, Any]:
-        """Asks what takes milliseconds."""
+        """Runs the queries that take milliseconds."""
         nvml, ask, handle = self._nvml, self.ask, self.handle
         kinds = {
             "ecc_corrected": nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED,
@@ -302,7 +302,7 @@ class _Reader:
         query = self._nvml.nvmlDeviceGetComputeRunningProcesses
         processes = self.ask("memory_used_by_us_mib", query, self.handle) or ()
         ours = [process.usedGpuMemory for process in processes if process.pid in self._pids]
-        # None of ours: a container hides them. Memory unknown: the driver's right.
+        # None of our processes: a container hides them. Memory unknown: the driver may withhold it.
         return sum(ours) // MIB if ours and None not in ours else None
 
 

@@ -1,7 +1,7 @@
-"""Readings of the GPUs and of this process's use of the processor, taken beside the training loop.
+"""Readings of the GPUs and of this process's use of the processor, taken in parallel with training.
 
-A thread asks NVML (readings.py) a few microseconds' worth of questions per GPU, and the loop collects the
-means at its log points. What cannot be read is None. This module imports neither torch nor, until GPUs are
+A thread queries NVML (readings.py), which takes a few microseconds per GPU, and the loop collects the means
+at its log points. Unavailable readings are None. This module imports neither torch nor, until GPUs are
 asked for, pynvml.
 """
 
@@ -27,7 +27,7 @@ from disttrain.units import MIB
 _log = logging.getLogger("disttrain")
 
 _MEMORY_INTERVAL_S = 1.0
-_STOP_TIMEOUT_S = 5.0  # a GPU that fell off the bus can hold an NVML call for longer than that
+_STOP_TIMEOUT_S = 5.0  # an NVML call on a lost GPU can block for longer
 _GREATEST = ("memory_used_mib", "memory_used_by_us_mib")
 _LATEST = ("memory_total_mib", "power_limit_w", "ecc_corrected", "ecc_uncorrected")
 _SLOWED = {  # reasons for lower clocks that make training slower, by what they are counted as
@@ -40,16 +40,16 @@ class GpuSampler:
     """Reads some GPUs at a fixed interval in a thread of its own.
 
     `means` may be called from any thread, before `start` and after `stop` too. NVML averages utilisation
-    over 1/6 to 1 s, so an interval below that tells nothing new.
+    over 1/6 to 1 s, so a shorter interval gives no more information.
 
     Args:
         gpus: what describes each GPU in its readings, such as host, index and name, and its uuid, with or
             without the `GPU-` or `MIG-` prefix.
-        interval_s: seconds between two readings. A moment that was missed is not made up for.
+        interval_s: seconds between two readings. Missed readings are not made up for.
         sink: called in the sampler's thread after each sweep over the GPUs, with a reading of each GPU that
             was read.
         pids: processes whose memory counts as ours.
-        alarm: told in the sampler's thread, once each, of GPUs that are lost and of critical errors.
+        alarm: called in the sampler's thread, once for each lost GPU and critical error.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class GpuSampler:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Starts reading; without GPUs there is nothing to start."""
+        """Starts reading; does nothing without GPUs."""
         if self._windows and self._thread is None:
             self._stop.clear()
             self._thread = threading.Thread(target=self._run, name="gpu-sampler", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread and waits for it; harmless when it is not running."""
+        """Stops the thread and waits for it; safe to call when it is not running."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(_STOP_TIMEOUT_S)
@@ -100,7 +100,7 @@ class GpuSampler:
         Memory is the maximum, limits and counts of errors are the latest, all other numbers are means; the
         reasons for lower clocks become throttled_power_pct and throttled_thermal_pct, the share of readings
         that had one. critical_events counts Xids and the loss of the GPU since the start. Without a new
-        reading, the last one is given again. A field that no reading had is None.
+        reading, the last one is returned again. A field that no reading had is None.
         """
         with self._lock:
             return [window.take() for window in self._windows]
@@ -127,14 +127,14 @@ class GpuSampler:
             return
         try:
             self._sink(records)
-        except Exception as error:  # whatever the sink does, readings go on
+        except Exception as error:  # a sink that fails must not stop the readings
             if not self._sink_failed:
                 _log.warning("GPU readings cannot be written: %s: %s", type(error).__name__, error)
             self._sink_failed = True
 
 
 def _numbers(reading: Mapping[str, Any]) -> dict[str, float | None]:
-    """Returns what of a reading can be averaged."""
+    """Returns the fields of a reading that can be averaged."""
     reasons = reading["throttle"]
     numbers = {key: reading[key] for key in READINGS if key not in ("throttle", "xids", "lost")}
     return numbers | {
@@ -145,7 +145,7 @@ def _numbers(reading: Mapping[str, Any]) -> dict[str, float | None]:
 
 @dataclass
 class _Window:
-    """The readings of one GPU since they were last taken."""
+    """The readings of one GPU since the last call of `take`."""
 
     gpu: dict[str, Any]
     last: dict[str, float | None] = field(default_factory=lambda: _numbers(dict.fromkeys(READINGS)))
@@ -178,7 +178,7 @@ class _Window:
 
 
 class ProcessorSampler:
-    """What this process takes of its host: processor time, read when asked, and memory, once a second."""
+    """The CPU time of this process, read on demand, and its memory, read once a second."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -189,8 +189,8 @@ class ProcessorSampler:
     def means(self) -> dict[str, object]:
         """Returns cpu_pct and memory_used_mib.
 
-        cpu_pct is the mean since the last call, 100 for one core kept busy; memory (the resident set) is of
-        the last second. Processes started by this one are not counted.
+        cpu_pct is the mean since the last call, 100 for one busy core. memory_used_mib is the resident
+        set, at most a second old. Processes started by this one are not counted.
         """
         before, self._before = self._before, self._clocks()
         wall_s, busy_s = (now - then for now, then in zip(self._before, before, strict=True))

@@ -42,15 +42,15 @@ Cell = Callable[[Any], str]
 
 
 class Gpu(GpuReading, kw_only=True):
-    """A GPU as it was read last."""
+    """The last reading of a GPU."""
 
     age_s: float | None = None
     xids_seen: tuple[int, ...] = ()
-    """Critical errors since this program began to look."""
+    """Critical errors since this program started."""
 
 
 class Snapshot(msgspec.Struct, kw_only=True):
-    """What is known at a moment of a run, or of the GPUs of this node."""
+    """The state of a run, or of the GPUs of this node, at one time."""
 
     run: str | None
     host: str | UnsetType = UNSET
@@ -65,7 +65,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
 
 
 def show(run: Path | None, *, as_json: bool, stream: TextIO | None = None) -> None:
-    """Shows the GPUs of a run, or of this node, until Ctrl-C; once where there is no terminal.
+    """Shows the GPUs of a run, or of this node, until Ctrl-C; once without a terminal.
 
     Args:
         run: the run folder; None for this node.
@@ -89,7 +89,7 @@ def show(run: Path | None, *, as_json: bool, stream: TextIO | None = None) -> No
 
 def _follow(look: Callable[[], Snapshot], out: Output) -> None:
     console = Console(file=cast(TextIO, out), force_terminal=True)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the cursor comes back
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # restores the cursor
     try:
         with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
             while True:
@@ -104,7 +104,7 @@ def _follow(look: Callable[[], Snapshot], out: Output) -> None:
 
 @contextlib.contextmanager
 def _node() -> Iterator[Callable[[], Snapshot]]:
-    """Gives what looks at the GPUs of this node."""
+    """Yields a function that reads the GPUs of this node."""
     host = socket.gethostname()
     gpus = nvml.node_gpus()
     notes: list[str] = []
@@ -121,13 +121,13 @@ def _node() -> Iterator[Callable[[], Snapshot]]:
 
     with GpuReaders([gpu.uuid for gpu in gpus], (), notes.append) as readers:
         if gpus:
-            readers.sweep()  # rates are known from the second reading on
+            readers.sweep()  # rates need two readings
             time.sleep(_INTERVAL_S)
         yield look
 
 
 def _run(path: Path) -> Callable[[], Snapshot]:
-    """Returns what looks at a run.
+    """Returns a function that reads the state of a run.
 
     Raises:
         UsageError: the folder holds no run.
@@ -194,7 +194,7 @@ def _devices(folder: RunFolder) -> dict[str, Gpu]:
 
 
 def _aged(gpus: Iterable[Gpu], now: datetime) -> list[Gpu]:
-    """Returns the GPUs, which are told how old their readings are."""
+    """Sets the age of each reading, and returns the GPUs."""
     rows = list(gpus)
     for row in rows:
         row.age_s = _age_s(row.time, now)
@@ -202,7 +202,7 @@ def _aged(gpus: Iterable[Gpu], now: datetime) -> list[Gpu]:
 
 
 def _age_s(when: object, now: datetime) -> float | None:
-    """Returns how long ago a UTC time was; 0 for one ahead, by the clock of another node."""
+    """Returns the seconds since a UTC time; 0 if the clock of another node is ahead."""
     try:
         then = datetime.fromisoformat(str(when))
         return max(0.0, round((now - then).total_seconds(), 1))
@@ -280,12 +280,12 @@ def lines(snapshot: Snapshot, width: int, height: int | None) -> list[Text]:
             )
         )
     if shown < len(rows):
-        body.append(plain(f"{found.folded(shown)}; all are shown through a pipe"))
+        body.append(plain(f"{found.folded(shown)}; pipe the output to see all"))
     return [*head, *body, *notes][:height]
 
 
 def _state_lines(snapshot: Snapshot, width: int) -> list[Text]:
-    """Returns the run's state, where it is, and its end."""
+    """Returns the lines on the state, progress and end of a run."""
     status, train, evaluation = snapshot.status, snapshot.train, snapshot.eval
     state, silent_s = str(status.get("state", "starting")), snapshot.last_sign_age_s
     quiet = state == "running" and (silent_s or 0.0) > _SILENT_S
@@ -315,7 +315,7 @@ def _state_lines(snapshot: Snapshot, width: int) -> list[Text]:
 
 
 def _notes(rows: Sequence[Gpu], labels: Sequence[str]) -> list[str]:
-    """Returns what is wrong with a GPU, a line each."""
+    """Returns a line for each GPU that has a problem."""
     notes = []
     for row, label in zip(rows, labels, strict=True):
         wrong = ["is lost: it has fallen off the bus or must be reset"] if row.lost else []

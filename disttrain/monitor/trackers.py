@@ -1,10 +1,10 @@
 """The records of a run for other tools: experiment trackers, and a text file for Prometheus.
 
-Everything here runs beside the training, on rank 0: each tool has a thread and a queue of its own, so that
-one that is slow or out of reach costs the loop nothing and the other tools nothing. metrics.jsonl stays the
-complete record; what a tool does not take in time is dropped, the oldest first, and counted.
+Everything here runs in the background on rank 0. Each tool has its own thread and queue, so that a slow or
+unreachable one delays neither training nor the other tools. metrics.jsonl stays the complete record. If a
+tool is too slow, the oldest records are dropped and counted.
 
-The names of the numbers are made in one place, `samples`:
+`samples` makes the names of the numbers:
 
     train/<key>, eval/<key>         each number of a record of metrics.jsonl: train/loss, eval/accuracy
     gpu/<host>/<index>/<key>        gpu/node1/0/utilization_pct; a MIG instance has its UUID for an index
@@ -38,7 +38,7 @@ from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.runs.runfolder import RunFolder
 
 _MOST_WAITING = 256  # records in a queue
-_CLOSE_S = 15.0  # for all tools together to take what is left at the end of a run
+_CLOSE_S = 15.0  # for all tools together to empty their queues at the end of a run
 
 
 class Sample(NamedTuple):
@@ -63,7 +63,7 @@ class Sample(NamedTuple):
 
 
 def samples(record: TrainRecord | EvalRecord) -> Iterator[Sample]:
-    """Yields every number of a record; what is unknown is left out."""
+    """Yields every known number of a record."""
     document = msgspec.to_builtins(record)
     kind = document.pop("kind")
     for row in document.pop("gpus", ()):
@@ -83,7 +83,7 @@ def _numbers(group: str, place: dict[str, str], tree: Mapping[str, Any]) -> Iter
 
 
 class Sink(Protocol):
-    """A tool that takes records; all its methods are called in one thread, and may fail."""
+    """A tool that receives records. All its methods are called in one thread, and may fail."""
 
     name: str
 
@@ -102,9 +102,9 @@ class Trackers:
 
     Args:
         config: of the run.
-        folder: of the run; keeps what the tools need to go on with the same run.
-        step: at which this process begins.
-        say: told of a tool that fails, from any thread; once for each.
+        folder: of the run; stores the ids that the tools need to resume the same run.
+        step: at which this process starts.
+        say: called once for each tool that fails, from any thread.
     """
 
     def __init__(self, config: Config, folder: RunFolder, step: int, say: Callable[[str], None]) -> None:
@@ -121,12 +121,12 @@ class Trackers:
             feed.start()
 
     def log(self, record: TrainRecord | EvalRecord) -> None:
-        """Hands a record on; returns at once. It must not be changed afterwards."""
+        """Queues a record and returns at once. The record must not change afterwards."""
         for feed in self._feeds:
             feed.put(record)
 
     def close(self) -> None:
-        """Waits until all is taken, but no longer than _CLOSE_S; harmless when repeated."""
+        """Waits until the queues are empty, at most _CLOSE_S; safe to call twice."""
         feeds, self._feeds = self._feeds, []
         for feed in feeds:
             feed.end()
@@ -140,8 +140,8 @@ class Feed:
 
     Args:
         sink: the tool.
-        say: told of its first failure, and at the end of what it did not take.
-        most: records that wait at most; the oldest ones are dropped.
+        say: called for its first failure, and at the end for dropped records.
+        most: length of the queue; the oldest records are dropped.
     """
 
     def __init__(self, sink: Sink, say: Callable[[str], None], most: int = _MOST_WAITING) -> None:
@@ -160,7 +160,7 @@ class Feed:
         self._thread.start()
 
     def put(self, record: TrainRecord | EvalRecord) -> None:
-        """Hands a record on, at the cost of the oldest one where the queue is full."""
+        """Queues a record; drops the oldest one if the queue is full."""
         with self._changed:
             self._waiting.append(record)
             self._put += 1
@@ -173,7 +173,7 @@ class Feed:
             self._changed.notify()
 
     def join(self, deadline: float) -> None:
-        """Waits for the end, and says what was lost.
+        """Waits for the end, and reports lost records.
 
         Args:
             deadline: monotonic time in seconds; a tool that needs longer is left alone.
@@ -183,9 +183,9 @@ class Feed:
             off, self._off = self._off, True
             lost = self._put - self._taken
         if self._thread.is_alive():
-            self._say(f"{self._sink.name}: does not come to its end; left behind")
+            self._say(f"{self._sink.name}: did not finish in time; abandoned")
         if lost and not off:
-            self._say(f"{self._sink.name}: {lost:,} records were not taken; metrics.jsonl has them all")
+            self._say(f"{self._sink.name}: {lost:,} records were not delivered; metrics.jsonl has them all")
 
     def _run(self) -> None:
         if not self._try(self._sink.start):
@@ -201,7 +201,7 @@ class Feed:
         self._try(self._sink.finish)
 
     def _try(self, call: Callable[[], None]) -> bool:
-        """Tells whether a call succeeded; whatever a tool raises must not end the run."""
+        """Returns whether a call succeeded; no exception of a tool may end the run."""
         try:
             call()
         except (Exception, SystemExit) as error:
@@ -245,9 +245,9 @@ class Tracker:
             self._tracker.store_init_configuration(plain)
 
     def log(self, record: TrainRecord | EvalRecord) -> None:
-        """Hands on the numbers of a record."""
+        """Logs the numbers of a record."""
         values = {sample.name: sample.value for sample in samples(record)}
-        if self.name == "wandb":  # its own steps never go back, as those of a run that is resumed do
+        if self.name == "wandb":  # its steps cannot go back, but those of a resumed run do
             self._tracker.log({**values, "step": record.step})
         else:
             self._tracker.log(values, step=record.step)
@@ -257,23 +257,23 @@ class Tracker:
         self._tracker.finish()
 
 
-# Each opens a tracker and returns it with what is needed to go on with its run, given as `known` next time.
+# Each opens a tracker and returns it with the id of its run, which is passed as `known` on the next start.
 
 
 def _open_tensorboard(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, None]:
     from accelerate.tracking import TensorBoardTracker
 
-    # What an earlier process wrote after its last checkpoint is purged.
+    # Purges what an earlier process wrote after its last checkpoint.
     tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
     tracker.start()
-    # In place of Accelerate's store_init_configuration, which makes a further run of the settings.
+    # Accelerate's store_init_configuration would create another run for the settings.
     settings = dump_config(config).replace("\n", "\n    ")
     tracker.tracker.add_text("config", f"    {settings}")
     return tracker, None
 
 
 def _open_wandb(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, str]:
-    # It must neither write over the dashboard nor ask for a key there; only a variable says so early enough.
+    # wandb must not write over the dashboard or prompt for a key; only this variable is read early enough.
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
     from accelerate.tracking import WandBTracker
@@ -303,8 +303,8 @@ def _open_mlflow(config: Config, folder: Path, step: int, known: str | None) -> 
 def _open_trackio(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, str]:
     from accelerate.tracking import TrackioTracker
 
-    run = known or f"{folder.resolve().name}-{uuid.uuid4().hex[:6]}"  # it finds runs by their names
-    # GPUs and processors are in the records.
+    run = known or f"{folder.resolve().name}-{uuid.uuid4().hex[:6]}"  # trackio finds runs by name
+    # The records contain the readings of GPUs and CPUs.
     tracker = TrackioTracker(
         config.name, name=run, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
     )
@@ -342,7 +342,7 @@ class Prometheus:
         self._last: dict[type, list[Sample]] = {}
 
     def start(self) -> None:
-        """Nothing is known yet."""
+        """Does nothing; there is no record yet."""
 
     def log(self, record: TrainRecord | EvalRecord) -> None:
         """Replaces the file."""

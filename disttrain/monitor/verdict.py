@@ -1,4 +1,4 @@
-"""What holds a run back, in one sentence with its numbers and the setting that helps: pure rules."""
+"""What limits the speed of a run, in one sentence with its numbers and the setting that helps: pure rules."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ Name = Literal[
     "compute-bound",
 ]
 
-THROTTLED_PCT = 20.0  # of the readings in which a GPU held its clocks down
-STRAGGLER = 1.25  # times the median of the other ranks' own time,
-STRAGGLER_PCT = 10.0  # and of a step, by which it takes longer: so much do the others wait for it
+THROTTLED_PCT = 20.0  # of the readings in which a GPU lowered its clocks
+STRAGGLER = 1.25  # times the median time of the other ranks,
+STRAGGLER_PCT = 10.0  # and the excess as a percentage of a step: the others wait that long
 INPUT_PCT = 10.0  # of a step spent waiting for data
 COMMUNICATION_PCT = 20.0  # of a step spent waiting for the reduction of gradients
-IDLE_GPU_PCT = 70.0  # utilisation below which a GPU that does not wait for data is not kept busy
+IDLE_GPU_PCT = 70.0  # utilisation below which a GPU that does not wait for data is underused
 TIGHT_PCT = 95.0  # of a GPU's memory in use
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The means of a stretch of training.
+    """Means over some log points.
 
     Attributes:
         step_s: seconds of a step.
-        data_s: of them, waiting for data; mean over the ranks, as are the next three.
-        to_device_s: copying it to the device.
-        augmentation_s: augmenting it.
-        communication_s: waiting for the reduction of gradients after one's own are computed.
-        own_s: seconds of a step that each rank needs for itself, without waiting for others.
-        where: what to call each rank, such as `rank 3 on gpu07`.
+        data_s: seconds of a step spent waiting for data; a mean over the ranks, like the next three.
+        to_device_s: seconds spent copying samples to the device.
+        augmentation_s: seconds spent augmenting them.
+        communication_s: seconds a rank waits for the all-reduce after computing its own gradients.
+        own_s: seconds of a step that each rank works without waiting for others.
+        where: the name of each rank, such as `rank 3 on gpu07`.
         on_gpu: whether the ranks compute on GPUs.
         cache: where the decoded samples are: device, host or none.
         precision: the arithmetic.
         compiled: whether the model is compiled.
-        graph: whether the steps are replayed as a CUDA graph; None is no and cannot be.
-        staged: whether the samples go through stages of the user's own, which run in every epoch.
+        graph: whether the steps are replayed as a CUDA graph; None if they cannot be.
+        staged: whether the samples go through the user's own stages, which run in every epoch.
         utilization_pct: mean over the GPUs, or None.
         memory_pct: share of the memory in use on the fullest GPU, or None.
-        throttled_pct: share of the readings in which each GPU held its clocks down for its temperature; None
-            is unknown. At full load the power limit does so too, and that is no fault.
-        gpu_names: what to call each GPU.
-        peak_pct: arithmetic of the model in a second, as a share of the most that a device does, or None.
+        throttled_pct: for each GPU, the share of readings in which heat lowered its clocks; None if unknown.
+            The power limit also lowers them at full load, which is normal and not counted.
+        gpu_names: the name of each GPU.
+        peak_pct: model FLOP/s as a percentage of the device's peak (MFU), or None.
     """
 
     step_s: float
@@ -76,18 +76,18 @@ class Evidence:
 
     @property
     def input_s(self) -> float:
-        """Seconds of a step that go into getting samples."""
+        """Seconds of a step spent loading, copying and augmenting samples."""
         return self.data_s + self.to_device_s + self.augmentation_s
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What holds a run back.
+    """What limits the speed of a run.
 
     Attributes:
         name: one word for it.
         text: one sentence: the finding, its numbers, what helps.
-        key: the key of the config that helps, or None.
+        key: the config key that helps, or None.
     """
 
     name: Name
@@ -96,7 +96,7 @@ class Verdict:
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """Returns the first cause that applies: what spoils the figures of others comes before them."""
+    """Returns the first cause that applies. A cause that distorts the figures of another comes before it."""
     causes = (_throttled, _straggler, _input_bound, _communication_bound, _launch_bound, _memory_tight)
     found = (cause(evidence) for cause in causes)
     return next((verdict for verdict in found if verdict is not None), None) or _compute_bound(evidence)
@@ -111,8 +111,8 @@ def _throttled(e: Evidence) -> Verdict | None:
     pct, name = max(hot, default=(0.0, ""))
     if pct < THROTTLED_PCT:
         return None
-    where = f"{name} was too hot for its clocks in {pct:.0f} % of the readings"
-    return _verdict("throttled", f"{where}; see to its cooling, no setting here helps")
+    finding = f"{name} overheated and lowered its clocks in {pct:.0f} % of the readings"
+    return _verdict("throttled", f"{finding}; check its cooling, no setting helps")
 
 
 def _straggler(e: Evidence) -> Verdict | None:
@@ -125,8 +125,8 @@ def _straggler(e: Evidence) -> Verdict | None:
         return None
     return _verdict(
         "straggler",
-        f"{e.where[slowest]} needs {time_text(own_s)} for its part of a step, the others "
-        f"{time_text(median_s)} (median), and all wait for it; look for other work on that host",
+        f"{e.where[slowest]} needs {time_text(own_s)} for its own work in a step, the median of the others "
+        f"is {time_text(median_s)}, and all wait for it; look for other processes on that host",
     )
 
 
@@ -135,25 +135,25 @@ def _input_bound(e: Evidence) -> Verdict | None:
     if pct < INPUT_PCT:
         return None
     what, help_, key = _input(e)
-    text = f"{pct:.0f} % of a step ({time_text(e.input_s)}) is {what}; {help_}"
+    text = f"{pct:.0f} % of a step ({time_text(e.input_s)}) is spent {what}; {help_}"
     return _verdict("input-bound", text, key)
 
 
 def _input(e: Evidence) -> tuple[str, str, str | None]:
-    """Returns what most of the time for samples goes into, what helps, and the key of it."""
+    """Returns the slowest part of loading samples, what helps, and its config key."""
     if e.augmentation_s > max(e.data_s, e.to_device_s):
-        return "augmenting images", "switch off what the recipe does not need", "augment"
+        return "augmenting images", "disable augmentations that the recipe does not need", "augment"
     if e.to_device_s > e.data_s:
-        help_ = "data.cache=device keeps them there, if they fit"
+        help_ = "data.cache=device keeps the images there if they fit"
         return "copying images to the GPU", help_, "data.cache"
     if e.cache == "none":
         if e.staged:
             return "waiting for data", "raise data.workers, or make the stages cheaper", "data.workers"
         return "waiting for data", "decode once with data.cache=host, or raise data.workers", "data.cache"
     if e.on_gpu and e.cache == "host":
-        help_ = "data.cache=device keeps the samples on the GPU, if they fit"
+        help_ = "data.cache=device keeps the samples on the GPU if they fit"
         return "waiting for data", help_, "data.cache"
-    return "gathering samples", "the network is too small to hide it; no setting here helps", None
+    return "collecting samples", "the network is too small to hide it, and no setting helps", None
 
 
 def _communication_bound(e: Evidence) -> Verdict | None:
@@ -162,8 +162,8 @@ def _communication_bound(e: Evidence) -> Verdict | None:
         return None
     return _verdict(
         "communication-bound",
-        f"{pct:.0f} % of a step ({time_text(e.communication_s)}) is waiting for the "
-        "gradients of other ranks; raise train.batch_size, or use fewer processes",
+        f"{pct:.0f} % of a step ({time_text(e.communication_s)}) is spent waiting "
+        "for the gradients of other ranks; raise train.batch_size, or use fewer processes",
         "train.batch_size",
     )
 
@@ -177,8 +177,8 @@ def _launch_bound(e: Evidence) -> Verdict | None:
     help_ = "raise train.batch_size" + (f" or set {switch}=true" if switch else "")
     return _verdict(
         "launch-bound",
-        f"the GPUs are busy {e.utilization_pct:.0f} % of the time and wait for nothing: the steps "
-        f"({time_text(e.step_s)}) are too small for them; {help_}",
+        f"the GPUs are busy {e.utilization_pct:.0f} % of the time and do not wait for data: the "
+        f"steps ({time_text(e.step_s)}) are too small; {help_}",
         switch or "train.batch_size",
     )
 
@@ -186,19 +186,19 @@ def _launch_bound(e: Evidence) -> Verdict | None:
 def _memory_tight(e: Evidence) -> Verdict | None:
     if e.memory_pct is None or e.memory_pct < TIGHT_PCT:
         return None
-    text = f"{e.memory_pct:.0f} % of a GPU's memory is in use; raise train.accumulate before anything grows"
+    text = f"{e.memory_pct:.0f} % of a GPU's memory is in use; raise train.accumulate to leave some free"
     return _verdict("memory-tight", text, "train.accumulate")
 
 
 def _compute_bound(e: Evidence) -> Verdict:
     rest_pct = 100 - _share(e.input_s + e.communication_s, e.step_s)
-    text = f"{rest_pct:.0f} % of a step ({time_text(e.step_s)}) is computing"
+    text = f"{rest_pct:.0f} % of a step ({time_text(e.step_s)}) is spent computing"
     if e.peak_pct is not None:
         text += f", at {e.peak_pct:.0f} % of the device's peak (MFU)"
     if e.precision == "fp32" and e.on_gpu:
-        return _verdict("compute-bound", f"{text}; train.precision=bf16 makes it cheaper", "train.precision")
+        return _verdict("compute-bound", f"{text}; train.precision=bf16 speeds it up", "train.precision")
     more = "GPUs" if e.on_gpu else "cores or a GPU"
-    return _verdict("compute-bound", f"{text}: as it should be; more {more} would make it faster")
+    return _verdict("compute-bound", f"{text}, which is good; only more {more} would make it faster")
 
 
 def evidence(
@@ -211,16 +211,16 @@ def evidence(
     graph: bool | None,
     staged: bool = False,
 ) -> Evidence | None:
-    """Returns the means of some train records, or None if there is none.
+    """Returns the means of some train records, or None without records.
 
     Args:
-        records: of a run on the same ranks; others are left out.
-        hosts: of each rank.
-        cache: as in Evidence, as are the rest.
-        precision: the arithmetic.
-        compiled: whether the model is compiled.
-        graph: whether the steps are replayed.
-        staged: whether there are stages of the user's own.
+        records: of a run; those with another number of ranks are ignored.
+        hosts: the host of each rank.
+        cache: as in Evidence.
+        precision: as in Evidence.
+        compiled: as in Evidence.
+        graph: as in Evidence.
+        staged: as in Evidence.
     """
     records = [record for record in records if len(record.ranks_ms.compute) == len(hosts)]
     if not records:
@@ -257,7 +257,7 @@ def evidence(
     )
 
 
-# What a rank does whatever the others do.
+# Phases in which a rank does not wait for others.
 _OWN = ("data", "to_device", "augmentation", "compute", "optimizer")
 
 

@@ -1,4 +1,4 @@
-"""What a view on a terminal is drawn with: bars, curves, rows, and the names of devices."""
+"""Widgets of the terminal views: bars, curves, rows and the names of devices."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class Frame:
 
 
 def plain(text: str, style: str = "") -> Text:
-    """Returns a text in which nothing is markup or moves the cursor."""
+    """Returns text without markup and control characters."""
     return Text(printable(text), style)
 
 
 def row(label: str, value: Text | str, label_width: int = LABEL) -> Text:
-    """Returns a label and what belongs to it, in one line."""
+    """Returns a label and its value in one line."""
     line = plain(label, "bold")
     line.truncate(label_width, pad=True)
     return plain("").append_text(line).append_text(plain(value) if isinstance(value, str) else value)
 
 
 def bar(share: float, width: int) -> tuple[str, str]:
-    """Returns the filled and the empty part of a bar, together `width` cells; told apart without colour."""
+    """Returns the filled and the empty part of a bar, together `width` cells, distinct without colour."""
     halves = int(min(1.0, max(0.0, share)) * width * 2)
     done = "━" * (halves // 2) + "╾" * (halves % 2)
     return done, "─" * (width - len(done))
@@ -58,9 +58,9 @@ def gauge(share: float | None, width: int, style: str) -> Text:
 
 
 def sparkline(values: Sequence[float | None]) -> str:
-    """Returns one character per value, its height between the least and the greatest of them.
+    """Returns one character per value, scaled between the lowest and the highest.
 
-    A value that is unknown or not finite is a blank.
+    An unknown or non-finite value is a blank.
     """
     levels = "▁▂▃▄▅▆▇█"
     finite = [value for value in values if value is not None and math.isfinite(value)]
@@ -73,12 +73,12 @@ def sparkline(values: Sequence[float | None]) -> str:
 
 
 class Devices(NamedTuple):
-    """The GPUs of a run, or else its processes.
+    """The GPUs of a run, or its processes if it has no GPUs.
 
     Attributes:
-        rows: of a record, in order of host and index.
+        rows: from a record, in order of host and index.
         labels: of the rows.
-        use: the field of the rows that says how busy a device is, in percent.
+        use: the field of the rows with the utilisation in percent.
     """
 
     rows: list[Any]
@@ -86,7 +86,7 @@ class Devices(NamedTuple):
     use: str
 
     def folded(self, shown: int) -> str:
-        """Returns what stands for the rows after the first `shown`."""
+        """Returns a summary of the rows after the first `shown`."""
         uses = [getattr(row, self.use) for row in self.rows[shown:]]
         known = [use for use in uses if use is not None]
         spread = f"{min(known):.0f} to {max(known):.0f} %" if known else "n/a"
@@ -94,7 +94,7 @@ class Devices(NamedTuple):
 
 
 def devices(gpus: Sequence[GpuMeans | GpuReading], processes: Sequence[Process]) -> Devices:
-    """Returns the GPUs, or the processes if there are none, by their names in a list."""
+    """Returns the GPUs, or the processes if there are none, with their labels."""
     if not gpus:
         by_rank = sorted(processes, key=lambda process: (process.host, process.rank))
         labels = [_label(processes, process.host, f"rank {process.rank}") for process in by_rank]
@@ -108,8 +108,8 @@ def devices(gpus: Sequence[GpuMeans | GpuReading], processes: Sequence[Process])
 
 
 def _label(devices: Sequence[GpuMeans | GpuReading | Process], host: str, name: str) -> str:
-    """Returns the name of a device, with its host where there are several."""
+    """Returns the name of a device, with its host if there are several hosts."""
     if len({device.host for device in devices}) == 1:
         return name
     host = host.partition(".")[0]
-    return f"{host if len(host) <= 14 else '…' + host[-13:]} {name}"  # nodes differ in the end of their names
+    return f"{host if len(host) <= 14 else '…' + host[-13:]} {name}"  # names of nodes differ at the end

@@ -1,4 +1,4 @@
-"""Critical errors of GPUs, Xids: what they mean, and which of them happen."""
+"""Xids, the critical errors of GPUs: their meaning, and a watch for new ones."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from disttrain.monitor.nvml import ask
 
-_AT_ONCE = 100  # a GPU that fails can tell of thousands of errors a second
-_XIDS = {  # the ones that a training run meets, in the words of NVIDIA's catalogue of Xid errors
+_AT_ONCE = 100  # a failing GPU can report thousands of errors a second
+_XIDS = {  # those that a training run may see, after NVIDIA's catalogue of Xid errors
     13: "a kernel failed",
-    31: "a program touched memory that is not its own",
+    31: "a program accessed memory outside its own",
     43: "a program's work stopped",
     45: "a program's work was cleaned up after an error",
     48: "uncorrectable memory error",
@@ -26,17 +26,17 @@ _XIDS = {  # the ones that a training run meets, in the words of NVIDIA's catalo
 
 
 def meaning(xid: int) -> str:
-    """Returns what the number of an error stands for."""
+    """Returns the meaning of an Xid."""
     return _XIDS.get(xid, "a critical error")
 
 
 def address_of(handle: Any) -> int:
-    """Returns what tells the GPU of a handle from others, in a session."""
+    """Returns an address that identifies the GPU of a handle within a session."""
     return ctypes.addressof(handle.contents)
 
 
 class XidWatch:
-    """Critical errors of GPUs as they happen; of MIG instances NVML tells none.
+    """Collects critical errors of GPUs as they happen. NVML reports none for MIG instances.
 
     Args:
         nvml: pynvml, in a session.
@@ -49,10 +49,10 @@ class XidWatch:
             self._set = ask(nvml.nvmlEventSetCreate)
 
     def add(self, handle: Any) -> bool:
-        """Watches a GPU, and tells whether it will say something.
+        """Watches a GPU; returns whether it supports these events.
 
         Raises:
-            pynvml.NVMLError: NVML cannot tell.
+            pynvml.NVMLError: the query failed.
         """
         kind = self._nvml.nvmlEventTypeXidCriticalError
         if self._set is None or not self._nvml.nvmlDeviceGetSupportedEventTypes(handle) & kind:
@@ -66,7 +66,7 @@ class XidWatch:
             ask(self._nvml.nvmlEventSetFree, self._set)
 
     def take(self) -> dict[int, list[int]]:
-        """Returns the numbers of the errors since the last call, by `address_of` the handle of the GPU."""
+        """Returns the Xids since the last call, by `address_of` the handle of the GPU."""
         found: dict[int, list[int]] = {}
         for _ in range(_AT_ONCE if self._set is not None else 0):
             event = ask(self._nvml.nvmlEventSetWait_v2, self._set, 0)

@@ -1,4 +1,4 @@
-"""What a run says of itself, in numbers and sentences: how it ended, how good it is, where its time went."""
+"""The figures of the report page: how a run ended, how accurate it is, where its time went."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from disttrain.report.devices import MEASURES, Device
 from disttrain.report.run import Run
 from disttrain.units import accuracy_text, duration, flops_text, number, percent
 
-_SILENT_S = 600.0  # a running run that writes nothing for so long has most likely died
+_SILENT_S = 600.0  # after this long without an update, a running run has most likely died
 _EPOCH_ROWS = 60
 
 
 def outcome(run: Run) -> tuple[str, str]:
-    """Returns the state of a run and what came out of it, in one line."""
+    """Returns the state of a run, and its outcome in one line."""
     status = run.status
     state = str(status.get("state") or "unknown")
     last, best = run.evals[-1] if run.evals else None, run.best
@@ -38,19 +38,18 @@ def outcome(run: Run) -> tuple[str, str]:
         silent_s = time.time() - _time_of(status.get("updated_at"))
         if silent_s > _SILENT_S:
             return "silent", (
-                f"says that it is running, but has written nothing for {duration(silent_s)}: most likely it "
-                f"was killed after {where}; {result}"
+                f"no update for {duration(silent_s)}: the run was most likely killed after {where}; {result}"
             )
         return state, f"running, {where}; {result} so far"
     if state == "unknown":
         return state, f"no status.json; {result}"
     code = f" with exit code {status['exit_code']}" if status.get("exit_code") is not None else ""
-    why = str(status.get("reason") or "no reason given").strip().splitlines()[0:1]
+    why = str(status.get("reason") or "no reason recorded").strip().splitlines()[0:1]
     return state, f"{state}{code} after {where}: {' '.join(why)}; {result}"
 
 
 def wall_s(run: Run) -> float | None:
-    """Returns the seconds from the first start of a run to its last sign of life."""
+    """Returns the seconds from the first start of a run to its last update."""
     begin, end = _time_of(run.status.get("started_at")), _time_of(run.status.get("updated_at"))
     return end - begin if math.isfinite(end - begin) else None
 
@@ -63,16 +62,16 @@ def _time_of(text: object) -> float:
 
 
 def median(values: Array) -> float | None:
-    """Returns the median of the values that are known."""
+    """Returns the median of the known values."""
     return float(np.nanmedian(values)) if np.isfinite(values).any() else None
 
 
 def environment_rows(run: Run) -> list[tuple[str, str]]:
-    """Returns what the result of a run or its speed may depend on besides the config."""
+    """Returns what a run's result or speed may depend on, apart from the config."""
     env = run.env
     devices, data, git = env.get("devices") or [], env.get("data") or {}, env.get("git") or {}
     rows = {key: env.get(key) for key in ("disttrain", "python", "platform", "cuda", "cudnn", "world_size")}
-    changes = ", with changes" if git.get("modified") else ""
+    changes = ", with uncommitted changes" if git.get("modified") else ""
     rows |= {
         "device": " / ".join(sorted({str(device.get("name")) for device in devices})) or None,
         "hosts": ", ".join(dict.fromkeys(str(device.get("host")) for device in devices)) or None,
@@ -85,7 +84,7 @@ def environment_rows(run: Run) -> list[tuple[str, str]]:
 
 
 def first_facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
-    """Returns the numbers of a run that people look for first."""
+    """Returns the main figures of a run, as (name, value)."""
     info, status, spent = run.env.get("run") or {}, run.status, run.training_s
     losses = [record.loss for record in run.evals if record.loss is not None]
     per_s, peak_pct = median(run.train["device_flops_per_s"]), median(run.train["mfu_pct"])
@@ -96,21 +95,21 @@ def first_facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
         ("lowest validation loss", number(min(losses, default=None), ".4f")),
         ("epochs", f"{number(status.get('epoch'), ',d')} of {number(info.get('epochs'), ',d')}"),
         ("steps", number(status.get("step"), ",d")),
-        ("images trained on", number(status.get("samples_seen"), ",d")),
-        ("training", duration(float(spent[-1]) if len(spent) else None)),
-        ("start to end", duration(wall_s(run))),
-        ("median speed", number(median(run.train["images_per_s"]), ",.0f", " images/s")),
-        ("model arithmetic", "n/a" if per_s is None else f"{flops_text(per_s)} a device{share}"),
-        ("ran on", str(info.get("devices") or "n/a")),
+        ("training images seen", number(status.get("samples_seen"), ",d")),
+        ("training time", duration(float(spent[-1]) if len(spent) else None)),
+        ("time from start to end", duration(wall_s(run))),
+        ("median throughput", number(median(run.train["images_per_s"]), ",.0f", " images/s")),
+        ("model FLOP/s", "n/a" if per_s is None else f"{flops_text(per_s)} per device{share}"),
+        ("devices", str(info.get("devices") or "n/a")),
         ("precision", str(info.get("precision") or "n/a")),
         ("parameters", number(info.get("parameters"), ",d")),
         ("restarts", number(status.get("restarts"), ",d")),
     ]
-    return [*facts, ("most GPU memory", f"{max(peak):,.1f} GiB")] if peak else facts
+    return [*facts, ("peak GPU memory", f"{max(peak):,.1f} GiB")] if peak else facts
 
 
 def epoch_rows(run: Run) -> list[dict[str, Any]]:
-    """Returns what the curves say, epoch by epoch; of very many, some."""
+    """Returns a row of figures per epoch, thinned to about 60 rows."""
     train = run.train
     evals = {record.epoch: record for record in run.evals}
     of_train = {int(epoch) for epoch in train["epoch"] if math.isfinite(epoch)}
@@ -150,7 +149,7 @@ def _mean(values: Array, weights: Array) -> float | None:
 
 
 def summaries(run: Run) -> dict[str, str]:
-    """Returns each curve over the steps in words, for those who do not see it."""
+    """Returns a description of each curve for readers who cannot see it."""
     texts = {}
     for curve in LEARNING:
         known = np.isfinite(run.train[curve.key])
@@ -162,12 +161,12 @@ def summaries(run: Run) -> dict[str, str]:
             f"{values[place]:{curve.form}}{curve.unit} at step {steps[place]:,.0f}"
             for place in (0, -1, values.argmin(), values.argmax())
         )
-        texts[curve.key] = f"from {first} to {last}; least {least}, most {most}"
+        texts[curve.key] = f"from {first} to {last}; lowest {least}, highest {most}"
     return texts
 
 
 def time_use(run: Run) -> list[tuple[str, float, float, str]]:
-    """Returns what the time from start to end went into: what, seconds, share 0..1, colour; or []."""
+    """Returns how the time of a run was spent, as (what, seconds, share 0..1, colour); [] if unknown."""
     whole = wall_s(run)
     if not whole or not len(run.train["step"]):
         return []
@@ -177,7 +176,7 @@ def time_use(run: Run) -> list[tuple[str, float, float, str]]:
         return float(np.nansum(steps * run.train[f"phases_ms.{phase}"])) / 1000
 
     uses = [
-        ("forward and backward pass", spent_s("compute"), "#2f7fd1"),
+        ("forward and backward passes", spent_s("compute"), "#2f7fd1"),
         ("waiting for the gradients of other ranks", spent_s("communication"), "#a35bd6"),
         ("optimizer", spent_s("optimizer"), "#138a96"),
         ("augmentation", spent_s("augmentation"), "#c9a227"),
@@ -186,15 +185,15 @@ def time_use(run: Run) -> list[tuple[str, float, float, str]]:
         ("evaluation", sum(e.seconds or 0.0 for e in run.events if e.kind == "evaluation"), "#1f9254"),
     ]
     rest = whole - sum(seconds for _, seconds, _ in uses)
-    if rest < -0.05 * whole:  # the files do not belong together
+    if rest < -0.05 * whole:  # the files are not of the same run
         return []
-    uses.append(("start, log points, checkpoints, pauses", max(0.0, rest), "#8a919c"))
+    uses.append(("startup, log points, checkpoints, pauses", max(0.0, rest), "#8a919c"))
     shares = [(what, seconds, seconds / whole, color) for what, seconds, color in uses]
-    return [use for use in shares if use[2] >= 0.0005]  # less is shown as 0.0 %
+    return [use for use in shares if use[2] >= 0.0005]  # smaller shares would show as 0.0 %
 
 
 def device_rows(devices: Sequence[Device]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Returns of each device label, name and, per measure, title and mean with extremes."""
+    """Returns the label and name of each device, and (title, mean with extremes) of each measure."""
     rows = []
     for device in devices:
         cells = []

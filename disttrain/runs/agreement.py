@@ -15,7 +15,7 @@ from disttrain.shards.index import Index
 
 def facts(config: Config, index: Index) -> dict[str, str]:
     """Returns what all processes of a run must agree on, by name."""
-    # Not asked of the package's metadata, which a source tree that is not installed does not have.
+    # __version__, since a source tree that is not installed has no package metadata.
     versions = {"the version of disttrain": __version__}
     versions |= {f"the version of {name}": version(name) for name in ("torch", "accelerate")}
     python = ".".join(platform.python_version_tuple()[:2])
@@ -29,13 +29,13 @@ def facts(config: Config, index: Index) -> dict[str, str]:
 
 
 def compare_peers(peers: Mapping[str, Mapping[str, str]]) -> None:
-    """Checks that all have the same facts.
+    """Checks that the facts are the same on all peers.
 
     Args:
-        peers: the facts of each, by what to call it.
+        peers: the name of each peer and its facts.
 
     Raises:
-        UsageError: two differ; the message has both values and whose they are.
+        UsageError: two differ; the message has both values and the names of both peers.
     """
     (first, expected), *others = peers.items()
     lines = []

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder: safetensors for tensors, JSON for everything else, and the MANIFEST.json of
 `manifest.py`. It is written under a temporary name, synced, verified and renamed; only then do the `latest`
-and `best` links move and older checkpoints go. At no moment is there none. There is no pickle anywhere.
+and `best` links move and older checkpoints get deleted. A complete one always exists. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from disttrain.files import holds, link, move, persist, storage_error, sync_fold
 from disttrain.runs.manifest import MANIFEST, STATE, entry, list_steps, read, replaced, write_manifest
 from disttrain.runs.tensorfile import file_pieces
 
-_BLOCK_BYTES = 4096  # files take whole blocks
+_BLOCK_BYTES = 4096  # a file takes whole blocks
 _HEADER_BYTES = 128  # of a tensor in a safetensors file, besides its name
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read from one checkpoint.
+    """The content of a checkpoint.
 
     Attributes:
         path: its folder.
         parts: nested data of every part (model, optimizer, ema); tensors are on the CPU.
-        state: the JSON state: position, scores, scaler.
+        state: the JSON state: progress, best accuracy, scaler.
     """
 
     path: Path
@@ -68,14 +68,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a run at one moment, which training no longer changes.
+    """A copy of the state of a run, which training no longer changes.
 
     Attributes:
         step: optimizer steps taken; names the checkpoint.
         skeletons: name of each part -> its nested data without the tensors.
         tensors: name of each part -> its tensors, on the device they were on.
         state: JSON values.
-        ready: recorded after the copies on a GPU, or None.
+        ready: CUDA event recorded after the copies on a GPU, or None.
         buffers: name of each part -> the tensors of it that may be infinite.
         files: name of each further file -> its content.
     """
@@ -96,7 +96,7 @@ def snapshot(
     buffers: Mapping[str, Collection[str]] | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> Snapshot:
-    """Copies what a checkpoint holds, without waiting for the device.
+    """Copies the content of a checkpoint without waiting for the device.
 
     Args:
         step: optimizer steps taken; names the checkpoint.
@@ -107,7 +107,7 @@ def snapshot(
         files: name of each further file -> its content.
     """
     skeletons, views = _take_apart(parts)
-    # Copies of their own, for training changes the originals; in the order of a file.
+    # Cloned because training changes the originals; contiguous, as in a file.
     tensors = {
         part: {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in named.items()}
         for part, named in views.items()
@@ -120,13 +120,13 @@ def snapshot(
 
 
 def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
-    """Writes a checkpoint and makes it the latest, and perhaps the best; older ones but `keep` go.
+    """Writes a checkpoint, points the links to it, and deletes all but the newest `keep`.
 
-    Rank 0 alone calls this, with the checkpoints folder of the run. Returns the folder of the checkpoint.
+    Only rank 0 calls this, with the checkpoints folder of the run. Returns the folder of the checkpoint.
 
     Raises:
         TrainingError: a tensor is not finite.
-        StorageError: it cannot be written. After either, the earlier checkpoints are as they were.
+        StorageError: it cannot be written. Both errors leave the earlier checkpoints unchanged.
     """
     target = folder / f"step_{taken.step:08d}"
     partial = folder / f".{target.name}.partial"
@@ -154,14 +154,14 @@ def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
         needed = _bytes(taken.skeletons, taken.tensors, taken.state)
         raise storage_error(target, error, needed) from None
     except CheckpointError as damage:
-        raise StorageError(f"{target}: was not written as it should be; see to the disk: {damage}") from None
+        raise StorageError(f"{target}: was not written correctly; check the disk: {damage}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
 def _write_part(path: Path, *data: bytes | memoryview) -> dict[str, Any]:
-    """Writes a part of a checkpoint, reads it again, and returns its entry in the manifest."""
+    """Writes a part of a checkpoint, reads it back, and returns its entry in the manifest."""
     write_new(path, *data)
     _check_written(path, *data)
     return entry(path.name, *data)
@@ -169,11 +169,11 @@ def _write_part(path: Path, *data: bytes | memoryview) -> dict[str, Any]:
 
 def _check_written(path: Path, *data: bytes | memoryview) -> None:
     if not holds(path, *data):
-        raise CheckpointError(f"{path}: damaged: what is read is not what was written")
+        raise CheckpointError(f"{path}: damaged: the data read back differs from the data written")
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
-    """Gives a complete checkpoint its name, and sees it there."""
+    """Renames a complete checkpoint to its final name, and checks that it is visible there."""
     manifest = (partial / MANIFEST).read_bytes()
     old = replaced(target)
     if target.exists():
@@ -188,7 +188,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
 
     def look() -> None:
         if (target / MANIFEST).read_bytes() != manifest:
-            raise OSError(errno.ESTALE, "another checkpoint is seen in its place")
+            raise OSError(errno.ESTALE, "another checkpoint is still visible in its place")
 
     persist(look)
     sync_folder(target.parent)
@@ -204,32 +204,32 @@ def _check_finite(part: str, tensors: Mapping[str, Tensor], taken: Snapshot) -> 
         if count := int(bad.sum()):
             raise TrainingError(
                 f"{part}: {count:,} of {tensor.numel():,} values of {name} are not finite at step "
-                f"{taken.step:,}; nothing was saved, the last checkpoint is from before that; lower "
+                f"{taken.step:,}; nothing was saved, and the last checkpoint is older; lower "
                 "optim.lr, set train.grad_clip, or use train.precision=fp32 (continue this run "
                 "with --force)"
             )
 
 
 def _surely_finite(tensors: Iterable[Tensor]) -> bool:
-    """Tells whether the sum of all values is finite: then each of them is, and one pass has told it."""
+    """Returns whether the sum of all values is finite; if so, each of them is. It takes one pass."""
     total: Any = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
         for tensor in tensors:
             if tensor.is_floating_point() or tensor.is_complex():
-                # NumPy's sum takes one thread, and the others are those of the training.
+                # NumPy's sum uses one thread and leaves the others to training.
                 total = total + (tensor.float() if tensor.itemsize < 4 else tensor).numpy().sum()
         return bool(np.isfinite(total))
 
 
 class Writer:
-    """Writes checkpoints one after the other in a thread of its own, beside the training.
+    """Writes checkpoints one by one in a background thread.
 
     Args:
         folder: the checkpoints folder of the run.
-        keep: as of `write`.
-        done: told of every complete checkpoint and whether it is the best, in the thread that calls `check`
-            or `wait`.
-        writing: around the writing of each, in the thread that writes.
+        keep: as for `write`.
+        done: called with each complete checkpoint and whether it is the best, in the thread that calls
+            `check` or `wait`.
+        writing: context manager around each write, in the background thread.
     """
 
     def __init__(
@@ -246,38 +246,38 @@ class Writer:
         self._pending: tuple[ThreadPoolExecutor, Future[Path], bool] | None = None
 
     def begin(self, taken: Snapshot, best: bool) -> None:
-        """Begins to write, when the one before is complete; raises what `wait` does."""
+        """Starts to write after the previous checkpoint is complete; raises the errors of `wait`."""
         self.wait()
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = thread, thread.submit(self._write, taken, best), best
-        thread.shutdown(wait=False)  # ends when it is written
+        thread.shutdown(wait=False)  # the thread ends after the write
 
     def _write(self, taken: Snapshot, best: bool) -> Path:
         with self._writing():
             return write(self._folder, taken, keep=self._keep, best=best)
 
     def check(self) -> None:
-        """Reports a checkpoint that has become complete; raises what `wait` does."""
+        """Reports a checkpoint that has become complete; raises the errors of `wait`."""
         if self._pending is not None and self._pending[1].done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written, if any, and reports it.
+        """Waits for the pending checkpoint, if any, and reports it.
 
         Raises:
             StorageError, TrainingError: it could not be written; see `write`.
         """
         if self._pending is not None:
             (thread, future, best), self._pending = self._pending, None
-            thread.shutdown()  # the thread too has ended then
+            thread.shutdown()  # waits until the thread has ended
             self._done(future.result(), best)
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads and verifies a checkpoint, given its folder or a link to it.
+    """Reads and verifies a checkpoint; `path` is its folder or a link to it.
 
     Raises:
-        CheckpointError: it is missing, or a part is missing or damaged; names the file.
+        CheckpointError: the checkpoint or a part of it is missing or damaged; names the file.
     """
     contents = read(path)
     try:
@@ -292,7 +292,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def bytes_needed(parts: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> int:
-    """Returns the bytes that a checkpoint of these parts takes on the disk, rounded up."""
+    """Returns the disk space of a checkpoint of these parts in bytes, rounded up."""
     return _bytes(*_take_apart(parts), state or {})
 
 
@@ -304,7 +304,7 @@ def _bytes(
         for part in tensors.values()
         for name, tensor in part.items()
     )
-    blocks = len(tensors) + 4  # a part begun, for each file and for both folders
+    blocks = len(tensors) + 4  # a partial block for each file and both folders
     return content + len(_document(skeletons, state)) + blocks * _BLOCK_BYTES
 
 
@@ -334,7 +334,7 @@ def _strip(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _on_host(tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
-    """Returns tensors in host memory, without holding up what the device does."""
+    """Returns tensors in host memory, without delaying other work of the device."""
     if ready is None:
         return tensors
     stream = torch.cuda.Stream()
@@ -361,11 +361,11 @@ def _document(skeletons: Mapping[str, Any], state: Mapping[str, Any]) -> bytes:
 
 
 def _rotate(folder: Path, keep: int) -> None:
-    _delete_remains(folder)  # of a process that was killed
+    _delete_remains(folder)  # left by a process that was killed
     linked = {(folder / name).resolve().name for name in ("latest", "best")}
     for path in list_steps(folder)[keep:]:
         if path.name not in linked:
-            move(path, path.with_name(f".{path.name}.partial"))  # half deleted it is never a step_*
+            move(path, path.with_name(f".{path.name}.partial"))  # a half-deleted folder is never named step_*
     _delete_remains(folder)
 
 

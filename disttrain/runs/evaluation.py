@@ -1,4 +1,4 @@
-"""What an evaluation has found: a file of the checkpoint whose weights it was of."""
+"""The results of an evaluation, stored in the checkpoint that was evaluated."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ MISTAKES = 24
 
 
 class Mistake(msgspec.Struct, order=True, frozen=True):
-    """A sample that was taken for another class."""
+    """A misclassified sample."""
 
     probability: float
     """Of the predicted class, 0..1."""
     id: int
-    """Of the sample."""
+    """Sample id."""
     label: int
-    """Its class."""
+    """The true class."""
     predicted: int
-    """The class it was taken for."""
+    """The predicted class."""
 
 
 class Evaluation(msgspec.Struct):
-    """What an evaluation has found, over all ranks."""
+    """The results of an evaluation over all ranks."""
 
     record: EvalRecord
     """Its line of metrics.jsonl, without the time."""
     top5_correct: int
-    """Samples whose class is among the five best."""
+    """Samples whose class is among the top five."""
     classes: tuple[str, ...]
     """Their names, in the order of the matrix."""
     confusion: list[list[int]]
-    """For each true class how often each class was predicted; the sum of a row is the class's samples."""
+    """Confusion matrix, counts by [true class][predicted class]."""
     mistakes: list[Mistake]
     """The most confident ones, the worst first."""
 

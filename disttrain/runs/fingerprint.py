@@ -1,4 +1,4 @@
-"""What tells one experiment from another, and what has changed since a checkpoint was saved."""
+"""What identifies an experiment, and what has changed since a checkpoint was saved."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from disttrain.shards.index import Index
 
 
 def fingerprint(config: Config, index: Index, skipped: Sequence[int] | None = ()) -> dict[str, Any]:
-    """Returns what tells one experiment from another; it is saved with every checkpoint.
+    """Returns the fingerprint of an experiment, which is saved with every checkpoint.
 
     Args:
         config: the resolved config.
         index: of its data set.
-        skipped: ids of the train split that are left out; None where that is not known yet.
+        skipped: ids of the train split that are skipped; None if not known yet.
 
     Returns:
-        `config` and its `config_digest`; `data`: name, digest, samples of each split and what is left out;
+        `config` and its `config_digest`; `data`: name, digest, samples of each split and skipped samples;
         `order`: the digest of what decides the order of the samples of an epoch, None if not known.
     """
     document = config.model_dump(mode="json")
@@ -44,10 +44,10 @@ def fingerprint(config: Config, index: Index, skipped: Sequence[int] | None = ()
 
 
 def saved_identity(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the identity that the state of a checkpoint holds.
+    """Returns the fingerprint in the state of a checkpoint.
 
     Raises:
-        CheckpointError: it lacks a part of it.
+        CheckpointError: a key of it is missing.
     """
     for key in ("step", "config", "config_digest", "data", "order"):
         if key not in state:
@@ -56,11 +56,11 @@ def saved_identity(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]
 
 
 def changes_since(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns a line `key: old -> new` for each difference between two identities that matters.
+    """Returns a line `key: old -> new` for each difference that prevents a resume.
 
     Args:
-        saved: of a checkpoint, or with the key `config` alone.
-        now: of this run; what it does not know is not compared.
+        saved: fingerprint of a checkpoint, or only its key `config`.
+        now: fingerprint of this run; only its keys are compared.
     """
     try:  # keys that were added to the schema since have their defaults
         old = Config.model_validate_json(canonical(saved["config"])).model_dump(mode="json")
@@ -74,10 +74,10 @@ def changes_since(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def _may_change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Tells whether a run goes on although a key has another value."""
-    if key == "train.epochs":  # what is done cannot be undone
+    """Returns whether a run can resume although this key has changed."""
+    if key == "train.epochs":  # finished epochs cannot be undone
         return bool(new["train"]["epochs"] > old.get("train", {}).get("epochs", 0))
-    if key in {"data.skipped", "data.skipped_digest"}:  # what is left out, where that is asked for
+    if key in {"data.skipped", "data.skipped_digest"}:  # skipping is allowed by the config
         return bool(new["data"]["on_error"] == "skip")
     return role(key) is not Role.EXPERIMENT
 
@@ -86,7 +86,7 @@ def refuse(what: str, changes: Sequence[str]) -> UsageError:
     """Returns the error to raise where changes need --force."""
     return UsageError(
         "\n  ".join([f"{what} another config or data set:", *changes])
-        + "\nundo the change, choose another --run-dir, or go on all the same with --force"
+        + "\nundo the change, choose another --run-dir, or continue anyway with --force"
     )
 
 

@@ -12,9 +12,9 @@ import msgspec
 
 from disttrain.files import storage_error
 
-_CHUNK_BYTES = 2**20  # what is decoded of it stays in the processor's cache
+_CHUNK_BYTES = 2**20  # the decoded rows fit in the CPU cache
 _FIRST_BYTES = 2**20
-_MOST_BYTES = 2**26  # of the end of a file: what lies further back a follower does not find
+_MOST_BYTES = 2**26  # a follower searches at most this much of the end of a file
 
 Row = TypeVar("Row")
 
@@ -25,12 +25,12 @@ def encoded(record: object) -> bytes:
 
 
 class JsonLines:
-    """Appends records to a file; each line is written whole and at once.
+    """Appends records to a file, each as one complete line, unbuffered.
 
-    A last line that was torn, when a process was killed in the middle of it, goes before anything is added.
+    An incomplete last line, left by a process that was killed, is removed first.
 
     Args:
-        path: made if it is not there.
+        path: created if missing.
 
     Raises:
         StorageError: it cannot be written; every method may raise this.
@@ -48,7 +48,7 @@ class JsonLines:
         """Appends one record."""
         rest = memoryview(encoded(record))
         with self._told():
-            while rest:  # once, but where the disk is full the first part may fit
+            while rest:  # usually once; on a full disk only a part may fit
                 rest = rest[self._file.write(rest) :]
 
     def sync(self) -> None:
@@ -70,7 +70,7 @@ class JsonLines:
 
 
 def _end_of_last_line(file: BinaryIO) -> int:
-    """Returns the place after the last line break of a file."""
+    """Returns the offset after the last newline of a file, in bytes."""
     end = file.seek(0, os.SEEK_END)
     while end:
         begin = max(0, end - 2**16)
@@ -87,7 +87,7 @@ class Part(NamedTuple, Generic[Row]):
     Attributes:
         rows: those that could be read.
         unread: how many could not.
-        end: where the next line begins, in bytes.
+        end: byte offset of the next line.
     """
 
     rows: list[Row]
@@ -98,10 +98,10 @@ class Part(NamedTuple, Generic[Row]):
 def parts(
     path: Path, decoder: msgspec.json.Decoder[Row], begin: int = 0, end: int | None = None
 ) -> Iterator[Part[Row]]:
-    """Yields the lines of a file some megabytes at a time, without one that is being written.
+    """Yields the lines of a file in chunks, without an incomplete last line.
 
     Args:
-        path: of the file; there is nothing in one that cannot be opened.
+        path: of the file; yields nothing if it cannot be opened.
         decoder: of a line.
         begin: the lines that begin after this byte and not after `end` are read, but the first one of all; a
             negative one counts from the end of the file.
@@ -136,7 +136,7 @@ def parts(
 
 
 def _next_line(file: BinaryIO, place: int) -> int:
-    """Returns where the first line begins that does not begin before a place."""
+    """Returns the byte offset of the first line at or after an offset."""
     if place == 0:
         return 0
     file.seek(place - 1)
@@ -149,12 +149,13 @@ def _decoded(decoder: msgspec.json.Decoder[Row], line: bytes) -> Iterator[Row]:
 
 
 class Follower(Generic[Row]):
-    """Follows a file to which others append.
+    """Follows a file to which other processes append.
 
     Args:
         path: need not exist yet; may be replaced by another file.
         decoder: of a line.
-        take: gets new rows; at first those of the end of the file, of a longer end until it returns True.
+        take: called with new rows. The first call gets the end of the file, and a longer part of it again
+            until this returns True.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class Follower(Generic[Row]):
         self._offset = 0
 
     def read(self) -> None:
-        """Takes the lines that have been completed since the last call."""
+        """Reads the lines completed since the last call."""
         with contextlib.suppress(OSError):
             state = self._path.stat()
             if state.st_ino == self._file and state.st_size >= self._offset:

@@ -1,8 +1,8 @@
-"""The folder of a checkpoint as files: its manifest, whether they are what was written, and which is newest.
+"""The files of a checkpoint: manifest, verification, and the search for the newest valid one.
 
 MANIFEST.json names every part with its size, sha256 and format version. It holds a hash of itself and is one
-line of canonical JSON, so that no bit of it can change unnoticed either. What is in the parts is for
-`checkpoint.py`; nothing here imports torch, because a launcher looks before it starts anything.
+line of canonical JSON, so that a changed bit in it is noticed too. `checkpoint.py` reads the content of the
+parts. Nothing here imports torch, because the launcher looks for checkpoints before it starts the ranks.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def canonical(document: Any) -> bytes:
-    """Returns the one form that a JSON document has here, whatever the order of its keys."""
+    """Returns the canonical form of a JSON document, independent of the order of its keys."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def entry(name: str, *pieces: bytes | memoryview) -> dict[str, Any]:
-    """Returns what the manifest says about a part of these bytes."""
+    """Returns the manifest entry of a part with these bytes."""
     sha256 = hashlib.sha256()
     for piece in pieces:
         sha256.update(piece)
@@ -68,7 +68,7 @@ def verify(path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """Returns the bytes of every part of a checkpoint, once they are verified.
+    """Returns the verified bytes of every part of a checkpoint.
 
     Raises:
         CheckpointError: as `verify` does.
@@ -100,12 +100,12 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def size(path: Path) -> int:
-    """Returns the bytes that a checkpoint takes by its manifest."""
+    """Returns the size of a checkpoint in bytes, from its manifest."""
     return sum(part["bytes"] for part in read_manifest(path).values())
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the entry of each part of a checkpoint; the parts themselves are not looked at.
+    """Returns the entry of each part of a checkpoint, without reading the parts.
 
     Raises:
         CheckpointError: there is no manifest, or it is damaged or of another format.
@@ -169,33 +169,32 @@ def step_of(path: Path) -> int:
 
 
 def list_steps(folder: Path) -> list[Path]:
-    """Returns the checkpoints in a checkpoints folder, newest first, sound or not.
+    """Returns the checkpoints in a checkpoints folder, newest first, valid or not.
 
-    With a checkpoint that was being replaced when the process was killed: the old one, under the name
-    `replaced` gives it, until the new one has its name.
+    Includes the old copy of a checkpoint whose replacement was interrupted, under the name from `replaced`.
     """
     try:
         paths = [path for path in folder.iterdir() if step_of(path) >= 0 and path.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}; see to the folder") from None
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}; check the folder") from None
     return sorted(paths, key=lambda path: (step_of(path), not path.name.startswith(".")), reverse=True)
 
 
 def replaced(path: Path) -> Path:
-    """Returns the name of a checkpoint while another takes its place."""
+    """Returns the temporary name of a checkpoint that is being replaced."""
     return path.with_name(f".{path.name}.replaced")
 
 
 def latest_valid(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
-    """Finds the newest checkpoint that verifies, by its step; links are not asked, nor need the folder exist.
+    """Finds the checkpoint with the highest step that verifies; links are ignored. The folder may be missing.
 
     Returns:
-        The checkpoint, or None if there never was one; and why each newer one was passed over.
+        The checkpoint, or None if there never was one; and why each newer one was skipped.
 
     Raises:
-        CheckpointError: there are checkpoints, or the link to one, and none verifies.
+        CheckpointError: there are checkpoints, or a link to one, but none verifies.
     """
     damages: list[CheckpointError] = []
     for path in list_steps(folder):
@@ -217,17 +216,17 @@ def latest_valid(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
 
 
 def quarantine(chosen: Path, step: int) -> tuple[Path, list[str]]:
-    """Renames the checkpoints of a run that are newer than the one it goes on from.
+    """Renames the checkpoints of a run that are newer than the one it resumes from.
 
-    They are kept, as `damaged_step_*` or `abandoned_step_*`, but no save, rotation or resume meets them: the
-    run that goes on writes its own checkpoints of those steps.
+    They are kept as `damaged_step_*` or `abandoned_step_*`, which saves, rotation and resumes ignore. The
+    resumed run writes its own checkpoints of those steps.
 
     Args:
-        chosen: the checkpoint to go on from; gets the name of its step if it has another one.
+        chosen: the checkpoint to resume from; renamed to match its step if needed.
         step: of that checkpoint.
 
     Returns:
-        The chosen checkpoint, and a line for each one that was set aside.
+        The chosen checkpoint, and a line for each renamed one.
 
     Raises:
         OSError: one cannot be renamed.

@@ -1,4 +1,4 @@
-"""Where a run begins: at the beginning, or at the newest sound checkpoint of the same experiment."""
+"""Where a run starts: from scratch, or from the newest valid checkpoint of the same experiment."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Start:
     """Where a run begins.
 
     Attributes:
-        checkpoint: to go on from, or None for the beginning.
+        checkpoint: to resume from, or None to start from scratch.
         step: optimizer steps taken until then.
-        finished: the run in the folder has finished already, there is nothing to do.
-        notes: lines for the user: what was found, and what was passed over and why.
-        changes: differences from what is gone on with that `--force` lets pass, as `key: old -> new`.
+        finished: whether the run in the folder has already finished.
+        notes: lines for the user: what was found, and what was skipped and why.
+        changes: differences from the resumed run that `--force` allows, as `key: old -> new`.
     """
 
     checkpoint: Path | None
@@ -34,7 +34,7 @@ class Start:
 
 
 def is_finished(folder: RunFolder, now: Mapping[str, Any]) -> bool:
-    """Tells whether the run in a folder is the one of this identity and has finished; any node may ask."""
+    """Returns whether the run in a folder has this fingerprint and has finished. Any node may call this."""
     if not folder.config.exists() or folder.status().get("state") != "finished":
         return False
     saved = load_config(folder.config).model_dump(mode="json")
@@ -43,17 +43,17 @@ def is_finished(folder: RunFolder, now: Mapping[str, Any]) -> bool:
 
 
 def resume_point(folder: RunFolder, resume: str, now: Mapping[str, Any], *, force: bool = False) -> Start:
-    """Decides where a run begins; changes nothing.
+    """Decides where a run starts; changes nothing on disk.
 
     Args:
         folder: the run folder; need not exist.
         resume: auto, never, or the path of a run folder or checkpoint.
-        now: the identity of this run.
-        force: go on although config or data set have changed.
+        now: the fingerprint of this run.
+        force: resume although config or data set have changed.
 
     Raises:
         UsageError: the folder holds a run that must not be continued, or one of another config or data set.
-        CheckpointError: there is no checkpoint at the path, or none that is sound.
+        CheckpointError: there is no valid checkpoint at the path.
     """
     saved: Mapping[str, Any] | None = None
     if folder.config.exists():
@@ -67,7 +67,8 @@ def resume_point(folder: RunFolder, resume: str, now: Mapping[str, Any], *, forc
 
     elsewhere = None if resume == "auto" else resume
     checkpoint, damages = (None, []) if elsewhere else latest_valid(folder.checkpoints)
-    if elsewhere is None and checkpoint is None:  # it may have begun with another run's and have none yet
+    # The run may have started from another run's checkpoint, and not saved its own first one yet.
+    if elsewhere is None and checkpoint is None:
         elsewhere = folder.status().get("began_from")
     if elsewhere is not None:
         checkpoint, damages = _at(Path(elsewhere))
@@ -82,7 +83,7 @@ def resume_point(folder: RunFolder, resume: str, now: Mapping[str, Any], *, forc
         saved = saved_identity(checkpoint, state)
         what, step = f"{checkpoint}: was saved with", state["step"]
     elif saved is not None:
-        notes.append(f"{folder.path}: no checkpoint yet; begins at the beginning")
+        notes.append(f"{folder.path}: no checkpoint yet; starting from scratch")
     changes = [] if saved is None else changes_since(saved, now)
     if changes and not force:
         raise refuse(what, changes)
@@ -90,7 +91,7 @@ def resume_point(folder: RunFolder, resume: str, now: Mapping[str, Any], *, forc
 
 
 def _at(path: Path) -> tuple[Path, list[CheckpointError]]:
-    """Returns the checkpoint at a path, or the newest sound one of the run folder there."""
+    """Returns the checkpoint at a path, or the newest valid one if it is a run folder."""
     if (path / "checkpoints").is_dir():
         found, damages = latest_valid(path / "checkpoints")
         if found is not None:

@@ -1,6 +1,6 @@
-"""The run folder: paths, the lock, and the files that tell a run's story.
+"""The run folder: paths, lock, status and errors.
 
-Rank 0 alone writes here, but for each rank's own log and error file. JSON documents are replaced
+Only rank 0 writes here, except for the log and error file of each rank. JSON documents are replaced
 atomically; JSONL files are appended line by line.
 """
 
@@ -24,16 +24,16 @@ from disttrain.errors import BusyError, DisttrainError, StorageError, TrainingEr
 from disttrain.files import storage_error, write_atomically, write_new
 
 COMMAND = "DISTTRAIN_COMMAND"
-"""Environment variable by which a launcher passes on the command line that the user typed."""
+"""Environment variable with the user's command line, set by the launcher."""
 
 LOCKED_BY_LAUNCHER = "DISTTRAIN_RUN_LOCKED"
-"""Environment variable by which a launcher that holds the lock tells its rank 0."""
+"""Environment variable with the run folder whose lock the launcher holds, for its rank 0."""
 
 CLEAN = dict.fromkeys(("exit_code", "reason", "rank", "host"))
-"""What status.json says of an end, before there is one."""
+"""The keys of status.json about the end of a run, before it has ended."""
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""What flock says on a file system without locks, as some mounts of Lustre and NFS are."""
+"""Errors of flock on file systems without locks, such as some mounts of Lustre and NFS."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _RESERVE_BYTES = 2**16
@@ -55,14 +55,14 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._lock = path / ".lock"
         self._locked = False
-        self._reserve = path / ".reserve"  # space for the last words of a run on a disk that is full
+        self._reserve = path / ".reserve"  # freed to write the final status on a full disk
 
     def log(self, rank: int) -> Path:
         """Returns the log file of a rank."""
         return self.path / "logs" / f"rank_{rank:05d}.log"
 
     def launch_log(self, node_rank: int) -> Path:
-        """Returns the file that takes what the processes of a node print on standard error."""
+        """Returns the file for the standard error of the processes of a node."""
         return self.path / "logs" / f"launch_{node_rank:05d}.log"
 
     def error(self, rank: int) -> Path:
@@ -78,10 +78,10 @@ class RunFolder:
         return self.path / "trace" / f"rank_{rank:05d}.jsonl"
 
     def is_run(self) -> bool:
-        """Tells whether a run began here once.
+        """Returns whether a run has started here before.
 
         Raises:
-            BusyError: the folder may not be looked into.
+            BusyError: the folder cannot be accessed.
         """
         try:
             return self._lock.exists()
@@ -89,7 +89,7 @@ class RunFolder:
             raise self._not_writable(self.path, error) from None
 
     def create(self) -> None:
-        """Makes the folder, or accepts one that is empty or holds a run, and takes its lock.
+        """Creates the folder, or accepts an empty one or one with a run, and takes its lock.
 
         Raises:
             BusyError: it holds something else, cannot be written, or another process runs in it.
@@ -108,14 +108,14 @@ class RunFolder:
                 self._locked = True
             self.check_writable("", "logs", "errors", "checkpoints")
             if not self._reserve.exists():
-                write_new(self._reserve, os.urandom(_RESERVE_BYTES))  # no file system makes that smaller
+                write_new(self._reserve, os.urandom(_RESERVE_BYTES))  # random: it cannot be compressed
         except (FileExistsError, NotADirectoryError):
             raise BusyError(f"{self.path}: is not a folder; choose another --run-dir") from None
         except OSError as error:
             raise self._not_writable(self.path, error) from None
 
     def check_writable(self, *names: str) -> None:
-        """Makes folders in this one where they are missing, and a file in each, which goes again.
+        """Creates missing subfolders, and checks that a file can be written in each.
 
         Raises:
             BusyError: one cannot be written.
@@ -152,16 +152,16 @@ class RunFolder:
         path, text = self.path / "status.json", self.status() | changes | {"updated_at": utc_now()}
         if "state" in changes:
             self._write(path, text)
-        else:  # how far it is: told every second, and not worth a wait for the disk
+        else:  # progress, updated every second: not worth waiting for the disk
             write_atomically(path, _text(text), durable=False)
 
     def record_forced(self, step: int, changes: Sequence[str]) -> None:
-        """Adds to status.json what `--force` let pass: lines of the form `key: old -> new`."""
+        """Adds the changes allowed by `--force` to status.json, as lines `key: old -> new`."""
         forced = [*self.status().get("forced", []), {"time": utc_now(), "step": step, "changes": changes}]
         self.update_status(forced=forced)
 
     def _write(self, path: Path, document: Mapping[str, Any]) -> None:
-        """Replaces a JSON document; how a run ended can be written down on a full disk too."""
+        """Replaces a JSON document. On a full disk, frees the reserve to make room."""
         text = _text(document)
         try:
             write_atomically(path, text)
@@ -172,12 +172,12 @@ class RunFolder:
     def forget_after(self, step: int, epoch: int) -> None:
         """Drops the metrics and traces after a checkpoint, so that a resumed run leaves no duplicates.
 
-        What was recorded at the step of the checkpoint came before it and stays. Only an evaluation that the
-        resumed run will repeat goes: that of an epoch which the checkpoint does not count as completed.
+        Records of the checkpoint's own step were written before it and stay, except an evaluation that the
+        resumed run repeats: one of an epoch that the checkpoint does not count as completed.
 
         Args:
-            step: optimizer steps taken, of the checkpoint's position.
-            epoch: epochs completed, with their evaluation, of the checkpoint's position.
+            step: optimizer steps taken at the checkpoint.
+            epoch: epochs completed at the checkpoint, with their evaluation.
 
         Raises:
             StorageError: a file cannot be written.
@@ -200,7 +200,7 @@ class RunFolder:
                 write_atomically(path, "".join(kept))
 
     def write_error(self, rank: int, error: BaseException) -> None:
-        """Writes down the exception that ended a rank."""
+        """Writes the exception that ended a rank to its error file."""
         exit_code = error.exit_code if isinstance(error, DisttrainError) else TrainingError.exit_code
         document = {
             "rank": rank,
@@ -217,14 +217,14 @@ class RunFolder:
         self._write(self.error(rank), document)
 
     def clear_errors(self, ranks: Iterable[int]) -> None:
-        """Removes the errors that an earlier attempt has left of these ranks."""
+        """Removes the errors of these ranks from an earlier attempt."""
         for rank in ranks:
             self.error(rank).unlink(missing_ok=True)
 
     def first_error(self, ranks: Iterable[int] | None = None, since: str = "") -> dict[str, Any] | None:
-        """Returns the earliest error that one of the ranks, or any, wrote down: the cause, not its victims.
+        """Returns the earliest error of the given ranks, or of all: it is the cause of the later ones.
 
-        What is older than `since`, a time as of `utc_now`, is of an earlier attempt.
+        Errors before `since`, a time from `utc_now`, belong to an earlier attempt and are ignored.
         """
         errors = []
         for path in self.error(0).parent.glob("rank_*.json") if ranks is None else map(self.error, ranks):
@@ -236,11 +236,11 @@ class RunFolder:
         return min(errors, key=lambda error: str(error["time"]), default=None)
 
     def locked_by_launcher(self) -> bool:
-        """Tells whether the launcher that started this process has prepared the folder and holds its lock."""
+        """Returns whether the launcher of this process has prepared the folder and holds its lock."""
         return os.environ.get(LOCKED_BY_LAUNCHER) == str(self.path.resolve())
 
     def _take_lock(self) -> None:
-        # Not filelock: who comes second is told host and process of the first, also where there is no flock.
+        # Not filelock: the error names the host and process of the holder, even without flock.
         lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -254,7 +254,7 @@ class RunFolder:
         os.write(lock, json.dumps(_this_process()).encode())
 
     def _take_lock_by_name(self) -> None:
-        """Takes the lock where the file system has none: what .lock says holds while its process lives."""
+        """Takes the lock without flock: .lock is valid while the process that it names lives."""
         holder = self._holder()
         if holder is not None:
             if holder["host"] != socket.gethostname():
@@ -263,7 +263,7 @@ class RunFolder:
                 raise self._taken(holder)
         own = json.dumps(_this_process())
         write_atomically(self._lock, own)
-        if self._holder() != _this_process():  # somebody else was a moment later
+        if self._holder() != _this_process():  # another process overwrote it a moment later
             raise self._taken(self._holder())
 
         def give_back() -> None:
@@ -290,7 +290,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _start_of(pid: int) -> int | None:
-    """Returns when a process of this host began, in ticks since the host did, or None if it has ended."""
+    """Returns the start of a process in clock ticks since boot, or None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -299,7 +299,7 @@ def _start_of(pid: int) -> int | None:
 
 
 def new_run_path(name: str) -> Path:
-    """Returns a fresh path under runs/<name>/, named by the time and made unique by making it."""
+    """Creates and returns a new folder under runs/<name>/, named by the time in UTC."""
     parent = Path("runs") / name
     base = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
@@ -311,7 +311,7 @@ def new_run_path(name: str) -> Path:
         except OSError as error:
             raise BusyError(f"{path}: cannot be made: {error.strerror}; give --run-dir") from None
         return path
-    raise BusyError(f"{parent}: a thousand runs began in this second")
+    raise BusyError(f"{parent}: a thousand runs started in this second; give --run-dir")
 
 
 def _text(document: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
-"""The content of a safetensors file as pieces, of which the large ones are written from where they lie.
+"""The content of a safetensors file in pieces, without copying large tensors.
 
-Beside the training, memory and its bandwidth are what a checkpoint takes away. The library's `save` copies
-all tensors before the first byte is written; its `save_file` does not, but gives neither the bytes, which are
-to be hashed and compared, nor the error number of a disk. Files are read with the library.
+A checkpoint competes with training for memory and its bandwidth. The library's `save` copies all tensors
+before the first byte is written. Its `save_file` does not, but returns neither the bytes, which must be
+hashed and compared, nor the error number of the disk. Files are read with the library.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 _ALIGNMENT = 8  # bytes, of the first tensor
-_SMALL_BYTES = 2**16  # what is copied sooner than written and compared by itself
+_SMALL_BYTES = 2**16  # copying is faster than writing and comparing separately
 
 
 def file_pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
-    """Returns the bytes of a safetensors file, to be written one piece after the other.
+    """Returns the bytes of a safetensors file, in pieces to be written in order.
 
     Args:
         tensors: by name, of any shape; on the CPU and contiguous. The large ones are not copied, and must
             not change before they are written.
 
     Raises:
-        Exception: what the library raises for a dtype that its files do not have.
+        Exception: of the library, if it does not support a dtype.
     """
     # The widest first, so that each begins at a multiple of its size.
     ordered = sorted(tensors.items(), key=lambda pair: (-pair[1].itemsize, pair[0]))
@@ -52,7 +52,7 @@ def file_pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
 
 @functools.cache
 def _dtype(dtype: torch.dtype) -> str:
-    """Returns what the library calls a dtype in a header."""
+    """Returns the name of a dtype in a safetensors header."""
     header = save({"": torch.empty(0, dtype=dtype)})[8:]
     name: str = json.loads(header)[""]["dtype"]
     return name

@@ -401,7 +401,7 @@ def test_a_limit_on_the_size_of_files(disttrain: Run, here: Path, digits_root: P
     assert latest_valid(here / "run/checkpoints") == (None, [])
     done = small(disttrain, "run", *WIDE, "train.epochs=1", "--force")
     assert done.returncode == 0, done.stderr
-    assert "no checkpoint yet; begins at the beginning" in done.stdout
+    assert "no checkpoint yet; starting from scratch" in done.stdout
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints"])

@@ -91,7 +91,7 @@ def test_a_problem_is_named(
 @pytest.mark.parametrize(
     ("gpu", "trouble", "name", "words"),
     [
-        (7, {"FAKE_NVML_THROTTLE": "7:64"}, "throttled", ["GPU 7 on ", "too hot for its clocks in 100 %"]),
+        (7, {"FAKE_NVML_THROTTLE": "7:64"}, "throttled", ["GPU 7 on ", "lowered its clocks in 100 %"]),
         (7, {"FAKE_NVML_USED": "7:80000"}, "memory-tight", ["97 %", "train.accumulate"]),
         (3, {}, "launch-bound", ["busy 35 % of the time", "train.batch_size"]),
         (7, {}, "compute-bound", ["train.precision=bf16"]),

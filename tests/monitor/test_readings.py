@@ -67,7 +67,7 @@ def test_a_sweep_reads_every_field_of_every_gpu(library: Path) -> None:
     assert (second[1]["utilization_pct"], second[1]["sm_activity_pct"]) == (75, 22.5)
     assert second[1]["memory_used_by_us_mib"] is None  # its processes are others'
     assert first[2] is second[2] is None
-    assert answer["said"] == ["GPU unknown: NVML does not show it to this process; it is not read"]
+    assert answer["said"] == ["GPU unknown: not visible to this process through NVML; it is not read"]
     assert (answer["alarms"], answer["gone"]) == ([], False)
 
 
@@ -164,7 +164,7 @@ def test_a_gpu_that_is_lost_is_told_once_and_the_others_go_on(library: Path) -> 
     assert len(answer["alarms"]) == 2
     assert all(text.startswith(f"GPU 2 (NVIDIA Fake 2, {UUIDS[2]}): ") for text in answer["alarms"])
     assert "Xid 79, the GPU has fallen off the bus; see dmesg" in answer["alarms"][0]
-    assert "it has fallen off the bus; it is not read any more" in answer["alarms"][1]
+    assert "it has fallen off the bus; it is no longer read" in answer["alarms"][1]
     assert answer["calls"] == [5 + 2]  # after that nothing is asked of it
 
 

@@ -174,7 +174,7 @@ def test_a_slow_tool_costs_the_loop_nothing_and_loses_the_oldest() -> None:
     assert tool.taken[-4:] == [7, 8, 9, "finish"]
     lost = 10 - (len(tool.taken) - 2)
     assert lost in (6, 7)  # whether the first was being taken already
-    assert said == [f"tool: {lost} records were not taken; metrics.jsonl has them all"]
+    assert said == [f"tool: {lost} records were not delivered; metrics.jsonl has them all"]
 
 
 def test_a_tool_that_fails_is_said_once_and_gets_what_comes_later() -> None:
@@ -189,7 +189,7 @@ def test_a_tool_that_fails_is_said_once_and_gets_what_comes_later() -> None:
     assert tool.taken == ["start", 0, 3, 4, "finish"]
     assert said == [
         "tool: failed (ConnectionError: no way to 1); training goes on, metrics.jsonl has it all",
-        "tool: 2 records were not taken; metrics.jsonl has them all",
+        "tool: 2 records were not delivered; metrics.jsonl has them all",
     ]
 
 
@@ -213,7 +213,7 @@ def test_a_tool_that_hangs_is_left_behind() -> None:
     feed.put(train_record(2))
     feed.end()
     feed.join(time.monotonic() + 0.5)
-    assert said[0] == "tool: does not come to its end; left behind"
+    assert said[0] == "tool: did not finish in time; abandoned"
     told = len(said)
     tool.fail = (1, 2)
     tool.gate.set()
@@ -340,9 +340,9 @@ def test_trackers_that_fail_or_hang_do_not_stop_a_run(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trackio: failed (ConnectionError: the network is down)") == 1
     assert "still down" not in done.stdout
-    assert done.stdout.count("mlflow: does not come to its end; left behind") == 1
+    assert done.stdout.count("mlflow: did not finish in time; abandoned") == 1
     records = metrics(tmp_path / "run")
-    assert f"trackio: {len(records)} records were not taken" in done.stdout
+    assert f"trackio: {len(records)} records were not delivered" in done.stdout
     assert isinstance(records[-1], EvalRecord)
 
 

@@ -15,7 +15,7 @@ from kit.run_files import train_record
 FINE = Evidence(step_s=0.1, data_s=0.002, on_gpu=True, precision="bf16", utilization_pct=97, memory_pct=60)
 CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
     ("all is well", {}, "compute-bound", ["98 % of a step (100 ms)", "more GPUs"], None),
-    ("of a known GPU", {"peak_pct": 41.7}, "compute-bound", ["is computing, at 42 % of the device's"], None),
+    ("of a known GPU", {"peak_pct": 41.7}, "compute-bound", ["computing, at 42 % of the device's"], None),
     ("fp32", {"precision": "fp32"}, "compute-bound", ["train.precision=bf16"], "train.precision"),
     (
         "a processor",
@@ -32,7 +32,7 @@ CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
         "data.cache",
     ),
     ("slow gathering", {"data_s": 0.02}, "input-bound", ["20 %", "data.cache=device"], "data.cache"),
-    ("on the GPU", {"data_s": 0.02, "cache": "device"}, "input-bound", ["no setting here helps"], None),
+    ("on the GPU", {"data_s": 0.02, "cache": "device"}, "input-bound", ["no setting helps"], None),
     (
         "slow copies",
         {"data_s": 0.002, "to_device_s": 0.013, "augmentation_s": 0.003},
@@ -47,7 +47,7 @@ CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
         ["25 %", "augmenting"],
         "augment",
     ),
-    ("tiny network", {"data_s": 0.02, "on_gpu": False}, "input-bound", ["gathering samples"], None),
+    ("tiny network", {"data_s": 0.02, "on_gpu": False}, "input-bound", ["collecting samples"], None),
     ("just fast enough", {"data_s": 0.0099}, "compute-bound", [], None),
     ("slow link", {"communication_s": 0.035}, "communication-bound", ["35 %", "35 ms"], "train.batch_size"),
     ("both", {"communication_s": 0.035, "data_s": 0.4 * 0.1}, "input-bound", ["40 %"], "data.cache"),
@@ -96,7 +96,7 @@ CASES: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
             "communication_s": 0.03,
         },
         "straggler",
-        ["rank 2 on gpu07 needs 80 ms", "the others 50 ms (median)"],
+        ["rank 2 on gpu07 needs 80 ms", "the median of the others is 50 ms"],
         None,
     ),
     (

@@ -81,7 +81,7 @@ def test_the_report_of_a_real_run_says_what_the_run_knows(
     text = visible(page)
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"finished: accuracy {100 * last['accuracy']:.2f} % ({last['correct']} of 359)" in text
-    assert f"{100 * last['accuracy']:.2f} % of 359 validation images are right" in text
+    assert f"{100 * last['accuracy']:.2f} % of 359 validation images are classified correctly" in text
     assert "2 processes, CPU, 1 thread each" in text
     assert "rank 0" in text
     assert "rank 1" in text
@@ -129,7 +129,7 @@ def test_a_slow_network_is_shown_fewer_images_and_the_page_says_so(
     assert inside.samples == 359
     assert inside.confusion.sum() == 256
     text = visible(write_report(run, tmp_path / "page.html", inside_s=1e-9))
-    assert "of 256 of 359 validation images, chosen at random, as many as the time allowed, are right" in text
+    assert "of 256 randomly chosen validation images (of 359, limited by time) are classified" in text
 
 
 @pytest.mark.integration
@@ -199,14 +199,14 @@ def test_the_time_is_shared_out(tmp_path: Path) -> None:
     text = visible(write_report(write_run(tmp_path / "run", status={"verdict": verdict})))
     assert verdict["text"] in text
     # 31 s in all, 30 steps of a second; each evaluation ends half a second later
-    for row in ("forward and backward pass 15.0 s 48.4 %",
+    for row in ("forward and backward passes 15.0 s 48.4 %",
                 "waiting for the gradients of other ranks 3.0 s 9.7 %",
                 "optimizer 1.5 s 4.8 %", "augmentation 0.6 s 1.9 %",
                 "waiting for data 4.5 s 14.5 %", "copying to the device 0.9 s 2.9 %",
                 "evaluation 1.5 s 4.8 %",
-                "start, log points, checkpoints, pauses 4.0 s 12.9 %"):  # fmt: skip
+                "startup, log points, checkpoints, pauses 4.0 s 12.9 %"):  # fmt: skip
         assert row in text
-    assert "A step on each of the 2 ranks Milliseconds; means of the last 29 log points." in text
+    assert "Time per step on each of the 2 ranks Milliseconds, means over the last 29 log points." in text
     assert "1 150.16 30.16 20.16 500.16 100.16 50.16" in text
 
 
@@ -220,7 +220,7 @@ def test_the_time_is_shared_out(tmp_path: Path) -> None:
             "failed with exit code 70 after epoch 3, step 25: the loss is not finite; accuracy 75.00 %",
         ),
         ({"state": "running", "updated_at": "now"}, "running", "running, epoch 3, step 30; accuracy 75.00 %"),
-        ({"state": "running", "updated_at": stamp(0)}, "silent", "most likely it was killed after epoch 3"),
+        ({"state": "running", "updated_at": stamp(0)}, "silent", "was most likely killed after epoch 3"),
         ({"state": "stopped", "exit_code": 75, "reason": "stopped at step 25"}, "stopped", "exit code 75"),
     ],
 )

@@ -160,7 +160,7 @@ def test_every_section_and_chart_is_there_and_evil_names_are_text(report: Path, 
     assert page.locator("img:not([alt]), img[alt='']").count() == 0
     broken = "(all) => all.filter((one) => one.naturalWidth === 0).length"
     assert page.locator("img").evaluate_all(broken) == 0
-    assert page.locator("#devices summary", has_text="What happened").is_visible()
+    assert page.locator("#devices summary", has_text="Events in order").is_visible()
     assert "step 14 took 12 s, 12 times" in page.locator("#devices").evaluate("(all) => all.textContent")
 
 
