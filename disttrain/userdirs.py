@@ -7,15 +7,27 @@ import os
 import stat
 from pathlib import Path
 
-from disttrain.errors import StorageError
+from disttrain.errors import StorageError, UsageError
 from disttrain.files import write_atomically
 from disttrain.slurm_env import job_folders
 
 
 def user_cache() -> Path:
-    """Returns the cache folder of this user: disttrain/ in $XDG_CACHE_HOME, or else in ~/.cache."""
+    """Returns the cache folder of this user: disttrain/ in $XDG_CACHE_HOME, or else in ~/.cache.
+
+    Raises:
+        UsageError: the user has no home folder, as in a container with an unknown user id.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache if cache.is_absolute() else Path.home() / ".cache") / "disttrain"
+    if not cache.is_absolute():
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:
+            raise UsageError(
+                "this user has no home folder for data sets and caches; set HOME to a writable folder, or "
+                "set DISTTRAIN_DATA and DISTTRAIN_CACHE"
+            ) from None
+    return cache / "disttrain"
 
 
 def cache_folder() -> Path:

@@ -9,6 +9,7 @@ import sys
 
 import click
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from disttrain.cli import main
@@ -184,6 +185,12 @@ def test_no_mistake_imports_torch(mistakes):
 
 def test_no_mistake_leaves_a_file(mistakes):
     assert mistakes[2] == mistakes[3]
+
+
+def test_a_config_key_that_is_given_as_an_option_is_told_how_to_be_written():
+    done = CliRunner().invoke(main, ["run", "tiny.yaml", "--optim.weight_decay=0.1"])
+    assert done.exit_code == 2
+    assert "Set a config key without dashes: optim.weight_decay=VALUE" in done.output
 
 
 def test_several_mistakes_are_a_line_each(disttrain, config_file):

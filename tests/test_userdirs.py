@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.userdirs import decoded_folder
+from disttrain.errors import UsageError
+from disttrain.userdirs import decoded_folder, user_cache
 
 
 @pytest.fixture
@@ -62,3 +63,11 @@ def test_a_folder_that_is_not_the_jobs_alone_is_passed_over(job, monkeypatch, ho
 def test_a_folder_of_another_user_is_passed_over(job):
     os.chown(job["SLURM_TMPDIR"], 65534, 65534)
     assert decoded_folder() == job["TMPDIR"] / "disttrain/decoded"
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)  # as in a container: not in /etc/passwd
+    with pytest.raises(UsageError, match=r"no home folder.*set HOME .*DISTTRAIN_DATA and DISTTRAIN_CACHE"):
+        user_cache()

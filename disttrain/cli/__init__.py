@@ -19,6 +19,12 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if "." not in error.option_name:
+                raise
+            key = error.option_name.lstrip("-").replace("-", "_")
+            text = f"No such option '{error.option_name}'. Set a config key without dashes: {key}=VALUE"
+            raise click.UsageError(text, error.ctx) from None
         except DisttrainError as error:
             for line in str(error).splitlines():
                 click.echo(f"disttrain: {line}", err=True)

@@ -91,20 +91,18 @@ def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]
 
 def _apply_override(tree: dict[str, Any], where: dict[Key, str], override: str) -> None:
     name, equals, text = override.partition("=")
-    keys = tuple(name.strip().split("."))
-    if not equals or not all(keys):
+    keys: Key = tuple(int(key) if key.isdecimal() else key for key in name.strip().split("."))
+    if not equals or "" in keys:
         raise UsageError(f"{override!r} is not an override; write key=value, for example optim.lr=0.1")
     source = f"override {override!r}"
     value, _ = read_yaml(text, source, numbered=False)
-    section = tree
+    section: Any = tree
     for depth, key in enumerate(keys[:-1], 1):
-        if section.get(key) is None:
+        if isinstance(section, dict) and section.get(key) is None:
             section[key] = {}
             where.setdefault(keys[:depth], source)
-        section = section[key]
-        if not isinstance(section, dict):
-            raise UsageError(f"{source}: {dotted_name(keys[:depth])} is a value, not a section")
-    old = section.get(keys[-1])
+        section = _item(section, keys[:depth], source)
+    old = _item(section, keys, source)
     if isinstance(old, dict) and not isinstance(value, dict):
         example = f"{name}.{next(iter(old), 'name')}=..."
         raise UsageError(f"{source}: {name} is a section; set one of its keys, such as {example}")
@@ -112,6 +110,20 @@ def _apply_override(tree: dict[str, Any], where: dict[Key, str], override: str) 
     for place in [place for place in where if place[: len(keys)] == keys]:
         del where[place]  # the override replaces everything below this key
     where[keys] = source
+
+
+def _item(section: Any, keys: Key, source: str) -> Any:
+    """Returns the item of a section or a list that the last of `keys` names; None if a section has none."""
+    key, name = keys[-1], dotted_name(keys[:-1])
+    if isinstance(section, dict):
+        return section.get(key)
+    if not isinstance(section, list):
+        raise UsageError(f"{source}: {name} is a value, not a section")
+    if not isinstance(key, int) or key >= len(section):
+        raise UsageError(
+            f"{source}: {name} is a list of {len(section)}; give a position below, such as {name}.0"
+        )
+    return section[key]
 
 
 def _place(key: Key, where: Mapping[Key, str]) -> str:

@@ -193,11 +193,15 @@ class Supervisor:
     def _failure(self, rank: int | None, cause: str) -> Outcome:
         who = "a process" if rank is None else f"rank {rank}"
         log = self._folder.launch_log(self._plan.node_rank)
+        last_words = _read_tail(log, self._log_begin, 15)
+        if rank and not last_words.strip():  # ranks other than 0 print to their own log once they have begun
+            log = self._folder.log(rank)
+            last_words = _read_tail(log, 0, 15)
         return Outcome.of(
             TrainingError.exit_code,
             f"{who} {cause}",
             f"{who} on {self._host} {cause}; see {log}",
-            _read_tail(log, self._log_begin, 15),
+            last_words,
             rank=rank,
             host=self._host,
         )

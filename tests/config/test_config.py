@@ -335,3 +335,18 @@ def test_a_mistake_in_a_replaced_section_names_the_override_not_the_file(file, o
 )  # fmt: skip
 def test_malformed_overrides(file, override, message):
     assert mistake(file, override) == message
+
+
+GROUPS = "optim: {name: sgd, lr: 0.1, groups: [{parameters: .*bias, lr: 0.2}, {parameters: .*bn.*, lr: 0.3}]}"
+TWO_GROUPS = BASE.replace("optim: {name: sgd, lr: 0.1}", GROUPS)
+
+
+def test_overrides_reach_into_lists(file):
+    config = load(file, "optim.groups.1.lr=0.5", text=TWO_GROUPS)
+    assert [group.lr for group in config.optim.groups] == [0.2, 0.5]
+
+
+@pytest.mark.parametrize("key", ["optim.groups.2.lr", "optim.groups.first.lr"])
+def test_an_override_of_an_item_that_a_list_does_not_have(file, key):
+    said = "optim.groups is a list of 2; give a position below, such as optim.groups.0"
+    assert said in mistake(file, f"{key}=1", text=TWO_GROUPS)

@@ -190,6 +190,22 @@ sys.exit(1)
     assert outcome.message.startswith(f"rank 1 on {HOST} was killed by SIGKILL")
 
 
+def test_the_last_words_are_those_of_the_log_that_has_them(launch, folder):
+    outcome = launch(
+        """
+from disttrain.heartbeat import report_exits
+folder.log(1).write_text("terminate called after throwing an instance of 'c10::Error'")
+report_exits(os.environ, {1: -6})
+time.sleep(60)
+""",
+        TWO,
+        connected=False,
+    )
+    assert outcome.message.startswith(f"rank 1 on {HOST} was killed by SIGABRT")
+    assert outcome.message.endswith(f"see {folder.log(1)}")
+    assert outcome.detail == "terminate called after throwing an instance of 'c10::Error'"
+
+
 @pytest.mark.parametrize("earlier", ["stopped", "finished"])
 def test_the_end_of_an_earlier_run_is_not_taken_for_the_end_of_this_one(launch, folder, earlier):
     folder.update_status(state=earlier, exit_code=75, reason=earlier, restarts=2)
