@@ -45,6 +45,11 @@ def allocation(environ: Mapping[str, str]) -> Allocation | None:
     return Allocation(job, environ.get("SLURM_STEP_ID"), nodes, int(cpus) if cpus else None)
 
 
+def requeued(environ: Mapping[str, str]) -> bool:
+    """Tells whether this job ran before and went back into the queue."""
+    return int(environ.get("SLURM_RESTART_COUNT") or 0) > 0
+
+
 def node(environ: Mapping[str, str]) -> Node | None:
     """Returns this node's rank in a job step with one task per node, or None outside a step.
 

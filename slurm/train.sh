@@ -23,17 +23,42 @@ inside=()       # (apptainer exec --nv ~/disttrain.sif) runs disttrain in a cont
 srun_options=() # (--container-image=disttrain.sqsh) or other options for srun
 
 set -u
+refuse() {
+  echo "slurm/train.sh: $1" >&2
+  exit 2
+}
 if (($# == 0)); then
-  echo "usage: sbatch slurm/train.sh CONFIG [KEY=VALUE ...]" >&2
+  echo "usage: sbatch slurm/train.sh CONFIG [KEY=VALUE ...] [options of disttrain run]" >&2
   exit 2
 fi
-run_dir=${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}
+arguments=("${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}" "$@")
+arguments=("${arguments[@]//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
+run_dir=${arguments[0]}
+arguments=("${arguments[@]:1}")
+for ((i = 0; i < ${#arguments[@]}; i++)); do
+  word=${arguments[i]}
+  name=${word%%=*}
+  value=${word#*=}
+  [[ $word == *=* ]] || value=${arguments[i + 1]-}
+  case ${name//_/-} in
+  --run-dir)
+    [[ -n $value ]] || refuse "--run-dir needs a folder"
+    run_dir=$value
+    ;;
+  --nodes)
+    [[ $value == "$SLURM_JOB_NUM_NODES" ]] || refuse "--nodes $value: sbatch gave this job $SLURM_JOB_NUM_NODES \
+node(s); tell sbatch: sbatch --nodes=$value ... slurm/train.sh CONFIG"
+    ;;
+  --node-rank) refuse "--node-rank: each node of the job has a number of its own; leave it out" ;;
+  esac
+done
 max_requeues=${MAX_REQUEUES:-20}
 main_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 main_port=$((20000 + SLURM_JOB_ID * 8 % 12000)) # different for jobs on the same node; below the ephemeral ports
 
-run=(disttrain run "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}" --run-dir "$run_dir" --nodes "$SLURM_JOB_NUM_NODES")
-run+=(--master-addr "$main_host" --master-port "$main_port")
+# The last of two equal options wins: the user's come after ours.
+run=(disttrain run --run-dir "$run_dir" --nodes "$SLURM_JOB_NUM_NODES")
+run+=(--master-addr "$main_host" --master-port "$main_port" "${arguments[@]}")
 # One task per node, whatever the options of sbatch. srun does not inherit --cpus-per-task from sbatch. If sbatch has
 # none either, each task gets as many CPUs as the job has on the node with the fewest.
 fewest_cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
@@ -48,6 +73,8 @@ ended() { # prints the run's exit code if it has ended in this time slice
   now=$(said)
   [[ $now != "$said_before" && $now =~ exit_code=([0-9]+) ]] && echo "${BASH_REMATCH[1]}"
 }
+
+resume_by_hand() { printf "$(date -u +%H:%M:%S)  $1; resume with RUN_DIR=%q sbatch ...\n" "$run_dir" >&2; }
 
 out_of_time='' srun=''
 # srun forwards USR2 to the launchers; on TERM it would end the step at once.
@@ -74,10 +101,9 @@ fi
 if [[ $code == 75 && -n $out_of_time ]]; then # a stop for any other reason is final
   if ((${SLURM_RESTART_COUNT:-0} < max_requeues)); then
     echo "$(date -u +%H:%M:%S)  saved and stopped; requeueing the job"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || resume_by_hand "not requeued (sbatch --no-requeue?)"
   else
-    echo "$(date -u +%H:%M:%S)  saved and stopped after $max_requeues requeues (MAX_REQUEUES); resume with" \
-      "RUN_DIR=$run_dir sbatch ..." >&2
+    resume_by_hand "saved and stopped after $max_requeues requeues (MAX_REQUEUES)"
   fi
 fi
 exit "$code"

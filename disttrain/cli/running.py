@@ -80,6 +80,7 @@ def run(
     KEY=VALUE overrides a setting, for example optim.lr=0.1. train.batch_size is the global batch, so the
     number of GPUs does not change the experiment.
     """
+    from disttrain import slurm_env
     from disttrain.config import load_config
     from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
     from disttrain.launch.prepare import prepare, processes_here
@@ -87,6 +88,7 @@ def run(
     from disttrain.models import check_model_name
     from disttrain.monitor.nvml import unusable_gpus
     from disttrain.runs.agreement import facts
+    from disttrain.runs.resume import resume_again
     from disttrain.runs.runfolder import RunFolder, new_run_path
 
     node = plan_nodes(nodes, **place, environ=os.environ)
@@ -98,6 +100,8 @@ def run(
             note = "training on the CPU, although this machine has GPUs"
             aside(f"{note} ({why}); run `disttrain doctor`, or use --procs N to train on the CPU on purpose")
         run_dir = run_dir or plan_run_dir(config.name, node, os.environ)
+        if run_dir and slurm_env.requeued(os.environ):
+            resume = resume_again(RunFolder(run_dir), resume)
         plan = LaunchPlan(
             config_path,
             overrides,

@@ -28,6 +28,7 @@ from disttrain.launch.rendezvous import Channel, rendezvous
 from disttrain.launch.supervisor import Outcome, Supervisor
 from disttrain.lifetime import adopting_orphans, end_with_parent, stop_signals
 from disttrain.runs.manifest import list_steps, step_of
+from disttrain.runs.resume import resume_again
 from disttrain.runs.runfolder import CLEAN, COMMAND, LOCKED_BY_LAUNCHER, RunFolder
 from disttrain.terminal import is_animated
 
@@ -58,7 +59,7 @@ def launch(
 
     previous = {number: signal.signal(number, receive) for number in stop_signals()}
     restarts = int(folder.status().get("restarts") or 0)
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    requeued = slurm_env.requeued(os.environ)
     try:
         for attempt in range(max_restarts + 1):
             folder.clear_errors(plan.ranks)
@@ -79,7 +80,7 @@ def launch(
                 break
             restarts += 1
             say(f"{outcome.message}\nrestart {attempt + 1} of {max_restarts} from the last checkpoint")
-            plan = replace(plan, resume="auto")
+            plan = replace(plan, resume=resume_again(folder, plan.resume))
             if plan.node_rank == 0:
                 folder.update_status(restarts=restarts)
     finally:

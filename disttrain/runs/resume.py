@@ -90,6 +90,15 @@ def resume_point(folder: RunFolder, resume: str, now: Mapping[str, Any], *, forc
     return Start(checkpoint, step, notes=tuple(notes), changes=tuple(changes))
 
 
+def resume_again(folder: RunFolder, resume: str) -> str:
+    """Returns `--resume` for a run that starts again by itself, after a crash or a requeue.
+
+    Once the run has begun, it continues with its own checkpoints and not with what it began from.
+    """
+    begun = folder.config.exists() or "began_from" in folder.status()
+    return "auto" if begun else resume
+
+
 def _at(path: Path) -> tuple[Path, list[CheckpointError]]:
     """Returns the checkpoint at a path, or the newest valid one if it is a run folder."""
     if (path / "checkpoints").is_dir():

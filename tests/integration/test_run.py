@@ -350,6 +350,8 @@ def test_a_run_that_began_from_a_checkpoint_goes_on_by_itself(
     assert refused.returncode == 2
     assert "optim.lr: 0.01 -> 0.02" in refused.stderr
     assert succeeded(disttrain(*arguments, "--resume", "first", "--force"))
+    requeued = disttrain(*arguments, "--resume", "first", "--dry-run", env={"SLURM_RESTART_COUNT": "1"})
+    assert succeeded(requeued), "a requeued job has the same command line"
     again = disttrain(*arguments)
     assert succeeded(again)
     assert "already finished" in again.stdout

@@ -321,8 +321,12 @@ def test_a_restart_goes_on_where_the_run_was(folder, monkeypatch):
         return [sys.executable, "-c", "raise SystemExit(3)"]
 
     monkeypatch.setattr(launcher, "command", command)
-    launcher.launch(replace(ONE, resume="runs/other"), folder, max_restarts=1, say=lambda text: None)
-    assert [plan.resume for plan in plans] == ["runs/other", "auto"]
+    plan = replace(ONE, resume="runs/other")
+    launcher.launch(plan, folder, max_restarts=1, say=lambda text: None)
+    assert [plan.resume for plan in plans] == ["runs/other"] * 2, "it crashed before it began"
+    folder.config.write_text("name: mine")
+    launcher.launch(plan, folder, max_restarts=1, say=lambda text: None)
+    assert [plan.resume for plan in plans[2:]] == ["runs/other", "auto"]
 
 
 # --- Signals ----------------------------------------------------------------------------------------

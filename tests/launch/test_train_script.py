@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ JOB = {
 STAND_INS = {
     "scontrol": """
         echo "scontrol $*" >>"$CALLS"
-        if [[ $1 == show ]]; then printf '%s\\n' gpu03 gpu04; fi""",
+        if [[ $1 == show ]]; then printf '%s\\n' gpu03 gpu04; else [[ -z $NO_REQUEUE ]]; fi""",
     # Starts its command once per node, as srun does, and ends with the highest code.
     "srun": """
         printf 'srun' >>"$CALLS"
@@ -41,7 +42,7 @@ STAND_INS = {
     "disttrain": """
         printf '%q ' disttrain "$@" | sed 's/ $//' >>"$CALLS"
         echo " (OMP_NUM_THREADS=${OMP_NUM_THREADS-})" >>"$CALLS"
-        if [[ -n $STATUS && $SLURM_NODEID == 0 ]]; then echo "$STATUS" >"$RUN_DIR/status.json"; fi
+        if [[ -n $STATUS && $SLURM_NODEID == 0 ]]; then echo "$STATUS" >"$WRITES/status.json"; fi
         if [[ $SLURM_NODEID == 0 ]]; then exit "$CODE"; fi
         exit "$CODE_ELSEWHERE" """,
 }
@@ -49,7 +50,7 @@ STAND_INS = {
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
-def run(
+def run_all(
     folder: Path,
     *arguments: str,
     code: int = 0,
@@ -57,8 +58,8 @@ def run(
     status: dict[str, object] | None = None,
     out_of_time: bool = True,
     **variables: str,
-) -> tuple[int, str]:
-    """Runs the script as Slurm's batch shell would; returns its exit code and the calls that it made."""
+) -> tuple[int, str, str]:
+    """Runs the script as Slurm's batch shell would; returns exit code, calls and errors."""
     programs, calls, run_dir = folder / "bin", folder / "calls", folder / "run"
     for made in (programs, run_dir):
         made.mkdir(exist_ok=True)
@@ -68,7 +69,7 @@ def run(
     calls.write_text("")
     env = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(calls), "RUN_DIR": str(run_dir)}
     env |= {"CODE": str(code), "CODE_ELSEWHERE": str(code_elsewhere), "OUT_OF_TIME": "yes" * out_of_time}
-    env |= {"STATUS": json.dumps(status, indent=1) if status else ""}
+    env |= {"STATUS": json.dumps(status, indent=1) if status else "", "WRITES": str(run_dir)}
     ended = subprocess.run(
         ["bash", REPOSITORY / "slurm/train.sh", *arguments],
         env=env | JOB | variables,
@@ -76,7 +77,12 @@ def run(
         text=True,
         timeout=60,
     )
-    return ended.returncode, calls.read_text().replace(str(folder), "FOLDER")
+    return ended.returncode, calls.read_text().replace(str(folder), "FOLDER"), ended.stderr
+
+
+def run(folder: Path, *arguments: str, **options: Any) -> tuple[int, str]:
+    """Returns exit code and calls, as `run_all` does."""
+    return run_all(folder, *arguments, **options)[:2]
 
 
 def ended(code: int | None, minute: int = 5, **more: object) -> dict[str, object]:
@@ -91,6 +97,14 @@ def test_what_it_runs(tmp_path):
         ("two nodes", ("a.yaml", "optim.lr=0.1"), {}),
         ("CPUs per task", ("a.yaml",), {"SLURM_CPUS_PER_TASK": "16", "OMP_NUM_THREADS": "4"}),
         ("a job array", ("a.yaml", "seed=%a", "name=a b"), {"SLURM_ARRAY_TASK_ID": "7"}),
+        (
+            "a job array with a run folder",
+            ("a.yaml", "seed=%a"),
+            {"SLURM_ARRAY_TASK_ID": "7", "RUN_DIR": "r%a"},
+        ),
+        ("the user's folder", ("a.yaml", "--run-dir", "my runs/%a"), {"SLURM_ARRAY_TASK_ID": "7"}),
+        ("the user's address", ("a.yaml", "--master_addr=gpu03-ib", "--master-port", "29500"), {}),
+        ("the job's nodes", ("--nodes=2", "a.yaml"), {}),
         ("one node", ("a.yaml", "--gpus", "4"), {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "4712"}),
     ]:
         code, made = run(tmp_path, *arguments, out_of_time=False, **variables)
@@ -149,6 +163,46 @@ def test_a_second_slice_that_ends_like_the_first_is_requeued_again(tmp_path):
         code, calls = run(tmp_path, "a.yaml", code=75, code_elsewhere=137, status=ended(75, minute))
         assert code == 75
         assert "scontrol requeue 4711" in calls
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--run-dir", "{}"), ("--run-dir={}",), ("--run_dir", "{}"), ("--run-dir", "no", "--run_dir={}")],
+)
+def test_the_outcome_is_read_in_the_folder_that_the_user_names(tmp_path, option):
+    mine = tmp_path / "my run"
+    mine.mkdir()
+    arguments = [word.format(mine) for word in option]
+    code, calls = run(tmp_path, "a.yaml", *arguments, code=137, status=ended(75), WRITES=str(mine))
+    assert code == 75, "the run's own, not that of srun"
+    assert "scontrol requeue 4711" in calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--nodes", "4"), "--nodes 4: sbatch gave this job 2 node(s); tell sbatch: sbatch --nodes=4 ... "),
+        (("--nodes=1",), "--nodes 1: sbatch gave this job 2 node(s); tell sbatch: sbatch --nodes=1 ... "),
+        (("--node_rank=1",), "--node-rank: each node of the job has a number of its own; leave it out"),
+        (("optim.lr=1", "--node-rank", "0"), "--node-rank: each node"),
+        (("--run-dir",), "--run-dir needs a folder"),
+    ],
+)
+def test_what_is_not_the_users_to_say_is_refused_before_anything_starts(tmp_path, arguments, words):
+    code, calls, errors = run_all(tmp_path, "a.yaml", *arguments)
+    assert (code, calls) == (2, "")
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith(f"slurm/train.sh: {words}")
+
+
+def test_a_job_that_may_not_be_requeued_says_how_to_go_on(tmp_path):
+    code, calls, errors = run_all(
+        tmp_path, "a.yaml", "--run-dir", str(tmp_path / "run"), code=75, status=ended(75), NO_REQUEUE="yes"
+    )
+    assert code == 75
+    assert "scontrol requeue 4711" in calls
+    assert "not requeued (sbatch --no-requeue?)" in errors
+    assert errors.endswith(f"resume with RUN_DIR={tmp_path}/run sbatch ...\n")
 
 
 def test_without_a_config_it_starts_nothing(tmp_path):
