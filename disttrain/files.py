@@ -34,6 +34,10 @@ _TRANSIENT = {
 }
 
 
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
+"""Of a file system without symbolic links, such as FAT, some FUSE and network file systems."""
+
+
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Replaces the content of a file atomically.
 
@@ -171,10 +175,18 @@ def move(source: Path, target: Path) -> None:
 
 
 def link(path: Path, target: str) -> None:
-    """Makes `path` a symbolic link to `target`, replacing an existing link."""
+    """Makes `path` a symbolic link to `target`, replacing a file or link.
+
+    Where the file system has no symbolic links, `path` becomes a text file with the name of the target.
+    """
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    persist(lambda: partial.symlink_to(target), lambda: partial.is_symlink())
+    try:
+        persist(lambda: partial.symlink_to(target), lambda: partial.is_symlink())
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        write_new(partial, f"{target}\n".encode())
     move(partial, path)
 
 

@@ -86,7 +86,6 @@ def run(
     from disttrain.launch.prepare import prepare, processes_here
     from disttrain.launch.rendezvous import sharing_failures
     from disttrain.models import check_model_name
-    from disttrain.monitor.nvml import unusable_gpus
     from disttrain.runs.agreement import facts
     from disttrain.runs.resume import resume_again
     from disttrain.runs.runfolder import RunFolder, new_run_path
@@ -96,9 +95,8 @@ def run(
         config = load_config(config_path, overrides)
         check_model_name(config.model.name)
         here = processes_here(gpus=gpus, procs=procs)
-        if here.device == "cpu" and procs is None and (why := unusable_gpus()):
-            note = "training on the CPU, although this machine has GPUs"
-            aside(f"{note} ({why}); run `disttrain doctor`, or use --procs N to train on the CPU on purpose")
+        if here.device == "cpu" and procs is None:
+            _warn_of_unused_gpus()
         run_dir = run_dir or plan_run_dir(config.name, node, os.environ)
         if run_dir and slurm_env.requeued(os.environ):
             resume = resume_again(RunFolder(run_dir), resume)
@@ -121,6 +119,15 @@ def run(
         folder.create() if plan.node_rank == 0 else folder.check_writable("logs", "errors")
     plan = replace(plan, run_dir=folder.path)
     _train(plan, folder, facts(config, ready.index), max_restarts=max_restarts, report=report)
+
+
+def _warn_of_unused_gpus() -> None:
+    """Says on standard error that a run is on the CPU although the machine has GPUs."""
+    from disttrain.monitor.nvml import unusable_gpus
+
+    if why := unusable_gpus():
+        note = "training on the CPU, although this machine has GPUs"
+        aside(f"{note} ({why}); run `disttrain doctor`, or use --procs N to train on the CPU on purpose")
 
 
 def _show(plan: LaunchPlan, config: Config, ready: Ready | None) -> None:

@@ -16,6 +16,7 @@ from pydantic import Field
 from disttrain.config import Config, load_config
 from disttrain.data.statistics import statistics
 from disttrain.errors import CheckpointError, UsageError
+from disttrain.runs.manifest import pointed_to
 from disttrain.runs.runfolder import RunFolder
 
 _Count = Annotated[int, Field(gt=0)]
@@ -81,7 +82,7 @@ def open_run(run: Path, checkpoint: str | Path = "best") -> Trained:
     config = load_config(folder.config)
     path = Path(checkpoint)
     if checkpoint in ("best", "latest"):
-        path = folder.checkpoints / checkpoint
+        path = pointed_to(folder.checkpoints / checkpoint)
     if not (path / "MANIFEST.json").is_file():
         there = [name for name in ("best", "latest") if (folder.checkpoints / name).exists()]
         hint = f"give --checkpoint {' or '.join(there)}" if there else "the run has saved none yet"

@@ -23,8 +23,18 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from disttrain.errors import CheckpointError, StorageError, TrainingError
-from disttrain.files import holds, link, move, persist, storage_error, sync_folder, write_new
-from disttrain.runs.manifest import MANIFEST, STATE, entry, list_steps, read, replaced, write_manifest
+from disttrain.files import holds, move, persist, storage_error, sync_folder, write_new
+from disttrain.runs.manifest import (
+    MANIFEST,
+    STATE,
+    entry,
+    list_steps,
+    point_to,
+    pointed_to,
+    read,
+    replaced,
+    write_manifest,
+)
 from disttrain.runs.tensorfile import file_pieces
 
 _BLOCK_BYTES = 4096  # a file takes whole blocks
@@ -144,9 +154,9 @@ def write(folder: Path, taken: Snapshot, *, keep: int, best: bool) -> Path:
         _check_written(partial / MANIFEST, write_manifest(partial, parts))
         sync_folder(partial)
         _put_in_place(partial, target)
-        link(folder / "latest", target.name)
+        point_to(folder / "latest", target)
         if best:
-            link(folder / "best", target.name)
+            point_to(folder / "best", target)
         sync_folder(folder)
         _rotate(folder, keep)
     except OSError as error:
@@ -362,7 +372,7 @@ def _document(skeletons: Mapping[str, Any], state: Mapping[str, Any]) -> bytes:
 
 def _rotate(folder: Path, keep: int) -> None:
     _delete_remains(folder)  # left by a process that was killed
-    linked = {(folder / name).resolve().name for name in ("latest", "best")}
+    linked = {pointed_to(folder / name).name for name in ("latest", "best")}
     for path in list_steps(folder)[keep:]:
         if path.name not in linked:
             move(path, path.with_name(f".{path.name}.partial"))  # a half-deleted folder is never named step_*

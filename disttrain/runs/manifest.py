@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -182,6 +183,56 @@ def list_steps(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (step_of(path), not path.name.startswith(".")), reverse=True)
 
 
+def pointed_to(pointer: Path) -> Path:
+    """Returns the checkpoint that `latest` or `best` points to; it may be missing.
+
+    A pointer is a symbolic link. It is a text file with a name if the file system has no links, and a copy of
+    the checkpoint after `cp -L`, which follows links.
+    """
+    if pointer.is_symlink():
+        return pointer.parent / pointer.readlink()
+    try:
+        if not pointer.is_dir():
+            return pointer.with_name(pointer.read_text().strip())
+        manifest = (pointer / MANIFEST).read_bytes()
+        for path in list_steps(pointer.parent):
+            if (path / MANIFEST).read_bytes() == manifest:
+                return path
+    except (OSError, ValueError):
+        pass
+    return pointer
+
+
+def point_to(pointer: Path, checkpoint: Path) -> None:
+    """Makes `latest` or `best` point to a checkpoint beside it.
+
+    Raises:
+        OSError: the pointer cannot be written.
+    """
+    if _is_copy(pointer):
+        needless, aside = (
+            pointed_to(pointer) != pointer,
+            _free_name(pointer.with_name(f"copied_{pointer.name}")),
+        )
+        move(pointer, aside)
+        if needless:
+            shutil.rmtree(aside, ignore_errors=True)
+    link(pointer, checkpoint.name)
+
+
+def _free_name(base: Path) -> Path:
+    """Returns `base`, or `base` with the first number that is free."""
+    path, number = base, 1
+    while os.path.lexists(path):
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def _is_copy(pointer: Path) -> bool:
+    return pointer.is_dir() and not pointer.is_symlink()
+
+
 def replaced(path: Path) -> Path:
     """Returns the temporary name of a checkpoint that is being replaced."""
     return path.with_name(f".{path.name}.replaced")
@@ -205,8 +256,8 @@ def latest_valid(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
         else:
             return path, damages
     latest = folder / "latest"
-    if latest.is_symlink() and not damages:
-        damages.append(CheckpointError(f"{latest}: leads to {latest.readlink()}, which is missing"))
+    if os.path.lexists(latest) and not damages:
+        damages.append(CheckpointError(f"{latest}: leads to {pointed_to(latest).name}, which is missing"))
     if damages:
         reasons = "\n".join(str(damage) for damage in damages)
         raise CheckpointError(
@@ -240,19 +291,15 @@ def quarantine(chosen: Path, step: int) -> tuple[Path, list[str]]:
             kind = "abandoned"
         except CheckpointError:
             kind = "damaged"
-        base = path.with_name(f"{kind}_step_{step_of(path):08d}")
-        aside, number = base, 1
-        while os.path.lexists(aside):
-            number += 1
-            aside = base.with_name(f"{base.name}-{number}")
+        aside = _free_name(path.with_name(f"{kind}_step_{step_of(path):08d}"))
         move(path, aside)
         lines.append(f"{path} is kept as {aside.name}")
     named = chosen.with_name(f"step_{step:08d}")
     if chosen != named:
         move(chosen, named)
     latest, best = named.with_name("latest"), named.with_name("best")
-    if latest.resolve() != named.resolve():
-        link(latest, named.name)
-    if not best.exists():
+    if pointed_to(latest) != named or _is_copy(latest):
+        point_to(latest, named)
+    if not pointed_to(best).exists():
         best.unlink(missing_ok=True)
     return named, lines

@@ -10,7 +10,7 @@ from typing import Any
 from disttrain.config import load_config
 from disttrain.errors import CheckpointError, UsageError
 from disttrain.runs.fingerprint import changes_since, refuse, saved_identity
-from disttrain.runs.manifest import MANIFEST, latest_valid, read_state, step_of, verify
+from disttrain.runs.manifest import MANIFEST, latest_valid, pointed_to, read_state, step_of, verify
 from disttrain.runs.runfolder import RunFolder
 
 
@@ -105,7 +105,9 @@ def _at(path: Path) -> tuple[Path, list[CheckpointError]]:
         found, damages = latest_valid(path / "checkpoints")
         if found is not None:
             return found, damages
-    elif (path / MANIFEST).exists() or step_of(path) >= 0:
+    elif path.name in {"latest", "best"}:
+        path = pointed_to(path)
+    if (path / MANIFEST).exists() or step_of(path) >= 0:
         found = path.resolve()
         verify(found)
         return found, []

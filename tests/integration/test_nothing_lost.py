@@ -455,3 +455,25 @@ def test_a_second_run_leaves_the_first_alone(disttrain: Run, here: Path, digits_
         first.communicate()
     assert first.returncode == 75, output
     assert (status(here / "run")["state"], status(here / "run")["restarts"]) == ("stopped", 0)
+
+
+NO_LINKS = """
+import errno, os
+def refuse(*arguments, **options):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+os.symlink = refuse
+"""
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_goes_on_without_links(disttrain: Run, stopped: Path, tmp_path: Path) -> None:
+    """After `cp -rL`, and on a file system that has no links."""
+    shutil.copytree(stopped / "run", tmp_path / "run")  # follows links
+    (tmp_path / "no_links").mkdir()
+    (tmp_path / "no_links/sitecustomize.py").write_text(NO_LINKS)
+    arguments = ["run", "small.yaml", "--procs", "1", "--run-dir", "run"]
+    done = disttrain(*arguments, env={"PYTHONPATH": str(tmp_path / "no_links")})
+    assert done.returncode == 0, done.stderr
+    latest = (tmp_path / "run/checkpoints/latest").read_text().strip()
+    assert latest == f"step_{status(tmp_path / 'run')['step']:08d}"
+    assert disttrain("eval", "run").returncode == 0

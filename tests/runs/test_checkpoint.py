@@ -20,7 +20,7 @@ from disttrain import files
 from disttrain.errors import CheckpointError, StorageError
 from disttrain.runs import checkpoint, manifest
 from disttrain.runs.checkpoint import Writer, load, snapshot, write
-from disttrain.runs.manifest import latest_valid, verify, write_manifest
+from disttrain.runs.manifest import latest_valid, pointed_to, verify, write_manifest
 from kit.checkpoints import PARTS, assert_same, names, save_step
 
 # --- Damage ---------------------------------------------------------------------------------------
@@ -128,6 +128,45 @@ def test_links_survive_moving_the_run(tmp_path: Path) -> None:
     shutil.move(tmp_path / "here", tmp_path / "there")
     for link in ("best", "latest"):
         assert load(tmp_path / "there" / link).path == tmp_path / "there" / "step_00000003"
+
+
+def test_copies_in_the_place_of_links_give_way_to_links(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_step(tmp_path / "run", step, best=step == 1)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")  # follows links, as cp -L does
+    latest, best = tmp_path / "copy/latest", tmp_path / "copy/best"
+    assert latest.is_dir()
+    assert not latest.is_symlink()
+    assert (pointed_to(latest).name, pointed_to(best).name) == ("step_00000002", "step_00000001")
+    save_step(tmp_path / "copy", 3, best=True)
+    assert names(tmp_path / "copy") == ["best", "latest", "step_00000002", "step_00000003"]
+    assert latest.readlink() == best.readlink() == Path("step_00000003")
+
+
+def test_a_copy_that_is_the_only_one_is_kept(tmp_path: Path) -> None:
+    save_step(tmp_path / "run", 1, best=True)
+    (tmp_path / "run/best").unlink()
+    (tmp_path / "run/step_00000001").rename(tmp_path / "run/best")
+    save_step(tmp_path / "run", 2, best=True)
+    assert names(tmp_path / "run") == ["best", "copied_best", "latest", "step_00000002"]
+    verify(tmp_path / "run/copied_best")
+
+
+def test_text_files_point_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    for step in (1, 2, 3, 4):
+        save_step(tmp_path, step, best=step == 1)
+    assert names(tmp_path) == ["best", "latest", "step_00000001", "step_00000003", "step_00000004"]
+    assert (tmp_path / "latest").read_text() == "step_00000004\n"
+    assert pointed_to(tmp_path / "best") == tmp_path / "step_00000001"
+    shutil.rmtree(tmp_path / "step_00000004")
+    shutil.rmtree(tmp_path / "step_00000003")
+    shutil.rmtree(tmp_path / "step_00000001")
+    with pytest.raises(CheckpointError, match=r"latest: leads to step_00000004, which is missing"):
+        latest_valid(tmp_path)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
