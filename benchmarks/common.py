@@ -1,6 +1,6 @@
-"""What the benchmarks share: rounds of measurements, runs followed from outside, claims and their tables.
+"""Shared by the benchmarks: measurement rounds, runs observed from outside, claims and their tables.
 
-A benchmark names its measurements and its claims; a claim is a ratio of two medians of one interleaved run.
+A benchmark lists its measurements and its claims; a claim is a ratio of two medians of one interleaved run.
 """
 
 import argparse
@@ -28,19 +28,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PEERS = REPOSITORY / "benchmarks/peers"
 STOPPED = 75  # exit code of a run that was asked to stop
 _FIRST_POLL_S = 0.002
-_POLL_S = 0.05  # seldom, because what follows a run takes time from it
+_POLL_S = 0.05  # rarely, because polling takes time from the run
 
 Values = dict[str, list[float]]
 
 
 class Claim(NamedTuple):
-    """What must hold of a ratio of two measurements.
+    """A bound on the ratio of two measurements.
 
     Attributes:
-        what: in words.
+        what: description.
         ours: name of our measurement.
-        peer: name of what it is compared with.
-        bound: the least or the greatest that is wanted.
+        peer: name of the peer measurement.
+        bound: the wanted minimum or maximum of the ratio.
         wanted: "at least" or "at most".
         ratio: "ours/peer" or "peer/ours".
     """
@@ -61,7 +61,7 @@ class Claim(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """A network with the config, the data set and the optimizer it is measured with."""
+    """A network, with the config, data set and optimizer of its measurement."""
 
     config: str
     data: str
@@ -95,7 +95,9 @@ def parser(doc: str, runs: int = 5) -> argparse.ArgumentParser:
         metavar="ROOT",
         help="folder of the packed data sets (default: $DISTTRAIN_DATA)",
     )
-    arguments.add_argument("--runs", type=int, default=runs, help=f"rounds that count (default {runs})")
+    arguments.add_argument(
+        "--runs", type=int, default=runs, help=f"rounds after the warm-up (default {runs})"
+    )
     arguments.add_argument("--json", action="store_true", help="print JSON instead of the tables")
     return arguments
 
@@ -122,7 +124,7 @@ def peer(
     env: Mapping[str, str] | None = None,
     start: Sequence[str | Path] = (sys.executable,),
 ) -> dict:
-    """Runs a script of peers/ to its end and returns the JSON line that it prints last."""
+    """Runs a script of peers/ and returns the last JSON line that it prints."""
     command = [*map(str, start), str(PEERS / script), *map(str, arguments)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
     if result.returncode:
@@ -131,7 +133,7 @@ def peer(
 
 
 def torchrun(processes: int) -> list[str]:
-    """Returns the start of a command line for so many processes of this machine."""
+    """Returns the start of a command line for this number of processes on this machine."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     return [*run, "--nproc-per-node", str(processes)]
 
@@ -229,7 +231,7 @@ def write_mnist(data: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _drained_terminal() -> Iterator[int]:
-    """Gives the inner side of a pseudo-terminal of 40 x 120 whose output is read and dropped."""
+    """Gives the inner side of a pseudo-terminal of 40 x 120 whose output is discarded."""
     outer, inner = pty.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
 
@@ -278,7 +280,7 @@ def run_step_s(
 def interleaved(
     measurements: Mapping[str, Callable[[], float]], runs: int, *, warm_up: bool = True
 ) -> Values:
-    """Takes every measurement once a round; a first round is not counted."""
+    """Takes every measurement once per round; the first round is a warm-up."""
     if warm_up:
         for name, measure in measurements.items():
             tell(f"warm-up: {name}")
@@ -298,7 +300,7 @@ def tell(text: str) -> None:
 
 
 def machine() -> dict:
-    """Returns what a reader must know of the machine."""
+    """Returns the facts about the machine that a reader needs."""
     names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.partition(": ")[2] for line in names if line.startswith("model name")), "")
     return {

@@ -79,7 +79,7 @@ def main() -> None:
         "--peers-env", type=Path, help="cache folder for the environment of mosaicml-streaming"
     )
     arguments.add_argument("--threads", type=int, default=os.cpu_count())
-    arguments.add_argument("--samples", type=int, help="webdataset and mosaic stop after these")
+    arguments.add_argument("--samples", type=int, help="samples after which webdataset and mosaic stop")
     names = ("webdataset", "mosaic", "dataloader", *OURS)
     arguments.add_argument(
         "--skip", nargs="+", choices=names, default=[], metavar="NAME", help=", ".join(names)

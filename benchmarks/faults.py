@@ -67,7 +67,7 @@ FAULTS = {"kill": 70, "raise": 70, "exit": 70, "stop": 71, "loop": 71, "eval-sto
 
 
 class Trial(NamedTuple):
-    """What came of one fault.
+    """The outcome of one fault.
 
     Attributes:
         seconds: from the fault to the end of the run, less the stall timeout where that must pass first.

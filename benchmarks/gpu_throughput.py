@@ -24,11 +24,13 @@ IMAGES_PER_S, UTILIZATION_PCT = 200_000, 95
 
 def main() -> None:
     arguments = parser(__doc__, runs=3)
-    arguments.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of the runs")
+    arguments.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="more config settings for the runs"
+    )
     arguments.add_argument("--config", type=Path, default=REPOSITORY / "configs/alexnet_cifar.yaml")
     arguments.add_argument("--batch", type=int, nargs="+", default=[512, 2048])
-    arguments.add_argument("--warmup", type=float, default=10, help="seconds after the first record")
-    arguments.add_argument("--seconds", type=float, default=20, help="that are measured after these")
+    arguments.add_argument("--warmup", type=float, default=10, help="warm-up seconds after the first record")
+    arguments.add_argument("--seconds", type=float, default=20, help="measured seconds after the warm-up")
     options = arguments.parse_intermixed_args()
     import torch
 

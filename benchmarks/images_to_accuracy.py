@@ -31,11 +31,15 @@ def others() -> list[str]:
 
 def main() -> None:
     arguments = parser(__doc__, runs=1)
-    arguments.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of every run")
+    arguments.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="more config settings for every run"
+    )
     arguments.add_argument("--accuracy", type=float, default=0.8)
     arguments.add_argument("--configs", nargs="+", choices=others(), default=others(), metavar="NAME")
-    arguments.add_argument("--epochs", type=int, default=3, help="of the speedrun")
-    arguments.add_argument("--images", type=int, help="that an earlier speedrun took; it is left out")
+    arguments.add_argument("--epochs", type=int, default=3, help="epochs of the speedrun")
+    arguments.add_argument(
+        "--images", type=int, help="images that an earlier speedrun needed; skips the speedrun"
+    )
     arguments.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = arguments.parse_intermixed_args()
     env = variables(options.data, options.threads)

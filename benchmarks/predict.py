@@ -58,8 +58,10 @@ def write_files(data: Path, folder: Path, side: int | None) -> list[str]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--threads", type=int, help="of torch (default: its own)")
-    arguments.add_argument("--side", type=int, help="of the files, in pixels (default: 32, as packed)")
+    arguments.add_argument("--threads", type=int, help="number of torch threads (default: torch's own)")
+    arguments.add_argument(
+        "--side", type=int, help="side of the image files in pixels (default: 32, as packed)"
+    )
     options = arguments.parse_args()
     import numpy as np
     import torch

@@ -1,4 +1,4 @@
-"""How long the report of a long run on many GPUs takes, and how large it is.
+"""Time and file size of the report of a long run on many GPUs.
 
     python benchmarks/report.py [--hours 24] [--gpus 64] [--records 100000] [--folder DIR]
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=24)
     parser.add_argument("--gpus", type=int, default=64)
     parser.add_argument("--records", type=int, default=100_000)
-    parser.add_argument("--folder", type=Path, help="where to make the run, or to find it again")
+    parser.add_argument("--folder", type=Path, help="folder to create the run in, or to reuse")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         path = options.folder or Path(scratch) / "run"
@@ -111,7 +111,7 @@ def main() -> None:
             f"{used.ru_maxrss / 2**10:,.0f} MiB of memory, page of {page.stat().st_size / 1e6:.2f} MB"
         )
         text = page.read_text()
-        print("the outliers are in it:", "977.25" in text, "1,204" in text or "1203.5" in text)
+        print("outliers included:", "977.25" in text, "1,204" in text or "1203.5" in text)
 
 
 if __name__ == "__main__":

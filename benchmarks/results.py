@@ -23,7 +23,7 @@ SHORT = ("cnn_mnist", "lenet5_mnist", "lenet_bn_cifar", "alexnet_cifar", "convne
 
 
 def said(config: Path) -> str:
-    """Returns what the comments of a config expect of it."""
+    """Returns the result that the comments of a config promise."""
     comments = " ".join(line.lstrip("# ") for line in config.read_text().splitlines() if line.startswith("#"))
     return comments.partition("Expected: ")[2]
 
@@ -40,7 +40,7 @@ def epochs_to(records: list[dict], accuracy: float) -> float | None:
 
 
 def median(values: list[float | None]) -> float | None:
-    """Returns the median of what is known."""
+    """Returns the median of the known values."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
@@ -64,9 +64,11 @@ def summary(records: list[dict]) -> dict:
 
 def main() -> None:
     arguments = parser(__doc__, runs=1)
-    arguments.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of every run")
+    arguments.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="more config settings for every run"
+    )
     arguments.add_argument("--configs", nargs="+", default=[*SHORT, *LONG], metavar="NAME")
-    arguments.add_argument("--procs", type=int, help="CPU processes of a run, instead of one GPU")
+    arguments.add_argument("--procs", type=int, help="CPU processes per run, instead of one GPU")
     arguments.add_argument("--at-once", type=int, default=1, help="runs side by side")
     options = arguments.parse_intermixed_args()
     files = {name: REPOSITORY / "configs" / f"{name}.yaml" for name in options.configs}
@@ -109,7 +111,7 @@ def main() -> None:
             ):
                 value = median([one[key] for one in found])
                 print(f"  {'n/a' if value is None else f'{value:,.1f}'} {unit}", end="")
-            print(f"\n{'':<22} expected: {said(files[name]) or 'not said'}")
+            print(f"\n{'':<22} expected: {said(files[name]) or 'not stated'}")
 
     where = f"{options.procs} CPU processes" if options.procs else gpu_name()
     facts = machine() | {"on": where, "at_once": options.at_once, "n": options.runs}

@@ -42,7 +42,7 @@ def main() -> None:
     arguments.add_argument("--models", nargs="+", choices=SHAPES, default=["cnn_mnist", "alexnet_cifar"])
     arguments.add_argument("--processes", nargs="+", type=int, default=[2, 4])
     arguments.add_argument("--batch", type=int, default=64, help="global batch")
-    arguments.add_argument("--runs", type=int, default=5, help="rounds that count (default 5)")
+    arguments.add_argument("--runs", type=int, default=5, help="rounds after the warm-up (default 5)")
     arguments.add_argument("--json", action="store_true", help="print JSON instead of the tables")
     options = arguments.parse_args()
     if "RANK" in os.environ:
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def compare(name: str, processes: int, batch: int, found: dict, ranks: scaling.Ranks) -> dict:
-    """Returns the measured step of a network and what the model says of it, in seconds."""
+    """Returns the measured and the modelled step time of a network, in seconds."""
     here, size = found[processes]["steps"][name], found[processes]["gradient_bytes"][name]
     compute = found[1]["shares"][name][str(batch // processes)]
     return {
@@ -101,7 +101,7 @@ def compare(name: str, processes: int, batch: int, found: dict, ranks: scaling.R
 
 
 def start(processes: int, options: argparse.Namespace) -> dict:
-    """Measures in so many processes."""
+    """Measures with this number of processes."""
     words = ["--models", *options.models, "--batch", str(options.batch), "--runs", str(options.runs)]
     words += ["--processes", *map(str, options.processes)]
     result = subprocess.run(
@@ -180,7 +180,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def median(value: Callable[[], float], runs: int) -> float:
-    """Returns the median of so many values; the first one is not counted."""
+    """Returns the median of this number of values, after one warm-up value."""
     return statistics.median([value() for _ in range(runs + 1)][1:])
 
 

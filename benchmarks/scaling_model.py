@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Link(NamedTuple):
-    """What connects neighbours of a ring.
+    """The link between neighbours of a ring.
 
     Attributes:
         latency_s: of one message, software included.
@@ -24,7 +24,7 @@ class Link(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """The ranks of a run and what lies between them.
+    """The ranks of a run and the links between them.
 
     Attributes:
         nodes: number of nodes.
@@ -45,7 +45,7 @@ class Ranks(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one rank computes in a step, as measured.
+    """The measured compute time of one rank per step.
 
     Attributes:
         fixed_s: whatever the batch: kernel launches, the optimizer.

@@ -40,7 +40,7 @@ EPOCHS = 40  # of the job that is requeued
 
 
 def until(condition: Callable[[], object], timeout_s: float = 120) -> float:
-    """Returns the time when a condition has become true."""
+    """Waits until a condition holds and returns the time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited for too long"
@@ -65,7 +65,7 @@ class Job:
         return until(lambda: metrics.exists() and metrics.stat().st_size)
 
     def state(self) -> str:
-        """Returns its state as Slurm has it."""
+        """Returns the job state that Slurm reports."""
         shown = self._hosts.on(CONTROL, "scontrol", "show", "job", self.number)
         return shown.partition("JobState=")[2].split()[0]
 
@@ -95,7 +95,9 @@ def one_round(folder: Path, env: dict[str, str]) -> dict[str, float]:
         hosts.on(CONTROL, "scancel", "--signal=USR2", "--batch", job.number)
         found["save"] = until(lambda: job.state() == "PENDING") - begin
         until(lambda: "slurmstepd" not in hosts.on("node0", "bash", "-c", "cat /proc/[0-9]*/comm"))
-        time.sleep(2)  # slurmd takes no second batch script of a job in the second in which the first ended
+        time.sleep(
+            2
+        )  # slurmd rejects a second batch script of a job in the same second as the end of the first
         hosts.on(CONTROL, "scontrol", "update", f"JobId={job.number}", "StartTime=now")
         until(lambda: job.state() == "COMPLETED")
         found["lost"], found["repeated"] = lost_and_repeated(job.run_dir)
@@ -127,7 +129,7 @@ def main() -> None:
             rounds.append(one_round(folder, variables(options.data, 1, PATH=path)))
 
     def table() -> None:
-        print(f"{'what':<9} {'median':>8} {'least':>8} {'most':>8}")
+        print(f"{'what':<9} {'median':>8} {'min':>8} {'max':>8}")
         for name in rounds[0]:
             values = [found[name] for found in rounds]
             print(f"{name:<9} {statistics.median(values):8.2f} {min(values):8.2f} {max(values):8.2f}")

@@ -37,7 +37,9 @@ from common import (
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of our run")
+    arguments.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="more config settings for our run"
+    )
     arguments.add_argument("--config", type=Path, default=REPOSITORY / "configs/speedrun_cifar.yaml")
     arguments.add_argument("--peers-env", type=Path, required=True, help="cache folder for airbench")
     options = arguments.parse_intermixed_args()

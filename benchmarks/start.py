@@ -1,4 +1,4 @@
-"""How soon disttrain answers, and how soon it trains.
+"""Start-up time of the disttrain command, and time to its first training step.
 
     python benchmarks/start.py --data ROOT [--skip steps] [KEY=VALUE ...]
 
@@ -47,7 +47,9 @@ def write_npz(data: Path, path: Path) -> None:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of our run")
+    arguments.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="more config settings for our run"
+    )
     arguments.add_argument("--skip", nargs="+", choices=("help", "steps"), default=[])
     options = arguments.parse_intermixed_args()
     env = variables(options.data)

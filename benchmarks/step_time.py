@@ -21,7 +21,7 @@ from common import PLAIN, RECIPES, config, environment_with, machine, parser, pe
 
 
 class Claim(NamedTuple):
-    """What must hold in a round: ours / theirs is at most the bound, if there is one."""
+    """A claim about a round: ours / theirs is at most the bound, if any."""
 
     what: str
     ours: str
@@ -70,12 +70,12 @@ def claims(seconds: dict[str, list[float]], steps: int, saves: int) -> list[dict
 def main() -> None:
     arguments = parser(__doc__, runs=15)
     arguments.add_argument("--models", nargs="+", choices=RECIPES, default=list(RECIPES))
-    arguments.add_argument("--steps", type=int, default=40, help="in a round")
+    arguments.add_argument("--steps", type=int, default=40, help="steps per round")
     arguments.add_argument("--batch", type=int, default=64)
     arguments.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     arguments.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments.add_argument("--peers-env", type=Path, help="cache folder for the environment of Lightning")
-    arguments.add_argument("--gpu", action="store_true", help="on one GPU instead of the CPU")
+    arguments.add_argument("--gpu", action="store_true", help="use one GPU instead of the CPU")
     options = arguments.parse_args()
     if options.steps < 2 or options.runs < 2:
         arguments.error("a round has two steps at least, and there are two rounds at least")

@@ -34,7 +34,7 @@ SLOW = "nvmlDeviceGetComputeRunningProcesses_v3:4"  # milliseconds, of one GPU
 
 
 def simulate(folder: Path, gpus: int) -> None:
-    """Makes nvidia-ml-py find the stand-in, whatever else is installed."""
+    """Makes nvidia-ml-py load the fake NVML, even if a real one is installed."""
     library = folder / "libnvidia-ml.so.1"
     source = REPOSITORY / "tests/kit/fake_nvml.c"
     flags = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1"]
@@ -44,7 +44,7 @@ def simulate(folder: Path, gpus: int) -> None:
 
 
 def sweep_s(uuids: list[str], runs: int) -> tuple[list[float], list[float]]:
-    """Returns the seconds of sweeps without and with the rare questions."""
+    """Returns the seconds of sweeps without and with the rare queries."""
     often, rarely = [], []
     with readings.GpuReaders(uuids, [os.getpid()], print) as readers:
         for number in range(2 * runs):
@@ -84,7 +84,7 @@ def log_point_s(folder: Path, ranks: int, uuids: list[str], runs: int) -> tuple[
 
 
 def share(folder: Path, uuids: list[str], seconds: float) -> float:
-    """Returns processor time over wall time of the sampler at one reading a second."""
+    """Returns CPU time over wall time of the sampler at one reading per second."""
     gauges = RunGauges(devices(len(uuids), uuids), 0, 1.0, RunFolder(folder), print)
     gauges.start()
     time.sleep(1)
@@ -130,8 +130,8 @@ def main() -> None:
     arguments.add_argument("--ranks", type=int, default=64)
     arguments.add_argument("--seconds", type=float, default=10)
     arguments.add_argument("--block-s", type=float, default=2)
-    arguments.add_argument("--runs", type=int, default=9, help="rounds that count (default 9)")
-    arguments.add_argument("--slow", action="store_true", help="4 ms for the slowest question")
+    arguments.add_argument("--runs", type=int, default=9, help="rounds after the warm-up (default 9)")
+    arguments.add_argument("--slow", action="store_true", help="let the slowest query take 4 ms")
     arguments.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = arguments.parse_args()
     if options.slow:

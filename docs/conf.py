@@ -1,7 +1,7 @@
-"""Settings of the documentation site, which `sphinx-build -W -c docs . build/site` builds.
+"""Sphinx settings of the documentation site: `sphinx-build -W -c docs . build/site`.
 
-Its pages are the Markdown files of the repository where they are, so the same links work on both. The site
-loads nothing from the network.
+Its pages are the Markdown files of the repository in place, so the same links work in both.
+The site loads nothing from the network.
 """
 
 import inspect
@@ -42,7 +42,7 @@ NAVIGATION = {
 
 myst_heading_anchors = 3
 default_role = "code"
-smartquotes_action = "D"  # quotes stay as they are: many are part of a value
+smartquotes_action = "D"  # keep straight quotes: many are part of a value
 
 add_module_names = False
 autodoc_member_order = "bysource"
@@ -63,7 +63,7 @@ html_css_files = ["site.css"]
 
 
 def complete(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Adds to two pages what the site alone shows: the navigation, and the help texts of the commands."""
+    """Adds the content that only the site has: the navigation, and the help texts of the commands."""
     if docname == root_doc:
         source[0] += "".join(map(toctree, NAVIGATION, NAVIGATION.values()))
     elif docname == "docs/cli":
@@ -104,7 +104,7 @@ def plain(text: str) -> str:
 
 
 def tidy_signature(*event: Any) -> tuple[str, str | None] | None:
-    """Returns a signature without what autodoc makes of lambdas and type aliases in dataclasses."""
+    """Returns a signature with readable lambdas and type aliases."""
     *_, signature, returns = event
     if not signature:
         return None
@@ -113,13 +113,13 @@ def tidy_signature(*event: Any) -> tuple[str, str | None] | None:
 
 
 def name_start_page(app: Sphinx, error: Exception | None) -> None:
-    """Copies the start page to the name that web servers look for."""
+    """Copies the start page to index.html, which web servers look for."""
     if not error:
         shutil.copy(Path(app.outdir, f"{root_doc}.html"), Path(app.outdir, "index.html"))
 
 
 def setup(app: Sphinx) -> None:
-    """Connects the steps above."""
+    """Registers the event handlers above."""
     app.connect("source-read", complete)
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("build-finished", name_start_page)

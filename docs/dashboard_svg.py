@@ -1,4 +1,4 @@
-"""Draws the dashboard of a run as a picture, as it was: python docs/dashboard_svg.py RUN OUTPUT.svg."""
+"""Draws the dashboard of a past run as an SVG: python docs/dashboard_svg.py RUN OUTPUT.svg."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("output", type=Path, help="SVG file to write")
-    parser.add_argument("--records", type=int, help="stop after so many lines of metrics.jsonl")
+    parser.add_argument("--records", type=int, help="stop after this many lines of metrics.jsonl")
     args = parser.parse_args()
     folder = RunFolder(args.run)
     info = json.loads(folder.env.read_text(encoding="utf-8"))["run"]
@@ -31,14 +31,16 @@ def main() -> None:
     picture = rich.console.Console(file=io.StringIO(), record=True, width=100, height=30)
     picture.print(frame)
     svg = picture.export_svg(title="disttrain run")
-    own = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # rich would load a font from the network
+    own = re.sub(
+        r"@font-face \{.*?\}", "", svg, flags=re.DOTALL
+    )  # otherwise the SVG loads a font from the network
     args.output.write_text(own.replace("Fira Code, monospace", "monospace"), encoding="utf-8")
 
 
 def _replay(
     info: RunInfo, records: list[TrainRecord | EvalRecord], verdict: str
 ) -> rich.console.RenderableType:
-    """Returns the frame after the records, on a clock that runs at the speed which they report."""
+    """Returns the frame after the records, with a clock that follows their step times."""
     now_s, position = 0.0, (0, 0)
     console = Console(info, verbosity=0, position=lambda: position, stream=io.StringIO(), clock=lambda: now_s)
     console.start()

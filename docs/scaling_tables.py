@@ -1,4 +1,4 @@
-"""Prints the table of docs/scaling.md, or that of your own GPUs and network.
+"""Prints the table of docs/scaling.md, or the same table for your own GPUs and network.
 
 python docs/scaling_tables.py
 python docs/scaling_tables.py --images-per-s 30000 --fixed-ms 3 --link-us 20 --link-gbit-per-s 25
@@ -32,8 +32,8 @@ def table(speeds: tuple[float, ...] = SPEEDS, fixed_s: float = FIXED_S, between:
     """Returns the efficiency of each network on up to 1,024 GPUs, as Markdown.
 
     Args:
-        speeds: images/s of one GPU, without what a step costs whatever its batch.
-        fixed_s: what a step costs whatever its batch.
+        speeds: images/s of one GPU, without the fixed cost of a step.
+        fixed_s: cost of a step in seconds that does not depend on the batch size.
         between: the link between nodes of 8 GPUs.
     """
     import torch

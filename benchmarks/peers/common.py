@@ -1,4 +1,4 @@
-"""What the peers share: their arguments, the shards, the usual transforms, the clock and the line they print.
+"""Shared by the peers: arguments, shards, the usual transforms, the timer and the printed JSON line.
 
 It needs torch and torchvision only, because mosaic_streaming.py runs it in another environment.
 """
@@ -18,8 +18,8 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 def parser(description: str) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=description.partition("\n")[0])
     arguments.add_argument("data", type=Path, help="folder with train-*.tar")
-    arguments.add_argument("--samples", type=int, help="stop after these; without it, one whole epoch")
-    arguments.add_argument("--threads", type=int, help="of torch; without it, torch's own default")
+    arguments.add_argument("--samples", type=int, help="stop after this many samples (default: one epoch)")
+    arguments.add_argument("--threads", type=int, help="number of torch threads (default: torch's own)")
     return arguments
 
 
@@ -66,12 +66,12 @@ def usual_transform():
             transforms.Normalize(MEAN, STD),
         ]
     )
-    transform(Image.new("RGB", (32, 32)))  # whatever is set up on first use is no part of the epoch
+    transform(Image.new("RGB", (32, 32)))  # one-time set-up is not part of the epoch
     return transform
 
 
 def timed(batches: Iterable, samples: int | None = None) -> tuple[int, float]:
-    """Returns how many samples came, and the seconds from asking for the first batch until the last."""
+    """Returns the number of samples, and the seconds from requesting the first batch to getting the last."""
     seen = 0
     began = time.perf_counter()
     for images, _ in batches:

@@ -30,8 +30,10 @@ class Cifar10(Dataset):
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--workers", type=int, default=2, help="processes of the DataLoader; 0 is none")
-    options.add_argument("--epochs", type=int, default=1, help="that count, after the first one")
+    options.add_argument(
+        "--workers", type=int, default=2, help="DataLoader worker processes; 0 loads in the main process"
+    )
+    options.add_argument("--epochs", type=int, default=1, help="measured epochs, after a warm-up epoch")
     arguments = options.parse_args()
     set_threads(arguments.threads)
     images, targets = [], []

@@ -19,7 +19,7 @@ from common import BATCH_SIZE, encoded_samples, parser, report, set_threads, tim
 
 
 def environment_python(cache: Path) -> Path:
-    """Returns the interpreter of the peer's environment, made if it is not there."""
+    """Returns the interpreter of the peer's environment, created if it is missing."""
     python, ready = cache / "venv/bin/python", cache / "venv/ready"
     if not ready.exists():
         subprocess.run([sys.executable, "-m", "venv", cache / "venv"], check=True, stdout=sys.stderr)
@@ -30,7 +30,7 @@ def environment_python(cache: Path) -> Path:
 
 
 def converted(data: Path, cache: Path) -> Path:
-    """Returns the folder of the MDS shards, written if it is not there."""
+    """Returns the folder of the MDS shards, written if they are missing."""
     from streaming import MDSWriter
 
     folder = cache / "mds"
@@ -81,7 +81,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("cache", type=Path, help="folder for the environment and the MDS shards")
     options.add_argument(
-        "--predownload", type=int, default=sys.maxsize, help="of StreamingDataset, in samples"
+        "--predownload", type=int, default=sys.maxsize, help="predownload of StreamingDataset, in samples"
     )
     arguments = options.parse_args()
     if Path(sys.prefix).resolve() == (arguments.cache / "venv").resolve():

@@ -1,4 +1,4 @@
-"""What the training peers share: their arguments, the images in memory, the network and the clock.
+"""Shared by the training peers: arguments, the images in memory, the network and the timer.
 
 Everything is as disttrain has it, so that the loop alone differs: the decoded images of the packed data set,
 mean and standard deviation of its index, the network of the catalog, torch's fused optimizer.
@@ -26,8 +26,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--warmup", type=int, default=20, help="steps before those that count")
-    parser.add_argument("--steps", type=int, default=200, help="that count")
+    parser.add_argument("--warmup", type=int, default=20, help="warm-up steps")
+    parser.add_argument("--steps", type=int, default=200, help="measured steps")
     return parser
 
 
@@ -75,7 +75,7 @@ class Clock:
         self.done, self.times, self.began, self.device = 0, [], 0.0, device
 
     def step(self) -> bool:
-        """Counts a step; tells whether it was the last one."""
+        """Counts a step; returns whether it was the last one."""
         self.done += 1
         if self.done >= self.warmup and (self.done - self.warmup) % self.interval == 0:
             if self.device != "cpu":

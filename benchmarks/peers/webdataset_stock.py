@@ -12,7 +12,9 @@ from common import BATCH_SIZE, parser, report, set_threads, shards, timed, usual
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--workers", type=int, default=0, help="processes of the WebLoader; 0 is none")
+    options.add_argument(
+        "--workers", type=int, default=0, help="WebLoader worker processes; 0 loads in the main process"
+    )
     arguments = options.parse_args()
     urls = [str(path) for path in shards(arguments.data)]
     if arguments.workers > len(urls):

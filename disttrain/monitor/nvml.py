@@ -1,7 +1,7 @@
-"""Which GPUs this node has and CUDA programs see, asked of NVIDIA's management library through nvidia-ml-py.
+"""The GPUs of this node, and those that CUDA programs see, from NVML through nvidia-ml-py.
 
-A GPU is known by its UUID, because an index means one GPU to NVML and another to CUDA. Imports neither torch
-nor, until GPUs are asked for, pynvml. What they are doing is read in readings.py.
+GPUs are identified by UUID, because NVML and CUDA may number them differently. This module does not import
+torch, and imports pynvml only when it queries GPUs. The readings (load, power, ...) are in readings.py.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _log = logging.getLogger("disttrain")
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, or one MIG instance of a GPU, as NVML knows it.
+    """One GPU, or one MIG instance of a GPU, as NVML reports it.
 
     Attributes:
         index: NVML index of the GPU (the one nvidia-smi shows); of the parent for a MIG instance.
         uuid: with its prefix, `GPU-` or `MIG-`.
         name: product name.
-        memory_total_mib: None where it cannot be read.
-        minor: number of its device file /dev/nvidia<minor>, the same in a container that is given some of
-            the GPUs, where indexes begin at 0.
+        memory_total_mib: None if it cannot be read.
+        minor: number of its device file /dev/nvidia<minor>. In a container with some of the GPUs, indexes
+            start at 0, but this number stays the same.
     """
 
     index: int
@@ -41,18 +41,18 @@ class Gpu:
 
 
 def visible_gpus() -> list[Gpu]:
-    """Returns the GPUs that CUDA programs of this environment see, in their order; [] without NVML.
+    """Returns the GPUs that CUDA programs see in this environment, in CUDA's order; [] without NVML.
 
-    Honours CUDA_VISIBLE_DEVICES. Bare indexes are taken in PCI bus order, which is also CUDA's unless the
-    GPUs of the node differ in speed and CUDA_DEVICE_ORDER is not PCI_BUS_ID: so match a GPU to a rank by
-    its UUID, not by its place in this list.
+    Honours CUDA_VISIBLE_DEVICES. Plain indexes are taken in PCI bus order. CUDA uses the same order unless
+    the GPUs of the node differ in speed and CUDA_DEVICE_ORDER is not PCI_BUS_ID. Match a GPU to a rank by
+    UUID, not by its place in this list.
     """
     with session() as nvml:
         if nvml is None:
             return []
         gpus, instances = _list(nvml)
         spec = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if spec is not None and "MIG-GPU-" in spec:  # the names of instances before driver 470
+        if spec is not None and "MIG-GPU-" in spec:  # MIG names before driver 470
             entries = [part.strip() for part in spec.split(",")]
             found = [describe(nvml, ask(nvml.nvmlDeviceGetHandleByUUID, entry)) for entry in entries]
             spec = ",".join(
@@ -62,14 +62,14 @@ def visible_gpus() -> list[Gpu]:
 
 
 def node_gpus() -> list[Gpu]:
-    """Returns the GPUs of this node, and of one that is split its MIG instances after it."""
+    """Returns the GPUs of this node, each followed by its MIG instances."""
     with session() as nvml:
         gpus, instances = ([], {}) if nvml is None else _list(nvml)
     return [each for gpu in gpus for each in (gpu, *instances[gpu.uuid])]
 
 
 def device_files(devices: Path = Path("/dev")) -> list[str]:
-    """Returns the device files of GPUs that this process may open; Slurm hides those of other jobs so.
+    """Returns the GPU device files that this process may open; Slurm denies access to those of other jobs.
 
     Args:
         devices: the folder of device files.
@@ -83,7 +83,7 @@ def device_files(devices: Path = Path("/dev")) -> list[str]:
 
 
 def unusable_gpus(devices: Path = Path("/dev")) -> str | None:
-    """Returns why CUDA programs see none of the GPUs that this node has; None where nothing is wrong.
+    """Returns why CUDA programs see none of the GPUs of this node; None if nothing is wrong.
 
     Args:
         devices: the folder of device files.
@@ -102,12 +102,12 @@ def unusable_gpus(devices: Path = Path("/dev")) -> str | None:
 
 
 def gpu_of_device(uuid: str, pci_bus_id: str | None) -> Gpu | None:
-    """Returns the GPU or MIG instance on which a CUDA device of this process lies; None if NVML knows none.
+    """Returns the GPU or MIG instance behind a CUDA device of this process; None if NVML does not list it.
 
     Args:
-        uuid: as CUDA gives it, without prefix.
-        pci_bus_id: `<domain>:<bus>:<device>.0` in hexadecimal, asked where the UUID is not known; None if
-            CUDA does not say.
+        uuid: as CUDA reports it, without prefix.
+        pci_bus_id: `<domain>:<bus>:<device>.0` in hexadecimal, used if NVML does not know the UUID; None if
+            CUDA does not report it.
     """
     with session() as nvml:
         if nvml is None:
@@ -118,7 +118,7 @@ def gpu_of_device(uuid: str, pci_bus_id: str | None) -> Gpu | None:
         gpu = describe(nvml, handle)
         if gpu is None or not _instances(nvml, handle):
             return gpu
-    # CUDA gave the GPU, but runs on no GPU that is split: it runs on the one instance that it sees.
+    # CUDA reported the parent GPU, but it runs on the one MIG instance that it sees.
     return next((seen for seen in visible_gpus() if seen.index == gpu.index), gpu)
 
 
@@ -144,13 +144,13 @@ def _instances(nvml: Any, handle: Any) -> list[Any]:
 
 
 def handle_of(nvml: Any, uuid: str) -> Any:
-    """Returns the handle of a UUID with or without its prefix, else None."""
+    """Returns the handle for a UUID with or without prefix; None if there is no such GPU."""
     found = (ask(nvml.nvmlDeviceGetHandleByUUID, prefix + uuid) for prefix in ("", "GPU-", "MIG-"))
     return next((handle for handle in found if handle is not None), None)
 
 
 def describe(nvml: Any, handle: Any, index: int | None = None) -> Gpu | None:
-    """Returns what NVML says of a GPU or MIG instance; None for no handle or a GPU that is lost."""
+    """Returns the GPU or MIG instance of a handle; None without a handle or if the GPU is lost."""
     if handle is None:
         return None
     parent = ask(nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, handle)
@@ -167,7 +167,7 @@ def describe(nvml: Any, handle: Any, index: int | None = None) -> Gpu | None:
 
 
 def _cuda_order(spec: str | None, gpus: Sequence[Gpu], instances: Mapping[str, Sequence[Gpu]]) -> list[Gpu]:
-    """Returns what CUDA makes of a CUDA_VISIBLE_DEVICES value (CUDA C++ Programming Guide).
+    """Returns the GPUs that CUDA selects by CUDA_VISIBLE_DEVICES (CUDA C++ Programming Guide).
 
     Args:
         spec: the value; None when it is not set.
@@ -193,7 +193,7 @@ def _cuda_order(spec: str | None, gpus: Sequence[Gpu], instances: Mapping[str, S
             if matches[0] in chosen:
                 return []  # a repeated entry hides all
             chosen.append(matches[0])
-    for gpu in chosen:  # CUDA sees one MIG instance at most, and then nothing else (MIG user guide)
+    for gpu in chosen:  # CUDA sees at most one MIG instance, and no GPU beside it (MIG user guide)
         if gpu.uuid.startswith("MIG-"):
             return [gpu]
         if instances.get(gpu.uuid):
@@ -203,7 +203,7 @@ def _cuda_order(spec: str | None, gpus: Sequence[Gpu], instances: Mapping[str, S
 
 @contextlib.contextmanager
 def session() -> Iterator[Any]:
-    """Gives pynvml, initialised, or None where NVML is missing or broken; sessions may overlap."""
+    """Yields initialised pynvml, or None if NVML is missing or broken; sessions may overlap."""
     import pynvml
 
     nvml: Any = pynvml
@@ -220,7 +220,7 @@ def session() -> Iterator[Any]:
 
 
 def ask(query: Callable[..., Any], *args: object) -> Any:
-    """Returns the answer of an NVML query, None when it fails or is not supported."""
+    """Returns the result of an NVML query; None if it fails or is not supported."""
     import pynvml
 
     try:

@@ -1,4 +1,4 @@
-"""What the best checkpoint of a run does with its data set: the part of the report that needs torch."""
+"""Predictions and activations of the best checkpoint: the part of the report that needs torch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 _BATCH = 256
 _GRID = 40
 _SAMPLES = 40
-_MAPS = 16  # of a layer
+_MAPS = 16  # per layer
 _FILTERS = 64
 _LAYERS = 12
 
 
 class LabelledImage(NamedTuple):
-    """An image of the data set; `predicted` and its probability (0..1) are None where no model looked."""
+    """An image of the data set; `predicted` and its probability (0..1) are None without a prediction."""
 
     picture: Picture
     label: int
@@ -45,7 +45,7 @@ class LabelledImage(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What a layer makes of an image: up to 16 of its `maps` of width x height."""
+    """Activations of a layer for one image: up to 16 of its `maps` feature maps of width x height."""
 
     name: str
     kind: str
@@ -57,19 +57,19 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Inside:
-    """What a look into a checkpoint shows.
+    """Predictions, filters and activations of a checkpoint.
 
     Attributes:
-        checkpoint: its name.
-        step: optimizer steps taken until then.
-        precision: of the computation.
+        checkpoint: name of the checkpoint.
+        step: optimizer steps up to the checkpoint.
+        precision: precision of the forward pass.
         confusion: int64 [true class, predicted class].
-        samples: validation samples there are; the confusion counts fewer if the time ran out.
-        mistakes: the most confident ones.
-        grid: some images as they come.
-        filters: of the first convolution, or None; with their number.
-        image: what the layers were shown, or None.
-        layers: in the order in which they run.
+        samples: number of validation samples; `confusion` counts fewer if the time limit was reached.
+        mistakes: the most confident mistakes.
+        grid: randomly chosen validation images.
+        filters: picture and number of the filters of the first convolution; None without one.
+        image: the input of `layers`, or None.
+        layers: in execution order.
     """
 
     checkpoint: str
@@ -85,14 +85,14 @@ class Inside:
 
 
 def look_inside(run_dir: Path, config: Config, index: Index, *, budget_s: float) -> Inside:
-    """Shows what the evaluation of the best checkpoint has found, and what its layers make of an image.
+    """Returns the evaluation of the best checkpoint, and its activations for one image.
 
     Args:
         run_dir: the run folder.
-        config: of the run.
-        index: its data set.
-        budget_s: of a checkpoint that was not evaluated: after this many seconds no further batch is put
-            through it, so that a large network on a CPU does not hold up the report.
+        config: config of the run.
+        index: data set of the run.
+        budget_s: time limit in seconds for a checkpoint that has no stored evaluation. No batch starts after
+            it, so that a large network on a CPU does not hold up the report.
 
     Raises:
         DisttrainError: the checkpoint or the data set cannot be used.
@@ -142,7 +142,7 @@ def look_inside(run_dir: Path, config: Config, index: Index, *, budget_s: float)
 def _evaluate(
     classifier: Classifier, config: Config, index: Index, ids: Ids, budget_s: float
 ) -> tuple[Confusion, list[Mistake]]:
-    """Evaluates on as many samples as the time allows; returns the confusion and the worst mistakes."""
+    """Evaluates as many samples as the time allows; returns the confusion matrix and the worst mistakes."""
     from disttrain.data.stages import open_stream
     from disttrain.training.collectives import Group
     from disttrain.training.evaluation import EvalMetrics, EvalTask, score
@@ -168,7 +168,7 @@ def _evaluate(
 
 
 def sample_grid(index: Index) -> list[LabelledImage]:
-    """Returns training images, as many of each class as there is room for, in the order of the classes.
+    """Returns training images in class order, up to the same number of each class.
 
     Raises:
         DisttrainError: the data set cannot be read.
@@ -182,7 +182,7 @@ def sample_grid(index: Index) -> list[LabelledImage]:
         try:
             pixels, labels = _read(reader, index, ids[place : place + 1])
         except DisttrainError:
-            continue  # a bad sample is no reason to show none
+            continue  # show the others if a sample is bad
         of_class = kept.setdefault(int(labels[0]), [])
         if len(of_class) < each:
             of_class.append(LabelledImage(picture_of(pixels[0]), int(labels[0])))
@@ -192,7 +192,7 @@ def sample_grid(index: Index) -> list[LabelledImage]:
 
 
 def _load(run_dir: Path, device: torch.device) -> Classifier:
-    """Returns the network of the best checkpoint, or of the latest.
+    """Returns the network of the best checkpoint, or of the latest if none is marked as best.
 
     Raises:
         DisttrainError: there is none, it is damaged or does not fit the config.
@@ -203,7 +203,7 @@ def _load(run_dir: Path, device: torch.device) -> Classifier:
     try:
         return load_model(run_dir, link, device=device)
     except CheckpointError:
-        return load_model(run_dir, link, device=device)  # a run that goes on may have replaced it meanwhile
+        return load_model(run_dir, link, device=device)  # a live run may have replaced it meanwhile
 
 
 def _read(reader: Reader, index: Index, ids: Ids) -> tuple[Pixels, Ids]:
@@ -215,7 +215,7 @@ def _read(reader: Reader, index: Index, ids: Ids) -> tuple[Pixels, Ids]:
 
 
 def _filters(model: Any) -> tuple[Picture, int] | None:
-    """Returns the filters of the first convolution, in colour if it reads colours, and their number."""
+    """Returns the filters of the first convolution, in colour for RGB input, and their number."""
     from torch import nn
 
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
@@ -227,7 +227,7 @@ def _filters(model: Any) -> tuple[Picture, int] | None:
 
 
 def _layers(model: Any, forward: Callable[[], object]) -> list[Layer]:
-    """Returns the maps of the layers that make some, the convolutions alone if there are many."""
+    """Returns the feature maps of the layers; only those of convolutions if there are many layers."""
     from torch import Tensor, nn
 
     seen: list[tuple[str, Any, npt.NDArray[np.float64]]] = []

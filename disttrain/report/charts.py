@@ -1,7 +1,7 @@
-"""The charts of a report: Bokeh figures, thinned so that a long run stays a small page.
+"""The charts of a report: Bokeh figures, downsampled so that the page of a long run stays small.
 
-Colours hold on a light and on a dark page alike; text, axes and grids take theirs from the page, by the
-script in assets/report/report.js. Nothing here knows of HTML.
+The curve colours suit light and dark pages. assets/report/report.js gives text, axes and grids the colours of
+the page.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from disttrain.runs.records import EvalRecord
 PALETTE = (
     "#2f7fd1", "#d2691e", "#1f9254", "#a35bd6", "#e0443e", "#138a96", "#d4509b", "#86800a",
 )  # fmt: skip
-"""Told apart on white and on black, and with the usual kinds of colour blindness."""
+"""Distinguishable on white, on black, and with the usual kinds of colour blindness."""
 
 _POINTS = 2400  # of one curve
 _ALL_POINTS = 120_000  # of all curves of the devices together
@@ -49,10 +49,10 @@ _EVENTS = {
 
 @dataclass
 class Charts:
-    """The charts of a page by name, which share their axes within a group.
+    """The charts of a page by name; charts of a group share their x axis.
 
     Attributes:
-        figures: what `bokeh.embed.components` takes.
+        figures: the argument of `bokeh.embed.components`.
     """
 
     figures: dict[str, Any] = field(default_factory=dict)
@@ -82,15 +82,15 @@ class Charts:
 
 
 class Curve(NamedTuple):
-    """A column of the train records as it is drawn, over the steps.
+    """A column of the train records, drawn over the steps.
 
     Attributes:
-        key: of the column.
-        label: of the axis.
-        scale: from what is recorded to what is shown.
-        form: of the values, in words.
-        unit: behind them.
-        tip: the form in which Bokeh shows them.
+        key: name of the column.
+        label: label of the y axis.
+        scale: factor from the recorded to the drawn value.
+        form: Python format of the values in text.
+        unit: unit after a value in text.
+        tip: Bokeh format of the values in tooltips.
     """
 
     key: str
@@ -108,12 +108,12 @@ LEARNING = (
     _ACCURACY,
     Curve("lr", "learning rate", 1.0, ".3g", "", "%.3g"),
     Curve("images_per_s", "images per second", 1.0, ",.0f", " images/s", "0,0"),
-    Curve("data_wait_pct", "data wait, % of the time", 1.0, ".1f", " %", "0.0"),
+    Curve("data_wait_pct", "data wait, % of time", 1.0, ".1f", " %", "0.0"),
 )
 
 
 def learning(charts: Charts, run: Run) -> None:
-    """Adds loss, accuracy, learning rate, throughput and data wait over the steps, with the epochs above."""
+    """Adds loss, accuracy, learning rate, throughput and data wait over the steps, with an epoch axis."""
     steps_per_epoch = (run.env.get("run") or {}).get("steps_per_epoch")
     for curve in LEARNING:
         printf = "%" in curve.tip
@@ -141,7 +141,7 @@ def learning(charts: Charts, run: Run) -> None:
 
 
 def timeline(charts: Charts, run: Run, devices: Sequence[Device], events: Sequence[Event]) -> list[str]:
-    """Adds throughput and every measure of the devices over the time of day, with what happened marked.
+    """Adds throughput and every device measure over the time of day, with the events marked.
 
     Returns:
         The names of the charts.
@@ -171,8 +171,8 @@ def _drawable(device: Device, key: str) -> bool:
 
 
 def overlay(charts: Charts, runs: Mapping[str, Run]) -> None:
-    """Adds loss and accuracy of several runs over one another, over epochs and over the time of training."""
-    x_axes = (("epochs", "epoch"), ("seconds", "training time, s, without evaluations and pauses"))
+    """Adds loss and accuracy of several runs in shared charts, over epochs and over training time."""
+    x_axes = (("epochs", "epoch"), ("seconds", "training time, s, excluding evaluations and pauses"))
     for (axis, x_label), curve in itertools.product(x_axes, (_ACCURACY, _LOSS)):
         fig = charts.add(f"{axis}_{curve.key}", axis, curve.label, x_axis_label=x_label)
         for number, (title, run) in enumerate(runs.items()):
@@ -197,7 +197,7 @@ def overlay(charts: Charts, runs: Mapping[str, Run]) -> None:
 
 
 def _epochs(run: Run) -> Array:
-    """Returns how many epochs were trained at each train record, as far as the records tell."""
+    """Returns the epochs trained up to each train record; whole epochs if their length is unknown."""
     whole = (run.env.get("run") or {}).get("samples_per_epoch")
     if isinstance(whole, (int, float)) and whole > 0:
         return run.train["samples"] / whole
@@ -211,7 +211,7 @@ def rising_rate(
     smooth: Sequence[float],
     marks: Sequence[float],
 ) -> None:
-    """Adds the chart `curve`: losses and their mean over the learning rate, with some rates marked."""
+    """Adds the chart `curve`: losses and smoothed losses over the learning rate, with `marks` marked."""
     fig = charts.add("curve", "rates", "loss", x_axis_label="learning rate", x_axis_type="log")
     known = np.isfinite(np.array(smooth))
     data = {"x": np.array(rates)[known], "loss": np.array(losses)[known], "y": np.array(smooth)[known]}
@@ -265,7 +265,7 @@ def _device_lines(fig: Any, devices: Sequence[Device], key: str, unit: str, poin
     xs, ys = [1e3 * x for x, _ in curves], [y.astype(np.float32) for _, y in curves]
     colors = [PALETTE[number % len(PALETTE)] for number in range(len(devices))]
     labels = [device.label for device in devices]
-    if len(devices) > _MOST_LEGEND:  # one glyph for all: a page with 64 of each chart would be slow
+    if len(devices) > _MOST_LEGEND:  # one glyph for all: 64 glyphs per chart make the page slow
         source = ColumnDataSource({"xs": xs, "ys": ys, "color": colors, "label": labels})
         lines = fig.multi_line("xs", "ys", source=source, color="color", line_width=0.8, line_alpha=0.5)
         _hover(fig, lines, [("device", "@label"), *tips], "mouse", times)
@@ -277,7 +277,7 @@ def _device_lines(fig: Any, devices: Sequence[Device], key: str, unit: str, poin
 
 
 def _curve(x: Array, y: Array, points: int) -> tuple[Array, Array]:
-    """Returns a thinned curve that is broken where the times have a gap far longer than usual."""
+    """Returns a downsampled curve, broken at gaps in time that are far longer than usual."""
     ids = downsample(y, points)
     steps = np.diff(x)
     if len(steps) < 3:
@@ -316,7 +316,7 @@ def _hover(
     mode: Literal["mouse", "vline"] = "vline",
     formatters: Mapping[str, Any] | None = None,
 ) -> None:
-    # As HTML, in which Bokeh escapes the values: the colours of its own table are too pale on white.
+    # Bokeh's own tooltip table is too pale on white. In this HTML, Bokeh escapes the values.
     rows = "".join(f"<div><b>{escape(name)}</b> {value}</div>" for name, value in tips)
     tool = HoverTool(tooltips=rows, mode=mode, line_policy="nearest", visible=False, renderers=[shown])
     tool.formatters = dict(formatters or {})
@@ -341,7 +341,7 @@ def _legend(fig: Any) -> None:
 
 
 def _epoch_axis(fig: Any, steps_per_epoch: int) -> None:
-    """Adds the epochs above a chart over the steps; they follow its zoom."""
+    """Adds an epoch axis on top of a chart over the steps; it follows the zoom."""
     epochs = Range1d(start=0, end=1)
     fig.extra_x_ranges = {"epochs": epochs}
     axis = LinearAxis(x_range_name="epochs", axis_label="epoch", axis_label_standoff=0)
@@ -353,7 +353,7 @@ def _epoch_axis(fig: Any, steps_per_epoch: int) -> None:
 
 
 def _rolling_mean(values: Array, window: int) -> Array:
-    """Returns the mean of each value and the ones before it, up to `window`; unknown values do not count."""
+    """Returns the trailing mean over `window` values; unknown values do not count."""
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0.0], np.cumsum(known)])

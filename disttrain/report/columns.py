@@ -1,4 +1,4 @@
-"""Attributes of records as arrays, and which of their values to draw."""
+"""Attributes of records as arrays, and their downsampling for charts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def columns(rows: Sequence[object], names: Sequence[str]) -> Array:
 
 
 def parse_times(times: Sequence[str]) -> Array:
-    """Returns ISO times in UTC with milliseconds or better as seconds since 1970, NaN for what is no time."""
+    """Returns ISO 8601 times in UTC, at least to the millisecond, as seconds since 1970; NaN if invalid."""
     text = np.frombuffer("".join(times).encode("ascii", "replace"), np.uint8)
     width = len(times[0]) if times else 0
     if width >= 23 and len(text) == width * len(times):
@@ -32,7 +32,7 @@ def parse_times(times: Sequence[str]) -> Array:
     return np.array([_parse(time[:23]) for time in times], np.float64)
 
 
-_DIGITS = [11, 12, 14, 15, 17, 18, 20, 21, 22]  # of hours, minutes, seconds and milliseconds
+_DIGITS = [11, 12, 14, 15, 17, 18, 20, 21, 22]  # digits of hours, minutes, seconds and milliseconds
 _WEIGHTS_S = np.array([36000, 3600, 600, 60, 10, 1, 0.1, 0.01, 0.001])
 
 
@@ -44,10 +44,10 @@ def _parse(time: str) -> float:
 
 
 def downsample(values: Array, points: int) -> Ids:
-    """Returns which values to draw so that no extreme is lost: increasing indices, about `points` at most.
+    """Returns increasing indices of about `points` values or fewer, without losing an extreme.
 
-    The values are cut into buckets of equal length; of each the least and the greatest one are kept, and of
-    all the first and the last. A bucket of unknown values keeps one of them, which leaves a gap in the curve.
+    Splits the values into buckets of equal length and keeps the minimum and maximum of each, and the first
+    and last value. A bucket of unknown values keeps one of them, which leaves a gap in the curve.
 
     Args:
         values: float64 [n], NaN where unknown.

@@ -1,4 +1,4 @@
-"""Several runs beside one another: what differs, what came of it, and how far the seeds alone spread it."""
+"""Compares several runs: their differences, their results, and the spread over seeds."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from disttrain.units import number, percent
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed only.
+    """Runs that differ only in their seed.
 
     Attributes:
-        setting: what tells them from the other groups.
-        titles: of the runs.
-        accuracies: the last one of each run, 0..1.
+        setting: the settings in which the group differs from the others.
+        titles: titles of the runs.
+        accuracies: final accuracy of each run, 0..1.
         deviation: their standard deviation, 0..1; None for a single run.
     """
 
@@ -45,14 +45,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of several runs beside one another.
+    """The comparison of several runs.
 
     Attributes:
-        runs: by title, the shortest end of the paths that tells them apart.
-        target: the accuracy, 0..1, to which times are given; None if no run was evaluated.
-        rows: name of a result -> its value in each run, None where unknown.
-        differences: (what, value in each run) of config and environment, where they are not all the same.
-        groups: runs that differ in their seed only.
+        runs: by title, which is the shortest end of the paths that distinguishes them.
+        target: accuracy, 0..1, for the time-to-accuracy rows; None if no run was evaluated.
+        rows: name of a result -> its value in each run, None if unknown.
+        differences: (key, value in each run) of the config and environment keys that differ.
+        groups: groups of runs that differ only in their seed.
     """
 
     runs: dict[str, Run]
@@ -67,10 +67,10 @@ def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
 
     Args:
         paths: run folders.
-        target: accuracy, 0..1, to which times are given; None is the best that all runs have reached.
+        target: accuracy, 0..1, for the time-to-accuracy rows; None means the best that all runs reached.
 
     Raises:
-        UsageError: one is no run folder, or they are the same.
+        UsageError: a path is not a run folder, or occurs twice.
     """
     folders = [path.resolve() for path in paths]
     if len(set(folders)) < len(folders):
@@ -116,7 +116,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def table(comparison: Comparison) -> Table:
-    """Returns the results that fit on a terminal."""
+    """Returns the results as a table that fits a terminal."""
     runs = Table(box=None, pad_edge=False)
     runs.add_column("run", overflow="fold")
     shown = {name: comparison.rows[name] for name in _ON_TERMINAL if name in comparison.rows}
@@ -147,7 +147,7 @@ def heading(name: str) -> str:
 
 
 def cell(name: str, value: float | str | None) -> str:
-    """Returns a value of a row of `Comparison.rows` as people read it."""
+    """Returns a value of a row of `Comparison.rows`, formatted for display."""
     if isinstance(value, str):
         return value
     if "accuracy" in name:
@@ -157,7 +157,7 @@ def cell(name: str, value: float | str | None) -> str:
 
 
 def _titles(folders: Sequence[Path]) -> list[str]:
-    """Returns the shortest ends of the paths that differ from one another."""
+    """Returns the shortest ends of the paths that are all different."""
     depth = 1
     while True:
         titles = ["/".join(folder.parts[-depth:]) for folder in folders]
@@ -167,7 +167,7 @@ def _titles(folders: Sequence[Path]) -> list[str]:
 
 
 def _results(run: Run, target: float | None) -> dict[str, float | str | None]:
-    """Returns what came of a run: a column of `Comparison.rows`."""
+    """Returns the results of a run: a column of `Comparison.rows`."""
     last, best, spent = run.evals[-1] if run.evals else None, run.best, run.training_s
     results: dict[str, float | str | None] = {
         "state": outcome(run)[0],
@@ -194,7 +194,7 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _environment(run: Run) -> dict[str, str]:
-    """Returns the environment, of the choices what was chosen but not why."""
+    """Returns the environment, with automatic choices but without their reasons."""
     rows = environment_rows(run)
     return {key: value.partition(":")[0] if key.startswith("choice") else value for key, value in rows}
 
@@ -211,12 +211,12 @@ def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _makes_an_experiment(key: str) -> bool:
-    """Tells whether runs that differ in a key are of two groups; the runs of one differ by their seed."""
+    """Returns whether runs with different values of a key belong to different groups."""
     return key not in {"seed", "name"} and (role(key) is Role.EXPERIMENT or key == "train.epochs")
 
 
 def _groups(runs: Mapping[str, Run]) -> list[Group]:
-    """Returns the finished runs by what is set in them apart from the seed."""
+    """Returns the finished runs, grouped by their settings without the seed."""
     members: dict[tuple[tuple[str, str], ...], list[tuple[str, float]]] = {}
     for title, run in runs.items():
         if run.config is None or run.status.get("state") != "finished" or not run.evals:

@@ -1,4 +1,4 @@
-"""What a confusion matrix says; int64 [true class, predicted class]."""
+"""Summaries of a confusion matrix, which is int64 [true class, predicted class]."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from disttrain.report.pictures import Picture, mosaic
 
 Confusion = npt.NDArray[np.int64]
 
-_IN_WORDS = 30  # classes; a larger matrix is drawn instead of written
+_IN_WORDS = 30  # classes; a larger matrix is a picture instead of a table
 _ROWS = 200
 
 
 class ClassRow(NamedTuple):
-    """How a class was recognised; `accuracy` is 0..1, None without samples."""
+    """The results for one class; `accuracy` is 0..1, or None without samples."""
 
     name: str
     samples: int
@@ -27,7 +27,7 @@ class ClassRow(NamedTuple):
 
 
 def class_rows(confusion: Confusion, classes: Sequence[str]) -> list[ClassRow]:
-    """Returns the classes, the worst recognised first."""
+    """Returns the results per class, lowest accuracy first."""
     rows = []
     for label, (name, counts) in enumerate(zip(classes, confusion, strict=True)):
         samples, correct = int(counts.sum()), int(counts[label])
@@ -39,7 +39,7 @@ def class_rows(confusion: Confusion, classes: Sequence[str]) -> list[ClassRow]:
 
 
 def most_confused(confusion: Confusion, most: int = 10) -> list[tuple[int, int, int]]:
-    """Returns (true class, predicted class, count) of the mistakes that are made most often."""
+    """Returns (true class, predicted class, count) of the most frequent mistakes."""
     off = confusion.copy()
     np.fill_diagonal(off, 0)
     order = np.argsort(-off, axis=None, kind="stable")[:most]
@@ -48,7 +48,7 @@ def most_confused(confusion: Confusion, most: int = 10) -> list[tuple[int, int, 
 
 
 def matrix(confusion: Confusion) -> Picture | None:
-    """Returns a matrix that is too large for a table as a picture, else None."""
+    """Returns a picture of a matrix that is too large for a table; None for a smaller one."""
     if len(confusion) <= _IN_WORDS:
         return None
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)

@@ -1,4 +1,4 @@
-"""The devices of a run and what was measured of them over time: GPUs, or its processes on CPUs."""
+"""The devices of a run and their measures over time: GPUs, or the processes of a CPU run."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from disttrain.report.columns import Array, columns, parse_times
 from disttrain.runs.jsonl import parts
 from disttrain.runs.records import GPUS, GpuReading, LogPoint, Process
 
-_PART_BYTES = 2**27  # of gpu.jsonl that are worth a process
+_PART_BYTES = 2**27  # of gpu.jsonl per process
 _GPU_COLUMNS = ("utilization_pct", "memory_used_mib", "power_w", "temperature_c")
 _PROCESS_COLUMNS = ("cpu_pct", "memory_used_mib")
 
 MEASURES = {
-    "utilization_pct": ("Utilisation of the GPU", "%"),
-    "cpu_pct": ("Processor, 100 % is one core", "%"),
+    "utilization_pct": ("GPU utilization", "%"),
+    "cpu_pct": ("CPU usage, 100 % is one core", "%"),
     "memory_gib": ("Memory", "GiB"),
     "power_w": ("Power", "W"),
     "temperature_c": ("Temperature", "°C"),
 }
-"""What is measured of a device over time: title and unit."""
+"""Title and unit of each measure of a device."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, or a process on CPUs, and its measures over time.
+    """A GPU, or a process of a CPU run, with its measures over time.
 
     Attributes:
-        label: what people call it.
+        label: name to display.
         name: product name, or "CPU".
         time_s: UTC, seconds since 1970, increasing; float64 [n].
-        values: key of MEASURES -> float64 [n], NaN where unknown.
+        values: key of MEASURES -> float64 [n], NaN if unknown.
     """
 
     label: str
@@ -50,10 +50,10 @@ class Device:
 
 
 def read_gpus(path: Path) -> tuple[list[Device], int]:
-    """Reads gpu.jsonl; a large one in several processes, as a day of 64 GPUs is 5.5 million readings.
+    """Reads gpu.jsonl; uses several processes for a large one (a day of 64 GPUs is 5.5 million readings).
 
     Returns:
-        The GPUs in order of host and index, and the number of lines that could not be read.
+        The GPUs in order of host and index, and the number of unreadable lines.
     """
     try:
         size = path.stat().st_size
@@ -63,7 +63,7 @@ def read_gpus(path: Path) -> tuple[list[Device], int]:
     cuts = [size * number // count for number in range(count + 1)]
     found: list[_Readings] = []
     if count > 1:
-        with contextlib.suppress(KilledError):  # there may be too little memory for all at once
+        with contextlib.suppress(KilledError):  # not enough memory for all parts at once
             found = in_processes(partial(_read_readings, path), list(itertools.pairwise(cuts)), count)
     found = found or [_read_readings(path, (0, size))]
     first: dict[str, GpuReading] = {}
@@ -90,7 +90,7 @@ def read_gpus(path: Path) -> tuple[list[Device], int]:
 
 
 class _Readings(NamedTuple):
-    """A part of gpu.jsonl: the GPUs with their first reading; of each line whose it is, when, and what."""
+    """A part of gpu.jsonl: the first reading of each GPU; the GPU, time and values of each line."""
 
     first: dict[str, GpuReading]
     whose: npt.NDArray[np.int16]
@@ -100,7 +100,7 @@ class _Readings(NamedTuple):
 
 
 def _read_readings(path: Path, place: tuple[int, int]) -> _Readings:
-    """Reads the lines that begin in a part of gpu.jsonl; `place` is where it begins and ends."""
+    """Reads the lines that start in a byte range of gpu.jsonl; `place` is its start and end."""
     first: dict[str, GpuReading] = {}
     whose, times_s = [np.empty(0, np.int16)], [np.empty(0)]
     values, unread = [np.empty((0, len(_GPU_COLUMNS)), np.float32)], 0
@@ -116,7 +116,7 @@ def _read_readings(path: Path, place: tuple[int, int]) -> _Readings:
 
 
 def processes(records: Sequence[LogPoint], times: Array) -> list[Device]:
-    """Returns the processes of a run on CPUs; `times`: of the log points, UTC, seconds since 1970."""
+    """Returns the processes of a CPU run; `times` of the log points are UTC seconds since 1970."""
     ranks: dict[int, list[tuple[float, Process]]] = {}
     for time_s, record in zip(times.tolist(), records, strict=True):
         for process in record.processes or ():
@@ -130,7 +130,7 @@ def processes(records: Sequence[LogPoint], times: Array) -> list[Device]:
 
 
 def _measured(names: Sequence[str], values: npt.NDArray[Any]) -> dict[str, Array]:
-    """Returns columns of readings by their key in MEASURES."""
+    """Returns the columns of the readings by key of MEASURES."""
     keys = ["memory_gib" if name == "memory_used_mib" else name for name in names]
     measured = dict(zip(keys, values.T.astype(np.float64), strict=True))
     measured["memory_gib"] /= 1024

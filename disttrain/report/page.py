@@ -1,4 +1,4 @@
-"""The report of a run: one page of what its folder holds, its data set and its best checkpoint show."""
+"""The report of a run: one page from its run folder, its data set and its best checkpoint."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ _T = TypeVar("_T")
 
 
 class Section(NamedTuple, Generic[_T]):
-    """What is known of one subject, or why nothing is."""
+    """The content of one section, or the reason why it is missing."""
 
     content: _T | None
     problem: str = ""
 
 
 def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float = 60) -> Path:
-    """Writes the report of a run, whatever there is of it: it may be going on or have failed.
+    """Writes the report of a run, which may still be running or have failed.
 
     Args:
         run_dir: the run folder.
         output: the file; None is report.html in the run folder.
-        inside_s: seconds at most in which validation images are put through the best checkpoint; 0 leaves
-            out all that needs the network.
+        inside_s: time limit in seconds for evaluating the best checkpoint on validation images; 0 omits
+            every section that needs the network.
 
     Returns:
         The file.
 
     Raises:
-        UsageError: it is no run folder.
+        UsageError: `run_dir` is not a run folder.
         StorageError: the file cannot be written.
     """
-    with ThreadPoolExecutor(1) as pool:  # processes read the GPUs, while this one reads the rest
+    with ThreadPoolExecutor(1) as pool:  # other processes read gpu.jsonl while this one reads the rest
         reading = pool.submit(read_gpus, RunFolder(run_dir).gpu)
         run = read_run(run_dir)
         gpus, unread = reading.result()
@@ -104,13 +104,13 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
 def _attempt(make: Callable[[], _T]) -> Section[_T]:
     try:
         return Section(make())
-    except (DisttrainError, OSError, RuntimeError) as error:  # RuntimeError: the network, or a full GPU
+    except (DisttrainError, OSError, RuntimeError) as error:  # RuntimeError: the network, or out of memory
         return Section(None, reason(error))
 
 
 def _index(run: Run) -> Section[Index]:
     if (config := run.config) is None:
-        return Section(None, f"The data set is not known: {run.config_problem}")
+        return Section(None, f"The data set is unknown: {run.config_problem}")
     found = _attempt(lambda: load_index(config.data.name, config.data.root))
     digest = (run.env.get("data") or {}).get("digest")
     if found.content is None or digest in (None, found.content.digest):

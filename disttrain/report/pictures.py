@@ -1,4 +1,4 @@
-"""Arrays as pictures that stand in a page."""
+"""Arrays as pictures embedded in a page."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from PIL import Image
 from disttrain.shards.images import Pixels, as_picture
 
 MOST_SIDE = 96
-"""Pixels of a picture; a larger one is made smaller."""
+"""Longest side of a picture, in pixels; larger ones are scaled down."""
 
 
 class Picture(NamedTuple):
     """An image for a page.
 
     Attributes:
-        uri: the file as a data: address.
+        uri: the image file as a data: URI.
         width: in pixels.
         height: in pixels.
     """
@@ -31,7 +31,7 @@ class Picture(NamedTuple):
 
 
 def picture_of(pixels: Pixels) -> Picture:
-    """Returns an image of uint8 [H, W] or [H, W, C], made smaller if it is large."""
+    """Returns a picture of uint8 pixels [H, W] or [H, W, C], scaled down if it is large."""
     image = as_picture(pixels)
     if max(image.size) <= MOST_SIDE:
         return _encoded(image, "PNG", optimize=True)
@@ -40,11 +40,11 @@ def picture_of(pixels: Pixels) -> Picture:
 
 
 def mosaic(tiles: npt.NDArray[np.float64], columns: int = 8) -> Picture:
-    """Returns tiles as one picture, one pixel of nothing between them.
+    """Returns the tiles as one picture, with one transparent pixel between them.
 
     Args:
         tiles: 0..1, [N, H, W] or [N, H, W, 3].
-        columns: tiles in a row.
+        columns: tiles per row.
     """
     count, height, width = tiles.shape[:3]
     rows = -(-count // columns)
@@ -61,7 +61,7 @@ def mosaic(tiles: npt.NDArray[np.float64], columns: int = 8) -> Picture:
 
 
 def stretched(tiles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Returns each of some tiles from its least value, 0, to its greatest, 1."""
+    """Returns each tile scaled to 0..1 by its own minimum and maximum."""
     each = tuple(range(1, tiles.ndim))
     low, high = tiles.min(each, keepdims=True), tiles.max(each, keepdims=True)
     spread: npt.NDArray[np.float64] = (tiles - low) / np.maximum(high - low, 1e-12)

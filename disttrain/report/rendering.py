@@ -1,4 +1,4 @@
-"""A page as one HTML file that needs nothing else: no network, no server, no other file."""
+"""Writes a page as one self-contained HTML file: it needs no network, server or other file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from disttrain.units import duration, number, percent, utc
 
 
 def render(template: str, output: Path, drawn: Charts, **content: Any) -> Path:
-    """Fills a template of assets/report with charts and content and writes the page.
+    """Renders a template of assets/report with charts and content, and writes the page.
 
     Raises:
         StorageError: the file cannot be written.

@@ -1,7 +1,7 @@
-"""Reads a run folder for the report: columns of numbers instead of records, whatever is there of it.
+"""Reads a run folder for the report, as columns of numbers instead of records.
 
-A run may be going on, have failed or have lost files: what cannot be read is left out and counted. This
-module imports neither torch nor the plotting library.
+A run may still be running, have failed or have lost files. Lines that cannot be read are skipped and counted.
+This module imports neither torch nor the plotting library.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from disttrain.runs.records import METRICS, EvalRecord, StepTimes, TrainRecord, 
 from disttrain.runs.runfolder import RunFolder
 from disttrain.units import percent
 
-_TAIL_BYTES = 2**21  # of metrics.jsonl, in which the ranks are looked at
-_STALL_FACTOR = 5.0  # a step this much slower than the median
-_STALL_S = 10.0  # that costs at least so long
+_TAIL_BYTES = 2**21  # of metrics.jsonl, read for the times of each rank
+_STALL_FACTOR = 5.0  # a stall is a step this much slower than the median
+_STALL_S = 10.0  # and costs at least this long
 _LOGGED = re.compile(
     r"(?P<time>\S+Z) INFO (?:(?P<start>rank 0, process )|saved .*step_(?P<step>\d+)(?P<best>, the best)?$)"
 )
@@ -40,12 +40,12 @@ _TRAIN_COLUMNS = (
 
 
 class Event(NamedTuple):
-    """Something that happened to a run, for the time axis.
+    """An event of a run, to mark on the time axis.
 
     Attributes:
         time_s: UTC, seconds since 1970.
         seconds: how long it took, or None.
-        text: one line for people.
+        text: one line of description.
     """
 
     kind: Literal["start", "evaluation", "checkpoint", "stall"]
@@ -56,19 +56,19 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run.
+    """The content of a run folder.
 
     Attributes:
-        folder: its run folder.
-        config: None if config.yaml is missing or not valid; `config_problem` says which.
+        folder: the run folder.
+        config: None if config.yaml is missing or not valid; `config_problem` says why.
         env: the content of env.json, or {}.
         status: the content of status.json, or {}.
-        train: column of the train records -> float64 [records], NaN where unknown; with time_s, UTC.
+        train: name of a column -> float64 [train records], NaN if unknown; also time_s, UTC.
         evals: the evaluations.
-        processes: of a run on CPUs.
+        processes: processes of a CPU run.
         events: in order of time.
-        skipped: training samples that were left out, or None.
-        unread: lines that could not be read; a last line that is being written is not counted.
+        skipped: number of skipped training samples, or None.
+        unread: number of unreadable lines, without a last line that is still being written.
     """
 
     folder: RunFolder
@@ -85,12 +85,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the experiment, or of the folder."""
+        """The name of the experiment, or of the folder if the config cannot be read."""
         return self.config.name if self.config else self.folder.path.resolve().name
 
     @property
     def best(self) -> EvalRecord | None:
-        """The evaluation with the highest accuracy, the first of several."""
+        """The first evaluation with the highest accuracy."""
         return max(self.evals, key=lambda record: record.accuracy, default=None)
 
     @property
@@ -101,10 +101,10 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Reads a run folder, all but gpu.jsonl.
+    """Reads a run folder, except gpu.jsonl.
 
     Raises:
-        UsageError: it is no run folder.
+        UsageError: `path` is not a run folder.
     """
     folder = RunFolder(path)
     if not (path / "status.json").exists() and not folder.config.exists() and not folder.metrics.exists():
@@ -134,9 +134,9 @@ def read_run(path: Path) -> Run:
 
 
 def read_ranks(path: Path) -> tuple[dict[str, list[float]], int]:
-    """Returns the milliseconds of a step on each rank, phase by phase, and of how many log points they are.
+    """Returns the milliseconds per step of each rank, by phase, and the number of log points they cover.
 
-    They are the means over the steps of the last ones in metrics.jsonl.
+    The values are means over the steps of the last log points in metrics.jsonl.
     """
     times = [
         (record.step, {phase: row for phase, row in msgspec.structs.asdict(record.ranks_ms).items() if row})
@@ -151,7 +151,7 @@ def read_ranks(path: Path) -> tuple[dict[str, list[float]], int]:
         return {}, 0
     steps = np.diff([step for step, _ in found])
     if len(found) > 1:
-        found = found[1:]  # of the first one it is not known how many steps it has
+        found = found[1:]  # the first one covers an unknown number of steps
     weights = np.maximum(steps, 1) if len(steps) else None
     means = {
         phase: np.average([rows[phase] for _, rows in found], axis=0, weights=weights).tolist()
@@ -161,7 +161,7 @@ def read_ranks(path: Path) -> tuple[dict[str, list[float]], int]:
 
 
 def time_to_accuracy(run: Run, accuracy: float) -> tuple[EvalRecord, float] | None:
-    """Returns the first evaluation of at least this accuracy and the seconds of training before it."""
+    """Returns the first evaluation with at least this accuracy, and the seconds of training before it."""
     for record in run.evals:
         if record.accuracy >= accuracy:
             before = int(np.searchsorted(run.train["step"], record.step, side="right"))
@@ -198,7 +198,7 @@ def _logged(log: Path) -> Iterator[Event]:
 
 
 def _evaluations(train: dict[str, Array], evals: Iterable[EvalRecord]) -> Iterator[Event]:
-    """Yields the evaluations; each takes the time since the log point at the end of its epoch."""
+    """Yields the evaluations; each one starts at the last log point of its epoch."""
     for record in evals:
         if record.time is None:
             continue
@@ -212,7 +212,7 @@ def _evaluations(train: dict[str, Array], evals: Iterable[EvalRecord]) -> Iterat
 
 
 def _stalls(train: dict[str, Array]) -> Iterator[Event]:
-    """Yields the intervals between log points in which steps took far longer than usual."""
+    """Yields the intervals between log points with steps far slower than usual."""
     if len(train["step"]) < 3:
         return
     steps = np.diff(train["step"], prepend=0.0)

@@ -46,4 +46,4 @@ def compare_peers(peers: Mapping[str, Mapping[str, str]]) -> None:
                 lines.append(f"{key} is {value} on {first} and {found.get(key, 'missing')} on {name}")
                 break
     if lines:
-        raise UsageError("not the same everywhere: " + "; ".join(lines) + "; make them the same")
+        raise UsageError("mismatch: " + "; ".join(lines) + "; make them match")

@@ -1,8 +1,8 @@
-"""What a run writes down of itself: the one declaration of the lines of metrics.jsonl and gpu.jsonl.
+"""The records of metrics.jsonl and gpu.jsonl.
 
-Every key that is written is a field here, and a number that is not known is None, in the file null. Of a file
-that another version wrote, keys that are not declared are passed over, and those that are missing are None;
-what only some runs have is left out of the others and UNSET.
+Every key in these files is a field here. Unknown numbers are None, and null in the file. In files of another
+version, undeclared keys are ignored and missing keys are None. A field that only some runs have is UNSET in
+the others and not written.
 """
 
 from __future__ import annotations
@@ -23,113 +23,113 @@ _MISSING: Any = None  # in a file of an older version
 
 
 class StepTimes(msgspec.Struct, Generic[Times], frozen=True, gc=False, omit_defaults=True):
-    """Milliseconds of a step, by what they went into."""
+    """Milliseconds of a step, by phase."""
 
     data: Times = _MISSING
     """Waiting for samples."""
     to_device: Times = _MISSING
-    """Copying them from the host to the device."""
+    """Copying samples from the host to the device."""
     augmentation: Times = _MISSING
-    """Their augmentation and normalization."""
+    """Augmentation and normalization."""
     compute: Times = _MISSING
-    """Forward and backward pass, without the wait for others."""
+    """Forward and backward pass, without waiting for other ranks."""
     communication: Times = _MISSING
-    """Waiting for the reduction of the gradients after one's own are computed."""
+    """Waiting for the gradient all-reduce after the backward pass."""
     optimizer: Times = _MISSING
-    """Optimizer and moving average."""
+    """Optimizer and EMA of the weights."""
     logging: Times = _MISSING
-    """Log points, spread over the steps, as are the next two."""
+    """Log points. This field and the next two are averaged over all steps."""
     evaluation: Times = _MISSING
     """Evaluations."""
     checkpoint: Times = _MISSING
-    """What checkpoints take of the training."""
+    """Time for which checkpoints block training."""
 
 
 class Process(msgspec.Struct, gc=False):
-    """A process of a run on CPUs, at a log point."""
+    """A process of a CPU run, at a log point."""
 
     rank: int
     host: str = ""
     cpu_pct: float | None = None
-    """Processor time since the log point before; 100 is one core kept busy."""
+    """CPU time since the previous log point; 100 is one busy core."""
     memory_used_mib: float | None = None
-    """Resident set."""
+    """Resident set size."""
 
 
 class GpuMeans(msgspec.Struct, gc=False):
-    """A GPU at a log point: means of the readings since the one before, of memory the most."""
+    """A GPU at a log point: mean readings since the previous log point, and peak memory."""
 
     host: str
     index: int | None
-    """NVML's, or where each task sees only its own GPU the number of the device file."""
+    """NVML index, or the number of the device file if each task sees only its own GPU."""
     uuid: str
     name: str | None = None
     memory_total_mib: int | None = None
     utilization_pct: float | None = None
     """Share of the time in which a kernel ran."""
     memory_utilization_pct: float | None = None
-    """The same for the memory controller."""
+    """Share of the time in which the memory controller was busy."""
     memory_used_mib: float | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
     temperature_c: float | None = None
     sm_clock_mhz: float | None = None
     throttled_power_pct: float | None = None
-    """Share of the readings in which the clocks were held down for the power."""
+    """Share of the readings in which the power limit reduced the clocks."""
     throttled_thermal_pct: float | None = None
-    """Share of those in which they were for the temperature."""
+    """Share of the readings in which the temperature reduced the clocks."""
     sm_activity_pct: float | None = None
-    """Share of the multiprocessors that were at work."""
+    """Share of the streaming multiprocessors that were busy."""
     critical_events: float | None = None
-    """Xids, and the loss of the GPU, since the start."""
+    """Xid errors and losses of the GPU since the start."""
 
 
 class LogPoint(msgspec.Struct, tag="train", tag_field="kind", kw_only=True):
-    """The means of the steps since the log point before, without what grows with the number of ranks."""
+    """Means over the steps since the previous log point, without the values of each rank."""
 
     time: str | None = None
     """UTC, ISO 8601 with microseconds, as in every record of metrics.jsonl."""
     step: int
     """Optimizer steps taken."""
     epoch: int
-    """That of the step, from 1."""
+    """Epoch of the last step, from 1."""
     samples: int
-    """Trained on in the whole run, over all ranks."""
+    """Samples trained on since the start of the run, over all ranks."""
     loss: float
     accuracy: float
-    """0..1, of the images as they were augmented."""
+    """0..1, on the augmented images."""
     lr: float
     """Learning rate of the last step."""
     images_per_s: float
     """Over all ranks."""
     step_time_s: float
     data_wait_pct: float
-    """Share of the time that went into waiting for data."""
+    """Share of the time spent waiting for data."""
     phases_ms: StepTimes[float] = StepTimes()
     """Means over the ranks."""
     device_flops_per_s: float | None = None
-    """Arithmetic of the model on one device."""
+    """Model FLOP/s on one device."""
     mfu_pct: float | None = None
-    """That as a share of the most that the device does."""
+    """Model FLOP/s utilization: the share of the peak of the device."""
     grad_norm: float | None = None
-    """Of the last step before it was clipped, if that is done."""
+    """Gradient norm of the last step, before clipping."""
     skipped: int | None = None
-    """Training samples that cannot be used."""
+    """Unusable training samples."""
     processes: tuple[Process, ...] | UnsetType = UNSET
-    """On CPUs, in order of rank."""
+    """CPU runs only, in order of rank."""
 
 
 class TrainRecord(LogPoint, kw_only=True):
-    """A log point as it is written."""
+    """A log point as written to metrics.jsonl."""
 
     ranks_ms: StepTimes[tuple[float, ...]] = StepTimes()
     """`phases_ms` of each rank."""
     gpus: tuple[GpuMeans, ...] | UnsetType = UNSET
-    """Each once, in order of the ranks."""
+    """Each GPU once, in order of rank."""
 
 
 class EvalRecord(msgspec.Struct, tag="eval", tag_field="kind", kw_only=True, omit_defaults=True):
-    """An evaluation; what is None is not written."""
+    """An evaluation; fields that are None are not written."""
 
     time: str | None = None
     loss: float | None
@@ -139,13 +139,13 @@ class EvalRecord(msgspec.Struct, tag="eval", tag_field="kind", kw_only=True, omi
     correct: int
     total: int
     tta: str | None = None
-    """The test-time augmentation, if there was one."""
+    """The test-time augmentation, if any."""
     plain_accuracy: float | None = None
-    """Without it."""
+    """Accuracy without test-time augmentation."""
     plain_correct: int | None = None
-    """Without it."""
+    """Correct predictions without test-time augmentation."""
     skipped: int | None = None
-    """Validation samples that cannot be used."""
+    """Unusable validation samples."""
     step: int
     """Optimizer steps taken."""
     epoch: int
@@ -153,7 +153,7 @@ class EvalRecord(msgspec.Struct, tag="eval", tag_field="kind", kw_only=True, omi
 
 
 class GpuReading(msgspec.Struct, gc=False, kw_only=True):
-    """A line of gpu.jsonl: what NVML said of a GPU at a moment."""
+    """A line of gpu.jsonl: one NVML reading of one GPU."""
 
     time: str | None = None
     """UTC, ISO 8601 with milliseconds."""
@@ -162,13 +162,13 @@ class GpuReading(msgspec.Struct, gc=False, kw_only=True):
     uuid: str
     name: str | None = None
     utilization_pct: int | None = None
-    """Share of the past second, or less, in which a kernel ran."""
+    """Share of the past second or less in which a kernel ran."""
     memory_utilization_pct: int | None = None
-    """The same for the memory controller."""
+    """Share of the past second or less in which the memory controller was busy."""
     memory_used_mib: int | None = None
     memory_used_by_us_mib: int | None = None
-    """By the processes of the run; up to 30 s old, as are the power limit and the errors. None where NVML
-    lists none of them, as in most containers."""
+    """Memory used by the processes of the run. None if NVML does not list them, as in most containers.
+    This value, the power limit and the errors are up to 30 s old."""
     memory_total_mib: int | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
@@ -176,29 +176,29 @@ class GpuReading(msgspec.Struct, gc=False, kw_only=True):
     sm_clock_mhz: int | None = None
     memory_clock_mhz: int | None = None
     throttle: tuple[str, ...] | None = None
-    """What holds the clocks down; only `power` is usual under load."""
+    """Reasons for reduced clocks; only `power` is usual under load."""
     sm_activity_pct: float | None = None
-    """Multiprocessors at work since the last reading; from Hopper on."""
+    """Share of busy streaming multiprocessors since the last reading; Hopper or newer."""
     tensor_activity_pct: float | None = None
-    """Time since the last reading in which tensor cores were at work; from Hopper on."""
+    """Share of the time since the last reading in which tensor cores were busy; Hopper or newer."""
     pcie_rx_mib_per_s: float | None = None
-    """Traffic is that since the last reading; on older drivers of older GPUs, of 20 ms every 30 s."""
+    """Traffic is measured since the last reading, or for 20 ms every 30 s on older GPUs and drivers."""
     pcie_tx_mib_per_s: float | None = None
     nvlink_rx_mib_per_s: float | None = None
     nvlink_tx_mib_per_s: float | None = None
     ecc_corrected: int | None = None
-    """Errors of the memory since the driver was loaded."""
+    """Memory errors since the driver was loaded."""
     ecc_uncorrected: int | None = None
     xids: tuple[int, ...] | None = None
-    """Critical errors since the last reading."""
+    """Critical errors (Xids) since the last reading."""
     lost: bool | None = None
-    """Whether the GPU went; then it is its last reading."""
+    """Whether the GPU was lost; this is then its last reading."""
 
 
 READINGS = tuple(
     name for name in GpuReading.__struct_fields__ if name not in ("time", "host", "index", "uuid", "name")
 )
-"""What NVML says, of the fields of GpuReading."""
+"""The fields of GpuReading that NVML measures."""
 
 METRICS: msgspec.json.Decoder[TrainRecord | EvalRecord] = msgspec.json.Decoder(TrainRecord | EvalRecord)
 CURVES: msgspec.json.Decoder[LogPoint | EvalRecord] = msgspec.json.Decoder(LogPoint | EvalRecord)
@@ -206,7 +206,7 @@ GPUS = msgspec.json.Decoder(GpuReading)
 
 
 def read_metrics(path: Path) -> tuple[list[LogPoint], list[EvalRecord], int]:
-    """Returns the log points and the evaluations of metrics.jsonl, and how many lines could not be read."""
+    """Returns the log points and evaluations of metrics.jsonl, and the number of unreadable lines."""
     trained: list[LogPoint] = []
     evals: list[EvalRecord] = []
     unread = 0
@@ -218,6 +218,6 @@ def read_metrics(path: Path) -> tuple[list[LogPoint], list[EvalRecord], int]:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Returns the mean of those that are known, or None."""
+    """Returns the mean of the known values; None if no value is known."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None

@@ -258,7 +258,9 @@ class RunFolder:
         holder = self._holder()
         if holder is not None:
             if holder["host"] != socket.gethostname():
-                raise self._taken(holder, f" (as far as can be seen from here: if not, remove {self._lock})")
+                raise self._taken(
+                    holder, f" (cannot check from this host; if it has ended, remove {self._lock})"
+                )
             if _start_of(holder["pid"]) == holder["start"]:
                 raise self._taken(holder)
         own = json.dumps(_this_process())

@@ -1,4 +1,4 @@
-"""What tests are made of: data sets, run folders, GPUs and hosts that do not exist, programs to run."""
+"""Test helpers: data sets, run folders, fake GPUs and hosts, programs to run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Commands run as a user runs them, and waiting for what they do."""
+"""Runs commands as a user does, and waits for their effects."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def succeeded(result: subprocess.CompletedProcess[str]) -> bool:
 def wait_for(
     condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 120
 ) -> None:
-    """Waits until a condition holds; a process must not end before."""
+    """Waits until a condition holds; fails if the process ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process is not None and process.poll() is not None:

@@ -1,4 +1,4 @@
-"""What a dashboard shows: a run, its records, its GPUs."""
+"""Input for a dashboard: a run, its records, its GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets made of raw tar members, to break them."""
+"""Data sets of raw tar members that tests can damage."""
 
 import hashlib
 import io
@@ -110,7 +110,7 @@ def shard_entry(content: dict[str, Any], file: str) -> dict[str, Any]:
 
 
 def put(folder: Path, file: str, content: bytes) -> None:
-    """Replaces a shard and its size and hash in the index, so that no more than its structure can tell."""
+    """Replaces a shard and its size and hash in the index, so that only its structure reveals the change."""
     (folder / file).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     edit(folder, lambda index: shard_entry(index, file).update(bytes=len(content), sha256=digest))

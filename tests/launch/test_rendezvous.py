@@ -89,10 +89,7 @@ def test_a_node_that_goes_is_missed(port):
 def test_nodes_that_differ_are_refused_everywhere_with_both_values(port):
     errors = gather(port, {"optim.lr": "0.1", "same": "x"}, {"optim.lr": "0.2", "same": "x"})
     host = socket.gethostname()
-    text = (
-        f"not the same everywhere: optim.lr is 0.1 on node 0 ({host}) and 0.2 on node 1 ({host}); "
-        "make them the same"
-    )
+    text = f"mismatch: optim.lr is 0.1 on node 0 ({host}) and 0.2 on node 1 ({host}); make them match"
     assert [(type(error), str(error)) for error in errors] == [(UsageError, text)] * 2
 
 
@@ -195,7 +192,7 @@ def test_what_must_be_the_same(tmp_path: Path, config_file: Path, digits_root: P
         (here | {"the version of torch": "1.0"}, "and 1.0 on c"),
         ({k: v for k, v in here.items() if not k.startswith("the index of")}, "the index of digits is "),
     ):
-        with pytest.raises(DisttrainError, match="not the same everywhere") as caught:
+        with pytest.raises(DisttrainError, match="mismatch: ") as caught:
             compare_peers({"a": here, "b": here, "c": others})
         assert words in str(caught.value)
         assert caught.value.exit_code == 2

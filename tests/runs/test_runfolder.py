@@ -199,7 +199,7 @@ def test_without_locks_the_number_of_a_process_alone_says_nothing(folder, field)
         if field == "start":  # another process that has the same number
             folder.create()
         else:
-            with pytest.raises(BusyError, match=r"on 1 is running here \(as far as .* remove .*/\.lock\)"):
+            with pytest.raises(BusyError, match=r"on 1 is running here \(cannot check .* remove .*/\.lock\)"):
                 folder.create()
 
 
