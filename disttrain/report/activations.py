@@ -66,7 +66,7 @@ class Inside:
         confusion: int64 [true class, predicted class].
         samples: number of validation samples; `confusion` counts fewer if the time limit was reached.
         mistakes: the most confident mistakes.
-        grid: randomly chosen validation images.
+        grid: the first validation images.
         filters: picture and number of the filters of the first convolution; None without one.
         image: the input of `layers`, or None.
         layers: in execution order.
