@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from disttrain import slurm_env
-from disttrain.config import Config, Role, differences, dump_config, load_config, role
+from disttrain.config import Config, Role, differences, dump_config, load_config, parse_config, role
 from disttrain.errors import DisttrainError, HangError, StoppedError, StorageError, TrainingError
 from disttrain.files import storage_error, write_atomically
 from disttrain.heartbeat import Phase, doing, pack
@@ -31,7 +31,7 @@ from disttrain.runs.agreement import compare_peers, facts
 from disttrain.runs.fingerprint import fingerprint
 from disttrain.runs.manifest import quarantine
 from disttrain.runs.resume import Start, resume_point
-from disttrain.runs.runfolder import CLEAN, RunFolder, new_run_path, utc_now
+from disttrain.runs.runfolder import CLEAN, CONFIG, RunFolder, new_run_path, utc_now
 from disttrain.training.group import (
     best_device,
     collective_timeout_s,
@@ -82,7 +82,8 @@ def main(
     rank = Rank(int(os.environ.get("RANK", "0")), run_dir)
     rank.listen()
     try:
-        config = load_config(config_path, overrides)
+        text = os.environ.get(CONFIG)  # the launcher has read the file, which may have changed since then
+        config = parse_config(text, CONFIG) if text else load_config(config_path, overrides)
         check_model_name(config.model.name)
         run(config, rank, resume, force=force, verbosity=int(verbose) - int(quiet))
     except StoppedError as stop:

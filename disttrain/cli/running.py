@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from disttrain.cli.shared import COUNT, JSON, NODE, PATH, PROCESSES, SECONDS, aside, ready_to_measure
+from disttrain.errors import UsageError
 
 if TYPE_CHECKING:
     from disttrain.config import Config
@@ -81,7 +82,7 @@ def run(
     number of GPUs does not change the experiment.
     """
     from disttrain import slurm_env
-    from disttrain.config import load_config
+    from disttrain.config import dump_config
     from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
     from disttrain.launch.prepare import prepare, processes_here
     from disttrain.launch.rendezvous import sharing_failures
@@ -92,11 +93,10 @@ def run(
 
     node = plan_nodes(nodes, **place, environ=os.environ)
     with sharing_failures(None if dry_run else node):
-        config = load_config(config_path, overrides)
+        config = _read_config(config_path, overrides, run_dir)
         check_model_name(config.model.name)
         here = processes_here(gpus=gpus, procs=procs)
-        if here.device == "cpu" and procs is None:
-            _warn_of_unused_gpus()
+        _warn_of_unused_gpus(here.device, procs)
         run_dir = run_dir or plan_run_dir(config.name, node, os.environ)
         if run_dir and slurm_env.requeued(os.environ):
             resume = resume_again(RunFolder(run_dir), resume)
@@ -109,6 +109,7 @@ def run(
             **(node._asdict() if node else {}),
             verbosity=int(verbose) - int(quiet),
             force=force,
+            config=dump_config(config),
             stall_timeout_s=config.monitor.stall_timeout_s,
         )
         ready = prepare(plan, config, dry_run=dry_run, say=click.echo)
@@ -117,15 +118,34 @@ def run(
             return
         folder = ready.folder if run_dir else RunFolder(new_run_path(config.name))
         folder.create() if plan.node_rank == 0 else folder.check_writable("logs", "errors")
-    plan = replace(plan, run_dir=folder.path)
-    _train(plan, folder, facts(config, ready.index), max_restarts=max_restarts, report=report)
+    known = facts(config, ready.index)
+    _train(replace(plan, run_dir=folder.path), folder, known, max_restarts=max_restarts, report=report)
 
 
-def _warn_of_unused_gpus() -> None:
-    """Says on standard error that a run is on the CPU although the machine has GPUs."""
+def _read_config(config_path: Path, overrides: tuple[str, ...], run_dir: Path | None) -> Config:
+    """Returns the config of a run. A requeued job keeps the one that it began with."""
+    from disttrain import slurm_env
+    from disttrain.config import differences, load_config
+    from disttrain.runs.runfolder import RunFolder
+
+    begun = RunFolder(run_dir).config if run_dir and slurm_env.requeued(os.environ) else None
+    if begun is None or not begun.is_file():
+        return load_config(config_path, overrides)
+    config = load_config(begun)
+    try:
+        changes = differences(config, load_config(config_path, overrides))
+    except UsageError as error:
+        changes = [str(error)]
+    if changes:
+        aside(f"{config_path}: has changed since the job began ({changes[0]}); continuing with {begun}")
+    return config
+
+
+def _warn_of_unused_gpus(device: str, procs: int | None) -> None:
+    """Warns of a run on the CPU although the machine has GPUs, unless --procs asked for it."""
     from disttrain.monitor.nvml import unusable_gpus
 
-    if why := unusable_gpus():
+    if device == "cpu" and procs is None and (why := unusable_gpus()):
         note = "training on the CPU, although this machine has GPUs"
         aside(f"{note} ({why}); run `disttrain doctor`, or use --procs N to train on the CPU on purpose")
 

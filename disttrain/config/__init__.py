@@ -11,6 +11,7 @@ from disttrain.config.loading import (
     flatten,
     json_schema,
     load_config,
+    parse_config,
     settings,
 )
 from disttrain.config.schema import (
@@ -43,6 +44,7 @@ __all__ = [
     "flatten",
     "json_schema",
     "load_config",
+    "parse_config",
     "role",
     "settings",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `a.b=c` overrides and checks the result.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; `-` is the standard input.
         overrides: Hydra-style assignments; values are read as YAML.
 
     Raises:
         UsageError: the file or an override is wrong; the message names file and line, or the override.
     """
     path = Path(path)
+    if str(path) == "-":
+        return parse_config(sys.stdin.read(), "standard input", overrides)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -34,10 +37,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    tree, lines = read_yaml(text, str(path), numbered=True)
+    return parse_config(text, str(path), overrides)
+
+
+def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
+    """Returns the config that a YAML text describes, under overrides; `name` is for messages.
+
+    Raises:
+        UsageError: the text or an override is wrong.
+    """
+    tree, lines = read_yaml(text, name, numbered=True)
     if not isinstance(tree, dict):
-        raise UsageError(f"{path}: expected the sections of an experiment (data:, model:, train:, ...)")
-    where: dict[Key, str] = {(): str(path)} | {key: f"{path}:{line}" for key, line in lines.items() if key}
+        raise UsageError(f"{name}: expected the sections of an experiment (data:, model:, train:, ...)")
+    where: dict[Key, str] = {(): name} | {key: f"{name}:{line}" for key, line in lines.items() if key}
     for override in overrides:
         _apply_override(tree, where, override)
     try:

@@ -29,7 +29,7 @@ from disttrain.launch.supervisor import Outcome, Supervisor
 from disttrain.lifetime import adopting_orphans, end_with_parent, stop_signals
 from disttrain.runs.manifest import list_steps, step_of
 from disttrain.runs.resume import resume_again
-from disttrain.runs.runfolder import CLEAN, COMMAND, LOCKED_BY_LAUNCHER, RunFolder
+from disttrain.runs.runfolder import CLEAN, COMMAND, CONFIG, LOCKED_BY_LAUNCHER, RunFolder
 from disttrain.terminal import is_animated
 
 _MOST_IDLE_RESTARTS = 3  # consecutive restarts without progress
@@ -130,6 +130,7 @@ def _attempt(
         begin = log.tell()
         variables = child_environment(plan, os.environ) | liveness.environment
         variables |= {LOCKED_BY_LAUNCHER: str(folder.path.resolve()), COMMAND: shlex.join(sys.orig_argv)}
+        variables |= {CONFIG: plan.config} if plan.config else {}
         # In its own session, so that Ctrl-C reaches only the launcher, which then asks the ranks to stop.
         child = subprocess.Popen(
             command(plan),

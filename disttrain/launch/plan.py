@@ -57,6 +57,7 @@ class LaunchPlan:
         master_port: port on node 0; needed for several nodes.
         verbosity: -1 quiet, 0, 1 verbose.
         force: resume although the config or data set differs from the checkpoint's.
+        config: the checked config as YAML, which the ranks get; empty if they read the file.
         stall_timeout_s: how long a rank may make no progress, and how long to wait for other nodes.
     """
 
@@ -74,6 +75,7 @@ class LaunchPlan:
     master_port: int | None = None
     verbosity: int = 0
     force: bool = False
+    config: str = ""
     stall_timeout_s: float = 300.0
 
     @property
@@ -170,7 +172,8 @@ def plan_run_dir(name: str, node: slurm_env.Node | None, environ: Mapping[str, s
 
 def worker_command(plan: LaunchPlan) -> list[str]:
     """Returns the module that every rank of a run executes, and its arguments."""
-    worker = ["disttrain.worker", str(plan.config_path), *plan.overrides, "--run-dir", str(plan.run_dir)]
+    path = "/dev/stdin" if str(plan.config_path) == "-" else str(plan.config_path)  # argparse splits at -
+    worker = ["disttrain.worker", path, *plan.overrides, "--run-dir", str(plan.run_dir)]
     if plan.resume != "auto":
         worker += ["--resume", plan.resume]
     if plan.force:

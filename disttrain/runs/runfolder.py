@@ -26,6 +26,9 @@ from disttrain.files import storage_error, write_atomically, write_new
 COMMAND = "DISTTRAIN_COMMAND"
 """Environment variable with the user's command line, set by the launcher."""
 
+CONFIG = "DISTTRAIN_CONFIG"
+"""Environment variable with the config as YAML, set by the launcher, which reads the file once."""
+
 LOCKED_BY_LAUNCHER = "DISTTRAIN_RUN_LOCKED"
 """Environment variable with the run folder whose lock the launcher holds, for its rank 0."""
 

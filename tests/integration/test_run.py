@@ -302,6 +302,51 @@ def test_a_crash_is_survived_with_max_restarts(disttrain: Run, tmp_path: Path, c
     assert steps == sorted(set(steps)), "neither duplicates nor disorder after the restart"
 
 
+def test_the_config_is_read_once(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
+    """A restart after a crash goes on with what was read, whatever the file holds by then."""
+    crash = 'open("tiny.yaml", "w").write("name: another"); os.kill(os'
+    once = OWN_MODEL.replace(
+        'self.fail == "kill"', 'self.fail == "kill" and "model" in open("tiny.yaml").read()'
+    )
+    (tmp_path / "mine.py").write_text(once.replace("os.kill(os", crash))
+    arguments = ["model.name=mine:Net", "model.args={fail: kill, rank: 0}", "checkpoint.every_steps=3"]
+    options = ["--procs", "1", "--run-dir", "run", "--max-restarts", "1"]
+    assert succeeded(disttrain("run", config_file, *arguments, *options))
+    assert config_file.read_text() == "name: another"
+    assert status(tmp_path / "run")["restarts"] == 1
+
+
+def test_a_requeued_job_keeps_the_config_that_it_began_with(
+    disttrain: Run, tmp_path: Path, config_file: Path
+) -> None:
+    assert succeeded(disttrain("run", config_file, "--procs", "1", "--run-dir", "run", "train.epochs=1"))
+    before = load_config(tmp_path / "run/config.yaml")
+    (tmp_path / "run/status.json").write_text('{"state": "stopped", "exit_code": 75}')
+    config_file.write_text(config_file.read_text().replace("1e-2", "1e-3"))
+    result = disttrain(
+        "run", config_file, "--procs", "1", "--run-dir", "run", "train.epochs=1",
+        env={"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"},
+    )  # fmt: skip
+    assert succeeded(result)
+    said = "has changed since the job began (optim.lr: 0.01 -> 0.001); continuing with run/config.yaml"
+    assert said in result.stderr
+    assert load_config(tmp_path / "run/config.yaml") == before
+
+
+def test_the_config_may_come_through_a_pipe(tmp_path: Path, config_file: Path, digits_root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "disttrain", "run", "-", "--procs", "2", "--run-dir", "run", "train.epochs=1"],
+        cwd=tmp_path,
+        env=os.environ | {"DISTTRAIN_DATA": str(digits_root)},
+        input=config_file.read_text(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert succeeded(done)
+    assert load_config(tmp_path / "run/config.yaml").name == "tiny"
+
+
 def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(
     disttrain: Run, tmp_path: Path, config_file: Path, digits_root: Path
 ) -> None:
