@@ -22,7 +22,7 @@ from disttrain.shards.images import (
     open_image,
 )
 from disttrain.shards.index import Index, data_folder
-from disttrain.shards.pack import Options, Source, pack
+from disttrain.shards.pack import Options, Source, check_replaceable, instead_of, pack
 from disttrain.shards.writer import Sample
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
@@ -71,7 +71,8 @@ def pack_folder(
     """
     target = data_folder(name, root)
     if target.exists() and not options.force:
-        raise DataError(f"{target}: already exists; replace it with --force or choose another name")
+        raise DataError(f"{target}: already exists; {instead_of(target)}")
+    check_replaceable(target.resolve())
     if size is not None and size < 1:
         raise UsageError(f"--size {size}: must be at least 1")
     if val_fraction is not None and not 0 < val_fraction < 1:

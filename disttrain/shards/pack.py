@@ -13,6 +13,7 @@ import itertools
 import json
 import multiprocessing
 import operator
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,11 +34,13 @@ from disttrain.shards.index import (
     IndexFile,
     Shard,
     Split,
+    check_index,
     data_folder,
     index_bytes,
     load_index,
     mean_std,
 )
+from disttrain.shards.origin import foreign_tar
 from disttrain.shards.writer import Sample, WrittenShard, check_shape, member_bytes, write_shard
 from disttrain.units import mib
 
@@ -123,15 +126,18 @@ def pack(
     target = data_folder(name, root)
     place = target.resolve()  # a data set may be a link to a larger disk
     if options.force:
-        _check_replaceable(place)
+        check_replaceable(place)
     jobs = list(_plan(splits, int(options.shard_mib * 2**20), len(classes), channels))
     try:
         with _scratch_folder(place, options.say, keep=all(job.fingerprint for job in jobs)) as scratch:
             text = index_bytes(_describe(jobs, _write(jobs, splits, scratch, options), classes, channels))
+            _read_back(text, target)
             for path in set(scratch.iterdir()) - {scratch / job.file for job in jobs}:
                 path.unlink()  # the record of a shard, or a shard from an earlier plan
             write_new(scratch / "index.json", text)
             sync_folder(scratch)
+            if options.force:
+                check_replaceable(place)  # another process may have put tars there meanwhile
             published = _publish(scratch, place, options.force)
     except OSError as error:
         raise StorageError(
@@ -145,10 +151,23 @@ def pack(
         ) from None
     index = load_index(name, root)
     if not published and index.digest != hashlib.sha256(text).hexdigest():
-        raise DataError(
-            f"{target}: another data set of this name exists; replace it with --force or choose another name"
-        )
+        raise DataError(f"{target}: another data set of this name exists; {instead_of(target)}")
     return index
+
+
+def instead_of(target: Path) -> str:
+    """Returns what to do if there is something in the place of a new data set."""
+    if foreign := foreign_tar(target):
+        return f"disttrain did not write {foreign.name}, so choose another name"
+    return "replace it with --force or choose another name"
+
+
+def _read_back(text: bytes, target: Path) -> None:
+    """Raises DataError if the reader would refuse an index.json, so that it is not published."""
+    try:
+        check_index(text)
+    except ValueError as error:
+        raise DataError(f"{target}: not published, because its index cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -309,13 +328,22 @@ def _scratch_folder(target: Path, say: Callable[[str], None], *, keep: bool) -> 
         shutil.rmtree(scratch, ignore_errors=True)  # still exists if another process published its data set
 
 
-def _check_replaceable(target: Path) -> None:
-    """Refuses to replace anything but a packed data set: a wrong --root must not delete a home folder."""
+def check_replaceable(target: Path) -> None:
+    """Refuses to replace anything but a packed data set: a wrong --root must not delete a home folder.
+
+    Raises:
+        DataError: the folder has a file that disttrain did not write.
+    """
     if not target.exists():
         return
     for path in target.iterdir() if target.is_dir() else [target]:
         if path == target or not (path.name == "index.json" or path.suffix == ".tar"):
             raise DataError(f"{path}: not part of a packed data set; move it away or choose another name")
+    if foreign := foreign_tar(target):
+        raise DataError(
+            f"{foreign}: disttrain did not write this tar, so it is not replaced; choose another name, or "
+            f"use the tars as they are with `disttrain data index {shlex.quote(str(target))} --force`"
+        )
 
 
 def _publish(folder: Path, target: Path, overwrite: bool) -> bool:

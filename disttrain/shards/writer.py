@@ -18,6 +18,8 @@ from disttrain.errors import DataError
 from disttrain.files import sha256
 from disttrain.shards.images import decode_image, pixel_sums
 from disttrain.shards.index import MAX_SHARD_PIXELS
+from disttrain.shards.origin import OWNER
+from disttrain.shards.tar import scan
 
 BLOCK = 512  # bytes of a tar block
 
@@ -79,10 +81,9 @@ def write_shard(
     counts = [0] * classes
     sums = np.zeros((2, channels), np.int64)
     shape, origin = (0, 0), ""
+    names: list[str] = []
     with path.open("wb") as file:
-        tar = TarWriter(
-            file, encoder=False, mtime=0, mode=0o444, user="disttrain", group="disttrain", compress=False
-        )
+        tar = TarWriter(file, encoder=False, mtime=0, mode=0o444, user=OWNER, group=OWNER, compress=False)
         with tar:
             for count, (number, sample) in enumerate(samples, 1):
                 name = sample.origin or f"{path.stem.partition('-')[0]} sample {number}"
@@ -100,9 +101,13 @@ def write_shard(
                 counts[sample.label] += 1
                 label = str(sample.label).encode()
                 tar.write({"__key__": f"{number:08d}", sample.extension: sample.image, "cls": label})
+                names.append(name)
                 on_sample(count)
         file.flush()
         os.fsync(file.fileno())
+    with path.open("rb") as file:  # what the reader would refuse must not be published
+        for position, problem in scan(file, classes).problems.items():
+            raise DataError(f"{names[position]}: {problem}; repair or remove it")
     return WrittenShard(path.stat().st_size, sha256(path), counts, shape, origin, sums.tolist())
 
 
