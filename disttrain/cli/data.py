@@ -46,6 +46,8 @@ def prepare(name: str, source: Path | None, root: str | None, force: bool) -> No
     type=float,
     help="Fraction of each class for the val split, if DIR has no val folder.",
 )
+@click.option("--skip", is_flag=True, help="Leave out broken images, instead of making no data set.")
+@click.option("--follow-links", is_flag=True, help="Take links to files and folders outside DIR.")
 @click.option("--seed", type=int, default=0, help="Seed of the sample order and of the split.")
 @click.option("--shard-mib", type=POSITIVE, default=64, help="Size of a shard in MiB.")
 @click.option("--procs", "processes", type=COUNT, help="Packing processes (default: one per core).")
@@ -58,16 +60,18 @@ def pack(
     force: bool,
     shard_mib: float,
     processes: int | None,
+    skip: bool,
     **images: Any,
 ) -> None:
     """Make a data set of your own images.
 
-    DIR holds train/<class>/<images> and val/<class>/<images> (or test/). With --val-fraction it may also
+    DIR holds train/<class>/<images> and val/<class>/<images> (or valid, validation, dev or
+    test). With --val-fraction it may also
     hold <class>/<images>. After an interruption, run the same command again: finished shards are kept.
     """
     from disttrain.shards.imagefolder import pack_folder
 
-    how = {"force": force, "shard_mib": shard_mib, "processes": processes}
+    how = {"force": force, "shard_mib": shard_mib, "processes": processes, "skip": skip}
     _make(lambda options: pack_folder(folder, name, root, options, **images), **how)
 
 

@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from disttrain.errors import DataError, UsageError, reason
-from disttrain.shards.imagefolder import Tree, is_tree, scan_tree
+from disttrain.shards.foldertree import is_tree
+from disttrain.shards.imagefolder import Tree, scan_tree
 from disttrain.shards.images import Pixels, encode_image
 from disttrain.shards.index import BUILT_IN, Index, data_folder, data_root, load_index, make_command
 from disttrain.shards.origin import foreign_tar

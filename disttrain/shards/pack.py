@@ -28,6 +28,7 @@ import numpy as np
 from disttrain.errors import DataError, StorageError
 from disttrain.files import file_lock, sha256, sync_folder, write_atomically, write_new
 from disttrain.parallel import KilledError, in_processes, usable_cores
+from disttrain.shards.bad_samples import list_of, report
 from disttrain.shards.index import (
     VERSION,
     Index,
@@ -62,6 +63,7 @@ class Options:
     Attributes:
         force: replace an existing data set.
         shard_mib: a shard ends when it reaches this size, estimated from the sizes of the source.
+        skip: leave bad samples out, instead of making no data set.
         processes: number of processes; None means one per usable core if there is enough work.
         say: called with lines for the user.
         on_progress: called with the progress of packing.
@@ -69,6 +71,7 @@ class Options:
 
     force: bool = False
     shard_mib: float = 64
+    skip: bool = False
     processes: int | None = None
     say: Callable[[str], None] = silent
     on_progress: Progress = silent
@@ -130,7 +133,9 @@ def pack(
     jobs = list(_plan(splits, int(options.shard_mib * 2**20), len(classes), channels))
     try:
         with _scratch_folder(place, options.say, keep=all(job.fingerprint for job in jobs)) as scratch:
-            text = index_bytes(_describe(jobs, _write(jobs, splits, scratch, options), classes, channels))
+            records = _write(jobs, splits, scratch, options)
+            jobs, records = _without_bad(jobs, records, place, classes, options)
+            text = index_bytes(_describe(jobs, records, classes, channels))
             _read_back(text, target)
             for path in set(scratch.iterdir()) - {scratch / job.file for job in jobs}:
                 path.unlink()  # the record of a shard, or a shard from an earlier plan
@@ -160,6 +165,34 @@ def instead_of(target: Path) -> str:
     if foreign := foreign_tar(target):
         return f"disttrain did not write {foreign.name}, so choose another name"
     return "replace it with --force or choose another name"
+
+
+def _without_bad(
+    jobs: list[_Job],
+    records: list[WrittenShard],
+    place: Path,
+    classes: Sequence[str],
+    options: Options,
+) -> tuple[list[_Job], list[WrittenShard]]:
+    """Tells the bad samples, and returns the shards that have a good one.
+
+    Raises:
+        DataError: there are bad samples that are not to be left out, or all of a split or class are bad.
+    """
+    problems = [problem for record in records for problem in record.problems]
+    if not problems:
+        list_of(place).unlink(missing_ok=True)  # of an attempt before
+        return jobs, records
+    report(problems, place, skip=options.skip, say=options.say)
+    pairs = [(job, record) for job, record in zip(jobs, records, strict=True) if record.samples]
+    for split in dict.fromkeys(job.split for job in jobs):
+        counts = [record.class_counts for job, record in pairs if job.split == split]
+        if not counts:
+            raise DataError(f"every image of the {split} split is bad; repair them")
+        for name, count in zip(classes, np.sum(counts, axis=0), strict=True):
+            if split == "train" and not count:  # a whole class is never left out
+                raise DataError(f"every image of the class {name} is bad; repair them or remove the class")
+    return [job for job, _ in pairs], [record for _, record in pairs]
 
 
 def _read_back(text: bytes, target: Path) -> None:
@@ -262,11 +295,11 @@ def _write_numbered(
 
 
 def _write_job(job: _Job, source: Source, scratch: Path, on_sample: Callable[[int], object]) -> WrittenShard:
-    samples = ((number, source.load(number)) for number in job.numbers)
-    record = write_shard(scratch / job.file, samples, job.classes, job.channels, on_sample)
+    path = scratch / job.file
+    record = write_shard(path, source.load, job.numbers, job.classes, job.channels, on_sample)
     if job.fingerprint:
         kept = msgspec.json.encode((job.fingerprint, record))
-        write_atomically((scratch / job.file).with_suffix(".json"), kept, durable=False)
+        write_atomically(path.with_suffix(".json"), kept, durable=False)
     return record
 
 
@@ -292,7 +325,7 @@ def _describe(
         shards, counts = [], np.zeros(len(classes), np.int64)
         for job, record in group:
             check_shape(record.first, record.shape, records[0].first, records[0].shape)
-            shards.append(Shard(job.file, len(job.numbers), record.bytes, record.sha256))
+            shards.append(Shard(job.file, record.samples, record.bytes, record.sha256))
             counts += record.class_counts
         splits[split] = Split(int(counts.sum()), tuple(shards), tuple(counts.tolist()))
     train = [record for job, record in zip(jobs, records, strict=True) if job.split == "train"]
