@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,7 @@ from disttrain.shards.index import (
     load_index,
     parse_index,
 )
+from disttrain.shards.labels import check_names
 from disttrain.shards.pack import Options
 from disttrain.shards.reader import OpenShard
 from disttrain.shards.tar import Contents, scan
@@ -100,10 +102,13 @@ def _without_statistics(
     folder: Path, shards: dict[str, list[tuple[Shard, Contents]]], classes: Sequence[str] | None
 ) -> IndexFile:
     """Returns the index without statistics, from the headers and labels."""
-    labels = {int(label) for found in shards.values() for _, c in found for label in c.labels if label >= 0}
+    labels = Counter(
+        int(label) for found in shards.values() for _, c in found for label in c.labels if label >= 0
+    )
     if not labels:
         raise DataError(f"{folder}: no sample has a label; add a member KEY.cls with a number to each")
     names = tuple(classes or (str(label) for label in range(max(labels) + 1)))
+    check_names(folder, labels, names)
     height, width, channels = _shape(folder, shards)
     return IndexFile(
         version=VERSION,
