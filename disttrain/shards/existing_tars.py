@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,7 +28,7 @@ from disttrain.shards.index import (
     load_index,
     parse_index,
 )
-from disttrain.shards.labels import check_names
+from disttrain.shards.labels import check_names, check_no_class_lost, count_labels
 from disttrain.shards.pack import Options
 from disttrain.shards.reader import OpenShard
 from disttrain.shards.tar import Contents, scan
@@ -89,6 +88,8 @@ def index_folder(
             )
         options.say(f"{count:,} samples cannot be used, such as {text}; train with data.on_error=skip")
     counts = findings.class_counts
+    labels = count_labels(contents for _, contents in shards["train"])
+    check_no_class_lost(folder, labels, counts["train"].tolist(), index.classes)
     if not counts["train"].any():
         raise DataError(f"{folder}: no sample of the train split can be used")
     mean, std = findings.mean_std()
@@ -102,9 +103,7 @@ def _without_statistics(
     folder: Path, shards: dict[str, list[tuple[Shard, Contents]]], classes: Sequence[str] | None
 ) -> IndexFile:
     """Returns the index without statistics, from the headers and labels."""
-    labels = Counter(
-        int(label) for found in shards.values() for _, c in found for label in c.labels if label >= 0
-    )
+    labels = count_labels(contents for found in shards.values() for _, contents in found)
     if not labels:
         raise DataError(f"{folder}: no sample has a label; add a member KEY.cls with a number to each")
     names = tuple(classes or (str(label) for label in range(max(labels) + 1)))

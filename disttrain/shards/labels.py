@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from disttrain.errors import DataError
+from disttrain.shards.tar import Contents
+
+
+def count_labels(shards: Iterable[Contents]) -> Counter[int]:
+    """Returns label -> number of samples."""
+    return Counter(int(label) for contents in shards for label in contents.labels if label >= 0)
 
 
 def check_names(folder: Path, labels: Counter[int], names: Sequence[str]) -> None:
@@ -25,9 +31,30 @@ def check_names(folder: Path, labels: Counter[int], names: Sequence[str]) -> Non
             f"{folder}: the labels begin at 1 and end at {len(names)}, but {known}; add a first line for the "
             "label 0 to the file of --classes, such as unused"
         )
-    label, count = max((item for item in labels.items()), default=(0, 0))
+    label, count = max(labels.items())
     if label >= len(names) and count > 1:
         raise DataError(
             f"{folder}: {count:,} samples have the label {label}, but {known}; add the missing names to the "
             "file of --classes"
         )
+
+
+def check_no_class_lost(
+    folder: Path, labels: Counter[int], usable: Sequence[int], names: Sequence[str]
+) -> None:
+    """Raises DataError if all samples of a class are bad.
+
+    The only sample of a class may be bad: its label may be the mistake.
+
+    Args:
+        folder: folder of the tars, for the message.
+        labels: label -> number of samples in train.
+        usable: number of usable samples of each class in train.
+        names: names of the classes.
+    """
+    for label, name in enumerate(names):
+        if labels[label] > 1 and not usable[label]:
+            raise DataError(
+                f"{folder}: all {labels[label]:,} samples of the class {name} in train are bad, and a whole "
+                "class is never left out; repair them, or remove them from the tars"
+            )

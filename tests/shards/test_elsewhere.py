@@ -67,11 +67,12 @@ def test_a_folder_that_cannot_be_written_is_told_with_the_remedy(root, tars, mon
     assert index_tars(tars, None, str(root), PATTERNS, Options()).folder == root / "cluster"
 
 
-def labelled(folder, labels):
+def labelled(folder, labels, broken=None):
     folder.mkdir()
     members = []
     for number, label in enumerate(labels):
-        members += [(f"{number}.png", encode(images(1, seed=number)[0])), (f"{number}.cls", b"%d" % label)]
+        image = b"broken" if label == broken else encode(images(1, seed=number)[0])
+        members += [(f"{number}.png", image), (f"{number}.cls", b"%d" % label)]
     (folder / "train.tar").write_bytes(tar_of(*members))
     (folder / "val.tar").write_bytes(tar_of(*members, (f"{len(labels) - 1}.json", b"{}")))
     return folder
@@ -90,3 +91,21 @@ def test_a_class_without_a_name_is_not_left_out(tmp_path):
     folder = labelled(tmp_path / "set", [0, 1, 2, 2])
     with pytest.raises(DataError, match=r"set: 4 samples have the label 2, but there are 2 names, .* add"):
         index_folder(folder, USUAL, Options(), classes=["cat", "dog"], skip_unusable=True)
+
+
+def test_a_class_of_bad_samples_is_not_left_out(tmp_path):
+    folder = labelled(tmp_path / "set", [0, 1, 1, 2], broken=1)
+    with pytest.raises(DataError, match="all 2 samples of the class dog in train are bad"):
+        index_folder(folder, USUAL, Options(), classes=["cat", "dog", "emu"], skip_unusable=True)
+    assert not (folder / "index.json").exists()
+
+
+def test_through_the_command_line(disttrain, tars, tmp_path):
+    named = ("data", "index", tars, "--train", "train-*.tar", "--train", "more/*.tar")
+    (tmp_path / "names").write_text("a\nb\nc\n")
+    refused = disttrain(*named, "--classes", tmp_path / "names", "--skip", "--root", tmp_path / "sets")
+    assert (refused.returncode, "samples have the label 3, but" in refused.stderr) == (65, True)
+    result = disttrain(*named, "--name", "mine", "--root", tmp_path / "sets")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"train on it with data.name=mine data.root={tmp_path}/sets"
+    assert disttrain("data", "verify", "mine", "--root", tmp_path / "sets").returncode == 0

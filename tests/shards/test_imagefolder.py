@@ -428,3 +428,24 @@ def test_a_whole_class_is_never_left_out(root, source):
     with pytest.raises(DataError, match="every image of the train split is bad"):
         imagefolder.pack_folder(source, "mine", None, Options(skip=True))
     assert not (root / "mine").exists()
+
+
+def test_through_the_command_line(disttrain, root, source, broken):
+    (source / "val").rename(source / "valid")
+    (source / "train" / "bee" / "notes.txt").touch()
+    result = disttrain("data", "pack", source, "--name", "mine", "--root", root)
+    assert result.returncode == 65
+    assert (
+        f"{root}/mine.bad.txt lists all; repair or remove them, or leave them out with --skip"
+        in result.stderr
+    )
+    result = disttrain("data", "pack", source, "--name", "mine", "--root", root, "--skip")
+    assert result.returncode == 0, result.stderr
+    told = [
+        f"{source}: the train split is train, the val split is valid",
+        f"left out: 1 x .txt file: {source}/train/bee/notes.txt",
+    ]
+    lines = result.stdout.splitlines()
+    assert lines[:2] == told
+    assert lines[lines.index(f"mine: {root}/mine") - 2 :][:2] == told
+    assert disttrain("data", "verify", "mine", "--root", root).returncode == 0
