@@ -46,6 +46,8 @@ def prepare(name: str, source: Path | None, root: str | None, force: bool) -> No
     type=float,
     help="Fraction of each class for the val split, if DIR has no val folder.",
 )
+@click.option("--skip", is_flag=True, help="Leave out broken images, instead of making no data set.")
+@click.option("--follow-links", is_flag=True, help="Take links to files and folders outside DIR.")
 @click.option("--seed", type=int, default=0, help="Seed of the sample order and of the split.")
 @click.option("--shard-mib", type=POSITIVE, default=64, help="Size of a shard in MiB.")
 @click.option("--procs", "processes", type=COUNT, help="Packing processes (default: one per core).")
@@ -58,16 +60,18 @@ def pack(
     force: bool,
     shard_mib: float,
     processes: int | None,
+    skip: bool,
     **images: Any,
 ) -> None:
     """Make a data set of your own images.
 
-    DIR holds train/<class>/<images> and val/<class>/<images> (or test/). With --val-fraction it may also
+    DIR holds train/<class>/<images> and val/<class>/<images> (or valid, validation, dev or
+    test). With --val-fraction it may also
     hold <class>/<images>. After an interruption, run the same command again: finished shards are kept.
     """
     from disttrain.shards.imagefolder import pack_folder
 
-    how = {"force": force, "shard_mib": shard_mib, "processes": processes}
+    how = {"force": force, "shard_mib": shard_mib, "processes": processes, "skip": skip}
     _make(lambda options: pack_folder(folder, name, root, options, **images), **how)
 
 
@@ -128,15 +132,26 @@ def verify(name: str, root: str | None) -> None:
 )
 @click.option("--classes", type=PATH, help="File with one class name per line, in label order.")
 @click.option("--skip", is_flag=True, help="Accept tars with unusable samples.")
+@click.option("--name", help="Name of a data set that gets the index, beside links to the tars.")
+@ROOT
 @_FORCE
-def index_(folder: Path, classes: Path | None, skip: bool, force: bool, **patterns: Sequence[str]) -> None:
+def index_(
+    folder: Path,
+    classes: Path | None,
+    skip: bool,
+    name: str | None,
+    root: str | None,
+    force: bool,
+    **patterns: Sequence[str],
+) -> None:
     """Index WebDataset tars that you already have.
 
-    Writes DIR/index.json and changes nothing else. Each sample needs an image (png, jpg or webp) and a label
+    Writes DIR/index.json and changes nothing else. If DIR cannot be written, --name and --root put the index
+    elsewhere, beside links to the tars. Each sample needs an image (png, jpg or webp) and a label
     (KEY.cls).
     """
     from disttrain.errors import UsageError
-    from disttrain.shards.existing_tars import index_folder
+    from disttrain.shards.elsewhere import index_tars
 
     names = None
     if classes is not None:
@@ -146,7 +161,7 @@ def index_(folder: Path, classes: Path | None, skip: bool, force: bool, **patter
             raise UsageError(f"--classes {classes}: cannot be read: {error}") from None
         names = [name.strip() for name in names if name.strip()]
     index = _make(
-        lambda options: index_folder(folder, patterns, options, classes=names, skip_unusable=skip),
+        lambda options: index_tars(folder, name, root, patterns, options, classes=names, skip_unusable=skip),
         force=force,
     )
     click.echo(f"train on it with data.name={index.name} data.root={index.folder.parent}")

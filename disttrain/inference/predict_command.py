@@ -19,7 +19,7 @@ from disttrain.errors import DataError
 from disttrain.host_memory import keep_freed_memory
 from disttrain.inference.prediction_grid import MOST, Cell, check_name, draw, save
 from disttrain.inference.run import open_run
-from disttrain.shards.imagefolder import SUFFIXES
+from disttrain.shards.foldertree import SUFFIXES
 from disttrain.shards.images import Pixels, expect_images
 
 if TYPE_CHECKING:

@@ -25,9 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from disttrain.errors import DataError, UsageError, reason
-from disttrain.shards.imagefolder import Tree, is_tree, scan_tree
+from disttrain.shards.foldertree import is_tree
+from disttrain.shards.imagefolder import Tree, scan_tree
 from disttrain.shards.images import Pixels, encode_image
 from disttrain.shards.index import BUILT_IN, Index, data_folder, data_root, load_index, make_command
+from disttrain.shards.origin import foreign_tar
 from disttrain.shards.pack import Options, Source, pack
 from disttrain.shards.reader import open_shard
 from disttrain.shards.writer import Sample
@@ -73,6 +75,8 @@ def prepare(name: str, source: Path | None, root: str | None, options: Options) 
         try:
             index = _intact(name, root)
         except DataError as error:
+            if foreign_tar(data_folder(name, root)):
+                raise
             say(str(error).partition("; make ")[0] + "; making it again")
             options = replace(options, force=True)
         else:

@@ -28,6 +28,7 @@ from disttrain.shards.index import (
     load_index,
     parse_index,
 )
+from disttrain.shards.labels import check_names, check_no_class_lost, count_labels
 from disttrain.shards.pack import Options
 from disttrain.shards.reader import OpenShard
 from disttrain.shards.tar import Contents, scan
@@ -87,6 +88,8 @@ def index_folder(
             )
         options.say(f"{count:,} samples cannot be used, such as {text}; train with data.on_error=skip")
     counts = findings.class_counts
+    labels = count_labels(contents for _, contents in shards["train"])
+    check_no_class_lost(folder, labels, counts["train"].tolist(), index.classes)
     if not counts["train"].any():
         raise DataError(f"{folder}: no sample of the train split can be used")
     mean, std = findings.mean_std()
@@ -100,10 +103,11 @@ def _without_statistics(
     folder: Path, shards: dict[str, list[tuple[Shard, Contents]]], classes: Sequence[str] | None
 ) -> IndexFile:
     """Returns the index without statistics, from the headers and labels."""
-    labels = {int(label) for found in shards.values() for _, c in found for label in c.labels if label >= 0}
+    labels = count_labels(contents for found in shards.values() for _, contents in found)
     if not labels:
         raise DataError(f"{folder}: no sample has a label; add a member KEY.cls with a number to each")
     names = tuple(classes or (str(label) for label in range(max(labels) + 1)))
+    check_names(folder, labels, names)
     height, width, channels = _shape(folder, shards)
     return IndexFile(
         version=VERSION,

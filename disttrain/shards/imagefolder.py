@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from PIL import ExifTags, Image
 
 from disttrain.errors import DataError, UsageError, reason
 from disttrain.parallel import ordered_map
+from disttrain.shards.foldertree import Files, list_tree, shown
 from disttrain.shards.images import (
     Pixels,
     as_picture,
@@ -22,20 +24,12 @@ from disttrain.shards.images import (
     open_image,
 )
 from disttrain.shards.index import Index, data_folder
-from disttrain.shards.pack import Options, Source, pack
-from disttrain.shards.writer import Sample
+from disttrain.shards.pack import Options, Source, check_replaceable, instead_of, pack
+from disttrain.shards.writer import BadSampleError, Sample
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: JPEG files of some phones
 _READERS = 8  # threads that read headers; more than cores, because they wait for network disks
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
-_LAYOUT = (
-    "expected {0}/train/<class>/<image files> and {0}/val/<class>/... (or test), "
-    "or {0}/<class>/<image files> with --val-fraction"
-)
-
-_Files = list[tuple[str, int]]
-"""Path and label of each image, sorted by class and name."""
 
 
 def pack_folder(
@@ -47,15 +41,16 @@ def pack_folder(
     size: int | None = None,
     val_fraction: float | None = None,
     seed: int = 0,
+    follow_links: bool = False,
 ) -> Index:
-    """Packs a folder of images: DIR/{train,val|test}/<class>/<files>, or DIR/<class>/<files> to be split.
+    """Packs a folder of images: DIR/{train,val}/<class>/<files>, or DIR/<class>/<files> to be split.
 
     The classes are the sorted folder names. The images are shuffled, in an order that depends only on the
     seed and the names. PNG, JPEG and WebP files of upright 8-bit gray or RGB pixels keep their bytes; all
     other images become PNG. The data set is gray if every image is.
 
     Args:
-        folder: the images. Hidden files, other files and links out of the folder are skipped.
+        folder: the images. What is left out is told by its kind and number.
         name: name of the new data set.
         root: see `data_root`.
         options: see `pack`.
@@ -63,6 +58,7 @@ def pack_folder(
             center. JPEG files become JPEG of quality 95, others PNG. None: all images must have one size.
         val_fraction: share of each class for the val split, if the folder has no val split.
         seed: seed of the order and of the split.
+        follow_links: take links to files and folders outside the folder.
 
     Raises:
         DataError: the folder does not have the expected layout, an image is broken, or the sizes differ.
@@ -71,12 +67,13 @@ def pack_folder(
     """
     target = data_folder(name, root)
     if target.exists() and not options.force:
-        raise DataError(f"{target}: already exists; replace it with --force or choose another name")
+        raise DataError(f"{target}: already exists; {instead_of(target)}")
+    check_replaceable(target.resolve())
     if size is not None and size < 1:
         raise UsageError(f"--size {size}: must be at least 1")
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction}: must be between 0 and 1")
-    tree = scan_tree(folder, val_fraction, seed, options.say)
+    tree = scan_tree(folder, val_fraction, seed, options.say, follow_links=follow_links)
     if size is None and len(tree.sizes) > 1:
         (one, first), (other, second) = list(tree.sizes.items())[:2]
         raise DataError(
@@ -84,7 +81,10 @@ def pack_folder(
             f"{other[0]}x{other[1]}; resize them with --size N, for example --size "
             f"{min(min(one), min(other))}"
         )
-    return pack(name, root, tree.sources(size), tree.classes, tree.channels, options)
+    index = pack(name, root, tree.sources(size), tree.classes, tree.channels, options)
+    for note in tree.notes:  # once more, below what was said meanwhile
+        options.say(note)
+    return index
 
 
 class _Picture(NamedTuple):
@@ -101,6 +101,8 @@ class _Picture(NamedTuple):
     """Width and height after applying the EXIF orientation."""
     bytes: int
     mtime_ns: int
+    problem: str = ""
+    """Why the header cannot be read; the other fields but the file and the label are then meaningless."""
 
 
 class Tree(NamedTuple):
@@ -112,117 +114,54 @@ class Tree(NamedTuple):
     sizes: dict[tuple[int, int], str]
     """Each width and height, with the first file of that size."""
     channels: Literal[1, 3]
+    notes: list[str]
+    """Which folder is which split, and what was left out; see `Listing`."""
 
     def sources(self, side: int | None = None) -> dict[str, Source]:
         """Returns the splits for `pack`, resized to squares of `side` pixels unless that is None."""
         return {split: _Pictures(pictures, self.channels, side) for split, pictures in self.splits.items()}
 
 
-def is_tree(source: Path) -> bool:
-    """Returns whether a folder has a folder for each split."""
-    return (source / "train").is_dir()
-
-
-def scan_tree(folder: Path, val_fraction: float | None, seed: int, say: Callable[[str], None]) -> Tree:
+def scan_tree(
+    folder: Path,
+    val_fraction: float | None,
+    seed: int,
+    say: Callable[[str], None],
+    *,
+    follow_links: bool = False,
+) -> Tree:
     """Lists a folder of images, reads their headers, and chooses the split and the order."""
-    skipped: list[str] = []
-    classes, listing = _list_tree(folder, val_fraction, skipped)
-    if skipped:
-        say(f"{folder}: skipped {len(skipped):,} entries that are not images, such as {skipped[0]}")
+    listing = list_tree(folder, val_fraction, follow_links)
+    for note in listing.notes:
+        say(note)
+    files, classes = listing.files, listing.classes
     rng = np.random.default_rng(seed)
     if val_fraction is not None:
-        listing = _split_off(listing["train"], classes, val_fraction, rng)
+        files = _split_off(files["train"], classes, val_fraction, rng)
     splits: dict[str, list[_Picture]] = {}
     sizes: dict[tuple[int, int], str] = {}
     gray = True
-    for split, files in listing.items():
-        pictures = list(ordered_map(_read_header, files, _READERS, chunk=64))
+    for split, images in files.items():
+        pictures = list(ordered_map(_read_header, images, _READERS, chunk=64))
         for picture in pictures:
-            sizes.setdefault(picture.size, picture.file)
-            gray = gray and picture.gray
+            if not picture.problem:
+                sizes.setdefault(picture.size, shown(picture.file))
+                gray = gray and picture.gray
         splits[split] = [pictures[i] for i in rng.permutation(len(pictures))]
-    return Tree(classes, splits, sizes, 1 if gray else 3)
-
-
-def _list_tree(
-    folder: Path, val_fraction: float | None, skipped: list[str]
-) -> tuple[tuple[str, ...], dict[str, _Files]]:
-    """Returns the classes and the images of every split; adds all other entries to `skipped`."""
-    inside = folder.resolve()
-    classes: tuple[str, ...] = ()
-    listing: dict[str, _Files] = {}
-    for split, split_folder in _split_folders(folder, val_fraction).items():
-        if not split_folder.resolve().is_relative_to(inside):
-            raise DataError(f"{split_folder}: this link leaves {folder}; put the images there")
-        class_folders = _entries(split_folder, inside, skipped, lambda entry: entry.is_dir())
-        if not class_folders:
-            raise DataError(f"{split_folder}: has no class folders; {_LAYOUT.format(folder)}")
-        classes = classes or tuple(entry.name for entry in class_folders)  # of train, the first split
-        listing[split] = []
-        for class_folder in class_folders:
-            if class_folder.name not in classes:
-                raise DataError(
-                    f"{class_folder.path}: train does not have this class; add it there or remove it here"
-                )
-            images = _entries(Path(class_folder.path), inside, skipped, _is_image_file)
-            if not images:
-                raise DataError(f"{class_folder.path}: has no images; add some or remove the folder")
-            label = classes.index(class_folder.name)
-            listing[split] += [(image.path, label) for image in images]
-    return classes, listing
-
-
-def _split_folders(folder: Path, val_fraction: float | None) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; {_LAYOUT.format('DIR')}")
-    if not is_tree(folder):
-        if val_fraction is None:
-            raise DataError(f"{folder}: has no folder train; {_LAYOUT.format(folder)}")
-        return {"train": folder}
-    train = {"train": folder / "train"}
-    val = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-    if val is None:
-        if val_fraction is None:
-            raise DataError(f"{folder}: has no folder val or test; add one or use --val-fraction")
-        return train
-    if val_fraction is not None:
-        raise UsageError(f"{val} is already the val split; leave out --val-fraction")
-    return train | {"val": val}
-
-
-def _entries(
-    folder: Path, inside: Path, skipped: list[str], wanted: Callable[[os.DirEntry[str]], bool]
-) -> list[os.DirEntry[str]]:
-    """Returns the wanted entries sorted by name, without hidden ones and links to the outside."""
-    found = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                hidden = entry.name.startswith(".")
-                leaves = entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside)
-                if hidden or leaves or not wanted(entry):
-                    skipped.append(entry.path)
-                else:
-                    found.append(entry)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror}; check its permissions") from None
-    return found
-
-
-def _is_image_file(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
+    return Tree(classes, splits, sizes, 1 if gray else 3, listing.notes)
 
 
 def _split_off(
-    files: _Files, classes: Sequence[str], fraction: float, rng: np.random.Generator
-) -> dict[str, _Files]:
+    files: Files, classes: Sequence[str], fraction: float, rng: np.random.Generator
+) -> dict[str, Files]:
     """Moves the same share of every class to val, at least one image and never all."""
-    listing: dict[str, _Files] = {"train": [], "val": []}
+    listing: dict[str, Files] = {"train": [], "val": []}
     for label, members in itertools.groupby(files, key=lambda item: item[1]):
         of_class = list(members)
         if len(of_class) < 2:
             raise DataError(
-                f"{of_class[0][0]}: the only image of {classes[label]!r}, but a split needs two; add another"
+                f"{shown(of_class[0][0])}: the only image of {classes[label]!r}, but a split needs two; "
+                "add another"
             )
         count = min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)
         chosen = set(rng.permutation(len(of_class))[:count].tolist())
@@ -237,8 +176,9 @@ def _read_header(item: tuple[str, int]) -> _Picture:
         with Path(file).open("rb") as stream, open_image(stream) as picture:
             status = os.fstat(stream.fileno())
             orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+            size, mtime_ns = status.st_size, status.st_mtime_ns
     except Exception as error:  # Pillow raises all kinds of errors
-        raise _broken(file, error) from None
+        return _Picture(file, label, "", False, False, (0, 0), 0, _mtime_ns(file), reason(error))
     extension = _EXTENSIONS.get(picture.format or "", "")
     turned = orientation in range(5, 9)
     return _Picture(
@@ -248,9 +188,15 @@ def _read_header(item: tuple[str, int]) -> _Picture:
         plain=bool(extension) and picture.mode in ("L", "RGB") and orientation not in range(2, 9),
         gray=picture.mode in GRAY_MODES,
         size=(picture.height, picture.width) if turned else picture.size,
-        bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
+        bytes=size,
+        mtime_ns=mtime_ns,
     )
+
+
+def _mtime_ns(file: str) -> int:
+    with contextlib.suppress(OSError):
+        return Path(file).stat().st_mtime_ns
+    return 0
 
 
 @dataclass(frozen=True)
@@ -271,16 +217,23 @@ class _Pictures:
         return len(self.pictures)
 
     def load(self, number: int) -> Sample:
-        """Reads a file, and keeps its bytes if the image is plain and has the right size."""
+        """Reads a file, and keeps its bytes if the image is plain and has the right size.
+
+        Raises:
+            BadSampleError: it is broken.
+        """
         picture = self.pictures[number]
+        file = shown(picture.file)
+        if picture.problem:
+            raise BadSampleError(file, picture.problem)
         try:
             image = Path(picture.file).read_bytes()
-            kept = Sample(image, picture.extension, picture.label, picture.file)
+            kept = Sample(image, picture.extension, picture.label, file)
             if picture.plain and self.side is None:
                 return kept
             pixels = decode_image(image, self.channels)
         except (OSError, ValueError) as error:
-            raise _broken(picture.file, error) from None
+            raise BadSampleError(file, reason(error)) from None
         if self.side is not None:
             if picture.plain and pixels.shape[:2] == (self.side, self.side):
                 return kept
@@ -311,7 +264,3 @@ def fitted(pixels: Pixels, height: int, width: int) -> Pixels:
     box = (left, top, picture.width - left, picture.height - top)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=4.0)
     return np.asarray(picture).reshape(height, width, -1)
-
-
-def _broken(file: str, error: Exception) -> DataError:
-    return DataError(f"{file}: {reason(error)}; repair or remove it")

@@ -25,6 +25,7 @@ import pydantic
 from pydantic import Field
 
 from disttrain.errors import DataError, UnsafeError, UsageError
+from disttrain.shards.origin import foreign_tar
 from disttrain.shards.remote import check_url, fetch_text, is_url
 from disttrain.userdirs import user_cache
 
@@ -37,6 +38,7 @@ BUILT_IN = ("digits", "mnist", "cifar10")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHARD = re.compile(rf"{_NAME.pattern}(/{_NAME.pattern})*")
+_PACKED = re.compile(r"[a-z]+-\d{6,}\.tar")  # the names that `pack` gives
 _INDEX_LIMIT_BYTES = 2**25
 VERSION = 1
 MAX_SHARD_PIXELS = 4096 * 4096
@@ -225,19 +227,37 @@ def parse_index(text: bytes, name: str, folder: Path, *, base: str | None = None
     """
     place = f"{base or folder}/index.json"
     try:
+        content = check_index(text)
+    except ValueError as error:
+        raise DataError(f"{place}: {error}; {_again(name, folder, base)}") from None
+    except UnsafeError as error:
+        raise UnsafeError(f"{place}: {error}; {_again(name, folder, base)}") from None
+    digest = hashlib.sha256(text).hexdigest()
+    return Index.model_construct(**dict(content), folder=folder, name=name, digest=digest, base=base)
+
+
+def check_index(text: bytes) -> IndexFile:
+    """Returns the contents of an index.json.
+
+    Raises:
+        ValueError: it is damaged, inconsistent or too large; the message is the reason.
+        UnsafeError: it names a file that may not be a shard.
+    """
+    if len(text) > _INDEX_LIMIT_BYTES:
+        raise ValueError(f"{len(text)} bytes, over the limit of {_INDEX_LIMIT_BYTES}")
+    try:
         content = IndexFile.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
-        raise DataError(f"{place}: {_first_problem(error)}; {_again(name, folder, base)}") from None
+        raise ValueError(_first_problem(error)) from None
     for shard in content.shards:
         if not _is_place(shard.file):
             raise UnsafeError(
-                f"{place}: refused to open {shard.file!r}: a shard must be a file in the folder of its index "
-                f"or an http(s) URL; {_again(name, folder, base)}"
+                f"refused to open {shard.file!r}: a shard must be a file in the folder of its index "
+                "or an http(s) URL"
             )
     if problem := _contradiction(content):
-        raise DataError(f"{place}: {problem}; {_again(name, folder, base)}")
-    digest = hashlib.sha256(text).hexdigest()
-    return Index.model_construct(**dict(content), folder=folder, name=name, digest=digest, base=base)
+        raise ValueError(problem)
+    return content
 
 
 def _is_place(file: str) -> bool:
@@ -254,11 +274,20 @@ def _is_place(file: str) -> bool:
 def _again(name: str, folder: Path, base: str | None) -> str:
     if base:
         return "repair it on the server"
+    if foreign_tar(folder):
+        return _get_again(folder)
     return f"make the data set again with {make_command(name, folder.parent, force=True)}"
 
 
+def _get_again(folder: Path) -> str:
+    command = f"`disttrain data index {shlex.quote(str(folder))} --force`"
+    return f"get the file again, then run {command} with the options of the first time"
+
+
 def remedy(index: Index) -> str:
-    """Returns the remedy for a damaged data set."""
+    """Returns the remedy for a damaged data set: it depends on who wrote the tars."""
+    if index.base is None and not all(_PACKED.fullmatch(shard.file) for shard in index.shards):
+        return _get_again(index.folder)
     return _again(index.name, index.folder, index.base)
 
 
@@ -283,9 +312,12 @@ def _missing(name: str, folder: Path) -> str:
     text = f"{folder / 'index.json'}: there is no data set {name!r}"
     if close and close[0] != name:
         text += f"; did you mean {close[0]}?"
+    if foreign_tar(folder):
+        return f"{text}; index its tars with `disttrain data index {shlex.quote(str(folder))}`"
     wanted = close[0] if close and close[0] not in there else name
+    command = make_command(wanted, folder.parent, force=folder.exists() and wanted == name)
     found = f"in {folder.parent}: {', '.join(there)}" if there else f"{folder.parent} has no data sets yet"
-    return f"{text}; make it with {make_command(wanted, folder.parent)} ({found})"
+    return f"{text}; make it with {command} ({found})"
 
 
 def _first_problem(error: pydantic.ValidationError) -> str:

@@ -13,6 +13,7 @@ import itertools
 import json
 import multiprocessing
 import operator
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,17 +28,20 @@ import numpy as np
 from disttrain.errors import DataError, StorageError
 from disttrain.files import file_lock, sha256, sync_folder, write_atomically, write_new
 from disttrain.parallel import KilledError, in_processes, usable_cores
+from disttrain.shards.bad_samples import list_of, report
 from disttrain.shards.index import (
     VERSION,
     Index,
     IndexFile,
     Shard,
     Split,
+    check_index,
     data_folder,
     index_bytes,
     load_index,
     mean_std,
 )
+from disttrain.shards.origin import foreign_tar
 from disttrain.shards.writer import Sample, WrittenShard, check_shape, member_bytes, write_shard
 from disttrain.units import mib
 
@@ -59,6 +63,7 @@ class Options:
     Attributes:
         force: replace an existing data set.
         shard_mib: a shard ends when it reaches this size, estimated from the sizes of the source.
+        skip: leave bad samples out, instead of making no data set.
         processes: number of processes; None means one per usable core if there is enough work.
         say: called with lines for the user.
         on_progress: called with the progress of packing.
@@ -66,6 +71,7 @@ class Options:
 
     force: bool = False
     shard_mib: float = 64
+    skip: bool = False
     processes: int | None = None
     say: Callable[[str], None] = silent
     on_progress: Progress = silent
@@ -123,15 +129,20 @@ def pack(
     target = data_folder(name, root)
     place = target.resolve()  # a data set may be a link to a larger disk
     if options.force:
-        _check_replaceable(place)
+        check_replaceable(place)
     jobs = list(_plan(splits, int(options.shard_mib * 2**20), len(classes), channels))
     try:
         with _scratch_folder(place, options.say, keep=all(job.fingerprint for job in jobs)) as scratch:
-            text = index_bytes(_describe(jobs, _write(jobs, splits, scratch, options), classes, channels))
+            records = _write(jobs, splits, scratch, options)
+            jobs, records = _without_bad(jobs, records, place, classes, options)
+            text = index_bytes(_describe(jobs, records, classes, channels))
+            _read_back(text, target)
             for path in set(scratch.iterdir()) - {scratch / job.file for job in jobs}:
                 path.unlink()  # the record of a shard, or a shard from an earlier plan
             write_new(scratch / "index.json", text)
             sync_folder(scratch)
+            if options.force:
+                check_replaceable(place)  # another process may have put tars there meanwhile
             published = _publish(scratch, place, options.force)
     except OSError as error:
         raise StorageError(
@@ -145,10 +156,51 @@ def pack(
         ) from None
     index = load_index(name, root)
     if not published and index.digest != hashlib.sha256(text).hexdigest():
-        raise DataError(
-            f"{target}: another data set of this name exists; replace it with --force or choose another name"
-        )
+        raise DataError(f"{target}: another data set of this name exists; {instead_of(target)}")
     return index
+
+
+def instead_of(target: Path) -> str:
+    """Returns what to do if there is something in the place of a new data set."""
+    if foreign := foreign_tar(target):
+        return f"disttrain did not write {foreign.name}, so choose another name"
+    return "replace it with --force or choose another name"
+
+
+def _without_bad(
+    jobs: list[_Job],
+    records: list[WrittenShard],
+    place: Path,
+    classes: Sequence[str],
+    options: Options,
+) -> tuple[list[_Job], list[WrittenShard]]:
+    """Tells the bad samples, and returns the shards that have a good one.
+
+    Raises:
+        DataError: there are bad samples that are not to be left out, or all of a split or class are bad.
+    """
+    problems = [problem for record in records for problem in record.problems]
+    if not problems:
+        list_of(place).unlink(missing_ok=True)  # of an attempt before
+        return jobs, records
+    report(problems, place, skip=options.skip, say=options.say)
+    pairs = [(job, record) for job, record in zip(jobs, records, strict=True) if record.samples]
+    for split in dict.fromkeys(job.split for job in jobs):
+        counts = [record.class_counts for job, record in pairs if job.split == split]
+        if not counts:
+            raise DataError(f"every image of the {split} split is bad; repair them")
+        for name, count in zip(classes, np.sum(counts, axis=0), strict=True):
+            if split == "train" and not count:  # a whole class is never left out
+                raise DataError(f"every image of the class {name} is bad; repair them or remove the class")
+    return [job for job, _ in pairs], [record for _, record in pairs]
+
+
+def _read_back(text: bytes, target: Path) -> None:
+    """Raises DataError if the reader would refuse an index.json, so that it is not published."""
+    try:
+        check_index(text)
+    except ValueError as error:
+        raise DataError(f"{target}: not published, because its index cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -243,11 +295,11 @@ def _write_numbered(
 
 
 def _write_job(job: _Job, source: Source, scratch: Path, on_sample: Callable[[int], object]) -> WrittenShard:
-    samples = ((number, source.load(number)) for number in job.numbers)
-    record = write_shard(scratch / job.file, samples, job.classes, job.channels, on_sample)
+    path = scratch / job.file
+    record = write_shard(path, source.load, job.numbers, job.classes, job.channels, on_sample)
     if job.fingerprint:
         kept = msgspec.json.encode((job.fingerprint, record))
-        write_atomically((scratch / job.file).with_suffix(".json"), kept, durable=False)
+        write_atomically(path.with_suffix(".json"), kept, durable=False)
     return record
 
 
@@ -273,7 +325,7 @@ def _describe(
         shards, counts = [], np.zeros(len(classes), np.int64)
         for job, record in group:
             check_shape(record.first, record.shape, records[0].first, records[0].shape)
-            shards.append(Shard(job.file, len(job.numbers), record.bytes, record.sha256))
+            shards.append(Shard(job.file, record.samples, record.bytes, record.sha256))
             counts += record.class_counts
         splits[split] = Split(int(counts.sum()), tuple(shards), tuple(counts.tolist()))
     train = [record for job, record in zip(jobs, records, strict=True) if job.split == "train"]
@@ -309,13 +361,22 @@ def _scratch_folder(target: Path, say: Callable[[str], None], *, keep: bool) -> 
         shutil.rmtree(scratch, ignore_errors=True)  # still exists if another process published its data set
 
 
-def _check_replaceable(target: Path) -> None:
-    """Refuses to replace anything but a packed data set: a wrong --root must not delete a home folder."""
+def check_replaceable(target: Path) -> None:
+    """Refuses to replace anything but a packed data set: a wrong --root must not delete a home folder.
+
+    Raises:
+        DataError: the folder has a file that disttrain did not write.
+    """
     if not target.exists():
         return
     for path in target.iterdir() if target.is_dir() else [target]:
         if path == target or not (path.name == "index.json" or path.suffix == ".tar"):
             raise DataError(f"{path}: not part of a packed data set; move it away or choose another name")
+    if foreign := foreign_tar(target):
+        raise DataError(
+            f"{foreign}: disttrain did not write this tar, so it is not replaced; choose another name, or "
+            f"use the tars as they are with `disttrain data index {shlex.quote(str(target))} --force`"
+        )
 
 
 def _publish(folder: Path, target: Path, overwrite: bool) -> bool:

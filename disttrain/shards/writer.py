@@ -7,17 +7,19 @@ of the sample in its split. The same samples give the same bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from disttrain.errors import DataError
+from disttrain.errors import DataError, reason
 from disttrain.files import sha256
-from disttrain.shards.images import decode_image, pixel_sums
+from disttrain.shards.images import Pixels, decode_image, pixel_sums
 from disttrain.shards.index import MAX_SHARD_PIXELS
+from disttrain.shards.origin import OWNER
+from disttrain.shards.tar import scan
 
 BLOCK = 512  # bytes of a tar block
 
@@ -47,6 +49,21 @@ class WrittenShard(msgspec.Struct, frozen=True):
     """Origin of its first sample."""
     sums: list[list[int]]
     """Sums of the pixels; see `pixel_sums`."""
+    problems: list[tuple[str, str]] = []
+    """Origin of each bad sample, which is not in the shard, and why it is bad."""
+
+    @property
+    def samples(self) -> int:
+        """The number of samples in the shard."""
+        return sum(self.class_counts)
+
+
+class BadSampleError(DataError):
+    """A sample cannot be packed."""
+
+    def __init__(self, origin: str, problem: str) -> None:
+        super().__init__(f"{origin}: {problem}; repair or remove it")
+        self.origin, self.problem = origin, problem
 
 
 def member_bytes(size: int) -> int:
@@ -56,22 +73,26 @@ def member_bytes(size: int) -> int:
 
 def write_shard(
     path: Path,
-    samples: Iterable[tuple[int, Sample]],
+    load: Callable[[int], Sample],
+    numbers: Iterable[int],
     classes: int,
     channels: int,
     on_sample: Callable[[int], object],
 ) -> WrittenShard:
     """Writes a shard, and checks that every image is intact and has the shape of the first.
 
+    Bad samples are left out and recorded, so that a caller can report all of them at once.
+
     Args:
         path: the tar.
-        samples: at least one sample, each with its number in its split.
+        load: returns the sample of a number, or raises BadSampleError.
+        numbers: numbers of the samples in their split, at least one.
         classes: number of classes; labels must be below.
         channels: number of channels to decode the images to, 1 or 3.
-        on_sample: called after each sample with the number of samples written.
+        on_sample: called after each sample with the number of samples done.
 
     Raises:
-        DataError: an image is broken or has another shape, or a label is out of range.
+        DataError: an image has another shape.
         OSError: a write failed.
     """
     from webdataset.writer import TarWriter
@@ -79,19 +100,20 @@ def write_shard(
     counts = [0] * classes
     sums = np.zeros((2, channels), np.int64)
     shape, origin = (0, 0), ""
+    problems: list[tuple[str, str]] = []
+    names: list[str] = []
     with path.open("wb") as file:
-        tar = TarWriter(
-            file, encoder=False, mtime=0, mode=0o444, user="disttrain", group="disttrain", compress=False
-        )
+        tar = TarWriter(file, encoder=False, mtime=0, mode=0o444, user=OWNER, group=OWNER, compress=False)
         with tar:
-            for count, (number, sample) in enumerate(samples, 1):
-                name = sample.origin or f"{path.stem.partition('-')[0]} sample {number}"
-                if not 0 <= sample.label < classes:
-                    raise DataError(f"{name}: label {sample.label} is not in 0 to {classes - 1}")
+            for count, number in enumerate(numbers, 1):
                 try:
-                    pixels = decode_image(sample.image, channels, MAX_SHARD_PIXELS)
-                except ValueError as error:
-                    raise DataError(f"{name}: {error}; repair or remove it") from None
+                    sample = load(number)
+                    name = sample.origin or f"{path.stem.partition('-')[0]} sample {number}"
+                    pixels = _decoded(sample, name, classes, channels)
+                except BadSampleError as error:
+                    problems.append((error.origin, error.problem))
+                    on_sample(count)
+                    continue
                 found = (pixels.shape[0], pixels.shape[1])
                 if not origin:
                     shape, origin = found, name
@@ -100,10 +122,34 @@ def write_shard(
                 counts[sample.label] += 1
                 label = str(sample.label).encode()
                 tar.write({"__key__": f"{number:08d}", sample.extension: sample.image, "cls": label})
+                names.append(name)
                 on_sample(count)
         file.flush()
         os.fsync(file.fileno())
-    return WrittenShard(path.stat().st_size, sha256(path), counts, shape, origin, sums.tolist())
+    if names:
+        _read_back(path, names, classes)
+    return WrittenShard(path.stat().st_size, sha256(path), counts, shape, origin, sums.tolist(), problems)
+
+
+def _decoded(sample: Sample, name: str, classes: int, channels: int) -> Pixels:
+    """Returns the pixels of a sample, uint8 [H, W, C].
+
+    Raises:
+        BadSampleError: the label is out of range, or the image is broken.
+    """
+    if not 0 <= sample.label < classes:
+        raise BadSampleError(name, f"label {sample.label} is not in 0 to {classes - 1}")
+    try:
+        return decode_image(sample.image, channels, MAX_SHARD_PIXELS)
+    except ValueError as error:
+        raise BadSampleError(name, reason(error)) from None
+
+
+def _read_back(path: Path, names: Sequence[str], classes: int) -> None:
+    """Raises BadSampleError if the reader would refuse a sample, so that it is not published."""
+    with path.open("rb") as file:
+        for position, problem in scan(file, classes).problems.items():
+            raise BadSampleError(names[position], problem)
 
 
 def check_shape(name: str, shape: tuple[int, int], first: str, expected: tuple[int, int]) -> None:

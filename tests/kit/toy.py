@@ -76,6 +76,7 @@ def rewrite_shard(folder, members):
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
+            info.uname = info.gname = "disttrain"
             tar.addfile(info, io.BytesIO(data))
     shard = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     edit_index(folder, lambda content: content["splits"]["train"]["shards"][0].update(shard))

@@ -11,6 +11,7 @@ from disttrain.errors import DataError, UsageError
 from disttrain.shards import imagefolder
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options
+from disttrain.shards.verify import verify
 from kit.shards import read_split
 from kit.sources import noise, read, write
 
@@ -182,9 +183,19 @@ def test_other_files_are_skipped_and_counted(root, source, tmp_path, said):
     (source / "train" / "bee" / "copy.png").symlink_to("../ant/0.png")
     index = pack(source, said)
     assert index.splits["train"].class_counts == (6, 7)
-    assert len(said) == 1
-    assert "skipped 9 " in said[0]
-    assert str(source / "train" / ".cache") in said[0]
+    train = source / "train"
+    told = [
+        f"{source}: the train split is train, the val split is val",
+        f"left out: 2 x hidden entry: such as {train}/.cache",
+        f"left out: 1 x link to a folder outside (take it with --follow-links): {train}/cow",
+        f"left out: 1 x .txt file: {train}/notes.txt",
+        f"left out: 1 x broken link: {train}/ant/dangling.png",
+        f"left out: 1 x sub-folder of a class: {train}/ant/deeper.png",
+        f"left out: 1 x .csv file: {train}/ant/labels.csv",
+        f"left out: 1 x link to a file outside (take it with --follow-links): {train}/ant/link.png",
+        f"left out: 1 x pipe, socket or device: {train}/ant/pipe.png",
+    ]
+    assert said == told * 2  # at the beginning and at the end
 
 
 def remove_class(source):
@@ -231,7 +242,7 @@ def test_layout_is_explained(root, source, tmp_path):
     with pytest.raises(DataError, match="has no class folders; expected"):
         pack(source, val_fraction=0.1)
     write_tree(source, ("train",))
-    with pytest.raises(DataError, match="has no folder val or test; add one or use --val-fraction"):
+    with pytest.raises(DataError, match=r"has no folder val, .* or test; add one or use --val-fraction"):
         pack(source)
     (source / "val").mkdir()
     with pytest.raises(DataError, match=r"val: has no class folders"):
@@ -274,3 +285,167 @@ def test_existing_name_needs_force(root, source):
         pack(source, seed=1)
     assert load_index("mine", None) == first
     assert pack(source, seed=1, force=True).digest != first.digest
+
+
+# --- What is left out, and what is taken ------------------------------------------------------------
+
+
+def test_links_are_followed_if_asked(root, source, tmp_path, said):
+    disk = tmp_path / "disk"
+    write_tree(disk)
+    write_tree(source, classes=("ant",), count=2)
+    (source / "train" / "ant" / "more.png").symlink_to(disk / "train" / "bee" / "0.png")
+    (source / "train" / "bee").symlink_to(disk / "train" / "bee")
+    index = pack(source, said, name="without")
+    assert index.splits["train"].class_counts == (2,)
+    (source / "val").rename(source / "old")
+    (source / "val").symlink_to(disk / "val")
+    with pytest.raises(DataError, match=r"val: this link leaves .* --follow-links"):
+        pack(source)
+    index = pack(source, said, follow_links=True)
+    assert index.classes == ("ant", "bee")
+    assert [index.splits[split].class_counts for split in ("train", "val")] == [(3, 6), (6, 6)]
+
+
+def test_images_in_sub_folders_are_counted(root, source, said):
+    write_tree(source)
+    for i, image in enumerate(noise(3, 9, 8, 3)):
+        write(source / "train" / "ant" / "2019" / f"{i}.png", image)
+    pack(source, said)
+    place = source / "train" / "ant" / "2019"
+    assert said[1:3] == [
+        f"left out: 1 x sub-folder of a class: {place}",
+        f"left out: 3 x image in a sub-folder of a class (move it up): such as {place}/0.png",
+    ]
+    for path in (source / "train" / "ant").glob("*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"ant: has no images; .* 3 x image in a sub-folder of a class"):
+        pack(source, name="none")
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "JPE", "mpo"])
+def test_every_suffix_of_jpeg_is_taken(root, source, suffix):
+    write_tree(source)
+    write(source / "train" / "ant" / f"9.{suffix}", noise(1, 9, 8, 3)[0], format="JPEG")
+    index = pack(source)
+    assert index.splits["train"].class_counts == (7, 6)
+    kept = (source / "train" / "ant" / f"9.{suffix}").read_bytes()
+    assert kept in {data for _, data, _ in read_split(index, "train")}
+
+
+@pytest.mark.parametrize("val", ["valid", "validation", "dev"])
+def test_the_val_split_has_several_names_and_comes_before_test(root, source, said, val):
+    write_tree(source, ("train", val, "test", "extra"))
+    (source / val / "ant" / "0.png").unlink()
+    index = pack(source, said)
+    assert index.splits["val"].class_counts == (5, 6)
+    assert said[0] == (f"{source}: the train split is train, the val split is {val}; left out: extra, test")
+
+
+def test_folders_of_systems_and_empty_classes_of_val_end_nothing(root, source, said):
+    write_tree(source)
+    (source / "val" / "cow").mkdir()
+    for name in ("@eaDir", "__MACOSX", "lost+found"):
+        for split in ("train", "val"):
+            write(source / split / name / "0.png", noise(1, 9, 8, 3)[0])
+        write(source / "train" / "ant" / name / "0.png", noise(1, 9, 8, 3)[0])
+    index = pack(source, said)
+    assert index.classes == ("ant", "bee")
+    assert index.splits["train"].class_counts == (6, 6)
+    assert f"left out: 1 x empty class folder of val: {source}/val/cow" in said
+    assert sum("of the system" in line for line in said) == 6
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused(root, source):
+    write_tree(source)
+    (source / "train" / "bee").rename(source / "train" / os.fsdecode(b"be\xe9"))
+    with pytest.raises(
+        DataError, match=r"train/be\\xe9: the name of this class is not UTF-8; rename"
+    ) as caught:
+        pack(source)
+    assert str(caught.value).isprintable()
+    assert not root.exists()
+
+
+def test_an_image_whose_name_is_not_utf8_is_packed(root, source, said):
+    write_tree(source)
+    path = source / "train" / "bee" / "3.png"
+    path.rename(path.with_name(os.fsdecode(b"\xe9.png")))
+    (source / "train" / os.fsdecode(b"\xe9.txt")).touch()
+    assert pack(source, said).splits["train"].class_counts == (6, 6)
+    assert all(line.isprintable() for line in said)
+
+
+# --- Broken images ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(source):
+    """Three broken files: no image, a header alone, and one cut off."""
+    write_tree(source, count=9)
+    corrupt(source)
+    cut(source)
+    paths = [source / "train" / "ant" / "2.png", source / "train" / "bee" / "3.png"]
+    paths[0].write_bytes(b"no picture")
+    paths.append(source / "val" / "ant" / "1.png")
+    paths[2].write_bytes(paths[2].read_bytes()[:-60])
+    return {str(path) for path in paths}
+
+
+def test_all_broken_images_are_told_in_one_run(root, source, broken):
+    with pytest.raises(
+        DataError, match=r"3 bad images, such as .*; .*mine\.bad\.txt lists all; repair"
+    ) as caught:
+        pack(source)
+    assert "--skip" in str(caught.value)
+    lines = [line.split("\t") for line in (root / "mine.bad.txt").read_text().splitlines()]
+    assert {path for path, _ in lines} == broken
+    assert all(why for _, why in lines)
+    assert not (root / "mine").exists()
+    for path in broken:
+        os.unlink(path)  # noqa: PTH108
+    assert sum(split.samples for split in pack(source).splits.values()) == 33
+    assert sorted(path.name for path in root.iterdir()) == ["mine"]
+
+
+def test_broken_images_are_left_out_if_asked(root, source, broken, said):
+    folder = imagefolder.pack_folder(source, "mine", None, Options(skip=True, say=said.append)).folder
+    index = load_index("mine", None)
+    assert [index.splits[split].class_counts for split in ("train", "val")] == [(8, 8), (8, 9)]
+    assert verify(index) == []
+    assert any(line.startswith("left out: 3 bad images, such as ") for line in said)
+    assert len((folder.parent / "mine.bad.txt").read_text().splitlines()) == 3
+
+
+def test_a_whole_class_is_never_left_out(root, source):
+    write_tree(source)
+    for path in (source / "train" / "bee").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="every image of the class bee is bad"):
+        imagefolder.pack_folder(source, "mine", None, Options(skip=True))
+    for path in (source / "train" / "ant").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="every image of the train split is bad"):
+        imagefolder.pack_folder(source, "mine", None, Options(skip=True))
+    assert not (root / "mine").exists()
+
+
+def test_through_the_command_line(disttrain, root, source, broken):
+    (source / "val").rename(source / "valid")
+    (source / "train" / "bee" / "notes.txt").touch()
+    result = disttrain("data", "pack", source, "--name", "mine", "--root", root)
+    assert result.returncode == 65
+    assert (
+        f"{root}/mine.bad.txt lists all; repair or remove them, or leave them out with --skip"
+        in result.stderr
+    )
+    result = disttrain("data", "pack", source, "--name", "mine", "--root", root, "--skip")
+    assert result.returncode == 0, result.stderr
+    told = [
+        f"{source}: the train split is train, the val split is valid",
+        f"left out: 1 x .txt file: {source}/train/bee/notes.txt",
+    ]
+    lines = result.stdout.splitlines()
+    assert lines[:2] == told
+    assert lines[lines.index(f"mine: {root}/mine") - 2 :][:2] == told
+    assert disttrain("data", "verify", "mine", "--root", root).returncode == 0

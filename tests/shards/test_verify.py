@@ -128,7 +128,7 @@ def test_the_command_lists_the_problems_and_ends_with_65(disttrain, root):
     result = disttrain("data", "verify", "set", "--root", root)
     assert result.returncode == 65
     assert f"{root}/set/train-0.tar: sample some/folder/0-2: b'x' is not a label" in result.stdout
-    assert "set: 2 problems; make the data set again with" in result.stderr
+    assert "set: 2 problems; get the file again, then run `disttrain data index" in result.stderr
 
 
 def test_the_stages_of_the_data_path_are_measured(disttrain):
