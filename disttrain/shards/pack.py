@@ -135,8 +135,7 @@ def pack(
         with _scratch_folder(place, options.say, keep=all(job.fingerprint for job in jobs)) as scratch:
             records = _write(jobs, splits, scratch, options)
             jobs, records = _without_bad(jobs, records, place, classes, options)
-            text = index_bytes(_describe(jobs, records, classes, channels))
-            _read_back(text, target)
+            text = _read_back(index_bytes(_describe(jobs, records, classes, channels)), target)
             for path in set(scratch.iterdir()) - {scratch / job.file for job in jobs}:
                 path.unlink()  # the record of a shard, or a shard from an earlier plan
             write_new(scratch / "index.json", text)
@@ -195,12 +194,13 @@ def _without_bad(
     return [job for job, _ in pairs], [record for _, record in pairs]
 
 
-def _read_back(text: bytes, target: Path) -> None:
-    """Raises DataError if the reader would refuse an index.json, so that it is not published."""
+def _read_back(text: bytes, target: Path) -> bytes:
+    """Returns an index.json, or raises DataError if the reader would refuse it: then it is not published."""
     try:
         check_index(text)
     except ValueError as error:
         raise DataError(f"{target}: not published, because its index cannot be read: {error}") from None
+    return text
 
 
 @dataclass(frozen=True)
