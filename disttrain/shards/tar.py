@@ -136,8 +136,15 @@ class _Sample:
     def unusable(self) -> str:
         """Returns why the sample cannot be used, or an empty string; call it after all members."""
         if self.problem or not self.extension:
-            return self.problem or "no image"
-        return "" if "cls" in self.members else "no label (member cls)"
+            return self.problem or f"no image{self._after_first_dot()}"
+        return "" if "cls" in self.members else f"no label (member cls){self._after_first_dot()}"
+
+    def _after_first_dot(self) -> str:
+        """Returns an explanation if a member of the sample has a dot in its extension, else nothing."""
+        dotted = sorted(member for member in self.members if "." in member)
+        if not dotted:
+            return ""
+        return f": a key ends at the first dot of the name, so that the extension of a member is {dotted[0]}"
 
 
 def _label(text: bytes, size: int, classes: int | None) -> tuple[int, str]:

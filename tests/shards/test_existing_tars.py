@@ -138,6 +138,26 @@ def test_keys_that_begin_again_in_every_shard_are_no_duplicates(tmp_path):
         index_it(tmp_path / "set", force=True)
 
 
+@pytest.mark.parametrize(
+    ("names", "label", "words"),
+    [
+        (("a.png", "a.cls"), b"cat", r"sample a: b'cat' is not a label"),
+        (("a.png", "a.cls"), b"1.0", r"sample a: b'1\.0' is not a label"),
+        (("a.png", "a.json"), b"{}", r"sample a: no label \(member cls\) \(no sample"),
+        (("a.input.png", "a.output.cls"), b"1", r"no image: a key ends at the first dot .* is input\.png"),
+        (("n01.v2_0.png", "n01.v2_0.cls"), b"1", r"sample n01: no image: a key .* is v2_0\.cls"),
+        (("a.png", "b.png", "a.cls", "b.cls"), b"1", r"sample a: key a occurs twice"),
+    ],
+)
+def test_the_reason_is_said_when_no_sample_has_a_label(tmp_path, names, label, words):
+    image = encode(pixels(1, 0)[0])
+    for split in ("train", "val"):
+        members = {name: image if name.endswith("png") else label for name in names}
+        write_members(tmp_path / "set" / f"{split}.tar", members)
+    with pytest.raises(DataError, match=rf"train\.tar: .*{words}.*KEY\.cls"):
+        index_it(tmp_path / "set")
+
+
 @pytest.mark.parametrize("problem", ["empty", "missing", "no tar", "no labels", "other size", "name"])
 def test_what_cannot_be_indexed_is_told_and_leaves_no_index(tmp_path, problem):
     folder = tmp_path / ("my set" if problem == "name" else "set")
