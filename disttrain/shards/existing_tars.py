@@ -105,7 +105,7 @@ def _without_statistics(
     """Returns the index without statistics, from the headers and labels."""
     labels = count_labels(contents for found in shards.values() for _, contents in found)
     if not labels:
-        raise DataError(f"{folder}: no sample has a label; add a member KEY.cls with a number to each")
+        raise _none_usable(folder, shards, "no sample has a label")
     names = tuple(classes or (str(label) for label in range(max(labels) + 1)))
     check_names(folder, labels, names)
     height, width, channels = _shape(folder, shards)
@@ -122,6 +122,22 @@ def _without_statistics(
             for split, found in shards.items()
         },
     )
+
+
+def _none_usable(folder: Path, shards: dict[str, list[tuple[Shard, Contents]]], what: str) -> DataError:
+    """Returns the error for tars of which no sample can be used, with the reason from their headers."""
+    problems = [
+        (problem, f"{folder / shard.file}: sample {contents.keys[position]}: {problem}")
+        for found in shards.values()
+        for shard, contents in found
+        for position, problem in contents.problems.items()
+    ]
+    if not problems:
+        return DataError(f"{folder}: {what}")
+    # Of members in a wrong order, the first sample only seems to have no label.
+    twice = next((text for problem, text in problems if "occurs twice" in problem), "")
+    remedy = "KEY.cls, which holds the class as a whole number, must follow or precede KEY's image directly"
+    return DataError(f"{twice or problems[0][1]} ({what}); {remedy}; make the tars so")
 
 
 def _find(folder: Path, patterns: dict[str, Sequence[str]]) -> dict[str, list[Path]]:
@@ -181,5 +197,5 @@ def _shape(folder: Path, shards: dict[str, list[tuple[Shard, Contents]]]) -> tup
             except ValueError:
                 continue  # reported when all samples are decoded
     if shape is None:
-        raise DataError(f"{folder}: no tar has an image that can be decoded")
+        raise _none_usable(folder, shards, "no tar has an image that can be decoded")
     return shape[0], shape[1], 1

@@ -6,6 +6,7 @@ A strict parser: it reads only headers and labels, and unpacks nothing.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -21,7 +22,7 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _MAX_MEMBER_BYTES = 2**28
-_MAX_NAME_BYTES = 2**16  # of a pax or GNU header
+_MAX_EXTRA_BYTES = 2**20  # of a pax or GNU header; extended attributes can have 64 KiB each
 _MAX_LABEL_BYTES = 16
 _MAX_LABEL = 10**6
 _MAX_IMAGE_BYTES = 2**25
@@ -29,6 +30,7 @@ _FOLDER = b"5"
 _PAX, _PAX_GLOBAL, _LONG_NAME = b"x", b"g", b"L"
 _PICKLED = frozenset(["pyd", "pkl", "pickle", "pth", "pt", "pyc", "joblib", "dill"])
 _COMPRESSED = frozenset(["gz", "xz", "bz2", "lzma", "zst", "lz4", "zip", "7z"])
+_ELSEWHERE = re.compile(r"[A-Za-z]:|[A-Za-z][A-Za-z0-9+.-]*://").match  # a drive or a URL
 _MAGICS = {
     b"\x1f\x8b": "gzip",
     b"\xfd7zXZ": "xz",
@@ -44,7 +46,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Contents:
-    """The samples of a shard, in order.
+    """The samples of a shard, in order: all keys with a member that looks like an image or a label.
 
     Attributes:
         keys: the name that a sample's members share, without extension.
@@ -102,8 +104,11 @@ def scan(file: BinaryIO, classes: int | None) -> Contents:
             sample.label, problem = _label(head[:size].strip(), size, classes)
         sample.members.add(extension)
         sample.problem = sample.problem or problem
+    samples = [sample for sample in samples if sample.is_one()]
     if not samples:
-        raise ValueError("has no samples")
+        raise ValueError(
+            f"has no samples: no member is an image ({', '.join(IMAGE_EXTENSIONS)}) or a label (cls)"
+        )
     return Contents(
         tuple(sample.key for sample in samples),
         tuple(sample.extension for sample in samples),
@@ -124,11 +129,22 @@ class _Sample:
     problem: str = ""
     members: set[str] = field(default_factory=set)
 
+    def is_one(self) -> bool:
+        """Returns whether a member looks like an image or a label, even one such as `KEY.input.png`."""
+        return any(member.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "cls") for member in self.members)
+
     def unusable(self) -> str:
         """Returns why the sample cannot be used, or an empty string; call it after all members."""
         if self.problem or not self.extension:
-            return self.problem or "no image"
-        return "" if "cls" in self.members else "no label (member cls)"
+            return self.problem or f"no image{self._after_first_dot()}"
+        return "" if "cls" in self.members else f"no label (member cls){self._after_first_dot()}"
+
+    def _after_first_dot(self) -> str:
+        """Returns an explanation if a member of the sample has a dot in its extension, else nothing."""
+        dotted = sorted(member for member in self.members if "." in member)
+        if not dotted:
+            return ""
+        return f": a key ends at the first dot of the name, so that the extension of a member is {dotted[0]}"
 
 
 def _label(text: bytes, size: int, classes: int | None) -> tuple[int, str]:
@@ -170,7 +186,7 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int, bytes]]:
         if next_place > end:
             raise ValueError(f"member {_text(header[:100], place)} is incomplete: the tar was truncated")
         if kind in (_PAX, _PAX_GLOBAL, _LONG_NAME):
-            if size > _MAX_NAME_BYTES:
+            if size > _MAX_EXTRA_BYTES:
                 raise ValueError(f"the header of a name has {size} bytes, near byte {place}")
             stated |= _stated(kind, os.pread(descriptor, size, content), place)
             place = next_place
@@ -193,13 +209,13 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int, bytes]]:
 
 
 def _stated(kind: bytes, data: bytes, place: int) -> dict[str, str]:
-    """Returns the pax keywords in a header before a member; a GNU long name becomes `path`."""
+    """Returns `path` and `size` from a header before a member; a GNU long name becomes `path`."""
     if kind == _LONG_NAME:
         return {"path": _text(data, place)}
     records = _pax_records(data, place)
     if kind == _PAX:
         return records
-    if records.keys() & {"path", "size"}:
+    if records:
         raise UnsafeError("a global header sets the name or size of all members; make the shard again")
     return {}
 
@@ -236,7 +252,8 @@ def _text(data: bytes, place: int) -> str:
 
 
 def _pax_records(data: bytes, place: int) -> dict[str, str]:
-    records = {}
+    """Returns the keywords `path` and `size` of a pax header, if it has them."""
+    records: dict[str, str] = {}
     begin = 0
     while begin < len(data):
         digits, space, _ = data[begin : begin + 8].partition(b" ")
@@ -248,9 +265,10 @@ def _pax_records(data: bytes, place: int) -> dict[str, str]:
             raise UnsafeError(
                 "a member is a sparse file or a link; make the shard again with only regular files"
             )
-        if b"\0" in value:
-            raise UnsafeError(f"the name at byte {place} has a NUL; make the shard again")
-        records[_text(key, place)] = _text(value, place)
+        if key in (b"path", b"size"):  # the others can be binary, such as extended attributes
+            if b"\0" in value:
+                raise UnsafeError(f"the name at byte {place} has a NUL; make the shard again")
+            records[key.decode()] = _text(value, place)
         begin = end
     return records
 
@@ -259,12 +277,13 @@ def _check_name(name: str) -> None:
     parts = name.split("/")
     if not name.isprintable():
         raise UnsafeError(f"member {name!r} has control characters in its name; make the shard again")
-    if name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]:
+    if name.startswith("/") or ".." in parts or "\\" in name or _ELSEWHERE(name):
         raise UnsafeError(f"member {name!r} leaves the folder; make the shard again with plain names")
-    last = parts[-1].rpartition(".")[2].lower()
+    *before, last = parts[-1].lower().split(".")
     if last in _PICKLED:
         raise UnsafeError(f"member {name!r} is a pickle, which can run code; make the shard again without it")
-    if last in _COMPRESSED:
+    # Others, such as KEY.json.gz, are never opened.
+    if last in _COMPRESSED and (len(before) < 2 or before[-1] in (*IMAGE_EXTENSIONS, "cls")):
         raise UnsafeError(f"member {name!r} is compressed; make the shard again with plain members")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,6 +17,7 @@ from disttrain.shards.images import expect_images, pixel_sums
 from disttrain.shards.index import Index, Shard, extra_shards, mean_std
 from disttrain.shards.pack import Progress, silent
 from disttrain.shards.reader import Ids, ShardError, decoded, open_shard
+from disttrain.shards.tar import Contents
 from disttrain.userdirs import cache_folder, remember
 
 
@@ -127,16 +129,37 @@ def verify(index: Index, *, on_progress: Progress = silent) -> list[Problem]:
 
 
 def double_keys(index: Index, split: str) -> Iterator[Problem]:
-    """Yields the samples of a split that are also in another of its shards: same key, size and label."""
+    """Yields the samples of a split that are also in another of its shards: same key, label and image file.
+
+    Many writers begin with the same key in every shard, so a key alone says nothing.
+    """
     seen: set[tuple[str, int, int]] = set()
-    for number, shard in enumerate(index.splits[split].shards):
+    candidates: set[tuple[str, int, int]] = set()
+    shards = index.splits[split].shards
+    for number in range(len(shards)):
         with suppress(ShardError):  # a shard that cannot be opened was reported before
-            contents = open_shard(index, split, number).contents
-            samples = list(zip(contents.keys, contents.sizes.tolist(), contents.labels.tolist(), strict=True))
-            for sample in samples:
-                if sample in seen:
-                    yield Problem(index.place(shard), sample[0], "is also in another shard of the split")
-            seen.update(samples)
+            samples = set(_described(open_shard(index, split, number).contents))
+            candidates |= samples & seen
+            seen |= samples
+    if not candidates:
+        return
+    found: set[tuple[str, int, bytes]] = set()
+    for number, shard in enumerate(shards):
+        with suppress(ShardError):
+            tar = open_shard(index, split, number)
+            for position, sample in enumerate(_described(tar.contents)):
+                if sample not in candidates or position in tar.contents.problems:
+                    continue
+                key, _, label = sample
+                identity = key, label, hashlib.sha256(tar.read(position)).digest()
+                if identity in found:
+                    yield Problem(index.place(shard), key, "is also in another shard of the split")
+                found.add(identity)
+
+
+def _described(contents: Contents) -> Iterator[tuple[str, int, int]]:
+    """Yields key, size of the image file and label of every sample."""
+    yield from zip(contents.keys, contents.sizes.tolist(), contents.labels.tolist(), strict=True)
 
 
 def find_bad_samples(index: Index, split: str, say: Callable[[str], None]) -> Ids:

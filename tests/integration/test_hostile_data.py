@@ -179,7 +179,7 @@ def hostile_tar(kind: str, outside: Path) -> bytes:
         "name with a drive": "c:/pwned.png",
         "name with a backslash": "..\\pwned.png",
         "gzip member": "bad.cls.gz",
-        "xz member": "bad.json.XZ",
+        "xz member": "bad.png.XZ",
         "zip member": "bad.zip",
     }
     if kind in names:

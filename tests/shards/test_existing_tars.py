@@ -15,6 +15,7 @@ from disttrain.shards.existing_tars import index_folder
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options
+from disttrain.shards.verify import verify
 from kit.shards import SEVEN, read_split, write_tar
 from kit.toy import encode
 
@@ -31,6 +32,15 @@ def write(path, images, labels):
                 member = tarfile.TarInfo(f"{path.stem}/{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
+
+
+def write_members(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 def pixels(count, seed, shape=(4, 5)):
@@ -107,6 +117,45 @@ def test_patterns_name_the_splits(tmp_path):
     with pytest.raises(UnsafeError, match="leaves the folder"):
         index_it(tmp_path / "set", train=["../set/*.tar"], val=["check.tar"], force=True)
     assert len(load_index("set", str(tmp_path)).splits["train"].shards) == 3  # as it was
+
+
+def test_keys_that_begin_again_in_every_shard_are_no_duplicates(tmp_path):
+    names = {"train-0.tar": pixels(3, 0), "train-1.tar": pixels(3, 1), "val.tar": pixels(2, 2)}
+    for name, images in names.items():
+        members = {}
+        for number, image in enumerate(images):
+            members |= {f"{number:06}.png": encode(image, compress_level=0), f"{number:06}.cls": b"1"}
+        write_members(tmp_path / "set" / name, members)
+    index = index_it(tmp_path / "set")
+    assert index.splits["train"].samples == 6
+    assert verify(index) == []
+    same = {"000009.png": encode(pixels(1, 5)[0]), "000009.cls": b"0", **members}
+    write_members(tmp_path / "set" / "train-2.tar", same)
+    write_members(tmp_path / "set" / "train-3.tar", {**same, "other.png": b"x", "other.cls": b"0"})
+    with pytest.raises(
+        DataError, match=r"train-3\.tar: sample 000009: is also in another shard of the split"
+    ):
+        index_it(tmp_path / "set", force=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "words"),
+    [
+        (("a.png", "a.cls"), b"cat", r"sample a: b'cat' is not a label"),
+        (("a.png", "a.cls"), b"1.0", r"sample a: b'1\.0' is not a label"),
+        (("a.png", "a.json"), b"{}", r"sample a: no label \(member cls\) \(no sample"),
+        (("a.input.png", "a.output.cls"), b"1", r"no image: a key ends at the first dot .* is input\.png"),
+        (("n01.v2_0.png", "n01.v2_0.cls"), b"1", r"sample n01: no image: a key .* is v2_0\.cls"),
+        (("a.png", "b.png", "a.cls", "b.cls"), b"1", r"sample a: key a occurs twice"),
+    ],
+)
+def test_the_reason_is_said_when_no_sample_has_a_label(tmp_path, names, label, words):
+    image = encode(pixels(1, 0)[0])
+    for split in ("train", "val"):
+        members = {name: image if name.endswith("png") else label for name in names}
+        write_members(tmp_path / "set" / f"{split}.tar", members)
+    with pytest.raises(DataError, match=rf"train\.tar: .*{words}.*KEY\.cls"):
+        index_it(tmp_path / "set")
 
 
 @pytest.mark.parametrize("problem", ["empty", "missing", "no tar", "no labels", "other size", "name"])

@@ -83,6 +83,49 @@ def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
     assert contents.keys == ("0", "1")
 
 
+def test_members_that_nobody_asked_for_are_passed_over(tmp_path: Path) -> None:
+    extra = {"README": b"x", "LICENSE.md": b"x", "meta/classes.json.zst": b"x"}
+    contents = look(tmp_path, tar_of({**extra, **members(2), "1.json.gz": b"\x1f\x8b"}))
+    assert (contents.keys, contents.problems) == (("0", "1"), {})
+    with pytest.raises(ValueError, match="has no samples: no member is an image"):
+        look(tmp_path, tar_of({"README": b"x"}))
+
+
+@pytest.mark.parametrize("name", ["12:33:00_cam1", "cam:1/a:b", "2026-11-28T12:33"])
+def test_a_colon_is_part_of_a_name(tmp_path: Path, name: str) -> None:
+    assert look(tmp_path, tar_of({f"{name}.png": b"x", f"{name}.cls": b"0"})).keys == (name,)
+
+
+@pytest.mark.parametrize("name", ["c:a.png", "D:/a.png", "http://host/a.png", "file:///a.png"])
+def test_a_drive_and_a_url_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnsafeError, match="leaves the folder"):
+        look(tmp_path, tar_of({name: b"x"}))
+
+
+def test_extended_attributes_are_passed_over(tmp_path: Path) -> None:
+    values = {
+        b"SCHILY.xattr.trusted.lov": bytes(range(256)),
+        b"SCHILY.xattr.security.selinux": b"system_u:object_r:file_t:s0\0",
+        b"SCHILY.xattr.user.large": b"\xff" * 2**16,
+        b"path": LONG.encode() + b"0.png",
+    }
+    records = b"".join(pax_record(key, value) for key, value in values.items())
+    header = tarfile.TarInfo("attributes")
+    header.type, header.size = tarfile.XHDTYPE, len(records)
+    start = header.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)
+    contents = look(tmp_path, start + tar_of({"0.png": b"x", LONG + "0.cls": b"1"}))
+    assert (contents.keys, contents.labels.tolist(), contents.problems) == ((LONG + "0",), [1], {})
+
+
+def pax_record(key: bytes, value: bytes) -> bytes:
+    """Returns one record of a pax header, which begins with its own length."""
+    rest = b" " + key + b"=" + value + b"\n"
+    length = len(rest)
+    while length != len(rest) + len(str(length)):
+        length = len(rest) + len(str(length))
+    return str(length).encode() + rest
+
+
 @pytest.mark.parametrize("name", ["a\x1b[31m.png", "a\nb.png", "a\x7f.png"])
 def test_names_that_would_disturb_a_terminal_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UnsafeError, match="has control characters") as caught:
