@@ -46,20 +46,19 @@ def eval_(run_path: Path, checkpoint: str, as_json: bool, **where: Any) -> None:
 @click.option("--top", type=COUNT, default=3, help="Number of classes shown per image.")
 @click.option("--grid", type=PATH, metavar="FILE.png", help="Also draw the images with their predictions.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document per image.")
-def predict(
-    run_path: Path, images: tuple[str, ...], checkpoint: str, top: int, grid: Path | None, as_json: bool
-) -> None:
+@click.option("--max-pixels", type=COUNT, default=8192 * 8192, help="Images with more are not decoded.")
+def predict(run_path: Path, images: tuple[str, ...], checkpoint: str, **how: Any) -> None:
     """Classify images with a trained model.
 
     RUN is a run folder, or a file made by `disttrain export --format safetensors`. FOLDER means all images
     below it. `-` reads file names from standard input, separated by newlines, or by NUL as from `find
-    -print0`. A bad file is reported on standard error. The other files are still classified, and the exit
-    code is 65.
+    -print0`. A bad file is reported on standard error, with --json also as a line with a `problem`. The other
+    files are still classified, and the exit code is 65.
     """
     from disttrain.inference.predict_command import predict as show
 
     with progress(disable=sys.stdout.isatty()) as on_progress:
-        show(run_path, images, checkpoint, top=top, grid=grid, as_json=as_json, on_progress=on_progress)
+        show(run_path, images, checkpoint, **how, on_progress=on_progress)
 
 
 @click.command()

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ def predict(
     top: int,
     grid: Path | None,
     as_json: bool,
+    max_pixels: int,
     on_progress: Callable[[int, int | None], None],
 ) -> None:
     """Classifies images, prints the predictions and draws the grid; the arguments are those of the command.
@@ -48,7 +49,9 @@ def predict(
         check_name(grid)
     if not run.is_file():
         open_run(run, checkpoint)
-    files = listed(names)
+    files, left_out = listed(names)
+    for note in left_out:
+        click.echo(f"disttrain: {note}", err=True)
     expect_images(len(files))
     # Pillow's warnings about a file are either reported as an error below, or unimportant.
     warnings.filterwarnings("ignore", module="PIL")
@@ -62,11 +65,14 @@ def predict(
     show = _json if as_json else _table(files, classifier.classes)
     cells: list[Cell] = []
     failed = 0
-    for number, (prediction, pixels) in enumerate(predictions(classifier, files, top), 1):
+    found = predictions(classifier, files, top, max_pixels)
+    for number, (prediction, pixels) in enumerate(found, 1):
         if pixels is None:
             failed += 1
             click.echo(f"disttrain: {_shown(prediction.image)}: {prediction.problem}", err=True)
-        else:
+        if pixels is None and as_json:
+            click.echo(show(prediction))
+        if pixels is not None:
             click.echo(show(prediction))
             if grid is not None and len(cells) < MOST:
                 cells.append(_cell(prediction, pixels, classifier.classes))
@@ -80,8 +86,8 @@ def predict(
         raise DataError(f"{failed:,} of {len(files):,} files could not be used")
 
 
-def listed(names: Sequence[str]) -> list[str]:
-    """Returns the files that the arguments stand for.
+def listed(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the files that the arguments stand for, and a line for each kind of file left out.
 
     A folder stands for the image files below it, sorted; - for the file names on standard input.
 
@@ -89,17 +95,46 @@ def listed(names: Sequence[str]) -> list[str]:
         DataError: there are none.
     """
     files: list[str] = []
+    kinds: dict[str, list[str]] = {}
     for name in (name for given in names for name in (_read_names() if given == "-" else [given])):
-        if not Path(name).is_dir():
+        if Path(name).is_dir():
+            files += _images_below(name, kinds)
+        else:
             files.append(name)
-            continue
-        for folder, folders, entries in os.walk(name):
-            folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
-            images = (entry for entry in entries if entry.lower().endswith(SUFFIXES))
-            files += (str(Path(folder) / entry) for entry in sorted(images) if not entry.startswith("."))
+    left_out = [
+        f"left out: {len(paths):,} x {kind}: {'such as ' * (len(paths) > 1)}{_shown(paths[0])}"
+        for kind, paths in kinds.items()
+    ]
     if not files:
-        raise DataError(f"{' '.join(names)}: no image files; give files, or folders with images")
-    return files
+        found = f" ({'; '.join(left_out)})" if left_out else ""
+        raise DataError(f"{' '.join(names)}: no image files; give files, or folders with images{found}")
+    return files, left_out
+
+
+def _images_below(top: str, kinds: dict[str, list[str]]) -> Iterator[str]:
+    """Yields the image files below a folder, sorted, and adds the others to `kinds`."""
+
+    def unreadable(error: OSError) -> None:
+        kinds.setdefault("folder that cannot be read", []).append(str(error.filename))
+
+    for folder, folders, entries in os.walk(top, onerror=unreadable):
+        folders.sort()
+        for entry in list(folders):
+            path = Path(folder) / entry
+            if entry.startswith(".") or path.is_symlink():
+                kind = "hidden folder" if entry.startswith(".") else "link to a folder"
+                kinds.setdefault(kind, []).append(str(path))
+                folders.remove(entry)
+        for entry in sorted(entries):
+            path = Path(folder) / entry
+            suffix = _shown(path.suffix.lower())
+            if entry.startswith("."):
+                kinds.setdefault("hidden file", []).append(str(path))
+            elif suffix in SUFFIXES:
+                yield str(path)
+            else:
+                kind = f"{suffix} file" if suffix else "file without a suffix"
+                kinds.setdefault(kind, []).append(str(path))
 
 
 def _read_names() -> list[str]:

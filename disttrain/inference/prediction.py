@@ -10,20 +10,34 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from disttrain.errors import reason
 from disttrain.inference.classifier import Classifier, load_model
 from disttrain.inference.run import Facts
 from disttrain.parallel import ordered_map, usable_cores
 from disttrain.shards.imagefolder import fitted
-from disttrain.shards.images import Pixels, as_picture, decode_image, encode_image
+from disttrain.shards.images import (
+    MAX_PIXELS,
+    Encoded,
+    Pixels,
+    TooLargeError,
+    as_picture,
+    decode_image,
+    encode_image,
+    pixels_of,
+)
 
-ImageSource = str | Path | Pixels
-"""An image file, or its pixels: uint8 [H, W], [H, W, 1] or [H, W, 3]."""
+ImageSource = str | os.PathLike[str] | Encoded | BinaryIO | Image.Image | Pixels | Tensor
+"""An image: the name of its file, its bytes, an open file, a Pillow image, or its pixels.
+
+Pixels are an array, uint8 [H, W], [H, W, 1] or [H, W, 3], or a tensor, uint8 [H, W], [C, H, W] or [H, W, C].
+"""
 
 _BATCH = 64  # images of one decoding task and of one forward pass
 _T = TypeVar("_T")
@@ -53,9 +67,10 @@ class Prediction(NamedTuple):
         return self.top[0][1] if self.top else None
 
     def as_json(self) -> dict[str, Any]:
-        """Returns a line of `disttrain predict --json`."""
+        """Returns a line of `disttrain predict --json`; class and probability may be None."""
         top = [{"class": label, "probability": probability} for label, probability in self.top]
-        return {"image": self.image, **top[0], "top": top}
+        best = {"class": self.label, "probability": self.probability}
+        return {"image": self.image, **best, "top": top, "problem": self.problem}
 
 
 def predict(
@@ -64,28 +79,37 @@ def predict(
     *,
     checkpoint: str | Path = "best",
     top: int = 5,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[Prediction]:
     """Returns the predictions of a model for images, in their order.
 
     Args:
         source: a run folder, an exported safetensors file, or a model from `load_model`.
-        images: one or more image files, or pixels. They are prepared like the training images: decoded,
-            rotated according to EXIF, resized to the input size of the model, and made gray if it takes gray.
+        images: one or more images, see `ImageSource`; [B, ...] pixels are several. They are prepared like the
+            training images: decoded, rotated according to EXIF, resized to the input size of the model, and
+            made gray if it takes gray.
         checkpoint: checkpoint of the run: best, latest, or a path.
         top: classes per prediction.
+        max_pixels: images with more are not decoded.
 
     Raises:
         UsageError: the run does not exist.
         CheckpointError: the checkpoint does not exist or is damaged.
     """
-    if isinstance(images, (str, Path, np.ndarray)):
-        images = [images]
     classifier = source if isinstance(source, Classifier) else load_model(source, checkpoint)
-    return [prediction for prediction, _ in predictions(classifier, images, top)]
+    several = cast(Iterable[ImageSource], [images] if _is_one(images) else images)
+    return [prediction for prediction, _ in predictions(classifier, several, top, max_pixels)]
+
+
+def _is_one(images: object) -> bool:
+    if isinstance(images, (np.ndarray, Tensor)):
+        return images.ndim != 4
+    kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
+    return isinstance(images, kinds) or hasattr(images, "read")
 
 
 def predictions(
-    classifier: Classifier, images: Iterable[ImageSource], top: int
+    classifier: Classifier, images: Iterable[ImageSource], top: int, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[Prediction, Pixels | None]]:
     """Yields the prediction for each image with its prepared pixels, uint8 [H, W, C], or None if unusable.
 
@@ -93,9 +117,10 @@ def predictions(
         classifier: computes in the precision of `as_evaluated`.
         images: read a few batches ahead.
         top: classes per prediction.
+        max_pixels: images with more are not decoded.
     """
     classes = classifier.classes
-    for batch in decoded(images, classifier.facts):
+    for batch in decoded(images, classifier.facts, max_pixels):
         usable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
         rows: Iterator[tuple[list[float], list[int]]] = iter(())
         if usable:
@@ -104,7 +129,7 @@ def predictions(
                 best = classifier(stacked).softmax(1).topk(min(top, len(classes)))
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for image, pixels in batch:
-            name = "" if isinstance(image, np.ndarray) else str(image)
+            name = _name(image)
             if isinstance(pixels, str):
                 yield Prediction(name, (), pixels), None
             else:
@@ -113,49 +138,102 @@ def predictions(
                 yield Prediction(name, found), pixels
 
 
-def decoded(images: Iterable[ImageSource], facts: Facts) -> Iterator[list[tuple[ImageSource, Pixels | str]]]:
+def _name(image: ImageSource) -> str:
+    """Returns the name of an image's file, or an empty string."""
+    if isinstance(image, (str, os.PathLike)):
+        return str(image)
+    name = getattr(image, "filename" if isinstance(image, Image.Image) else "name", "")
+    return name if isinstance(name, str) else ""  # the name of a pipe is a number
+
+
+def decoded(
+    images: Iterable[ImageSource], facts: Facts, max_pixels: int = MAX_PIXELS
+) -> Iterator[list[tuple[ImageSource, Pixels | str]]]:
     """Yields batches of images, each with its pixels, prepared by threads, or why it is unusable."""
 
     def prepare(batch: Sequence[ImageSource]) -> list[tuple[ImageSource, Pixels | str]]:
-        return [(image, _prepared_or_reason(image, facts)) for image in batch]
+        return [(image, _prepared_or_reason(image, facts, max_pixels)) for image in batch]
 
     return ordered_map(prepare, _batches(images, _BATCH), usable_cores())
 
 
-def _prepared_or_reason(image: ImageSource, facts: Facts) -> Pixels | str:
+def _prepared_or_reason(image: ImageSource, facts: Facts, max_pixels: int) -> Pixels | str:
     try:
-        return prepared(image, facts)
+        return prepared(image, facts, max_pixels)
+    except TooLargeError as error:
+        return f"{error}; allow more with --max-pixels (in Python max_pixels)"
     except (OSError, ValueError) as error:
         return reason(error)
 
 
-def prepared(image: ImageSource, facts: Facts) -> Pixels:
+def prepared(image: ImageSource, facts: Facts, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Returns the pixels of an image as `disttrain data pack --size` would store them: uint8 [H, W, C].
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not an image, or is broken or too large.
+        ValueError: not an image, or it is broken or too large.
     """
     height, width, channels = facts.shape
-    jpeg = False
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
-            shape = list(image.shape)
-            raise ValueError(f"expected uint8 [H, W], [H, W, 1] or [H, W, 3], got {image.dtype} {shape}")
-        picture = as_picture(image).convert("L" if channels == 1 else "RGB")
-        pixels = np.array(picture).reshape(*image.shape[:2], channels)
+    if isinstance(image, (np.ndarray, Tensor)):
+        pixels, jpeg = _checked(image, channels), False
+    elif isinstance(image, Image.Image):
+        pixels, jpeg = pixels_of(image, channels, max_pixels), image.format in ("JPEG", "MPO")
     else:
-        if not stat.S_ISREG(os.stat(image).st_mode):  # noqa: PTH116  takes half the time of Path.stat
-            raise ValueError("is not a file")
-        with open(image, "rb") as file:  # noqa: PTH123
-            data = file.read()
-        pixels = decode_image(data, channels)
-        jpeg = data[:3] == b"\xff\xd8\xff"
+        data = _bytes_of(image)
+        pixels, jpeg = decode_image(data, channels, max_pixels), data[:3] == b"\xff\xd8\xff"
     if pixels.shape[:2] != (height, width):
         pixels = fitted(pixels, height, width)
         if jpeg:  # packing stores a resized JPEG as a JPEG, which is lossy
             pixels = decode_image(encode_image(pixels, "JPEG"), channels)
     return pixels
+
+
+def _checked(image: Pixels | Tensor, channels: int) -> Pixels:
+    """Returns the pixels of an array or a tensor: uint8 [H, W, C].
+
+    Raises:
+        ValueError: it has another dtype or shape.
+    """
+    shape = tuple(image.shape)
+    if image.dtype not in (np.uint8, torch.uint8) or len(shape) not in (2, 3) or 0 in shape:
+        raise _not_pixels(image)
+    if isinstance(image, Tensor):
+        if len(shape) == 3 and shape[0] in (1, 3):
+            image = image.permute(1, 2, 0)
+        image = image.detach().cpu().contiguous().numpy()
+    if image.shape[2:] not in ((), (1,), (3,)):
+        raise _not_pixels(image)
+    return pixels_of(as_picture(image), channels, image.size)
+
+
+def _not_pixels(image: Pixels | Tensor) -> ValueError:
+    return ValueError(
+        f"expected uint8 [H, W], [H, W, 1] or [H, W, 3], got {image.dtype} {list(image.shape)}; "
+        "convert pixels of 0..1 with (255 * pixels).round() to uint8"
+    )
+
+
+def _bytes_of(image: str | os.PathLike[str] | Encoded | BinaryIO) -> Encoded:
+    """Returns the bytes of an image file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a file, or a file opened as text.
+    """
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        if not stat.S_ISREG(os.stat(image).st_mode):  # noqa: PTH116  takes half the time of Path.stat
+            raise ValueError("is not a file")
+        with open(image, "rb") as file:  # noqa: PTH123
+            return file.read()
+    # Numbers would be file descriptors to `open`.
+    data: Any = image.read() if hasattr(image, "read") else None
+    if isinstance(data, bytes):
+        return data
+    if data is None:
+        raise ValueError(f"expected a file name, bytes, an open file, a picture or pixels, got {image!r:.60}")
+    raise ValueError('the file was opened as text; open it with "rb"')
 
 
 def _batches(items: Iterable[_T], size: int) -> Iterator[list[_T]]:

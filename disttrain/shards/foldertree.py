@@ -11,7 +11,7 @@ from disttrain.errors import DataError, UsageError
 
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".mpo", ".webp", ".bmp", ".gif", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif",
 )  # fmt: skip
 _VAL = ("val", "valid", "validation", "dev", "test")  # folders of the val split, the first that exists
 _OF_SYSTEMS = frozenset(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import itertools
 import struct
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 8192 * 8192
 """Larger images are refused before they are decoded, because a file of 10 kB can decode to gigabytes."""
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""The formats that Pillow may try; some of its other plugins start programs."""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""The formats that Pillow may try, beside HEIF; some of its other plugins start programs."""
 
 Pixels = npt.NDArray[np.uint8]
 Encoded = bytes | bytearray | memoryview
@@ -63,6 +64,10 @@ def decode_image(image: Encoded, channels: int, most_pixels: int = MAX_PIXELS) -
     plain = _plain(image)
     tensor = _by_torchvision(plain, channels, most_pixels)
     return _by_pillow(image, plain, channels, most_pixels) if tensor is None else _as_pixels(tensor)
+
+
+class TooLargeError(ValueError):
+    """An image has more pixels than are allowed."""
 
 
 class ImageError(ValueError):
@@ -270,7 +275,25 @@ def _by_pillow(image: Encoded, plain: _Plain | None, channels: int, most_pixels:
         with open_image(io.BytesIO(image), most_pixels) as picture:
             ImageOps.exif_transpose(picture, in_place=True)
             pixels = np.array(_convert(picture, "L" if channels == 1 else "RGB"))
+    except TooLargeError:
+        raise
     except Exception as error:  # Pillow raises all kinds of errors, even SyntaxError and struct.error
+        raise ValueError(str(error) or type(error).__name__) from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def pixels_of(picture: Image.Image, channels: int, most_pixels: int = MAX_PIXELS) -> Pixels:
+    """Returns a Pillow image, which stays as it is, as `decode_image` returns its file: uint8 [H, W, C].
+
+    Raises:
+        ValueError: it is broken or too large.
+    """
+    if picture.width * picture.height > most_pixels:
+        raise _too_large(*picture.size, most_pixels)
+    try:
+        upright = ImageOps.exif_transpose(picture)
+        pixels = np.array(_convert(upright, "L" if channels == 1 else "RGB"))
+    except Exception as error:  # as above
         raise ValueError(str(error) or type(error).__name__) from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
@@ -281,12 +304,13 @@ def open_image(file: BinaryIO, most_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ValueError: not an image in a known format, or larger than `most_pixels`.
     """
-    width, height = _webp_size(file.read(30))  # for WebP, Pillow allocates the pixels immediately
+    head = file.read(30)
     file.seek(0)
+    width, height = _webp_size(head)  # for WebP, Pillow allocates the pixels immediately
     if width * height > most_pixels:
         raise _too_large(width, height, most_pixels)
     try:
-        picture = Image.open(file, formats=IMAGE_FORMATS)
+        picture = Image.open(file, formats=_known_formats(heif=_is_heif(head)))
     except UnidentifiedImageError:
         raise ValueError("damaged, or not an image in a known format") from None
     except Exception as error:
@@ -294,6 +318,28 @@ def open_image(file: BinaryIO, most_pixels: int = MAX_PIXELS) -> Image.Image:
     if picture.width * picture.height > most_pixels:
         raise _too_large(*picture.size, most_pixels)
     return picture
+
+
+def _is_heif(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1")
+
+
+@functools.cache
+def _known_formats(*, heif: bool) -> tuple[str, ...]:
+    """Returns the formats to try, without those that this Pillow does not know.
+
+    Raises:
+        ValueError: a HEIF image, and the package that decodes it is missing.
+    """
+    Image.init()
+    known = tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+    if not heif:
+        return known
+    try:
+        importlib.import_module("pi_heif").register_heif_opener()
+    except ImportError:
+        raise ValueError('a HEIC image, which needs pip install "disttrain[heic]"') from None
+    return (*known, "HEIF")
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:
@@ -312,8 +358,8 @@ def _webp_size(head: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _too_large(width: int, height: int, most_pixels: int) -> ValueError:
-    return ValueError(f"{width}x{height} pixels are over the limit of {most_pixels}")
+def _too_large(width: int, height: int, most_pixels: int) -> TooLargeError:
+    return TooLargeError(f"{width}x{height} pixels are over the limit of {most_pixels}")
 
 
 def _convert(picture: Image.Image, mode: str) -> Image.Image:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import pty
@@ -19,6 +21,7 @@ import torch
 from PIL import Image, ImageOps
 
 from disttrain.inference.classifier import Classifier, load_model
+from disttrain.inference.predict_command import listed
 from disttrain.inference.prediction import predict, prepared
 from disttrain.inference.prediction_grid import Cell, draw
 from disttrain.inference.run import Facts
@@ -28,6 +31,16 @@ from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options
 from kit.commands import Run
 from kit.shards import read_split
+
+HEIC = (  # 16x16 pixels, the left half red, the right half blue
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAXxtZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAA"
+    "ACJpbG9jAAAAAERAAAEAAQAAAAABoAABAAAAAAAAAFQAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRt"
+    "AAAAAAABAAAA/GlwcnAAAADcaXBjbwAAAHVodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMA"
+    "AAMAHroCQGEAAQApQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbqrprm4CGgwIAAAAyAAAADAIRiAAEABkQBwXPBiQAAABNjb2xybmNs"
+    "eAABAA0ABoAAAAAUaXNwZQAAAAAAAABAAAAAQAAAAChjbGFwAAAAEAAAAAEAAAAQAAAAAf///9AAAAAC////0AAAAAIAAAAQcGl4"
+    "aQAAAAADCAgIAAAAGGlwbWEAAAAAAAAAAQABBYECAwWEAAAAXG1kYXQAAABQKAGvBPIag4aAQlCV79SJf/vH9/4HywYdskPvO/v/"
+    "rSWx6SGobyP3oGi8srWBVvmmR0ClABUvTuAe1UBbZwgHfcn+xz8aMdfUlEHbqkYcyPA="
+)
 
 
 def facts(height: int, width: int, channels: Any) -> Facts:
@@ -150,7 +163,12 @@ def test_predictions_are_those_of_the_evaluation(
     disttrain: Run, trained_run: Path, digit_files: Path
 ) -> None:
     done = disttrain("predict", trained_run, digit_files, "--json", "--top", 10)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        f"disttrain: left out: 1 x hidden folder: {digit_files}/.cache",
+        f"disttrain: left out: 1 x .txt file: {digit_files}/notes.txt",
+        f"disttrain: left out: 1 x hidden file: {digit_files}/3/.hidden.png",
+    ]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["image"] for line in lines] == sorted(line["image"] for line in lines)
     evaluation = json.loads(disttrain("eval", trained_run, "--json").stdout)
@@ -192,7 +210,16 @@ def test_files_that_are_no_images_are_named_and_the_others_go_on(
     bad = ["text.png", "cut.png", "missing.png", "pipe.png", "evil\x1b[2J\n.png"]
     done = disttrain("predict", trained_run, bad[0], good[0], *bad[1:], good[1], "--json")
     assert done.returncode == 65
-    assert [json.loads(line)["image"] for line in done.stdout.splitlines()] == [str(path) for path in good]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["image"] for row in rows] == [bad[0], str(good[0]), *bad[1:], str(good[1])]
+    assert [row["problem"] is None for row in rows] == [row["class"] is not None for row in rows]
+    assert rows[3] == {
+        "image": "missing.png",
+        "class": None,
+        "probability": None,
+        "top": [],
+        "problem": "No such file or directory",
+    }
     lines = done.stderr.splitlines()
     assert [line.split(": ")[1] for line in lines[:-1]] == [*bad[:-1], "evil\\x1b[2J\\n.png"]
     assert lines[2].endswith("missing.png: No such file or directory")
@@ -318,6 +345,77 @@ def test_python_gets_a_prediction_for_each_image(trained_run: Path, digit_files:
     assert not torch.is_inference_mode_enabled()
     (one,) = predict(model, str(files[0]))
     assert one.top == found[0]._replace(top=one.top).top
+
+
+def test_an_image_may_be_anything_that_holds_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    picture(6, (64, 40)).save(path, quality=80)
+    expected = prepared(path, facts(8, 8, 3))
+    data = path.read_bytes()
+    with path.open("rb") as file, Image.open(path) as opened:
+        for image in (data, bytearray(data), memoryview(data), file, io.BytesIO(data), opened):
+            assert np.array_equal(prepared(image, facts(8, 8, 3)), expected), type(image)
+    pixels = np.asarray(picture(0, (8, 8)))
+    for tensor in (torch.tensor(pixels), torch.tensor(pixels).permute(2, 0, 1)):
+        assert np.array_equal(prepared(tensor, facts(8, 8, 3)), pixels)
+
+
+def test_what_holds_no_image_is_refused_and_no_file_descriptor_is_touched(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with (tmp_path / "a.txt").open() as file:
+        number: Any = file.fileno()
+        with pytest.raises(ValueError, match="expected a file name, bytes"):
+            prepared(number, facts(8, 8, 3))
+        os.fstat(number)  # it is still open
+        text: Any = file
+        with pytest.raises(ValueError, match='open it with "rb"'):
+            prepared(text, facts(8, 8, 3))
+    for wrong in (b"12", b""):
+        with pytest.raises(ValueError, match="not an image"):
+            prepared(wrong, facts(8, 8, 3))
+    with pytest.raises(ValueError, match=r"got torch.float32 \[3, 8, 8\]; convert pixels of 0..1"):
+        prepared(torch.zeros(3, 8, 8), facts(8, 8, 3))
+
+
+def test_one_image_of_any_kind_is_not_taken_for_several(trained_run: Path, digit_files: Path) -> None:
+    path = next(iter(sorted((digit_files / "4").iterdir())))
+    model = load_model(trained_run)
+    (expected,) = predict(model, path)
+    pixels = np.array(Image.open(path))
+    for image in (path.read_bytes(), io.BytesIO(path.read_bytes()), Image.open(path), torch.tensor(pixels)):
+        (found,) = predict(model, image)
+        assert found.top == expected.top
+    assert len(predict(model, torch.tensor(pixels)[None, ..., None].expand(3, -1, -1, -1))) == 3
+    (bad,) = predict(model, b"12")
+    assert bad.as_json()["class"] is None
+    assert "not an image" in bad.as_json()["problem"]
+
+
+def test_pixels_over_the_limit_are_allowed_by_the_option_that_is_named(
+    disttrain: Run, trained_run: Path, tmp_path: Path
+) -> None:
+    picture(0, (40, 30)).save(tmp_path / "a.png")
+    done = disttrain("predict", trained_run, "a.png", "--max-pixels", 1199)
+    assert done.returncode == 65
+    assert "a.png: 40x30 pixels are over the limit of 1199; allow more with --max-pixels" in done.stderr
+    assert disttrain("predict", trained_run, "a.png", "--max-pixels", 1200).returncode == 0
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "mpo", "avif", "jp2", "heic"])
+def test_less_usual_formats_are_decoded(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"A.{suffix.upper()}"
+    if suffix == "heic":
+        pytest.importorskip("pi_heif")
+        path.write_bytes(base64.b64decode(HEIC))
+    else:
+        two = Image.new("RGB", (16, 16), (200, 30, 30))
+        two.paste((20, 40, 220), (8, 0, 16, 16))
+        kinds = {"avif": "AVIF", "jp2": "JPEG2000", "mpo": "MPO"}
+        two.save(path, kinds.get(suffix, "JPEG"), save_all=suffix == "mpo")
+    assert listed([str(tmp_path)]) == ([str(path)], [])
+    pixels = prepared(path, facts(16, 16, 3)).astype(int)
+    assert abs(pixels[8, 2] - (200, 30, 30)).max() < 12
+    assert abs(pixels[8, 13] - (20, 40, 220)).max() < 12
 
 
 def test_many_images_stay_in_order(trained_run: Path, digit_files: Path) -> None:
