@@ -15,8 +15,10 @@ import pytest
 from kit import REPOSITORY
 from kit.commands import Run
 
-# A shell ignores it in what it runs in the background, and so would all that the tests start.
+# A shell ignores SIGINT in what it runs in the background, and nohup ignores SIGHUP: so would all that the
+# tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 os.environ["OMP_NUM_THREADS"] = "1"  # several threads of a process collapse where tests run side by side
