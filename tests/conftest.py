@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # several threads of a process collapse whe
 os.environ["DISTTRAIN_REPORT"] = "0"  # a test that wants a report at the end of a run asks for it
 
 
-STARTS_RUNS = {"disttrain", "trained_run", "start"}
+STARTS_RUNS = {"disttrain", "trained_run", "trained", "start", "mistakes"}
 """Fixtures that start the command."""
 
 
@@ -157,6 +157,13 @@ def port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         number: int = server.getsockname()[1]
     return number
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A TCP port on which the test itself listens."""
+    with socket.create_server(("", 0)) as server:
+        yield server.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -65,9 +65,9 @@ def pack(
 ) -> None:
     """Make a data set of your own images.
 
-    DIR holds train/<class>/<images> and val/<class>/<images> (or valid, validation, dev or
-    test). With --val-fraction it may also
-    hold <class>/<images>. After an interruption, run the same command again: finished shards are kept.
+    DIR holds train/<class>/<images> and val/<class>/<images> (or valid, validation, dev or test). With
+    --val-fraction it may also hold <class>/<images>. After an interruption, run the same command again:
+    finished shards are kept.
     """
     from disttrain.shards.imagefolder import pack_folder
 

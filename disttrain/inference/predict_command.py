@@ -19,7 +19,7 @@ from disttrain.errors import DataError
 from disttrain.host_memory import keep_freed_memory
 from disttrain.inference.prediction_grid import MOST, Cell, check_name, draw, save
 from disttrain.inference.run import open_run
-from disttrain.shards.foldertree import SUFFIXES
+from disttrain.shards.foldertree import SUFFIXES, LeftOut, file_kind, shown
 from disttrain.shards.images import Pixels, expect_images
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def predict(
     for number, (prediction, pixels) in enumerate(found, 1):
         if pixels is None:
             failed += 1
-            click.echo(f"disttrain: {_shown(prediction.image)}: {prediction.problem}", err=True)
+            click.echo(f"disttrain: {shown(prediction.image)}: {prediction.problem}", err=True)
         if pixels is None and as_json:
             click.echo(show(prediction))
         if pixels is not None:
@@ -95,46 +95,40 @@ def listed(names: Sequence[str]) -> tuple[list[str], list[str]]:
         DataError: there are none.
     """
     files: list[str] = []
-    kinds: dict[str, list[str]] = {}
+    left_out = LeftOut()
     for name in (name for given in names for name in (_read_names() if given == "-" else [given])):
         if Path(name).is_dir():
-            files += _images_below(name, kinds)
+            files += _images_below(name, left_out)
         else:
             files.append(name)
-    left_out = [
-        f"left out: {len(paths):,} x {kind}: {'such as ' * (len(paths) > 1)}{_shown(paths[0])}"
-        for kind, paths in kinds.items()
-    ]
+    notes = left_out.lines()
     if not files:
-        found = f" ({'; '.join(left_out)})" if left_out else ""
+        found = f" ({'; '.join(notes)})" if notes else ""
         raise DataError(f"{' '.join(names)}: no image files; give files, or folders with images{found}")
-    return files, left_out
+    return files, notes
 
 
-def _images_below(top: str, kinds: dict[str, list[str]]) -> Iterator[str]:
-    """Yields the image files below a folder, sorted, and adds the others to `kinds`."""
+def _images_below(top: str, left_out: LeftOut) -> Iterator[str]:
+    """Yields the image files below a folder, sorted, and counts what is left out."""
 
     def unreadable(error: OSError) -> None:
-        kinds.setdefault("folder that cannot be read", []).append(str(error.filename))
+        left_out.add("folder that cannot be read", str(error.filename))
 
     for folder, folders, entries in os.walk(top, onerror=unreadable):
         folders.sort()
         for entry in list(folders):
             path = Path(folder) / entry
             if entry.startswith(".") or path.is_symlink():
-                kind = "hidden folder" if entry.startswith(".") else "link to a folder"
-                kinds.setdefault(kind, []).append(str(path))
+                left_out.add("hidden folder" if entry.startswith(".") else "link to a folder", str(path))
                 folders.remove(entry)
         for entry in sorted(entries):
-            path = Path(folder) / entry
-            suffix = _shown(path.suffix.lower())
+            file = str(Path(folder) / entry)
             if entry.startswith("."):
-                kinds.setdefault("hidden file", []).append(str(path))
-            elif suffix in SUFFIXES:
-                yield str(path)
+                left_out.add("hidden file", file)
+            elif entry.lower().endswith(SUFFIXES):
+                yield file
             else:
-                kind = f"{suffix} file" if suffix else "file without a suffix"
-                kinds.setdefault(kind, []).append(str(path))
+                left_out.add(file_kind(entry), file)
 
 
 def _read_names() -> list[str]:
@@ -155,15 +149,9 @@ def _table(files: Sequence[str], classes: Sequence[str]) -> Callable[[Prediction
 
     def row(prediction: Prediction) -> str:
         cells = (f"{label:<{class_width}}  {100 * share:6.2f} %" for label, share in prediction.top)
-        return f"{_shown(prediction.image):<{image_width}}  {'   '.join(cells)}"
+        return f"{shown(prediction.image):<{image_width}}  {'   '.join(cells)}"
 
     return row
-
-
-def _shown(name: str) -> str:
-    """Returns a file name with escapes for characters that would move the cursor or break the line."""
-    text = click.format_filename(name)
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _cell(prediction: Prediction, pixels: Pixels, classes: Sequence[str]) -> Cell:

@@ -172,7 +172,8 @@ def plan_run_dir(name: str, node: slurm_env.Node | None, environ: Mapping[str, s
 
 def worker_command(plan: LaunchPlan) -> list[str]:
     """Returns the module that every rank of a run executes, and its arguments."""
-    path = "/dev/stdin" if str(plan.config_path) == "-" else str(plan.config_path)  # argparse splits at -
+    # `accelerate launch` cannot pass on a single -.
+    path = "/dev/stdin" if str(plan.config_path) == "-" else str(plan.config_path)
     worker = ["disttrain.worker", path, *plan.overrides, "--run-dir", str(plan.run_dir)]
     if plan.resume != "auto":
         worker += ["--resume", plan.resume]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from disttrain.errors import DataError, UsageError
@@ -28,8 +28,12 @@ Files = list[tuple[str, int]]
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """Returns a path for messages and records: bytes that are not UTF-8 become escapes."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    """Returns a path for messages and records.
+
+    Bytes that are not UTF-8 become escapes, and so do letters that would move the cursor or break the line.
+    """
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def is_tree(source: Path) -> bool:
@@ -65,30 +69,30 @@ def list_tree(folder: Path, val_fraction: float | None, follow_links: bool = Fal
         UsageError: there is a val split, and a fraction too.
     """
     splits, notes = _split_folders(folder, val_fraction)
-    left_out = _LeftOut(folder, follow_links)
+    lister = _Lister(folder, follow_links)
     classes: tuple[str, ...] = ()
     files: dict[str, Files] = {}
     for split, split_folder in splits.items():
-        if left_out.leaves(split_folder):
+        if lister.leaves(split_folder):
             raise DataError(
                 f"{split_folder}: this link leaves {folder}; take what it leads to with --follow-links, or "
                 "put the images there"
             )
-        folders = left_out.entries(split_folder, _is_folder)
+        folders = lister.entries(split_folder, _is_folder)
         if not folders:
             raise DataError(
-                f"{split_folder}: has no class folders; {_LAYOUT.format(folder)}{_listed(left_out.lines())}"
+                f"{split_folder}: has no class folders; {_LAYOUT.format(folder)}{_listed(lister.lines())}"
             )
         classes = classes or tuple(_class_name(entry) for entry in folders)  # of train, the first split
         files[split] = []
         for entry in folders:
-            before = left_out.lines()
-            images = left_out.entries(Path(entry.path), _is_image_file)
+            before = lister.lines()
+            images = lister.entries(Path(entry.path), _is_image_file)
             if not images and split == "train":
-                new = [line for line in left_out.lines() if line not in before]
+                new = [line for line in lister.lines() if line not in before]
                 raise DataError(f"{entry.path}: has no images; add some or remove the folder{_listed(new)}")
             if not images:
-                left_out.add("empty class folder of val", entry.path)
+                lister.add("empty class folder of val", entry.path)
                 continue
             if entry.name not in classes:
                 raise DataError(
@@ -98,7 +102,7 @@ def list_tree(folder: Path, val_fraction: float | None, follow_links: bool = Fal
             files[split] += [(image.path, label) for image in images]
         if not files[split]:
             raise DataError(f"{split_folder}: has no images; add some or remove the folder")
-    return Listing(classes, files, notes + left_out.lines())
+    return Listing(classes, files, notes + lister.lines())
 
 
 def _listed(lines: list[str]) -> str:
@@ -141,19 +145,42 @@ def _class_name(entry: os.DirEntry[str]) -> str:
     return entry.name
 
 
-@dataclass
-class _LeftOut:
-    """What is not packed, by its kind.
+class LeftOut:
+    """Counts what is left out of a folder of images, by its kind."""
 
-    Attributes:
+    def __init__(self) -> None:
+        self._kinds: dict[str, tuple[int, str]] = {}  # number of such entries, and the first of them
+
+    def add(self, kind: str, path: str) -> None:
+        """Counts an entry of a kind."""
+        number, first = self._kinds.get(kind, (0, path))
+        self._kinds[kind] = number + 1, first
+
+    def lines(self) -> list[str]:
+        """Returns a line for each kind: how many, and the first of them."""
+        return [
+            f"left out: {number:,} x {kind}: {'such as ' * (number > 1)}{shown(first)}"
+            for kind, (number, first) in self._kinds.items()
+        ]
+
+
+def file_kind(name: str) -> str:
+    """Returns what kind of file this is by its name, such as `.txt file`."""
+    suffix = Path(name).suffix.lower()
+    return f"{shown(suffix)} file" if suffix else "file without a suffix"
+
+
+class _Lister(LeftOut):
+    """Lists the entries of folders that are to be packed, and counts the others.
+
+    Args:
         folder: the folder of images.
         follow_links: take links to the outside.
-        kinds: kind -> number of such entries, and the first of them.
     """
 
-    folder: Path
-    follow_links: bool
-    kinds: dict[str, tuple[int, str]] = field(default_factory=dict)
+    def __init__(self, folder: Path, follow_links: bool) -> None:
+        super().__init__()
+        self.folder, self.follow_links = folder, follow_links
 
     def leaves(self, path: str | Path) -> bool:
         """Returns whether a link leads out of the folder and is not to be followed."""
@@ -178,7 +205,7 @@ class _LeftOut:
         return found
 
     def _kind(self, entry: os.DirEntry[str], wanted: Callable[[os.DirEntry[str]], bool]) -> str:
-        """Returns why an entry is left out, or an empty string; it has a word for one of its kind."""
+        """Returns the kind of an entry that is left out; an empty string for one that is wanted."""
         if entry.name.startswith("."):
             return "hidden entry"
         if entry.name in _OF_SYSTEMS:
@@ -193,29 +220,17 @@ class _LeftOut:
             return ""
         if entry.is_dir():
             return _SUB_FOLDER
-        suffix = Path(entry.name).suffix.lower()
         if not entry.is_file():
             return "pipe, socket or device"
-        if suffix in SUFFIXES:
+        if entry.name.lower().endswith(SUFFIXES):
             return "image beside the class folders"
-        return f"{shown(suffix)} file" if suffix else "file without a suffix"
+        return file_kind(entry.name)
 
     def _count_images(self, folder: str) -> None:
         for place, _, names in os.walk(folder):
             for name in sorted(names):
                 if name.lower().endswith(SUFFIXES):
                     self.add("image in a sub-folder of a class (move it up)", f"{place}/{name}")
-
-    def add(self, kind: str, path: str) -> None:
-        number, first = self.kinds.get(kind, (0, path))
-        self.kinds[kind] = number + 1, first
-
-    def lines(self) -> list[str]:
-        """Returns a line for each kind: how many, and the first of them."""
-        return [
-            f"left out: {number:,} x {kind}: {'such as ' * (number > 1)}{shown(first)}"
-            for kind, (number, first) in self.kinds.items()
-        ]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

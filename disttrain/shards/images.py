@@ -16,7 +16,7 @@ import io
 import itertools
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -31,6 +31,8 @@ MAX_PIXELS = 8192 * 8192
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 """The formats that Pillow may try, beside HEIF; some of its other plugins start programs."""
+
+_HEIF = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1"))
 
 Pixels = npt.NDArray[np.uint8]
 Encoded = bytes | bytearray | memoryview
@@ -68,6 +70,9 @@ def decode_image(image: Encoded, channels: int, most_pixels: int = MAX_PIXELS) -
 
 class TooLargeError(ValueError):
     """An image has more pixels than are allowed."""
+
+    def __init__(self, width: int, height: int, limit: int) -> None:
+        super().__init__(f"{width}x{height} pixels are over the limit of {limit}")
 
 
 class ImageError(ValueError):
@@ -271,15 +276,8 @@ def _by_pillow(image: Encoded, plain: _Plain | None, channels: int, most_pixels:
             picture = _convert(picture, "L" if channels == 1 else "RGB")
             pixels = np.frombuffer(bytearray(picture.tobytes()), np.uint8)
             return pixels.reshape(plain.height, plain.width, channels)
-    try:
-        with open_image(io.BytesIO(image), most_pixels) as picture:
-            ImageOps.exif_transpose(picture, in_place=True)
-            pixels = np.array(_convert(picture, "L" if channels == 1 else "RGB"))
-    except TooLargeError:
-        raise
-    except Exception as error:  # Pillow raises all kinds of errors, even SyntaxError and struct.error
-        raise ValueError(str(error) or type(error).__name__) from error
-    return pixels.reshape(*pixels.shape[:2], channels)
+    with _value_errors(), open_image(io.BytesIO(image), most_pixels) as picture:
+        return _upright(picture, channels)
 
 
 def pixels_of(picture: Image.Image, channels: int, most_pixels: int = MAX_PIXELS) -> Pixels:
@@ -289,13 +287,27 @@ def pixels_of(picture: Image.Image, channels: int, most_pixels: int = MAX_PIXELS
         ValueError: it is broken or too large.
     """
     if picture.width * picture.height > most_pixels:
-        raise _too_large(*picture.size, most_pixels)
-    try:
-        upright = ImageOps.exif_transpose(picture)
-        pixels = np.array(_convert(upright, "L" if channels == 1 else "RGB"))
-    except Exception as error:  # as above
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise TooLargeError(*picture.size, most_pixels)
+    with _value_errors():
+        return _upright(picture.copy(), channels)
+
+
+def _upright(picture: Image.Image, channels: int) -> Pixels:
+    """Rotates a picture according to EXIF, and returns its pixels, uint8 [H, W, C]."""
+    ImageOps.exif_transpose(picture, in_place=True)
+    pixels = np.array(_convert(picture, "L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+@contextlib.contextmanager
+def _value_errors() -> Iterator[None]:
+    """Raises ValueError for whatever Pillow raises on a broken file, even SyntaxError and struct.error."""
+    try:
+        yield
+    except TooLargeError:
+        raise
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def open_image(file: BinaryIO, most_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -308,20 +320,16 @@ def open_image(file: BinaryIO, most_pixels: int = MAX_PIXELS) -> Image.Image:
     file.seek(0)
     width, height = _webp_size(head)  # for WebP, Pillow allocates the pixels immediately
     if width * height > most_pixels:
-        raise _too_large(width, height, most_pixels)
+        raise TooLargeError(width, height, most_pixels)
     try:
-        picture = Image.open(file, formats=_known_formats(heif=_is_heif(head)))
+        picture = Image.open(file, formats=_known_formats(heif=head[4:12] in _HEIF))
     except UnidentifiedImageError:
         raise ValueError("damaged, or not an image in a known format") from None
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
     if picture.width * picture.height > most_pixels:
-        raise _too_large(*picture.size, most_pixels)
+        raise TooLargeError(*picture.size, most_pixels)
     return picture
-
-
-def _is_heif(head: bytes) -> bool:
-    return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1")
 
 
 @functools.cache
@@ -356,10 +364,6 @@ def _webp_size(head: bytes) -> tuple[int, int]:
         width, height = struct.unpack_from("<HH", head, 26)
         return width & 0x3FFF, height & 0x3FFF
     return 0, 0
-
-
-def _too_large(width: int, height: int, most_pixels: int) -> TooLargeError:
-    return TooLargeError(f"{width}x{height} pixels are over the limit of {most_pixels}")
 
 
 def _convert(picture: Image.Image, mode: str) -> Image.Image:

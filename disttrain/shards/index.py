@@ -286,6 +286,7 @@ def _get_again(folder: Path) -> str:
 
 def remedy(index: Index) -> str:
     """Returns the remedy for a damaged data set: it depends on who wrote the tars."""
+    # The names tell too: a missing tar cannot be asked who wrote it.
     if index.base is None and not all(_PACKED.fullmatch(shard.file) for shard in index.shards):
         return _get_again(index.folder)
     return _again(index.name, index.folder, index.base)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,17 +10,14 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from disttrain.config import Config
 from disttrain.shards.index import Index, load_index
 from disttrain.training import graph
 from disttrain.training.build import build
-from disttrain.training.callbacks import Callbacks
 from disttrain.training.group import join
 from disttrain.training.rank import Rank
 from disttrain.training.state import TrainState
-from disttrain.training.train import train
 from kit import toy
-from kit.graph_cases import CASES
+from kit.graph_cases import CASES, config_of, train_through
 
 pytestmark = pytest.mark.gpu
 
@@ -51,30 +46,11 @@ def arithmetic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def trained(index: Index, options: dict[str, Any]) -> TrainState:
     """Trains two epochs in this process."""
-    tree: dict[str, Any] = {
-        "name": "graph",
-        "data": {"name": index.name, "root": str(Path(index.folder).parent)},
-        "model": {"name": "lenet_bn"},
-        "train": {"epochs": 2, "batch_size": BATCH, "compile": False, "reproducible": True},
-        "optim": {"name": "sgd", "lr": 0.01, "momentum": 0.9},
-        "schedule": {"name": "cosine"},
-    }
-    for section, values in options.items():
-        tree[section] = tree.get(section, {}) | values
-    tree["train"]["cuda_graph"] = True
-    config = Config.model_validate(tree)
+    fixed = {"train": {"compile": False, "reproducible": True, "cuda_graph": True}}
+    config = config_of(index, BATCH, fixed, options)
     state, position, choices = build(config, Rank(0, None), join(config, "cuda"), index, None)
     assert choices["cuda_graph"].value == "true"
-    nothing: Any = SimpleNamespace(
-        train=lambda record: None,
-        evaluate=lambda record: None,
-        read=list,
-        rows=lambda totals: {},
-        save=lambda **_: None,
-        check=lambda: None,
-        wait=lambda: None,
-    )
-    train(state, position, Callbacks(nothing, nothing, nothing, lambda: False))
+    train_through(state, position)
     return state
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from kit import PROGRAMS
+from kit.commands import succeeded, torchrun
 from kit.marks import nightly
 
 
@@ -28,16 +27,9 @@ def test_a_step_has_one_reduction(
         "        super().__init__(*layers, nn.Linear(144, num_classes))\n"
     )
     script = PROGRAMS / "count_collectives.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [config_file, f"train.accumulate={accumulate}", f"model.name={model}"]
-    done = subprocess.run(
-        [*torchrun, script, *arguments],
-        env=os.environ | {"DISTTRAIN_DATA": str(digits_root), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    environment = os.environ | {"DISTTRAIN_DATA": str(digits_root), "OMP_NUM_THREADS": "1"}
+    done = torchrun(script, *arguments, env=environment, cwd=tmp_path)
+    assert succeeded(done)
     steps = json.loads(done.stdout.splitlines()[-1])
     assert steps == [{"gradient buckets": 1, "all_reduce": 1}] * 6  # the one of the bucket

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kit import REPOSITORY, nvml
+from kit.commands import succeeded, torchrun
 
 UUIDS = [f"{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(4)]
 NONE = "00000000-0000-0000-0000-000000000000"
@@ -113,11 +112,7 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "OMP_NUM_THREADS": "1",
         "TASKS": json.dumps(tasks),
     }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, folder / "rank.py", folder], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr
+    assert succeeded(torchrun(folder / "rank.py", folder, env=environment))
     return folder
 
 

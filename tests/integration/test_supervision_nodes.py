@@ -1,7 +1,6 @@
 """The same on two nodes, and without our launcher."""
 
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -137,12 +136,10 @@ def test_a_node_that_never_comes(start: Start, tmp_path: Path, port: int) -> Non
     assert status(tmp_path / "run")["exit_code"] == 71
 
 
-def test_a_port_that_is_taken(start: Start, tmp_path: Path) -> None:
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-        code, output, _ = ended(node(start, 0, port), tmp_path)
+def test_a_port_that_is_taken(start: Start, tmp_path: Path, taken_port: int) -> None:
+    code, output, _ = ended(node(start, 0, taken_port), tmp_path)
     assert code == 73, output
-    assert f"port {port} on {HOST} cannot be used" in output
+    assert f"port {taken_port} on {HOST} cannot be used" in output
     assert not (tmp_path / "run/logs/launch_00000.log").exists(), "nothing was started"
 
 
@@ -165,12 +162,10 @@ def test_ranks_with_other_settings_are_refused_without_our_launcher(
     assert f"seed is 0 on rank 0 on {HOST} and 1 on rank 1 on {HOST}" in outputs[0]
 
 
-def test_a_rank_whose_port_is_taken(start: Start, tmp_path: Path) -> None:
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-        code, output, _ = ended(worker(start, 0, port), tmp_path)
+def test_a_rank_whose_port_is_taken(start: Start, tmp_path: Path, taken_port: int) -> None:
+    code, output, _ = ended(worker(start, 0, taken_port), tmp_path)
     assert code == 73, output
-    assert f"127.0.0.1:{port} is in use on {HOST}" in output
+    assert f"127.0.0.1:{taken_port} is in use on {HOST}" in output
 
 
 @pytest.mark.nightly

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 """The fixture `disttrain`: runs the command with these arguments and returns the ended process."""
@@ -21,6 +22,13 @@ def background(arguments: list[str], folder: Path, data_root: Path) -> subproces
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def torchrun(script: Path, *arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a script in two processes of torchrun; `how` is for subprocess.run."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += map(str, (script, *arguments))
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **how)
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> bool:

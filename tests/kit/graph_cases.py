@@ -1,8 +1,17 @@
-"""What is trained with and without a CUDA graph: settings of a config."""
+"""Experiments that are trained with and without a CUDA graph."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from disttrain.config import Config
+from disttrain.runs.records import EvalRecord, TrainRecord
+from disttrain.shards.index import Index
+from disttrain.training.callbacks import Callbacks
+from disttrain.training.state import Progress, TrainState
+from disttrain.training.train import train
 
 CASES: dict[str, dict[str, Any]] = {
     "batch norm": {},
@@ -33,3 +42,36 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
 }
+"""Settings of a config, by what they try."""
+
+
+def config_of(index: Index, batch_size: int, *changes: dict[str, Any]) -> Config:
+    """Returns the config of two epochs on a data set; each change is sections of settings."""
+    tree: dict[str, Any] = {
+        "name": "graph",
+        "data": {"name": index.name, "root": str(Path(index.folder).parent)},
+        "model": {"name": "lenet_bn"},
+        "train": {"epochs": 2, "batch_size": batch_size},
+        "optim": {"name": "sgd", "lr": 0.01, "momentum": 0.9},
+        "schedule": {"name": "cosine"},
+    }
+    for change in changes:
+        for section, values in change.items():
+            tree[section] = tree.get(section, {}) | values
+    return Config.model_validate(tree)
+
+
+def train_through(state: TrainState, progress: Progress) -> list[TrainRecord | EvalRecord]:
+    """Trains to the end without saving; returns the records."""
+    records: list[TrainRecord | EvalRecord] = []
+    quiet: Any = SimpleNamespace(
+        train=records.append,
+        evaluate=records.append,
+        read=list,
+        rows=lambda totals: {},
+        save=lambda **_: None,
+        check=lambda: None,
+        wait=lambda: None,
+    )
+    train(state, progress, Callbacks(quiet, quiet, quiet, lambda: False))
+    return records

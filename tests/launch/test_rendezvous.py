@@ -115,12 +115,10 @@ def test_two_nodes_of_the_same_number(port):
     assert any("--node-rank 1 is already taken" in str(error) for error in others)
 
 
-def test_a_port_that_is_taken_is_named_with_its_holder():
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-        (error,) = gather(port, {}, nodes=2)
+def test_a_port_that_is_taken_is_named_with_its_holder(taken_port):
+    (error,) = gather(taken_port, {}, nodes=2)
     assert isinstance(error, BusyError)
-    assert f"port {port} on {socket.gethostname()} cannot be used: Address already in use" in str(error)
+    assert f"port {taken_port} on {socket.gethostname()} cannot be used: Address already in use" in str(error)
     assert "listens there" in str(error)
 
 

@@ -165,6 +165,7 @@ def test_a_second_slice_that_ends_like_the_first_is_requeued_again(tmp_path):
         assert "scontrol requeue 4711" in calls
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "option",
     [("--run-dir", "{}"), ("--run-dir={}",), ("--run_dir", "{}"), ("--run-dir", "no", "--run_dir={}")],
@@ -195,6 +196,7 @@ def test_what_is_not_the_users_to_say_is_refused_before_anything_starts(tmp_path
     assert errors.startswith(f"slurm/train.sh: {words}")
 
 
+@pytest.mark.integration
 def test_a_job_that_may_not_be_requeued_says_how_to_go_on(tmp_path):
     code, calls, errors = run_all(
         tmp_path, "a.yaml", "--run-dir", str(tmp_path / "run"), code=75, status=ended(75), NO_REQUEUE="yes"

@@ -177,15 +177,22 @@ def test_a_slow_tool_costs_the_loop_nothing_and_loses_the_oldest() -> None:
     assert said == [f"tool: {lost} records were not delivered; metrics.jsonl has them all"]
 
 
-def test_a_tool_that_fails_is_said_once_and_gets_what_comes_later() -> None:
-    tool, said = Tool(fail=(1, 2)), list[str]()
-    tool.gate.set()
+def fed(tool: Tool) -> list[str]:
+    """Sends five records to a tool, and returns what was said."""
+    said: list[str] = []
     feed = Feed(tool, said.append)
     feed.start()
     for step in range(5):
         feed.put(train_record(step))
     feed.end()
     feed.join(time.monotonic() + 60)
+    return said
+
+
+def test_a_tool_that_fails_is_said_once_and_gets_what_comes_later() -> None:
+    tool = Tool(fail=(1, 2))
+    tool.gate.set()
+    said = fed(tool)
     assert tool.taken == ["start", 0, 3, 4, "finish"]
     assert said == [
         "tool: failed (ConnectionError: no way to 1); training goes on, metrics.jsonl has it all",
@@ -194,13 +201,8 @@ def test_a_tool_that_fails_is_said_once_and_gets_what_comes_later() -> None:
 
 
 def test_a_tool_that_does_not_start_is_said_once() -> None:
-    tool, said = Tool(fail=("start",)), list[str]()
-    feed = Feed(tool, said.append)
-    feed.start()
-    for step in range(5):
-        feed.put(train_record(step))
-    feed.end()
-    feed.join(time.monotonic() + 60)
+    tool = Tool(fail=("start",))
+    said = fed(tool)
     assert (tool.taken, len(said)) == ([], 1)
     assert said[0].startswith("tool: failed (SystemExit: 3)")
 

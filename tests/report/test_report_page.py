@@ -233,6 +233,7 @@ def test_the_charts_turn_with_the_colours_and_for_the_printer(report: Path, open
     assert page.pdf(format="A4").startswith(b"%PDF")
 
 
+@pytest.mark.integration
 def test_a_finger_scrolls_the_page_over_a_chart(report: Path, open_page: Open) -> None:
     page = open_page(report, viewport={"width": 360, "height": 800}, has_touch=True, is_mobile=True)
     box = plot_area(page, "loss")

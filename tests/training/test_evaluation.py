@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
-import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState
 
 from disttrain.training.evaluation import evaluate
 from disttrain.training.state import Progress
@@ -28,15 +25,7 @@ from kit.training import (
     with_,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_no_state_of_accelerate() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("clean_process")
 
 
 @pytest.mark.parametrize("tta", ["none", "flip", "multi_view"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,15 +21,13 @@ from disttrain.shards.index import Index, load_index
 from disttrain.training import graph as module
 from disttrain.training.autotune import Settings
 from disttrain.training.build import build
-from disttrain.training.callbacks import Callbacks
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import join
 from disttrain.training.optim import inner_groups
 from disttrain.training.rank import Rank
 from disttrain.training.state import TrainState
-from disttrain.training.train import train
 from kit import toy
-from kit.graph_cases import CASES
+from kit.graph_cases import CASES, config_of, train_through
 
 BATCH, STEPS = 16, 6
 _WRITES_UNTOLD = {
@@ -129,35 +126,14 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 def trained(
     index: Index, options: dict[str, Any], *, graph: bool = True
-) -> tuple[TrainState, list[dict[str, Any]]]:
+) -> tuple[TrainState, list[TrainRecord | EvalRecord]]:
     """Trains two epochs in this process; returns the records too."""
-    tree: dict[str, Any] = {
-        "name": "graph",
-        "data": {"name": index.name, "root": str(Path(index.folder).parent)},
-        "model": {"name": "lenet_bn"},
-        "train": {"epochs": 2, "batch_size": BATCH, "precision": "fp32", "channels_last": True},
-        "optim": {"name": "sgd", "lr": 0.01, "momentum": 0.9},
-        "schedule": {"name": "cosine"},
-        "monitor": {"log_every_steps": 4},
-    }
-    for section, values in options.items():
-        tree[section] = tree.get(section, {}) | values
-    config = Config.model_validate(tree)
+    fixed = {"train": {"precision": "fp32", "channels_last": True}, "monitor": {"log_every_steps": 4}}
+    config = config_of(index, BATCH, fixed, options)
     state, position, _ = build(config, Rank(0, None), join(config, "cpu"), index, None)
     if graph:
         state.graph = StepGraph(state.optimizer, state.accelerator.device)
-    records: list[TrainRecord | EvalRecord] = []
-    quiet: Any = SimpleNamespace(
-        train=records.append,
-        evaluate=records.append,
-        read=list,
-        rows=lambda totals: {},
-        save=lambda **_: None,
-        check=lambda: None,
-        wait=lambda: None,
-    )
-    train(state, position, Callbacks(quiet, quiet, quiet, lambda: False))
-    return state, records
+    return state, train_through(state, position)
 
 
 @pytest.mark.integration

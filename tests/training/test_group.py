@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from disttrain.training.group import out_of_memory, timed_out
+from kit.commands import succeeded, torchrun
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 1.25 "
@@ -63,9 +62,7 @@ wait_for_all("more")
 @pytest.mark.integration
 def test_ranks_wait_longer_for_work_than_a_collective_would(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW_RANK)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, tmp_path / "slow.py"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert succeeded(torchrun(tmp_path / "slow.py"))
 
 
 FAILING_RANK = """
@@ -89,7 +86,6 @@ dist.barrier()
 @pytest.mark.integration
 def test_ranks_do_not_wait_for_one_that_has_failed(tmp_path: Path) -> None:
     (tmp_path / "failing.py").write_text(FAILING_RANK)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, tmp_path / "failing.py"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = torchrun(tmp_path / "failing.py")
+    assert succeeded(done)
     assert done.stdout == "another rank failed while this one waited for it (data)\n"

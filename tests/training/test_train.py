@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState
 from msgspec.structs import asdict
 from torch import Tensor, nn
 
@@ -65,14 +64,7 @@ TRAIN_KEYS = {  # with the readings of the gauges
 EVAL_KEYS = {"kind", "step", "epoch", "loss", "accuracy", "correct", "total", "skipped"}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_and_no_state_of_accelerate() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("clean_process")
 
 
 # --- Records --------------------------------------------------------------------------------------
