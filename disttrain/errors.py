@@ -71,7 +71,7 @@ def error_of(exit_code: int, message: str) -> DisttrainError:
     return kinds.get(exit_code, DisttrainError)(message)
 
 
-def describe(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Returns the type and message of an exception, for errors raised by other people's code."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 

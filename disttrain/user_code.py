@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from disttrain.errors import UsageError, describe
+from disttrain.errors import UsageError, error_text
 
 
 def is_target(name: str) -> bool:
@@ -30,7 +30,7 @@ def import_target(target: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(name)
     except Exception as error:
-        raise UsageError(f"cannot import {name}: {describe(error)}") from error
+        raise UsageError(f"cannot import {name}: {error_text(error)}") from error
     if not hasattr(module, member):
         raise UsageError(f"module {name} has no {member}{did_you_mean(member, vars(module))}")
     found = getattr(module, member)

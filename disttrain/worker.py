@@ -27,7 +27,7 @@ from disttrain.heartbeat import Phase, doing, pack
 from disttrain.lifetime import end_with_parent
 from disttrain.models import check_model_name
 from disttrain.preflight import check_machine, check_space, check_trackers
-from disttrain.runs.agreement import compare_peers, facts
+from disttrain.runs.agreement import compare_peers, shared_facts
 from disttrain.runs.fingerprint import fingerprint
 from disttrain.runs.manifest import quarantine
 from disttrain.runs.resume import Start, resume_point
@@ -127,7 +127,7 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
         if rank.heartbeat.connection is None and group.num_processes > 1:  # otherwise the launchers compare
             from disttrain.training.collectives import Group, gather
 
-            gathered = gather(Group.of(group), (socket.gethostname(), facts(config, index)))
+            gathered = gather(Group.of(group), (socket.gethostname(), shared_facts(config, index)))
             compare_peers({f"rank {i} on {host}": found for i, (host, found) in enumerate(gathered)})
         folder, checkpoint = enter_folder(config, rank, group, index, resume, force=force)
         rank.heartbeat.beat(Phase.START, 0, 5)

@@ -55,7 +55,7 @@ def predict(run_path: Path, images: tuple[str, ...], checkpoint: str, **how: Any
     -print0`. A bad file is reported on standard error, with --json also as a line with a `problem`. The other
     files are still classified, and the exit code is 65.
     """
-    from disttrain.inference.predict_command import predict as show
+    from disttrain.inference.predict_command import predict_files as show
 
     with progress(disable=sys.stdout.isatty()) as on_progress:
         show(run_path, images, checkpoint, **how, on_progress=on_progress)

@@ -84,10 +84,10 @@ def run(
     from disttrain import slurm_env
     from disttrain.config import dump_config
     from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
-    from disttrain.launch.prepare import prepare, processes_here
+    from disttrain.launch.prepare import check_run, processes_here
     from disttrain.launch.rendezvous import sharing_failures
     from disttrain.models import check_model_name
-    from disttrain.runs.agreement import facts
+    from disttrain.runs.agreement import shared_facts
     from disttrain.runs.resume import resume_again
     from disttrain.runs.runfolder import RunFolder, new_run_path
 
@@ -112,13 +112,13 @@ def run(
             config=dump_config(config),
             stall_timeout_s=config.monitor.stall_timeout_s,
         )
-        ready = prepare(plan, config, dry_run=dry_run, say=click.echo)
+        ready = check_run(plan, config, dry_run=dry_run, say=click.echo)
         if ready is None or dry_run:
             _show(plan, config, ready)
             return
         folder = ready.folder if run_dir else RunFolder(new_run_path(config.name))
         folder.create() if plan.node_rank == 0 else folder.check_writable("logs", "errors")
-    known = facts(config, ready.index)
+    known = shared_facts(config, ready.index)
     _train(replace(plan, run_dir=folder.path), folder, known, max_restarts=max_restarts, report=report)
 
 
@@ -155,9 +155,9 @@ def _show(plan: LaunchPlan, config: Config, ready: Ready | None) -> None:
     if ready is None:
         click.echo(f"{plan.run_dir}: this run has already finished; nothing to do")
         return
-    from disttrain.launch.dryrun import describe
+    from disttrain.launch.dryrun import plan_lines
 
-    for label, text in describe(plan, config, ready):
+    for label, text in plan_lines(plan, config, ready):
         click.echo(f"{label:<11} {text}")
 
 

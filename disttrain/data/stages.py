@@ -17,7 +17,7 @@ import torch
 from disttrain.data.batches import Batch, Window
 from disttrain.data.epoch_plan import Ids
 from disttrain.data.streamed import CHUNK, Streamed, Wanted, chunk_slices, unique
-from disttrain.errors import DisttrainError, UsageError, describe
+from disttrain.errors import DisttrainError, UsageError, error_text
 from disttrain.parallel import chunked, ordered_map
 from disttrain.shards.images import ImageError, decode_into
 from disttrain.shards.index import Index
@@ -88,7 +88,7 @@ class Staged:
         except DisttrainError:
             raise
         except Exception as error:
-            raise UsageError(f"data.pipeline: {describe(error)}") from error
+            raise UsageError(f"data.pipeline: {error_text(error)}") from error
 
     def _read(self, wanted: Iterable[Ids]) -> Iterator[Sample]:
         batches = map(unique, wanted)
@@ -135,7 +135,7 @@ class Staged:
             height, width, channels = self._stream.shape
             raise UsageError(
                 f"data.pipeline: the batch stage needs samples with `image`, uint8 [{height}, {width}, "
-                f"{channels}], and `cls`, an int: {describe(error)}"
+                f"{channels}], and `cls`, an int: {error_text(error)}"
             ) from error
         if not 0 <= labels.min() <= labels.max() < (classes := len(self._stream.index.classes)):
             raise UsageError(f"data.pipeline: returns a `cls` outside 0..{classes - 1}")

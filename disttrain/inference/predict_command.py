@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _WIDEST = 60  # characters of the column of file names
 
 
-def predict(
+def predict_files(
     run: Path,
     names: Sequence[str],
     checkpoint: str,

@@ -13,7 +13,7 @@ from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
 
 
-def describe(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, str]]:
+def plan_lines(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, str]]:
     """Returns (label, text) lines on command, ranks, batches, steps, data, model, checkpoints and resume."""
     from disttrain.data.epoch_plan import make_plan
 

@@ -97,7 +97,7 @@ def stalled(rows: Sequence[Row], timeout_s: float, *, cpu_tells: bool) -> list[R
     return stopped or busy or last
 
 
-def describe(culprits: Sequence[Row], rows: Sequence[Row]) -> str:
+def describe_hang(culprits: Sequence[Row], rows: Sequence[Row]) -> str:
     """Returns a sentence on the ranks that hang and on those that wait for them."""
     where = dict.fromkeys(row.host for row in culprits)
     names = " and ".join(

@@ -43,7 +43,7 @@ def processes_here(*, gpus: int | None, procs: int | None) -> Processes:
     )
 
 
-def prepare(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[str], None]) -> Ready | None:
+def check_run(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[str], None]) -> Ready | None:
     """Checks that config, machine, data set and run folder fit together. Every node calls this.
 
     A dry run does not change the folder.

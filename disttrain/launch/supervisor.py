@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.errors import HangError, StoppedError, TrainingError, error_of
-from disttrain.launch.liveness import Liveness, Row, describe, stalled
+from disttrain.launch.liveness import Liveness, Row, describe_hang, stalled
 from disttrain.launch.plan import LaunchPlan
 from disttrain.launch.rendezvous import Channel
 from disttrain.runs.runfolder import RunFolder
@@ -214,7 +214,7 @@ class Supervisor:
         culprits = stalled(rows, timeout_s, cpu_tells=plan.device == "cpu")
         if not culprits:
             return None
-        reason = describe(culprits, rows)
+        reason = describe_hang(culprits, rows)
         stacks = []
         for row in culprits[:4]:
             node = row.rank // plan.processes

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from disttrain.errors import UsageError, describe
+from disttrain.errors import UsageError, error_text
 from disttrain.user_code import did_you_mean, import_target, is_target
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def build_model(
     except UsageError as error:
         raise UsageError(f"model {name}: {error}") from error.__cause__
     except Exception as error:
-        raise UsageError(f"model {name}: cannot be built: {describe(error)}") from error
+        raise UsageError(f"model {name}: cannot be built: {error_text(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name}: returns a {type(model).__name__}, expected a torch.nn.Module")
     _check_output(model, name, num_classes, (in_channels, *image_size))
@@ -215,7 +215,7 @@ def _check_output(model: nn.Module, name: str, num_classes: int, shape: tuple[in
         with torch.no_grad():
             output = try_out(model, torch.zeros(1, *shape))
     except Exception as error:
-        raise UsageError(f"model {name}: fails on an image of {image}: {describe(error)}") from error
+        raise UsageError(f"model {name}: fails on an image of {image}: {error_text(error)}") from error
     got = (
         list(output.shape) if isinstance(output, torch.Tensor) else f"a value of type {type(output).__name__}"
     )

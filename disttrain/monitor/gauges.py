@@ -150,10 +150,10 @@ class SharedLines:
 def gather_devices(group: Group) -> list[dict[str, Any]]:
     """Returns rank, host, pid, device, GPU and its reader for every rank. Every rank must call this."""
     own = {"rank": group.rank, "host": socket.gethostname(), "pid": os.getpid()}
-    return assign(gather(group, own | describe(group.device)))
+    return assign(gather(group, own | describe_device(group.device)))
 
 
-def describe(device: torch.device) -> dict[str, Any]:
+def describe_device(device: torch.device) -> dict[str, Any]:
     """Returns the description of a rank's device; `reach` lists the UUIDs of all GPUs visible to NVML."""
     if device.type != "cuda":
         return {"device": str(device), "name": "CPU", "uuid": None}

@@ -54,7 +54,7 @@ def visible_gpus() -> list[Gpu]:
         spec = os.environ.get("CUDA_VISIBLE_DEVICES")
         if spec is not None and "MIG-GPU-" in spec:  # MIG names before driver 470
             entries = [part.strip() for part in spec.split(",")]
-            found = [describe(nvml, ask(nvml.nvmlDeviceGetHandleByUUID, entry)) for entry in entries]
+            found = [gpu_of(nvml, ask(nvml.nvmlDeviceGetHandleByUUID, entry)) for entry in entries]
             spec = ",".join(
                 gpu.uuid if gpu is not None else entry for gpu, entry in zip(found, entries, strict=True)
             )
@@ -115,7 +115,7 @@ def gpu_of_device(uuid: str, pci_bus_id: str | None) -> Gpu | None:
         handle = handle_of(nvml, uuid)
         if handle is None and pci_bus_id is not None:
             handle = ask(nvml.nvmlDeviceGetHandleByPciBusId, pci_bus_id)
-        gpu = describe(nvml, handle)
+        gpu = gpu_of(nvml, handle)
         if gpu is None or not _instances(nvml, handle):
             return gpu
     # CUDA reported the parent GPU, but it runs on the one MIG instance that it sees.
@@ -128,10 +128,10 @@ def _list(nvml: Any) -> tuple[list[Gpu], dict[str, list[Gpu]]]:
     instances: dict[str, list[Gpu]] = {}
     for index in range(ask(nvml.nvmlDeviceGetCount) or 0):
         handle = ask(nvml.nvmlDeviceGetHandleByIndex, index)
-        gpu = describe(nvml, handle, index)
+        gpu = gpu_of(nvml, handle, index)
         if gpu is not None:
             gpus.append(gpu)
-            described = [describe(nvml, instance, index) for instance in _instances(nvml, handle)]
+            described = [gpu_of(nvml, instance, index) for instance in _instances(nvml, handle)]
             instances[gpu.uuid] = [instance for instance in described if instance is not None]
     return gpus, instances
 
@@ -149,7 +149,7 @@ def handle_of(nvml: Any, uuid: str) -> Any:
     return next((handle for handle in found if handle is not None), None)
 
 
-def describe(nvml: Any, handle: Any, index: int | None = None) -> Gpu | None:
+def gpu_of(nvml: Any, handle: Any, index: int | None = None) -> Gpu | None:
     """Returns the GPU or MIG instance of a handle; None without a handle or if the GPU is lost."""
     if handle is None:
         return None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from disttrain.monitor.nvml import Gpu, ask, describe, handle_of, session
+from disttrain.monitor.nvml import Gpu, ask, gpu_of, handle_of, session
 from disttrain.monitor.xids import XidWatch, address_of, meaning
 from disttrain.runs.records import READINGS
 from disttrain.units import MIB
@@ -94,7 +94,7 @@ class GpuReaders:
         if nvml is None or self._xids is None:
             return None
         handle = handle_of(nvml, uuid)
-        gpu = describe(nvml, handle)
+        gpu = gpu_of(nvml, handle)
         if gpu is None:
             _log.info("GPU %s: not visible to this process through NVML; it is not read", uuid)
             return None

@@ -41,7 +41,7 @@ _MOST_WAITING = 256  # records in a queue
 _CLOSE_S = 15.0  # for all tools together to empty their queues at the end of a run
 
 
-class Sample(NamedTuple):
+class MetricValue(NamedTuple):
     """One number of a record.
 
     Attributes:
@@ -62,7 +62,7 @@ class Sample(NamedTuple):
         return "/".join([self.group, *self.place.values(), self.field])
 
 
-def samples(record: TrainRecord | EvalRecord) -> Iterator[Sample]:
+def samples(record: TrainRecord | EvalRecord) -> Iterator[MetricValue]:
     """Yields every known number of a record."""
     document = msgspec.to_builtins(record)
     kind = document.pop("kind")
@@ -76,10 +76,10 @@ def samples(record: TrainRecord | EvalRecord) -> Iterator[Sample]:
     yield from _numbers(kind, {}, document)
 
 
-def _numbers(group: str, place: dict[str, str], tree: Mapping[str, Any]) -> Iterator[Sample]:
+def _numbers(group: str, place: dict[str, str], tree: Mapping[str, Any]) -> Iterator[MetricValue]:
     for key, value in flatten(tree).items():
         if isinstance(value, (int, float)) and math.isfinite(value):
-            yield Sample(group, place, key.replace(".", "/"), value)
+            yield MetricValue(group, place, key.replace(".", "/"), value)
 
 
 class Sink(Protocol):
@@ -339,7 +339,7 @@ class Prometheus:
         name = f"disttrain_{config.name}_{hashlib.sha256(run.encode()).hexdigest()[:8]}.prom"
         self._path = Path(config.monitor.prometheus_dir) / name
         self._labels = {"experiment": config.name, "run": run}
-        self._last: dict[type, list[Sample]] = {}
+        self._last: dict[type, list[MetricValue]] = {}
 
     def start(self) -> None:
         """Does nothing; there is no record yet."""
@@ -355,7 +355,7 @@ class Prometheus:
         self._path.unlink(missing_ok=True)
 
 
-def prometheus_text(numbers: Iterable[Sample], labels: Mapping[str, str], now_s: float) -> str:
+def prometheus_text(numbers: Iterable[MetricValue], labels: Mapping[str, str], now_s: float) -> str:
     """Returns numbers in the text format of Prometheus, version 0.0.4.
 
     Args:
@@ -363,12 +363,12 @@ def prometheus_text(numbers: Iterable[Sample], labels: Mapping[str, str], now_s:
         labels: that all of them get besides their place.
         now_s: seconds since 1970.
     """
-    metrics: dict[str, tuple[str, list[Sample]]] = {}
+    metrics: dict[str, tuple[str, list[MetricValue]]] = {}
     for sample in numbers:
         name = re.sub("[^a-zA-Z0-9_]", "_", f"disttrain_{sample.group}_{sample.field}")
         text = f"{sample.group} {sample.field} in the last record of metrics.jsonl"
         metrics.setdefault(name, (text, []))[1].append(sample)
-    updated = Sample("", {}, "", now_s)
+    updated = MetricValue("", {}, "", now_s)
     metrics["disttrain_updated_timestamp_seconds"] = ("time of the last record, since 1970", [updated])
     lines = []
     for name, (text, rows) in metrics.items():

@@ -56,7 +56,7 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Inside:
+class CheckpointView:
     """Predictions, filters and activations of a checkpoint.
 
     Attributes:
@@ -84,7 +84,7 @@ class Inside:
     layers: list[Layer]
 
 
-def look_inside(run_dir: Path, config: Config, index: Index, *, budget_s: float) -> Inside:
+def view_checkpoint(run_dir: Path, config: Config, index: Index, *, budget_s: float) -> CheckpointView:
     """Returns the evaluation of the best checkpoint, and its activations for one image.
 
     Args:
@@ -125,7 +125,7 @@ def look_inside(run_dir: Path, config: Config, index: Index, *, budget_s: float)
         grid = [LabelledImage(picture_of(image), *found) for image, *found in columns]
         right = next((n for n, shot in enumerate(grid) if shot.label == shot.predicted), 0)
         layers = _layers(classifier.network, lambda: classifier(images[right : right + 1]))
-    return Inside(
+    return CheckpointView(
         checkpoint=Path(classifier.source).name,
         step=classifier.step,
         precision=classifier.evaluated_in,

@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 from disttrain.config import dump_config
 from disttrain.errors import DisttrainError, reason
 from disttrain.report import charts
-from disttrain.report.activations import Inside, look_inside, sample_grid
+from disttrain.report.activations import CheckpointView, sample_grid, view_checkpoint
 from disttrain.report.confusion import class_rows, matrix, most_confused
 from disttrain.report.devices import MEASURES, read_gpus
 from disttrain.report.facts import (
@@ -118,12 +118,12 @@ def _index(run: Run) -> Section[Index]:
     return Section(found.content, f"{found.content.folder} has changed since the run")
 
 
-def _inside(run: Run, index: Index | None, budget_s: float) -> Section[Inside]:
+def _inside(run: Run, index: Index | None, budget_s: float) -> Section[CheckpointView]:
     if budget_s <= 0:
         return Section(None, "not asked for; `disttrain report RUN` computes it from the best checkpoint")
     if (config := run.config) is None or index is None:
         return Section(None, "needs the config and the data set of the run")
-    return _attempt(lambda: look_inside(run.folder.path, config, index, budget_s=budget_s))
+    return _attempt(lambda: view_checkpoint(run.folder.path, config, index, budget_s=budget_s))
 
 
 def _config_text(run: Run) -> str:

@@ -13,7 +13,7 @@ from disttrain.errors import UsageError
 from disttrain.shards.index import Index
 
 
-def facts(config: Config, index: Index) -> dict[str, str]:
+def shared_facts(config: Config, index: Index) -> dict[str, str]:
     """Returns what all processes of a run must agree on, by name."""
     # __version__, since a source tree that is not installed has no package metadata.
     versions = {"the version of disttrain": __version__}

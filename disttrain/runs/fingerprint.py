@@ -43,7 +43,7 @@ def fingerprint(config: Config, index: Index, skipped: Sequence[int] | None = ()
     return {"config": document, "config_digest": _digest(document), "data": data, "order": order}
 
 
-def saved_identity(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+def saved_fingerprint(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fingerprint in the state of a checkpoint.
 
     Raises:

@@ -58,7 +58,7 @@ def write_manifest(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> byte
     return data
 
 
-def verify(path: Path) -> None:
+def verify_checkpoint(path: Path) -> None:
     """Reads a checkpoint and compares it with its manifest.
 
     Raises:
@@ -72,7 +72,7 @@ def read(path: Path) -> dict[str, bytes]:
     """Returns the verified bytes of every part of a checkpoint.
 
     Raises:
-        CheckpointError: as `verify` does.
+        CheckpointError: as `verify_checkpoint` does.
     """
     return {name: _read(path / name, expected) for name, expected in read_manifest(path).items()}
 
@@ -81,7 +81,7 @@ def read_part(path: Path, name: str) -> bytes | None:
     """Returns the bytes of one part of a checkpoint; None if it has none of this name.
 
     Raises:
-        CheckpointError: as `verify` does, but of this part alone.
+        CheckpointError: as `verify_checkpoint` does, but of this part alone.
     """
     parts = read_manifest(path)
     return _read(path / name, parts[name]) if name in parts else None
@@ -91,7 +91,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """Returns the JSON state of a checkpoint without its tensors.
 
     Raises:
-        CheckpointError: as `verify` does, but of this part alone.
+        CheckpointError: as `verify_checkpoint` does, but of this part alone.
     """
     data = read_part(path, STATE)
     if data is None:
@@ -250,7 +250,7 @@ def latest_valid(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
     damages: list[CheckpointError] = []
     for path in list_steps(folder):
         try:
-            verify(path)
+            verify_checkpoint(path)
         except CheckpointError as damage:
             damages.append(damage)
         else:
@@ -287,7 +287,7 @@ def quarantine(chosen: Path, step: int) -> tuple[Path, list[str]]:
         if path == chosen or step_of(path) < step:
             continue
         try:
-            verify(path)
+            verify_checkpoint(path)
             kind = "abandoned"
         except CheckpointError:
             kind = "damaged"

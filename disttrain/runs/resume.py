@@ -9,8 +9,8 @@ from typing import Any
 
 from disttrain.config import load_config
 from disttrain.errors import CheckpointError, UsageError
-from disttrain.runs.fingerprint import changes_since, refuse, saved_identity
-from disttrain.runs.manifest import MANIFEST, latest_valid, pointed_to, read_state, step_of, verify
+from disttrain.runs.fingerprint import changes_since, refuse, saved_fingerprint
+from disttrain.runs.manifest import MANIFEST, latest_valid, pointed_to, read_state, step_of, verify_checkpoint
 from disttrain.runs.runfolder import RunFolder
 
 
@@ -80,7 +80,7 @@ def resume_point(folder: RunFolder, resume: str, now: Mapping[str, Any], *, forc
     what, step = f"{folder.path}: holds a run of", 0
     if checkpoint is not None:
         state = read_state(checkpoint)
-        saved = saved_identity(checkpoint, state)
+        saved = saved_fingerprint(checkpoint, state)
         what, step = f"{checkpoint}: was saved with", state["step"]
     elif saved is not None:
         notes.append(f"{folder.path}: no checkpoint yet; starting from scratch")
@@ -109,6 +109,6 @@ def _at(path: Path) -> tuple[Path, list[CheckpointError]]:
         path = pointed_to(path)
     if (path / MANIFEST).exists() or step_of(path) >= 0:
         found = path.resolve()
-        verify(found)
+        verify_checkpoint(found)
         return found, []
     raise CheckpointError(f"--resume {path}: neither a run folder with a checkpoint nor a checkpoint")

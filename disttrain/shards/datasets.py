@@ -122,7 +122,7 @@ class _Arrays:
         """Returns the size of the pixels in bytes; the PNG of a small image is about as large."""
         return int(self._images[number].size)
 
-    def identity(self, number: int) -> None:
+    def sample_fingerprint(self, number: int) -> None:
         """Returns None, because the samples are in memory."""
 
 

@@ -246,7 +246,7 @@ class _Pictures:
         """Returns the bytes of the file, or of the pixels if it is resized."""
         return self.pictures[number].bytes if self.side is None else self.side**2 * self.channels
 
-    def identity(self, number: int) -> str:
+    def sample_fingerprint(self, number: int) -> str:
         """Returns a text that identifies the file and how it is packed."""
         return f"{self.pictures[number]} {self.side}"
 

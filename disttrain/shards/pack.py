@@ -89,7 +89,7 @@ class Source(Protocol):
     def size(self, number: int) -> int:
         """Returns the approximate size of a sample's image in bytes."""
 
-    def identity(self, number: int) -> str | None:
+    def sample_fingerprint(self, number: int) -> str | None:
         """Returns a text that changes if the sample does; None for samples in memory.
 
         Only this process writes samples in memory, and they are not kept after an interruption. For other
@@ -226,7 +226,7 @@ def _plan(splits: Mapping[str, Source], shard_bytes: int, classes: int, channels
             size += member_bytes(source.size(number))
             if size >= shard_bytes or number + 1 == len(source):
                 numbers = range(first, number + 1)
-                identities = [source.identity(i) for i in numbers]
+                identities = [source.sample_fingerprint(i) for i in numbers]
                 fingerprint = ""
                 if None not in identities:
                     text = json.dumps([VERSION, classes, channels, first, identities])

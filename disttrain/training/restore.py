@@ -15,7 +15,7 @@ from disttrain.config import Config
 from disttrain.data.epoch_plan import Plan
 from disttrain.errors import CheckpointError
 from disttrain.runs.checkpoint import Checkpoint
-from disttrain.runs.fingerprint import changes_since, fingerprint, refuse, saved_identity
+from disttrain.runs.fingerprint import changes_since, fingerprint, refuse, saved_fingerprint
 from disttrain.shards.index import Index
 from disttrain.training.optim import load_state
 from disttrain.training.rank import Rank
@@ -55,7 +55,7 @@ def saved_progress(
         )
     fields = dataclasses.fields(Progress)
     progress = Progress(**{field.name: checkpoint.value(field.name) for field in fields})
-    saved = saved_identity(checkpoint.path, checkpoint.state)
+    saved = saved_fingerprint(checkpoint.path, checkpoint.state)
     now = fingerprint(config, index, plan.skipped.tolist())
     changes = changes_since(saved, now)
     if changes and not force:

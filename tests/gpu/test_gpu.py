@@ -176,8 +176,8 @@ def test_torch_devices_are_matched_in_any_order(way: str) -> None:
     spelled = {"index": "{0.index}", "uuid": "{0.uuid}", "abbreviated": "{0.uuid:.13}"}[way]
     program = """
 import json, torch
-from disttrain.monitor.gauges import describe
-devices = [describe(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+from disttrain.monitor.gauges import describe_device
+devices = [describe_device(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
 print(json.dumps([[each["index"], each["uuid"], each["memory_total_mib"]] for each in devices]))
 """
     done = subprocess.run(

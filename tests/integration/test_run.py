@@ -144,7 +144,7 @@ def test_a_checkpoint_that_is_being_written_outlives_a_failure(
     assert "the eighth step" in done.stderr
     latest = tmp_path / "run/checkpoints/latest"
     assert latest.resolve().name == "step_00000007"
-    manifest.verify(latest)
+    manifest.verify_checkpoint(latest)
 
 
 def test_a_finished_run_goes_on_for_more_epochs_and_with_what_may_change(

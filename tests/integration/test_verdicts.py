@@ -45,9 +45,9 @@ def stand_in():
     from types import SimpleNamespace
     import torch
     from disttrain.monitor import gauges
-    describe, gpu = gauges.describe, SimpleNamespace(uuid=os.environ["GPU"], name="as torch says")
+    describe, gpu = gauges.describe_device, SimpleNamespace(uuid=os.environ["GPU"], name="as torch says")
     torch.cuda.get_device_properties = lambda device: gpu
-    gauges.describe = lambda device: describe(torch.device("cuda", 0))
+    gauges.describe_device = lambda device: describe(torch.device("cuda", 0))
 """
 
 

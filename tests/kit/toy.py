@@ -41,7 +41,7 @@ class Listed:
     def size(self, number):
         return len(self._samples[number].image)
 
-    def identity(self, number):
+    def sample_fingerprint(self, number):
         return None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.heartbeat import ADDRESS, STACKS, Heartbeat, Phase, pack
-from disttrain.launch.liveness import Liveness, Row, describe, stalled
+from disttrain.launch.liveness import Liveness, Row, describe_hang, stalled
 
 
 def row(
@@ -56,16 +56,16 @@ def test_a_busy_rank_tells_nothing_where_waiting_ranks_are_busy_too() -> None:
 def test_the_sentence_on_a_hang() -> None:
     rows = [row(rank, BACKWARD, 30) for rank in range(3)]
     rows[1] = row(1, pack(Phase.DATA, 123), 30.4, stopped_s=30.2, host="gpu03")
-    assert describe([rows[1]], rows) == (
+    assert describe_hang([rows[1]], rows) == (
         "rank 1 on gpu03 hangs: no progress for 30 s in step 123 while loading data "
         "(the process is stopped); ranks 0 and 2 wait for it"
     )
-    assert describe(rows[1:], rows) == (
+    assert describe_hang(rows[1:], rows) == (
         "rank 1 on gpu03 and rank 2 on a hang: no progress for 30 s in step 7 while computing "
         "(the processes are stopped); rank 0 waits for them"
     )
     many = [row(rank, DATA, 30) for rank in range(20)]
-    assert describe(many[:1], many).endswith("; ranks 1, 2, 3, 4, ... and 19 wait for it")
+    assert describe_hang(many[:1], many).endswith("; ranks 1, 2, 3, 4, ... and 19 wait for it")
 
 
 # --- With processes ---------------------------------------------------------------------------------

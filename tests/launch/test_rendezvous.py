@@ -17,7 +17,7 @@ from disttrain.errors import BusyError, DataError, DisttrainError, HangError, St
 from disttrain.launch.rendezvous import Channel, rendezvous, sharing_failures
 from disttrain.preflight import open_index
 from disttrain.runs import agreement
-from disttrain.runs.agreement import compare_peers, facts
+from disttrain.runs.agreement import compare_peers, shared_facts
 from disttrain.slurm_env import Node
 
 
@@ -180,7 +180,7 @@ def test_strangers_at_the_port_are_ignored(port):
 def test_what_must_be_the_same(tmp_path: Path, config_file: Path, digits_root: Path):
     def found(*overrides: str) -> dict[str, str]:
         config = load_config(config_file, [f"data.root={digits_root}", *overrides])
-        return facts(config, open_index(config, print))
+        return shared_facts(config, open_index(config, print))
 
     here = found()
     assert json.loads(json.dumps(here)) == here
@@ -206,4 +206,6 @@ def test_a_source_tree_that_is_not_installed_knows_its_version(
 
     monkeypatch.setattr(agreement, "version", version)
     config = load_config(config_file, [f"data.root={digits_root}"])
-    assert facts(config, open_index(config, print))["the version of disttrain"] == disttrain.__version__
+    assert (
+        shared_facts(config, open_index(config, print))["the version of disttrain"] == disttrain.__version__
+    )

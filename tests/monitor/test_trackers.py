@@ -19,7 +19,7 @@ import pytest
 
 from disttrain.config import Config
 from disttrain.errors import UsageError
-from disttrain.monitor.trackers import Feed, Prometheus, Sample, prometheus_text, samples
+from disttrain.monitor.trackers import Feed, MetricValue, Prometheus, prometheus_text, samples
 from disttrain.preflight import check_trackers
 from disttrain.runs.jsonl import parts
 from disttrain.runs.records import METRICS, EvalRecord, GpuMeans, Process, StepTimes, TrainRecord
@@ -88,7 +88,10 @@ def parsed(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 def test_prometheus_text() -> None:
     text = prometheus_text(
-        [Sample("train", {}, "loss", 0.5), Sample("gpu", {"host": "n1", "index": "0"}, "power_w", 300)],
+        [
+            MetricValue("train", {}, "loss", 0.5),
+            MetricValue("gpu", {"host": "n1", "index": "0"}, "power_w", 300),
+        ],
         {"run": "runs/a"},
         1700000000.25,
     )

@@ -16,7 +16,7 @@ import pytest
 
 from disttrain.config import load_config
 from disttrain.errors import StorageError
-from disttrain.report.activations import look_inside
+from disttrain.report.activations import view_checkpoint
 from disttrain.report.charts import PALETTE
 from disttrain.report.confusion import most_confused
 from disttrain.report.facts import outcome
@@ -96,7 +96,7 @@ def test_the_report_of_a_real_run_says_what_the_run_knows(
 @pytest.mark.integration
 def test_the_confusion_matrix_is_that_of_the_last_evaluation(trained: Path, digits: None) -> None:
     index = load_index("digits", None)
-    inside = look_inside(trained, load_config(trained / "config.yaml"), index, budget_s=600)
+    inside = view_checkpoint(trained, load_config(trained / "config.yaml"), index, budget_s=600)
     best = read_run(trained).best
     assert best is not None
     assert inside.confusion.sum() == best.total == 359
@@ -125,7 +125,7 @@ def test_a_slow_network_is_shown_fewer_images_and_the_page_says_so(
     del parts[evaluation.FILE]
     (best / MANIFEST).unlink()
     write_manifest(best, parts)
-    inside = look_inside(run, load_config(run / "config.yaml"), load_index("digits", None), budget_s=0)
+    inside = view_checkpoint(run, load_config(run / "config.yaml"), load_index("digits", None), budget_s=0)
     assert inside.samples == 359
     assert inside.confusion.sum() == 256
     text = visible(write_report(run, tmp_path / "page.html", inside_s=1e-9))

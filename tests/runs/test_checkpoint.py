@@ -20,7 +20,7 @@ from disttrain import files
 from disttrain.errors import CheckpointError, StorageError
 from disttrain.runs import checkpoint, manifest
 from disttrain.runs.checkpoint import Writer, load, snapshot, write
-from disttrain.runs.manifest import latest_valid, pointed_to, verify, write_manifest
+from disttrain.runs.manifest import latest_valid, pointed_to, verify_checkpoint, write_manifest
 from kit.checkpoints import PARTS, assert_same, names, save_step
 
 # --- Damage ---------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def test_a_flipped_bit_is_noticed(saved: Path) -> None:
             with pytest.raises(CheckpointError, match=reason):
                 load(saved)
             with pytest.raises(CheckpointError):
-                verify(saved)
+                verify_checkpoint(saved)
         path.write_bytes(whole)
     load(saved)
 
@@ -61,7 +61,7 @@ def test_missing_files_are_noticed(saved: Path) -> None:
         whole = path.read_bytes()
         path.unlink()
         with pytest.raises(CheckpointError, match=path.name):
-            verify(saved)
+            verify_checkpoint(saved)
         path.write_bytes(whole)
 
 
@@ -82,7 +82,7 @@ def test_a_part_that_this_version_does_not_know(saved: Path, name: str) -> None:
     (saved / "MANIFEST.json").unlink()
     write_manifest(saved, {name: {"bytes": 1, "sha256": "0", "format": 1}})
     with pytest.raises(CheckpointError, match="does not know the part"):
-        verify(saved)
+        verify_checkpoint(saved)
 
 
 def test_a_part_that_the_manifest_leaves_out(saved: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_part_that_the_manifest_leaves_out(saved: Path) -> None:
     for name in parts:
         (saved / "MANIFEST.json").unlink()
         write_manifest(saved, {other: entry for other, entry in parts.items() if other != name})
-        verify(saved)
+        verify_checkpoint(saved)
         with pytest.raises(CheckpointError, match=f"has no {name}"):
             load(saved)
 
@@ -149,7 +149,7 @@ def test_a_copy_that_is_the_only_one_is_kept(tmp_path: Path) -> None:
     (tmp_path / "run/step_00000001").rename(tmp_path / "run/best")
     save_step(tmp_path / "run", 2, best=True)
     assert names(tmp_path / "run") == ["best", "copied_best", "latest", "step_00000002"]
-    verify(tmp_path / "run/copied_best")
+    verify_checkpoint(tmp_path / "run/copied_best")
 
 
 def test_text_files_point_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

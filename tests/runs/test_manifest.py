@@ -18,7 +18,7 @@ from disttrain.runs.manifest import (
     read_state,
     size,
     step_of,
-    verify,
+    verify_checkpoint,
     write_manifest,
 )
 
@@ -170,14 +170,14 @@ def test_what_is_no_manifest(folder, text):
     path = folder / "step_00000010"
     (path / "MANIFEST.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"MANIFEST\.json: damaged"):
-        verify(path)
+        verify_checkpoint(path)
 
 
 def test_another_spelling_of_the_same_manifest_is_noticed(folder):
     path = folder / "step_00000010" / "MANIFEST.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(CheckpointError, match=r"MANIFEST\.json: damaged"):
-        verify(path.parent)
+        verify_checkpoint(path.parent)
 
 
 def test_a_launcher_looks_without_torch():

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from disttrain.runs.checkpoint import load, snapshot, write
-from disttrain.runs.manifest import latest_valid, verify
+from disttrain.runs.manifest import latest_valid, verify_checkpoint
 
 CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.scandir", "os.listdir"}
 """Events of Python's audit hook; what it does not tell of is wrapped in `kill_at`."""
@@ -44,7 +44,7 @@ def look(folder: Path) -> tuple[int, int, list[str]]:
     found, damages = latest_valid(folder)
     assert found is not None
     for path in folder.glob("step_*"):
-        verify(path)  # older ones too are whole or not there
+        verify_checkpoint(path)  # older ones too are whole or not there
     loaded = load(found)
     value = loaded.state["value"]
     assert bool((loaded.parts["model"]["weight"] == value).all())
