@@ -83,10 +83,9 @@ def run(
     from disttrain import slurm_env
     from disttrain.config import load_config
     from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
-    from disttrain.launch.prepare import prepare, processes_here
+    from disttrain.launch.prepare import gpu_notes, prepare, processes_here
     from disttrain.launch.rendezvous import sharing_failures
     from disttrain.models import check_model_name
-    from disttrain.monitor.nvml import unusable_gpus
     from disttrain.runs.agreement import facts
     from disttrain.runs.resume import resume_again
     from disttrain.runs.runfolder import RunFolder, new_run_path
@@ -96,9 +95,8 @@ def run(
         config = load_config(config_path, overrides)
         check_model_name(config.model.name)
         here = processes_here(gpus=gpus, procs=procs)
-        if here.device == "cpu" and procs is None and (why := unusable_gpus()):
-            note = "training on the CPU, although this machine has GPUs"
-            aside(f"{note} ({why}); run `disttrain doctor`, or use --procs N to train on the CPU on purpose")
+        for note in gpu_notes(here.device, procs):
+            aside(note)
         run_dir = run_dir or plan_run_dir(config.name, node, os.environ)
         if run_dir and slurm_env.requeued(os.environ):
             resume = resume_again(RunFolder(run_dir), resume)
