@@ -12,6 +12,14 @@ from typing import Any
 from disttrain.errors import UsageError, error_text
 
 
+class UserCodeError(UsageError):
+    """A class or function of the user's own cannot be imported."""
+
+    def __init__(self, message: str, module: str) -> None:
+        super().__init__(message)
+        self.module = module
+
+
 def is_target(name: str) -> bool:
     """Returns whether a name has the form `package.module:member`; imports nothing."""
     module, _, member = name.partition(":")
@@ -22,7 +30,8 @@ def import_target(target: str) -> Callable[..., Any]:
     """Imports `package.module:member`, a class or function; also searches the working directory.
 
     Raises:
-        UsageError: the module cannot be imported, or has no such class or function.
+        UserCodeError: the module cannot be imported, or has no such class or function.
+        UsageError: it has a value of this name that is neither.
     """
     if str(Path.cwd()) not in sys.path:  # `python -m` adds it, a console script does not
         sys.path.insert(0, str(Path.cwd()))
@@ -30,9 +39,9 @@ def import_target(target: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(name)
     except Exception as error:
-        raise UsageError(f"cannot import {name}: {error_text(error)}") from error
+        raise UserCodeError(f"cannot import {name}: {error_text(error)}", name) from error
     if not hasattr(module, member):
-        raise UsageError(f"module {name} has no {member}{did_you_mean(member, vars(module))}")
+        raise UserCodeError(f"module {name} has no {member}{did_you_mean(member, vars(module))}", name)
     found = getattr(module, member)
     if not callable(found):
         raise UsageError(f"{member} is of type {type(found).__name__}, not a class or function")

@@ -73,12 +73,14 @@ def predict(run_path: Path, images: tuple[str, ...], checkpoint: str, **how: Any
 @click.option("--output", type=PATH, metavar="FILE", help="Default: RUN/export/FORMAT/model.*.")
 @_CHECKPOINT
 @ROOT
+@click.option("--opset", type=COUNT, help="ONNX operator set (default: chosen by torch).")
 def export(
     run_path: Path,
     file_format: Literal["safetensors", "torch-export", "onnx"],
     output: Path | None,
     checkpoint: str,
     root: str | None,
+    opset: int | None,
 ) -> None:
     """Export a trained model for other programs.
 
@@ -87,7 +89,7 @@ def export(
     """
     from disttrain.inference.exporting import export
 
-    done = export(run_path, file_format, output, checkpoint=checkpoint, root=root)
+    done = export(run_path, file_format, output, checkpoint=checkpoint, root=root, opset=opset)
     click.echo(f"{done.path}: logits differ by at most {done.difference:.3g} on {done.images} images")
 
 

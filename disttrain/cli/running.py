@@ -84,7 +84,7 @@ def run(
     from disttrain import slurm_env
     from disttrain.config import dump_config
     from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
-    from disttrain.launch.prepare import check_run, processes_here
+    from disttrain.launch.prepare import check_run, gpu_notes, processes_here
     from disttrain.launch.rendezvous import sharing_failures
     from disttrain.models import check_model_name
     from disttrain.runs.agreement import shared_facts
@@ -96,7 +96,8 @@ def run(
         config = _read_config(config_path, overrides, run_dir)
         check_model_name(config.model.name)
         here = processes_here(gpus=gpus, procs=procs)
-        _warn_of_unused_gpus(here.device, procs)
+        for note in gpu_notes(here.device, procs):
+            aside(note)
         run_dir = run_dir or plan_run_dir(config.name, node, os.environ)
         if run_dir and slurm_env.requeued(os.environ):
             resume = resume_again(RunFolder(run_dir), resume)
@@ -139,15 +140,6 @@ def _read_config(config_path: Path, overrides: tuple[str, ...], run_dir: Path | 
     if changes:
         aside(f"{config_path}: has changed since the job began ({changes[0]}); continuing with {begun}")
     return config
-
-
-def _warn_of_unused_gpus(device: str, procs: int | None) -> None:
-    """Warns of a run on the CPU although the machine has GPUs, unless --procs asked for it."""
-    from disttrain.monitor.nvml import unusable_gpus
-
-    if device == "cpu" and procs is None and (why := unusable_gpus()):
-        note = "training on the CPU, although this machine has GPUs"
-        aside(f"{note} ({why}); run `disttrain doctor`, or use --procs N to train on the CPU on purpose")
 
 
 def _show(plan: LaunchPlan, config: Config, ready: Ready | None) -> None:

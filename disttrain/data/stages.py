@@ -23,7 +23,7 @@ from disttrain.shards.images import ImageError, decode_into
 from disttrain.shards.index import Index
 from disttrain.shards.reader import Sample, sample_error
 from disttrain.shards.tar import IMAGE_EXTENSIONS
-from disttrain.user_code import import_target
+from disttrain.user_code import UserCodeError, import_target
 
 Stage: TypeAlias = Callable[[Iterable[Any]], Iterator[Any]]
 
@@ -171,6 +171,8 @@ def open_stream(
     if isinstance(pipeline, str):
         try:
             pipeline = import_target(pipeline)
+        except UserCodeError as error:
+            raise UserCodeError(f"data.pipeline: {error}", error.module) from error.__cause__
         except UsageError as error:
             raise UsageError(f"data.pipeline: {error}") from error.__cause__
     return Staged(stream, pipeline)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -24,14 +23,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import disttrain
 from disttrain import slurm_env
-from disttrain.doctor import rules
+from disttrain.doctor import gpu_checks, rules
 from disttrain.doctor.rules import Finding, failure, ok, warning
 from disttrain.errors import DisttrainError, reason
-from disttrain.monitor.nvml import ask, device_files, visible_gpus
+from disttrain.monitor.nvml import visible_gpus
 from disttrain.parallel import usable_cores
 from disttrain.userdirs import cache_folder
 
@@ -86,97 +85,6 @@ def packages(_: str) -> Iterator[Finding]:
         loaded = ".".join(map(str, torch.cuda.nccl.version()))
     nccls = {name: version for name, version in versions.items() if name.startswith("nvidia-nccl-cu")}
     yield rules.nccl(nccls, loaded, torch.version.cuda)
-
-
-def driver(_: str) -> Iterator[Finding]:
-    """Checks the NVIDIA driver, its GPUs and how they are connected, with NVML."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        yield rules.no_driver(str(error), [*device_files(), *_pci_devices()])
-        return
-    yield ok("NVIDIA driver", f"{pynvml.nvmlSystemGetDriverVersion()}, {pynvml.nvmlDeviceGetCount()} GPUs")
-    gpus = visible_gpus()
-    for gpu in gpus:
-        total = gpu.memory_total_mib
-        memory = "memory unknown" if total is None else f"{total / 1024:,.0f} GiB"
-        yield ok(f"GPU {gpu.index}", f"{gpu.name}, {memory}, {gpu.uuid}")
-    if len(gpus) > 1:
-        handles = [pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid) for gpu in gpus]
-        pairs = itertools.combinations(range(len(gpus)), 2)
-        ways = {(a, b): _way(handles[a], handles[b]) for a, b in pairs}
-        state, links = pynvml.nvmlDeviceGetNvLinkState, range(pynvml.NVML_NVLINK_MAX_LINKS)
-        active = [sum(ask(state, handle, link) or 0 for link in links) for handle in handles]
-        yield rules.topology(ways, active)
-
-
-def gpus(_: str) -> Iterator[Finding]:
-    """Checks which GPUs torch can use."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    known = visible_gpus()
-    if not known and (hidden is not None or not device_files()):
-        why = "" if hidden is None else f" (CUDA_VISIBLE_DEVICES={hidden})"
-        yield ok("GPUs", f"none to train on{why}: runs use the CPU")
-        return
-    import pynvml
-    import torch
-
-    problem = "torch is a build without CUDA"
-    if torch.version.cuda is not None:
-        try:
-            torch.cuda.init()
-        except RuntimeError as error:
-            problem = reason(error)
-    count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
-    with contextlib.suppress(pynvml.NVMLError):
-        pynvml.nvmlInit()
-        major, rest = divmod(pynvml.nvmlSystemGetCudaDriverVersion(), 1000)
-        version = pynvml.nvmlSystemGetDriverVersion()
-        yield rules.driver(version, (major, rest // 10), torch.version.cuda, usable=count > 0)
-    if count != len(known) or count == 0:
-        why = f": {problem}" if count == 0 else ""
-        found = f"NVML shows {len(known)}, torch can use {count}{why}"
-        yield failure("GPUs", found, "see the lines on driver and packages; in a container, use --gpus all")
-    archs = torch.cuda.get_arch_list()
-    for i in range(count):
-        device = torch.cuda.get_device_properties(i)
-        found = f"{device.name}, compute capability {device.major}.{device.minor}, GPU-{device.uuid}"
-        if rules.has_kernels((device.major, device.minor), archs):
-            yield ok(f"cuda:{i}", found)
-        else:
-            found += f": torch has kernels only for {', '.join(archs)}"
-            remedy = "install a torch for this GPU (https://pytorch.org/get-started/locally)"
-            yield failure(f"cuda:{i}", found, remedy)
-    if count > 1:
-        both = list(itertools.permutations(range(count), 2))
-        access = {(a, b): torch.cuda.can_device_access_peer(a, b) for a, b in both}
-        uuids = (f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(count))
-        handles = [ask(pynvml.nvmlDeviceGetHandleByUUID, uuid) for uuid in uuids]
-        yield rules.peers(access, [(a, b) for a, b in both if _way(handles[a], handles[b]) == "NVLink"])
-
-
-def _pci_devices() -> list[str]:
-    """Returns the NVIDIA GPUs on the PCI bus, with or without a driver."""
-    found = []
-    for path in sorted(Path("/sys/bus/pci/devices").glob("*")):
-        with contextlib.suppress(OSError):
-            display = (path / "class").read_text().startswith("0x03")
-            if display and (path / "vendor").read_text().strip() == "0x10de":
-                found.append(f"PCI device {path.name}")
-    return found
-
-
-def _way(a: Any, b: Any) -> str:
-    """Returns how two GPUs are connected, with the names of nvidia-smi topo."""
-    import pynvml
-
-    state = ask(pynvml.nvmlDeviceGetP2PStatus, a, b, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
-    if state == pynvml.NVML_P2P_STATUS_OK:
-        return "NVLink"
-    level = ask(pynvml.nvmlDeviceGetTopologyCommonAncestor, a, b)
-    return {0: "one board", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}.get(level, "unknown")
 
 
 def machine(_: str) -> Iterator[Finding]:
@@ -370,8 +278,8 @@ def step(device_name: str) -> Iterator[Finding]:
 
 CHECKS = {
     "packages": Check(packages, 120),
-    "driver": Check(driver),
-    "gpus": Check(gpus, 120),
+    "driver": Check(gpu_checks.driver),
+    "gpus": Check(gpu_checks.gpus, 120),
     "machine": Check(machine),
     "disk": Check(disk),
     "clock": Check(clock),

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from disttrain.monitor.nvml import Gpu
 from disttrain.slurm_env import Allocation
 from disttrain.units import gib, mib
 
@@ -83,14 +84,30 @@ def nccl(packages: Mapping[str, str], loaded: str | None, torch_cuda: str | None
 _LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # CUDA release notes, table 2
 
 
-def no_driver(problem: str, devices: Sequence[str]) -> Finding:
-    """Judges a machine on which NVML fails, from its error and the GPUs that exist nevertheless."""
-    if not devices:
+def no_driver(problem: str, devices: Sequence[str], *, absent: bool) -> Finding:
+    """Judges a machine on which NVML fails.
+
+    Args:
+        problem: NVML's error.
+        devices: the GPUs that exist nevertheless.
+        absent: whether the error is that of a machine without GPUs.
+    """
+    if absent and not devices:
         return ok("NVIDIA driver", "none, and no NVIDIA GPU")
+    has = f"; but this machine has {', '.join(devices)}" if devices else ""
     return warning(
-        "NVIDIA driver", f"NVML: {problem}; but this machine has {', '.join(devices)}",
+        "NVIDIA driver", f"{problem}{has}",
         "load the driver (nvidia-smi must work), or reboot after a driver update; in a container, use "
         "--gpus all with NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+    )  # fmt: skip
+
+
+def lost_gpu(gpu: Gpu) -> Finding:
+    """Judges a GPU that does not answer."""
+    which = f"{gpu.name}, {gpu.uuid}" if gpu.uuid else gpu.name
+    return failure(
+        f"GPU {gpu.index}", f"lost ({which}): NVML: {gpu.lost}",
+        "take the node out of use; `dmesg` has the cause (Xid); reset the GPU with nvidia-smi -r, or reboot",
     )  # fmt: skip
 
 

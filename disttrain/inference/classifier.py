@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from disttrain.errors import CheckpointError
-from disttrain.inference.run import FACTS, Facts, open_run
+from disttrain.inference.run import FACTS, Facts, open_run, saying_where_code_lies
 from disttrain.models import build_model
 from disttrain.runs.checkpoint import load
 from disttrain.training.autotune import allow_tf32, autocast
@@ -131,13 +131,14 @@ def load_model(
         }
     arithmetic = saved.state["arithmetic"]
     same_device = torch.device(device).type == arithmetic["device"]
-    classifier = _build(
-        trained.facts,
-        weights,
-        str(trained.checkpoint),
-        precision=arithmetic["precision"],
-        channels_last=same_device and arithmetic["channels_last"],
-    )
+    with saying_where_code_lies(trained.folder):
+        classifier = _build(
+            trained.facts,
+            weights,
+            str(trained.checkpoint),
+            precision=arithmetic["precision"],
+            channels_last=same_device and arithmetic["channels_last"],
+        )
     classifier.step = saved.state["step"]
     return classifier.to(device).eval()
 
@@ -151,7 +152,8 @@ def _load_exported(path: Path) -> Classifier:
         raise CheckpointError(
             f"{path}: is not a file of `disttrain export --format safetensors`; give one, or a run folder"
         ) from None
-    return _build(facts, weights, str(path))
+    with saying_where_code_lies(None):
+        return _build(facts, weights, str(path))
 
 
 def _build(facts: Facts, weights: Mapping[str, Any], source: str, **settings: Any) -> Classifier:

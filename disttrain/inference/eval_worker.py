@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from disttrain.inference.eval import open_data, usable_samples
-from disttrain.inference.run import open_run
+from disttrain.inference.run import open_run, saying_where_code_lies
 from disttrain.launch.jobs import serve
 from disttrain.training.group import best_device, join
 
@@ -26,7 +26,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from disttrain.training.evaluation import EvalTask, batch_size, measure
     from disttrain.training.state import Validation
 
-    _, config, facts, checkpoint = open_run(Path(request["run"]), request["checkpoint"])
+    folder, config, facts, checkpoint = open_run(Path(request["run"]), request["checkpoint"])
     group = Group.of(join(config, best_device()))
     classifier = load_model(request["run"], checkpoint, device=group.device)
     index = open_data(config, facts, request["data"], request["root"])
@@ -36,7 +36,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     expect_images(len(ids) // group.world_size)
     # Streamed: a decoded copy does not pay off for a single pass.
     pipeline = config.data.pipeline
-    data = open_stream(index, "val", group.device, batch_size=size, workers=workers, pipeline=pipeline)
+    with saying_where_code_lies(folder):
+        data = open_stream(index, "val", group.device, batch_size=size, workers=workers, pipeline=pipeline)
     skipped = index.splits["val"].samples - len(ids)
     split = Validation(data, ids, facts.classes, skipped)
     outputs = torch.tensor([facts.classes.index(name) for name in index.classes], device=group.device)

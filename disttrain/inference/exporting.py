@@ -7,10 +7,13 @@ imported only after the arguments have been checked.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import logging
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +22,7 @@ from disttrain.errors import DisttrainError, StorageError, UsageError
 from disttrain.files import write_atomically
 from disttrain.inference import modelcard
 from disttrain.inference.eval import open_data, usable_samples
-from disttrain.inference.run import FACTS, Facts, Trained, open_run
+from disttrain.inference.run import FACTS, Facts, Trained, open_run, saying_where_code_lies
 from disttrain.shards.index import Index
 
 if TYPE_CHECKING:
@@ -64,6 +67,7 @@ def export(
     *,
     checkpoint: str | Path = "best",
     root: str | None = None,
+    opset: int | None = None,
 ) -> Exported:
     """Exports the model of a run, checks the file, and writes a model card beside it.
 
@@ -75,9 +79,11 @@ def export(
         output: the file; None means export/<file_format>/model.<suffix> in the run folder.
         checkpoint: best, latest, or the path of a checkpoint.
         root: folder of the data sets; None means that of the config.
+        opset: ONNX operator set of an onnx file; None leaves it to torch.
 
     Raises:
-        UsageError: the run does not exist, a package is missing, or the folder has another README.md.
+        UsageError: the run does not exist, a package is missing, the folder has another README.md, or the
+            network cannot be written with this opset.
         CheckpointError: the checkpoint does not exist or is damaged.
         DataError: the data set of the run, needed for the check, is missing or damaged.
         StorageError: the file cannot be written.
@@ -87,6 +93,10 @@ def export(
         raise UsageError(
             f"--format onnx needs {', '.join(_ONNX_MODULES)}; install them with "
             "python -m pip install 'disttrain[onnx]'"
+        )
+    if opset is not None and file_format != "onnx":
+        raise UsageError(
+            f"--opset {opset}: --format {file_format} has none; leave it out, or use --format onnx"
         )
     trained = open_run(Path(run), checkpoint)
     name = f"model{SUFFIXES[file_format]}"
@@ -98,7 +108,7 @@ def export(
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        exported = _export(trained, file_format, index, path, partial)
+        exported = _export(trained, file_format, opset, index, path, partial)
         text = modelcard.card(trained, file_format, path.name, index, exported.difference, exported.images)
         write_atomically(path.parent / modelcard.NAME, text)
         return exported
@@ -110,7 +120,9 @@ def export(
         partial.unlink(missing_ok=True)
 
 
-def _export(trained: Trained, file_format: Format, index: Index, path: Path, partial: Path) -> Exported:
+def _export(
+    trained: Trained, file_format: Format, opset: int | None, index: Index, path: Path, partial: Path
+) -> Exported:
     import torch
 
     from disttrain.inference.classifier import load_model
@@ -122,8 +134,11 @@ def _export(trained: Trained, file_format: Format, index: Index, path: Path, par
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters warn about their own code
-            reader = _WRITERS[file_format](classifier, partial)
-    except OSError:
+            if file_format == "onnx":
+                reader = _write_onnx(classifier, partial, opset)
+            else:
+                reader = _WRITERS[file_format](classifier, partial)
+    except (OSError, UsageError):
         raise
     except Exception as error:  # exporters raise errors of many types
         reason = " ".join(str(error).split())[:300]
@@ -156,14 +171,15 @@ def real_images(trained: Trained, index: Index) -> npt.NDArray[np.uint8]:
 
     usable = usable_samples(trained.config, index)
     ids = usable[np.unique(np.linspace(0, len(usable) - 1, _IMAGES).astype(np.int64))]
-    loader = open_stream(
-        index,
-        "val",
-        torch.device("cpu"),
-        batch_size=len(ids),
-        workers=0,
-        pipeline=trained.config.data.pipeline,
-    )
+    with saying_where_code_lies(trained.folder):
+        loader = open_stream(
+            index,
+            "val",
+            torch.device("cpu"),
+            batch_size=len(ids),
+            workers=0,
+            pipeline=trained.config.data.pipeline,
+        )
     return next(loader.batches(ids, [slice(None)])).images.numpy()
 
 
@@ -187,14 +203,23 @@ def _write_torch_export(classifier: Classifier, path: Path) -> Scores:
     return _in_torch(module)
 
 
-def _write_onnx(classifier: Classifier, path: Path) -> Scores:
+def _write_onnx(classifier: Classifier, path: Path, opset: int | None) -> Scores:
     import onnx
     import onnxruntime
     import torch
 
-    program: Any = torch.onnx.export(
-        _traced(classifier), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
-    )
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    with _quiet():
+        program: Any = torch.onnx.export(
+            _traced(classifier), **names, dynamo=True, verbose=False, opset_version=opset
+        )
+    got = program.model.opset_imports[""]
+    if opset is not None and got != opset:  # torch then writes the one that it comes nearest with
+        raise UsageError(
+            f"--opset {opset}: torch {torch.__version__} cannot write {classifier.facts.model} with it; "
+            f"use --opset {got}"
+        )
+    _name_batch_axis(program.model)
     program.model.metadata_props.update(
         {
             "disttrain": _json(classifier.facts),
@@ -209,10 +234,31 @@ def _write_onnx(classifier: Classifier, path: Path) -> Scores:
     return lambda images: session.run(None, {"images": images})[0]
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out what the ONNX exporter logs about an opset that it cannot convert to."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _name_batch_axis(model: Any) -> None:
+    """Calls the free axis of an ONNX model `batch`, in place of torch's symbol."""
+    symbol = model.graph.inputs[0].shape[0].value
+    outputs = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *outputs):
+        for axis, length in enumerate(value.shape or ()):
+            text = getattr(length, "value", None)  # of a symbol or an expression with it
+            if text is not None:
+                value.shape[axis] = re.sub(rf"\b{re.escape(symbol)}\b", "batch", text)
+
+
 _WRITERS: dict[Format, Callable[[Classifier, Path], Scores]] = {
     "safetensors": _write_safetensors,
     "torch-export": _write_torch_export,
-    "onnx": _write_onnx,
 }
 
 

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,6 +21,7 @@ from disttrain.data.statistics import statistics
 from disttrain.errors import CheckpointError, UsageError
 from disttrain.runs.manifest import pointed_to
 from disttrain.runs.runfolder import RunFolder
+from disttrain.user_code import UserCodeError
 
 _Count = Annotated[int, Field(gt=0)]
 
@@ -88,6 +92,30 @@ def open_run(run: Path, checkpoint: str | Path = "best") -> Trained:
         hint = f"give --checkpoint {' or '.join(there)}" if there else "the run has saved none yet"
         raise CheckpointError(f"{path}: there is no checkpoint; {hint}")
     return Trained(folder, config, _facts(folder, config), path.resolve())
+
+
+@contextlib.contextmanager
+def saying_where_code_lies(folder: RunFolder | None) -> Iterator[None]:
+    """Adds to an error about the user's own code in which folder the run was trained, and what to do.
+
+    Args:
+        folder: of the run; None for a file, which does not say where it was trained.
+    """
+    try:
+        yield
+    except UserCodeError as error:
+        remedy = f"put the folder that has {error.module} into PYTHONPATH"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            trained_in = Path(json.loads(folder.env.read_bytes())["directory"]) if folder else None
+            if trained_in is not None:
+                top = error.module.partition(".")[0]
+                there = (trained_in / f"{top}.py").exists() or (trained_in / top).is_dir()
+                remedy = f"the run was trained in {trained_in}; " + (
+                    f"use this folder: PYTHONPATH={shlex.quote(str(trained_in))} disttrain ..."
+                    if there
+                    else f"it has no {top} on this machine, so {remedy}"
+                )
+        raise UsageError(f"{error}; {remedy}") from error.__cause__
 
 
 def _facts(folder: RunFolder, config: Config) -> Facts:

@@ -232,6 +232,7 @@ def rank_map(plan: LaunchPlan) -> list[tuple[int, str, str]]:
         device = f"cuda:{local}" if plan.device == "cuda" else "cpu"
         if here and plan.gpus:
             gpu = plan.gpus[local]
-            device += f" (NVML {gpu.index}, {gpu.name}, {gpu.uuid})"
+            place = f"NVML {gpu.index}, " if gpu.index >= 0 else ""
+            device += f" ({place}{gpu.name}, {gpu.uuid})"
         rows.append((rank, socket.gethostname() if here else f"node {node}", device))
     return rows

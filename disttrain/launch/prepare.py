@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from disttrain.config import Config
 from disttrain.launch.plan import LaunchPlan, Processes, plan_processes
-from disttrain.monitor.nvml import visible_gpus
+from disttrain.monitor.nvml import lost_gpus, trouble, unusable_gpus, visible_gpus
 from disttrain.parallel import usable_cores
 from disttrain.preflight import check_machine, check_room, check_trackers, check_weights
 from disttrain.runs.fingerprint import fingerprint
@@ -41,6 +41,29 @@ def processes_here(*, gpus: int | None, procs: int | None) -> Processes:
         cores=usable_cores(),
         environ=os.environ,
     )
+
+
+def gpu_notes(device: str, procs: int | None) -> list[str]:
+    """Returns what a user should know of this machine's GPUs before processes start, a line each.
+
+    Args:
+        device: that the processes will use, cuda or cpu.
+        procs: as on the command line; with it the GPUs are not wanted.
+    """
+    if procs is not None:
+        return []
+    notes = [
+        f"GPU {gpu.index} of this machine is lost (NVML: {gpu.lost}) and is not used; run `disttrain doctor`"
+        for gpu in lost_gpus()
+    ]
+    if device == "cuda" and (why := trouble()) is not None:
+        notes.append(f"no readings of the GPUs: {why.text}; run `disttrain doctor`")
+    if device == "cpu" and (problem := unusable_gpus()):
+        notes.append(
+            f"training on the CPU, although this machine has GPUs ({problem}); run `disttrain doctor`, "
+            "or use --procs N to train on the CPU on purpose"
+        )
+    return notes
 
 
 def check_run(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[str], None]) -> Ready | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from disttrain.errors import UsageError, error_text
-from disttrain.user_code import did_you_mean, import_target, is_target
+from disttrain.user_code import UserCodeError, did_you_mean, import_target, is_target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -115,6 +115,8 @@ def build_model(
         else:
             target = CATALOG[name].target if name in CATALOG else name
             model = _build_target(import_target(target), given, args)
+    except UserCodeError as error:
+        raise UserCodeError(f"model {name}: {error}", error.module) from error.__cause__
     except UsageError as error:
         raise UsageError(f"model {name}: {error}") from error.__cause__
     except Exception as error:

@@ -337,6 +337,7 @@ def _device_rows(record: TrainRecord | None, width: int, room: int) -> list[Text
 def _gpu_row(gpu: GpuMeans, width: int) -> Text:
     use, used_mib, total_mib = gpu.utilization_pct, gpu.memory_used_mib, gpu.memory_total_mib
     memory = f"{number(used_mib, '.1f', '', 1 / 1024)}/{number(total_mib, '.1f', ' GiB', 1 / 1024)}"
+    memory += " shared" if gpu.memory_shared else ""
     after_use = f"{number(use, '.0f', ' %'):>7}"
     after_memory = (
         f"{memory:>17}{number(gpu.power_w, '.0f', ' W'):>8}{number(gpu.temperature_c, '.0f', ' °C'):>8}"

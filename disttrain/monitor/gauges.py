@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from disttrain.monitor import nvml
+from disttrain.monitor.readings import memory_of
 from disttrain.monitor.telemetry import GpuSampler, ProcessorSampler
 from disttrain.runs.jsonl import encoded
 from disttrain.runs.records import GpuMeans, Process
 from disttrain.runs.runfolder import RunFolder
 from disttrain.training.collectives import Group, gather
 
-_ABOUT = ("rank", "host", "index", "uuid", "name", "memory_total_mib")
+_ABOUT = ("rank", "host", "index", "uuid", "name", "memory_total_mib", "memory_shared")
 """Fields known from the start. All other fields are reduced together with the loss."""
 
 
@@ -101,7 +102,7 @@ class RunGauges:
         names = self._kind.__struct_fields__
         rows: list[Any] = []
         for device in self._devices:
-            fields: Any = {name: device[name] if name in _ABOUT else next(numbers) for name in names}
+            fields: Any = {name: device.get(name) if name in _ABOUT else next(numbers) for name in names}
             rows.append(self._kind(**fields))
         if not self._on_gpu:
             return {"gpus": (), "processes": tuple(rows)}
@@ -164,13 +165,15 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         gpu = nvml.gpu_of_device(str(properties.uuid), bus)
         reach = [each.uuid for each in nvml.node_gpus()]
     known = nvml.Gpu(-1, f"GPU-{properties.uuid}", properties.name, None) if gpu is None else gpu
+    total_mib, shared = memory_of(known)
     return {
         "device": str(device),
         "name": known.name,
         "uuid": known.uuid,
         "index": None if gpu is None else gpu.index,
         "minor": known.minor,
-        "memory_total_mib": known.memory_total_mib,
+        "memory_total_mib": total_mib,
+        "memory_shared": shared,
         "reach": reach,
     }
 

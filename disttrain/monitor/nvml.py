@@ -11,10 +11,12 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from disttrain.monitor import nvml_module
+from disttrain.monitor.cuda_driver import cuda_gpus
 from disttrain.units import MIB
 
 _log = logging.getLogger("disttrain")
@@ -28,9 +30,10 @@ class Gpu:
         index: NVML index of the GPU (the one nvidia-smi shows); of the parent for a MIG instance.
         uuid: with its prefix, `GPU-` or `MIG-`.
         name: product name.
-        memory_total_mib: None if it cannot be read.
+        memory_total_mib: None if it cannot be read, or if the GPU has no memory of its own.
         minor: number of its device file /dev/nvidia<minor>. In a container with some of the GPUs, indexes
             start at 0, but this number stays the same.
+        lost: NVML's error for a GPU that does not answer; its unknown fields are then empty or None.
     """
 
     index: int
@@ -38,6 +41,33 @@ class Gpu:
     name: str
     memory_total_mib: int | None
     minor: int | None = None
+    lost: str | None = None
+
+
+class Trouble(NamedTuple):
+    """Why NVML cannot be used.
+
+    Attributes:
+        text: in words.
+        absent: it is what NVML says on a machine without GPUs; device files tell whether it is one.
+    """
+
+    text: str
+    absent: bool
+
+
+def trouble() -> Trouble | None:
+    """Returns why NVML cannot be used; None where it can."""
+    nvml, problem, _ = nvml_module.find()
+    if nvml is None:
+        return Trouble(str(problem), absent=False)
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        missing = (nvml.NVML_ERROR_LIBRARY_NOT_FOUND, nvml.NVML_ERROR_DRIVER_NOT_LOADED)
+        return Trouble(f"NVML: {_text(error)}", getattr(error, "value", None) in missing)
+    ask(nvml.nvmlShutdown)
+    return None
 
 
 def visible_gpus() -> list[Gpu]:
@@ -49,8 +79,8 @@ def visible_gpus() -> list[Gpu]:
     """
     with session() as nvml:
         if nvml is None:
-            return []
-        gpus, instances = _list(nvml)
+            return _seen_by_cuda() if device_files() else []
+        gpus, instances, _ = _list(nvml)
         spec = os.environ.get("CUDA_VISIBLE_DEVICES")
         if spec is not None and "MIG-GPU-" in spec:  # MIG names before driver 470
             entries = [part.strip() for part in spec.split(",")]
@@ -61,11 +91,22 @@ def visible_gpus() -> list[Gpu]:
     return _cuda_order(spec, gpus, instances)
 
 
+def _seen_by_cuda() -> list[Gpu]:
+    """Returns the GPUs that CUDA sees, for use without NVML; their index is -1."""
+    return [Gpu(-1, gpu.uuid, gpu.name, gpu.memory_total_mib) for gpu in cuda_gpus()]
+
+
 def node_gpus() -> list[Gpu]:
-    """Returns the GPUs of this node, each followed by its MIG instances."""
+    """Returns the GPUs of this node, lost ones included, each followed by its MIG instances."""
     with session() as nvml:
-        gpus, instances = ([], {}) if nvml is None else _list(nvml)
-    return [each for gpu in gpus for each in (gpu, *instances[gpu.uuid])]
+        gpus, instances, lost = ([], {}, []) if nvml is None else _list(nvml)
+    in_order = sorted([*gpus, *lost], key=lambda gpu: gpu.index)
+    return [each for gpu in in_order for each in (gpu, *instances.get(gpu.uuid, ()))]
+
+
+def lost_gpus() -> list[Gpu]:
+    """Returns the GPUs of this node that do not answer."""
+    return [gpu for gpu in node_gpus() if gpu.lost is not None]
 
 
 def device_files(devices: Path = Path("/dev")) -> list[str]:
@@ -88,17 +129,21 @@ def unusable_gpus(devices: Path = Path("/dev")) -> str | None:
     Args:
         devices: the folder of device files.
     """
-    import pynvml
-
     files = device_files(devices)
-    if not files or "CUDA_VISIBLE_DEVICES" in os.environ or visible_gpus():
+    if not files or not wants_gpus() or visible_gpus():
         return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return f"{', '.join(files)}: NVML: {error}"
-    ask(pynvml.nvmlShutdown)
+    why = trouble()
+    if why is not None:
+        return f"{', '.join(files)}: {why.text}"
+    spec = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if spec is not None and any(gpu.lost is None for gpu in node_gpus()):
+        return f"{', '.join(files)}: CUDA_VISIBLE_DEVICES={spec} names no GPU that works here"
     return f"{', '.join(files)}: NVML shows no GPU to this process"
+
+
+def wants_gpus() -> bool:
+    """Tells whether CUDA_VISIBLE_DEVICES leaves CUDA programs a GPU."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() not in ("", "-1", "NoDevFiles")
 
 
 def gpu_of_device(uuid: str, pci_bus_id: str | None) -> Gpu | None:
@@ -122,18 +167,43 @@ def gpu_of_device(uuid: str, pci_bus_id: str | None) -> Gpu | None:
     return next((seen for seen in visible_gpus() if seen.index == gpu.index), gpu)
 
 
-def _list(nvml: Any) -> tuple[list[Gpu], dict[str, list[Gpu]]]:
-    """Returns the GPUs in NVML's order, and the MIG instances of each by the UUID of the GPU."""
+def _list(nvml: Any) -> tuple[list[Gpu], dict[str, list[Gpu]], list[Gpu]]:
+    """Returns the GPUs in NVML's order, the MIG instances of each by its UUID, and the GPUs that are lost."""
     gpus: list[Gpu] = []
     instances: dict[str, list[Gpu]] = {}
+    lost: list[Gpu] = []
     for index in range(ask(nvml.nvmlDeviceGetCount) or 0):
         handle = ask(nvml.nvmlDeviceGetHandleByIndex, index)
         gpu = gpu_of(nvml, handle, index)
-        if gpu is not None:
+        if error := _loss(nvml, index):
+            unknown = Gpu(index, "", "unknown GPU", None)
+            lost.append(replace(gpu or unknown, memory_total_mib=None, lost=error))
+        elif gpu is not None:
             gpus.append(gpu)
             described = [gpu_of(nvml, instance, index) for instance in _instances(nvml, handle)]
             instances[gpu.uuid] = [instance for instance in described if instance is not None]
-    return gpus, instances
+    return gpus, instances, lost
+
+
+def _loss(nvml: Any, index: int) -> str | None:
+    """Returns NVML's error for a GPU that does not answer; None for one that does, or that is not ours."""
+    not_lost = (nvml.NVML_ERROR_NO_PERMISSION, nvml.NVML_ERROR_INVALID_ARGUMENT, nvml.NVML_ERROR_NOT_FOUND)
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    except nvml.NVMLError as error:
+        return None if error.value in not_lost else _text(error)
+    try:
+        nvml.nvmlDeviceGetMemoryInfo(handle)  # not remembered from before, as the UUID is
+    except nvml.NVMLError as error:
+        gone = (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED)
+        return _text(error) if error.value in gone else None
+    except nvml.NVMLLibraryMismatchError:
+        return None
+    return None
+
+
+def _text(error: Exception) -> str:
+    return str(error).rstrip(".")
 
 
 def _instances(nvml: Any, handle: Any) -> list[Any]:
@@ -161,7 +231,7 @@ def gpu_of(nvml: Any, handle: Any, index: int | None = None) -> Gpu | None:
     if uuid is None or index is None:
         return None
     memory = ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-    total_mib = None if memory is None else memory.total // MIB
+    total_mib = None if memory is None or not memory.total else memory.total // MIB
     name = ask(nvml.nvmlDeviceGetName, handle) or "unknown GPU"
     return Gpu(index, uuid, name, total_mib, ask(nvml.nvmlDeviceGetMinorNumber, whole))
 
@@ -203,10 +273,13 @@ def _cuda_order(spec: str | None, gpus: Sequence[Gpu], instances: Mapping[str, S
 
 @contextlib.contextmanager
 def session() -> Iterator[Any]:
-    """Yields initialised pynvml, or None if NVML is missing or broken; sessions may overlap."""
-    import pynvml
-
-    nvml: Any = pynvml
+    """Yields the NVML module, initialised, or None if NVML cannot be used; sessions may overlap."""
+    nvml: Any
+    nvml, problem, _ = nvml_module.find()
+    if nvml is None:
+        _log.info("no readings of GPUs: %s; see `disttrain doctor`", problem)
+        yield None
+        return
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
@@ -221,9 +294,8 @@ def session() -> Iterator[Any]:
 
 def ask(query: Callable[..., Any], *args: object) -> Any:
     """Returns the result of an NVML query; None if it fails or is not supported."""
-    import pynvml
-
+    nvml: Any = nvml_module.find().module
     try:
         return query(*args)
-    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError, UnicodeDecodeError):
+    except (nvml.NVMLError, nvml.NVMLLibraryMismatchError, UnicodeDecodeError):
         return None

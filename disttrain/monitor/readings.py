@@ -6,6 +6,7 @@ Unavailable readings are None; the log has the reason once. telemetry.py decides
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -13,6 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import psutil
+
+from disttrain.monitor.cuda_driver import is_integrated
 from disttrain.monitor.nvml import Gpu, ask, gpu_of, handle_of, session
 from disttrain.monitor.xids import XidWatch, address_of, meaning
 from disttrain.runs.records import READINGS
@@ -147,6 +151,7 @@ class _Reader:
         self._said = said
         self._unsupported: set[str] = set()
         self._rare: dict[str, Any] = {}
+        self._uuid = gpu.uuid
         self.handle = handle
         self.title = f"GPU {gpu.index} ({gpu.name}, {gpu.uuid})"
         self.watched = False
@@ -201,7 +206,6 @@ class _Reader:
         """Runs the queries that take microseconds."""
         nvml, ask, handle = self._nvml, self.ask, self.handle
         use = ask("utilization", nvml.nvmlDeviceGetUtilizationRates, handle)
-        memory = self._memory()
         codes = {
             "temperature_c": (nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
             "sm_clock_mhz": (nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
@@ -210,8 +214,7 @@ class _Reader:
         return {
             "utilization_pct": None if use is None else use.gpu,
             "memory_utilization_pct": None if use is None else use.memory,
-            "memory_used_mib": None if memory is None else memory.used // MIB,
-            "memory_total_mib": None if memory is None else memory.total // MIB,
+            **self._memory(),
             "power_w": _rounded(ask("power_w", nvml.nvmlDeviceGetPowerUsage, handle), 1000),
             "throttle": self._throttle(),
             **{key: ask(key, query, handle, which) for key, (query, which) in codes.items()},
@@ -219,13 +222,24 @@ class _Reader:
             **self._activity(),
         }
 
-    def _memory(self) -> Any:
+    def _memory(self) -> dict[str, Any]:
         """Returns used and total memory; the driver's reserve does not count as used, as in nvidia-smi."""
         nvml = self._nvml
         memory = self.ask("memory", nvml.nvmlDeviceGetMemoryInfo, self.handle, nvml.nvmlMemory_v2)
         if memory is None:  # before driver 510
             memory = self.ask("memory without a reserve", nvml.nvmlDeviceGetMemoryInfo, self.handle)
-        return memory
+        if memory is not None and memory.total:
+            used_mib, total_mib, shared = memory.used // MIB, memory.total // MIB, False
+        elif self._integrated:
+            system = psutil.virtual_memory()
+            used_mib, total_mib, shared = (system.total - system.available) // MIB, system.total // MIB, True
+        else:
+            return {}
+        return {"memory_used_mib": used_mib, "memory_total_mib": total_mib, "memory_shared": shared}
+
+    @functools.cached_property
+    def _integrated(self) -> bool:
+        return is_integrated(self._uuid)
 
     def _throttle(self) -> list[str] | None:
         nvml = self._nvml
@@ -304,6 +318,15 @@ class _Reader:
         ours = [process.usedGpuMemory for process in processes if process.pid in self._pids]
         # None of our processes: a container hides them. Memory unknown: the driver may withhold it.
         return sum(ours) // MIB if ours and None not in ours else None
+
+
+def memory_of(gpu: Gpu) -> tuple[int | None, bool | None]:
+    """Returns the memory of a GPU in MiB, and whether it is the system's; None where that is not known."""
+    if gpu.memory_total_mib is not None:
+        return gpu.memory_total_mib, False
+    if is_integrated(gpu.uuid):
+        return psutil.virtual_memory().total // MIB, True
+    return None, None
 
 
 def _rounded(value: float | None, units: int) -> float | None:

@@ -136,7 +136,8 @@ class GpuSampler:
 def _numbers(reading: Mapping[str, Any]) -> dict[str, float | None]:
     """Returns the fields of a reading that can be averaged."""
     reasons = reading["throttle"]
-    numbers = {key: reading[key] for key in READINGS if key not in ("throttle", "xids", "lost")}
+    flags = ("throttle", "xids", "lost", "memory_shared")
+    numbers = {key: reading[key] for key in READINGS if key not in flags}
     return numbers | {
         key: None if reasons is None else 100.0 * (not slowing.isdisjoint(reasons))
         for key, slowing in _SLOWED.items()

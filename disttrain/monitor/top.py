@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from disttrain.errors import UsageError
+from disttrain.errors import DisttrainError, UsageError
 from disttrain.monitor import nvml
 from disttrain.monitor.readings import GpuReaders
 from disttrain.monitor.widgets import Frame, bar, devices, plain
@@ -45,6 +45,8 @@ class Gpu(GpuReading, kw_only=True):
     """The last reading of a GPU."""
 
     age_s: float | None = None
+    why_lost: str | None = None
+    """NVML's error, where it was lost before this program began to look."""
     xids_seen: tuple[int, ...] = ()
     """Critical errors since this program started."""
 
@@ -104,20 +106,29 @@ def _follow(look: Callable[[], Snapshot], out: Output) -> None:
 
 @contextlib.contextmanager
 def _node() -> Iterator[Callable[[], Snapshot]]:
-    """Yields a function that reads the GPUs of this node."""
+    """Yields a function that reads the GPUs of this node.
+
+    Raises:
+        DisttrainError: NVML cannot be used, although this is not a machine without GPUs.
+    """
+    why = nvml.trouble()
+    if why is not None and (not why.absent or nvml.device_files()):
+        raise DisttrainError(f"the GPUs of this node cannot be read: {why.text}; run `disttrain doctor`")
     host = socket.gethostname()
-    gpus = nvml.node_gpus()
+    every = nvml.node_gpus()
+    gpus = [gpu for gpu in every if gpu.lost is None]
     notes: list[str] = []
-    last: dict[str, Gpu] = {}
+    rows = [Gpu(host=host, index=gpu.index, uuid=gpu.uuid, name=gpu.name) for gpu in every]
+    for row, gpu in zip(rows, every, strict=True):
+        row.lost, row.why_lost = (None if gpu.lost is None else True), gpu.lost
 
     def look() -> Snapshot:
         now = datetime.now(UTC)
-        for gpu, reading in zip(gpus, readers.sweep(), strict=True):
+        places = (place for place, gpu in enumerate(every) if gpu.lost is None)
+        for place, reading in zip(places, readers.sweep(), strict=True):
             if reading is not None:
-                last[gpu.uuid] = Gpu(
-                    time=now.isoformat(), host=host, index=gpu.index, uuid=gpu.uuid, name=gpu.name, **reading
-                )
-        return Snapshot(run=None, host=host, time=now, gpus=_aged(last.values(), now), notes=list(notes))
+                rows[place] = msgspec.structs.replace(rows[place], time=now.isoformat(), **reading)
+        return Snapshot(run=None, host=host, time=now, gpus=_aged(rows, now), notes=list(notes))
 
     with GpuReaders([gpu.uuid for gpu in gpus], (), notes.append) as readers:
         if gpus:
@@ -224,10 +235,11 @@ class _Column(NamedTuple):
     cell: Cell
 
 
+_MEMORY = _pair(_of("memory_used_mib", ".1f", scale=1 / 1024),
+                _of("memory_total_mib", ".1f", " GiB", 1 / 1024))  # fmt: skip
 _GPU_COLUMNS = (  # the first that fit are shown
-    _Column("use", 5, _of("utilization_pct", unit=" %")),
-    _Column("memory", 14, _pair(_of("memory_used_mib", ".1f", scale=1 / 1024),
-                                _of("memory_total_mib", ".1f", " GiB", 1 / 1024))),
+    _Column("use", 5, lambda row: "lost" if row.lost else _of("utilization_pct", unit=" %")(row)),
+    _Column("memory", 14, _MEMORY),
     _Column("power", 9, _pair(_of("power_w"), _of("power_limit_w", unit=" W"))),
     _Column("temp", 6, _of("temperature_c", unit=" °C")),
     _Column("age", 6, lambda row: ago(row.age_s)),
@@ -249,6 +261,14 @@ _PROCESS_COLUMNS = (
 )
 
 
+def _gpu_columns(gpus: Sequence[Gpu]) -> Sequence[_Column]:
+    """Returns the columns, with room for a word where a GPU shares the system's memory."""
+    if not any(gpu.memory_shared for gpu in gpus):
+        return _GPU_COLUMNS
+    shared = _Column("memory", 21, lambda row: _MEMORY(row) + " shared" * bool(row.memory_shared))
+    return [shared if column.cell is _MEMORY else column for column in _GPU_COLUMNS]
+
+
 def _slowed_by(reasons: Sequence[str] | None) -> str:
     return "n/a" if reasons is None else ", ".join(reasons) or "-"
 
@@ -268,7 +288,8 @@ def lines(snapshot: Snapshot, width: int, height: int | None) -> list[Text]:
     room = len(rows) if height is None else max(1, height - len(head) - 1 - len(notes))
     shown = len(rows) if len(rows) <= room else room - 1
     label_width = max(len(label) for label in labels) + 1
-    columns, bar_width = _fitting(_GPU_COLUMNS if snapshot.gpus else _PROCESS_COLUMNS, width - label_width)
+    known = _gpu_columns(snapshot.gpus) if snapshot.gpus else _PROCESS_COLUMNS
+    columns, bar_width = _fitting(known, width - label_width)
     titles = " ".join(column.title.rjust(column.width) for column in columns)
     body = [plain(" " * (label_width + bar_width + 1) + titles, "bright_black")]
     for label, row in zip(labels[:shown], rows[:shown], strict=True):
@@ -318,7 +339,8 @@ def _notes(rows: Sequence[Gpu], labels: Sequence[str]) -> list[str]:
     """Returns a line for each GPU that has a problem."""
     notes = []
     for row, label in zip(rows, labels, strict=True):
-        wrong = ["is lost: it has fallen off the bus or must be reset"] if row.lost else []
+        gone = f"NVML: {row.why_lost}" if row.why_lost else "it has fallen off the bus or must be reset"
+        wrong = [f"is lost: {gone}"] if row.lost else []
         wrong += [f"Xid {xid}" for xid in row.xids_seen or row.xids or ()]
         if row.ecc_uncorrected:
             wrong.append(f"{row.ecc_uncorrected} uncorrectable memory errors")

@@ -3,83 +3,32 @@
 Everything here runs in the background on rank 0. Each tool has its own thread and queue, so that a slow or
 unreachable one delays neither training nor the other tools. metrics.jsonl stays the complete record. If a
 tool is too slow, the oldest records are dropped and counted.
-
-`samples` makes the names of the numbers:
-
-    train/<key>, eval/<key>         each number of a record of metrics.jsonl: train/loss, eval/accuracy
-    gpu/<host>/<index>/<key>        gpu/node1/0/utilization_pct; a MIG instance has its UUID for an index
-    process/<host>/<rank>/<key>     process/node1/3/cpu_pct, on CPUs
-
-A section within a record adds its name: train/phases_ms/data. For Prometheus the same numbers are called
-disttrain_train_loss or disttrain_gpu_utilization_pct, with host, index and rank as labels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import msgspec
+from typing import Any, Protocol
 
 from disttrain.config import Config, dump_config, flatten
 from disttrain.errors import reason
 from disttrain.files import write_atomically
+from disttrain.monitor.samples import MetricValue, samples
 from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.runs.runfolder import RunFolder
 
 _MOST_WAITING = 256  # records in a queue
 _CLOSE_S = 15.0  # for all tools together to empty their queues at the end of a run
-
-
-class MetricValue(NamedTuple):
-    """One number of a record.
-
-    Attributes:
-        group: train, eval, gpu or process.
-        place: host and index or rank of what was measured; empty for the run as a whole.
-        field: the key, with those of the sections around it.
-        value: finite.
-    """
-
-    group: str
-    place: dict[str, str]
-    field: str
-    value: float
-
-    @property
-    def name(self) -> str:
-        """The name in trackers, such as gpu/node1/0/power_w."""
-        return "/".join([self.group, *self.place.values(), self.field])
-
-
-def samples(record: TrainRecord | EvalRecord) -> Iterator[MetricValue]:
-    """Yields every known number of a record."""
-    document = msgspec.to_builtins(record)
-    kind = document.pop("kind")
-    for row in document.pop("gpus", ()):
-        place = {"host": row.pop("host"), "index": str(row.pop("index"))}
-        if place["index"] == "None" or row["uuid"].startswith("MIG-"):
-            place["index"] = row["uuid"]
-        yield from _numbers("gpu", place, row)
-    for row in document.pop("processes", ()):
-        yield from _numbers("process", {"host": row.pop("host"), "rank": str(row.pop("rank"))}, row)
-    yield from _numbers(kind, {}, document)
-
-
-def _numbers(group: str, place: dict[str, str], tree: Mapping[str, Any]) -> Iterator[MetricValue]:
-    for key, value in flatten(tree).items():
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            yield MetricValue(group, place, key.replace(".", "/"), value)
 
 
 class Sink(Protocol):
@@ -229,33 +178,72 @@ class Tracker:
         self._folder = folder
         self._step = step
         self._tracker: Any = None
+        self._sent_path = folder / f".{name}-sent"
+        self._sent: dict[str, int] = {}
 
     def start(self) -> None:
         """Opens the tracker, with the run that it had in this run folder before if there was one."""
         path = self._folder / f".{self.name}-run"
-        known = path.read_text() if path.exists() else None
-        self._tracker, run = _OPEN[self.name](self._config, self._folder, self._step, known)
-        if run is not None and known is None:
-            write_atomically(path, run)
+        known, _, unsettled = path.read_text().partition("\n") if path.exists() else ("", "", "new")
+        if not known and self.name in _NEW_ID:
+            # Before anything is opened: a process that is killed meanwhile must not leave a second run.
+            known = _NEW_ID[self.name](self._folder)
+            write_atomically(path, f"{known}\nnew")
+        self._tracker, run = _OPEN[self.name](self._config, self._folder, self._step, known or None)
+        if run is None:
+            return
+        if unsettled:
+            write_atomically(path, f"{run}\nnew")
             settings = flatten(self._config.model_dump(mode="json"))
             plain = {
                 key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
                 for key, value in settings.items()
             }
             self._tracker.store_init_configuration(plain)
+            write_atomically(path, run)
+        self._sent = _steps_sent(self._sent_path, self.name, run)
 
     def log(self, record: TrainRecord | EvalRecord) -> None:
-        """Logs the numbers of a record."""
+        """Logs the numbers of a record, unless a process before this one has already logged its step."""
+        kind = "train" if isinstance(record, TrainRecord) else "eval"
+        if record.step <= self._sent.get(kind, -1):
+            return
         values = {sample.name: sample.value for sample in samples(record)}
         if self.name == "wandb":  # its steps cannot go back, but those of a resumed run do
             self._tracker.log({**values, "step": record.step})
         else:
             self._tracker.log(values, step=record.step)
+        if self.name in _KEEPS:
+            self._sent[kind] = record.step
+            write_atomically(self._sent_path, json.dumps(self._sent), durable=False)
 
     def finish(self) -> None:
         """Closes the tracker."""
         self._tracker.finish()
 
+
+def _steps_sent(path: Path, name: str, run: str) -> dict[str, int]:
+    """Returns the last step that a tracker has of each kind of record; no tracker can remove one again."""
+    sent: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError):
+        sent = json.loads(path.read_bytes())
+    if name == "mlflow":  # what was under way when a process was killed is not in the file
+        import mlflow
+
+        last = mlflow.get_run(run).data.metrics
+        there = {kind: int(last[f"{kind}/step"]) for kind in ("train", "eval") if f"{kind}/step" in last}
+        sent |= {kind: max(step, sent.get(kind, -1)) for kind, step in there.items()}
+    return sent
+
+
+_NEW_ID: dict[str, Callable[[Path], str]] = {
+    "wandb": lambda folder: uuid.uuid4().hex[:12],
+    "trackio": lambda folder: f"{folder.resolve().name}-{uuid.uuid4().hex[:6]}",  # it finds runs by name
+}
+"""Makes the id of a new run, where that is not the tracker's own affair."""
+
+_KEEPS = ("wandb", "mlflow", "trackio")
+"""The trackers that keep what they have when a run goes back to its last checkpoint."""
 
 # Each opens a tracker and returns it with the id of its run, which is passed as `known` on the next start.
 
@@ -272,16 +260,15 @@ def _open_tensorboard(config: Config, folder: Path, step: int, known: str | None
     return tracker, None
 
 
-def _open_wandb(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, str]:
+def _open_wandb(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, str | None]:
     # wandb must not write over the dashboard or prompt for a key; only this variable is read early enough.
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
     from accelerate.tracking import WandBTracker
 
-    run = known or uuid.uuid4().hex[:12]
     tracker = WandBTracker(
         os.environ.get("WANDB_PROJECT", config.name),
-        id=run,
+        id=known,
         resume="allow",
         name=folder.resolve().name,
         dir=folder,
@@ -289,7 +276,7 @@ def _open_wandb(config: Config, folder: Path, step: int, known: str | None) -> t
     )
     tracker.start()
     tracker.tracker.define_metric("*", step_metric="step")
-    return tracker, run
+    return tracker, known
 
 
 def _open_mlflow(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, str]:
@@ -300,16 +287,15 @@ def _open_mlflow(config: Config, folder: Path, step: int, known: str | None) -> 
     return tracker, tracker.tracker.info.run_id
 
 
-def _open_trackio(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, str]:
+def _open_trackio(config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, str | None]:
     from accelerate.tracking import TrackioTracker
 
-    run = known or f"{folder.resolve().name}-{uuid.uuid4().hex[:6]}"  # trackio finds runs by name
     # The records contain the readings of GPUs and CPUs.
     tracker = TrackioTracker(
-        config.name, name=run, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
+        config.name, name=known, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
     )
     tracker.start()
-    return tracker, run
+    return tracker, known
 
 
 _OPEN: dict[str, Callable[[Config, Path, int, str | None], tuple[Any, str | None]]] = {

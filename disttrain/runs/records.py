@@ -65,6 +65,8 @@ class GpuMeans(msgspec.Struct, gc=False):
     uuid: str
     name: str | None = None
     memory_total_mib: int | None = None
+    memory_shared: bool | None = None
+    """Whether its memory is the system's, as that of an integrated GPU."""
     utilization_pct: float | None = None
     """Share of the time in which a kernel ran."""
     memory_utilization_pct: float | None = None
@@ -170,6 +172,8 @@ class GpuReading(msgspec.Struct, gc=False, kw_only=True):
     """Memory used by the processes of the run. None if NVML does not list them, as in most containers.
     This value, the power limit and the errors are up to 30 s old."""
     memory_total_mib: int | None = None
+    memory_shared: bool | None = None
+    """Whether its memory is the system's, as that of an integrated GPU; None where it is not known."""
     power_w: float | None = None
     power_limit_w: float | None = None
     temperature_c: int | None = None

@@ -384,6 +384,43 @@ def test_gpus_and_their_topology(disttrain: Run, library: dict[str, str]) -> Non
     assert linked[-1]["found"] == "NVLink between all 2 GPUs, 3/4 NVLinks each"
 
 
+def test_a_gpu_that_is_lost_is_a_failure(disttrain: Run, library: dict[str, str]) -> None:
+    error = "nvmlDeviceGetHandleByIndex_v2:2:15"
+    found = examined(disttrain, "driver", code=1, FAKE_NVML_ERROR=error, **library)
+    assert found[0]["found"] == "999.10.05, 4 GPUs, 1 of them lost"
+    (lost,) = (finding for finding in found if finding["status"] == "failure")
+    assert (lost["subject"], lost["found"]) == ("GPU 2", "lost (unknown GPU): NVML: GPU is lost")
+    assert lost["remedy"].startswith("take the node out of use; `dmesg` has the cause")
+
+
+def test_a_driver_that_does_not_match_its_library(disttrain: Run, library: dict[str, str]) -> None:
+    (found,) = examined(disttrain, "driver", FAKE_NVML_INIT="18", **library)
+    assert (found["status"], found["found"]) == (
+        "warning", "NVML: RM has detected an NVML/RM version mismatch",
+    )  # fmt: skip
+    assert "reboot after a driver update" in found["remedy"]
+
+
+def test_memory_that_is_not_known_or_shared(disttrain: Run, library: dict[str, str], tmp_path: Path) -> None:
+    path = {"LD_LIBRARY_PATH": f"{library['LD_LIBRARY_PATH']}:{nvml.build_cuda(tmp_path)}"}
+    found = examined(disttrain, "driver", FAKE_NVML_TOTAL="1:0", **path)
+    assert ", memory n/a, " in found[2]["found"]
+    found = examined(disttrain, "driver", FAKE_NVML_TOTAL="1:0", FAKE_CUDA_INTEGRATED="1", **path)
+    assert " GiB shared with the system, " in found[2]["found"]
+
+
+def test_another_module_pynvml_is_named_with_its_remedy(
+    disttrain: Run, library: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "packages" / "pynvml.py"
+    file.parent.mkdir()
+    file.write_text("x = 1")
+    found = examined(disttrain, "driver", PYTHONPATH=str(file.parent), **library)
+    assert [finding["subject"] for finding in found[:2]] == ["module pynvml", "NVIDIA driver"]
+    assert found[0]["found"].startswith(f"the module pynvml ({file}) is not that of nvidia-ml-py")
+    assert found[0]["remedy"] == f"rename {file}, or leave its folder out of PYTHONPATH"
+
+
 def test_gpus_that_torch_cannot_use_are_a_failure(disttrain: Run, library: dict[str, str]) -> None:
     if Path("/dev/nvidiactl").exists():
         pytest.skip("torch can use the real GPUs of this machine")

@@ -224,3 +224,34 @@ def test_without_a_name_it_goes_into_the_run_folder_and_may_be_repeated(
         assert (done.path.parent / "README.md").exists()
     record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"({record['correct']} of 359)" in (done.path.parent / "README.md").read_text()
+
+
+@needs_onnx
+def test_the_batch_axis_of_onnx_has_its_name_and_the_opset_is_chosen(
+    disttrain: Run, trained_run: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    path = tmp_path / "out" / "net.onnx"
+    command = ["export", trained_run, "--format", "onnx", "--output", path]
+    done = disttrain(*command, "--opset", "19")
+    assert (done.returncode, done.stderr) == (0, "")
+    model = onnx.load(path)
+    assert [entry.version for entry in model.opset_import] == [19]
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert not any(dim.dim_param.startswith("s") for value in model.graph.value_info
+                   for dim in value.type.tensor_type.shape.dim)  # fmt: skip
+    path.unlink()
+    done = disttrain(*command, "--opset", "5")
+    assert (done.returncode, done.stdout) == (2, "")
+    found = re.fullmatch(
+        r"disttrain: --opset 5: torch \S+ cannot write cnn_mnist with it; use --opset (\d+)\n", done.stderr
+    )
+    assert found
+    assert not path.exists()
+    assert disttrain(*command, "--opset", found[1]).returncode == 0
+    done = disttrain("export", trained_run, "--format", "safetensors", "--opset", "19")
+    assert (done.returncode, done.stderr) == (
+        2, "disttrain: --opset 19: --format safetensors has none; leave it out, or use --format onnx\n",
+    )  # fmt: skip

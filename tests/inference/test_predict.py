@@ -440,3 +440,61 @@ def test_a_model_takes_raw_images_only(trained_run: Path) -> None:
     for images in (torch.zeros(1, 8, 8, 1), torch.zeros(8, 8, 1, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"expected uint8 images \[B, 8, 8, 1\]"):
             model(images)
+
+
+# --- Code of the user's own -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_run(trained_run: Path, tmp_path: Path) -> Path:
+    """A run whose model is in a module beside it, in the folder in which it was trained."""
+    home = tmp_path / "where trained"
+    run = home / "run"
+    shutil.copytree(trained_run, run)
+    (home / "own.py").write_text("from disttrain.models.small import CnnMnist as Net\n")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("cnn_mnist", "own:Net"))
+    env = json.loads((run / "env.json").read_text())
+    (run / "env.json").write_text(json.dumps(env | {"directory": str(home)}))
+    return run
+
+
+def test_a_model_that_cannot_be_imported_names_the_folder_of_its_training(
+    disttrain: Run, own_run: Path, digit_files: Path, tmp_path: Path
+) -> None:
+    image = next((digit_files / "3").glob("*.png"))
+    exported = tmp_path / "exported" / "net.safetensors"
+    commands = [
+        ["predict", own_run, image],
+        ["eval", own_run, "--procs", "1"],
+        ["export", own_run, "--format", "safetensors", "--output", exported],
+    ]
+    problem = "model own:Net: cannot import own: ModuleNotFoundError: No module named 'own'"
+    home = own_run.parent
+    expected = f"the run was trained in {home}; use this folder: PYTHONPATH='{home}' disttrain ..."
+    for command in commands:
+        done = disttrain(*command)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"disttrain: {problem}; {expected}\n"
+        done = disttrain(*command, env={"PYTHONPATH": str(home)})
+        assert (done.returncode, done.stderr) == (0, ""), command
+    done = disttrain("predict", exported, image)
+    assert done.stderr == f"disttrain: {problem}; put the folder that has own into PYTHONPATH\n"
+    (home / "own.py").rename(tmp_path / "own.py.away")
+    done = disttrain(*commands[0])
+    assert done.stderr == (
+        f"disttrain: {problem}; the run was trained in {home}; it has no own on this machine, "
+        "so put the folder that has own into PYTHONPATH\n"
+    )
+
+
+def test_stages_that_cannot_be_imported_name_the_folder_of_their_training(
+    disttrain: Run, own_run: Path
+) -> None:
+    config = (own_run / "config.yaml").read_text().replace("own:Net", "cnn_mnist")
+    assert "pipeline: null" in config
+    (own_run / "config.yaml").write_text(config.replace("pipeline: null", "pipeline: own:pipeline"))
+    done = disttrain("eval", own_run, "--procs", "1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("disttrain: data.pipeline: cannot import own: ModuleNotFoundError")
+    assert done.stderr.endswith(f"PYTHONPATH='{own_run.parent}' disttrain ...\n")

@@ -10,6 +10,7 @@
  *   FAKE_NVML_GPUS=N          number of GPUs (default 4)
  *   FAKE_NVML_SEEN=i,j,..     the GPUs that this process may see, in NVML's order
  *   FAKE_NVML_BROKEN=1        nvmlInit fails: the driver is not loaded
+ *   FAKE_NVML_INIT=c          nvmlInit fails with code c, 18 where driver and library do not match
  *   FAKE_NVML_CRASH=1         nvmlInit crashes
  *   FAKE_NVML_HANG=1          nvmlInit never returns
  *   FAKE_NVML_NVLINK=n        n active NVLinks between the GPUs, one less on the last; PCIe alone without
@@ -17,6 +18,7 @@
  *   FAKE_NVML_XID=i:n:x       GPU i has a critical error x after n readings of its utilisation
  *   FAKE_NVML_MIG=i:n         GPU i is split into n MIG instances, of which memory and activity can be read
  *   FAKE_NVML_USED=i:n        n MiB of the memory of GPU i are used, with what the driver keeps
+ *   FAKE_NVML_TOTAL=i:n       GPU i has n MiB of memory; with 0 none of it is used
  *   FAKE_NVML_THROTTLE=i:m    the bits m hold the clocks of GPU i down
  *   FAKE_NVML_GPM=0           GPUs before Hopper: no activity, traffic by counters
  *   FAKE_NVML_COUNTERS=0      and by no counters but the traffic of a moment: 100 i + 30 received, + 40 sent
@@ -91,9 +93,22 @@ static int lost(const Device *device) {
     return after >= 0 && devices[device->gpu][0].readings >= after;
 }
 
+/* The code that FAKE_NVML_ERROR has for a function and a GPU, else OK. */
+static int error_of(const char *function, int of_gpu) {
+    size_t length = strlen(function);
+    const char *error = getenv("FAKE_NVML_ERROR");
+    for (; error; error = strchr(error, ',') ? strchr(error, ',') + 1 : NULL) {
+        int gpu, code;
+        if (!strncmp(error, function, length) && sscanf(error + length, ":%d:%d", &gpu, &code) == 2
+            && gpu == of_gpu)
+            return code;
+    }
+    return OK;
+}
+
 /* What every question about a GPU begins with: counts it, takes its time, and gives the code of its failure. */
 static int enter(const char *function, const Device *device) {
-    const char *slow = getenv("FAKE_NVML_SLOW"), *error = getenv("FAKE_NVML_ERROR");
+    const char *slow = getenv("FAKE_NVML_SLOW");
     size_t length = strlen(function);
     ++*calls_of(function);
     if (slow && !strncmp(slow, function, length) && slow[length] == ':') {
@@ -101,12 +116,8 @@ static int enter(const char *function, const Device *device) {
         struct timespec pause = {ms / 1000, ms % 1000 * 1000000};
         nanosleep(&pause, NULL);
     }
-    for (; error; error = strchr(error, ',') ? strchr(error, ',') + 1 : NULL) {
-        int gpu, code;
-        if (!strncmp(error, function, length) && sscanf(error + length, ":%d:%d", &gpu, &code) == 2
-            && gpu == device->gpu)
-            return code;
-    }
+    int code = error_of(function, device->gpu);
+    if (code) return code;
     return lost(device) ? LOST : OK;
 }
 
@@ -137,7 +148,7 @@ int nvmlInitWithFlags(unsigned int flags) {
     (void)flags;
     if (number("FAKE_NVML_CRASH", 0)) abort();
     while (number("FAKE_NVML_HANG", 0)) sleep(1);
-    return number("FAKE_NVML_BROKEN", 0) ? DRIVER_NOT_LOADED : OK;
+    return number("FAKE_NVML_BROKEN", 0) ? DRIVER_NOT_LOADED : number("FAKE_NVML_INIT", OK);
 }
 
 int nvmlShutdown(void) { return OK; }
@@ -185,7 +196,7 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned int index, Device **device) {
     int gpu = gpu_at((int)index);
     if (gpu < 0) return INVALID_ARGUMENT;
     *device = device_at(gpu, -1);
-    return OK;
+    return error_of(__func__, gpu);
 }
 
 int nvmlDeviceGetMaxMigDeviceCount(Device *device, unsigned int *n) {
@@ -265,8 +276,10 @@ int nvmlDeviceGetName(Device *device, char *text, unsigned int length) {
 int nvmlDeviceGetMemoryInfo(Device *device, Memory *memory) {
     ENTER(device);
     memory->total = (device->slot < 0 ? 81920ull : 10240ull) << 20;
-    int used = number_for("FAKE_NVML_USED", device->gpu);
+    int used = number_for("FAKE_NVML_USED", device->gpu), total = number_for("FAKE_NVML_TOTAL", device->gpu);
     memory->used = (unsigned long long)(used < 0 ? 1000 * device->gpu + 700 : used) << 20;
+    if (total >= 0) memory->total = (unsigned long long)total << 20;
+    if (!total) memory->used = 0;
     memory->free = memory->total - memory->used;
     return OK;
 }
@@ -416,6 +429,7 @@ int nvmlDeviceGetMemoryInfo_v2(Device *device, MemoryV2 *memory) {
     int code = nvmlDeviceGetMemoryInfo(device, &all);
     memory->total = all.total;
     memory->reserved = 600ull << 20;
+    if (!all.total) memory->reserved = 0;
     memory->used = all.used - memory->reserved;
     memory->free = all.free;
     return code;

@@ -20,13 +20,21 @@ UUIDS = [f"GPU-{i:02d}000000-aaaa-bbbb-cccc-{i:012d}" for i in range(8)]
 
 def build(folder: Path, *flags: str) -> Path:
     """Compiles the stand-in into `folder` and returns the folder; skips without a C compiler."""
+    return _compile("fake_nvml.c", folder / "libnvidia-ml.so.1", *flags)
+
+
+def build_cuda(folder: Path) -> Path:
+    """Compiles a stand-in for CUDA's driver library, which torch must not meet; else as `build`."""
+    return _compile("fake_cuda.c", folder / "libcuda.so.1")
+
+
+def _compile(source: str, library: Path, *flags: str) -> Path:
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler (cc) to build the NVML stand-in with")
-    source, library = Path(__file__).with_name("fake_nvml.c"), folder / "libnvidia-ml.so.1"
     flags = ("-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *flags)
-    subprocess.run([compiler, *flags, "-o", library, source], check=True)
-    return folder
+    subprocess.run([compiler, *flags, "-o", library, Path(__file__).with_name(source)], check=True)
+    return library.parent
 
 
 def run(program: str, library_folder: Path | None, **variables: str) -> Any:

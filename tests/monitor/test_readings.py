@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from disttrain.runs.records import READINGS
@@ -41,7 +42,8 @@ print(json.dumps({"sweeps": sweeps, "said": said, "alarms": alarms, "gone": gone
 """
 FIRST = {  # of GPU 1
     "utilization_pct": 15, "memory_utilization_pct": 3, "memory_used_mib": 1100, "memory_used_by_us_mib": 300,
-    "memory_total_mib": 81920, "power_w": 150.0, "power_limit_w": 700.0, "temperature_c": 41,
+    "memory_total_mib": 81920, "memory_shared": False, "power_w": 150.0, "power_limit_w": 700.0,
+    "temperature_c": 41,
     "sm_clock_mhz": 1901, "memory_clock_mhz": 2601, "throttle": [], "sm_activity_pct": None,
     "tensor_activity_pct": None, "pcie_rx_mib_per_s": None, "pcie_tx_mib_per_s": None,
     "nvlink_rx_mib_per_s": None, "nvlink_tx_mib_per_s": None, "ecc_corrected": 1, "ecc_uncorrected": 0,
@@ -122,6 +124,7 @@ def test_a_mig_instance_gives_memory_and_activity(library: Path) -> None:
     known = {key: value for key, value in second.items() if value is not None}
     assert known == {
         "memory_used_mib": 1100, "memory_used_by_us_mib": 300, "memory_total_mib": 10240,
+        "memory_shared": False,
         "sm_activity_pct": 4.5, "tensor_activity_pct": 2.2, "lost": False,
     }  # fmt: skip
     assert first["xids"] is None  # of an instance no errors are told: none is not the same
@@ -183,3 +186,29 @@ def test_a_critical_error_is_told_once_and_stands_in_the_next_reading(library: P
     assert answer["alarms"] == [
         f"GPU 2 (NVIDIA Fake 2, {UUIDS[2]}): Xid 48, uncorrectable memory error; see dmesg"
     ]
+
+
+# --- Memory that NVML does not know -----------------------------------------------------------------
+
+NOT_SUPPORTED = {"FAKE_NVML_ERROR": "nvmlDeviceGetMemoryInfo:1:3,nvmlDeviceGetMemoryInfo_v2:1:3"}
+
+
+@pytest.mark.parametrize("variables", [{"FAKE_NVML_TOTAL": "1:0"}, NOT_SUPPORTED])
+def test_memory_that_is_not_known_is_none_and_not_nothing(library: Path, variables: dict[str, str]) -> None:
+    (row,) = sweeps(library, UUIDS[1], SWEEPS="1", **variables)["sweeps"][0]
+    assert (row["memory_used_mib"], row["memory_total_mib"], row["memory_shared"]) == (None, None, None)
+
+
+@pytest.mark.parametrize("variables", [{"FAKE_NVML_TOTAL": "1:0"}, NOT_SUPPORTED])
+def test_an_integrated_gpu_shares_the_memory_of_the_system(
+    library: Path, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    path = f"{library}:{nvml.build_cuda(tmp_path)}"
+    rows = nvml.run(
+        SWEEPS, None, UUIDS=",".join(UUIDS[:2]), SWEEPS="1", LD_LIBRARY_PATH=path, FAKE_CUDA_INTEGRATED="1",
+        **variables,
+    )["sweeps"][0]  # fmt: skip
+    assert rows[0]["memory_shared"] is False
+    total_mib = psutil.virtual_memory().total // 2**20
+    assert (rows[1]["memory_total_mib"], rows[1]["memory_shared"]) == (total_mib, True)
+    assert 0 < rows[1]["memory_used_mib"] < total_mib

@@ -306,6 +306,38 @@ def test_a_node_without_gpus_says_so(disttrain: Run, tmp_path: Path) -> None:
     assert done.stdout.endswith("no NVIDIA GPU that NVML knows\n")
 
 
+def test_a_node_whose_gpus_cannot_be_read_says_why_and_fails(disttrain: Run, tmp_path: Path) -> None:
+    environment = {"LD_LIBRARY_PATH": str(nvml.build(tmp_path)), "FAKE_NVML_INIT": "18"}
+    for arguments in ([], ["--json"]):
+        done = disttrain("top", *arguments, env=environment)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == (
+            "disttrain: the GPUs of this node cannot be read: NVML: RM has detected an NVML/RM version "
+            "mismatch; run `disttrain doctor`\n"
+        )
+
+
+def test_a_gpu_that_was_lost_before_is_a_row(disttrain: Run, tmp_path: Path) -> None:
+    environment = {"LD_LIBRARY_PATH": str(nvml.build(tmp_path)), "COLUMNS": "100"}
+    environment["FAKE_NVML_ERROR"] = "nvmlDeviceGetHandleByIndex_v2:2:15"
+    shown = disttrain("top", env=environment).stdout
+    rows = re.findall(r"^(GPU \d) [━╾─]+ +(lost|\d+ %) ", shown, re.MULTILINE)
+    assert rows == [("GPU 0", "5 %"), ("GPU 1", "15 %"), ("GPU 2", "lost"), ("GPU 3", "35 %")]
+    assert shown.endswith("GPU 2: is lost: NVML: GPU is lost\n")
+    found = json.loads(disttrain("top", "--json", env=environment).stdout)
+    assert [row["lost"] for row in found["gpus"]] == [False, False, True, False]
+
+
+def test_memory_that_is_shared_or_not_known_is_marked(disttrain: Run, tmp_path: Path) -> None:
+    path = f"{nvml.build(tmp_path)}:{nvml.build_cuda(tmp_path)}"
+    environment = {"LD_LIBRARY_PATH": path, "COLUMNS": "100", "FAKE_NVML_GPUS": "2"}
+    unknown = environment | {"FAKE_NVML_TOTAL": "1:0"}
+    assert re.search(r"^GPU 1 .* n/a/n/a ", disttrain("top", env=unknown).stdout, re.MULTILINE)
+    shown = disttrain("top", env=unknown | {"FAKE_CUDA_INTEGRATED": "1"}).stdout
+    assert re.search(r"^GPU 0 .* 0\.1/80\.0 GiB  +50/700 W", shown, re.MULTILINE)
+    assert re.search(r"^GPU 1 .* [\d.]+/[\d.]+ GiB shared +150/700 W", shown, re.MULTILINE)
+
+
 class Terminal:
     """A terminal of 24 rows and 80 columns in which a command runs."""
 

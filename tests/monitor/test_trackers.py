@@ -19,7 +19,9 @@ import pytest
 
 from disttrain.config import Config
 from disttrain.errors import UsageError
-from disttrain.monitor.trackers import Feed, MetricValue, Prometheus, prometheus_text, samples
+from disttrain.monitor import trackers
+from disttrain.monitor.samples import MetricValue, samples
+from disttrain.monitor.trackers import Feed, Prometheus, Tracker, prometheus_text
 from disttrain.preflight import check_trackers
 from disttrain.runs.jsonl import parts
 from disttrain.runs.records import METRICS, EvalRecord, GpuMeans, Process, StepTimes, TrainRecord
@@ -394,5 +396,81 @@ def test_real_trackers_get_the_records_and_go_on_with_their_run(
     back = disttrain(*arguments, "--resume", "run/checkpoints/step_00000020", env=home)
     assert back.returncode == 0, back.stderr
     assert f"{name}: " not in done.stdout + back.stdout
-    again = sum(isinstance(r, TrainRecord) and r.step > 20 for r in metrics(tmp_path / "run"))
-    assert read(tmp_path, tmp_path / "run") == (1, count + again)
+    assert any(isinstance(r, TrainRecord) and r.step > 20 for r in metrics(tmp_path / "run"))
+    assert read(tmp_path, tmp_path / "run") == (1, count), "each step once"
+
+
+# --- The run of a tracker, over several processes of one run ------------------------------------------
+
+
+class Killed(BaseException):
+    """The process ends at once."""
+
+
+class Book:
+    """A tracker that remembers what it is given; its process may be killed at a moment of its start."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.opened: list[str | None] = []
+        self.rows: list[tuple[int, float]] = []
+        self.configs = 0
+        self.killed_at = ""
+        monkeypatch.setitem(trackers._OPEN, name, self.open)
+
+    def open(self, config: Config, folder: Path, step: int, known: str | None) -> tuple[Any, str | None]:
+        self.opened.append(known)
+        self._moment("open")
+        return self, known
+
+    def store_init_configuration(self, settings: dict[str, Any]) -> None:
+        self._moment("settings")
+        self.configs += 1
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((int(values["step"] if step is None else step), values["train/loss"]))
+
+    def _moment(self, name: str) -> None:
+        if name == self.killed_at:
+            raise Killed
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("moment", ["open", "settings"])
+def test_kill_while_a_tracker_opens_leaves_one_run_with_settings(
+    name: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = Book(monkeypatch, name)
+    book.killed_at = moment
+    with pytest.raises(Killed):
+        Tracker(name, experiment(), tmp_path, 0).start()
+    book.killed_at = ""
+    for _ in range(2):
+        Tracker(name, experiment(), tmp_path, 0).start()
+    assert book.opened[0]
+    assert len(set(book.opened)) == 1
+    assert book.configs == 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_each_step_once_also_after_a_kill(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = Book(monkeypatch, name)
+    first = Tracker(name, experiment(), tmp_path, 0)
+    first.start()
+    for step in (10, 20, 30):
+        first.log(train_record(step, loss=1 / step))
+    again = Tracker(name, experiment(), tmp_path, 20)  # the last checkpoint was at 20
+    again.start()
+    for step in (30, 40):
+        again.log(train_record(step, loss=1 / step))
+    assert book.rows == [(step, 1 / step) for step in (10, 20, 30, 40)]
+
+
+def test_a_tracker_of_an_older_run_folder_goes_on_with_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = Book(monkeypatch, "wandb")
+    (tmp_path / ".wandb-run").write_text("abc123")
+    Tracker("wandb", experiment(), tmp_path, 20).start()
+    assert (book.opened, book.configs) == (["abc123"], 0)
