@@ -309,6 +309,13 @@ class Liveness:
         pid = local.pid if local.connection is not None else None
         while (state := _process(pid)) and not state.exiting and time.monotonic() < deadline:
             time.sleep(0.005)
+        while state is None and pid is not None and local.status is None and local.said is None:
+            # Its parent has reaped it, and will report the exit code.
+            if not wait_for_any([self._listener], max(0.0, deadline - time.monotonic())):
+                break
+            self._accept()
+        if local.ended:  # with the report
+            return
         local.progress = self._cells(local)[0]
         local.ended = True
         status = local.status if state is None else -(state.status & 127) or state.status >> 8

@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from disttrain.heartbeat import ADDRESS, STACKS, Heartbeat, Phase, pack
+from disttrain.heartbeat import ADDRESS, STACKS, Heartbeat, Phase, pack, report_exits
 from disttrain.launch.liveness import Liveness, Row, describe_hang, stalled
 
 
@@ -168,6 +169,19 @@ def test_how_a_rank_ended(
     assert not liveness.all_ended
     assert [found.rank for found in liveness.rows()] == [5]
     process.wait()
+
+
+def test_a_rank_that_its_parent_reaps_first_ended_as_the_parent_reports(
+    liveness: Liveness, start: Start
+) -> None:
+    process = start(4)
+    process.kill()
+    process.wait()
+    later = threading.Timer(0.2, report_exits, (liveness.environment, {4: -signal.SIGKILL}))
+    later.start()
+    until(liveness, lambda: liveness.ends)
+    later.join()
+    assert [(end.rank, end.said, end.status) for end in liveness.ends] == [(4, None, -signal.SIGKILL)]
 
 
 def test_the_end_of_a_rank_whose_connection_lives_on_in_a_child(liveness: Liveness, start: Start) -> None:
