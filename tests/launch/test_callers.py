@@ -207,6 +207,13 @@ def greets(caller: socket.socket, heard: list[bytes]) -> None:
     heard.append(caller.recv(999))
 
 
+def echoes(caller: socket.socket, heard: list[bytes]) -> None:
+    caller.sendall(b"disttrain 1 " + ZEROS.encode() + b"\n")
+    heard.append(caller.recv(999))
+    caller.sendall(heard[-1].split()[-1] + b"\n")  # the node's own proof
+    heard.append(caller.recv(999))
+
+
 def endless(caller: socket.socket, heard: list[bytes]) -> None:
     while True:
         heard.append(b"%d" % caller.send(bytes(2**16)))
@@ -217,7 +224,7 @@ def web(caller: socket.socket, heard: list[bytes]) -> None:
     heard.append(caller.recv(999))
 
 
-@pytest.mark.parametrize("answer", [greets, endless, web])
+@pytest.mark.parametrize("answer", [greets, echoes, endless, web])
 def test_a_node_tells_nothing_to_a_stranger_in_the_place_of_node_0(
     answer: Callable[[socket.socket, list[bytes]], None], port: int, heard: list[bytes]
 ) -> None:
