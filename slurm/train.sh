@@ -52,6 +52,8 @@ node(s); tell sbatch: sbatch --nodes=$value ... slurm/train.sh CONFIG"
   --node-rank) refuse "--node-rank: each node of the job has a number of its own; leave it out" ;;
   esac
 done
+# By this secret the nodes know each other; srun hands it on.
+export DISTTRAIN_SECRET="${DISTTRAIN_SECRET:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"
 max_requeues=${MAX_REQUEUES:-20}
 main_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 main_port=$((20000 + SLURM_JOB_ID * 8 % 12000)) # different for jobs on the same node; below the ephemeral ports

@@ -93,6 +93,7 @@ def _own_folders(
             "MASTER_ADDR",
             "MASTER_PORT",
             "DISTTRAIN_SUPERVISOR",
+            "DISTTRAIN_SECRET",
         }:
             monkeypatch.delenv(name)
 

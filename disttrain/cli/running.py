@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from disttrain.config import Config
     from disttrain.launch.plan import LaunchPlan
     from disttrain.launch.prepare import Ready
+    from disttrain.launch.secret import Secret
     from disttrain.runs.runfolder import RunFolder
 
 _REPORT_EVAL_S = "10"  # time limit for evaluating the best checkpoint in the report of a finished run
@@ -83,16 +84,18 @@ def run(
     """
     from disttrain import slurm_env
     from disttrain.config import dump_config
-    from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir
+    from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir, plan_secret
     from disttrain.launch.prepare import check_run, gpu_notes, processes_here
     from disttrain.launch.rendezvous import sharing_failures
+    from disttrain.launch.secret import Secret
     from disttrain.models import check_model_name
     from disttrain.runs.agreement import shared_facts
     from disttrain.runs.resume import resume_again
     from disttrain.runs.runfolder import RunFolder, new_run_path
 
     node = plan_nodes(nodes, **place, environ=os.environ)
-    with sharing_failures(None if dry_run else node):
+    secret = Secret.of(os.environ, plan_secret(run_dir, os.environ)) if node else Secret()
+    with sharing_failures(None if dry_run else node, secret):
         config = _read_config(config_path, overrides, run_dir)
         check_model_name(config.model.name)
         here = processes_here(gpus=gpus, procs=procs)
@@ -120,7 +123,8 @@ def run(
         folder = ready.folder if run_dir else RunFolder(new_run_path(config.name))
         folder.create() if plan.node_rank == 0 else folder.check_writable("logs", "errors")
     known = shared_facts(config, ready.index)
-    _train(replace(plan, run_dir=folder.path), folder, known, max_restarts=max_restarts, report=report)
+    plan = replace(plan, run_dir=folder.path)
+    _train(plan, folder, known, secret, max_restarts=max_restarts, report=report)
 
 
 def _read_config(config_path: Path, overrides: tuple[str, ...], run_dir: Path | None) -> Config:
@@ -154,12 +158,18 @@ def _show(plan: LaunchPlan, config: Config, ready: Ready | None) -> None:
 
 
 def _train(
-    plan: LaunchPlan, folder: RunFolder, known: dict[str, str], *, max_restarts: int, report: bool
+    plan: LaunchPlan,
+    folder: RunFolder,
+    known: dict[str, str],
+    secret: Secret,
+    *,
+    max_restarts: int,
+    report: bool,
 ) -> NoReturn:
     """Trains until the run ends, prints the outcome, writes the report, and exits with the run's code."""
     from disttrain.launch.launcher import launch
 
-    outcome = launch(plan, folder, max_restarts=max_restarts, say=_say, facts=known)
+    outcome = launch(plan, folder, max_restarts=max_restarts, say=_say, facts=known, secret=secret)
     if outcome.detail:
         aside(outcome.detail.rstrip())
     if outcome.message:
@@ -266,10 +276,12 @@ def doctor(checks: tuple[str, ...], nodes: int | None, as_json: bool, **place: A
     else:
         from disttrain.doctor.nodes import examine_nodes, starts_srun
         from disttrain.launch.plan import plan_nodes
+        from disttrain.launch.secret import Secret, with_secret
 
         if not nodes and (command := starts_srun(os.environ)) is not None:
-            sys.exit(subprocess.run(command).returncode)
-        findings = examine_nodes(plan_nodes(nodes or None, **place, environ=os.environ))
+            sys.exit(subprocess.run(command, env=with_secret(os.environ)).returncode)
+        secret = Secret.of(os.environ, None)
+        findings = examine_nodes(plan_nodes(nodes or None, **place, environ=os.environ), secret, aside)
     found = []
     for name, finding in findings:
         found.append({"check": name, **finding._asdict()})

@@ -13,7 +13,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
@@ -22,6 +22,7 @@ from disttrain.doctor.allreduce import LIMIT_S, reduction_s
 from disttrain.doctor.rules import Finding, failure, ok, warning
 from disttrain.errors import HangError, UsageError
 from disttrain.launch.rendezvous import Channel, rendezvous
+from disttrain.launch.secret import Secret
 from disttrain.monitor.nvml import visible_gpus
 from disttrain.slurm_env import Node, allocation
 from disttrain.training.network import prepare_gloo
@@ -81,13 +82,20 @@ def rounds(nodes: int) -> list[list[tuple[int, int]]]:
     return result
 
 
-def examine_nodes(place: Node | None) -> Iterator[tuple[str, Finding]]:
+def examine_nodes(
+    place: Node | None, secret: Secret, say: Callable[[str], None]
+) -> Iterator[tuple[str, Finding]]:
     """Measures the network between all nodes. Every node calls this; only node 0 yields findings.
+
+    Args:
+        place: this node.
+        secret: the same on all nodes.
+        say: called on node 0 with a line about callers that are no nodes.
 
     Raises:
         BusyError: the port is in use.
         HangError: a node did not join.
-        UsageError: there is only one node, or the nodes differ, for example in their devices.
+        UsageError: there is only one node, or the nodes differ, for example in their devices or secret.
     """
     if place is None:
         raise UsageError(
@@ -96,7 +104,13 @@ def examine_nodes(place: Node | None) -> Iterator[tuple[str, Finding]]:
         )
     backend = "nccl" if visible_gpus() else "gloo"
     channel = rendezvous(
-        place, 1, {"what they communicate with": backend}, timeout_s=_MEET_S, interrupted=lambda: False
+        place,
+        1,
+        {"what they communicate with": backend},
+        secret=secret,
+        timeout_s=_MEET_S,
+        interrupted=lambda: False,
+        say=say,
     )
     try:
         interface = prepare_gloo(place.master_addr)

@@ -25,6 +25,7 @@ from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingEr
 from disttrain.launch.liveness import Liveness
 from disttrain.launch.plan import LaunchPlan, child_environment, command
 from disttrain.launch.rendezvous import Channel, rendezvous
+from disttrain.launch.secret import Secret
 from disttrain.launch.supervisor import Outcome, Supervisor
 from disttrain.lifetime import adopting_orphans, end_with_parent, stop_signals
 from disttrain.runs.manifest import list_steps, step_of
@@ -44,12 +45,13 @@ def launch(
     max_restarts: int,
     say: Callable[[str], None],
     facts: Mapping[str, str] | None = None,
+    secret: Secret | None = None,
 ) -> Outcome:
     """Runs the plan until the run ends, and writes the outcome to status.json.
 
     The caller must hold the lock of the folder. No process is left when this returns, however the run ended.
     After a failure, the run is restarted from the last checkpoint, at most `max_restarts` times. `facts` must
-    be the same on all nodes.
+    be the same on all nodes, and so must the `secret`, which a run on one node does not need.
     """
     signals: list[int] = []  # the first asks the ranks to stop, the second kills them
 
@@ -71,7 +73,8 @@ def launch(
                 restarts += requeued and attempt == 0
                 # Otherwise the outcome of an earlier attempt could be taken for this one's.
                 folder.update_status(**CLEAN, state="running", restarts=restarts, **changes)
-            outcome, stopping = _attempt(plan, folder, signals, facts or {})
+            connect = partial(_connect_nodes, plan, facts or {}, signals, secret, say)
+            outcome, stopping = _attempt(plan, folder, signals, connect)
             if plan.node_rank == 0 and outcome.status:
                 folder.update_status(exit_code=outcome.exit_code, **outcome.status)
             failed = outcome.exit_code in {TrainingError.exit_code, HangError.exit_code}
@@ -108,16 +111,16 @@ def _begin_attempt(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | Non
 
 
 def _attempt(
-    plan: LaunchPlan, folder: RunFolder, signals: list[int], facts: Mapping[str, str]
+    plan: LaunchPlan, folder: RunFolder, signals: list[int], connect: Callable[[], Channel]
 ) -> tuple[Outcome, bool]:
-    """Starts the processes of this node and waits until they have ended.
+    """Connects the nodes, starts the processes of this one and waits until they have ended.
 
     Returns:
         The outcome, and whether a node was asked to stop.
     """
     with contextlib.ExitStack() as stack:
         try:
-            channel = _connect_nodes(plan, facts, signals)
+            channel = connect()
         except DisttrainError as error:
             return _not_connected(error, signals), bool(signals)
         stack.callback(channel.close)
@@ -151,15 +154,29 @@ def _attempt(
         return outcome, supervisor.stopping
 
 
-def _connect_nodes(plan: LaunchPlan, facts: Mapping[str, str], signals: list[int]) -> Channel:
+def _connect_nodes(
+    plan: LaunchPlan,
+    facts: Mapping[str, str],
+    signals: list[int],
+    secret: Secret | None,
+    say: Callable[[str], None],
+) -> Channel:
     """Waits for the launchers of the other nodes; on a single node, the channel has no connections."""
     if plan.nodes == 1:
         return Channel({}, [socket.gethostname()])
     assert plan.master_addr is not None
     assert plan.master_port is not None
     place = slurm_env.Node(plan.nodes, plan.node_rank, plan.master_addr, plan.master_port)
-    timeout_s = plan.stall_timeout_s
-    return rendezvous(place, plan.processes, facts, timeout_s=timeout_s, interrupted=lambda: bool(signals))
+    assert secret is not None
+    return rendezvous(
+        place,
+        plan.processes,
+        facts,
+        secret=secret,
+        timeout_s=plan.stall_timeout_s,
+        interrupted=lambda: bool(signals),
+        say=say,
+    )
 
 
 def _not_connected(error: DisttrainError, signals: list[int]) -> Outcome:

@@ -269,16 +269,19 @@ class Liveness:
         connection, _ = self._listener.accept()
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, uid, _ = struct.unpack("3i", credentials)
+        if uid not in {os.getuid(), 0}:  # any user of this node can connect to an abstract socket
+            connection.close()
+            return
         connection.settimeout(5)
         message = None
         with contextlib.suppress(OSError, ValueError):
             message = json.loads(connection.recv(4096))
-        by_rank = {local.rank: local for local in self._locals} if uid in {os.getuid(), 0} else {}
+        by_rank = {local.rank: local for local in self._locals}
         match message:
             case {"rank": int(rank)} if rank in by_rank and by_rank[rank].connection is None:
                 self._admit(by_rank[rank], connection, pid)
                 return
-            case {"ended": list(ended)} if by_rank:
+            case {"ended": list(ended)}:
                 self.note_ends(dict(ended))
         connection.close()
 

@@ -18,7 +18,9 @@ from typing import Literal, NamedTuple
 
 from disttrain import slurm_env
 from disttrain.errors import UsageError
+from disttrain.launch.secret import SECRET
 from disttrain.monitor.nvml import Gpu
+from disttrain.runs.runfolder import RunFolder
 
 # These say which rank a process is: to torch, Accelerate, MPI or our own worker. A pod, an mpirun or an
 # interactive Slurm step around the launcher may have set them for a group that is not the launcher's.
@@ -170,6 +172,17 @@ def plan_run_dir(name: str, node: slurm_env.Node | None, environ: Mapping[str, s
     return Path("runs") / name / f"slurm-{environ['SLURM_JOB_ID']}"
 
 
+def plan_secret(run_dir: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """Returns the file for the secret of a run, which all nodes know before they have read the config.
+
+    `run_dir` is as on the command line. Returns None if the nodes have no common name for a file.
+    """
+    if run_dir is not None:
+        return RunFolder(run_dir).secret
+    job = slurm_env.allocation(environ)
+    return None if job is None else Path("runs") / f".secret-{job.job}"
+
+
 def worker_command(plan: LaunchPlan) -> list[str]:
     """Returns the module that every rank of a run executes, and its arguments."""
     # `accelerate launch` cannot pass on a single -.
@@ -212,8 +225,12 @@ def environment(plan: LaunchPlan) -> dict[str, str]:
 
 
 def child_environment(plan: LaunchPlan, environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of the command: `environ` without the variables of another group of ranks."""
+    """Returns the environment of the command: `environ` without the variables of another group of ranks.
+
+    The secret of the launchers is left out too: the ranks do not need it, and programs report environments.
+    """
     inherited = {name: value for name, value in environ.items() if not _RANK_VARIABLES.fullmatch(name)}
+    inherited.pop(SECRET, None)
     return inherited | environment(plan)
 
 

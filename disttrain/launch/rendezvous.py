@@ -6,6 +6,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
 import math
 import os
@@ -13,18 +14,28 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import wait as wait_for_any
 from typing import Any
 
-import psutil
-
-from disttrain.errors import BusyError, DisttrainError, HangError, StoppedError, UsageError, error_of
+from disttrain.errors import DisttrainError, HangError, StoppedError, UsageError, error_of, reason
+from disttrain.launch.callers import MESSAGE_BYTES, TELL_S, Callers, listen
+from disttrain.launch.secret import (
+    LINE_BYTES,
+    NO_SECRET,
+    REMEDY,
+    SECRET,
+    Secret,
+    UnknownSecretError,
+    greeted,
+    new_number,
+    proof,
+    proof_line,
+)
 from disttrain.runs.agreement import compare_peers
 from disttrain.slurm_env import Node
 
 _POLL_S = 0.2
-_LINE_BYTES = 4 * 2**20  # a hello contains the config, an outcome a traceback
-_TELL_S = 5.0  # for other nodes to connect and receive this node's failure
+_PROOF_S = 10.0  # for node 0 to prove that it knows the secret
+_UNSEEN_S = 60.0  # until a new file of node 0 is seen on NFS, whose clients remember what was not there
 _SILENT_S = 20  # after which a node whose kernel does not answer counts as dead
 
 
@@ -85,7 +96,12 @@ class Channel:
                 if not data:
                     self.lost.add(node)
                 *lines, self._unread[node] = (self._unread[node] + data).split(b"\n")
-                self._messages += [(node, json.loads(line)) for line in lines]
+                try:
+                    self._messages += [(node, json.loads(line)) for line in lines]
+                except ValueError:
+                    self.lost.add(node)
+                if len(self._unread[node]) > MESSAGE_BYTES:
+                    self.lost.add(node)
         messages, self._messages = self._messages, []
         return messages
 
@@ -115,8 +131,10 @@ def rendezvous(
     processes: int,
     known: Mapping[str, str],
     *,
+    secret: Secret,
     timeout_s: float,
     interrupted: Callable[[], bool],
+    say: Callable[[str], None] = lambda text: None,
     failed: DisttrainError | None = None,
 ) -> Channel:
     """Connects the launchers of all nodes and compares their facts. Every node calls this.
@@ -125,13 +143,15 @@ def rendezvous(
         place: this node.
         processes: number of processes on this node.
         known: facts that must be the same on all nodes, from `runs.agreement.facts`.
+        secret: what every node proves that it knows, before it says more.
         timeout_s: how long to wait.
         interrupted: called often; returns whether to give up.
+        say: called on node 0 with a line about callers that are no nodes of this run.
         failed: why this node cannot start the run; it then only reports that to the others.
 
     Raises:
         DisttrainError: the port is in use, a node did not join, the nodes differ, this node was interrupted,
-            or another node failed; each with its own subclass.
+            the secret is not safe or not that of node 0, or another node failed; each with its own subclass.
     """
     hello: dict[str, Any] = {"node": place.node_rank, "host": socket.gethostname()}
     if failed is None:
@@ -146,23 +166,36 @@ def rendezvous(
             raise StoppedError("stopped before all nodes joined; nothing is lost, run the same command again")
         return time.monotonic() < deadline + longer_s
 
-    return (_join_node_0 if place.node_rank else _join_others)(place, hello, waiting, timeout_s)
+    if place.node_rank:
+        return _join_node_0(place, hello, waiting, timeout_s, secret)
+    return _join_others(place, hello, waiting, timeout_s, secret, say)
 
 
 def _join_others(
-    place: Node, hello: Mapping[str, Any], waiting: Callable[..., bool], timeout_s: float
+    place: Node,
+    hello: Mapping[str, Any],
+    waiting: Callable[..., bool],
+    timeout_s: float,
+    secret: Secret,
+    say: Callable[[str], None],
 ) -> Channel:
-    present: dict[int, _Caller] = {}
+    callers = Callers(place, say)
+    present = callers.present
     try:
-        _receive_nodes(place, present, waiting)
+        with listen(place.master_port) as server, secret.offered(holds_folder="facts" in hello) as known:
+            callers.receive(server, known, waiting)
+        if callers.failure is not None:
+            raise callers.failure
         if "failed" in hello:
             raise error_of(hello["exit_code"], hello["failed"])
         missing = sorted(set(range(1, place.nodes)) - set(present))
         if missing:
+            remedy = "start the same command on every node"
+            remedy += f", and {REMEDY}" if callers.without_secret else ""
             raise HangError(
                 f"{len(present) + 1} of {place.nodes} nodes joined; waited {timeout_s:g} s on "
                 f"{place.master_addr}:{place.master_port} for node{'s' * (len(missing) > 1)} "
-                f"{', '.join(map(str, missing))}; start the same command on every node"
+                f"{', '.join(map(str, missing))}; {remedy}"
             )
         everyone = [hello, *(present[node].hello for node in sorted(present))]
         compare_peers({f"node {its['node']} ({its['host']})": its["facts"] for its in everyone})
@@ -179,10 +212,12 @@ def _join_others(
 
 
 @contextlib.contextmanager
-def sharing_failures(place: Node | None) -> Iterator[None]:
+def sharing_failures(place: Node | None, secret: Secret) -> Iterator[None]:
     """Reports an error of this node to all nodes through node 0, so that none waits in vain.
 
-    `place` is None for a run on one node, which reports nothing.
+    Args:
+        place: this node; None for a run on one node, which reports nothing.
+        secret: that of the run.
     """
     try:
         yield
@@ -190,7 +225,9 @@ def sharing_failures(place: Node | None) -> Iterator[None]:
         if place is not None:
             _outlive_others()
             with contextlib.suppress(DisttrainError):  # nobody else joined, or another node failed too
-                rendezvous(place, 0, {}, timeout_s=_TELL_S, interrupted=lambda: False, failed=error)
+                rendezvous(
+                    place, 0, {}, secret=secret, timeout_s=TELL_S, interrupted=lambda: False, failed=error
+                )
         raise
     if place is not None:
         _outlive_others()
@@ -202,138 +239,96 @@ def _outlive_others() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _Caller:
-    """A process that has connected to node 0, with its hello."""
+class _Lines:
+    """The lines that node 0 sends; `rest` is what it sent after the last of them."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.hello: dict[str, Any] = {}
-        self._data = b""
+        self.rest = b""
+        self._connection = connection
 
-    def read(self) -> bool:
-        """Reads what it has sent; returns whether to keep the connection."""
-        try:
-            part = self.connection.recv(2**16)
-        except OSError:
-            return False
-        self._data += part
-        if self._data.endswith(b"\n") and not self.hello:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                hello = json.loads(self._data)
-                complete = {"host", "facts"} <= set(hello) or {"host", "failed", "exit_code"} <= set(hello)
-                if isinstance(hello["node"], int) and complete:
-                    self.hello = hello
-            return bool(self.hello)  # without a valid hello it is some other program
-        return bool(part) and len(self._data) < _LINE_BYTES
+    def read(self, most_bytes: int, waiting: Callable[[], bool]) -> bytes:
+        """Returns the next line.
 
-    def refuse(self, error: DisttrainError) -> None:
-        """Sends the node the error that keeps the run from starting."""
-        line = json.dumps({"refused": str(error), "exit_code": error.exit_code}).encode() + b"\n"
-        with contextlib.suppress(OSError):
-            self.connection.settimeout(5)
-            self.connection.sendall(line)
-
-
-def _receive_nodes(place: Node, present: dict[int, _Caller], waiting: Callable[[], bool]) -> None:
-    """Adds the nodes that connect to `present`, until all have joined or time is up.
-
-    Raises:
-        DisttrainError: the failure that a node reported.
-    """
-    callers: dict[socket.socket, _Caller] = {}
-    failed, exit_code, until = "", 0, math.inf
-    with _listen(place.master_port) as server:
-        try:
-            while len(present) < place.nodes - 1 and waiting() and time.monotonic() < until:
-                for ready in wait_for_any([server, *callers], _POLL_S):
-                    if ready is server:
-                        connection, _ = server.accept()
-                        connection.setblocking(False)
-                        callers[connection] = _Caller(connection)
-                        continue
-                    assert isinstance(ready, socket.socket)
-                    caller = callers[ready]
-                    keep, number = caller.read(), int(caller.hello.get("node", -1))
-                    if keep and not caller.hello:
-                        continue
-                    if keep and "failed" in caller.hello and not failed:
-                        failed = f"node {number} ({caller.hello['host']}): {caller.hello['failed']}"
-                        exit_code, until = int(caller.hello["exit_code"]), time.monotonic() + _TELL_S
-                    if keep and number not in present and 0 < number < place.nodes:
-                        present[number] = caller
-                        continue
-                    if keep:
-                        problem = f"--node-rank {number} is already taken or not below --nodes {place.nodes}"
-                        caller.refuse(UsageError(f"{problem}; give each node a different rank"))
-                    elif present.get(number) is caller:  # it may connect again
-                        del present[number]
-                    ready.close()
-                    del callers[ready]
-        finally:
-            for connection, caller in callers.items():
-                if caller not in present.values():
-                    connection.close()
-    if failed:
-        raise error_of(exit_code, failed)
-
-
-def _listen(port: int) -> socket.socket:
-    try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", port))
-    except OSError as error:
-        raise BusyError(
-            f"port {port} on {socket.gethostname()} cannot be used: {error.strerror}{_holder(port)}; "
-            "choose another --master-port on all nodes"
-        ) from None
-
-
-def _holder(port: int) -> str:
-    """Returns which process listens on a port, or an empty string if /proc does not show it."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            here = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
-            if here and connection.pid:
-                name = psutil.Process(connection.pid).name()
-                return f" (process {connection.pid}, {name}, listens there)"
-    return ""
+        Raises:
+            ConnectionError: there is none, or it is too long.
+        """
+        self._connection.settimeout(_POLL_S)
+        while b"\n" not in self.rest:
+            if len(self.rest) > most_bytes:
+                raise ConnectionError("connected, but another program answers")
+            if not waiting():
+                raise ConnectionError("connected, but no answer")
+            with contextlib.suppress(TimeoutError):
+                part = self._connection.recv(min(2**16, most_bytes))
+                if not part:
+                    raise ConnectionError("connected, but it closed the connection")
+                self.rest += part
+        line, _, self.rest = self.rest.partition(b"\n")
+        return line
 
 
 def _join_node_0(
-    place: Node, hello: Mapping[str, Any], waiting: Callable[..., bool], timeout_s: float
+    place: Node, hello: Mapping[str, Any], waiting: Callable[..., bool], timeout_s: float, secret: Secret
 ) -> Channel:
-    problem = "no answer"
+    address = f"{place.master_addr}:{place.master_port}"
+    problem, unknown, unknown_since = "no answer", False, math.inf
     while waiting():
         connection = None
         try:
             connection = socket.create_connection((place.master_addr, place.master_port), timeout=2)
             problem = "connected, but no answer"
+            lines = _Lines(connection)
+            _prove(connection, lines, secret, waiting)
+            connection.settimeout(5)
             connection.sendall(json.dumps(hello).encode() + b"\n")
-            connection.settimeout(_POLL_S)
-            data = b""
-            while waiting(timeout_s) and b"\n" not in data:  # node 0 may have started to wait later
-                with contextlib.suppress(TimeoutError):
-                    part = connection.recv(2**16)
-                    if not part:
-                        raise ConnectionError("connected, but it closed the connection")
-                    data += part
-            line, newline, rest = data.partition(b"\n")
-            if newline:
-                answer = json.loads(line)
-                if "hosts" in answer:
-                    channel = Channel({0: connection}, answer["hosts"], rest)
-                    connection = None
-                    return channel
-                raise error_of(int(answer["exit_code"]), str(answer["refused"]))
+            # Node 0 may have started to wait later than this node.
+            answer = json.loads(lines.read(MESSAGE_BYTES, lambda: waiting(timeout_s)))
+            if "hosts" in answer:
+                channel = Channel({0: connection}, answer["hosts"], lines.rest)
+                connection = None
+                return channel
+            raise error_of(int(answer["exit_code"]), str(answer["refused"]))
+        except UnknownSecretError as error:
+            problem, unknown, unknown_since = str(error), True, min(unknown_since, time.monotonic())
+            if secret.file is None or time.monotonic() - unknown_since > _UNSEEN_S:
+                break
+            time.sleep(_POLL_S)
         except (OSError, ValueError, KeyError, TypeError) as error:  # not listening yet, or another program
-            problem = getattr(error, "strerror", None) or str(error) or problem
+            problem, unknown = getattr(error, "strerror", None) or str(error) or problem, False
             time.sleep(_POLL_S)
         finally:
             if connection is not None:
                 connection.close()
+    if unknown:
+        raise UsageError(f"node 0 at {address} turned this node away: {problem}; {REMEDY}")
     raise HangError(
-        f"node {place.node_rank} waited {timeout_s:g} s for node 0 at "
-        f"{place.master_addr}:{place.master_port} ({problem}); start the same command there, "
-        "check --master-addr, --master-port and the firewall"
+        f"node {place.node_rank} waited {timeout_s:g} s for node 0 at {address} ({problem}); start the same "
+        "command there, check --master-addr, --master-port and the firewall"
     )
+
+
+def _prove(connection: socket.socket, lines: _Lines, secret: Secret, waiting: Callable[..., bool]) -> None:
+    """Proves to node 0 that this node knows the secret, and has node 0 prove it.
+
+    Raises:
+        UnknownSecretError: this node cannot read the secret, or node 0 has another one.
+        ConnectionError: another program answers, or nobody does.
+    """
+    deadline = time.monotonic() + _PROOF_S
+
+    def soon() -> bool:
+        return bool(waiting()) and time.monotonic() < deadline
+
+    number = greeted(lines.read(LINE_BYTES, soon))
+    try:
+        known = secret.read()
+    except OSError as error:
+        connection.sendall(NO_SECRET + b"\n")
+        raise UnknownSecretError(f"{secret.file}: {reason(error)}") from None
+    own = new_number()
+    connection.sendall(proof_line(known, number, own))
+    answer = lines.read(LINE_BYTES, soon)
+    if answer == NO_SECRET:
+        raise UnknownSecretError(f"it has another secret than {secret.file or SECRET}")
+    if not hmac.compare_digest(answer, proof(known, "node 0", number, own)):
+        raise ConnectionError("connected, but another program answers")

@@ -56,6 +56,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.gpu = path / "gpu.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.secret = path / ".secret"  # exists while the launchers of several nodes connect
         self._lock = path / ".lock"
         self._locked = False
         self._reserve = path / ".reserve"  # freed to write the final status on a full disk
@@ -100,7 +101,8 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            theirs = {"logs", "errors"}  # another node's launcher may have come first
+            # Another node's launcher may have come first, or have been killed.
+            theirs = {"logs", "errors", self.secret.name}
             foreign = next((entry.name for entry in self.path.iterdir() if entry.name not in theirs), None)
             if foreign and not self.is_run():
                 raise BusyError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from itertools import chain, combinations
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disttrain.cli import main
 from disttrain.doctor.nodes import Pair, judge, rounds, starts_srun
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3"}
@@ -59,3 +63,17 @@ def test_srun_is_called_where_this_is_no_task_on_all_nodes(environ: dict[str, st
     if command is not None:
         assert command[:1] + command[-len(sys.orig_argv) :] == ["srun", *sys.orig_argv]
         assert "--nodes=3" in command
+
+
+def test_srun_hands_on_a_secret_that_no_command_line_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$DISTTRAIN_SECRET $*" >>{tmp_path}/called\nexit 3\n')
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
+    assert CliRunner().invoke(main, ["doctor", "--nodes"]).exit_code == 3
+    secret, arguments = (tmp_path / "called").read_text().split(maxsplit=1)
+    assert len(secret) == 64
+    assert secret not in arguments

@@ -1,8 +1,13 @@
 """The same on two nodes, and without our launcher."""
 
+import contextlib
+import itertools
 import signal
+import socket
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +44,46 @@ def both(processes: list[subprocess.Popen[str]], tmp_path: Path) -> tuple[list[i
     return [process.returncode for process in processes], outputs
 
 
-def test_two_nodes_train(start: Start, tmp_path: Path, port: int) -> None:
-    codes, outputs = both(two_nodes(start, port, "train.epochs=2"), tmp_path)
+@contextlib.contextmanager
+def stranger(port: int) -> Iterator[None]:
+    """Calls at the port of the launchers again and again, and says what a node would."""
+    done = threading.Event()
+    words = [
+        b'{"node": 1, "host": "evil", "facts": {}}\n{"outcome": {"exit_code": 70}}\n',
+        b'{"node": 1, "host": "evil", "failed": "no", "exit_code": 65}\n',
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"x" * 2**20,
+        b"",
+    ]
+
+    def hammer() -> None:
+        for word in itertools.cycle(words):
+            if done.wait(0.01):
+                return
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.5) as caller:
+                if caller.recv(99).startswith(b"disttrain"):  # torch's store, which follows, says nothing
+                    caller.sendall(word)
+                    caller.recv(99)
+
+    thread = threading.Thread(target=hammer)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+def test_two_nodes_train_although_a_stranger_hammers_at_their_port(
+    start: Start, tmp_path: Path, port: int
+) -> None:
+    first = node(start, 0, port, "train.epochs=2")
+    with stranger(port):
+        wait_for(lambda: (tmp_path / "run/.secret").exists(), first)
+        assert (tmp_path / "run/.secret").stat().st_mode & 0o777 == 0o600
+        time.sleep(1)
+        codes, outputs = both([first, node(start, 1, port, "train.epochs=2")], tmp_path)
     assert codes == [0, 0], outputs
+    assert outputs[0].count("turned away 127.0.0.1") == 1, outputs
+    assert not (tmp_path / "run/.secret").exists()
     state = status(tmp_path / "run")
     assert (state["state"], state["world_size"], state["samples_seen"]) == ("finished", 2, 2 * 1438)
     assert (tmp_path / "run/logs/launch_00001.log").exists()

@@ -198,9 +198,13 @@ def test_the_environment_of_a_plan(plan, variables):
 
 
 @pytest.mark.parametrize(
-    "name", ["RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "PMIX_RANK", "PET_NNODES", "SLURM_STEP_ID"]
+    "name",
+    [
+        *("RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "PMIX_RANK", "PET_NNODES", "SLURM_STEP_ID"),
+        "DISTTRAIN_SECRET",
+    ],
 )
-def test_the_variables_of_another_group_are_dropped(name):
+def test_the_variables_of_another_group_and_the_secret_are_dropped(name):
     kept = {"HOME": "/home/me", "SLURM_JOB_ID": "5", "LOCAL_SCRATCH": "/fast", "NCCL_DEBUG": "INFO"}
     assert planning.child_environment(ONE, kept | {name: "1"}) == kept | planning.environment(ONE)
 

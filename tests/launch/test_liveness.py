@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -246,6 +247,25 @@ def test_a_process_of_another_rank_is_turned_away(liveness: Liveness, start: Sta
         until(liveness, lambda process=process: process.poll() is not None)
         assert f"does not expect rank {rank}" in process.communicate()[1]
     assert connected(liveness) == [4]
+
+
+def test_another_user_is_not_heard(liveness: Liveness, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "\0" + liveness.environment[ADDRESS].removeprefix("@")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        if os.getuid() == 0:  # root may connect
+            os.seteuid(65534)
+            try:
+                stranger.connect(address)
+            finally:
+                os.seteuid(0)
+        else:
+            monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+            stranger.connect(address)
+        begin = time.monotonic()
+        liveness.wait(1)
+        assert time.monotonic() - begin < 3, "nobody waits for what a stranger has to say"
+        assert stranger.recv(9) == b""
+    assert connected(liveness) == []
 
 
 def test_time_in_which_the_launcher_did_not_run_does_not_count(liveness: Liveness, start: Start) -> None:

@@ -42,6 +42,7 @@ STAND_INS = {
     "disttrain": """
         printf '%q ' disttrain "$@" | sed 's/ $//' >>"$CALLS"
         echo " (OMP_NUM_THREADS=${OMP_NUM_THREADS-})" >>"$CALLS"
+        echo "$DISTTRAIN_SECRET" >>"$WRITES/secrets"
         if [[ -n $STATUS && $SLURM_NODEID == 0 ]]; then echo "$STATUS" >"$WRITES/status.json"; fi
         if [[ $SLURM_NODEID == 0 ]]; then exit "$CODE"; fi
         exit "$CODE_ELSEWHERE" """,
@@ -118,6 +119,19 @@ def test_what_it_runs(tmp_path):
         "slurm/train.sh runs something else than before; if it should, "
         "ACCEPT=1 python -m pytest tests/launch/test_train_script.py, and look at the difference"
     )
+
+
+@pytest.mark.integration
+def test_the_nodes_of_a_job_know_a_secret_of_its_own(tmp_path):
+    run(tmp_path, "a.yaml", DISTTRAIN_SECRET="")
+    _, calls = run(tmp_path, "a.yaml", DISTTRAIN_SECRET="")
+    run(tmp_path, "a.yaml", DISTTRAIN_SECRET="chosen by the user")
+    secrets = (tmp_path / "run/secrets").read_text().splitlines()
+    assert [secrets[0], secrets[2], secrets[4]] == [secrets[1], secrets[3], secrets[5]]
+    assert len(secrets[0]) == len(secrets[2]) == 64
+    assert secrets[0] != secrets[2]
+    assert secrets[4] == "chosen by the user"
+    assert secrets[2] not in calls, "other users see the command lines of a node"
 
 
 @pytest.mark.integration

@@ -97,9 +97,10 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_the_logs_of_another_node_may_be_there_first(folder):
+def test_what_other_launchers_made_may_be_there_first(folder):
     folder.launch_log(1).parent.mkdir(parents=True)
     folder.launch_log(1).write_text("from node 1")
+    folder.secret.write_text("left by a launcher that was killed")
     folder.create()
     assert folder.launch_log(1).read_text() == "from node 1"
     assert folder.checkpoints.is_dir()
