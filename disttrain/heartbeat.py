@@ -38,11 +38,12 @@ class Phase(IntEnum):
     TO_DEVICE = 2
     AUGMENT = 3
     COMPUTE = 4
-    OPTIMIZE = 5
-    REPORT = 6
-    EVALUATE = 7
-    SAVE = 8
-    END = 9
+    REDUCE = 5
+    OPTIMIZE = 6
+    REPORT = 7
+    EVALUATE = 8
+    SAVE = 9
+    END = 10
 
 
 def pack(phase: Phase, step: int, part: int = 0) -> int:
@@ -64,6 +65,7 @@ def doing(progress: int) -> str:
         Phase.TO_DEVICE: f"in step {step:,} while copying data to the device",
         Phase.AUGMENT: f"in step {step:,} while augmenting images",
         Phase.COMPUTE: f"in step {step:,} while computing",
+        Phase.REDUCE: f"in step {step:,} while summing gradients",
         Phase.OPTIMIZE: f"in step {step:,} in the optimizer",
         Phase.REPORT: f"at the log point of step {step:,}",
         Phase.EVALUATE: f"in the evaluation after step {step:,}",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from disttrain.config import Config
+from disttrain.config import Config, TrainConfig
 from disttrain.errors import DataError, StorageError, UsageError
 from disttrain.files import free_bytes
 from disttrain.runs.manifest import size, step_of
@@ -51,6 +51,8 @@ def split_batch(config: Config, world_size: int) -> int:
         UsageError: the global batch is not divisible.
     """
     batch, accumulate = config.train.batch_size, config.train.accumulate
+    if config.train.reproducible:
+        return _split_for_virtual_ranks(config.train, world_size)
     parts = world_size * accumulate
     if batch % parts == 0:
         return batch // parts
@@ -64,6 +66,28 @@ def split_batch(config: Config, world_size: int) -> int:
     raise UsageError(
         f"train.batch_size = {batch} cannot be divided by {by}; use a train.batch_size of {sizes}{hint}"
     )
+
+
+def _split_for_virtual_ranks(train: TrainConfig, world_size: int) -> int:
+    batch, parts = train.batch_size, train.virtual_ranks
+    if batch % parts:
+        sizes = " or ".join(str(n) for n in (batch - batch % parts, batch + parts - batch % parts) if n)
+        fits = ", ".join(str(n) for n in range(1, min(batch, 64) + 1) if batch % n == 0)
+        raise UsageError(
+            f"train.batch_size = {batch} cannot be divided by train.virtual_ranks = {parts}; use a "
+            f"train.batch_size of {sizes}, or a train.virtual_ranks of {fits}"
+        )
+    if world_size > parts:
+        raise UsageError(
+            f"train.reproducible: {world_size} processes are more than train.virtual_ranks = {parts}; use at "
+            f"most {parts}, or start a new experiment with train.virtual_ranks={world_size} or more"
+        )
+    if train.compile is True:
+        raise UsageError(
+            "train.reproducible does not go with train.compile = true, because the compiler times kernels to "
+            "choose among them; set train.compile=false"
+        )
+    return batch // parts
 
 
 def check_device(config: Config, device: Literal["cuda", "cpu"]) -> None:

@@ -33,6 +33,7 @@ NAVIGATION = {
     "Tutorials": ["/docs/own_images"],
     "Guides": [
         *("/docs/experiments", "/docs/data", "/docs/monitoring", "/docs/reliability"),
+        "/docs/reproducibility",
         *("/slurm/README", "/docs/scaling", "/docs/python"),
     ],
     "Reference": ["/docs/config", "/docs/cli", "/docs/api"],

@@ -90,6 +90,27 @@ def test_each_process_takes_its_share_of_the_batch(batch, world, accumulate, sam
 
 
 @pytest.mark.parametrize(
+    ("train", "world", "words"),
+    [
+        ({}, 8, 8),
+        ({}, 5, 8),
+        ({"virtual_ranks": 4, "accumulate": 7}, 1, 16),
+        ({}, 9, "9 processes are more than train.virtual_ranks = 8; use at most 8"),
+        ({"batch_size": 60}, 2, "use a train.batch_size of 56 or 64, or a train.virtual_ranks of 1, 2, 3, 4, 5, 6, 10, 12,"),
+        ({"compile": True}, 2, "set train.compile=false"),
+    ],
+)  # fmt: skip
+def test_virtual_ranks_share_the_batch(train, world, words):
+    config = experiment(train={"reproducible": True} | train)
+    if isinstance(words, int):
+        assert split_batch(config, world) == words
+    else:
+        with pytest.raises(UsageError) as caught:
+            split_batch(config, world)
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("batch", "world", "accumulate", "message"),
     [
         (64, 3, 1, "train.batch_size = 64 cannot be divided by 3 processes; use a train.batch_size of 63 "

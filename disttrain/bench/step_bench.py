@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.data.batches import Batch
 from disttrain.heartbeat import Phase
@@ -21,7 +22,8 @@ from disttrain.training.log_metrics import log_metrics
 from disttrain.training.microbatch import augment_micro_batch, prefetch
 from disttrain.training.phases import Phases
 from disttrain.training.state import Progress
-from disttrain.training.step import loss_sum, no_sync, train_step
+from disttrain.training.step import loss_sum, no_sync
+from disttrain.training.virtual_ranks import step_function
 
 if TYPE_CHECKING:
     from disttrain.data.batches import Loader, Window
@@ -68,7 +70,8 @@ class StepBench:
     def step(self, loader: Loader) -> float:
         """Returns the seconds of a step of the normal training loop with samples from a loader."""
         state, size = self._state, self._state.plan.batch_size
-        return self._repeat(loader, lambda batches: train_step(state, batches, 1, size, Phases()))
+        take_step = step_function(state.config.train)
+        return self._repeat(loader, lambda batches: take_step(state, batches, 1, size, Phases()))
 
     def phases(self) -> dict[str, float]:
         """Returns the seconds of each phase of a step, with a synchronization after each, without overlap."""
@@ -113,7 +116,7 @@ class StepBench:
         names = ("data", "to_device", "augmentation", "forward", "backward", "optimizer")
         self._repeat(state.train_data, without_reduction, before=sums.clear)
         result = {name: sums[name] / self._steps for name in names}
-        if state.world_size > 1:
+        if isinstance(state.model, DistributedDataParallel):
             self._repeat(state.train_data, with_reduction, before=sums.clear)
             reduced = sums["backward and reduction"] / self._steps
             result["communication"] = max(0.0, reduced - result["backward"])

@@ -140,6 +140,8 @@ def _compare(runs: tuple[Path, ...], output: Path | None, target: float | None, 
         click.echo(json.dumps(compare.to_json(comparison), indent=1))
         return
     Console(highlight=False).print(compare.table(comparison))
+    for title, text in comparison.bits.items():
+        click.echo(f"{title} and {next(iter(comparison.runs))}: {text}")
     for group in comparison.groups:
         if group.deviation is not None:
             spread = f"{percent(group.mean)} ± {100 * group.deviation:.2f} (n = {len(group.accuracies)})"

@@ -138,7 +138,11 @@ class TrainConfig(_Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of the weights, which is evaluated; null is off."""
     reproducible: bool = False
-    """Use only deterministic kernels: the same run on the same number of processes gives the same bits."""
+    """Give the same weights to the last bit on any number of processes up to `virtual_ranks`, also after any
+    stops and resumes (docs/reproducibility.md). It costs some speed."""
+    virtual_ranks: PositiveInt = 8
+    """With `reproducible`: the number of parts of the global batch. Each part has its own batch-norm
+    statistics, dropout masks and gradient; a process takes one or several parts."""
     trace_samples: Annotated[bool, Role.RESUME] = False
     """Write the sample ids of every step to trace/."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from disttrain import counter_rng
-from disttrain.config import Config
+from disttrain.config import Config, TrainConfig
 from disttrain.errors import UsageError
 from disttrain.shards.index import Index
 
@@ -160,6 +160,14 @@ def digest(ids: Ids) -> tuple[int, int]:
     """
     hashes = counter_rng.bits_at(_DIGEST, ids.astype(np.uint64))
     return len(ids), int(hashes.sum(dtype=np.uint64))
+
+
+def virtual_ranks(samples: int, config: TrainConfig) -> int:
+    """Returns into how many parts train.reproducible cuts a global batch of so many samples.
+
+    A smaller last batch has fewer parts, so that none has much less than the usual number of samples.
+    """
+    return -(-samples // (config.batch_size // config.virtual_ranks))
 
 
 def rank_slice(places: range, rank: int, world_size: int) -> range:

@@ -26,6 +26,8 @@ def plan_lines(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str
     share = f"{plan.world_size} rank{'s' * (plan.world_size > 1)} x {per_pass * accumulate}"
     if accumulate > 1:
         share += f" ({accumulate} passes of {per_pass})"
+    if train.reproducible:
+        share = f"{train.virtual_ranks} virtual ranks x {per_pass}"
     full, rest = divmod(data.samples, train.batch_size)
     fate = "left out in each epoch" if data.drop_remainder else "a smaller last batch, averaged correctly"
     remainder = f"{rest:,} samples: {fate}" if rest else "none"

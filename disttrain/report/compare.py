@@ -18,6 +18,7 @@ from disttrain.report import charts
 from disttrain.report.facts import environment_rows, median, outcome, wall_s
 from disttrain.report.rendering import render
 from disttrain.report.run import Run, read_run, time_to_accuracy
+from disttrain.report.same_bits import compared, weight_digests
 from disttrain.units import number, percent
 
 
@@ -53,6 +54,7 @@ class Comparison:
         rows: name of a result -> its value in each run, None if unknown.
         differences: (key, value in each run) of the config and environment keys that differ.
         groups: groups of runs that differ only in their seed.
+        bits: title of a run -> whether it has the same bits as the first run, if both recorded digests.
     """
 
     runs: dict[str, Run]
@@ -60,6 +62,7 @@ class Comparison:
     rows: dict[str, list[float | str | None]]
     differences: list[tuple[str, list[str]]]
     groups: list[Group]
+    bits: dict[str, str]
 
 
 def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
@@ -85,6 +88,7 @@ def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
         rows={name: [result[name] for result in results] for name in results[0]},
         differences=_differences(list(runs.values())),
         groups=_groups(runs),
+        bits=_bits(runs),
     )
 
 
@@ -111,6 +115,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "differences": {
             what: dict(zip(comparison.runs, values, strict=True)) for what, values in comparison.differences
         },
+        "bits": comparison.bits,
         "groups": [vars(group) | {"mean": group.mean} for group in comparison.groups],
     }
 
@@ -164,6 +169,13 @@ def _titles(folders: Sequence[Path]) -> list[str]:
         if len(set(titles)) == len(titles):
             return titles
         depth += 1
+
+
+def _bits(runs: Mapping[str, Run]) -> dict[str, str]:
+    (_, first), *others = runs.items()
+    digests = weight_digests(first.folder.metrics)
+    found = {title: compared(digests, weight_digests(run.folder.metrics)) for title, run in others}
+    return {title: text for title, text in found.items() if text is not None}
 
 
 def _results(run: Run, target: float | None) -> dict[str, float | str | None]:

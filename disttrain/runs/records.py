@@ -128,6 +128,8 @@ class TrainRecord(LogPoint, kw_only=True):
     """`phases_ms` of each rank."""
     gpus: tuple[GpuMeans, ...] | UnsetType = UNSET
     """Each GPU once, in order of rank."""
+    weights: dict[str, str] | UnsetType = UNSET
+    """With train.reproducible: a digest of each tensor of the model after the last step."""
 
 
 class EvalRecord(msgspec.Struct, tag="eval", tag_field="kind", kw_only=True, omit_defaults=True):

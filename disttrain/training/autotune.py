@@ -111,11 +111,13 @@ def choose(
             this machine allows it, so that the resumed run is the same to the last bit.
     """
     device = next(work.model.parameters()).device
+    if config.reproducible and device.type == "cpu":
+        threads = 1
     settings, reasons = _rules(config, device, threads, saved["precision"] if saved else None)
     unknown = next((key for key in _FIELDS if key not in reasons), None)
     if saved and (saved["device"], saved["world_size"]) == (device.type, work.world_size):
         kept = {} if unknown is None else {unknown: _FIELDS[unknown]}
-        if saved["threads"] < threads:
+        if saved["threads"] < threads and not config.reproducible:
             kept["threads"] = "threads"
         settings = replace(settings, **{field: saved[field] for field in kept.values()})
         reasons |= {key: Choice(_shown(settings, key), "as in the checkpoint") for key in kept}
@@ -125,7 +127,10 @@ def choose(
     elif unknown is not None:
         settings, found = _measured(Probe(work), settings, unknown)
         reasons |= found
-    reasons.setdefault("threads", Choice(str(threads), "cores divided by processes, or OMP_NUM_THREADS"))
+    why = "cores divided by processes, or OMP_NUM_THREADS"
+    if config.reproducible and device.type == "cpu":
+        why = "train.reproducible: the number of threads changes the order of sums"
+    reasons.setdefault("threads", Choice(str(threads), why))
     return Chosen(settings, reasons)
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from disttrain.config import Config
+from disttrain.config import Config, TrainConfig
 from disttrain.data.batches import Loader, choose_cache
 from disttrain.data.cached import Cached, open_split
 from disttrain.data.epoch_plan import Ids, Plan, make_plan, usable_ids
@@ -27,6 +29,7 @@ from disttrain.models import build_for
 from disttrain.models.pretrained import load_weights
 from disttrain.parallel import cores_of_a_rank
 from disttrain.preflight import split_batch
+from disttrain.runs.agreement import compare_peers
 from disttrain.runs.checkpoint import Checkpoint, load
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index
@@ -52,6 +55,7 @@ from disttrain.training.rank import Rank
 from disttrain.training.rank_state import restore_rank_state, seed_user_code
 from disttrain.training.restore import resume
 from disttrain.training.state import Progress, TrainState, Validation, eager
+from disttrain.training.virtual_ranks import machine_facts
 from disttrain.units import mib
 
 log = logging.getLogger("disttrain")
@@ -126,15 +130,15 @@ def build(
         peak_flops_per_s=peak_flops_per_s(device, settings.precision)[0],
     )
     progress = Progress() if checkpoint is None else resume(checkpoint, state, index, rank, force=force)
-    state.model = model = accelerator.prepare_model(model, evaluation_mode=True)  # only sets the precision
-    if group.world_size > 1:
-        state.model, choices["bucket"] = wrap_ddp(model, device, timed_every=config.monitor.log_every_steps)
+    # Only sets the precision. Placed on "cpu:0", the weights would be copied, and Muon has views of them.
+    state.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    choices |= join_ranks(state, group)
     choices["cuda_graph"] = graph_choice(config, device, group.world_size, settings)
     if choices["cuda_graph"].value == "true":
         state.graph = StepGraph(optimizer, device)
     seed_user_code(config.seed, group.rank)
     if checkpoint is not None:
-        if group.world_size > 2:
+        if group.world_size > 2 and not config.train.reproducible:
             warm_up_ddp_buckets(state, index)
         restore_rank_state(state, checkpoint.part("ranks"))
     return state, progress, choices
@@ -249,6 +253,27 @@ def apply_arithmetic(settings: Settings, device: torch.device, model: nn.Module)
     )
 
 
+def join_ranks(state: TrainState, group: Group) -> dict[str, Choice]:
+    """Prepares the model for several ranks: wraps it in DDP, or copies its weights if DDP is not used.
+
+    Every rank calls this.
+
+    Raises:
+        UsageError: train.reproducible, and the ranks have different kinds of machines.
+    """
+    config = state.config
+    if config.train.reproducible:
+        machines = gather(group, machine_facts(group.device))
+        compare_peers({f"rank {number}": facts for number, facts in enumerate(machines)})
+        copy_from_rank_0(group, state.networks)
+        return {"virtual_ranks": virtual_ranks_choice(config.train, group)}
+    if group.world_size == 1:
+        return {}
+    every = config.monitor.log_every_steps
+    state.model, bucket = wrap_ddp(state.model, group.device, timed_every=every)
+    return {"bucket": bucket}
+
+
 def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tuple[nn.Module, Choice]:
     """Returns a model wrapped in DDP, and the size of its gradient buckets. Every rank calls this.
 
@@ -269,6 +294,23 @@ def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tup
     wrapped.broadcast_buffers = False
     wrapped._set_ddp_runtime_logging_sample_rate(timed_every)
     return wrapped, Choice(f"{bucket:.3g} MiB", reason)
+
+
+def virtual_ranks_choice(config: TrainConfig, group: Group) -> Choice:
+    """Returns the number of virtual ranks, and how many of them each rank takes."""
+    number, each = config.virtual_ranks, -(-config.virtual_ranks // group.world_size)
+    many = f"{each} on each" if number % group.world_size == 0 else f"at most {each} on each"
+    return Choice(str(number), f"train.reproducible: {many} of {group.world_size} ranks")
+
+
+def copy_from_rank_0(group: Group, networks: Sequence[nn.Module]) -> None:
+    """Copies weights and buffers from rank 0, as DDP does. Every rank calls this."""
+    if group.world_size > 1:
+        for network in networks:
+            for tensor in chain(network.parameters(), network.buffers()):
+                copied = tensor.detach().contiguous()
+                dist.broadcast(copied, 0)
+                tensor.detach().copy_(copied)
 
 
 def warm_up_ddp_buckets(state: TrainState, index: Index) -> None:

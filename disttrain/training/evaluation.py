@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from disttrain import counter_rng
 from disttrain.config import TrainConfig
 from disttrain.data.batches import Batch
 from disttrain.data.epoch_plan import Ids, rank_slice
@@ -28,10 +30,12 @@ from disttrain.training.collectives import (
     stop_requested_anywhere,
 )
 from disttrain.training.exactly_once import Seen, seen_by_rank
+from disttrain.training.rank_state import seed_all
 from disttrain.training.state import Progress, TrainState, Validation, cudnn_heuristics, eager
 
 Augmentation = Literal["none", "flip", "multi_view"]
 
+_SEED = 26  # the stream of random numbers that seeds the batches of a reproducible evaluation
 _LARGEST_BATCH = 1024  # images per evaluation batch, unless the training batch is larger
 
 
@@ -48,6 +52,8 @@ class EvalTask:
         autocast: returns the context of the forward pass.
         outputs: the network's output for each class of the split, int64 [classes] on the device, or None if
             both have the same order.
+        fixed: whether the batches are the same on any number of ranks, as train.reproducible needs.
+        seed: of the random numbers of each batch if they are fixed, for networks that draw some.
     """
 
     network: nn.Module
@@ -57,6 +63,8 @@ class EvalTask:
     batch_size: int
     autocast: Callable[[], contextlib.AbstractContextManager[object]]
     outputs: Tensor | None = None
+    fixed: bool = False
+    seed: int = 0
 
 
 def evaluate(
@@ -72,10 +80,19 @@ def evaluate(
     """
     for network in state.networks:
         average_buffers(state.group, network)
-    size = batch_size(state.config.train, state.world_size)
-    step = progress.step
+    config, step = state.config, progress.step
+    size = batch_size(config.train, state.world_size)
     normalize, autocast = state.augment.normalize, state.accelerator.autocast
-    task = EvalTask(state.networks[-1], normalize, state.val, state.group, size, autocast)
+    task = EvalTask(
+        state.networks[-1],
+        normalize,
+        state.val,
+        state.group,
+        size,
+        autocast,
+        fixed=config.train.reproducible,
+        seed=counter_rng.derive(config.seed, _SEED, step),
+    )
 
     def go_on(number: int) -> bool:
         callbacks.phases.enter(Phase.EVALUATE, step, number)
@@ -120,8 +137,10 @@ def measure(
     if group.world_size > 1:
         dist.all_reduce(metrics.confusion)
     total, correct, plain = int(sums.samples), int(sums.correct), int(sums.plain_correct)
+    found = gather(group, (metrics.mistakes(), metrics.losses()))
+    loss = math.fsum(chain.from_iterable(losses for _, losses in found))  # exact, so in any order
     record = EvalRecord(
-        loss=sums.loss / total,
+        loss=loss / total,
         accuracy=correct / total,
         correct=correct,
         total=total,
@@ -131,7 +150,7 @@ def measure(
     )
     if tta != "none":
         record.tta, record.plain_accuracy, record.plain_correct = tta, plain / total, plain
-    mistakes = sorted(chain.from_iterable(gather(group, metrics.mistakes())), reverse=True)
+    mistakes = sorted(chain.from_iterable(mistakes for mistakes, _ in found), reverse=True)
     return Evaluation(
         record=record,
         top5_correct=int(sums.top5_correct),
@@ -144,7 +163,8 @@ def measure(
 def batch_size(config: TrainConfig, world_size: int) -> int:
     """Returns the images per forward pass in an evaluation."""
     # Without a backward pass, a larger batch fits than in training.
-    size = max(1, config.batch_size // (world_size * config.accumulate))
+    parts = config.virtual_ranks if config.reproducible else world_size * config.accumulate
+    size = max(1, config.batch_size // parts)
     return max(size, min(4 * size, _LARGEST_BATCH))
 
 
@@ -163,11 +183,7 @@ def score(
         go_on: see `measure`.
     """
     network, size, ids = task.network, task.batch_size, task.split.ids
-    own = rank_slice(range(len(ids)), task.group.rank, task.group.world_size)
-    windows = (slice(begin, min(begin + size, own.stop)) for begin in range(own.start, own.stop, size))
-    most = len(
-        rank_slice(range(len(ids)), 0, task.group.world_size)
-    )  # samples of rank 0, the most of any rank
+    windows, most = eval_windows(task)
     training = network.training
     network.eval()
     with (
@@ -175,12 +191,14 @@ def score(
         task.autocast(),
         contextlib.closing(task.split.data.batches(ids, windows)) as batches,
     ):
-        for number in range(-(-most // size)):
+        for number in range(most):
             if not go_on(number):
                 return False
             batch = next(batches, None)
             if batch is None:
                 continue
+            if task.fixed:
+                seed_all(counter_rng.derive(task.seed, windows[number].start), task.group.device)
             batch = batch.to(task.group.device)
             if task.outputs is not None:
                 batch = batch._replace(labels=task.outputs[batch.labels])
@@ -198,18 +216,28 @@ def score(
     return True
 
 
+def eval_windows(task: EvalTask) -> tuple[list[slice], int]:
+    """Returns the positions of this rank's batches in the split, and the most batches of any rank."""
+    samples, size, (rank, world_size, _) = len(task.split.ids), task.batch_size, task.group
+    if task.fixed:  # the split is cut into batches, which go to the ranks
+        batches = [slice(begin, min(begin + size, samples)) for begin in range(0, samples, size)]
+        own, first = (rank_slice(range(len(batches)), number, world_size) for number in (rank, 0))
+        return batches[own.start : own.stop], len(first)
+    own, first = (rank_slice(range(samples), number, world_size) for number in (rank, 0))
+    windows = [slice(begin, min(begin + size, own.stop)) for begin in range(own.start, own.stop, size)]
+    return windows, -(-len(first) // size)
+
+
 @dataclass
 class EvalSums(Seen):
     """The sums of an evaluation over samples and ranks, and which samples they include; exact in float64.
 
     Attributes:
-        loss: cross entropy.
         correct: samples predicted correctly.
         plain_correct: samples predicted correctly without test-time augmentation.
         top5_correct: samples whose class is among the five best.
     """
 
-    loss: float
     correct: float
     plain_correct: float
     top5_correct: float
@@ -228,7 +256,7 @@ class EvalMetrics:
 
     def __init__(self, device: torch.device, classes: int) -> None:
         self._hits = torch.zeros(3, dtype=torch.int64, device=device)  # correct, without augmentation, top 5
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._losses: list[Tensor] = []  # of each batch
         self._classes = classes
         self.confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
         self._seen: list[Ids] = []
@@ -237,7 +265,7 @@ class EvalMetrics:
     def add(self, batch: Batch, logits: Tensor, plain: Tensor) -> None:
         """Adds a batch, without a synchronisation; for the arguments see `take` of `score`."""
         labels, predicted = batch.labels, logits.argmax(1)
-        self._loss += F.cross_entropy(logits, labels, reduction="sum")
+        self._losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         best = logits.topk(min(5, self._classes)).indices
         hits = (predicted == labels, plain.argmax(1) == labels, (best == labels[:, None]).any(1))
         self._hits += torch.stack(hits).sum(1)
@@ -258,12 +286,16 @@ class EvalMetrics:
             if chance >= 0  # a batch may have fewer mistakes
         ]
 
+    def losses(self) -> list[float]:
+        """Returns the cross entropy summed over each batch of this rank; waits for the device."""
+        losses: list[float] = torch.stack(self._losses).tolist() if self._losses else []
+        return losses
+
     def sums(self) -> EvalSums:
         """Returns the sums of this rank; waits for the device."""
         correct, plain_correct, top5_correct = self._hits.tolist()
         return EvalSums(
             **vars(seen_by_rank(self._seen)),
-            loss=self._loss.item(),
             correct=correct,
             plain_correct=plain_correct,
             top5_correct=top5_correct,

@@ -48,6 +48,7 @@ def graph_obstacle(config: Config, device: torch.device, world_size: int, precis
     obstacles = {
         "there is no GPU": device.type != "cuda",
         "several ranks reduce their gradients": world_size > 1,
+        "train.reproducible": config.train.reproducible,
         "train.accumulate": config.train.accumulate > 1,
         "fp16 scales the loss": precision == "fp16",
         "mixed images differ from step to step": config.augment.mixup > 0 or config.augment.cutmix > 0,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from disttrain.data.epoch_plan import Ids
+from disttrain.errors import TrainingError
 from disttrain.heartbeat import Phase
 from disttrain.runs.records import StepTimes, TrainRecord
 from disttrain.training.callbacks import Callbacks
@@ -16,6 +19,7 @@ from disttrain.training.collectives import reduce_record
 from disttrain.training.flops import device_flops
 from disttrain.training.nonfinite import check_scaler, nonfinite_error
 from disttrain.training.state import Progress, TrainState
+from disttrain.training.virtual_ranks import weight_digests
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Interval:
         wait_s: seconds of waiting for data.
         elapsed_s: seconds since the last log point.
         stops: number of ranks that were asked to stop.
+        weights: with train.reproducible a digest of the weights, of 40 bits; otherwise 0.
         times_ms: phase times of a step: the first field of StepTimes for every rank, then the next field.
         readings: of the gauges.
     """
@@ -39,6 +44,7 @@ class Interval:
     wait_s: float
     elapsed_s: float
     stops: float
+    weights: float
     times_ms: list[float]
     readings: list[float]
 
@@ -59,14 +65,18 @@ def log_metrics(
         Whether any rank was asked to stop.
 
     Raises:
-        TrainingError: the loss or the gradients are not finite.
+        TrainingError: the loss or the gradients are not finite, or the ranks have different weights.
     """
     meter = state.meter
     own = _rank_sums(state, callbacks)
+    digests = weight_digests(state) if state.config.train.reproducible else UNSET
+    own.weights = _digest(digests)
     norm = meter.grad_norm.item()
     total = reduce_record(state.group, Phase.REPORT, progress.step, own)
     if not math.isfinite(total.loss):
         raise nonfinite_error(state, progress, seen, callbacks)
+    if total.weights != own.weights * state.world_size:
+        raise _different_weights(progress.step)
     check_scaler(state)
     mean_s = total.elapsed_s / state.world_size
     meter.step_time_s = mean_s / meter.steps
@@ -91,11 +101,27 @@ def log_metrics(
         mfu_pct=mfu_pct,
         grad_norm=norm if math.isfinite(norm) else None,
         skipped=len(state.plan.skipped),
+        weights=digests,
         **callbacks.gauges.rows(total.readings),
     )
     callbacks.observer.train(record)
     meter.restart()
     return total.stops > 0
+
+
+def _different_weights(step: int) -> TrainingError:
+    return TrainingError(
+        f"the ranks have different weights at step {step:,}, although train.reproducible gives all the same; "
+        "a GPU or its memory may be faulty: run `disttrain doctor`, then start this run again, which goes on "
+        "from its last checkpoint"
+    )
+
+
+def _digest(digests: Mapping[str, str] | UnsetType) -> float:
+    """Returns the digest of all digests as a number that can be summed over ranks without rounding."""
+    if isinstance(digests, UnsetType):
+        return 0.0
+    return float(int(hashlib.blake2b("".join(digests.values()).encode(), digest_size=5).hexdigest(), 16))
 
 
 def _rank_sums(state: TrainState, callbacks: Callbacks) -> Interval:
@@ -112,7 +138,7 @@ def _rank_sums(state: TrainState, callbacks: Callbacks) -> Interval:
     times_ms[state.rank :: state.world_size] = msgspec.structs.astuple(times)
     stops = float(callbacks.stop_requested())
     readings = list(callbacks.gauges.read())
-    return Interval(loss, correct, meter.samples, wait_s, elapsed_s, stops, times_ms, readings)
+    return Interval(loss, correct, meter.samples, wait_s, elapsed_s, stops, 0.0, times_ms, readings)
 
 
 def step_times(

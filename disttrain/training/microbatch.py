@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from disttrain.data.batches import Batch, Window
-from disttrain.data.epoch_plan import Ids, rank_slice
+from disttrain.data.epoch_plan import Ids, rank_slice, virtual_ranks
 from disttrain.heartbeat import Phase
 from disttrain.training.augment import Mix
 from disttrain.training.phases import Phases
@@ -28,7 +28,8 @@ class MicroBatch(NamedTuple):
         samples: number of samples without partners, B.
         mix: how they are mixed, or None.
         counts: False if the rank has no sample in this step; it then runs one with a weight of zero.
-        last: whether it is the rank's last micro-batch of the step.
+        last: whether it is the rank's last micro-batch of the step. train.reproducible ignores this and
+            `counts`: there, a rank may have no micro-batch in a step.
     """
 
     window: Window
@@ -39,21 +40,28 @@ class MicroBatch(NamedTuple):
 
 
 def micro_batches(state: TrainState, epoch: int, index: int) -> Iterator[MicroBatch]:
-    """Yields this rank's micro-batches of step `index` of an epoch, at least one."""
-    places = state.plan.batch(index)
+    """Yields this rank's micro-batches of step `index` of an epoch, at least one.
+
+    With train.reproducible, there is one for each virtual rank of this rank, which may have none.
+    """
+    places, config = state.plan.batch(index), state.config.train
     own = rank_slice(places, state.rank, state.world_size)
     counts = len(own) > 0
     own = own or places[:1]  # a last batch smaller than the world
     mix = state.augment.mix(epoch, index, len(places), *state.image_size)
-    number = min(state.config.train.accumulate, len(own))
-    for i in range(number):
-        part = rank_slice(own, i, number)
+    number = min(config.accumulate, len(own))
+    parts = [rank_slice(own, i, number) for i in range(number)]
+    if config.reproducible:
+        number = virtual_ranks(len(places), config)
+        own = rank_slice(range(number), state.rank, state.world_size)
+        parts = [rank_slice(places, i, number) for i in own]
+    for i, part in enumerate(parts):
         window: Window = slice(part.start, part.stop)
         if mix is not None:
             samples = np.arange(part.start, part.stop)
             partners = places.start + (samples - places.start + mix.shift) % len(places)
             window = np.concatenate([samples, partners])
-        yield MicroBatch(window, len(part), mix, counts, last=i == number - 1)
+        yield MicroBatch(window, len(part), mix, counts, last=i == len(parts) - 1)
 
 
 def prefetch(

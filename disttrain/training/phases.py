@@ -95,7 +95,7 @@ class Phases:
             to_device=step_ms[Phase.TO_DEVICE],
             augmentation=step_ms[Phase.AUGMENT],
             compute=step_ms[Phase.COMPUTE] - waiting_ms,
-            communication=waiting_ms,
+            communication=waiting_ms + step_ms[Phase.REDUCE],
             optimizer=step_ms[Phase.OPTIMIZE],
             logging=step_ms[Phase.REPORT],
             evaluation=step_ms[Phase.EVALUATE],

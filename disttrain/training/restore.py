@@ -11,7 +11,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from disttrain.config import Config
+from disttrain.config import Config, differences
 from disttrain.data.epoch_plan import Plan
 from disttrain.errors import CheckpointError
 from disttrain.runs.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from disttrain.shards.index import Index
 from disttrain.training.optim import load_state
 from disttrain.training.rank import Rank
 from disttrain.training.state import Progress, TrainState
+from disttrain.training.virtual_ranks import machine_facts
 
 log = logging.getLogger("disttrain")
 
@@ -36,6 +37,11 @@ def resume(checkpoint: Checkpoint, state: TrainState, index: Index, rank: Rank, 
     progress = saved_progress(checkpoint, state.config, index, state.plan, rank, force=force)
     restore(checkpoint, state.model, state.optimizer, state.ema, force=force)
     restore_scaler(checkpoint, state.accelerator.scaler, force=force)
+    if state.config.train.reproducible and rank.number == 0:
+        before, now = checkpoint.value("arithmetic").get("machine"), machine_facts(state.group.device)
+        if before is not None and before != now:
+            changes = "; ".join(differences(before, now))
+            print(f"train.reproducible: the bits may differ from here on, because of another {changes}")
     return progress
 
 

@@ -19,6 +19,7 @@ from disttrain.training.collectives import average_buffers
 from disttrain.training.optim import state_bytes
 from disttrain.training.rank_state import gather_rank_states
 from disttrain.training.state import Progress, TrainState
+from disttrain.training.virtual_ranks import machine_facts
 
 
 class RunSaver:
@@ -51,6 +52,7 @@ class RunSaver:
                 **dataclasses.asdict(state.settings),
                 "device": state.accelerator.device.type,
                 "world_size": state.world_size,
+                "machine": machine_facts(state.group.device),
             },
             **fingerprint(state.config, index, state.plan.skipped.tolist()),
         }

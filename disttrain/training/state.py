@@ -115,6 +115,15 @@ class Meter:
         if len(self._pending) == _COUNTED_AT_ONCE:
             self._count()
 
+    def add_own(self, loss: Tensor, samples: int) -> None:
+        """Notes the loss of a micro-batch of this rank, float32 [], whose sums come with `add_sums`."""
+        self._losses.append((self.steps, loss))
+        self.samples += samples
+
+    def add_sums(self, sums: Tensor) -> None:
+        """Adds the loss and the number of correct predictions of a step, float64 [2]."""
+        self._sums += sums
+
     def totals(self) -> list[float]:
         """Returns the sum of the losses and the number of correct predictions; waits for the device."""
         self._count()

@@ -94,10 +94,8 @@ def micro_batch_context(state: TrainState, micro: MicroBatch, global_batch: int)
 
 def no_sync(state: TrainState) -> contextlib.AbstractContextManager[None]:
     """Accumulates gradients without an all-reduce; a later pass reduces them."""
-    if state.world_size == 1:
-        return contextlib.nullcontext()
-    assert isinstance(state.model, DistributedDataParallel)
-    return state.model.no_sync()
+    model = state.model
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def full_batch_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

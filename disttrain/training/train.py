@@ -29,7 +29,7 @@ from disttrain.training.nonfinite import check_loss
 from disttrain.training.optim import lr_factor, set_lr
 from disttrain.training.rank_state import preserve_rng_state
 from disttrain.training.state import Progress, TrainState
-from disttrain.training.step import train_step
+from disttrain.training.virtual_ranks import step_function
 
 _NOISE = 16  # the stream of random numbers that seeds dropout
 
@@ -79,6 +79,7 @@ def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Ca
     steps = range(begin // plan.batch_size, plan.steps_per_epoch)
     state.augment.start_epoch(epoch, order, *state.image_size)
     seed = make_seed_fn(state.accelerator.device)
+    take_step = step_function(config.train)
     meter = state.meter
     meter.start()
     seen: list[Ids] = []
@@ -90,7 +91,7 @@ def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Ca
             # Dropout depends only on the step and the rank, so that a resumed run draws the same masks.
             seed(counter_rng.derive(config.seed, _NOISE, progress.step, state.rank) >> 1)
 
-            ids = train_step(state, batches, progress.step + 1, len(places), callbacks.phases)
+            ids = take_step(state, batches, progress.step + 1, len(places), callbacks.phases)
 
             seen.append(ids)
             progress.step += 1

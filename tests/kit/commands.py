@@ -24,9 +24,11 @@ def background(arguments: list[str], folder: Path, data_root: Path) -> subproces
     )
 
 
-def torchrun(script: Path, *arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
-    """Runs a script in two processes of torchrun; `how` is for subprocess.run."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(
+    script: Path, *arguments: object, ranks: int = 2, **how: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script in processes of torchrun; `how` is for subprocess.run."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += map(str, (script, *arguments))
     return subprocess.run(command, capture_output=True, text=True, timeout=240, **how)
 

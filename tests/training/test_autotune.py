@@ -114,8 +114,11 @@ def test_a_run_that_goes_on_on_other_ranks_keeps_its_arithmetic_alone(timed: lis
 def test_a_reproducible_run_measures_nothing(timed: list[Settings]) -> None:
     found = choice(reproducible=True)
     assert timed == []
-    assert found.settings == Settings("fp32", True, False, 4)
+    assert found.settings == Settings("fp32", True, False, 1)
     assert str(found.reasons["channels_last"]).startswith("true: train.reproducible: ")
+    assert str(found.reasons["threads"]).startswith("1: train.reproducible: ")
+    saved = SAVED | {"world_size": 3, "threads": 4}
+    assert choose(config(reproducible=True), work(), threads=4, saved=saved).settings.threads == 1
 
 
 def test_a_model_that_cannot_be_copied_is_not_measured() -> None:

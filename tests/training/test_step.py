@@ -17,7 +17,7 @@ from disttrain.training.augment import Mix
 from disttrain.training.ema import MovingAverage
 from disttrain.training.microbatch import augment_micro_batch
 from disttrain.training.phases import Phases
-from disttrain.training.step import loss_sum
+from disttrain.training.step import loss_sum, train_step
 from kit.training import (
     CLASSES,
     Recorder,
@@ -134,7 +134,7 @@ def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size
         state.optimizer = SimpleNamespace(step=keep)  # type: ignore[assignment]
         state.augment.start_epoch(0, state.plan.order(0), 6, 6)
         batches = loops.prefetch(state, 0, range(step, step + 1), state.plan.order(0))
-        ids = loops.train_step(state, batches, step + 1, len(state.plan.batch(step)), Phases())
+        ids = train_step(state, batches, step + 1, len(state.plan.batch(step)), Phases())
         batches.close()
         assert state.meter.samples == len(ids)
         return torch.cat(gradients), ids.tolist()

@@ -18,6 +18,7 @@ from disttrain.training.build import build
 from disttrain.training.group import join
 from disttrain.training.phases import Phases
 from disttrain.training.rank import Rank
+from disttrain.training.step import train_step
 
 STEPS = 6
 
@@ -52,7 +53,7 @@ batches = train.prefetch(parts, 0, range(STEPS), order)
 steps = []
 for _ in range(STEPS):
     seen.clear()
-    train.train_step(parts, batches, 1, parts.plan.batch_size, Phases())
+    train_step(parts, batches, 1, parts.plan.batch_size, Phases())
     steps.append(dict(seen))
 batches.close()
 if rank.number == 0:

@@ -1,0 +1,130 @@
+"""A step that gives the same bits on any number of ranks (`train.reproducible`).
+
+The global batch is cut into parts, one for each virtual rank. Their number is part of the experiment and does
+not depend on the number of ranks. A rank takes a contiguous share of the virtual ranks, one after the other.
+Each virtual rank has its own batch-norm statistics, its own random numbers and its own gradient, as a rank of
+its own would. Gradients, losses and batch-norm statistics are summed over all virtual ranks in a fixed order
+(tree_sum.py), and then every rank takes the same optimizer step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from disttrain import counter_rng
+from disttrain.config import TrainConfig
+from disttrain.data.batches import Batch
+from disttrain.data.epoch_plan import Ids, rank_slice, virtual_ranks
+from disttrain.heartbeat import Phase
+from disttrain.training.collectives import fill
+from disttrain.training.microbatch import MicroBatch, next_inputs
+from disttrain.training.phases import Phases
+from disttrain.training.rank_state import seed_all
+from disttrain.training.state import TrainState
+from disttrain.training.step import loss_sum, train_step, update
+from disttrain.training.tree_sum import TreeSum, reduce_tree
+
+TakeStep = Callable[[TrainState, Iterator[tuple[MicroBatch, Batch]], int, int, Phases], Ids]
+"""Takes one optimizer step; see `train_step`."""
+
+_STEP = 25  # the stream of random numbers that seeds the virtual ranks of a step
+
+
+def step_function(config: TrainConfig) -> TakeStep:
+    """Returns the function that takes the steps of a run."""
+    return reproducible_step if config.reproducible else train_step
+
+
+def reproducible_step(
+    state: TrainState,
+    batches: Iterator[tuple[MicroBatch, Batch]],
+    step: int,
+    global_batch: int,
+    phases: Phases,
+) -> Ids:
+    """Takes one optimizer step, with the same result on any number of ranks. Every rank calls this.
+
+    For arguments and result see `train_step`; a micro-batch is the part of a virtual rank.
+    """
+    config, scaler, meter, device = state.config, state.accelerator.scaler, state.meter, state.group.device
+    count = virtual_ranks(global_batch, config.train)
+    own = rank_slice(range(count), state.rank, state.world_size)
+    buffers = list(state.model.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    sums = TreeSum(count, own)
+    ids: list[Ids] = []
+    for number, virtual_rank in enumerate(own):
+        _, images, labels, partners, own_ids = (inputs := next_inputs(state, batches, step, number, phases))
+        phases.enter(Phase.COMPUTE, step, number)
+        seed_all(counter_rng.derive(config.seed, _STEP, step, virtual_rank), device)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        scores = state.model(images)
+        loss = loss_sum(scores, labels, partners, inputs.micro.mix, config.train.label_smoothing)
+        (loss if scaler is None else scaler.scale(loss)).backward(torch.full_like(loss, 1 / global_batch))
+        correct = (scores.detach().argmax(1) == labels).sum()
+        meter.add_own(loss.detach(), len(labels))
+        sums.add(virtual_rank, [*_take_gradients(state), _packed([*buffers, loss.detach(), correct])])
+        ids.append(own_ids)
+    phases.enter(Phase.REDUCE, step)
+    numbers = torch.empty(sum(b.numel() for b in buffers) + 2, dtype=torch.float64, device=device)
+    *gradients, numbers = reduce_tree(state.group, count, sums.sums, [*state.parameters, numbers])
+    phases.enter(Phase.OPTIMIZE, step)
+    for parameter, gradient in zip(state.parameters, gradients, strict=True):
+        parameter.grad = gradient
+    fill(buffers, numbers[:-2] / count)  # in float64 the mean of equal numbers is exactly that number
+    if state.rank == 0:  # the others add nothing: these are sums over all ranks
+        meter.add_sums(numbers[-2:])
+    update(state)
+    if state.ema is not None:
+        state.ema.n_averaged += 1
+    meter.steps += 1
+    return np.concatenate(ids) if ids else np.empty(0, np.int64)
+
+
+def weight_digests(state: TrainState) -> dict[str, str]:
+    """Returns a digest of each tensor of the model; the same on every rank. Waits for the device."""
+    return {
+        name: hashlib.blake2b(
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), digest_size=5
+        ).hexdigest()
+        for name, value in state.bare_model.state_dict().items()
+    }
+
+
+def machine_facts(device: torch.device) -> dict[str, str]:
+    """Returns what the bits of a run depend on besides its experiment: versions and the kind of device."""
+    facts = {"torch": str(torch.__version__)}
+    if device.type == "cuda":
+        facts |= {"GPU": torch.cuda.get_device_name(device), "cuDNN": str(torch.backends.cudnn.version())}
+    else:
+        facts |= {"CPU": _cpu_model(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    return facts
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
+    return platform.machine()
+
+
+def _take_gradients(state: TrainState) -> list[Tensor]:
+    """Returns the gradients and removes them from the parameters; 0 where a parameter took no part."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in state.parameters]
+    state.drop_gradients()
+    return gradients
+
+
+def _packed(tensors: list[Tensor]) -> Tensor:
+    """Returns the numbers of the tensors, float64 [numbers]."""
+    return torch.cat([tensor.reshape(-1).double() for tensor in tensors])

@@ -1,0 +1,192 @@
+"""Run by torchrun or alone: trains experiments in this process, and prints a digest of each as JSON.
+
+Arguments: the folder of the data set, whether reproducible (true or false), the number of virtual ranks, what
+to leave out of the mode (a name of FAULTS, or none), and the names of the cases.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from disttrain.models.resnet import resnet18
+from disttrain.runs.jsonl import encoded
+from disttrain.shards.index import Index, load_index
+from disttrain.training import tree_sum, virtual_ranks
+from disttrain.training.build import build
+from disttrain.training.group import join
+from disttrain.training.rank import Rank
+from kit.graph_cases import config_of, train_through
+from kit.run_results import MEASURED
+
+BATCH = 48
+
+
+def resnet18_with_dropout(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    network = resnet18(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    network.classifier.insert(2, nn.Dropout(0.3))
+    return network
+
+
+class Small(nn.Sequential):
+    """Batch norm, dropout and a random choice of Python in each pass."""
+
+    def __init__(self, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, 8, 3, stride=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(8 * 225, num_classes),
+        )
+
+
+AUGMENTED = {"crop_padding": 2, "flip": True, "cutout": 8}
+MUON = {
+    "name": "muon", "lr": 0.02, "momentum": 0.6, "normalize_weights": True,
+    "groups": [{"parameters": ".*bias", "name": "sgd", "lr": 1.0}],
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "small": {
+        "model": {"name": "__main__:Small"},
+        "train": {"ema": 0.9, "grad_clip": 0.5, "precision": "fp32"},
+        "augment": {"mixup": 0.2},
+    },
+    "lenet_bn": {"train": {"precision": "fp32"}, "augment": AUGMENTED},
+    "lenet_bn clipped bf16 streamed": {
+        "train": {"precision": "bf16", "grad_clip": 0.5},
+        "data": {"cache": "none"},
+    },
+    "cnn_mnist mixup accumulated": {
+        "model": {"name": "cnn_mnist"},
+        "augment": {"mixup": 0.4, "cutmix": 1.0},
+        "train": {"accumulate": 2, "precision": "fp32"},
+        "optim": {"name": "adam", "lr": 1e-3, "momentum": None},
+    },
+    "speednet muon": {
+        "model": {"name": "speednet", "args": {"widths": [8, 16, 16]}},
+        "optim": MUON,
+        "train": {"precision": "fp32", "label_smoothing": 0.1},
+        "eval": {"tta": "multi_view"},
+    },
+    "resnet18 dropout ema": {
+        "model": {"name": "__main__:resnet18_with_dropout"},
+        "train": {"ema": 0.9, "precision": "fp32", "epochs": 1},
+    },
+    "resnet18 dropout ema bf16 streamed": {
+        "model": {"name": "__main__:resnet18_with_dropout"},
+        "train": {"ema": 0.9, "precision": "bf16", "epochs": 1},
+        "data": {"cache": "none"},
+    },
+}
+
+
+def skip_the_tree() -> None:
+    """Each rank adds up its own virtual ranks, then the ranks' sums are added."""
+    tree_sum.own_nodes = lambda node, own: [tree_sum.Node(own.start, own.stop)] if own else []
+
+    def add(self: tree_sum.TreeSum, virtual_rank: int, values: list[Tensor]) -> None:
+        whole = tree_sum.Node(self._own.start, self._own.stop)
+        if whole in self.sums:
+            tree_sum.add_all(self.sums[whole], values)
+        else:
+            self.sums[whole] = values
+
+    def total(root: tree_sum.Node, sums: dict[tree_sum.Node, Tensor]) -> Tensor:
+        first, *others = sums.values()
+        for other in others:
+            first.add_(other)
+        return first
+
+    tree_sum.TreeSum.add, tree_sum._total = add, total
+
+
+def skip_the_statistics() -> None:
+    """Batch-norm statistics of each rank are those of its own virtual ranks."""
+    virtual_ranks.fill = lambda buffers, flat: None
+
+
+def skip_the_seeds() -> None:
+    """Random numbers go on from one virtual rank to the next."""
+    virtual_ranks.seed_all = lambda key, device: None
+
+
+def skip_the_threads() -> None:
+    """A process alone has two threads."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        real = torch.set_num_threads
+        torch.set_num_threads = lambda number: real(2)
+
+
+def clip_before_the_sum() -> None:
+    """Each rank clips its own gradient."""
+    real = virtual_ranks.reduce_tree
+
+    def clipped(group: Any, count: int, sums: Any, like: Any) -> Any:
+        for values in sums.values():
+            nn.utils.clip_grads_with_norm_(
+                [_with_gradient(value) for value in values[:-1]], 0.1, nn.utils.get_total_norm(values[:-1])
+            )
+        return real(group, count, sums, like)
+
+    virtual_ranks.reduce_tree = clipped
+
+
+def _with_gradient(value: Tensor) -> Tensor:
+    holder = torch.empty_like(value)
+    holder.grad = value
+    return holder
+
+
+FAULTS = {
+    "none": lambda: None,
+    "tree": skip_the_tree,
+    "statistics": skip_the_statistics,
+    "seeds": skip_the_seeds,
+    "threads": skip_the_threads,
+    "clipping": clip_before_the_sum,
+}
+
+
+def trained(index: Index, case: str, *, reproducible: bool, virtual: int) -> str:
+    """Trains a case, and returns a digest of its weights and of what it recorded."""
+    mode = {"train": {"reproducible": reproducible, "virtual_ranks": virtual}}
+    config = config_of(index, BATCH, {"monitor": {"log_every_steps": 2}}, CASES[case], mode)
+    AcceleratorState._reset_state()
+    number = int(os.environ.get("RANK", "0"))
+    state, progress, _ = build(config, Rank(number, None), join(config, "cpu"), index, None)
+    records = train_through(state, progress)
+    found = hashlib.sha256()
+    for network in state.networks:
+        for name, value in network.state_dict().items():
+            found.update(name.encode() + value.contiguous().numpy().tobytes())
+    for record in records:
+        kept = {key: value for key, value in json.loads(encoded(record)).items() if key not in MEASURED}
+        found.update(json.dumps(kept, sort_keys=True).encode())
+    return found.hexdigest()
+
+
+def main(folder: str, reproducible: str, virtual: str, fault: str, *cases: str) -> None:
+    FAULTS[fault]()
+    index = load_index(Path(folder).name, str(Path(folder).parent))
+    found = {
+        case: trained(index, case, reproducible=reproducible == "true", virtual=int(virtual))
+        for case in cases
+    }
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found), flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os._exit(0)  # as a worker does, without waiting for the threads of the process group
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
