@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from disttrain.launch.prepare import Ready
     from disttrain.launch.secret import Secret
     from disttrain.runs.runfolder import RunFolder
+    from disttrain.slurm_env import Node
 
 _REPORT_EVAL_S = "10"  # time limit for evaluating the best checkpoint in the report of a finished run
 _STOPPED = {75, 130, 138, 140, 143}  # no report: the run will be resumed, or was ended by a signal
@@ -82,15 +83,13 @@ def run(
     KEY=VALUE overrides a setting, for example optim.lr=0.1. train.batch_size is the global batch, so the
     number of GPUs does not change the experiment.
     """
-    from disttrain import slurm_env
     from disttrain.config import dump_config
-    from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_run_dir, plan_secret
+    from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_secret
     from disttrain.launch.prepare import check_run, gpu_notes, processes_here
     from disttrain.launch.rendezvous import sharing_failures
     from disttrain.launch.secret import Secret
     from disttrain.models import check_model_name
     from disttrain.runs.agreement import shared_facts
-    from disttrain.runs.resume import resume_again
     from disttrain.runs.runfolder import RunFolder, new_run_path
 
     node = plan_nodes(nodes, **place, environ=os.environ)
@@ -101,9 +100,7 @@ def run(
         here = processes_here(gpus=gpus, procs=procs)
         for note in gpu_notes(here.device, procs):
             aside(note)
-        run_dir = run_dir or plan_run_dir(config.name, node, os.environ)
-        if run_dir and slurm_env.requeued(os.environ):
-            resume = resume_again(RunFolder(run_dir), resume)
+        run_dir, resume = _where_to_begin(run_dir, resume, config, node)
         plan = LaunchPlan(
             config_path,
             overrides,
@@ -122,9 +119,23 @@ def run(
             return
         folder = ready.folder if run_dir else RunFolder(new_run_path(config.name))
         folder.create() if plan.node_rank == 0 else folder.check_writable("logs", "errors")
-    known = shared_facts(config, ready.index)
-    plan = replace(plan, run_dir=folder.path)
+    plan, known = replace(plan, run_dir=folder.path), shared_facts(config, ready.index)
     _train(plan, folder, known, secret, max_restarts=max_restarts, report=report)
+
+
+def _where_to_begin(
+    run_dir: Path | None, resume: str, config: Config, node: Node | None
+) -> tuple[Path | None, str]:
+    """Returns the run folder, None for a new one, and what to resume from; a requeued job goes on."""
+    from disttrain import slurm_env
+    from disttrain.launch.plan import plan_run_dir
+    from disttrain.runs.resume import resume_again
+    from disttrain.runs.runfolder import RunFolder
+
+    run_dir = run_dir or plan_run_dir(config.name, node, os.environ)
+    if run_dir and slurm_env.requeued(os.environ):
+        resume = resume_again(RunFolder(run_dir), resume)
+    return run_dir, resume
 
 
 def _read_config(config_path: Path, overrides: tuple[str, ...], run_dir: Path | None) -> Config:
