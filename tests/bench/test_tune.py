@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from disttrain.bench.tune import BatchRow, judge_batches, judge_rates
+from kit import toy
 from kit.commands import Run
 
 RATES = np.geomspace(1e-6, 10, 100).tolist()
@@ -85,13 +86,15 @@ def test_a_learning_rate_for_the_digits(disttrain: Run, tmp_path: Path, config_f
     assert wrong.stderr.strip() == "disttrain: --from 1 is not below --to 0.001; choose a lower --from"
 
 
-def test_a_batch_size_for_the_digits(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
-    done = disttrain("tune", "batch", config_file, "--procs", "1", "--seconds", "0.05", "--json")
+def test_a_batch_size(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
+    toy.pack(train=70, root=str(tmp_path), shape=(8, 8, 3))
+    few = ("data.name=toy", f"data.root={tmp_path}")
+    done = disttrain("tune", "batch", config_file, *few, "--procs", "1", "--seconds", "0.05", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     sizes = [row["batch_size"] for row in found["tried"]]
     assert sizes == [16 * 2**i for i in range(len(sizes))]
-    assert sizes[-1] <= 1438
+    assert sizes[-1] <= 70
     assert found["suggested"] in sizes
     assert all(
         row["images_per_s"] == pytest.approx(row["batch_size"] / row["step_s"]) for row in found["tried"]

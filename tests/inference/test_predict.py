@@ -30,6 +30,7 @@ from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options
 from kit.commands import Run
+from kit.marks import nightly
 from kit.shards import read_split
 
 HEIC = (  # 16x16 pixels, the left half red, the right half blue
@@ -227,7 +228,7 @@ def test_files_that_are_no_images_are_named_and_the_others_go_on(
     assert lines[-1] == "disttrain: 5 of 7 files could not be used"
 
 
-@pytest.mark.parametrize("separator", ["\n", "\0"])
+@pytest.mark.parametrize("separator", ["\0", *nightly("\n")])
 def test_names_come_from_standard_input(
     trained_run: Path, digit_files: Path, tmp_path: Path, separator: str
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kit import slurm_cluster
+from kit.marks import nightly
 from kit.slurm_cluster import Hosts
 
 pytestmark = [
@@ -75,7 +76,7 @@ def test_where_it_cannot_be_told(hosts: Hosts, tmp_path: Path) -> None:
         assert found(hosts, host, host) == interface
 
 
-@pytest.mark.parametrize("own", ["127.0.1.1", ""], ids=["as Debian does", "unknown"])
+@pytest.mark.parametrize("own", ["127.0.1.1", *nightly("")])
 def test_ranks_meet_although_their_nodes_names_lead_nowhere(hosts: Hosts, tmp_path: Path, own: str) -> None:
     name_themselves(hosts, tmp_path, own)
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.10", "MASTER_PORT": "29555", "OMP_NUM_THREADS": "1"}

@@ -9,6 +9,7 @@ import pytest
 
 from kit import PROGRAMS, REPOSITORY
 from kit.commands import Run, background, succeeded
+from kit.marks import nightly
 from kit.run_results import computed_records as records
 from kit.run_results import ids_per_step, status
 
@@ -89,7 +90,7 @@ ANOTHER_GROUP = {  # as a pod, an mpirun and a shell inside a Slurm step leave i
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", ["2", *nightly("1")])
 def test_variables_of_another_group_do_not_reach_the_ranks(
     disttrain: Run, tmp_path: Path, processes: str
 ) -> None:

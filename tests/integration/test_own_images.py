@@ -41,7 +41,7 @@ def draw(folder: Path, kind: str, count: int) -> None:
 def test_every_command_of_the_tutorial_runs(tmp_path: Path) -> None:
     text = DOCUMENT.read_text()
     for kind in ("circle", "square", "stripes"):
-        draw(tmp_path / "photos" / kind, kind, 30)
+        draw(tmp_path / "photos" / kind, kind, 20)
     (config,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "photos.yaml").write_text(config)
     torch.save(resnet18(num_classes=1000).state_dict(), tmp_path / "resnet18.pth")
@@ -63,7 +63,7 @@ def test_every_command_of_the_tutorial_runs(tmp_path: Path) -> None:
         printed[command.split()[1]] = done.stdout
     assert "finished: accuracy" in printed["run"]
     assert "report: runs/photos/report.html" in printed["run"]
-    assert len(re.findall(r"photos/square/\d+\.(?:jpg|png)", printed["predict"])) == 30
+    assert len(re.findall(r"photos/square/\d+\.(?:jpg|png)", printed["predict"])) == 20
     for name in (
         "runs/photos/report.html",
         "photos.html",

@@ -298,6 +298,7 @@ def test_one_task_per_gpu_and_every_other_door_write_the_same(
     assert run_results.computed_records(tmp_path / "run") == run_results.computed_records(tasks)
 
 
+@pytest.mark.nightly
 def test_a_job_that_began_on_two_nodes_goes_on_on_one(
     cluster: Hosts, tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +341,7 @@ def long_job(cluster: Hosts, folder: Path, config_file: Path) -> Job:
     return job
 
 
+@pytest.mark.nightly
 def test_a_rank_that_is_killed_on_the_second_node_releases_both(
     cluster: Hosts, tmp_path: Path, config_file: Path
 ) -> None:

@@ -131,6 +131,7 @@ exec "$@"
 @pytest.mark.skipif(
     not (shutil.which("unshare") and shutil.which("tc")), reason="needs unshare and tc (iproute2)"
 )
+@pytest.mark.nightly
 def test_a_link_that_is_too_slow_for_the_gradients(
     tmp_path: Path, digits_root: Path, config_file: Path
 ) -> None:

@@ -25,6 +25,7 @@ from disttrain.shards.verify import verify
 from disttrain.shards.writer import Sample
 from kit import REPOSITORY
 from kit.commands import wait_for
+from kit.marks import nightly
 from kit.shards import read_split
 from kit.toy import CLASSES, Listed, encode, images, pack, samples, tree
 
@@ -334,7 +335,7 @@ def wait_for_records(scratch, count, process):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, *nightly(3)])
 def test_any_number_of_processes_writes_the_same_bytes(root, photos, processes):
     done = []
     one = pack_photos(photos, "one")
@@ -360,7 +361,7 @@ def test_a_wrong_image_is_named_by_whatever_process_finds_it(root, photos, tmp_p
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, *nightly(2)])
 def test_packing_goes_on_after_it_was_killed(root, many_photos, processes):
     arguments = command(many_photos, root, "--procs", str(processes))
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:

@@ -60,6 +60,7 @@ wait_for_all("more")
 
 
 @pytest.mark.integration
+@pytest.mark.nightly
 def test_ranks_wait_longer_for_work_than_a_collective_would(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW_RANK)
     assert succeeded(torchrun(tmp_path / "slow.py"))
