@@ -50,6 +50,8 @@ def digests(tmp_path_factory: pytest.TempPathFactory, decoded_cache: Path) -> Di
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         else:
             done = torchrun(script, *arguments, ranks=ranks, env=environment)
+        if fault == "statistics" and "different weights" in done.stderr:
+            return {}  # the ranks themselves notice it
         assert done.returncode == 0, done.stderr
         found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
         return found
