@@ -103,6 +103,18 @@ def test_unused_and_skipped_layers_train_on_any_number_of_ranks(disttrain: Run, 
         torch.testing.assert_close(value, weights[1][name], atol=1e-5, rtol=1e-4)
 
 
+def test_layers_skipped_at_random_train_even_with_torchs_debugging(disttrain: Run, own: Path) -> None:
+    done = disttrain(
+        "run", config(own, "Whole"), "model.args.skip=at random", "--procs", 2, "--run-dir", "run",
+        env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"},
+    )  # fmt: skip
+    assert succeeded(done)
+    line = (
+        "TORCH_DISTRIBUTED_DEBUG=DETAIL makes torch's DDP crash; continuing with TORCH_DISTRIBUTED_DEBUG=INFO"
+    )
+    assert done.stdout.splitlines()[0] == line
+
+
 def test_a_layer_that_one_rank_skips_ends_in_one_clear_line(disttrain: Run, own: Path) -> None:
     """The trial cannot see this one, because only a later pass skips the layer."""
     done = disttrain("run", config(own, "Whole"), "model.args.skip=rank 1", "--procs", 2, "--run-dir", "run")
