@@ -175,3 +175,24 @@ def rank_slice(places: range, rank: int, world_size: int) -> range:
     base, extra = divmod(len(places), world_size)
     begin = rank * base + min(rank, extra)
     return places[begin : begin + base + (rank < extra)]
+
+
+def micro_batch_slices(places: range, rank: int, world_size: int, config: TrainConfig) -> list[range]:
+    """Returns the micro-batches of a rank: its part of a global batch, in at most `accumulate` parts.
+
+    A rank without a sample gets the first one of the batch, whose weight is zero. With train.reproducible,
+    each virtual rank of this rank has a micro-batch, and there may be none.
+    """
+    if config.reproducible:
+        number = virtual_ranks(len(places), config)
+        return [rank_slice(places, i, number) for i in rank_slice(range(number), rank, world_size)]
+    own = rank_slice(places, rank, world_size) or places[:1]
+    number = min(config.accumulate, len(own))
+    return [rank_slice(own, i, number) for i in range(number)]
+
+
+def smallest_micro_batch(plan: Plan, world_size: int, config: TrainConfig) -> int:
+    """Returns the samples of the smallest micro-batch that any rank gets in an epoch."""
+    last = plan.batch(plan.steps_per_epoch - 1)  # no batch is smaller
+    ranks = (micro_batch_slices(last, rank, world_size, config) for rank in range(world_size))
+    return min(len(part) for parts in ranks for part in parts)

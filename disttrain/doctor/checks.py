@@ -143,6 +143,7 @@ def network(_: str) -> Iterator[Finding]:
     setting = os.environ.get("GLOO_SOCKET_IFNAME")
     yield rules.gloo_network(addresses, setting, host, _own_address(host), job.nodes if job else 1)
     yield rules.nccl_network([name for name in up if addresses[name]], os.environ.get("NCCL_SOCKET_IFNAME"))
+    yield from rules.torch_debugging(os.environ.get("TORCH_DISTRIBUTED_DEBUG", ""))
 
 
 def _own_address(host: str) -> str | None:

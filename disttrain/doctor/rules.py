@@ -7,7 +7,7 @@ is fine.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from disttrain.monitor.nvml import Gpu
@@ -317,6 +317,15 @@ def nccl_network(names: Sequence[str], setting: str | None) -> Finding:
             "unset NCCL_SOCKET_IFNAME, or set it to one of these",
         )  # fmt: skip
     return ok("NCCL network", f"{', '.join(taken)}{given}")
+
+
+def torch_debugging(level: str) -> Iterator[Finding]:
+    """Judges TORCH_DISTRIBUTED_DEBUG; there is nothing to say of a level with which DDP works."""
+    if level.upper() == "DETAIL":
+        yield warning(
+            "torch's debugging", "TORCH_DISTRIBUTED_DEBUG=DETAIL makes torch's DDP crash; runs use INFO",
+            "unset it, or set it to INFO",
+        )  # fmt: skip
 
 
 def gloo_network(

@@ -10,12 +10,13 @@ from typing import Any
 
 import pydantic
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from disttrain.errors import CheckpointError
 from disttrain.inference.run import FACTS, Facts, open_run, saying_where_code_lies
 from disttrain.models import build_model
+from disttrain.models.pretrained import read_safetensors
 from disttrain.runs.checkpoint import load
 from disttrain.training.autotune import allow_tf32, autocast
 from disttrain.training.normalize import Normalize
@@ -145,9 +146,8 @@ def load_model(
 
 def _load_exported(path: Path) -> Classifier:
     try:
-        with safe_open(path, "pt") as file:
-            facts = FACTS.validate_json((file.metadata() or {})[METADATA])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        weights, header = read_safetensors(path)
+        facts = FACTS.validate_json(header[METADATA])
     except (SafetensorError, OSError, KeyError, pydantic.ValidationError):
         raise CheckpointError(
             f"{path}: is not a file of `disttrain export --format safetensors`; give one, or a run folder"

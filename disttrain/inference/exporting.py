@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -188,9 +188,29 @@ def _write_safetensors(classifier: Classifier, path: Path) -> Scores:
 
     from disttrain.inference.classifier import METADATA, load_model
 
-    weights = {name: value.contiguous() for name, value in classifier.network.state_dict().items()}
-    path.write_bytes(save(weights, {"format": "pt", METADATA: _json(classifier.facts)}))
+    weights, others = _tied_once(classifier.network.state_dict())
+    path.write_bytes(save(weights, others | {"format": "pt", METADATA: _json(classifier.facts)}))
     return _in_torch(load_model(path))
+
+
+def _tied_once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns tied weights under their first name only, and the other names with that name.
+
+    The format allows no two tensors in the same memory. `read_safetensors` gives all names again.
+    """
+    import torch
+
+    weights: dict[str, Tensor] = {}
+    names: dict[Any, str] = {}
+    others: dict[str, str] = {}
+    for name, value in state.items():
+        place = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        first = names.setdefault(place, name) if value.numel() else name
+        if first != name:
+            others[name] = first
+        else:  # cloned, because it may be a part of another one
+            weights[name] = value.clone(memory_format=torch.contiguous_format)
+    return weights, others
 
 
 def _write_torch_export(classifier: Classifier, path: Path) -> Scores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import TYPE_CHECKING
 
 from disttrain.config import Config
 from disttrain.launch.plan import LaunchPlan, rank_map, shell_line
@@ -11,6 +12,9 @@ from disttrain.preflight import split_batch
 from disttrain.shards.index import Index
 from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
+
+if TYPE_CHECKING:
+    from disttrain.data.epoch_plan import Plan
 
 
 def plan_lines(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str, str]]:
@@ -21,7 +25,7 @@ def plan_lines(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str
     train, accumulate = config.train, config.train.accumulate
     per_pass = split_batch(config, plan.world_size)
     data = make_plan(config, index)
-    parameters, checkpoint_bytes = _model_size(config, index)
+    model, checkpoint_bytes = _model(config, index, data, plan.world_size)
 
     share = f"{plan.world_size} rank{'s' * (plan.world_size > 1)} x {per_pass * accumulate}"
     if accumulate > 1:
@@ -53,7 +57,7 @@ def plan_lines(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str
                   f"{data.steps_per_epoch * train.epochs:,}; {full:,} full batches, remainder: {remainder}"),
         ("data", f"{index.name}: {shards}, images {index.channels}x{index.height}x{index.width}"),
         ("shards", shards_line),
-        ("model", f"{config.model.name}, {parameters:,} parameters"),
+        ("model", f"{config.model.name}, {model}"),
         ("checkpoint", f"{mib(checkpoint_bytes, 2)} each, {config.checkpoint.keep} + the best"),
         ("run folder", str(plan.run_dir)),
     ]  # fmt: skip
@@ -63,15 +67,20 @@ def plan_lines(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str
     return lines
 
 
-def _model_size(config: Config, index: Index) -> tuple[int, int]:
-    """Returns the number of parameters and the bytes of a checkpoint; builds both once on the CPU."""
+def _model(config: Config, index: Index, data: Plan, world_size: int) -> tuple[str, int]:
+    """Tries the model; returns its number of parameters, with a note, and the bytes of a checkpoint."""
     from disttrain.models import build_for, parameter_count
     from disttrain.runs.checkpoint import bytes_needed
     from disttrain.training.optim import build_optimizer, state_bytes
+    from disttrain.training.trial import try_training, unused_text
 
     model = build_for(config.model, index)
+    unused = try_training(config, model, index, data, world_size)
     optimizer, _ = build_optimizer(config.optim, config.schedule, model)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if config.train.ema is not None:
         state["ema"] = model.state_dict()
-    return parameter_count(model), bytes_needed(state) + state_bytes(optimizer)
+    text = f"{parameter_count(model):,} parameters"
+    if unused:
+        text += f"; {unused_text(unused)}"
+    return text, bytes_needed(state) + state_bytes(optimizer)

@@ -224,7 +224,7 @@ def _check_output(model: nn.Module, name: str, num_classes: int, shape: tuple[in
     if got != [1, num_classes]:
         raise UsageError(
             f"model {name}: returns {got} for one image of {image}, expected scores [1, {num_classes}] "
-            "(batch, num_classes)"
+            "(batch, num_classes)" + "; return them alone" * (not isinstance(output, torch.Tensor))
         )
 
 

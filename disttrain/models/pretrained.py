@@ -6,8 +6,7 @@ import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from disttrain.errors import UnsafeError, UsageError, reason
@@ -47,13 +46,34 @@ def load_weights(model: nn.Module, path: Path, num_classes: int) -> list[str]:
         for name in own
         if name in saved and own[name].shape != saved[name].shape and name not in fresh
     ]
-    problems = [f"has no {_some(missing)}"] * bool(missing)
-    problems += [f"also has {_some(unexpected)}"] * bool(unexpected)
-    problems += [_some(different)] * bool(different)
+    problems = [f"has no {some_names(missing)}"] * bool(missing)
+    problems += [f"also has {some_names(unexpected)}"] * bool(unexpected)
+    problems += [some_names(different)] * bool(different)
     if problems:
         raise UsageError(f"model.weights: {path} is from another network: {'; '.join(problems)}")
     model.load_state_dict({name: own[name] if name in fresh else saved[name] for name in own})
     return fresh
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors of a safetensors file, those of tied weights under each name, and its header.
+
+    As in safetensors' `save_model`, tied weights are saved once, and the header maps their other names to it.
+
+    Raises:
+        SafetensorError, OSError: the file cannot be read.
+    """
+    with safe_open(path, "pt") as file:
+        header: dict[str, str] = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+    others = {name: kept for name, kept in header.items() if name != "format" and kept in tensors}
+    return {name: tensors[kept] for name, kept in others.items()} | tensors, header
+
+
+def some_names(names: list[str]) -> str:
+    """Returns the first names, and how many more there are."""
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -63,7 +83,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
     try:
         if path.suffix == ".safetensors":
-            saved: object = load_file(path)
+            saved: object = read_safetensors(path)[0]
         else:
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -83,11 +103,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         if saved and all(name.startswith(prefix) for name in saved):
             saved = {name.removeprefix(prefix): value for name, value in saved.items()}
     return saved
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _shape(tensor: Tensor) -> str:

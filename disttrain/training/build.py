@@ -52,9 +52,10 @@ from disttrain.training.group import wait_for_all
 from disttrain.training.normalize import Normalize
 from disttrain.training.optim import build_optimizer
 from disttrain.training.rank import Rank
-from disttrain.training.rank_state import restore_rank_state, seed_user_code
+from disttrain.training.rank_state import preserve_rng_state, restore_rank_state, seed_user_code
 from disttrain.training.restore import resume
-from disttrain.training.state import Progress, TrainState, Validation, eager
+from disttrain.training.state import Progress, TrainState, Validation, cudnn_heuristics, eager
+from disttrain.training.trial import try_training, unused_text
 from disttrain.training.virtual_ranks import machine_facts
 from disttrain.units import mib
 
@@ -103,11 +104,14 @@ def build(
     checkpoint = None if checkpoint_path is None else load(checkpoint_path)
     data = build_data(config, index, group)
     model, weights = initial_model(config, index, device, resumed=checkpoint is not None)
+    unused = unused_parameters(config, model, index, data.plan, group)
     per_image = flops_per_image(model, (index.channels, index.height, index.width))
     chosen = choose_arithmetic(config, group, model, index, data.plan, checkpoint)
     settings = chosen.settings
     accelerator = apply_arithmetic(settings, device, model)
     choices = {"cache": data.cache} | weights | chosen.reasons
+    if unused:
+        choices["no gradient"] = Choice(", ".join(unused), "in a training pass before the start")
     mean, std = statistics(config.data, index.mean, index.std)
     normalize = Normalize(mean, std, index.width, channels_last=settings.channels_last, device=device)
     if checkpoint is None and hasattr(model, "init_from_images"):
@@ -132,7 +136,7 @@ def build(
     progress = Progress() if checkpoint is None else resume(checkpoint, state, index, rank, force=force)
     # Only sets the precision. Placed on "cpu:0", the weights would be copied, and Muon has views of them.
     state.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-    choices |= join_ranks(state, group)
+    choices |= join_ranks(state, group, unused=bool(unused))
     choices["cuda_graph"] = graph_choice(config, device, group.world_size, settings)
     if choices["cuda_graph"].value == "true":
         state.graph = StepGraph(optimizer, device)
@@ -216,6 +220,24 @@ def initial_model(
     return model, {"weights": Choice(config.model.weights, reason)}
 
 
+def unused_parameters(config: Config, model: nn.Module, index: Index, plan: Plan, group: Group) -> list[str]:
+    """Returns the trainable parameters that get no gradient on some rank. Every rank calls this.
+
+    They are not refused: such a model trains on one process, and so it does on several. There, DDP looks in
+    each step for what got no gradient. That takes time, so it does it for these models only.
+
+    Raises:
+        UsageError: the model cannot be trained; see `try_training`.
+    """
+    with preserve_rng_state(group.device), cudnn_heuristics():
+        own = try_training(config, model, index, plan, group.world_size)
+    unused = list(dict.fromkeys(chain.from_iterable(gather(group, own))))
+    if unused:
+        say = print if group.rank == 0 else log.info
+        say(f"model {config.model.name}: {unused_text(unused)}")
+    return unused
+
+
 def choose_arithmetic(
     config: Config, group: Group, model: nn.Module, index: Index, plan: Plan, checkpoint: Checkpoint | None
 ) -> Chosen:
@@ -253,10 +275,10 @@ def apply_arithmetic(settings: Settings, device: torch.device, model: nn.Module)
     )
 
 
-def join_ranks(state: TrainState, group: Group) -> dict[str, Choice]:
+def join_ranks(state: TrainState, group: Group, *, unused: bool) -> dict[str, Choice]:
     """Prepares the model for several ranks: wraps it in DDP, or copies its weights if DDP is not used.
 
-    Every rank calls this.
+    Every rank calls this. With `unused`, parameters may get no gradient.
 
     Raises:
         UsageError: train.reproducible, and the ranks have different kinds of machines.
@@ -270,14 +292,16 @@ def join_ranks(state: TrainState, group: Group) -> dict[str, Choice]:
     if group.world_size == 1:
         return {}
     every = config.monitor.log_every_steps
-    state.model, bucket = wrap_ddp(state.model, group.device, timed_every=every)
+    state.model, bucket = wrap_ddp(state.model, group.device, timed_every=every, unused=unused)
     return {"bucket": bucket}
 
 
-def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tuple[nn.Module, Choice]:
+def wrap_ddp(
+    model: nn.Module, device: torch.device, *, timed_every: int, unused: bool = False
+) -> tuple[nn.Module, Choice]:
     """Returns a model wrapped in DDP, and the size of its gradient buckets. Every rank calls this.
 
-    DDP times one step in `timed_every`.
+    DDP times one step in `timed_every`. With `unused`, parameters may get no gradient.
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     bucket, reason = bucket_mib(trained, device)
@@ -288,6 +312,7 @@ def wrap_ddp(model: nn.Module, device: torch.device, *, timed_every: int) -> tup
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         bucket_cap_mb=bucket,
+        find_unused_parameters=unused,
     )
     # Batch-norm statistics are averaged before they are used; no broadcast in every step. Set here because
     # the constructor's argument has a new name in each torch.

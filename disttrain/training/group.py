@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Literal
 
 from disttrain.config import Config
@@ -108,6 +108,22 @@ def check_plugins(environ: Mapping[str, str]) -> None:
             )
 
 
+def lower_debug_level(environ: MutableMapping[str, str]) -> None:
+    """Sets TORCH_DISTRIBUTED_DEBUG=DETAIL to INFO for several ranks, and rank 0 says so.
+
+    With DETAIL, DDP's constructor ends with SIGSEGV (torch 2.14 with gloo, without any of our settings).
+    """
+    name = "TORCH_DISTRIBUTED_DEBUG"
+    if environ.get(name, "").upper() != "DETAIL" or environ.get("WORLD_SIZE", "1") == "1":
+        return
+    import torch.distributed as dist
+
+    environ[name] = "INFO"
+    dist.set_debug_level(dist.DebugLevel.INFO)  # type: ignore[attr-defined]
+    if environ.get("RANK", "0") == "0":
+        print(f"{name}=DETAIL makes torch's DDP crash; continuing with {name}=INFO", flush=True)
+
+
 def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     """Joins the process group, and sets this process's threads and determinism. Every rank calls this.
 
@@ -117,6 +133,7 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
         UsageError: the group does not have WORLD_SIZE ranks, or Accelerate is set to train without DDP.
     """
     check_plugins(os.environ)
+    lower_debug_level(os.environ)
     import torch
     from accelerate import PartialState
 

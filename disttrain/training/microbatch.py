@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from disttrain.data.batches import Batch, Window
-from disttrain.data.epoch_plan import Ids, rank_slice, virtual_ranks
+from disttrain.data.epoch_plan import Ids, micro_batch_slices
 from disttrain.heartbeat import Phase
 from disttrain.training.augment import Mix
 from disttrain.training.phases import Phases
@@ -44,17 +44,10 @@ def micro_batches(state: TrainState, epoch: int, index: int) -> Iterator[MicroBa
 
     With train.reproducible, there is one for each virtual rank of this rank, which may have none.
     """
-    places, config = state.plan.batch(index), state.config.train
-    own = rank_slice(places, state.rank, state.world_size)
-    counts = len(own) > 0
-    own = own or places[:1]  # a last batch smaller than the world
+    places = state.plan.batch(index)
+    parts = micro_batch_slices(places, state.rank, state.world_size, state.config.train)
+    counts = state.rank < len(places)  # not in a last batch smaller than the world
     mix = state.augment.mix(epoch, index, len(places), *state.image_size)
-    number = min(config.accumulate, len(own))
-    parts = [rank_slice(own, i, number) for i in range(number)]
-    if config.reproducible:
-        number = virtual_ranks(len(places), config)
-        own = rank_slice(range(number), state.rank, state.world_size)
-        parts = [rank_slice(places, i, number) for i in own]
     for i, part in enumerate(parts):
         window: Window = slice(part.start, part.stop)
         if mix is not None:

@@ -15,7 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.data.batches import Batch
 from disttrain.data.epoch_plan import Ids
+from disttrain.errors import UsageError
 from disttrain.heartbeat import Phase
+from disttrain.models.pretrained import some_names
 from disttrain.training.augment import Mix
 from disttrain.training.microbatch import MicroBatch, next_inputs
 from disttrain.training.phases import Phases
@@ -66,6 +68,7 @@ def train_step(
             ids.append(own_ids)
         if micro.last:
             break
+    check_reduced(state, step)
     phases.enter(Phase.OPTIMIZE, step)
     if graph is None:
         update(state)
@@ -96,6 +99,34 @@ def no_sync(state: TrainState) -> contextlib.AbstractContextManager[None]:
     """Accumulates gradients without an all-reduce; a later pass reduces them."""
     model = state.model
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def check_reduced(state: TrainState, step: int) -> None:
+    """Checks on each rank alone that the backward pass of a step has reduced all gradients.
+
+    Without this, the other ranks would wait in the reduction for one that is already in the next collective.
+    (A layer that is skipped at random is mostly found before the start, and then DDP allows for it.)
+
+    Raises:
+        UsageError: a parameter got no gradient on this rank.
+    """
+    if not isinstance(state.model, DistributedDataParallel):
+        return
+    try:
+        state.model._check_reducer_finalized()
+    except RuntimeError as error:
+        names = [
+            name
+            for name, parameter in state.bare_model.named_parameters()
+            if parameter.requires_grad and parameter.grad is None
+        ]
+        if not names:
+            raise
+        raise UsageError(
+            f"model {state.config.model.name}: no gradient for {some_names(names)} in step {step:,} on rank "
+            f"{state.rank}; skip a layer by multiplying its output by 0, as torchvision.ops.stochastic_depth "
+            "does"
+        ) from error
 
 
 def full_batch_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disttrain.data.epoch_plan import Plan, digest, rank_slice, usable_ids
+from disttrain.config import TrainConfig
+from disttrain.data.epoch_plan import (
+    Plan,
+    digest,
+    micro_batch_slices,
+    rank_slice,
+    smallest_micro_batch,
+    usable_ids,
+)
 from disttrain.errors import UsageError
 
 WORLDS = [1, 2, 3, 4, 8]
@@ -188,6 +196,41 @@ def test_every_world_trains_on_the_same_batches_and_on_each_sample_once(
         for step, batch in enumerate(batches):
             shares = [rank_slice(epoch.batch(step), rank, world_size) for rank in range(world_size)]
             assert [sample for part in shares for sample in order[list(part)].tolist()] == batch
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "drop", "world_size", "parts", "expected"),
+    [
+        (9, 4, False, 1, 1, 1),
+        (9, 4, True, 1, 1, 4),
+        (8, 4, False, 2, 2, 1),
+        (1000, 64, False, 4, 2, 5),  # the last batch has 40: four ranks, two passes
+        (9, 8, False, 8, 1, 1),  # seven ranks without a sample take one with a weight of zero
+        (3, 64, False, 1, 1, 3),
+        (10, 8, False, 1, 4, 1),
+        (
+            13,
+            8,
+            False,
+            3,
+            {"reproducible": True, "virtual_ranks": 2},
+            2,
+        ),  # the last batch has parts of 3 and 2
+    ],
+)
+def test_the_smallest_micro_batch(
+    samples: int, batch_size: int, drop: bool, world_size: int, parts: Any, expected: int
+) -> None:
+    settings = parts if isinstance(parts, dict) else {"accumulate": parts}
+    train = TrainConfig(epochs=1, batch_size=batch_size, **settings)
+    epoch = plan((samples,), batch_size, drop_remainder=drop)
+    assert smallest_micro_batch(epoch, world_size, train) == expected
+    assert expected == min(
+        len(part)
+        for step in range(epoch.steps_per_epoch)
+        for rank in range(world_size)
+        for part in micro_batch_slices(epoch.batch(step), rank, world_size, train)
+    )
 
 
 # --- Proof ------------------------------------------------------------------------------------------

@@ -191,6 +191,11 @@ def test_interfaces_that_nccl_takes(names: list[str], setting: str | None, expec
     assert rules.nccl_network(names, setting).status == ("ok" if expected else "failure")
 
 
+@pytest.mark.parametrize(("level", "found"), [("", 0), ("INFO", 0), ("DETAIL", 1), ("detail", 1)])
+def test_a_debug_level_with_which_ddp_crashes_is_a_warning(level: str, found: int) -> None:
+    assert [finding.status for finding in rules.torch_debugging(level)] == ["warning"] * found
+
+
 ADDRESSES = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.5"], "ib0": ["10.1.0.5"]}
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from safetensors.torch import load_model as stock_load_model
 
 from disttrain.errors import DisttrainError, UsageError
 from disttrain.inference import exporting
@@ -27,7 +28,7 @@ from disttrain.inference.prediction import predict
 from disttrain.runs import checkpoint
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
-from kit.commands import Run
+from kit.commands import Run, succeeded
 from kit.shards import read_split
 
 needs_onnx = pytest.mark.skipif(
@@ -154,6 +155,48 @@ def test_an_onnx_file_says_what_it_takes_and_gives(trained_run: Path, tmp_path: 
     assert json.loads(about["classes"]) == list("0123456789")
     assert json.loads(about["disttrain"])["mean"] == list(load_model(trained_run).facts.mean)
     assert about["input"] == "images: uint8 [B, 8, 8, 1], gray 0..255, any B"
+
+
+TIED = """
+import torch
+from torch import nn
+
+class Tied(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(64, num_classes)
+        self.register_buffer("part", self.head.weight.detach()[:2])
+
+    def forward(self, images):
+        return self.head(torch.relu(self.second(torch.relu(self.first(images.flatten(1))))))
+"""
+
+
+def test_tied_weights_are_exported_and_read_back(
+    disttrain: Run, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tied.py").write_text(TIED)
+    run = ["run", config_file, "model.name=tied:Tied", "train.epochs=1", "--procs", 1, "--run-dir"]
+    assert succeeded(disttrain(*run, "run"))
+    done = disttrain("export", "run", "--format", "safetensors", "--output", "out/net.safetensors")
+    assert succeeded(done)
+    assert "on 256 images" in done.stdout
+    path = tmp_path / "out/net.safetensors"
+    assert load_file(path).keys() == {
+        "first.weight", "first.bias", "second.bias", "head.weight", "head.bias", "part",
+    }  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path)
+    trained, stock = load_model(tmp_path / "run"), load_model(tmp_path / "run")
+    with torch.no_grad():
+        stock.network.first.weight.zero_()
+    stock_load_model(stock.network, path, strict=False)  # by name, it takes `part` for a tied weight
+    images = torch.randint(0, 256, (5, 8, 8, 1), dtype=torch.uint8)
+    for model in (load_model(path), stock):
+        assert torch.equal(model(images), trained(images))
+    assert succeeded(disttrain(*run, "again", f"model.weights={path}"))
+    assert f"{path}: all" in (tmp_path / "again/env.json").read_text()
 
 
 # --- Refusals ---------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 The tensors have a device, a type and a shape, but no content. torch refuses to compute with tensors of two
 devices and to tell a number that would have to come from a GPU. All is what a run is made of, except what
 torch does not do without a driver or without content: the backward pass, which gives gradients of 0 here,
-fused SGD, events, the generator of the GPU, modules that are moved to it, and copies of modules.
+fused SGD, events, the generator of the GPU, modules that are moved to it, and copies of modules. So a model
+is not tried before the start.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class OneGpu:
     def __init__(self, **settings: Any) -> None:
         pass
 
-    def prepare_model(self, model: nn.Module, *, evaluation_mode: bool) -> nn.Module:
+    def prepare_model(self, model: nn.Module, *, device_placement: bool, evaluation_mode: bool) -> nn.Module:
         return model
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
@@ -72,6 +73,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("MIXED_PRECISION", "DYNAMO_BACKEND"):
         monkeypatch.setenv(f"ACCELERATE_{name}", "no")  # the build sets it
     monkeypatch.setattr(building, "Accelerator", OneGpu)
+    monkeypatch.setattr(building, "unused_parameters", lambda *_: [])
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
