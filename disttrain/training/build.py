@@ -99,8 +99,7 @@ def build(
     Returns:
         The state, the progress to start from, and the automatic choices with their reasons.
     """
-    group = Group.of(process_group)
-    device = group.device
+    group, device = Group.of(process_group), process_group.device
     checkpoint = None if checkpoint_path is None else load(checkpoint_path)
     data = build_data(config, index, group)
     model, weights = initial_model(config, index, device, resumed=checkpoint is not None)
@@ -110,8 +109,6 @@ def build(
     settings = chosen.settings
     accelerator = apply_arithmetic(settings, device, model)
     choices = {"cache": data.cache} | weights | chosen.reasons
-    if unused:
-        choices["no gradient"] = Choice(", ".join(unused), "in a training pass before the start")
     mean, std = statistics(config.data, index.mean, index.std)
     normalize = Normalize(mean, std, index.width, channels_last=settings.channels_last, device=device)
     if checkpoint is None and hasattr(model, "init_from_images"):
@@ -136,7 +133,7 @@ def build(
     progress = Progress() if checkpoint is None else resume(checkpoint, state, index, rank, force=force)
     # Only sets the precision. Placed on "cpu:0", the weights would be copied, and Muon has views of them.
     state.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-    choices |= join_ranks(state, group, unused=bool(unused))
+    choices |= join_ranks(state, group, unused)
     choices["cuda_graph"] = graph_choice(config, device, group.world_size, settings)
     if choices["cuda_graph"].value == "true":
         state.graph = StepGraph(optimizer, device)
@@ -275,25 +272,34 @@ def apply_arithmetic(settings: Settings, device: torch.device, model: nn.Module)
     )
 
 
-def join_ranks(state: TrainState, group: Group, *, unused: bool) -> dict[str, Choice]:
+def join_ranks(state: TrainState, group: Group, unused: Sequence[str]) -> dict[str, Choice]:
     """Prepares the model for several ranks: wraps it in DDP, or copies its weights if DDP is not used.
 
-    Every rank calls this. With `unused`, parameters may get no gradient.
+    Every rank calls this.
+
+    Args:
+        state: of this rank.
+        group: the ranks.
+        unused: parameters that may get no gradient.
+
+    Returns:
+        What was chosen.
 
     Raises:
         UsageError: train.reproducible, and the ranks have different kinds of machines.
     """
-    config = state.config
+    config, found = state.config, {}
+    if unused:
+        found["no gradient"] = Choice(", ".join(unused), "in a training pass before the start")
     if config.train.reproducible:
         machines = gather(group, machine_facts(group.device))
         compare_peers({f"rank {number}": facts for number, facts in enumerate(machines)})
         copy_from_rank_0(group, state.networks)
-        return {"virtual_ranks": virtual_ranks_choice(config.train, group)}
-    if group.world_size == 1:
-        return {}
-    every = config.monitor.log_every_steps
-    state.model, bucket = wrap_ddp(state.model, group.device, timed_every=every, unused=unused)
-    return {"bucket": bucket}
+        found["virtual_ranks"] = virtual_ranks_choice(config.train, group)
+    elif group.world_size > 1:
+        every, some = config.monitor.log_every_steps, bool(unused)
+        state.model, found["bucket"] = wrap_ddp(state.model, group.device, timed_every=every, unused=some)
+    return found
 
 
 def wrap_ddp(
