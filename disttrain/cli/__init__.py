@@ -11,6 +11,7 @@ import click
 from disttrain import __version__
 from disttrain.cli import data, inference, running, tuning
 from disttrain.errors import DisttrainError
+from disttrain.terminal import hide_pillow_warnings
 
 
 class _Group(click.Group):
@@ -43,6 +44,7 @@ _SETTINGS = {
 @click.version_option(__version__, prog_name="disttrain")
 def main() -> None:
     """Train image classifiers on one GPU, many GPUs or many nodes from one YAML file."""
+    hide_pillow_warnings()
 
 
 for command in (*running.COMMANDS, data.data, tuning.tune, *inference.COMMANDS):

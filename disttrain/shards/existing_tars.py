@@ -14,7 +14,7 @@ from typing import Literal
 from disttrain.errors import DataError, UnsafeError, UsageError, reason
 from disttrain.files import write_atomically
 from disttrain.parallel import ordered_map, usable_cores
-from disttrain.shards.imagefolder import GRAY_MODES
+from disttrain.shards.colors import GRAY_MODES
 from disttrain.shards.images import decode_image, open_image
 from disttrain.shards.index import (
     MAX_SHARD_PIXELS,
@@ -31,6 +31,7 @@ from disttrain.shards.index import (
 from disttrain.shards.labels import check_names, check_no_class_lost, count_labels
 from disttrain.shards.pack import Options
 from disttrain.shards.reader import OpenShard
+from disttrain.shards.remarks import lines, pillow_warnings
 from disttrain.shards.tar import Contents, scan
 from disttrain.shards.verify import double_keys, examine
 
@@ -78,6 +79,8 @@ def index_folder(
         if double := next(double_keys(index, split), None):
             raise DataError(f"{double.place}: sample {double.key}: {double.text}; remove one of them")
     findings = examine(index, tuple(index.splits), statistics=True, on_progress=options.on_progress)
+    for line in lines(findings.remarks):
+        options.say(line)
     if findings.problems:
         count, first = len(findings.problems), findings.problems[0]
         text = f"{first.place}: sample {first.key}: {first.text}"
@@ -108,7 +111,8 @@ def _without_statistics(
         raise _none_usable(folder, shards, "no sample has a label")
     names = tuple(classes or (str(label) for label in range(max(labels) + 1)))
     check_names(folder, labels, names)
-    height, width, channels = _shape(folder, shards)
+    with pillow_warnings():  # they come again when all samples are decoded
+        height, width, channels = _shape(folder, shards)
     return IndexFile(
         version=VERSION,
         classes=names,

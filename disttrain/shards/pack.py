@@ -42,7 +42,7 @@ from disttrain.shards.index import (
     mean_std,
 )
 from disttrain.shards.origin import foreign_tar
-from disttrain.shards.writer import Sample, WrittenShard, check_shape, member_bytes, write_shard
+from disttrain.shards.writer import Sample, WrittenShard, check_shape, member_bytes, tell, write_shard
 from disttrain.units import mib
 
 Progress = Callable[[int, int], None]
@@ -135,6 +135,7 @@ def pack(
         with _scratch_folder(place, options.say, keep=all(job.fingerprint for job in jobs)) as scratch:
             records = _write(jobs, splits, scratch, options)
             jobs, records = _without_bad(jobs, records, place, classes, options)
+            tell(records, options.say)
             text = _read_back(index_bytes(_describe(jobs, records, classes, channels)), target)
             for path in set(scratch.iterdir()) - {scratch / job.file for job in jobs}:
                 path.unlink()  # the record of a shard, or a shard from an earlier plan
