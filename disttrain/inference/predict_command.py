@@ -66,8 +66,8 @@ def predict_files(
     failed = 0
     found = predictions(classifier, files, top, max_pixels)
     for number, (prediction, pixels) in enumerate(found, 1):
-        for remark in prediction.remarks if pixels is not None else ():
-            click.echo(f"disttrain: {shown(prediction.image)}: {remark}", err=True)
+        if prediction.remarks and pixels is not None:
+            click.echo(f"disttrain: {shown(prediction.image)}: {'; '.join(prediction.remarks)}", err=True)
         if pixels is None:
             failed += 1
             click.echo(f"disttrain: {shown(prediction.image)}: {prediction.problem}", err=True)

@@ -25,6 +25,7 @@ import pydantic
 from pydantic import Field
 
 from disttrain.errors import DataError, UnsafeError, UsageError
+from disttrain.shards.label_format import LabelPlace, LabelReader
 from disttrain.shards.origin import foreign_tar
 from disttrain.shards.remote import check_url, fetch_text, is_url
 from disttrain.userdirs import user_cache
@@ -82,6 +83,7 @@ class IndexFile(pydantic.BaseModel):
     mean: tuple[_Fraction, ...]
     std: tuple[_Fraction, ...]
     splits: dict[str, Split]
+    label: LabelPlace | None = None  # not a number in KEY.cls
 
     @property
     def shards(self) -> list[Shard]:
@@ -101,6 +103,12 @@ class Index(IndexFile):
     name: str
     digest: str
     base: str | None = None
+
+    def label_reader(self) -> LabelReader:
+        """Returns what reads the labels of its shards."""
+        named = self.label is not None and self.label.named
+        names = {name: label for label, name in enumerate(self.classes)} if named else None
+        return LabelReader(self.label, classes=len(self.classes), names=names)
 
     def url(self, shard: Shard) -> str | None:
         """Returns the URL of a shard on a server, or None for a local one."""
@@ -381,4 +389,4 @@ def size_problem(path: Path, shard: Shard) -> str | None:
 
 def index_bytes(content: IndexFile) -> bytes:
     """Returns the contents of the file index.json."""
-    return (json.dumps(content.model_dump(mode="json"), indent=1) + "\n").encode()
+    return (json.dumps(content.model_dump(mode="json", exclude_none=True), indent=1) + "\n").encode()

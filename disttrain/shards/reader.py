@@ -172,6 +172,8 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
         raise ShardError(index, shard, problem.removeprefix(f"{path}: "))
     seen = stamp(descriptor)
     identity = f"{path.resolve()} {len(index.classes)} {seen}"
+    if index.label is not None:
+        identity += f" {index.label} {index.classes}"
     name = f"{shard.sha256[:32]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     record = cache_folder() / "checked" / name
     if (contents := _load(record)) is not None and len(contents.keys) == shard.samples:
@@ -181,7 +183,7 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
         file.seek(0)
         contents, problem = None, ""
         try:
-            contents = scan(file, len(index.classes))
+            contents = scan(file, index.label_reader())
         except ValueError as error:
             problem = str(error)
         except UnsafeError as error:

@@ -18,6 +18,7 @@ from disttrain.errors import DataError, reason
 from disttrain.files import sha256
 from disttrain.shards.images import Pixels, decode_image, pixel_sums
 from disttrain.shards.index import MAX_SHARD_PIXELS
+from disttrain.shards.label_format import LabelReader
 from disttrain.shards.origin import OWNER
 from disttrain.shards.remarks import Remarks, add, collected, lines, pillow_warnings
 from disttrain.shards.tar import scan
@@ -166,7 +167,7 @@ def _decoded(sample: Sample, name: str, classes: int, channels: int) -> Pixels:
 def _read_back(path: Path, names: Sequence[str], classes: int) -> None:
     """Raises BadSampleError if the reader would refuse a sample, so that it is not published."""
     with path.open("rb") as file:
-        for position, problem in scan(file, classes).problems.items():
+        for position, problem in scan(file, LabelReader(classes=classes)).problems.items():
             raise BadSampleError(names[position], problem)
 
 
