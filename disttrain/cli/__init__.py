@@ -12,6 +12,7 @@ from disttrain import __version__
 from disttrain.cli import data, inference, running, tuning
 from disttrain.errors import DisttrainError
 from disttrain.terminal import hide_pillow_warnings
+from disttrain.urls import without_secrets
 
 
 class _Group(click.Group):
@@ -28,7 +29,7 @@ class _Group(click.Group):
             raise click.UsageError(text, error.ctx) from None
         except DisttrainError as error:
             for line in str(error).splitlines():
-                click.echo(f"disttrain: {line}", err=True)
+                click.echo(f"disttrain: {without_secrets(line)}", err=True)
             sys.exit(error.exit_code)
 
 

@@ -22,6 +22,21 @@ def data() -> None:
     """Make, check and measure data sets."""
 
 
+def _check_local(folder: Path, command: str) -> None:
+    """Raises UsageError if the argument of a command is a URL, whose slashes a path does not keep."""
+    from disttrain.errors import UsageError
+    from disttrain.urls import without_secrets
+
+    scheme, colon, rest = str(folder).partition(":/")
+    if colon and scheme in ("http", "https"):
+        url = f"{scheme}://{rest.lstrip('/')}"
+        raise UsageError(
+            f"{without_secrets(url)}: is on a server, but `data {command}` needs a folder on this machine; "
+            "download it and run the command there. Put what it makes on the server, and train with "
+            "data.root=https://host/folder"
+        )
+
+
 _FORCE = click.option("--force", is_flag=True, help="Replace an existing data set.")
 
 
@@ -71,6 +86,7 @@ def pack(
     """
     from disttrain.shards.imagefolder import pack_folder
 
+    _check_local(folder, "pack")
     how = {"force": force, "shard_mib": shard_mib, "processes": processes, "skip": skip}
     _make(lambda options: pack_folder(folder, name, root, options, **images), **how)
 
@@ -160,6 +176,7 @@ def index_(
     from disttrain.shards.elsewhere import index_tars
     from disttrain.shards.label_format import parse_place
 
+    _check_local(folder, "index")
     names = None
     if classes is not None:
         try:

@@ -27,7 +27,8 @@ from pydantic import Field
 from disttrain.errors import DataError, UnsafeError, UsageError
 from disttrain.shards.label_format import LabelPlace, LabelReader
 from disttrain.shards.origin import foreign_tar
-from disttrain.shards.remote import check_url, fetch_text, is_url
+from disttrain.shards.remote import check_url, fetch_text
+from disttrain.urls import is_url, public, without_secrets
 from disttrain.userdirs import user_cache
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class Index(IndexFile):
 
     def place(self, shard: Shard) -> str:
         """Returns the path or the URL of a shard, for messages."""
-        return self.url(shard) or str(self.folder / shard.file)
+        return without_secrets(self.url(shard) or str(self.folder / shard.file))
 
     @property
     def decoded_bytes(self) -> int:
@@ -151,8 +152,8 @@ def data_root(root: str | None) -> Path:
 
 
 def server_root(root: str | None) -> str | None:
-    """Returns the root if it is the URL of a server, else None."""
-    chosen = root or os.environ.get("DISTTRAIN_DATA") or ""
+    """Returns the root if it is the URL of a server, without its secrets, else None."""
+    chosen = public(root or os.environ.get("DISTTRAIN_DATA") or "")
     return chosen.rstrip("/") if "://" in chosen or chosen.startswith("pipe:") else None
 
 
