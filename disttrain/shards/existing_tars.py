@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,14 +81,8 @@ def index_folder(
     target = data_folder(folder.name, str(folder.parent)) / "index.json"
     if target.exists() and not options.force:
         raise DataError(f"{target}: already exists; replace it with --force")
-    paths = _find(folder, patterns)
-    shards = _read_tars(folder, paths, label or LabelPlace())
-    if label is None and not any(tar.texts for tars in shards.values() for tar in tars):
-        in_text = _read_tars(folder, paths, LabelPlace("txt"))
-        if any(tar.texts for tars in in_text.values() for tar in tars):
-            shards, label = in_text, LabelPlace("txt")
-            options.say("no sample has KEY.cls, so the labels are those in KEY.txt")
-    content = _without_statistics(folder, shards, label or LabelPlace(), classes, _old_names(target))
+    shards, place = _with_labels(folder, _find(folder, patterns), label, options.say)
+    content = _without_statistics(folder, shards, place, classes, _old_names(target))
     index = parse_index(index_bytes(content), folder.name, folder)
     for split in index.splits:
         if double := next(double_keys(index, split), None):
@@ -129,6 +123,24 @@ class _Tar(NamedTuple):
 
 _Tars = dict[str, list[_Tar]]
 """Split -> its tars."""
+
+
+def _with_labels(
+    folder: Path, paths: dict[str, list[Path]], label: LabelPlace | None, say: Callable[[str], None]
+) -> tuple[_Tars, LabelPlace]:
+    """Returns the tars with their labels, and where these are."""
+    place = label or LabelPlace()
+    shards = _read_tars(folder, paths, place)
+    if label is None and not _any_label(shards):
+        in_text = _read_tars(folder, paths, LabelPlace("txt"))
+        if _any_label(in_text):
+            say("no sample has KEY.cls, so the labels are those in KEY.txt")
+            return in_text, LabelPlace("txt")
+    return shards, place
+
+
+def _any_label(shards: _Tars) -> bool:
+    return any(tar.texts for tars in shards.values() for tar in tars)
 
 
 def _old_names(target: Path) -> tuple[str, ...]:

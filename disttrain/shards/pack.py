@@ -135,7 +135,6 @@ def pack(
         with _scratch_folder(place, options.say, keep=all(job.fingerprint for job in jobs)) as scratch:
             records = _write(jobs, splits, scratch, options)
             jobs, records = _without_bad(jobs, records, place, classes, options)
-            tell(records, options.say)
             text = _read_back(index_bytes(_describe(jobs, records, classes, channels)), target)
             for path in set(scratch.iterdir()) - {scratch / job.file for job in jobs}:
                 path.unlink()  # the record of a shard, or a shard from an earlier plan
@@ -279,7 +278,9 @@ def _write(
             records[job.file] = _write_job(job, splits[job.split], scratch, show)
             done += len(job.numbers)
     options.on_progress(total, total)
-    return [record for job in jobs if (record := records[job.file])]
+    finished = [record for job in jobs if (record := records[job.file])]
+    tell(finished, options.say)
+    return finished
 
 
 def _show_hundreds(on_progress: Progress, before: int, total: int, written: int) -> None:

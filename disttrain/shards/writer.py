@@ -112,10 +112,7 @@ def write_shard(
         with tar:
             for count, number in enumerate(numbers, 1):
                 try:
-                    with collected() as remarked:
-                        sample = load(number)
-                        name = sample.origin or f"{path.stem.partition('-')[0]} sample {number}"
-                        pixels = _decoded(sample, name, classes, channels)
+                    sample, name, pixels, remarked = _loaded(path, load, number, classes, channels)
                 except BadSampleError as error:
                     problems.append((error.origin, error.problem))
                     on_sample(count)
@@ -124,7 +121,7 @@ def write_shard(
                 if not origin:
                     shape, origin = found, name
                 check_shape(name, found, origin, shape)
-                for _, text in remarked:
+                for text in remarked:
                     add(remarks, text, name)
                 sums += pixel_sums(pixels)
                 counts[sample.label] += 1
@@ -148,6 +145,16 @@ def tell(records: Iterable[WrittenShard], say: Callable[[str], object]) -> None:
             add(remarks, text, first, number)
     for line in lines(remarks):
         say(line)
+
+
+def _loaded(
+    path: Path, load: Callable[[int], Sample], number: int, classes: int, channels: int
+) -> tuple[Sample, str, Pixels, list[str]]:
+    """Returns a sample, its name for messages, its pixels, uint8 [H, W, C], and the remarks on its image."""
+    with collected() as remarked:
+        sample = load(number)
+        name = sample.origin or f"{path.stem.partition('-')[0]} sample {number}"
+        return sample, name, _decoded(sample, name, classes, channels), [text for _, text in remarked]
 
 
 def _decoded(sample: Sample, name: str, classes: int, channels: int) -> Pixels:
