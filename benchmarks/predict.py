@@ -90,7 +90,7 @@ def main() -> None:
             return (image for batch in decoded(files, model.facts) for image in batch)
 
         def in_turn():
-            batches = [[image for _, image in batch] for batch in decoded(files, model.facts)]
+            batches = [[image for _, image, _ in batch] for batch in decoded(files, model.facts)]
             with torch.inference_mode():
                 for batch in batches:
                     yield from (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, TextIO
 
@@ -18,6 +19,11 @@ def is_animated(stream: TextIO | Output) -> bool:
     """
     terminal = os.environ.get("TERM", "dumb")
     return stream.isatty() and terminal not in ("dumb", "unknown") and "JPY_PARENT_PID" not in os.environ
+
+
+def hide_pillow_warnings() -> None:
+    """Hides Pillow's warnings, which name no file; `pillow_warnings` collects those of a data set."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def printable(text: str) -> str:

@@ -32,6 +32,7 @@ from disttrain.runs.fingerprint import fingerprint
 from disttrain.runs.manifest import quarantine
 from disttrain.runs.resume import Start, resume_point
 from disttrain.runs.runfolder import CLEAN, CONFIG, RunFolder, new_run_path, utc_now
+from disttrain.terminal import hide_pillow_warnings
 from disttrain.training.group import (
     best_device,
     collective_timeout_s,
@@ -75,6 +76,7 @@ def main(
     verbose: bool,
 ) -> None:
     """Trains CONFIG as one rank of the process group that the environment describes."""
+    hide_pillow_warnings()
     gc.disable()  # until everything is imported and built: importing torch takes 20 % less time
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # even if torchrun is killed

@@ -63,9 +63,15 @@ run=(disttrain run --run-dir "$run_dir" --nodes "$SLURM_JOB_NUM_NODES")
 run+=(--master-addr "$main_host" --master-port "$main_port" "${arguments[@]}")
 # One task per node, whatever the options of sbatch. srun does not inherit --cpus-per-task from sbatch. If sbatch has
 # none either, each task gets as many CPUs as the job has on the node with the fewest.
+tasks=${SLURM_NTASKS_PER_NODE:-1}
+if ((tasks != 1)); then
+  echo "slurm/train.sh: --ntasks-per-node=$tasks: each node gets one task with the CPUs of all $tasks; in it, \
+disttrain run starts one process per GPU (or give --gpus N or --procs N)" >&2
+fi
 fewest_cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
 step=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
-step+=(--cpus-per-task="${SLURM_CPUS_PER_TASK:-$fewest_cpus}" --kill-on-bad-exit=1)
+cpus=${SLURM_CPUS_PER_TASK:+$((SLURM_CPUS_PER_TASK * tasks))}
+step+=(--cpus-per-task="${cpus:-$fewest_cpus}" --kill-on-bad-exit=1)
 
 # Reads the run's own exit code: srun returns only the highest code of its tasks, which may not be the outcome.
 said() { sed -n 's/^ *"\(exit_code\|updated_at\)": *\(.*[^,]\),\{0,1\}$/\1=\2/p' "$run_dir/status.json" 2>/dev/null; }

@@ -21,7 +21,7 @@ LAYERS = [
     ["shards"],
     [
         *("config", "counter_rng", "errors", "files", "heartbeat", "host_memory", "lifetime"),
-        *("parallel", "slurm_env", "terminal", "units", "user_code", "userdirs"),
+        *("parallel", "slurm_env", "terminal", "units", "urls", "user_code", "userdirs"),
     ],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

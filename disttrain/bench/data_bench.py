@@ -25,6 +25,7 @@ from disttrain.errors import UsageError
 from disttrain.parallel import ordered_map, usable_cores
 from disttrain.shards.images import decode_into, use_torchvision
 from disttrain.shards.index import Index
+from disttrain.shards.label_format import LabelReader
 from disttrain.shards.reader import decoded, open_shard
 from disttrain.shards.tar import scan
 from disttrain.training.augment import Augment
@@ -163,7 +164,7 @@ def _hash(path: Path) -> None:
 
 def _scan(path: Path) -> None:
     with path.open("rb") as file:
-        scan(file, None)
+        scan(file, LabelReader())
 
 
 def _fill_cache(index: Index, numbers: list[int], threads: int) -> None:

@@ -11,6 +11,8 @@ import click
 from disttrain import __version__
 from disttrain.cli import data, inference, running, tuning
 from disttrain.errors import DisttrainError
+from disttrain.terminal import hide_pillow_warnings
+from disttrain.urls import without_secrets
 
 
 class _Group(click.Group):
@@ -27,7 +29,7 @@ class _Group(click.Group):
             raise click.UsageError(text, error.ctx) from None
         except DisttrainError as error:
             for line in str(error).splitlines():
-                click.echo(f"disttrain: {line}", err=True)
+                click.echo(f"disttrain: {without_secrets(line)}", err=True)
             sys.exit(error.exit_code)
 
 
@@ -43,6 +45,7 @@ _SETTINGS = {
 @click.version_option(__version__, prog_name="disttrain")
 def main() -> None:
     """Train image classifiers on one GPU, many GPUs or many nodes from one YAML file."""
+    hide_pillow_warnings()
 
 
 for command in (*running.COMMANDS, data.data, tuning.tune, *inference.COMMANDS):

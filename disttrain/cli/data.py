@@ -22,6 +22,21 @@ def data() -> None:
     """Make, check and measure data sets."""
 
 
+def _check_local(folder: Path, command: str) -> None:
+    """Raises UsageError if the argument of a command is a URL, whose slashes a path does not keep."""
+    from disttrain.errors import UsageError
+    from disttrain.urls import without_secrets
+
+    scheme, colon, rest = str(folder).partition(":/")
+    if colon and scheme in ("http", "https"):
+        url = f"{scheme}://{rest.lstrip('/')}"
+        raise UsageError(
+            f"{without_secrets(url)}: is on a server, but `data {command}` needs a folder on this machine; "
+            "download it and run the command there. Put what it makes on the server, and train with "
+            "data.root=https://host/folder"
+        )
+
+
 _FORCE = click.option("--force", is_flag=True, help="Replace an existing data set.")
 
 
@@ -71,6 +86,7 @@ def pack(
     """
     from disttrain.shards.imagefolder import pack_folder
 
+    _check_local(folder, "pack")
     how = {"force": force, "shard_mib": shard_mib, "processes": processes, "skip": skip}
     _make(lambda options: pack_folder(folder, name, root, options, **images), **how)
 
@@ -131,6 +147,11 @@ def verify(name: str, root: str | None) -> None:
     "--val", multiple=True, metavar="PATTERN", help="Tars of the val split (default: val*.tar or test*.tar)."
 )
 @click.option("--classes", type=PATH, help="File with one class name per line, in label order.")
+@click.option(
+    "--label",
+    metavar="cls|txt|json:FIELD",
+    help="Where the label is: in KEY.cls, KEY.txt, or a field of KEY.json (default: cls, else txt).",
+)
 @click.option("--skip", is_flag=True, help="Accept tars with unusable samples.")
 @click.option("--name", help="Name of a data set that gets the index, beside links to the tars.")
 @ROOT
@@ -138,6 +159,7 @@ def verify(name: str, root: str | None) -> None:
 def index_(
     folder: Path,
     classes: Path | None,
+    label: str | None,
     skip: bool,
     name: str | None,
     root: str | None,
@@ -147,12 +169,14 @@ def index_(
     """Index WebDataset tars that you already have.
 
     Writes DIR/index.json and changes nothing else. If DIR cannot be written, --name and --root put the index
-    elsewhere, beside links to the tars. Each sample needs an image (png, jpg or webp) and a label
-    (KEY.cls).
+    elsewhere, beside links to the tars. Each sample needs an image (png, jpg or webp) and a label:
+    the number or the name of its class.
     """
     from disttrain.errors import UsageError
     from disttrain.shards.elsewhere import index_tars
+    from disttrain.shards.label_format import parse_place
 
+    _check_local(folder, "index")
     names = None
     if classes is not None:
         try:
@@ -160,10 +184,12 @@ def index_(
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--classes {classes}: cannot be read: {error}") from None
         names = [name.strip() for name in names if name.strip()]
-    index = _make(
-        lambda options: index_tars(folder, name, root, patterns, options, classes=names, skip_unusable=skip),
-        force=force,
-    )
+    how: dict[str, Any] = {
+        "classes": names,
+        "label": parse_place(label) if label else None,
+        "skip_unusable": skip,
+    }
+    index = _make(lambda options: index_tars(folder, name, root, patterns, options, **how), force=force)
     click.echo(f"train on it with data.name={index.name} data.root={index.folder.parent}")
 
 

@@ -15,6 +15,7 @@ import click
 
 from disttrain.cli.shared import COUNT, JSON, NODE, PATH, PROCESSES, SECONDS, aside, ready_to_measure
 from disttrain.errors import UsageError
+from disttrain.urls import without_secrets
 
 if TYPE_CHECKING:
     from disttrain.config import Config
@@ -103,7 +104,7 @@ def run(
         run_dir, resume = _where_to_begin(run_dir, resume, config, node)
         plan = LaunchPlan(
             config_path,
-            overrides,
+            tuple(map(without_secrets, overrides)),  # the ranks get the config from the environment
             run_dir or Path("runs") / config.name / "<UTC time>",
             resume,
             **here._asdict(),

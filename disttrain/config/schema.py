@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from disttrain.urls import public
 from disttrain.user_code import is_target
 
 
@@ -45,7 +46,7 @@ class DataConfig(_Section):
 
     name: Name
     """The packed data set: the name of a folder under the data root."""
-    root: Annotated[str | None, Role.MACHINE] = None
+    root: Annotated[Annotated[str, AfterValidator(public)] | None, Role.MACHINE] = None
     """Folder of the packed data sets; null means $DISTTRAIN_DATA, else the user's cache folder."""
     cache: Annotated[Literal["auto", "device", "host", "none"], Role.MACHINE] = "auto"
     """Where the decoded images are kept: on the device, or in host memory, shared by the ranks of a node.

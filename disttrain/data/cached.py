@@ -23,6 +23,7 @@ from disttrain.data.epoch_plan import Ids
 from disttrain.errors import DataError, StorageError
 from disttrain.files import appearing, file_lock, sha256, stamp
 from disttrain.parallel import usable_cores
+from disttrain.shards.colors import RULES
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index, remedy
 from disttrain.shards.reader import decoded
@@ -62,7 +63,8 @@ def open_split(index: Index, split: str, skipped: Ids, say: Callable[[str], None
         StorageError: the decoded copy does not fit on the disk.
     """
     folder = decoded_folder()
-    name = f"{index.name}-{index.digest[:16]}-{split}"
+    identity = hashlib.sha256(f"{index.digest} {RULES}".encode()).hexdigest()
+    name = f"{index.name}-{identity[:16]}-{split}"
     if len(skipped):
         name += f"-without-{hashlib.sha256(skipped.tobytes()).hexdigest()[:16]}"
     target = folder / name

@@ -38,7 +38,10 @@ from PIL import Image, ImageOps
 
 def pixels(path):
     """Returns the pixels of an image file: uint8 [1, {height}, {width}, {channels}]."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("{mode}")
     scale = max({width} / image.width, {height} / image.height)
     left, top = max(0, image.width - {width} / scale) / 2, max(0, image.height - {height} / scale) / 2
     box = (left, top, image.width - left, image.height - top)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from disttrain.inference.prediction_grid import MOST, Cell, check_name, draw, sa
 from disttrain.inference.run import open_run
 from disttrain.shards.foldertree import SUFFIXES, LeftOut, file_kind, shown
 from disttrain.shards.images import Pixels, expect_images
+from disttrain.shards.remarks import pillow_warnings
 
 if TYPE_CHECKING:
     from disttrain.inference.prediction import Prediction
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _WIDEST = 60  # characters of the column of file names
 
 
+@pillow_warnings()
 def predict_files(
     run: Path,
     names: Sequence[str],
@@ -53,8 +54,6 @@ def predict_files(
     for note in left_out:
         click.echo(f"disttrain: {note}", err=True)
     expect_images(len(files))
-    # Pillow's warnings about a file are either reported as an error below, or unimportant.
-    warnings.filterwarnings("ignore", module="PIL")
 
     from disttrain.inference.classifier import load_model
     from disttrain.inference.prediction import predictions
@@ -67,6 +66,8 @@ def predict_files(
     failed = 0
     found = predictions(classifier, files, top, max_pixels)
     for number, (prediction, pixels) in enumerate(found, 1):
+        if prediction.remarks and pixels is not None:
+            click.echo(f"disttrain: {shown(prediction.image)}: {'; '.join(prediction.remarks)}", err=True)
         if pixels is None:
             failed += 1
             click.echo(f"disttrain: {shown(prediction.image)}: {prediction.problem}", err=True)

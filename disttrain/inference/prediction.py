@@ -32,6 +32,7 @@ from disttrain.shards.images import (
     encode_image,
     pixels_of,
 )
+from disttrain.shards.remarks import collected, pillow_warnings
 
 ImageSource = str | os.PathLike[str] | Encoded | BinaryIO | Image.Image | Pixels | Tensor
 """An image: the name of its file, its bytes, an open file, a Pillow image, or its pixels.
@@ -50,11 +51,13 @@ class Prediction(NamedTuple):
         image: name of the file; empty for pixels.
         top: the most probable classes with their probabilities 0..1, best first; empty if there is a problem.
         problem: why the image is unusable, or None.
+        remarks: what Pillow warns about, or that gray levels are lost.
     """
 
     image: str
     top: tuple[tuple[str, float], ...]
     problem: str | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def label(self) -> str | None:
@@ -73,6 +76,7 @@ class Prediction(NamedTuple):
         return {"image": self.image, **best, "top": top, "problem": self.problem}
 
 
+@pillow_warnings()
 def predict(
     source: str | Path | Classifier,
     images: ImageSource | Iterable[ImageSource],
@@ -121,21 +125,21 @@ def predictions(
     """
     classes = classifier.classes
     for batch in decoded(images, classifier.facts, max_pixels):
-        usable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
+        usable = [pixels for _, pixels, _ in batch if not isinstance(pixels, str)]
         rows: Iterator[tuple[list[float], list[int]]] = iter(())
         if usable:
             stacked = torch.from_numpy(np.stack(usable)).to(classifier.device)
             with torch.inference_mode(), classifier.as_evaluated():
                 best = classifier(stacked).softmax(1).topk(min(top, len(classes)))
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        for image, pixels in batch:
+        for image, pixels, remarks in batch:
             name = _name(image)
             if isinstance(pixels, str):
-                yield Prediction(name, (), pixels), None
+                yield Prediction(name, (), pixels, remarks), None
             else:
                 values, labels = next(rows)
                 found = tuple((classes[label], value) for label, value in zip(labels, values, strict=True))
-                yield Prediction(name, found), pixels
+                yield Prediction(name, found, None, remarks), pixels
 
 
 def _name(image: ImageSource) -> str:
@@ -146,15 +150,29 @@ def _name(image: ImageSource) -> str:
     return name if isinstance(name, str) else ""  # the name of a pipe is a number
 
 
+class Decoded(NamedTuple):
+    """An image with its pixels, uint8 [H, W, C], or why it is unusable; and remarks on it."""
+
+    image: ImageSource
+    pixels: Pixels | str
+    remarks: tuple[str, ...]
+
+
 def decoded(
     images: Iterable[ImageSource], facts: Facts, max_pixels: int = MAX_PIXELS
-) -> Iterator[list[tuple[ImageSource, Pixels | str]]]:
-    """Yields batches of images, each with its pixels, prepared by threads, or why it is unusable."""
+) -> Iterator[list[Decoded]]:
+    """Yields batches of images, prepared by threads."""
 
-    def prepare(batch: Sequence[ImageSource]) -> list[tuple[ImageSource, Pixels | str]]:
-        return [(image, _prepared_or_reason(image, facts, max_pixels)) for image in batch]
+    def prepare(batch: Sequence[ImageSource]) -> list[Decoded]:
+        return [_decoded(image, facts, max_pixels) for image in batch]
 
     return ordered_map(prepare, _batches(images, _BATCH), usable_cores())
+
+
+def _decoded(image: ImageSource, facts: Facts, max_pixels: int) -> Decoded:
+    with collected() as remarks:
+        pixels = _prepared_or_reason(image, facts, max_pixels)
+    return Decoded(image, pixels, tuple(text for _, text in remarks))
 
 
 def _prepared_or_reason(image: ImageSource, facts: Facts, max_pixels: int) -> Pixels | str:

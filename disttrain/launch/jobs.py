@@ -21,6 +21,7 @@ from disttrain.launch.plan import LaunchPlan, child_environment, command
 from disttrain.launch.prepare import processes_here
 from disttrain.lifetime import end_with_parent
 from disttrain.runs.runfolder import RunFolder
+from disttrain.terminal import hide_pillow_warnings
 
 Values = dict[str, Any]
 
@@ -74,6 +75,7 @@ def run_job(plan: LaunchPlan, module: str, request: Mapping[str, Any]) -> Values
 def serve(answer: Callable[[Values], Values]) -> None:
     """Runs a function as one rank of a job, then exits this process. Every rank calls this."""
     end_with_parent()
+    hide_pillow_warnings()
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
     code = 0
     try:

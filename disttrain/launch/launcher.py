@@ -32,6 +32,7 @@ from disttrain.runs.manifest import list_steps, step_of
 from disttrain.runs.resume import resume_again
 from disttrain.runs.runfolder import CLEAN, COMMAND, CONFIG, LOCKED_BY_LAUNCHER, RunFolder
 from disttrain.terminal import is_animated
+from disttrain.urls import without_secrets
 
 _MOST_IDLE_RESTARTS = 3  # consecutive restarts without progress
 _SAVING_S = 2.0  # to finish a checkpoint when another rank has failed
@@ -132,7 +133,10 @@ def _attempt(
         log = stack.enter_context(path.open("ab"))
         begin = log.tell()
         variables = child_environment(plan, os.environ) | liveness.environment
-        variables |= {LOCKED_BY_LAUNCHER: str(folder.path.resolve()), COMMAND: shlex.join(sys.orig_argv)}
+        variables |= {
+            LOCKED_BY_LAUNCHER: str(folder.path.resolve()),
+            COMMAND: without_secrets(shlex.join(sys.orig_argv)),
+        }
         variables |= {CONFIG: plan.config} if plan.config else {}
         # In its own session, so that Ctrl-C reaches only the launcher, which then asks the ranks to stop.
         child = subprocess.Popen(

@@ -24,6 +24,7 @@ from disttrain.runs.runfolder import COMMAND, RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.training.autotune import Choice
 from disttrain.training.state import TrainState
+from disttrain.urls import without_secrets
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow", "safetensors")
 _COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_")  # prefixes of the variables that configure it
@@ -79,7 +80,7 @@ def environment(
     """Returns the content of env.json without `forced`; arguments as for `run_info`."""
     return {
         "disttrain": __version__,
-        "command": os.environ.get(COMMAND) or shlex.join(sys.orig_argv),
+        "command": without_secrets(os.environ.get(COMMAND) or shlex.join(sys.orig_argv)),
         "directory": str(Path.cwd()),
         "started_at": utc_now(),
         "python": platform.python_version(),

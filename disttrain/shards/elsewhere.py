@@ -11,6 +11,7 @@ from disttrain.errors import DataError, StorageError
 from disttrain.files import storage_error
 from disttrain.shards.existing_tars import index_folder
 from disttrain.shards.index import Index, data_folder
+from disttrain.shards.label_format import LabelPlace
 from disttrain.shards.pack import Options
 
 
@@ -22,6 +23,7 @@ def index_tars(
     options: Options,
     *,
     classes: Sequence[str] | None = None,
+    label: LabelPlace | None = None,
     skip_unusable: bool = False,
 ) -> Index:
     """Indexes the tars of a folder, there or as another data set.
@@ -33,6 +35,7 @@ def index_tars(
         patterns: see `index_folder`; so for the other arguments.
         options: see `index_folder`.
         classes: see `index_folder`.
+        label: see `index_folder`.
         skip_unusable: see `index_folder`.
 
     Raises:
@@ -46,14 +49,18 @@ def index_tars(
                 f"{folder}: index.json cannot be written there; put the index elsewhere with --name NAME and "
                 "--root FOLDER, beside links to the tars"
             )
-        return index_folder(folder, patterns, options, classes=classes, skip_unusable=skip_unusable)
+        return index_folder(
+            folder, patterns, options, classes=classes, label=label, skip_unusable=skip_unusable
+        )
     if is_new := not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
     else:
         _check_replaceable(place, force=options.force)
     try:
         _link(folder.absolute(), place)
-        return index_folder(place, patterns, options, classes=classes, skip_unusable=skip_unusable)
+        return index_folder(
+            place, patterns, options, classes=classes, label=label, skip_unusable=skip_unusable
+        )
     except OSError as error:
         raise storage_error(place, error) from None
     except BaseException:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from disttrain.errors import DataError, UnsafeError, UsageError, reason
 from disttrain.files import write_atomically
 from disttrain.parallel import ordered_map, usable_cores
-from disttrain.shards.imagefolder import GRAY_MODES
+from disttrain.shards.colors import GRAY_MODES
 from disttrain.shards.images import decode_image, open_image
 from disttrain.shards.index import (
     MAX_SHARD_PIXELS,
@@ -23,14 +24,23 @@ from disttrain.shards.index import (
     IndexFile,
     Shard,
     Split,
+    check_index,
     data_folder,
     index_bytes,
     load_index,
     parse_index,
 )
-from disttrain.shards.labels import check_names, check_no_class_lost, count_labels
+from disttrain.shards.label_format import LabelPlace, LabelTexts
+from disttrain.shards.labels import (
+    check_names,
+    check_no_class_lost,
+    count_labels,
+    count_texts,
+    named_classes,
+)
 from disttrain.shards.pack import Options
 from disttrain.shards.reader import OpenShard
+from disttrain.shards.remarks import lines, pillow_warnings
 from disttrain.shards.tar import Contents, scan
 from disttrain.shards.verify import double_keys, examine
 
@@ -46,6 +56,7 @@ def index_folder(
     options: Options,
     *,
     classes: Sequence[str] | None = None,
+    label: LabelPlace | None = None,
     skip_unusable: bool = False,
 ) -> Index:
     """Reads the tars of a folder and writes its index.json; the tars do not change.
@@ -56,7 +67,9 @@ def index_folder(
         folder: folder of the tars; its name becomes the name of the data set.
         patterns: split -> patterns of the file names; an empty list means the usual ones.
         options: `force`, `say` and `on_progress` are used.
-        classes: names of the classes; None uses the labels as names.
+        classes: names of the classes; None takes those of the index that is replaced, if they fit, or else
+            the labels. Labels that are names get numbers in the order of the alphabet.
+        label: where the labels are; None means KEY.cls, or else KEY.txt.
         skip_unusable: accept bad samples; training then needs data.on_error = skip.
 
     Raises:
@@ -68,16 +81,15 @@ def index_folder(
     target = data_folder(folder.name, str(folder.parent)) / "index.json"
     if target.exists() and not options.force:
         raise DataError(f"{target}: already exists; replace it with --force")
-    shards = {
-        split: list(ordered_map(partial(_read_tar, folder), paths, usable_cores()))
-        for split, paths in _find(folder, patterns).items()
-    }
-    content = _without_statistics(folder, shards, classes)
+    shards, place = _with_labels(folder, _find(folder, patterns), label, options.say)
+    content = _without_statistics(folder, shards, place, classes, _old_names(target))
     index = parse_index(index_bytes(content), folder.name, folder)
     for split in index.splits:
         if double := next(double_keys(index, split), None):
             raise DataError(f"{double.place}: sample {double.key}: {double.text}; remove one of them")
     findings = examine(index, tuple(index.splits), statistics=True, on_progress=options.on_progress)
+    for line in lines(findings.remarks):
+        options.say(line)
     if findings.problems:
         count, first = len(findings.problems), findings.problems[0]
         text = f"{first.place}: sample {first.key}: {first.text}"
@@ -88,7 +100,8 @@ def index_folder(
             )
         options.say(f"{count:,} samples cannot be used, such as {text}; train with data.on_error=skip")
     counts = findings.class_counts
-    labels = count_labels(contents for _, contents in shards["train"])
+    in_train = sum((tar.texts for tar in shards["train"]), Counter[str]())
+    labels = count_labels(in_train, content.label or LabelPlace(), index.classes)
     check_no_class_lost(folder, labels, counts["train"].tolist(), index.classes)
     if not counts["train"].any():
         raise DataError(f"{folder}: no sample of the train split can be used")
@@ -99,16 +112,63 @@ def index_folder(
     return load_index(folder.name, str(folder.parent))
 
 
+class _Tar(NamedTuple):
+    """A tar from its headers and labels."""
+
+    shard: Shard
+    contents: Contents
+    texts: Counter[str]
+    """Text of a label -> number of samples."""
+
+
+_Tars = dict[str, list[_Tar]]
+"""Split -> its tars."""
+
+
+def _with_labels(
+    folder: Path, paths: dict[str, list[Path]], label: LabelPlace | None, say: Callable[[str], None]
+) -> tuple[_Tars, LabelPlace]:
+    """Returns the tars with their labels, and where these are."""
+    place = label or LabelPlace()
+    shards = _read_tars(folder, paths, place)
+    if label is None and not _any_label(shards):
+        in_text = _read_tars(folder, paths, LabelPlace("txt"))
+        if _any_label(in_text):
+            say("no sample has KEY.cls, so the labels are those in KEY.txt")
+            return in_text, LabelPlace("txt")
+    return shards, place
+
+
+def _any_label(shards: _Tars) -> bool:
+    return any(tar.texts for tars in shards.values() for tar in tars)
+
+
+def _old_names(target: Path) -> tuple[str, ...]:
+    """Returns the names of the classes in the index that is replaced; none if there is no index to read."""
+    try:
+        return check_index(target.read_bytes()).classes
+    except (OSError, ValueError, UnsafeError):
+        return ()
+
+
 def _without_statistics(
-    folder: Path, shards: dict[str, list[tuple[Shard, Contents]]], classes: Sequence[str] | None
+    folder: Path,
+    shards: _Tars,
+    place: LabelPlace,
+    classes: Sequence[str] | None,
+    old_names: Sequence[str],
 ) -> IndexFile:
     """Returns the index without statistics, from the headers and labels."""
-    labels = count_labels(contents for found in shards.values() for _, contents in found)
-    if not labels:
+    texts = sum((tar.texts for tars in shards.values() for tar in tars), Counter[str]())
+    if not texts:
         raise _none_usable(folder, shards, "no sample has a label")
-    names = tuple(classes or (str(label) for label in range(max(labels) + 1)))
-    check_names(folder, labels, names)
-    height, width, channels = _shape(folder, shards)
+    place, names = named_classes(folder, place, texts, classes)
+    fits = set(names) <= set(old_names) if place.named else len(names) <= len(old_names)
+    if classes is None and fits:
+        names = tuple(old_names)
+    check_names(folder, count_labels(texts, place, names), names)
+    with pillow_warnings():  # they come again when all samples are decoded
+        height, width, channels = _shape(folder, shards)
     return IndexFile(
         version=VERSION,
         classes=names,
@@ -118,26 +178,32 @@ def _without_statistics(
         mean=(0.0,) * channels,
         std=(0.0,) * channels,
         splits={
-            split: Split(sum(s.samples for s, _ in found), tuple(s for s, _ in found), (0,) * len(names))
-            for split, found in shards.items()
+            split: Split(
+                sum(tar.shard.samples for tar in tars), tuple(tar.shard for tar in tars), (0,) * len(names)
+            )
+            for split, tars in shards.items()
         },
+        label=None if place == LabelPlace() else place,
     )
 
 
-def _none_usable(folder: Path, shards: dict[str, list[tuple[Shard, Contents]]], what: str) -> DataError:
+def _none_usable(folder: Path, shards: _Tars, what: str) -> DataError:
     """Returns the error for tars of which no sample can be used, with the reason from their headers."""
     problems = [
-        (problem, f"{folder / shard.file}: sample {contents.keys[position]}: {problem}")
-        for found in shards.values()
-        for shard, contents in found
-        for position, problem in contents.problems.items()
+        (problem, f"{folder / tar.shard.file}: sample {tar.contents.keys[position]}: {problem}")
+        for tars in shards.values()
+        for tar in tars
+        for position, problem in tar.contents.problems.items()
     ]
     if not problems:
         return DataError(f"{folder}: {what}")
     # Of members in a wrong order, the first sample only seems to have no label.
     twice = next((text for problem, text in problems if "occurs twice" in problem), "")
-    remedy = "KEY.cls, which holds the class as a whole number, must follow or precede KEY's image directly"
-    return DataError(f"{twice or problems[0][1]} ({what}); {remedy}; make the tars so")
+    return DataError(
+        f"{twice or problems[0][1]} ({what}); KEY.cls, which holds the number or the name of the class, must "
+        "follow or precede KEY's image directly; make the tars so, or name another member with --label: txt "
+        "or json:FIELD"
+    )
 
 
 def _find(folder: Path, patterns: dict[str, Sequence[str]]) -> dict[str, list[Path]]:
@@ -164,26 +230,33 @@ def _find(folder: Path, patterns: dict[str, Sequence[str]]) -> dict[str, list[Pa
     return files
 
 
-def _read_tar(folder: Path, path: Path) -> tuple[Shard, Contents]:
+def _read_tars(folder: Path, paths: dict[str, list[Path]], place: LabelPlace) -> _Tars:
+    read = partial(_read_tar, folder, place)
+    return {split: list(ordered_map(read, found, usable_cores())) for split, found in paths.items()}
+
+
+def _read_tar(folder: Path, place: LabelPlace, path: Path) -> _Tar:
+    labels = LabelTexts(place)
     try:
         if not path.is_file():
             raise ValueError("is not a file")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
-            contents = scan(file, None)
+            contents = scan(file, labels)
             size = os.fstat(file.fileno()).st_size
     except UnsafeError as error:
         raise UnsafeError(f"{path}: {error}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {reason(error)}; get or make it again") from None
-    return Shard(path.relative_to(folder).as_posix(), len(contents.keys), size, digest), contents
+    shard = Shard(path.relative_to(folder).as_posix(), len(contents.keys), size, digest)
+    return _Tar(shard, contents, count_texts(contents, labels.texts))
 
 
-def _shape(folder: Path, shards: dict[str, list[tuple[Shard, Contents]]]) -> tuple[int, int, Literal[1, 3]]:
+def _shape(folder: Path, shards: _Tars) -> tuple[int, int, Literal[1, 3]]:
     """Returns height and width of the first intact image, and 1 channel if all images are gray, else 3."""
     shape = None
-    for shard, contents in (item for found in shards.values() for item in found):
+    for shard, contents, _ in (tar for tars in shards.values() for tar in tars):
         descriptor = os.open(folder / shard.file, os.O_RDONLY | os.O_CLOEXEC)
         tar = OpenShard(shard.file, descriptor, contents)
         for position in range(len(contents.keys)):

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 
 from disttrain.errors import DataError, UsageError, reason
 from disttrain.parallel import ordered_map
+from disttrain.shards.colors import GRAY_MODES, RULES, is_opaque, stored
 from disttrain.shards.foldertree import Files, list_tree, shown
 from disttrain.shards.images import (
     Pixels,
@@ -25,11 +26,11 @@ from disttrain.shards.images import (
 )
 from disttrain.shards.index import Index, data_folder
 from disttrain.shards.pack import Options, Source, check_replaceable, instead_of, pack
+from disttrain.shards.remarks import pillow_warnings
 from disttrain.shards.writer import BadSampleError, Sample
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: JPEG files of some phones
 _READERS = 8  # threads that read headers; more than cores, because they wait for network disks
-GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
 
 
 def pack_folder(
@@ -46,8 +47,8 @@ def pack_folder(
     """Packs a folder of images: DIR/{train,val}/<class>/<files>, or DIR/<class>/<files> to be split.
 
     The classes are the sorted folder names. The images are shuffled, in an order that depends only on the
-    seed and the names. PNG, JPEG and WebP files of upright 8-bit gray or RGB pixels keep their bytes; all
-    other images become PNG. The data set is gray if every image is.
+    seed and the names. PNG, JPEG and WebP files of upright opaque 8-bit gray or RGB pixels keep their bytes;
+    all other images become PNG. The data set is gray if every image is.
 
     Args:
         folder: the images. What is left out is told by its kind and number.
@@ -95,7 +96,7 @@ class _Picture(NamedTuple):
     extension: str
     """Its format if that is allowed in a shard, else empty."""
     plain: bool
-    """Upright, 8 bits, gray or RGB, so that every decoder returns the same pixels."""
+    """Upright, 8 bits, gray or RGB, opaque, so that every decoder returns the same pixels."""
     gray: bool
     size: tuple[int, int]
     """Width and height after applying the EXIF orientation."""
@@ -142,7 +143,8 @@ def scan_tree(
     sizes: dict[tuple[int, int], str] = {}
     gray = True
     for split, images in files.items():
-        pictures = list(ordered_map(_read_header, images, _READERS, chunk=64))
+        with pillow_warnings():  # they come again when the image is decoded
+            pictures = list(ordered_map(_read_header, images, _READERS, chunk=64))
         for picture in pictures:
             if not picture.problem:
                 sizes.setdefault(picture.size, shown(picture.file))
@@ -176,6 +178,7 @@ def _read_header(item: tuple[str, int]) -> _Picture:
         with Path(file).open("rb") as stream, open_image(stream) as picture:
             status = os.fstat(stream.fileno())
             orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+            plain = picture.mode in ("L", "RGB") and is_opaque(picture) and stored(picture).bits <= 8
             size, mtime_ns = status.st_size, status.st_mtime_ns
     except Exception as error:  # Pillow raises all kinds of errors
         return _Picture(file, label, "", False, False, (0, 0), 0, _mtime_ns(file), reason(error))
@@ -185,7 +188,7 @@ def _read_header(item: tuple[str, int]) -> _Picture:
         file,
         label,
         extension,
-        plain=bool(extension) and picture.mode in ("L", "RGB") and orientation not in range(2, 9),
+        plain=plain and bool(extension) and orientation not in range(2, 9),
         gray=picture.mode in GRAY_MODES,
         size=(picture.height, picture.width) if turned else picture.size,
         bytes=size,
@@ -248,7 +251,7 @@ class _Pictures:
 
     def sample_fingerprint(self, number: int) -> str:
         """Returns a text that identifies the file and how it is packed."""
-        return f"{self.pictures[number]} {self.side}"
+        return f"{self.pictures[number]} {self.side} {RULES}"
 
 
 def fitted(pixels: Pixels, height: int, width: int) -> Pixels:

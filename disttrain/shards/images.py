@@ -1,4 +1,4 @@
-"""Image files to pixels: the accepted formats, the size limit, and the conversion to gray or RGB.
+"""Image files to pixels: the accepted formats, the size limit, and the decoders.
 
 Nearly all data sets have ordinary JPEG or PNG files. These are recognised by their first bytes, and go to the
 decoder directly. Pillow reads all other files, and those that fail in the decoder. The short cut pays off for
@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from disttrain.shards.colors import Stored, flattened, stored
+from disttrain.shards.remarks import at_image
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +52,8 @@ _many = False  # whether that many are expected
 def decode_image(image: Encoded, channels: int, most_pixels: int = MAX_PIXELS) -> Pixels:
     """Decodes an image file.
 
-    Applies the EXIF orientation, drops transparency, keeps the upper 8 of 16 bits, and takes the first frame
-    of an animation.
+    Applies the EXIF orientation, puts transparent pixels on white, keeps the upper 8 of 16 bits, and takes
+    the first frame of an animation.
 
     Args:
         image: the file, in one of `IMAGE_FORMATS`.
@@ -107,6 +110,7 @@ def decode_into(images: Sequence[Encoded], out: Pixels) -> None:
                 places.append(place)
                 tensors.append(tensor)
                 continue
+            at_image(place)
             pixels = _by_pillow(image, plain, channels, height * width)
             if pixels.shape != out.shape[1:]:
                 raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels")
@@ -273,11 +277,12 @@ def _by_pillow(image: Encoded, plain: _Plain | None, channels: int, most_pixels:
         option = "" if plain.decoder == "jpeg" else 0  # JPEG: color space of the file; PNG: no interlacing
         with contextlib.suppress(ValueError, OSError):  # the full reader below gives the reason
             picture = Image.frombytes(plain.mode, size, plain.data, plain.decoder, plain.mode, option)
-            picture = _convert(picture, "L" if channels == 1 else "RGB")
+            if picture.mode != (mode := "L" if channels == 1 else "RGB"):  # else Pillow would copy it
+                picture = picture.convert(mode)
             pixels = np.frombuffer(bytearray(picture.tobytes()), np.uint8)
             return pixels.reshape(plain.height, plain.width, channels)
     with _value_errors(), open_image(io.BytesIO(image), most_pixels) as picture:
-        return _upright(picture, channels)
+        return _upright(picture, channels, stored(picture))
 
 
 def pixels_of(picture: Image.Image, channels: int, most_pixels: int = MAX_PIXELS) -> Pixels:
@@ -289,13 +294,14 @@ def pixels_of(picture: Image.Image, channels: int, most_pixels: int = MAX_PIXELS
     if picture.width * picture.height > most_pixels:
         raise TooLargeError(*picture.size, most_pixels)
     with _value_errors():
-        return _upright(picture.copy(), channels)
+        how = stored(picture)
+        return _upright(picture.copy(), channels, how)
 
 
-def _upright(picture: Image.Image, channels: int) -> Pixels:
+def _upright(picture: Image.Image, channels: int, how: Stored) -> Pixels:
     """Rotates a picture according to EXIF, and returns its pixels, uint8 [H, W, C]."""
     ImageOps.exif_transpose(picture, in_place=True)
-    pixels = np.array(_convert(picture, "L" if channels == 1 else "RGB"))
+    pixels = np.array(flattened(picture, "L" if channels == 1 else "RGB", how))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
@@ -364,21 +370,6 @@ def _webp_size(head: bytes) -> tuple[int, int]:
         width, height = struct.unpack_from("<HH", head, 26)
         return width & 0x3FFF, height & 0x3FFF
     return 0, 0
-
-
-def _convert(picture: Image.Image, mode: str) -> Image.Image:
-    if picture.mode == mode:
-        return picture
-    if picture.mode == "F":
-        raise ValueError("floating-point pixels are not supported")
-    if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them to 255
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("pixels of more than 16 bits are not supported")
-        picture = Image.fromarray((values >> 8).astype(np.uint8))
-    elif picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # Pillow warns about the direct conversion
-    return picture.convert(mode)
 
 
 def pixel_sums(pixels: Pixels) -> npt.NDArray[np.int64]:

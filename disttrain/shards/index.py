@@ -25,8 +25,10 @@ import pydantic
 from pydantic import Field
 
 from disttrain.errors import DataError, UnsafeError, UsageError
+from disttrain.shards.label_format import LabelPlace, LabelReader
 from disttrain.shards.origin import foreign_tar
-from disttrain.shards.remote import check_url, fetch_text, is_url
+from disttrain.shards.remote import check_url, fetch_text
+from disttrain.urls import is_url, public, without_secrets
 from disttrain.userdirs import user_cache
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ class IndexFile(pydantic.BaseModel):
     mean: tuple[_Fraction, ...]
     std: tuple[_Fraction, ...]
     splits: dict[str, Split]
+    label: LabelPlace | None = None  # not a number in KEY.cls
 
     @property
     def shards(self) -> list[Shard]:
@@ -102,6 +105,12 @@ class Index(IndexFile):
     digest: str
     base: str | None = None
 
+    def label_reader(self) -> LabelReader:
+        """Returns what reads the labels of its shards."""
+        named = self.label is not None and self.label.named
+        names = {name: label for label, name in enumerate(self.classes)} if named else None
+        return LabelReader(self.label, classes=len(self.classes), names=names)
+
     def url(self, shard: Shard) -> str | None:
         """Returns the URL of a shard on a server, or None for a local one."""
         if is_url(shard.file):
@@ -110,7 +119,7 @@ class Index(IndexFile):
 
     def place(self, shard: Shard) -> str:
         """Returns the path or the URL of a shard, for messages."""
-        return self.url(shard) or str(self.folder / shard.file)
+        return without_secrets(self.url(shard) or str(self.folder / shard.file))
 
     @property
     def decoded_bytes(self) -> int:
@@ -143,8 +152,8 @@ def data_root(root: str | None) -> Path:
 
 
 def server_root(root: str | None) -> str | None:
-    """Returns the root if it is the URL of a server, else None."""
-    chosen = root or os.environ.get("DISTTRAIN_DATA") or ""
+    """Returns the root if it is the URL of a server, without its secrets, else None."""
+    chosen = public(root or os.environ.get("DISTTRAIN_DATA") or "")
     return chosen.rstrip("/") if "://" in chosen or chosen.startswith("pipe:") else None
 
 
@@ -381,4 +390,4 @@ def size_problem(path: Path, shard: Shard) -> str | None:
 
 def index_bytes(content: IndexFile) -> bytes:
     """Returns the contents of the file index.json."""
-    return (json.dumps(content.model_dump(mode="json"), indent=1) + "\n").encode()
+    return (json.dumps(content.model_dump(mode="json", exclude_none=True), indent=1) + "\n").encode()

@@ -42,7 +42,7 @@ from disttrain.shards.index import (
     mean_std,
 )
 from disttrain.shards.origin import foreign_tar
-from disttrain.shards.writer import Sample, WrittenShard, check_shape, member_bytes, write_shard
+from disttrain.shards.writer import Sample, WrittenShard, check_shape, member_bytes, tell, write_shard
 from disttrain.units import mib
 
 Progress = Callable[[int, int], None]
@@ -278,7 +278,9 @@ def _write(
             records[job.file] = _write_job(job, splits[job.split], scratch, show)
             done += len(job.numbers)
     options.on_progress(total, total)
-    return [record for job in jobs if (record := records[job.file])]
+    finished = [record for job in jobs if (record := records[job.file])]
+    tell(finished, options.say)
+    return finished
 
 
 def _show_hundreds(on_progress: Progress, before: int, total: int, written: int) -> None:

@@ -31,6 +31,7 @@ from disttrain.files import stamp
 from disttrain.parallel import ordered_map
 from disttrain.shards.images import ImageError, Pixels, decode_into
 from disttrain.shards.index import Index, Shard, remedy, size_problem
+from disttrain.shards.remarks import collected
 from disttrain.shards.remote import fetch_shard
 from disttrain.shards.tar import Contents, scan
 from disttrain.userdirs import cache_folder, remember
@@ -171,6 +172,8 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
         raise ShardError(index, shard, problem.removeprefix(f"{path}: "))
     seen = stamp(descriptor)
     identity = f"{path.resolve()} {len(index.classes)} {seen}"
+    if index.label is not None:
+        identity += f" {index.label} {index.classes}"
     name = f"{shard.sha256[:32]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     record = cache_folder() / "checked" / name
     if (contents := _load(record)) is not None and len(contents.keys) == shard.samples:
@@ -180,7 +183,7 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
         file.seek(0)
         contents, problem = None, ""
         try:
-            contents = scan(file, len(index.classes))
+            contents = scan(file, index.label_reader())
         except ValueError as error:
             problem = str(error)
         except UnsafeError as error:
@@ -329,12 +332,14 @@ class Chunk(NamedTuple):
         images: uint8 [n, H, W, C]; arbitrary for bad samples.
         labels: int64 [n]; -1 for an invalid label.
         problems: id -> key, and why the sample cannot be used.
+        remarks: key of a sample that can be used, and a remark on its image.
     """
 
     first: int
     images: Pixels
     labels: Ids
     problems: dict[int, tuple[str, str]]
+    remarks: list[tuple[str, str]]
 
 
 def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[Chunk]:
@@ -351,15 +356,22 @@ def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[
     def work(begin: int) -> Chunk:
         positions = range(begin, min(begin + _CHUNK, count))
         images = np.empty((len(positions), *shape), np.uint8)
+        keys = shard.contents.keys[begin : positions.stop]
         problems = {}
         try:
-            decode_into([shard.read(position) for position in positions], images)
+            with collected() as found:
+                decode_into([shard.read(position) for position in positions], images)
+            remarks = [(keys[place], text) for place, text in found]
         except (ValueError, OSError):  # at least one sample is bad: find out which
+            remarks = []
             for place, position in enumerate(positions):
                 try:
-                    decode_into([shard.read(position)], images[place : place + 1])
+                    with collected() as found:
+                        decode_into([shard.read(position)], images[place : place + 1])
+                    remarks += [(keys[place], text) for _, text in found]
                 except (ValueError, OSError) as error:
-                    problems[base + position] = (shard.contents.keys[position], reason(error))
-        return Chunk(base + begin, images, shard.contents.labels[positions.start : positions.stop], problems)
+                    problems[base + position] = (keys[place], reason(error))
+        labels = shard.contents.labels[begin : positions.stop]
+        return Chunk(base + begin, images, labels, problems, remarks)
 
     yield from ordered_map(work, range(0, count, _CHUNK), threads)

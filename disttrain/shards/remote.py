@@ -11,6 +11,7 @@ import http.client
 import math
 import os
 import random
+import re
 import shutil
 import time
 import urllib.error
@@ -22,7 +23,9 @@ from typing import Any, TypeVar
 
 from disttrain.errors import DataError, StorageError, UnsafeError, UsageError, reason
 from disttrain.files import appearing, file_lock
+from disttrain.shards.login import log_in, login_remedy, request_for
 from disttrain.units import mib
+from disttrain.urls import is_url, without_secrets
 from disttrain.userdirs import cache_folder
 
 _TIMEOUT_S = 30.0  # to connect, and for each read
@@ -33,11 +36,6 @@ _TEMPORARY = frozenset((408, 425, 429, 500, 502, 503, 504))
 _LIMIT = "DISTTRAIN_SHARD_CACHE_GIB"
 
 _T = TypeVar("_T")
-
-
-def is_url(text: str) -> bool:
-    """Returns whether the text is an http(s) URL."""
-    return text.startswith(("http://", "https://"))
 
 
 def check_url(url: str) -> None:
@@ -53,11 +51,16 @@ def check_url(url: str) -> None:
             raise UnsafeError(f"refused to open {url!r}; use a folder or an http(s) URL")
         raise UsageError(f"{url}: {scheme}: is not supported; mount or download the data, or use http(s)")
     try:
-        host = urllib.parse.urlsplit(url).hostname
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname if parts.port is None or parts.port else None
     except ValueError:
         host = None
     if not host or any(c.isspace() or not c.isprintable() for c in url):
-        raise UsageError(f"{url!r}: not a valid URL; expected https://host/folder")
+        shown = re.sub(".*@", f"{scheme}://", url, flags=re.DOTALL)  # its login may have a / or a #
+        raise UsageError(
+            f"{without_secrets(shown)!r}: not a valid URL; expected https://host/folder, and %XX for special "
+            "characters of a password"
+        )
 
 
 def fetch_text(url: str, limit_bytes: int) -> bytes:
@@ -81,7 +84,9 @@ def fetch_text(url: str, limit_bytes: int) -> bytes:
 
     content = _persist(url, fetch)
     if len(content) > limit_bytes:
-        raise DataError(f"{_shown(url)}: larger than {limit_bytes} bytes; check that it is the right file")
+        raise DataError(
+            f"{without_secrets(url)}: larger than {limit_bytes} bytes; check that it is the right file"
+        )
     return content
 
 
@@ -105,9 +110,9 @@ def fetch_shard(url: str, *, size: int, sha256: str, say: Callable[[str], None] 
     target = cache_folder() / "shards" / f"{sha256}.tar"
     tell = say or (lambda text: None)
     try:
-        with file_lock(target, lambda: tell(f"waiting for the download of {_shown(url)}")):
+        with file_lock(target, lambda: tell(f"waiting for the download of {without_secrets(url)}")):
             if not (target.exists() and target.stat().st_size == size):
-                tell(f"downloading {_shown(url)}, {mib(size, 1)}")
+                tell(f"downloading {without_secrets(url)}, {mib(size, 1)}")
                 _make_room(target, size)
                 _download(url, target, size, sha256)
             target.with_suffix(".used").touch()
@@ -132,7 +137,7 @@ def _download(url: str, target: Path, size: int, sha256: str) -> None:
             partial.unlink()
             if last:
                 raise DataError(
-                    f"{_shown(url)}: its SHA-256 does not match the index; repair it on the server"
+                    f"{without_secrets(url)}: its SHA-256 does not match the index; repair it on the server"
                 )
 
 
@@ -148,7 +153,7 @@ def _fetch_rest(url: str, partial: Path, size: int) -> None:
             while chunk := response.read(_CHUNK_BYTES):
                 done += len(chunk)
                 if done > size:
-                    raise DataError(f"{_shown(url)}: larger than the {size} bytes in the index")
+                    raise DataError(f"{without_secrets(url)}: larger than the {size} bytes in the index")
                 file.write(chunk)
     if done < size:
         raise http.client.IncompleteRead(b"", size - done)
@@ -156,6 +161,7 @@ def _fetch_rest(url: str, partial: Path, size: int) -> None:
 
 def _persist(url: str, fetch: Callable[[], _T]) -> _T:
     """Calls `fetch` until it succeeds, with growing pauses; permanent errors are not retried."""
+    what_to_do = "check the URL and the network, or use a local copy of the data set"
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
@@ -164,14 +170,14 @@ def _persist(url: str, fetch: Callable[[], _T]) -> _T:
         except urllib.error.HTTPError as error:
             error.close()
             problem = f"the server answered {error.code} {error.reason}"
+            if error.code in (401, 403):
+                what_to_do = login_remedy(url)
             if error.code not in _TEMPORARY:
                 break
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
             problem = reason(cause) if isinstance(cause, Exception) else str(cause)
-    raise DataError(
-        f"{_shown(url)}: {problem}; check the URL and the network, or use a local copy of the data set"
-    )
+    raise DataError(f"{without_secrets(url)}: {without_secrets(problem)}; {what_to_do}")
 
 
 class _HttpRedirects(urllib.request.HTTPRedirectHandler):
@@ -181,22 +187,22 @@ class _HttpRedirects(urllib.request.HTTPRedirectHandler):
         target = urllib.parse.urljoin(req.full_url, headers.get("Location", ""))
         if not is_url(target):
             fp.close()
-            raise UnsafeError(f"{_shown(req.full_url)}: refused the redirect to {target!r}")
+            raise UnsafeError(
+                f"{without_secrets(req.full_url)}: refused the redirect to {without_secrets(target)!r}"
+            )
         return super().http_error_302(req, fp, code, msg, headers)
+
+    def redirect_request(self, *arguments: Any) -> Any:
+        """Returns the request for the new URL, with the login of its own server."""
+        request = super().redirect_request(*arguments)
+        return request and log_in(request)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _open(url: str, headers: dict[str, str]) -> Any:
     opener = urllib.request.build_opener(_HttpRedirects)
-    request = urllib.request.Request(url, headers={"User-Agent": "disttrain", **headers})
-    return opener.open(request, timeout=_TIMEOUT_S)
-
-
-def _shown(url: str) -> str:
-    """Returns a URL without user and password."""
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return opener.open(request_for(url, headers), timeout=_TIMEOUT_S)
 
 
 def _make_room(target: Path, size: int) -> None:

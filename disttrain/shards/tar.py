@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from disttrain.errors import UnsafeError
+from disttrain.shards.label_format import LabelReader
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 """Extensions of the members that are images."""
@@ -23,8 +24,6 @@ _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _MAX_MEMBER_BYTES = 2**28
 _MAX_EXTRA_BYTES = 2**20  # of a pax or GNU header; extended attributes can have 64 KiB each
-_MAX_LABEL_BYTES = 16
-_MAX_LABEL = 10**6
 _MAX_IMAGE_BYTES = 2**25
 _FOLDER = b"5"
 _PAX, _PAX_GLOBAL, _LONG_NAME = b"x", b"g", b"L"
@@ -65,12 +64,12 @@ class Contents:
     problems: dict[int, str]
 
 
-def scan(file: BinaryIO, classes: int | None) -> Contents:
+def scan(file: BinaryIO, labels: LabelReader) -> Contents:
     """Reads the headers and labels of a whole shard.
 
     Args:
         file: an uncompressed tar, seekable.
-        classes: number of classes, which all labels must be below; None accepts any label.
+        labels: reads the labels.
 
     Raises:
         ValueError: the tar is damaged or incomplete; the message says what is wrong, and near which member.
@@ -78,6 +77,7 @@ def scan(file: BinaryIO, classes: int | None) -> Contents:
     """
     samples: list[_Sample] = []
     seen: set[str] = set()
+    member = labels.place.member
     for name, offset, size, head in _members(file.fileno()):
         folder, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
@@ -85,9 +85,9 @@ def scan(file: BinaryIO, classes: int | None) -> Contents:
             continue
         key, extension, problem = f"{folder}{slash}{stem}", extension.lower(), ""
         if not samples or samples[-1].key != key:
-            if key in seen:
+            if again := key in seen:
                 problem = f"key {key} occurs twice: interleaved or duplicated members"
-            samples.append(_Sample(key, problem=problem))
+            samples.append(_Sample(key, member, again, problem=problem))
             seen.add(key)
         sample = samples[-1]
         if extension in sample.members:
@@ -100,8 +100,11 @@ def scan(file: BinaryIO, classes: int | None) -> Contents:
             elif size > _MAX_IMAGE_BYTES:
                 problem = f"the image file has {size} bytes, over the limit of {_MAX_IMAGE_BYTES}"
             sample.extension, sample.offset, sample.size = extension, offset, size
-        elif extension == "cls":
-            sample.label, problem = _label(head[:size].strip(), size, classes)
+        elif extension == member and size > labels.most_bytes:
+            problem = f"{head[:20]!r} is not a label"
+        elif extension == member:
+            content = head[:size] if size <= len(head) else os.pread(file.fileno(), size, offset)
+            sample.label, problem = labels.read(content)
         sample.members.add(extension)
         sample.problem = sample.problem or problem
     samples = [sample for sample in samples if sample.is_one()]
@@ -122,6 +125,8 @@ def scan(file: BinaryIO, classes: int | None) -> Contents:
 @dataclass
 class _Sample:
     key: str
+    label_member: str
+    again: bool
     extension: str = ""
     offset: int = 0
     size: int = 0
@@ -130,14 +135,21 @@ class _Sample:
     members: set[str] = field(default_factory=set)
 
     def is_one(self) -> bool:
-        """Returns whether a member looks like an image or a label, even one such as `KEY.input.png`."""
-        return any(member.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "cls") for member in self.members)
+        """Returns whether a member looks like an image or a label, even one such as `KEY.input.png`.
+
+        A single .txt or .json file is no sample, unless its image was somewhere else in the tar.
+        """
+        if any(member.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "cls") for member in self.members):
+            return True
+        return self.again and self.label_member in self.members
 
     def unusable(self) -> str:
         """Returns why the sample cannot be used, or an empty string; call it after all members."""
         if self.problem or not self.extension:
             return self.problem or f"no image{self._after_first_dot()}"
-        return "" if "cls" in self.members else f"no label (member cls){self._after_first_dot()}"
+        if self.label_member in self.members:
+            return ""
+        return f"no label (member {self.label_member}){self._after_first_dot()}"
 
     def _after_first_dot(self) -> str:
         """Returns an explanation if a member of the sample has a dot in its extension, else nothing."""
@@ -145,15 +157,6 @@ class _Sample:
         if not dotted:
             return ""
         return f": a key ends at the first dot of the name, so that the extension of a member is {dotted[0]}"
-
-
-def _label(text: bytes, size: int, classes: int | None) -> tuple[int, str]:
-    """Returns the label in a member and an empty string, or -1 and the problem."""
-    if size > _MAX_LABEL_BYTES or not text.isdigit() or int(text) > _MAX_LABEL:
-        return -1, f"{text[:20]!r} is not a label"
-    if classes is not None and int(text) >= classes:
-        return -1, f"label {int(text)} is not in 0 to {classes - 1}"
-    return int(text), ""
 
 
 def _members(descriptor: int) -> Iterator[tuple[str, int, int, bytes]]:

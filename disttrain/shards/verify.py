@@ -16,7 +16,8 @@ from disttrain.parallel import usable_cores
 from disttrain.shards.images import expect_images, pixel_sums
 from disttrain.shards.index import Index, Shard, extra_shards, mean_std
 from disttrain.shards.pack import Progress, silent
-from disttrain.shards.reader import Ids, ShardError, decoded, open_shard
+from disttrain.shards.reader import Chunk, Ids, ShardError, decoded, open_shard
+from disttrain.shards.remarks import Remarks, add, pillow_warnings
 from disttrain.shards.tar import Contents
 from disttrain.userdirs import cache_folder, remember
 
@@ -39,6 +40,7 @@ class Findings:
         unusable: split -> ids of the bad samples, in order.
         class_counts: split -> number of usable samples of each class.
         sums: sums of the pixels of the train split; see `pixel_sums`.
+        remarks: remarks on usable samples, each with its shard and key.
     """
 
     def __init__(self, index: Index) -> None:
@@ -47,6 +49,20 @@ class Findings:
         self.unusable: dict[str, list[int]] = {split: [] for split in index.splits}
         self.class_counts = {split: np.zeros(len(index.classes), np.int64) for split in index.splits}
         self.sums = np.zeros((2, index.channels), np.int64)
+        self.remarks: Remarks = {}
+
+    def add(self, index: Index, split: str, shard: Shard, chunk: Chunk, *, statistics: bool) -> None:
+        """Adds the decoded samples of a part of a shard."""
+        good = np.ones(len(chunk.labels), bool)
+        for sample, (key, text) in chunk.problems.items():
+            good[sample - chunk.first] = False
+            self.problems.append(Problem(index.place(shard), key, text))
+        self.unusable[split] += chunk.problems
+        self.class_counts[split] += np.bincount(chunk.labels[good], minlength=len(index.classes))
+        for key, text in chunk.remarks:
+            add(self.remarks, text, f"{index.place(shard)}: sample {key}")
+        if statistics and split == "train":
+            self.sums += pixel_sums(chunk.images[good])
 
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Returns mean and standard deviation for index.json, from the usable samples of the train split."""
@@ -72,29 +88,20 @@ def examine(
     total = sum(index.splits[split].samples for split in splits)
     expect_images(total)
     done = 0
-    for split in splits:
-        first_ids = index.first_ids(split)
-        for number, shard in enumerate(index.splits[split].shards):
-            try:
-                for chunk in decoded(index, split, number, threads=usable_cores()):
-                    good = np.ones(len(chunk.labels), bool)
-                    for sample, (key, text) in chunk.problems.items():
-                        good[sample - chunk.first] = False
-                        findings.problems.append(Problem(index.place(shard), key, text))
-                    findings.unusable[split] += chunk.problems
-                    findings.class_counts[split] += np.bincount(
-                        chunk.labels[good], minlength=len(index.classes)
-                    )
-                    if statistics and split == "train":
-                        findings.sums += pixel_sums(chunk.images[good])
-                    done += len(chunk.labels)
-                    on_progress(done, total)
-            except ShardError as error:
-                findings.problems.append(Problem(index.place(shard), None, error.problem))
-                begin, end = first_ids[number], first_ids[number + 1]
-                done += int(end - begin)
-                findings.unusable[split] = [i for i in findings.unusable[split] if i < begin]
-                findings.unusable[split] += range(begin, end)
+    with pillow_warnings():
+        for split in splits:
+            for number, shard in enumerate(index.splits[split].shards):
+                try:
+                    for chunk in decoded(index, split, number, threads=usable_cores()):
+                        findings.add(index, split, shard, chunk, statistics=statistics)
+                        done += len(chunk.labels)
+                        on_progress(done, total)
+                except ShardError as error:
+                    findings.problems.append(Problem(index.place(shard), None, error.problem))
+                    begin, end = index.first_ids(split)[number : number + 2].tolist()
+                    done += end - begin
+                    findings.unusable[split] = [i for i in findings.unusable[split] if i < begin]
+                    findings.unusable[split] += range(begin, end)
     return findings
 
 

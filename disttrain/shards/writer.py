@@ -18,7 +18,9 @@ from disttrain.errors import DataError, reason
 from disttrain.files import sha256
 from disttrain.shards.images import Pixels, decode_image, pixel_sums
 from disttrain.shards.index import MAX_SHARD_PIXELS
+from disttrain.shards.label_format import LabelReader
 from disttrain.shards.origin import OWNER
+from disttrain.shards.remarks import Remarks, add, collected, lines, pillow_warnings
 from disttrain.shards.tar import scan
 
 BLOCK = 512  # bytes of a tar block
@@ -51,6 +53,8 @@ class WrittenShard(msgspec.Struct, frozen=True):
     """Sums of the pixels; see `pixel_sums`."""
     problems: list[tuple[str, str]] = []
     """Origin of each bad sample, which is not in the shard, and why it is bad."""
+    remarks: Remarks = {}
+    """Remarks on images in the shard."""
 
     @property
     def samples(self) -> int:
@@ -101,15 +105,14 @@ def write_shard(
     sums = np.zeros((2, channels), np.int64)
     shape, origin = (0, 0), ""
     problems: list[tuple[str, str]] = []
+    remarks: Remarks = {}
     names: list[str] = []
-    with path.open("wb") as file:
+    with path.open("wb") as file, pillow_warnings():
         tar = TarWriter(file, encoder=False, mtime=0, mode=0o444, user=OWNER, group=OWNER, compress=False)
         with tar:
             for count, number in enumerate(numbers, 1):
                 try:
-                    sample = load(number)
-                    name = sample.origin or f"{path.stem.partition('-')[0]} sample {number}"
-                    pixels = _decoded(sample, name, classes, channels)
+                    sample, name, pixels, remarked = _loaded(path, load, number, classes, channels)
                 except BadSampleError as error:
                     problems.append((error.origin, error.problem))
                     on_sample(count)
@@ -118,6 +121,8 @@ def write_shard(
                 if not origin:
                     shape, origin = found, name
                 check_shape(name, found, origin, shape)
+                for text in remarked:
+                    add(remarks, text, name)
                 sums += pixel_sums(pixels)
                 counts[sample.label] += 1
                 label = str(sample.label).encode()
@@ -128,7 +133,28 @@ def write_shard(
         os.fsync(file.fileno())
     if names:
         _read_back(path, names, classes)
-    return WrittenShard(path.stat().st_size, sha256(path), counts, shape, origin, sums.tolist(), problems)
+    size, digest = path.stat().st_size, sha256(path)
+    return WrittenShard(size, digest, counts, shape, origin, sums.tolist(), problems, remarks)
+
+
+def tell(records: Iterable[WrittenShard], say: Callable[[str], object]) -> None:
+    """Says each kind of remark on the images of some shards once."""
+    remarks: Remarks = {}
+    for record in records:
+        for text, (number, first) in record.remarks.items():
+            add(remarks, text, first, number)
+    for line in lines(remarks):
+        say(line)
+
+
+def _loaded(
+    path: Path, load: Callable[[int], Sample], number: int, classes: int, channels: int
+) -> tuple[Sample, str, Pixels, list[str]]:
+    """Returns a sample, its name for messages, its pixels, uint8 [H, W, C], and the remarks on its image."""
+    with collected() as remarked:
+        sample = load(number)
+        name = sample.origin or f"{path.stem.partition('-')[0]} sample {number}"
+        return sample, name, _decoded(sample, name, classes, channels), [text for _, text in remarked]
 
 
 def _decoded(sample: Sample, name: str, classes: int, channels: int) -> Pixels:
@@ -148,7 +174,7 @@ def _decoded(sample: Sample, name: str, classes: int, channels: int) -> Pixels:
 def _read_back(path: Path, names: Sequence[str], classes: int) -> None:
     """Raises BadSampleError if the reader would refuse a sample, so that it is not published."""
     with path.open("rb") as file:
-        for position, problem in scan(file, classes).problems.items():
+        for position, problem in scan(file, LabelReader(classes=classes)).problems.items():
             raise BadSampleError(names[position], problem)
 
 

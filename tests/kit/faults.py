@@ -193,7 +193,7 @@ BAD: dict[str, tuple[list[Member], list[int], str]] = {
     "no image": ([("bad.cls", b"1")], [0], r"no image"),
     "label x": (sample(label=b"x", png=image(0)), [0], r"b'x' is not a label"),
     "label -1": (sample(label=b"-1", png=image(0)), [0], r"b'-1' is not a label"),
-    "label 1.0": (sample(label=b"1.0", png=image(0)), [0], r"b'1\.0' is not a label"),
+    "label 1.5": (sample(label=b"1.5", png=image(0)), [0], r"b'1\.5' is not a label"),
     "label in other digits": (sample(label="\u0661".encode(), png=image(0)), [0], r"is not a label"),
     "empty label": (sample(label=b"", png=image(0)), [0], r"b'' is not a label"),
     "label 99": (sample(label=b"99", png=image(0)), [0], r"label 99 is not in 0 to 3"),

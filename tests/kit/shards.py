@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +45,13 @@ def write_tar(path: Path, samples: int, seed: int, size: int = 8) -> None:
                 member = tarfile.TarInfo(f"some/folder/{seed}-{number}.{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
+
+
+def write_members(path: Path, members: Mapping[str, bytes]) -> None:
+    """Writes a tar of these members, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))

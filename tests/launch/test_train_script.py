@@ -135,6 +135,15 @@ def test_the_nodes_of_a_job_know_a_secret_of_its_own(tmp_path):
 
 
 @pytest.mark.integration
+def test_several_tasks_per_node_become_one_with_their_cpus(tmp_path):
+    given = {"SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "8"}
+    code, calls, errors = run_all(tmp_path, "a.yaml", out_of_time=False, **given)
+    assert code == 0
+    assert "--ntasks-per-node=1 --cpus-per-task=32" in calls
+    assert errors.count("--ntasks-per-node=4: each node gets one task with the CPUs of all 4") == 1
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("outcome", "expected", "requeued"),
     [

@@ -16,7 +16,7 @@ from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from disttrain.shards.pack import Options
 from disttrain.shards.verify import verify
-from kit.shards import SEVEN, read_split, write_tar
+from kit.shards import SEVEN, read_split, write_members, write_tar
 from kit.toy import encode
 
 
@@ -32,15 +32,6 @@ def write(path, images, labels):
                 member = tarfile.TarInfo(f"{path.stem}/{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-
-
-def write_members(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
 
 
 def pixels(count, seed, shape=(4, 5)):
@@ -141,12 +132,13 @@ def test_keys_that_begin_again_in_every_shard_are_no_duplicates(tmp_path):
 @pytest.mark.parametrize(
     ("names", "label", "words"),
     [
-        (("a.png", "a.cls"), b"cat", r"sample a: b'cat' is not a label"),
-        (("a.png", "a.cls"), b"1.0", r"sample a: b'1\.0' is not a label"),
+        (("a.png", "a.cls"), b"\x80\x01", r"sample a: b'\\x80\\x01' is not a label"),
+        (("a.png", "a.cls"), b" ", r"sample a: b'' is not a label"),
         (("a.png", "a.json"), b"{}", r"sample a: no label \(member cls\) \(no sample"),
         (("a.input.png", "a.output.cls"), b"1", r"no image: a key ends at the first dot .* is input\.png"),
         (("n01.v2_0.png", "n01.v2_0.cls"), b"1", r"sample n01: no image: a key .* is v2_0\.cls"),
         (("a.png", "b.png", "a.cls", "b.cls"), b"1", r"sample a: key a occurs twice"),
+        (("a.png", "b.png", "a.txt", "b.txt"), b"cat", r"sample a: key a occurs twice"),
     ],
 )
 def test_the_reason_is_said_when_no_sample_has_a_label(tmp_path, names, label, words):
@@ -162,7 +154,7 @@ def test_the_reason_is_said_when_no_sample_has_a_label(tmp_path, names, label, w
 def test_what_cannot_be_indexed_is_told_and_leaves_no_index(tmp_path, problem):
     folder = tmp_path / ("my set" if problem == "name" else "set")
     folder.mkdir()
-    write(folder / "train.tar", pixels(3, 0), ["x"] * 3 if problem == "no labels" else [0, 1, 0])
+    write(folder / "train.tar", pixels(3, 0), [""] * 3 if problem == "no labels" else [0, 1, 0])
     write(folder / "val.tar", pixels(2, 1, (5, 5) if problem == "other size" else (4, 5)), [0, 1])
     words = {
         "empty": "no tars match",
@@ -179,7 +171,7 @@ def test_what_cannot_be_indexed_is_told_and_leaves_no_index(tmp_path, problem):
     if problem == "no tar":
         (folder / "train.tar").write_bytes(os.urandom(2048))
     if problem == "no labels":
-        write(folder / "val.tar", pixels(2, 1), ["y", "z"])
+        write(folder / "val.tar", pixels(2, 1), ["", ""])
     with pytest.raises((DataError, UsageError), match=words[problem]):
         index_it(folder)
     assert not (folder / "index.json").exists()

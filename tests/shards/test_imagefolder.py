@@ -115,7 +115,7 @@ def test_other_formats_become_png_of_the_same_pixels(root, source):
     write(folder / "2.ppm", image)
     write(folder / "3.png", image[::-1, ::-1], exif=exif)
     write(folder / "4.gif", picture.quantize(256))
-    write(folder / "5.png", picture.quantize(256), transparency=b"\x80")
+    write(folder / "5.png", picture.quantize(256), transparency=b"\xff")
     write(folder / "6.png", picture.convert("RGBA"))
     write(source / "val" / "ant" / "0.png", image)
     index = pack(source)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,59 +23,11 @@ from disttrain.shards import remote
 from disttrain.shards.index import load_index
 from disttrain.shards.remote import check_url, fetch_shard, fetch_text
 from kit.commands import Run, wait_for
+from kit.server import Server
 from kit.shards import read_split
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-class Server:
-    """Serves a folder; `trouble` is asked before each answer.
-
-    Attributes:
-        requests: path and Range header of each.
-        trouble: called with the handler and the file; returns whether it has answered.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.requests: list[tuple[str, str | None]] = []
-        self.trouble: Callable[[BaseHTTPRequestHandler, bytes], bool] = lambda handler, content: False
-        self.ranges = True
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.requests.append((self.path, self.headers.get("Range")))
-                path = folder / self.path.lstrip("/")
-                if not path.is_file():
-                    self.send_error(404)
-                    return
-                content = path.read_bytes()
-                if outer.trouble(self, content):
-                    return
-                begin = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if outer.ranges else 0
-                self.send_response(206 if begin else 200)
-                if begin:
-                    self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
-                self.send_header("Content-Length", str(len(content) - begin))
-                self.end_headers()
-                self.wfile.write(content[begin:])
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.handle_error = lambda *arguments: None  # type: ignore[method-assign]  # a client left
-        self.http.daemon_threads = False  # so that closing the server waits for them
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.thread.join()
-        self.http.server_close()
 
 
 @pytest.fixture
@@ -90,6 +43,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DISTTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("DISTTRAIN_SERVERS", "{}")
     monkeypatch.setattr(remote, "_PAUSE_S", 0.01)
     return tmp_path / "cache" / "shards"
 
@@ -360,10 +314,15 @@ def test_training_from_a_server(
     cache_mode: str,
 ) -> None:
     shutil.copytree(seven_root / "seven", tmp_path / "www" / "seven")
+    server.demand("Basic " + base64.b64encode(b"me:pass/word").decode(), "sig=s3cret%2F")
+    root = server.url.replace("//", "//me:pass%2Fword@") + "?sig=s3cret%2F"
     result = disttrain(
-        "run", config_file, "--procs", "2", "data.name=seven", f"data.root={server.url}",
+        "run", config_file, "--procs", "2", "data.name=seven", f"data.root={root}", "--run-dir", "run",
         f"data.cache={cache_mode}", "train.epochs=1", env={"no_proxy": "*"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    shards = [path for path, _ in server.requests if path.endswith(".tar")]
+    said = [result.stdout, result.stderr]
+    said += [path.read_bytes().decode(errors="replace") for path in Path("run").rglob("*") if path.is_file()]
+    assert not [text for text in said if re.search("pass.{1,3}word|s3cret", text)]
+    shards = [path for path, _ in server.requests if ".tar" in path]
     assert len(shards) == len(set(shards)) == 9

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from disttrain.errors import UnsafeError
+from disttrain.shards.label_format import LabelReader
 from disttrain.shards.tar import IMAGE_EXTENSIONS, Contents, scan
 
 LONG = "very/long/" + "folder-" * 20 + "/"
@@ -34,7 +35,7 @@ def look(folder: Path, content: bytes, classes: int | None = None) -> Contents:
     path = folder / "shard.tar"
     path.write_bytes(content)
     with path.open("rb") as file:
-        return scan(file, classes)
+        return scan(file, LabelReader(classes=classes))
 
 
 def members(count: int, prefix: str = "") -> dict[str, bytes]:
