@@ -27,7 +27,14 @@ BY_FORCE = {
     "train.precision": "fp32",
 }
 """The same of another experiment: the message says --force."""
-AT_THE_START = {"data.remainder", "model.num_classes"}
+AT_THE_START = {
+    "data.remainder",
+    "data.root",
+    "model.args",
+    "model.num_classes",
+    "train.compile",
+    "train.virtual_ranks",
+}
 """Of runs that have saved nothing yet, and of the next one."""
 
 REMEDY = re.compile(r"\b(?:raise|lower|set|use|use an?|with|tries|often \(|;) ?([a-z]+\.[a-z_]+)\b(?! = )")

@@ -1,9 +1,10 @@
-"""The commands on a trained run: eval, predict, export, report."""
+"""The commands on a trained run: eval, predict, export, report, replay."""
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,4 +150,37 @@ def _compare(runs: tuple[Path, ...], output: Path | None, target: float | None, 
     click.echo(page)
 
 
-COMMANDS = (eval_, predict, export, report)
+@click.command()
+@_RUN
+@click.option(
+    "--from", "begin", type=click.IntRange(0), help="Step of a checkpoint, or 0 (default: the newest)."
+)
+@click.option("--to", "end", type=COUNT, help="Last step to compare (default: the last log point).")
+@PROCESSES
+@click.option("--run-dir", type=PATH, help="Keep the run folder of the replay here.")
+def replay(
+    run_path: Path,
+    begin: int | None,
+    end: int | None,
+    gpus: int | None,
+    procs: int | None,
+    run_dir: Path | None,
+) -> None:
+    """Train a part of a run again, and compare the weights bit by bit.
+
+    RUN was trained with train.reproducible. The replay may use another number of processes. It prints where
+    the weights part, and then exits with 70.
+    """
+    from disttrain.errors import TrainingError
+    from disttrain.launch.replay import replay as replayed
+
+    place = [f"--gpus={gpus}"] if gpus else [f"--procs={procs}"] if procs else []
+    with tempfile.TemporaryDirectory(prefix="disttrain-") as folder:
+        where = run_dir or Path(folder) / "run"
+        begin, found = replayed(run_path, where, begin=begin, end=end, place=place)
+    if not found.same:
+        raise TrainingError(f"{run_path}, replayed from step {begin:,}: {found.text}")
+    click.echo(f"{run_path}, replayed from step {begin:,}: {found.text}")
+
+
+COMMANDS = (eval_, predict, export, report, replay)

@@ -45,14 +45,14 @@ def train(
         DisttrainError: the run failed; the subclass corresponds to its exit code.
     """
     with tempfile.TemporaryDirectory(prefix="disttrain-") as folder:
+        path = Path(folder) / "config.yaml"
         if isinstance(config, Config):
-            path = Path(folder) / "config.yaml"
             path.write_text(dump_config(config), encoding="utf-8")
-        else:
-            path = Path(config)
-        name = load_config(path, overrides).name
-        path_of_run = Path(run_dir) if run_dir is not None else new_run_path(name)
-        arguments = ["run", str(path), *overrides, "--run-dir", str(path_of_run), "--resume", str(resume)]
+            config = path
+        resolved = load_config(Path(config), overrides)  # once: the file may be edited after the start
+        path.write_text(dump_config(resolved), encoding="utf-8")
+        path_of_run = Path(run_dir) if run_dir is not None else new_run_path(resolved.name)
+        arguments = ["run", str(path), "--run-dir", str(path_of_run), "--resume", str(resume)]
         arguments += [] if gpus is None else ["--gpus", str(gpus)]
         arguments += [] if procs is None else ["--procs", str(procs)]
         arguments += ["--quiet"] if quiet else []

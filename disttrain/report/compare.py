@@ -18,7 +18,7 @@ from disttrain.report import charts
 from disttrain.report.facts import environment_rows, median, outcome, wall_s
 from disttrain.report.rendering import render
 from disttrain.report.run import Run, read_run, time_to_accuracy
-from disttrain.report.same_bits import compared, weight_digests
+from disttrain.runs.weight_digests import compared, weight_digests
 from disttrain.units import number, percent
 
 
@@ -175,7 +175,7 @@ def _bits(runs: Mapping[str, Run]) -> dict[str, str]:
     (_, first), *others = runs.items()
     digests = weight_digests(first.folder.metrics)
     found = {title: compared(digests, weight_digests(run.folder.metrics)) for title, run in others}
-    return {title: text for title, text in found.items() if text is not None}
+    return {title: result.text for title, result in found.items() if result is not None}
 
 
 def _results(run: Run, target: float | None) -> dict[str, float | str | None]:

@@ -1,4 +1,4 @@
-"""A step replayed as a CUDA graph is the step: the same weights to the last bit."""
+"""A step replayed as a CUDA graph, and one of virtual ranks, give the same bits each time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from disttrain.training import graph
 from disttrain.training.build import build
 from disttrain.training.group import join
 from disttrain.training.rank import Rank
-from disttrain.training.state import TrainState
 from kit import toy
 from kit.graph_cases import CASES, config_of, train_through
 
@@ -44,14 +43,25 @@ def arithmetic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def trained(index: Index, options: dict[str, Any]) -> TrainState:
-    """Trains two epochs in this process."""
-    fixed = {"train": {"compile": False, "reproducible": True, "cuda_graph": True}}
+def trained(index: Index, options: dict[str, Any], *, reproducible: bool = False) -> dict[str, Tensor]:
+    """Trains two epochs in this process with deterministic kernels; returns the state."""
+    fixed = {"train": {"compile": False, "cuda_graph": True, "reproducible": reproducible}}
+    if reproducible:
+        fixed["train"]["virtual_ranks"] = 4
     config = config_of(index, BATCH, fixed, options)
-    state, position, choices = build(config, Rank(0, None), join(config, "cuda"), index, None)
-    assert choices["cuda_graph"].value == "true"
+    group = join(config, "cuda")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    state, position, choices = build(config, Rank(0, None), group, index, None)
+    assert choices["cuda_graph"].value == ("false" if reproducible else "true")
     train_through(state, position)
-    return state
+    if not reproducible:
+        assert state.graph is not None
+        assert state.graph.recorded == (graph._WARM_UP_STEPS < STEPS)
+    parts = {"model": state.bare_model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    if state.ema is not None:
+        parts["ema"] = state.ema.state_dict()
+    return tensors(parts)
 
 
 def tensors(tree: Any, name: str = "") -> dict[str, Tensor]:
@@ -76,16 +86,18 @@ def test_a_graph_trains_to_the_same_bits(
     options: dict[str, Any], index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
-    for recorded, warm_up in ((False, 10**6), (True, 3)):
+    for warm_up in (10**6, 3):
         monkeypatch.setattr(graph, "_WARM_UP_STEPS", warm_up)
-        state = trained(index, options)
-        assert state.graph is not None
-        assert state.graph.recorded == recorded
-        state = {"model": state.bare_model.state_dict(), "optimizer": state.optimizer.state_dict()}
-        if state.ema is not None:
-            state["ema"] = state.ema.state_dict()
-        found.append(tensors(state))
-    plain, replayed = found
-    assert plain.keys() == replayed.keys()
-    for name, value in plain.items():
-        assert torch.equal(value.cpu(), replayed[name].cpu()), name
+        found.append(trained(index, options))
+    assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("options", [*CASES.values(), *MORE.values()], ids=[*CASES, *MORE])
+def test_virtual_ranks_give_the_same_bits_again(options: dict[str, Any], index: Index) -> None:
+    assert_same_bits(*(trained(index, options, reproducible=True) for _ in range(2)))
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value.cpu(), other[name].cpu()), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from kit import REPOSITORY, run_results, slurm_cluster
+from kit.commands import wait_for
 from kit.marks import nightly
+from kit.resumed import digest
 from kit.slurm_cluster import CONTROL, Hosts
 
 REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA") or "/nonexistent")
@@ -324,6 +327,31 @@ def test_a_job_that_began_on_two_nodes_goes_on_on_one(
     third.wait_for_state("COMPLETED", "FAILED")
     assert third.facts()["JobState"] == "COMPLETED", third.output()
     assert third.output().count("this run has already finished") == 2  # said by each node
+
+
+@pytest.mark.nightly
+def test_a_requeued_job_on_two_nodes_gives_the_bits_of_one_process(
+    cluster: Hosts, tmp_path: Path, config_file: Path, digits_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTTRAIN_DATA", str(digits_root))
+    monkeypatch.setitem(cluster.env, "RUN_DIR", "runs/bits")
+    settings = ("train.epochs=12", "train.reproducible=true", "train.virtual_ranks=4")
+    begun = ["disttrain", "run", str(config_file), *settings, "--procs", "1", "--run-dir"]
+    subprocess.run([*begun, "whole"], cwd=tmp_path, check=True)
+    first = subprocess.Popen([*begun, "runs/bits"], cwd=tmp_path)
+    metrics = tmp_path / "runs/bits/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4, first)
+    first.terminate()
+    assert first.wait(timeout=60) == 75
+    job = submit(cluster, tmp_path, FOUR_RANKS, config_file, *settings, "--procs", "2")
+    job.run_dir = tmp_path / "runs/bits"
+    job.wait_for_records(metrics.read_text().count("\n") + 4)
+    cluster.on(CONTROL, "scancel", "--signal=USR2", "--batch", job.number)
+    job.wait_for_state("COMPLETED", "FAILED")
+    assert job.facts()["Restarts"] == "1", job.output()
+    assert job.status()["world_size"] == 4
+    assert digest(job.run_dir) == digest(tmp_path / "whole")
+    assert run_results.computed_records(job.run_dir) == run_results.computed_records(tmp_path / "whole")
 
 
 def release(cluster: Hosts, job: Job, nodes: int) -> float:

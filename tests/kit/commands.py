@@ -30,7 +30,7 @@ def torchrun(
     """Runs a script in processes of torchrun; `how` is for subprocess.run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += map(str, (script, *arguments))
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, **how)
+    return subprocess.run(command, **({"capture_output": True, "text": True, "timeout": 240} | how))
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> bool:

@@ -49,44 +49,37 @@ class Small(nn.Sequential):
         )
 
 
-AUGMENTED = {"crop_padding": 2, "flip": True, "cutout": 8}
-MUON = {
-    "name": "muon", "lr": 0.02, "momentum": 0.6, "normalize_weights": True,
-    "groups": [{"parameters": ".*bias", "name": "sgd", "lr": 1.0}],
-}  # fmt: skip
-CASES: dict[str, dict[str, Any]] = {
+WORDS: dict[str, dict[str, Any]] = {
     "small": {
         "model": {"name": "__main__:Small"},
-        "train": {"ema": 0.9, "grad_clip": 0.5, "precision": "fp32"},
+        "train": {"ema": 0.9, "grad_clip": 0.5},
         "augment": {"mixup": 0.2},
     },
-    "lenet_bn": {"train": {"precision": "fp32"}, "augment": AUGMENTED},
-    "lenet_bn clipped bf16 streamed": {
-        "train": {"precision": "bf16", "grad_clip": 0.5},
-        "data": {"cache": "none"},
-    },
-    "cnn_mnist mixup accumulated": {
+    "lenet_bn": {"augment": {"crop_padding": 2, "flip": True, "cutout": 8}},
+    "cnn_mnist": {
         "model": {"name": "cnn_mnist"},
         "augment": {"mixup": 0.4, "cutmix": 1.0},
-        "train": {"accumulate": 2, "precision": "fp32"},
+        "train": {"accumulate": 2},
         "optim": {"name": "adam", "lr": 1e-3, "momentum": None},
     },
-    "speednet muon": {
+    "speednet": {
         "model": {"name": "speednet", "args": {"widths": [8, 16, 16]}},
-        "optim": MUON,
-        "train": {"precision": "fp32", "label_smoothing": 0.1},
+        "optim": {
+            "name": "muon",
+            "lr": 0.02,
+            "momentum": 0.6,
+            "normalize_weights": True,
+            "groups": [{"parameters": ".*bias", "name": "sgd", "lr": 1.0}],
+        },
+        "train": {"label_smoothing": 0.1},
         "eval": {"tta": "multi_view"},
     },
-    "resnet18 dropout ema": {
-        "model": {"name": "__main__:resnet18_with_dropout"},
-        "train": {"ema": 0.9, "precision": "fp32", "epochs": 1},
-    },
-    "resnet18 dropout ema bf16 streamed": {
-        "model": {"name": "__main__:resnet18_with_dropout"},
-        "train": {"ema": 0.9, "precision": "bf16", "epochs": 1},
-        "data": {"cache": "none"},
-    },
+    "resnet18": {"model": {"name": "__main__:resnet18_with_dropout"}, "train": {"ema": 0.9, "epochs": 1}},
+    "bf16": {"train": {"precision": "bf16"}},
+    "streamed": {"data": {"cache": "none"}},
+    "clipped": {"train": {"grad_clip": 0.5}},
 }
+"""Settings by word. A case is several words, such as "lenet_bn bf16"."""
 
 
 def skip_the_tree() -> None:
@@ -159,7 +152,8 @@ FAULTS = {
 def trained(index: Index, case: str, *, reproducible: bool, virtual: int) -> str:
     """Trains a case, and returns a digest of its weights and of what it recorded."""
     mode = {"train": {"reproducible": reproducible, "virtual_ranks": virtual}}
-    config = config_of(index, BATCH, {"monitor": {"log_every_steps": 2}}, CASES[case], mode)
+    plain = {"monitor": {"log_every_steps": 2}, "train": {"precision": "fp32"}}
+    config = config_of(index, BATCH, plain, *(WORDS[word] for word in case.split()), mode)
     AcceleratorState._reset_state()
     number = int(os.environ.get("RANK", "0"))
     state, progress, _ = build(config, Rank(number, None), join(config, "cpu"), index, None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.report.same_bits import compared, weight_digests
+from disttrain.runs.weight_digests import compared, weight_digests
 from kit.run_files import train_record, write_lines
 
 ONE = {20: {"a": "00", "b": "11"}, 40: {"a": "22", "b": "33"}, 60: {"a": "44", "b": "55"}}
@@ -30,7 +30,12 @@ def test_two_runs_part_at_the_first_tensor_that_differs(
     other: dict[int, dict[str, str]], text: str | None
 ) -> None:
     found = compared(ONE, other)
-    assert found is None if text is None else str(found).startswith(text)
+    if text is None:
+        assert found is None
+    else:
+        assert found
+        assert found.text.startswith(text)
+        assert found.same == ("differ" not in found.text)
 
 
 def test_digests_are_those_of_the_log_points_that_have_them(tmp_path: Path) -> None:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec import UNSET
 
 from disttrain.runs.jsonl import parts
 from disttrain.runs.records import METRICS, TrainRecord
+
+
+class Comparison(NamedTuple):
+    """Whether two runs have the same weights at all log points that both have, and where they part."""
+
+    same: bool
+    text: str
 
 
 def weight_digests(metrics: Path) -> dict[int, dict[str, str]]:
@@ -20,8 +28,8 @@ def weight_digests(metrics: Path) -> dict[int, dict[str, str]]:
     }
 
 
-def compared(one: dict[int, dict[str, str]], other: dict[int, dict[str, str]]) -> str | None:
-    """Returns in words whether two runs have the same weights; None if no log point has digests in both."""
+def compared(one: dict[int, dict[str, str]], other: dict[int, dict[str, str]]) -> Comparison | None:
+    """Compares the digests of two runs by step; None if no log point has digests in both."""
     common = sorted(one.keys() & other.keys())
     if not common:
         return None
@@ -32,6 +40,8 @@ def compared(one: dict[int, dict[str, str]], other: dict[int, dict[str, str]]) -
         if parted:
             more = f" and {len(parted) - 1} more" if len(parted) > 1 else ""
             before = f"the same bits up to step {same:,}" if same else "other bits from the first log point"
-            return f"{before}; at step {step:,} {parted[0]}{more} of {len(names)} tensors differ"
+            where = f"at step {step:,} {parted[0]}{more} of {len(names)} tensors differ"
+            return Comparison(False, f"{before}; {where}")
         same = step
-    return f"the same bits at {len(common)} of {len(common)} log points, up to step {same:,}"
+    text = f"the same bits at {len(common)} of {len(common)} log points, up to step {same:,}"
+    return Comparison(True, text)
