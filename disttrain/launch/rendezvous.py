@@ -250,14 +250,15 @@ class _Lines:
         """Returns the next line.
 
         Raises:
-            ConnectionError: there is none, or it is too long.
+            TimeoutError: `waiting` returned False.
+            ConnectionError: the connection was closed, or the line is too long.
         """
         self._connection.settimeout(_POLL_S)
         while b"\n" not in self.rest:
             if len(self.rest) > most_bytes:
                 raise ConnectionError("connected, but another program answers")
             if not waiting():
-                raise ConnectionError("connected, but no answer")
+                raise TimeoutError
             with contextlib.suppress(TimeoutError):
                 part = self._connection.recv(min(2**16, most_bytes))
                 if not part:
@@ -276,7 +277,8 @@ def _join_node_0(
         connection = None
         try:
             connection = socket.create_connection((place.master_addr, place.master_port), timeout=2)
-            problem = "connected, but no answer"
+            if not problem.startswith("connected"):
+                problem = "connected, but no answer"
             lines = _Lines(connection)
             _prove(connection, lines, secret, waiting)
             connection.settimeout(5)
@@ -292,6 +294,8 @@ def _join_node_0(
             problem, unknown, unknown_since = str(error), True, min(unknown_since, time.monotonic())
             if secret.file is None or time.monotonic() - unknown_since > _UNSEEN_S:
                 break
+            time.sleep(_POLL_S)
+        except TimeoutError:  # what was known before says more
             time.sleep(_POLL_S)
         except (OSError, ValueError, KeyError, TypeError) as error:  # not listening yet, or another program
             problem, unknown = getattr(error, "strerror", None) or str(error) or problem, False

@@ -194,7 +194,7 @@ def poses(port: int, answer: Callable[[socket.socket, list[bytes]], None], heard
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(HangError) as caught:
-            join(port, 1, SECRET, timeout_s=0.7)
+            join(port, 1, SECRET, timeout_s=2)
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
     return caught.value
