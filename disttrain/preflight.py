@@ -39,6 +39,7 @@ def check_machine(
         DisttrainError: device, shared memory, batch size or data set do not fit.
     """
     check_device(config, device)
+    check_reproducible(config.train)
     check_shared_memory(device, local_processes)
     split_batch(config, world_size)
     return open_index(config, say)
@@ -82,12 +83,16 @@ def _split_for_virtual_ranks(train: TrainConfig, world_size: int) -> int:
             f"train.reproducible: {world_size} processes are more than train.virtual_ranks = {parts}; use at "
             f"most {parts}, or start a new experiment with train.virtual_ranks={world_size} or more"
         )
-    if train.compile is True:
+    return batch // parts
+
+
+def check_reproducible(train: TrainConfig) -> None:
+    """Raises UsageError if a setting does not go with `train.reproducible`."""
+    if train.reproducible and train.compile is True:
         raise UsageError(
             "train.reproducible does not go with train.compile = true, because the compiler times kernels to "
             "choose among them; set train.compile=false"
         )
-    return batch // parts
 
 
 def check_device(config: Config, device: Literal["cuda", "cpu"]) -> None:

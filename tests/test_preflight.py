@@ -10,6 +10,7 @@ from disttrain.errors import CheckpointError, DataError, StorageError, UsageErro
 from disttrain.files import free_bytes
 from disttrain.preflight import (
     check_device,
+    check_reproducible,
     check_room,
     check_shared_memory,
     check_space,
@@ -97,7 +98,6 @@ def test_each_process_takes_its_share_of_the_batch(batch, world, accumulate, sam
         ({"virtual_ranks": 4, "accumulate": 7}, 1, 16),
         ({}, 9, "9 processes are more than train.virtual_ranks = 8; use at most 8"),
         ({"batch_size": 60}, 2, "train.batch_size of 56 or 64, or a train.virtual_ranks of 1, 2, 3, 4, 5,"),
-        ({"compile": True}, 2, "set train.compile=false"),
     ],
 )  # fmt: skip
 def test_virtual_ranks_share_the_batch(train, world, words):
@@ -108,6 +108,12 @@ def test_virtual_ranks_share_the_batch(train, world, words):
         with pytest.raises(UsageError) as caught:
             split_batch(config, world)
         assert words in str(caught.value)
+
+
+def test_a_compiler_is_refused_where_the_bits_are_promised():
+    with pytest.raises(UsageError, match=r"set train\.compile=false"):
+        check_reproducible(experiment(train={"reproducible": True, "compile": True}).train)
+    check_reproducible(experiment(train={"compile": True}).train)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from disttrain.training.microbatch import prefetch
 from disttrain.training.optim import set_lr
 from disttrain.training.phases import Phases
 from disttrain.training.rank import Rank
-from disttrain.training.step import train_step
+from disttrain.training.virtual_ranks import step_function
 
 if TYPE_CHECKING:
     from disttrain.data.batches import Batch
@@ -158,6 +158,7 @@ def raise_rate(
     rates: list[float] = []
     losses: list[float] = []
     phases, lr = Phases(), state.config.optim.lr
+    take_step = step_function(state.config.train)
     shares = [rate.peak / lr for rate in state.lr_schedules]
     state.model.train()
     with contextlib.closing(_endless(state)) as batches:
@@ -165,7 +166,7 @@ def raise_rate(
             rate = low * (high / low) ** (step / max(1, steps - 1))
             set_lr(state.optimizer, [rate * share for share in shares])
             state.meter.restart()
-            train_step(state, batches, step + 1, min(state.plan.batch_size, state.plan.samples), phases)
+            take_step(state, batches, step + 1, min(state.plan.batch_size, state.plan.samples), phases)
             loss, _ = state.meter.totals()
             total, samples = reduce_sum(state.group, Phase.REPORT, step + 1, [loss, state.meter.samples])
             rates.append(rate)

@@ -52,8 +52,9 @@ from disttrain.training.group import wait_for_all
 from disttrain.training.normalize import Normalize
 from disttrain.training.optim import build_optimizer
 from disttrain.training.rank import Rank
-from disttrain.training.rank_state import preserve_rng_state, restore_rank_state, seed_user_code
+from disttrain.training.rank_state import restore_rank_state
 from disttrain.training.restore import resume
+from disttrain.training.rng import preserve_rng_state, seed_user_code
 from disttrain.training.state import Progress, TrainState, Validation, cudnn_heuristics, eager
 from disttrain.training.trial import try_training, unused_text
 from disttrain.training.virtual_ranks import machine_facts

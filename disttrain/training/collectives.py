@@ -98,7 +98,7 @@ def average_buffers(group: Group, model: nn.Module) -> None:
     buffers = float_buffers(model)
     if buffers:
         # In float64, the mean of equal fp32 numbers is exactly that number for any world size.
-        flat = torch.cat([buffer.reshape(-1).double() for buffer in buffers])
+        flat = packed(buffers)
         dist.all_reduce(flat)
         fill(buffers, flat / group.world_size)
 
@@ -106,6 +106,11 @@ def average_buffers(group: Group, model: nn.Module) -> None:
 def float_buffers(model: nn.Module) -> list[Tensor]:
     """Returns the floating-point buffers, such as batch-norm statistics."""
     return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the numbers of tensors, in order, as float64 [numbers]; at least one tensor."""
+    return torch.cat([tensor.reshape(-1).double() for tensor in tensors])
 
 
 def fill(buffers: Sequence[Tensor], flat: Tensor) -> None:

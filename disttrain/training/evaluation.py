@@ -30,7 +30,7 @@ from disttrain.training.collectives import (
     stop_requested_anywhere,
 )
 from disttrain.training.exactly_once import Seen, seen_by_rank
-from disttrain.training.rank_state import seed_all
+from disttrain.training.rng import seed_all
 from disttrain.training.state import Progress, TrainState, Validation, cudnn_heuristics, eager
 
 Augmentation = Literal["none", "flip", "multi_view"]

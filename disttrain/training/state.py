@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from disttrain.training.collectives import Group
 from disttrain.training.ema import MovingAverage
 from disttrain.training.graph import StepGraph
 from disttrain.training.optim import LrSchedule
+from disttrain.training.rng import make_seed_fn
 
 _POLL_S = 1.0  # between two polls for a stop request, unless a step takes longer
 _COUNTED_AT_ONCE = 16  # forward passes whose correct predictions are counted together
@@ -110,13 +111,12 @@ class Meter:
         """
         loss = loss.detach()
         self._pending.append((loss, logits.detach(), labels))
-        self._losses.append((self.steps, loss))
-        self.samples += len(labels)
+        self.note_loss(loss, len(labels))
         if len(self._pending) == _COUNTED_AT_ONCE:
             self._count()
 
-    def add_own(self, loss: Tensor, samples: int) -> None:
-        """Notes the loss of a micro-batch of this rank, float32 [], whose sums come with `add_sums`."""
+    def note_loss(self, loss: Tensor, samples: int) -> None:
+        """Notes the loss of a micro-batch of this rank, float32 [], but does not add it to the sums."""
         self._losses.append((self.steps, loss))
         self.samples += samples
 
@@ -207,6 +207,7 @@ class TrainState:
         peak_flops_per_s: the device's peak, or None if unknown.
         graph: runs the steps with a full batch as a CUDA graph, or None.
         meter: sums since the last log point.
+        seed: seeds torch's random number generator of the device.
         compiled_batch: the batch size that the model is compiled for, or None without compilation.
         parameters: the parameters that the optimizer updates.
     """
@@ -229,6 +230,7 @@ class TrainState:
     rank: int = field(init=False)
     world_size: int = field(init=False)
     meter: Meter = field(init=False)
+    seed: Callable[[int], object] = field(init=False)
     compiled_batch: int | None = field(init=False)
     parameters: list[nn.Parameter] = field(init=False)
 
@@ -236,6 +238,7 @@ class TrainState:
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.meter = Meter(self.accelerator.device)
+        self.seed = make_seed_fn(self.accelerator.device)
         compiled = self.settings.compiled
         self.compiled_batch = split_batch(self.config, self.world_size) if compiled else None
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

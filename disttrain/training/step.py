@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from disttrain import counter_rng
 from disttrain.data.batches import Batch
 from disttrain.data.epoch_plan import Ids
 from disttrain.errors import UsageError
@@ -22,6 +23,8 @@ from disttrain.training.augment import Mix
 from disttrain.training.microbatch import MicroBatch, next_inputs
 from disttrain.training.phases import Phases
 from disttrain.training.state import TrainState, cudnn_heuristics, eager
+
+_NOISE = 16  # the stream of random numbers that seeds dropout
 
 
 def train_step(
@@ -47,8 +50,10 @@ def train_step(
     Returns:
         The ids that this rank trained on, int64 [B].
     """
+    # Dropout depends only on the step and the rank, so that a resumed run draws the same masks.
+    state.seed(counter_rng.derive(state.config.seed, _NOISE, step - 1, state.rank) >> 1)
     # Plain torch, because Accelerate's wrappers inspect packages and signatures in every step.
-    config, scaler, meter = state.config.train, state.accelerator.scaler, state.meter
+    config = state.config.train
     ids: list[Ids] = []
     for number in itertools.count():
         micro, images, labels, partners, own_ids = next_inputs(state, batches, step, number, phases)
@@ -58,13 +63,11 @@ def train_step(
             loss, scores = graph(partial(full_batch_step, state), images, labels)
         else:
             with micro_batch_context(state, micro, global_batch):
-                scores = state.model(images)
-                loss = loss_sum(scores, labels, partners, micro.mix, config.label_smoothing)
+                loss, scores = forward(state, micro, images, labels, partners)
                 phases.enter(Phase.COMPUTE, step, 2 * number + 1)  # the ranks wait for each other from here
-                weight = state.world_size / global_batch if micro.counts else 0.0
-                (loss if scaler is None else scaler.scale(loss)).backward(torch.full_like(loss, weight))
+                backward(state, loss, state.world_size / global_batch if micro.counts else 0.0)
         if micro.counts:
-            meter.add(loss, scores, labels)
+            state.meter.add(loss, scores, labels)
             ids.append(own_ids)
         if micro.last:
             break
@@ -72,9 +75,31 @@ def train_step(
     phases.enter(Phase.OPTIMIZE, step)
     if graph is None:
         update(state)
+    return end_step(state, ids)
+
+
+def forward(
+    state: TrainState, micro: MicroBatch, images: Tensor, labels: Tensor, partners: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the loss summed over a micro-batch, float32 [], and the scores [B, classes].
+
+    For the arguments see `Inputs`.
+    """
+    scores = state.model(images)
+    return loss_sum(scores, labels, partners, micro.mix, state.config.train.label_smoothing), scores
+
+
+def backward(state: TrainState, loss: Tensor, weight: float) -> None:
+    """Adds the gradients of a loss with a weight; for fp16 both are scaled."""
+    scaler = state.accelerator.scaler
+    (loss if scaler is None else scaler.scale(loss)).backward(torch.full_like(loss, weight))
+
+
+def end_step(state: TrainState, ids: list[Ids]) -> Ids:
+    """Counts a step after its update; returns the ids of all its micro-batches, int64 [B]."""
     if state.ema is not None:
         state.ema.n_averaged += 1
-    meter.steps += 1
+    state.meter.steps += 1
     return np.concatenate(ids) if ids else np.empty(0, np.int64)
 
 

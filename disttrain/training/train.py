@@ -10,11 +10,7 @@ Slurm; it gets its callbacks as arguments.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
-import torch
-
-from disttrain import counter_rng
 from disttrain.data.epoch_plan import Ids
 from disttrain.errors import StoppedError
 from disttrain.heartbeat import Phase
@@ -27,11 +23,9 @@ from disttrain.training.log_metrics import log_metrics
 from disttrain.training.microbatch import prefetch
 from disttrain.training.nonfinite import check_loss
 from disttrain.training.optim import lr_factor, set_lr
-from disttrain.training.rank_state import preserve_rng_state
+from disttrain.training.rng import preserve_rng_state
 from disttrain.training.state import Progress, TrainState
 from disttrain.training.virtual_ranks import step_function
-
-_NOISE = 16  # the stream of random numbers that seeds dropout
 
 
 def train(state: TrainState, progress: Progress, callbacks: Callbacks) -> None:
@@ -78,7 +72,6 @@ def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Ca
     config, plan, epoch, begin = state.config, state.plan, progress.epoch, progress.samples
     steps = range(begin // plan.batch_size, plan.steps_per_epoch)
     state.augment.start_epoch(epoch, order, *state.image_size)
-    seed = make_seed_fn(state.accelerator.device)
     take_step = step_function(config.train)
     meter = state.meter
     meter.start()
@@ -88,8 +81,6 @@ def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Ca
             places = plan.batch(index)
             now = epoch + (places.start + places.stop) / 2 / plan.samples_per_epoch  # the middle of the step
             set_lr(state.optimizer, [rate.at(now, config.train.epochs) for rate in state.lr_schedules])
-            # Dropout depends only on the step and the rank, so that a resumed run draws the same masks.
-            seed(counter_rng.derive(config.seed, _NOISE, progress.step, state.rank) >> 1)
 
             ids = take_step(state, batches, progress.step + 1, len(places), callbacks.phases)
 
@@ -157,13 +148,3 @@ def finish_epoch(state: TrainState, progress: Progress, callbacks: Callbacks) ->
     asked = stop_requested_anywhere(state.group, Phase.SAVE, progress.step, callbacks.stop_requested())
     if asked and not last:
         stop(progress, callbacks, f"after {done}", saved=due)
-
-
-def make_seed_fn(device: torch.device) -> Callable[[int], object]:
-    """Returns a function that seeds the random number generator of a device.
-
-    torch.manual_seed takes a tenth of a millisecond, because it seeds every kind of device.
-    """
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index].manual_seed
-    return torch.default_generator.manual_seed

@@ -48,7 +48,7 @@ class TreeSum:
 
     Args:
         count: virtual ranks of the step, over all ranks.
-        own: the virtual ranks of this rank. They must be added in this order.
+        own: the virtual ranks of this rank.
 
     Attributes:
         sums: the sum of each node of `own_nodes` once all are added.

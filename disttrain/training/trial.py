@@ -9,19 +9,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import random
 import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from disttrain import counter_rng
 from disttrain.config import Config, TrainConfig
 from disttrain.data.epoch_plan import Plan, smallest_micro_batch
 from disttrain.errors import UsageError, error_text
@@ -29,12 +28,14 @@ from disttrain.models.pretrained import some_names
 from disttrain.preflight import split_batch
 from disttrain.shards.index import Index
 from disttrain.training.group import out_of_memory
+from disttrain.training.rng import generator_states, seed_all
 from disttrain.user_code import is_target
 
 log = logging.getLogger("disttrain")
 
 _FEW = 2  # images of a pass where a rank never gets fewer: a larger batch takes longer and rarely shows more
 _DRAWS = 4  # passes of a model that draws random numbers on the host, and may skip layers by them
+_TRIAL = 27  # the stream of random numbers that seeds the passes
 _NEIGHBOURS = 64  # batch sizes to try on each side
 
 
@@ -139,25 +140,15 @@ def _passes(model: nn.Module, shape: tuple[int, ...], classes: int, draws: int) 
     passes.
     """
     found: list[str] | _Failed = []
-    for seed in range(draws):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        before = _host_generators()
+    host = torch.device("cpu")
+    for number in range(draws):
+        seed_all(counter_rng.derive(_TRIAL, number), next(model.parameters()).device)
+        before = generator_states(host)
         found = _training_pass(model, shape, classes)
-        if found or _host_generators() == before:
+        after = generator_states(host)
+        if found or all(torch.equal(after[name], before[name]) for name in before):
             break
     return found
-
-
-def _host_generators() -> tuple[object, ...]:
-    numpy_state = np.random.get_state(legacy=False)["state"]
-    return (
-        random.getstate(),
-        numpy_state["pos"],
-        numpy_state["key"].tobytes(),
-        torch.get_rng_state().numpy().tobytes(),
-    )
 
 
 def _training_pass(model: nn.Module, shape: tuple[int, ...], classes: int) -> list[str] | _Failed:

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +24,12 @@ from disttrain.config import TrainConfig
 from disttrain.data.batches import Batch
 from disttrain.data.epoch_plan import Ids, rank_slice, virtual_ranks
 from disttrain.heartbeat import Phase
-from disttrain.training.collectives import fill
+from disttrain.training.collectives import fill, packed
 from disttrain.training.microbatch import MicroBatch, next_inputs
 from disttrain.training.phases import Phases
-from disttrain.training.rank_state import seed_all
+from disttrain.training.rng import seed_all
 from disttrain.training.state import TrainState
-from disttrain.training.step import loss_sum, train_step, update
+from disttrain.training.step import backward, end_step, forward, train_step, update
 from disttrain.training.tree_sum import TreeSum, reduce_tree
 
 TakeStep = Callable[[TrainState, Iterator[tuple[MicroBatch, Batch]], int, int, Phases], Ids]
@@ -55,7 +54,7 @@ def reproducible_step(
 
     For arguments and result see `train_step`; a micro-batch is the part of a virtual rank.
     """
-    config, scaler, meter, device = state.config, state.accelerator.scaler, state.meter, state.group.device
+    config, device = state.config, state.group.device
     count = virtual_ranks(global_batch, config.train)
     own = rank_slice(range(count), state.rank, state.world_size)
     buffers = list(state.model.buffers())
@@ -63,17 +62,16 @@ def reproducible_step(
     sums = TreeSum(count, own)
     ids: list[Ids] = []
     for number, virtual_rank in enumerate(own):
-        _, images, labels, partners, own_ids = (inputs := next_inputs(state, batches, step, number, phases))
+        micro, images, labels, partners, own_ids = next_inputs(state, batches, step, number, phases)
         phases.enter(Phase.COMPUTE, step, number)
         seed_all(counter_rng.derive(config.seed, _STEP, step, virtual_rank), device)
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
-        scores = state.model(images)
-        loss = loss_sum(scores, labels, partners, inputs.micro.mix, config.train.label_smoothing)
-        (loss if scaler is None else scaler.scale(loss)).backward(torch.full_like(loss, 1 / global_batch))
+        loss, scores = forward(state, micro, images, labels, partners)
+        backward(state, loss, 1 / global_batch)
         correct = (scores.detach().argmax(1) == labels).sum()
-        meter.add_own(loss.detach(), len(labels))
-        sums.add(virtual_rank, [*_take_gradients(state), _packed([*buffers, loss.detach(), correct])])
+        state.meter.note_loss(loss.detach(), len(labels))
+        sums.add(virtual_rank, [*_take_gradients(state), packed([*buffers, loss.detach(), correct])])
         ids.append(own_ids)
     phases.enter(Phase.REDUCE, step)
     numbers = torch.empty(sum(b.numel() for b in buffers) + 2, dtype=torch.float64, device=device)
@@ -83,12 +81,9 @@ def reproducible_step(
         parameter.grad = gradient
     fill(buffers, numbers[:-2] / count)  # in float64 the mean of equal numbers is exactly that number
     if state.rank == 0:  # the others add nothing: these are sums over all ranks
-        meter.add_sums(numbers[-2:])
+        state.meter.add_sums(numbers[-2:])
     update(state)
-    if state.ema is not None:
-        state.ema.n_averaged += 1
-    meter.steps += 1
-    return np.concatenate(ids) if ids else np.empty(0, np.int64)
+    return end_step(state, ids)
 
 
 def weight_digests(state: TrainState) -> dict[str, str]:
@@ -123,8 +118,3 @@ def _take_gradients(state: TrainState) -> list[Tensor]:
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in state.parameters]
     state.drop_gradients()
     return gradients
-
-
-def _packed(tensors: list[Tensor]) -> Tensor:
-    """Returns the numbers of the tensors, float64 [numbers]."""
-    return torch.cat([tensor.reshape(-1).double() for tensor in tensors])

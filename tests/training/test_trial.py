@@ -17,7 +17,7 @@ from disttrain.config import Config
 from disttrain.data.epoch_plan import Plan
 from disttrain.errors import UsageError
 from disttrain.models import build_model
-from disttrain.training.rank_state import preserve_rng_state
+from disttrain.training.rng import preserve_rng_state
 from disttrain.training.trial import try_training
 
 INDEX: Any = SimpleNamespace(channels=3, height=4, width=4, classes=("a", "b", "c"))

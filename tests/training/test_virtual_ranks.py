@@ -16,7 +16,7 @@ from disttrain.errors import TrainingError
 from disttrain.training import log_metrics
 from disttrain.training.microbatch import micro_batches
 from disttrain.training.phases import Phases
-from disttrain.training.rank_state import seed_all
+from disttrain.training.rng import seed_all
 from disttrain.training.state import TrainState
 from disttrain.training.train import prefetch
 from disttrain.training.virtual_ranks import _STEP, reproducible_step, weight_digests
