@@ -174,6 +174,7 @@ def index_(
     """
     from disttrain.errors import UsageError
     from disttrain.shards.elsewhere import index_tars
+    from disttrain.shards.existing_tars import Labels
     from disttrain.shards.label_format import parse_place
 
     _check_local(folder, "index")
@@ -184,12 +185,8 @@ def index_(
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--classes {classes}: cannot be read: {error}") from None
         names = [name.strip() for name in names if name.strip()]
-    how: dict[str, Any] = {
-        "classes": names,
-        "label": parse_place(label) if label else None,
-        "skip_unusable": skip,
-    }
-    index = _make(lambda options: index_tars(folder, name, root, patterns, options, **how), force=force)
+    labels = Labels(classes=names, label=parse_place(label) if label else None, skip_unusable=skip)
+    index = _make(lambda options: index_tars(folder, name, root, patterns, options, **labels), force=force)
     click.echo(f"train on it with data.name={index.name} data.root={index.folder.parent}")
 
 

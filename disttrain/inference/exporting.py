@@ -134,10 +134,7 @@ def _export(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters warn about their own code
-            if file_format == "onnx":
-                reader = _write_onnx(classifier, partial, opset)
-            else:
-                reader = _WRITERS[file_format](classifier, partial)
+            reader = _WRITERS[file_format](classifier, partial, opset)
     except (OSError, UsageError):
         raise
     except Exception as error:  # exporters raise errors of many types
@@ -183,7 +180,7 @@ def real_images(trained: Trained, index: Index) -> npt.NDArray[np.uint8]:
     return next(loader.batches(ids, [slice(None)])).images.numpy()
 
 
-def _write_safetensors(classifier: Classifier, path: Path) -> Scores:
+def _write_safetensors(classifier: Classifier, path: Path, _: int | None) -> Scores:
     from safetensors.torch import save
 
     from disttrain.inference.classifier import METADATA, load_model
@@ -213,7 +210,7 @@ def _tied_once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     return weights, others
 
 
-def _write_torch_export(classifier: Classifier, path: Path) -> Scores:
+def _write_torch_export(classifier: Classifier, path: Path, _: int | None) -> Scores:
     import torch
 
     program = _traced(classifier)
@@ -276,10 +273,12 @@ def _name_batch_axis(model: Any) -> None:
                 value.shape[axis] = re.sub(rf"\b{re.escape(symbol)}\b", "batch", text)
 
 
-_WRITERS: dict[Format, Callable[[Classifier, Path], Scores]] = {
+_WRITERS: dict[Format, Callable[[Classifier, Path, int | None], Scores]] = {
     "safetensors": _write_safetensors,
     "torch-export": _write_torch_export,
+    "onnx": _write_onnx,
 }
+"""Writes a classifier to a path, for onnx with an operator set, and returns what computes with that file."""
 
 
 def _traced(classifier: Classifier) -> Any:

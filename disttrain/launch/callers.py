@@ -25,7 +25,7 @@ from disttrain.launch.secret import (
     UnknownSecretError,
     check_proof_line,
     greeting,
-    new_number,
+    new_nonce,
 )
 from disttrain.slurm_env import Node
 
@@ -51,11 +51,11 @@ class Caller:
         self.hello: dict[str, Any] = {}
         self.since = time.monotonic()
         self._secret = secret
-        self._number = new_number()
+        self._nonce = new_nonce()
         self._data = bytearray()
         connection.setblocking(False)
         with contextlib.suppress(OSError):  # it has hung up; the next read shows that
-            connection.send(greeting(self._number))
+            connection.send(greeting(self._nonce))
 
     def read(self) -> None:
         """Reads what it has sent.
@@ -86,7 +86,7 @@ class Caller:
         if line == NO_SECRET:
             raise UnknownSecretError("cannot read the secret of this run")
         try:
-            own = check_proof_line(self._secret, self._number, line)
+            own = check_proof_line(self._secret, self._nonce, line)
         except ValueError:
             raise ConnectionError("sent something other than a proof") from None
         with contextlib.suppress(OSError):

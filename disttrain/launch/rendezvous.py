@@ -25,8 +25,8 @@ from disttrain.launch.secret import (
     SECRET,
     Secret,
     UnknownSecretError,
-    greeted,
-    new_number,
+    new_nonce,
+    parse_greeting,
     proof,
     proof_line,
 )
@@ -323,16 +323,16 @@ def _prove(connection: socket.socket, lines: _Lines, secret: Secret, waiting: Ca
     def soon() -> bool:
         return bool(waiting()) and time.monotonic() < deadline
 
-    number = greeted(lines.read(LINE_BYTES, soon))
+    nonce = parse_greeting(lines.read(LINE_BYTES, soon))
     try:
         known = secret.read()
     except OSError as error:
         connection.sendall(NO_SECRET + b"\n")
         raise UnknownSecretError(f"{secret.file}: {reason(error)}") from None
-    own = new_number()
-    connection.sendall(proof_line(known, number, own))
+    own = new_nonce()
+    connection.sendall(proof_line(known, nonce, own))
     answer = lines.read(LINE_BYTES, soon)
     if answer == NO_SECRET:
         raise UnknownSecretError(f"it has another secret than {secret.file or SECRET}")
-    if not hmac.compare_digest(answer, proof(known, "node 0", number, own)):
+    if not hmac.compare_digest(answer, proof(known, "node 0", nonce, own)):
         raise ConnectionError("connected, but another program answers")

@@ -11,11 +11,14 @@ from pathlib import Path
 
 from disttrain.config import load_config
 from disttrain.errors import CheckpointError, StoppedError, UsageError, error_of
+from disttrain.runs.jsonl import parts
 from disttrain.runs.manifest import list_steps, step_of
+from disttrain.runs.records import CURVES
 from disttrain.runs.runfolder import RunFolder
 from disttrain.runs.weight_digests import Comparison, compared, weight_digests
 
 _POLL_S = 0.2
+_TAIL_BYTES = 2**20  # of metrics.jsonl, more than its last line
 
 # Neither trackers nor more checkpoints than the last.
 _QUIET = ("monitor.trackers=[]", "monitor.prometheus_dir=null", "checkpoint.every_steps=null")
@@ -76,7 +79,7 @@ def _run_until(command: Sequence[str], folder: RunFolder, step: int) -> None:
     """
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
-            while process.poll() is None and max(weight_digests(folder.metrics), default=0) < step:
+            while process.poll() is None and _last_step(folder.metrics) < step:
                 time.sleep(_POLL_S)
         finally:
             if process.poll() is None:
@@ -84,3 +87,10 @@ def _run_until(command: Sequence[str], folder: RunFolder, step: int) -> None:
             _, errors = process.communicate()
     if process.returncode not in (0, StoppedError.exit_code):
         raise error_of(process.returncode, errors.strip().removeprefix("disttrain: "))
+
+
+def _last_step(metrics: Path) -> int:
+    """Returns the step of the last record of a run, 0 without one."""
+    return max(
+        (record.step for part in parts(metrics, CURVES, -_TAIL_BYTES) for record in part.rows), default=0
+    )

@@ -1,7 +1,7 @@
 """The secret of a run: what the launchers of its nodes know, and nobody else who reaches the port of node 0.
 
 It is the text of DISTTRAIN_SECRET, or else a file that node 0 makes for as long as it waits for the others.
-It is never sent. Each side proves that it knows it, by an HMAC of two random numbers, one from each side.
+It is never sent. Each side proves that it knows it, by an HMAC of two nonces, one from each side.
 Nobody can use a proof a second time, or send it back.
 """
 
@@ -140,18 +140,18 @@ def _remove(path: Path, folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def new_number() -> str:
-    """Returns a random number that is used once."""
+def new_nonce() -> str:
+    """Returns a nonce: a random number that is used once."""
     return secrets.token_hex(32)
 
 
-def greeting(number: str) -> bytes:
+def greeting(nonce: str) -> bytes:
     """Returns the line with which node 0 greets a caller."""
-    return f"disttrain 1 {number}\n".encode()
+    return f"disttrain 1 {nonce}\n".encode()
 
 
-def greeted(line: bytes) -> str:
-    """Returns node 0's number from its greeting.
+def parse_greeting(line: bytes) -> str:
+    """Returns node 0's nonce from its greeting.
 
     Raises:
         ConnectionError: another program answers.
@@ -162,18 +162,18 @@ def greeted(line: bytes) -> str:
     return found[1].decode()
 
 
-def proof(secret: bytes, who: str, number: str, of_caller: str) -> bytes:
-    """Returns the proof of one side, "node 0" or "caller", for the numbers of both sides."""
-    text = f"disttrain 1 {who} {number} {of_caller}"
+def proof(secret: bytes, who: str, nonce: str, caller_nonce: str) -> bytes:
+    """Returns the proof of one side, "node 0" or "caller", for the nonces of both sides."""
+    text = f"disttrain 1 {who} {nonce} {caller_nonce}"
     return hmac.new(secret, text.encode(), "sha256").hexdigest().encode()
 
 
-def proof_line(secret: bytes, number: str, of_caller: str) -> bytes:
+def proof_line(secret: bytes, nonce: str, caller_nonce: str) -> bytes:
     """Returns the line with which a caller answers the greeting."""
-    return of_caller.encode() + b" " + proof(secret, "caller", number, of_caller) + b"\n"
+    return caller_nonce.encode() + b" " + proof(secret, "caller", nonce, caller_nonce) + b"\n"
 
 
-def check_proof_line(secret: bytes, number: str, line: bytes) -> bytes | None:
+def check_proof_line(secret: bytes, nonce: str, line: bytes) -> bytes | None:
     """Returns node 0's own proof if the caller's is right, else None.
 
     Raises:
@@ -182,6 +182,6 @@ def check_proof_line(secret: bytes, number: str, line: bytes) -> bytes | None:
     found = re.fullmatch(rb"([0-9a-f]{64}) ([0-9a-f]{64})", line)
     if found is None:
         raise ValueError(line)
-    of_caller = found[1].decode()
-    right = hmac.compare_digest(found[2], proof(secret, "caller", number, of_caller))
-    return proof(secret, "node 0", number, of_caller) if right else None
+    caller_nonce = found[1].decode()
+    right = hmac.compare_digest(found[2], proof(secret, "caller", nonce, caller_nonce))
+    return proof(secret, "node 0", nonce, caller_nonce) if right else None

@@ -6,12 +6,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from disttrain.errors import DataError, StorageError
 from disttrain.files import storage_error
-from disttrain.shards.existing_tars import index_folder
+from disttrain.shards.existing_tars import Labels, index_folder
 from disttrain.shards.index import Index, data_folder
-from disttrain.shards.label_format import LabelPlace
 from disttrain.shards.pack import Options
 
 
@@ -21,10 +21,7 @@ def index_tars(
     root: str | None,
     patterns: dict[str, Sequence[str]],
     options: Options,
-    *,
-    classes: Sequence[str] | None = None,
-    label: LabelPlace | None = None,
-    skip_unusable: bool = False,
+    **labels: Unpack[Labels],
 ) -> Index:
     """Indexes the tars of a folder, there or as another data set.
 
@@ -32,11 +29,9 @@ def index_tars(
         folder: folder of the tars.
         name: name of a data set that gets the index and a link to each tar; None means the folder's name.
         root: see `data_root`. Without name and root, the index is written into the folder.
-        patterns: see `index_folder`; so for the other arguments.
+        patterns: see `index_folder`.
         options: see `index_folder`.
-        classes: see `index_folder`.
-        label: see `index_folder`.
-        skip_unusable: see `index_folder`.
+        labels: see `index_folder`.
 
     Raises:
         DataError: see `index_folder`; or the data set exists, and is not to be replaced.
@@ -49,18 +44,14 @@ def index_tars(
                 f"{folder}: index.json cannot be written there; put the index elsewhere with --name NAME and "
                 "--root FOLDER, beside links to the tars"
             )
-        return index_folder(
-            folder, patterns, options, classes=classes, label=label, skip_unusable=skip_unusable
-        )
+        return index_folder(folder, patterns, options, **labels)
     if is_new := not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
     else:
         _check_replaceable(place, force=options.force)
     try:
         _link(folder.absolute(), place)
-        return index_folder(
-            place, patterns, options, classes=classes, label=label, skip_unusable=skip_unusable
-        )
+        return index_folder(place, patterns, options, **labels)
     except OSError as error:
         raise storage_error(place, error) from None
     except BaseException:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 from disttrain.errors import DataError, UnsafeError, UsageError, reason
 from disttrain.files import write_atomically
@@ -50,14 +50,23 @@ _PATTERNS = {
 }
 
 
+class Labels(TypedDict, total=False):
+    """How the labels of tars are read.
+
+    Attributes:
+        classes: names of the classes; None takes those of the index that is replaced, if they fit, or else
+            the labels. Labels that are names get numbers in the order of the alphabet.
+        label: where the labels are; None means KEY.cls, or else KEY.txt.
+        skip_unusable: accept bad samples; training then needs data.on_error = skip.
+    """
+
+    classes: Sequence[str] | None
+    label: LabelPlace | None
+    skip_unusable: bool
+
+
 def index_folder(
-    folder: Path,
-    patterns: dict[str, Sequence[str]],
-    options: Options,
-    *,
-    classes: Sequence[str] | None = None,
-    label: LabelPlace | None = None,
-    skip_unusable: bool = False,
+    folder: Path, patterns: dict[str, Sequence[str]], options: Options, **labels: Unpack[Labels]
 ) -> Index:
     """Reads the tars of a folder and writes its index.json; the tars do not change.
 
@@ -67,10 +76,7 @@ def index_folder(
         folder: folder of the tars; its name becomes the name of the data set.
         patterns: split -> patterns of the file names; an empty list means the usual ones.
         options: `force`, `say` and `on_progress` are used.
-        classes: names of the classes; None takes those of the index that is replaced, if they fit, or else
-            the labels. Labels that are names get numbers in the order of the alphabet.
-        label: where the labels are; None means KEY.cls, or else KEY.txt.
-        skip_unusable: accept bad samples; training then needs data.on_error = skip.
+        labels: see `Labels`.
 
     Raises:
         DataError: a tar is damaged, a sample is bad, or there are no tars.
@@ -81,8 +87,8 @@ def index_folder(
     target = data_folder(folder.name, str(folder.parent)) / "index.json"
     if target.exists() and not options.force:
         raise DataError(f"{target}: already exists; replace it with --force")
-    shards, place = _with_labels(folder, _find(folder, patterns), label, options.say)
-    content = _without_statistics(folder, shards, place, classes, _old_names(target))
+    shards, place = _with_labels(folder, _find(folder, patterns), labels.get("label"), options.say)
+    content = _without_statistics(folder, shards, place, labels.get("classes"), _old_names(target))
     index = parse_index(index_bytes(content), folder.name, folder)
     for split in index.splits:
         if double := next(double_keys(index, split), None):
@@ -93,7 +99,7 @@ def index_folder(
     if findings.problems:
         count, first = len(findings.problems), findings.problems[0]
         text = f"{first.place}: sample {first.key}: {first.text}"
-        if not skip_unusable:
+        if not labels.get("skip_unusable"):
             raise DataError(
                 f"{text} ({count:,} bad samples); repair it, resize the images with `disttrain data pack`, "
                 "or skip such samples with --skip"
@@ -101,8 +107,8 @@ def index_folder(
         options.say(f"{count:,} samples cannot be used, such as {text}; train with data.on_error=skip")
     counts = findings.class_counts
     in_train = sum((tar.texts for tar in shards["train"]), Counter[str]())
-    labels = count_labels(in_train, content.label or LabelPlace(), index.classes)
-    check_no_class_lost(folder, labels, counts["train"].tolist(), index.classes)
+    labelled = count_labels(in_train, content.label or LabelPlace(), index.classes)
+    check_no_class_lost(folder, labelled, counts["train"].tolist(), index.classes)
     if not counts["train"].any():
         raise DataError(f"{folder}: no sample of the train split can be used")
     mean, std = findings.mean_std()

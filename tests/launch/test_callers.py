@@ -16,7 +16,7 @@ import pytest
 from disttrain.errors import HangError
 from disttrain.launch import callers, rendezvous
 from disttrain.launch.rendezvous import Channel
-from disttrain.launch.secret import Secret, greeted, proof, proof_line
+from disttrain.launch.secret import Secret, parse_greeting, proof, proof_line
 from kit.nodes import LONG, join
 
 SECRET = Secret(LONG)
@@ -99,7 +99,7 @@ def test_a_stranger_is_turned_away_and_noted_once(word: bytes, node_0: Waiting) 
 def test_a_stranger_that_poses_as_a_node_with_a_guess(node_0: Waiting) -> None:
     stranger, greeting = node_0.call()
     with stranger:
-        stranger.sendall(proof_line(b"a guess of the secret", greeted(greeting.strip()), ZEROS))
+        stranger.sendall(proof_line(b"a guess of the secret", parse_greeting(greeting.strip()), ZEROS))
         assert stranger.recv(99) == b"no secret\n"
         assert hung_up(stranger)
     (note,) = node_0.join()
@@ -108,10 +108,10 @@ def test_a_stranger_that_poses_as_a_node_with_a_guess(node_0: Waiting) -> None:
 
 def test_a_proof_that_was_overheard_is_worth_nothing(node_0: Waiting) -> None:
     first, greeting = node_0.call()
-    line = proof_line(LONG.encode(), greeted(greeting.strip()), ZEROS)
+    line = proof_line(LONG.encode(), parse_greeting(greeting.strip()), ZEROS)
     with first:
         first.sendall(line)
-        own = proof(LONG.encode(), "node 0", greeted(greeting.strip()), ZEROS)
+        own = proof(LONG.encode(), "node 0", parse_greeting(greeting.strip()), ZEROS)
         assert first.recv(99) == own + b"\n", "the proof is right"
     for replayed in (line, ZEROS.encode() + b" " + own + b"\n"):
         stranger, other = node_0.call()
@@ -257,7 +257,7 @@ def test_a_hello_has_a_limit_too(node_0: Waiting, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(callers, "MESSAGE_BYTES", 4096)
     stranger, greeting = node_0.call()
     with stranger:
-        stranger.sendall(proof_line(LONG.encode(), greeted(greeting.strip()), ZEROS))
+        stranger.sendall(proof_line(LONG.encode(), parse_greeting(greeting.strip()), ZEROS))
         assert len(stranger.recv(99)) == 65
         with contextlib.suppress(ConnectionError):
             stranger.sendall(bytes(2**20))
