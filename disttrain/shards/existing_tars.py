@@ -168,6 +168,9 @@ def _without_statistics(
     texts = sum((tar.texts for tars in shards.values() for tar in tars), Counter[str]())
     if not texts:
         raise _none_usable(folder, shards, "no sample has a label")
+    for split, tars in shards.items():  # --skip would leave nothing of it
+        if all(len(tar.contents.problems) == len(tar.contents.keys) for tar in tars):
+            raise _none_usable(folder, {split: tars}, f"no sample of the {split} split can be used")
     place, names = named_classes(folder, place, texts, classes)
     fits = set(names) <= set(old_names) if place.named else len(names) <= len(old_names)
     if classes is None and fits:

@@ -141,13 +141,19 @@ def test_keys_that_begin_again_in_every_shard_are_no_duplicates(tmp_path):
         (("a.png", "b.png", "a.txt", "b.txt"), b"cat", r"sample a: key a occurs twice"),
     ],
 )
-def test_the_reason_is_said_when_no_sample_has_a_label(tmp_path, names, label, words):
+@pytest.mark.parametrize("bad", [("train", "val"), ("train",), ("val",)])
+def test_the_reason_is_said_when_no_sample_of_a_split_has_a_label(tmp_path, names, label, words, bad):
+    write(tmp_path / "set" / "train.tar", pixels(3, 0), [0, 1, 0])
+    write(tmp_path / "set" / "val.tar", pixels(2, 1), [0, 1])
     image = encode(pixels(1, 0)[0])
-    for split in ("train", "val"):
+    if "a.txt" in names and len(bad) == 1:
+        words = "no label"  # the other split has its labels in KEY.cls
+    for split in bad:
         members = {name: image if name.endswith("png") else label for name in names}
         write_members(tmp_path / "set" / f"{split}.tar", members)
-    with pytest.raises(DataError, match=rf"train\.tar: .*{words}.*KEY\.cls"):
+    with pytest.raises(DataError, match=rf"{bad[0]}\.tar: .*{words}.*KEY\.cls") as caught:
         index_it(tmp_path / "set")
+    assert "--skip" not in str(caught.value)
 
 
 @pytest.mark.parametrize("problem", ["empty", "missing", "no tar", "no labels", "other size", "name"])
