@@ -207,10 +207,10 @@ def test_a_file_that_computes_something_else_does_not_stay(
 ) -> None:
     write = exporting._WRITERS["safetensors"]
 
-    def careless(classifier: Any, path: Path) -> Any:
+    def careless(classifier: Any, path: Path, opset: int | None) -> Any:
         with torch.no_grad():
             next(classifier.network.parameters()).mul_(1.01)
-        scores = write(classifier, path)
+        scores = write(classifier, path, opset)
         with torch.no_grad():
             next(classifier.network.parameters()).div_(1.01)
         return scores
