@@ -133,6 +133,7 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
 
         prepare(name, None, root, Options(say=say))
     index = load_index(name, root, strict=config.data.on_error == "stop")
+    index = index.cropped(config.data.image_size, config.eval.crop_pct)
     if "val" not in index.splits:
         raise DataError(f"{index.base or index.folder}: has no val split, which evaluation needs; add one")
     classes = len(index.classes)

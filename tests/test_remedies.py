@@ -28,6 +28,7 @@ BY_FORCE = {
 }
 """The same of another experiment: the message says --force."""
 AT_THE_START = {
+    "data.image_size",
     "data.remainder",
     "data.root",
     "model.args",

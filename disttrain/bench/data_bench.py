@@ -23,13 +23,17 @@ from disttrain.data.epoch_plan import Plan
 from disttrain.data.streamed import Streamed
 from disttrain.errors import UsageError
 from disttrain.parallel import ordered_map, usable_cores
-from disttrain.shards.images import decode_into, use_torchvision
+from disttrain.shards.crops import RandomCrops
+from disttrain.shards.images import use_torchvision
 from disttrain.shards.index import Index
 from disttrain.shards.label_format import LabelReader
-from disttrain.shards.reader import decoded, open_shard
+from disttrain.shards.reader import decode_files, open_shard
 from disttrain.shards.tar import scan
+from disttrain.shards.whole_shard import decoded
 from disttrain.training.augment import Augment
 from disttrain.training.normalize import Normalize
+
+_LEAST_AREA = 0.08  # of a random crop
 
 
 class Stage(NamedTuple):
@@ -98,13 +102,16 @@ def _shards_to_pixels(
     yield _timed("read", "image files at their offsets", samples, read)
 
     def decode(part: slice) -> None:
-        decode_into(images[part], pixels[part])
+        decode_files(index, images[part], pixels[part])
 
-    parts = [slice(begin, begin + 64) for begin in range(0, samples, 64)]
+    size = 64 if index.image_size is None else 8
+    parts = [slice(begin, begin + size) for begin in range(0, samples, size)]
     use_torchvision()
     for count in sorted({1, threads}):
         what = f"image files to pixels, {_many(count)}"
         yield _timed("decode", what, samples, partial(_drain, ordered_map(decode, parts, count)))
+    if index.image_size is not None:  # never cached
+        return
     what = f"shards to the cache file, {_many(threads)}"
     yield _timed("decode once", what, inside, lambda: _fill_cache(index, numbers, threads))
 
@@ -139,7 +146,10 @@ def _pixels_to_batches(
     yield _timed("cached epoch", f"batch and augment, {many}", samples, lambda: augment_all(loading()))
     streamed = Streamed(index, "train", cpu, batch_size=batch_size, workers=threads, say=lambda text: None)
     what = f"read, decode, batch and augment, {many}"
-    yield _timed("streamed epoch", what, samples, lambda: augment_all(streamed.batches(order, windows)))
+    crops = None if index.image_size is None else RandomCrops(0, 0, _LEAST_AREA)
+    yield _timed(
+        "streamed epoch", what, samples, lambda: augment_all(streamed.batches(order, windows, crops))
+    )
 
 
 def _many(threads: int) -> str:
@@ -185,9 +195,12 @@ def _stock(tars: list[Path], index: Index, samples: int, batch_size: int) -> Non
     import webdataset
     from torchvision import transforms
 
+    size = (index.height, index.width)
     transform = transforms.Compose(
         [
-            transforms.RandomCrop((index.height, index.width), padding=4, padding_mode="reflect"),
+            transforms.RandomCrop(size, padding=4, padding_mode="reflect")
+            if index.image_size is None
+            else transforms.RandomResizedCrop(size, (_LEAST_AREA, 1)),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(index.mean, [value or 1.0 for value in index.std]),

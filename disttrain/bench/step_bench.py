@@ -28,6 +28,7 @@ from disttrain.training.virtual_ranks import step_function
 if TYPE_CHECKING:
     from disttrain.data.batches import Loader, Window
     from disttrain.data.epoch_plan import Ids
+    from disttrain.shards.crops import Crops
     from disttrain.shards.index import Index
     from disttrain.training.autotune import Choice
     from disttrain.training.microbatch import MicroBatch
@@ -42,11 +43,13 @@ class Replay:
         self._loader = loader
         self._device = device
 
-    def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
+    def batches(
+        self, order: Ids, windows: Iterable[Window], crops: Crops | None = None
+    ) -> Generator[Batch, None, None]:
         """Yields a batch of the size of each window, with the samples of the first window."""
         windows = iter(windows)
         first = next(windows)
-        with contextlib.closing(self._loader.batches(order, [first])) as batches:
+        with contextlib.closing(self._loader.batches(order, [first], crops)) as batches:
             batch = next(batches).to(self._device)
         yield batch
         for window in windows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,9 +196,16 @@ def index_(
 @click.option("--samples", type=COUNT, default=20000, help="Samples for each stage.")
 @click.option("--batch-size", type=COUNT, default=512, help="Samples per batch.")
 @click.option("--threads", type=COUNT, help="Threads for decoding and augmentation (default: all cores).")
+@click.option("--image-size", type=COUNT, help="Crop images of any size, like data.image_size.")
 @JSON
 def bench_(
-    name: str, root: str | None, samples: int, batch_size: int, threads: int | None, as_json: bool
+    name: str,
+    root: str | None,
+    samples: int,
+    batch_size: int,
+    threads: int | None,
+    image_size: int | None,
+    as_json: bool,
 ) -> None:
     """Measure how fast this machine serves a data set.
 
@@ -206,12 +213,17 @@ def bench_(
     pipeline on the same shards, for comparison.
     """
     from disttrain.bench.data_bench import bench
+    from disttrain.errors import UsageError
     from disttrain.shards.index import load_index
 
     stages = []
     if not as_json:
         click.echo(f"{'stage':<17} {'samples/s':>12} {'us/sample':>10}  work")
-    for stage in bench(load_index(name, root), samples=samples, batch_size=batch_size, threads=threads):
+    index = load_index(name, root)
+    if index.stored_height is None and image_size is None:
+        raise UsageError(f"{name}: its images have several sizes, {index.sizes_text()}; give --image-size")
+    index = index.cropped(image_size, index.crop_pct)
+    for stage in bench(index, samples=samples, batch_size=batch_size, threads=threads):
         stages.append(stage._asdict() | {"samples_per_s": stage.samples_per_s})
         if not as_json:
             us = 1e6 / stage.samples_per_s
@@ -220,15 +232,37 @@ def bench_(
         click.echo(json.dumps(stages, indent=1))
 
 
+def _histogram(sides: Sequence[int]) -> Iterator[str]:
+    """Yields a line for each bin of the shorter sides that is not empty."""
+    from disttrain.shards.index_file import SIDE_BINS
+
+    most = max(sides)
+    for count, below, above in zip(sides, (0, *SIDE_BINS), (*SIDE_BINS, None), strict=True):
+        if count:
+            where = f"{below + 1:,} to {above:,}" if above else f"over {below:,}"
+            bar = "#" * max(1, round(30 * count / most))
+            yield f"shorter side {where:>14}: {count:>9,} {bar}"
+
+
 def _show_index(index: Index, *, classes: bool = False) -> None:
     click.echo(f"{index.name}: {index.base or index.folder}")
-    click.echo(f"images   {index.channels} x {index.height} x {index.width}, {len(index.classes)} classes")
+    if index.stored_height is not None:
+        size = f"{index.channels} x {index.stored_height} x {index.stored_width}"
+    else:
+        size = f"{'RGB' if index.channels == 3 else 'gray'}, {index.sizes_text()} pixels"
+    click.echo(f"images   {size}, {len(index.classes)} classes")
     for label, values in (("mean", index.mean), ("std", index.std)):
         click.echo(f"{label:<8} {' '.join(f'{value:.4f}' for value in values)}")
     for name, split in index.splits.items():
         size = mib(sum(shard.bytes for shard in split.shards), 1)
         shards = f"{len(split.shards)} shard{'s' * (len(split.shards) > 1)}"
         click.echo(f"{name:<8} {split.samples:,} samples in {shards}, {size}")
+    for name, split in index.splits.items():
+        if split.sizes is not None:
+            for line in _histogram(split.sizes.sides):
+                click.echo(f"{name:<8} {line}")
+    if index.stored_height is None:
+        click.echo("train on it with data.image_size, for example data.image_size=224")
     if classes:
         width = max(5, *(len(name) for name in index.classes))
         click.echo(f"{'class':<{width}} " + " ".join(f"{name:>10}" for name in index.splits))

@@ -52,6 +52,10 @@ class DataConfig(_Section):
     """Where the decoded images are kept: on the device, or in host memory, shared by the ranks of a node.
     none: read and decode the shards in every epoch. auto: the first of these in which they fit. It only
     affects the speed."""
+    image_size: PositiveInt | None = None
+    """Side in pixels of the square that each image is cropped and resized to while it is decoded, such as
+    224. Training takes the random crop of augment.resized_crop, evaluation the center. null: the images as
+    they are stored, which must have one size."""
     pipeline: Annotated[str, AfterValidator(_target)] | None = None
     """Your own `package.module:function` that returns the stages which read, decode and batch the shards
     (docs/data.md). null: the usual stages. With your own stages, nothing is cached."""
@@ -82,7 +86,8 @@ class AugmentConfig(_Section):
     """Random crop of the original size, after reflection padding with this many pixels on each side."""
     resized_crop: Annotated[float, Field(gt=0, le=1)] | None = None
     """Random crop of at least this share of the image's area and an aspect ratio of 3:4 to 4:3, resized to
-    the full size (Szegedy et al. 2014). 0.08 is usual for ImageNet; null is off."""
+    the full size (Szegedy et al. 2014). 0.08 is usual for ImageNet; null is off. With data.image_size, the
+    crop is cut out of the stored image."""
     flip: Literal["alternating"] | bool = False
     """Random horizontal flip. alternating: random in the first epoch, then flipped every other epoch, so that
     both versions of an image are seen equally often (Jordan 2024)."""
@@ -226,6 +231,9 @@ class EvalConfig(_Section):
     """Test-time augmentation. flip: the mean of the scores of the image and its mirror image. multi_view: six
     views, half the weight for these two and half for both shifted by a pixel to two corners. The records also
     have the result without augmentation."""
+    crop_pct: Annotated[Annotated[float, Field(gt=0, le=1)], Role.RESUME] = 0.875
+    """With data.image_size: side of the square in the center that is evaluated, as a share of the shorter
+    side. 0.875 is the usual resize to 256 with a crop of 224."""
     tta_when: Annotated[Literal["always", "end"], Role.RESUME] = "always"
     """Use `tta` in every evaluation, or only in the one after the last epoch."""
 

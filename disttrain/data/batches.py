@@ -10,8 +10,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from disttrain.config import AugmentConfig, Config
 from disttrain.data.epoch_plan import Ids
 from disttrain.errors import UsageError
+from disttrain.shards.crops import Crops, RandomCrops
+from disttrain.shards.index import Index
 from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
 
@@ -42,7 +45,9 @@ class Batch(NamedTuple):
 class Loader(Protocol):
     """Loads the samples of one split for one rank."""
 
-    def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
+    def batches(
+        self, order: Ids, windows: Iterable[Window], crops: Crops | None = None
+    ) -> Generator[Batch, None, None]:
         """Yields the samples at each window of an order, in device or host memory.
 
         Host memory for a GPU is pinned.
@@ -50,6 +55,7 @@ class Loader(Protocol):
         Args:
             order: ids, int64 [samples].
             windows: the positions of each batch of this rank. The loader may read some windows ahead.
+            crops: chooses the crops of a data set with `data.image_size`; None means those of an evaluation.
         """
 
 
@@ -61,12 +67,39 @@ def gather_rows(source: Tensor, places: Tensor, *, pinned: bool) -> Tensor:
     return torch.index_select(source, 0, places, out=rows)
 
 
+def training_crops(config: Config, epoch: int) -> Crops | None:
+    """Returns the crops of the training images in an epoch, counted from 0; None means those of evaluation.
+
+    Without `data.image_size`, the images are not cropped while they are decoded, so there are none.
+    """
+    least_area = config.augment.resized_crop
+    if config.data.image_size is None or least_area is None:
+        return None
+    return RandomCrops(config.seed, epoch, least_area)
+
+
+def on_device(config: Config) -> AugmentConfig:
+    """Returns the augmentation that is left for the device: the loader makes `training_crops`."""
+    if config.data.image_size is None:
+        return config.augment
+    return config.augment.model_copy(update={"resized_crop": None})
+
+
+def streaming_reason(index: Index, pipeline: object) -> str | None:
+    """Returns why the shards must be read in every epoch, or None: user stages, or images to be cropped."""
+    if pipeline is not None:
+        return "the stages of data.pipeline run"
+    if index.image_size is not None:
+        return "images of any size (data.image_size) are decoded and cropped"
+    return None
+
+
 def choose_cache(
     cache: Literal["auto", "device", "host", "none"],
     needed: int,
     device: torch.device,
     *,
-    streamed: bool = False,
+    streamed: str | None = None,
 ) -> tuple[Literal["device", "host", "none"], str]:
     """Chooses where a rank's images are cached, and returns the choice and the reason.
 
@@ -76,17 +109,15 @@ def choose_cache(
         cache: `data.cache` of the config.
         needed: bytes of the decoded splits.
         device: the device of the rank.
-        streamed: whether there are user stages (`data.pipeline`), which run in every epoch.
+        streamed: why the shards must be read in every epoch, or None.
 
     Raises:
-        UsageError: the config asks for a cache and for user stages.
+        UsageError: the config asks for a cache, but the shards must be read in every epoch.
     """
     if streamed:
         if cache not in ("auto", "none"):
-            raise UsageError(
-                f"data.cache = {cache}, but the stages of data.pipeline run in every epoch; set it to auto"
-            )
-        return "none", "data.pipeline: read from the shards in every epoch"
+            raise UsageError(f"data.cache = {cache}, but {streamed} in every epoch; set it to auto")
+        return "none", f"{streamed} in every epoch"
     size = f"{mib(needed)} decoded"
     if cache == "none":
         return "none", "data.cache = none: read from the shards in every epoch"

@@ -24,9 +24,10 @@ from disttrain.errors import DataError, StorageError
 from disttrain.files import appearing, file_lock, sha256, stamp
 from disttrain.parallel import usable_cores
 from disttrain.shards.colors import RULES
+from disttrain.shards.crops import Crops
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index, remedy
-from disttrain.shards.reader import decoded
+from disttrain.shards.whole_shard import decoded
 from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
 
@@ -165,8 +166,10 @@ class Cached:
         self._labels = torch.from_numpy(split.labels).to(home)
         self._pinned = home.type == "cpu" and device.type == "cuda"
 
-    def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
-        """Yields the samples at each window of an order."""
+    def batches(
+        self, order: Ids, windows: Iterable[Window], crops: Crops | None = None
+    ) -> Generator[Batch, None, None]:
+        """Yields the samples at each window of an order; its images are not cropped."""
         home = self._images.device
         ids = torch.from_numpy(order).to(home)
         for window in windows:

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from disttrain.data.batches import Batch, Loader, choose_cache
+from disttrain.data.batches import Batch, Loader, choose_cache, streaming_reason
 from disttrain.data.cached import Cached, open_split
 from disttrain.data.epoch_plan import Ids, Plan, rank_slice
 from disttrain.data.stages import Pipeline, open_stream
 from disttrain.errors import DataError, UsageError
 from disttrain.parallel import usable_cores
+from disttrain.shards.crops import RandomCrops
 from disttrain.shards.index import load_index
 
 
@@ -39,6 +40,9 @@ class OpenData:
         drop_remainder: drop the samples that do not fill the last batch. Otherwise the last batch is smaller,
             and may be empty on some ranks.
         cache: where the decoded images are kept, like `data.cache`.
+        image_size: side of the squares that images are cropped to, like `data.image_size`.
+        resized_crop: random crops of the train split, like `augment.resized_crop`; needs `image_size`.
+        crop_pct: the crop of the other splits, like `eval.crop_pct`.
         pipeline: a function that returns the stages which read, decode and batch. `data.pipeline` has its
             name.
         device: where the batches are used.
@@ -61,6 +65,9 @@ class OpenData:
     shuffle: bool | None = None
     drop_remainder: bool = False
     cache: Literal["auto", "device", "host", "none"] = "auto"
+    image_size: int | None = None
+    resized_crop: float | None = None
+    crop_pct: float = 0.875
     pipeline: Pipeline | None = None
     device: str | torch.device = "cpu"
     rank: int | None = None
@@ -79,7 +86,7 @@ class OpenData:
                 f"rank {rank} of {world_size} with batch_size = {self.batch_size}: the rank must be below "
                 "the world size, and batch_size at least the world size"
             )
-        self.index = load_index(self.name, self.root)
+        self.index = load_index(self.name, self.root).cropped(self.image_size, self.crop_pct)
         if self.split not in self.index.splits:
             raise DataError(
                 f"{self.name}: has no split {self.split!r}; it has {', '.join(self.index.splits)}"
@@ -92,9 +99,8 @@ class OpenData:
         self._next = 0
 
     def _open(self) -> Loader:
-        place, _ = choose_cache(
-            self.cache, self.index.decoded_bytes, self._device, streamed=self.pipeline is not None
-        )
+        reason = streaming_reason(self.index, self.pipeline)
+        place, _ = choose_cache(self.cache, self.index.decoded_bytes, self._device, streamed=reason)
         if place != "none":
             none_skipped = np.empty(0, np.int64)
             split = open_split(self.index, self.split, none_skipped, self.say)
@@ -134,7 +140,10 @@ class OpenData:
         places = (self._plan.batch(step) for step in range(first, len(self)))
         shares = [rank_slice(batch, self._rank, self._world_size) for batch in places]
         windows = (slice(own.start, own.stop) for own in shares if own)
-        with contextlib.closing(self._loader.batches(order, windows)) as batches:
+        crops = None
+        if self.split == "train" and self.image_size is not None and self.resized_crop is not None:
+            crops = RandomCrops(self.seed, number, self.resized_crop)
+        with contextlib.closing(self._loader.batches(order, windows, crops)) as batches:
             for batch in batches:
                 yield batch.to(self._device)
         if shares and not shares[-1]:  # only the last batch can be smaller than the number of ranks

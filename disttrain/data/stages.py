@@ -16,12 +16,13 @@ import torch
 
 from disttrain.data.batches import Batch, Window
 from disttrain.data.epoch_plan import Ids
-from disttrain.data.streamed import CHUNK, Streamed, Wanted, chunk_slices, unique
+from disttrain.data.streamed import Streamed, Wanted, chunk_slices
 from disttrain.errors import DisttrainError, UsageError, error_text
 from disttrain.parallel import chunked, ordered_map
-from disttrain.shards.images import ImageError, decode_into
+from disttrain.shards.crops import Crops
+from disttrain.shards.images import ImageError
 from disttrain.shards.index import Index
-from disttrain.shards.reader import Sample, sample_error
+from disttrain.shards.reader import Sample, decode_files, sample_error
 from disttrain.shards.tar import IMAGE_EXTENSIONS
 from disttrain.user_code import UserCodeError, import_target
 
@@ -36,8 +37,10 @@ class Stages(NamedTuple):
 
     Attributes:
         source: yields this rank's samples in webdataset's form: `__key__`, `__url__`, the bytes of the image
-            file under its extension and of the label under `cls`; and `__id__`, the sample id.
-        decode: replaces the image file by `image`, uint8 [H, W, C], and makes `cls` an int.
+            file under its extension and of the label under `cls`; `__id__`, the sample id; and
+            `__position__`, its position in the epoch, on which a random crop depends.
+        decode: replaces the image file by `image`, uint8 [H, W, C], cropped with `data.image_size`, and makes
+            `cls` an int.
         batch: collects the samples into batches.
         threaded: turns a function of one sample into a stage that the decoding threads run.
     """
@@ -68,16 +71,23 @@ class Staged:
         """The most memory that decoded samples take at once, for windows of the usual size."""
         return self._stream.most_bytes + self._stream.batch_bytes  # plus the batch that they are copied to
 
-    def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
-        """Yields the samples at each window of an order.
+    def batches(
+        self, order: Ids, windows: Iterable[Window], crops: Crops | None = None
+    ) -> Generator[Batch, None, None]:
+        """Yields the samples at each window of an order; see `Loader`.
 
         Raises:
             UsageError: the pipeline fails, or returns other samples than expected.
         """
         from webdataset.pipeline import DataPipeline  # only imported if a run needs it
 
-        ahead, due = itertools.tee(order[window] for window in windows)
-        stages = Stages(partial(self._read, ahead), self._decode, partial(self._collect, due), self._threaded)
+        ahead, due = itertools.tee(self._stream.wanted(order, window) for window in windows)
+        stages = Stages(
+            partial(self._read, ahead),
+            partial(self._decode, crops),
+            partial(self._collect, due),
+            self._threaded,
+        )
         try:
             for batch in DataPipeline(*self._pipeline(stages)):
                 if not isinstance(batch, Batch):
@@ -90,26 +100,41 @@ class Staged:
         except Exception as error:
             raise UsageError(f"data.pipeline: {error_text(error)}") from error
 
-    def _read(self, wanted: Iterable[Ids]) -> Iterator[Sample]:
-        batches = map(unique, wanted)
-        chunks = (ids[chunk] for ids, _ in batches for chunk in chunk_slices(len(ids)))
-        read = ordered_map(self._stream.reader.samples, chunks, self._stream.workers)
+    def _read(self, wanted: Iterable[Wanted]) -> Iterator[Sample]:
+        chunks = (
+            (due.unique[part], due.positions[part])
+            for due in wanted
+            for part in chunk_slices(len(due.unique), self._stream.chunk)
+        )
+        read = ordered_map(self._read_chunk, chunks, self._stream.workers)
         return itertools.chain.from_iterable(read)
 
-    def _decode(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        chunks = chunked(samples, CHUNK)
-        decoded = ordered_map(self._decode_chunk, chunks, self._stream.workers, self._stream.ahead)
+    def _read_chunk(self, chunk: tuple[Ids, Ids]) -> list[Sample]:
+        ids, positions = chunk
+        samples = self._stream.reader.samples(ids)
+        for sample, position in zip(samples, positions.tolist(), strict=True):
+            sample["__position__"] = position
+        return samples
+
+    def _decode(self, crops: Crops | None, samples: Iterable[Sample]) -> Iterator[Sample]:
+        chunks = chunked(samples, self._stream.chunk)
+        decode = partial(self._decode_chunk, crops)
+        decoded = ordered_map(decode, chunks, self._stream.workers, self._stream.ahead)
         return itertools.chain.from_iterable(decoded)
 
     def _threaded(self, function: Callable[[Sample], Sample]) -> Stage:
         workers, ahead = self._stream.workers, self._stream.ahead
-        return lambda samples: ordered_map(function, samples, workers, ahead, chunk=CHUNK)
+        chunk = self._stream.chunk
+        return lambda samples: ordered_map(function, samples, workers, ahead, chunk=chunk)
 
-    def _decode_chunk(self, samples: list[Sample]) -> list[Sample]:
+    def _decode_chunk(self, crops: Crops | None, samples: list[Sample]) -> list[Sample]:
         images = np.empty((len(samples), *self._stream.shape), np.uint8)
         files = [sample.pop(_extension(sample)) for sample in samples]
         try:
-            decode_into(files, images)
+            positions = np.array([sample.get("__position__", -1) for sample in samples], np.int64)
+            if crops is not None and (positions < 0).any():
+                raise UsageError("data.pipeline: the decode stage needs samples with `__position__`")
+            decode_files(self._stream.index, files, images, positions, crops)
         except ImageError as error:
             bad = samples[error.place]
             raise sample_error(self._stream.index, bad["__url__"], bad["__key__"], error) from None
@@ -117,9 +142,9 @@ class Staged:
             sample["image"], sample["cls"] = image, int(sample["cls"])
         return samples
 
-    def _collect(self, wanted: Iterable[Ids], samples: Iterable[Sample]) -> Iterator[Batch]:
+    def _collect(self, wanted: Iterable[Wanted], samples: Iterable[Sample]) -> Iterator[Batch]:
         source = iter(samples)
-        for due in map(self._stream.wanted, wanted):
+        for due in wanted:
             given = list(itertools.islice(source, len(due.unique)))
             _check_order(due.unique, given)
             self._fill_from(given, due)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +19,12 @@ import torch
 from disttrain.data.batches import Batch, Window, gather_rows
 from disttrain.data.epoch_plan import Ids
 from disttrain.parallel import ordered_map
+from disttrain.shards.crops import Crops
 from disttrain.shards.index import Index
 from disttrain.shards.reader import Reader
 
 CHUNK = 64  # samples that one thread reads and decodes at a time
+_LARGE_CHUNK = 8  # the same if they are cropped from images of any size, which are usually large
 
 
 class Wanted(NamedTuple):
@@ -30,6 +33,7 @@ class Wanted(NamedTuple):
     Attributes:
         ids: the requested ids, int64 [B].
         unique: the ids without repetitions, int64 [U].
+        positions: of `unique` in the order of the epoch, int64 [U].
         inverse: int64 [B] with ids = unique[inverse]; None without repetitions.
         images: buffer for the images of `unique`, uint8 [U, H, W, C].
         labels: buffer for the labels of `unique`, int64 [U].
@@ -37,6 +41,7 @@ class Wanted(NamedTuple):
 
     ids: Ids
     unique: Ids
+    positions: Ids
     inverse: npt.NDArray[np.intp] | None
     images: torch.Tensor
     labels: torch.Tensor
@@ -66,6 +71,7 @@ class Streamed:
         shape: height, width and channels of an image.
         reader: reads the samples.
         workers: number of threads.
+        chunk: samples that one thread reads and decodes at a time.
         ahead: number of chunks that are decoded ahead.
     """
 
@@ -84,48 +90,61 @@ class Streamed:
         self.reader = Reader(index, split, say)
         self._pinned = device.type == "cuda"
         self.workers = workers
-        self._batch = -(-batch_size // CHUNK)  # in chunks
+        self.chunk = CHUNK if index.image_size is None else _LARGE_CHUNK
+        self._batch = -(-batch_size // self.chunk)  # in chunks
         self.ahead = max(2 * workers, 2 * self._batch)
 
     @property
     def most_bytes(self) -> int:
         """The most memory that decoded samples take at once, for windows of the usual size."""
         # A window with repeated samples is copied from the decoded ones, into one more batch.
-        return (self.ahead + 2) * CHUNK * int(np.prod(self.shape)) + self.batch_bytes
+        return (self.ahead + 2) * self.chunk * int(np.prod(self.shape)) + self.batch_bytes
 
     @property
     def batch_bytes(self) -> int:
         """Memory of a batch of the usual size, in whole chunks."""
-        return self._batch * CHUNK * int(np.prod(self.shape))
+        return self._batch * self.chunk * int(np.prod(self.shape))
 
-    def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
-        """Yields the samples at each window of an order."""
-        wanted = (self.wanted(order[window]) for window in windows)
-        chunks = ((due, chunk) for due in wanted for chunk in chunk_slices(len(due.unique)))
-        with contextlib.closing(ordered_map(self._fill, chunks, self.workers, self.ahead)) as filled:
+    def batches(
+        self, order: Ids, windows: Iterable[Window], crops: Crops | None = None
+    ) -> Generator[Batch, None, None]:
+        """Yields the samples at each window of an order; see `Loader`."""
+        wanted = (self.wanted(order, window) for window in windows)
+        chunks = ((due, part) for due in wanted for part in chunk_slices(len(due.unique), self.chunk))
+        fill = partial(self._fill, crops)
+        with contextlib.closing(ordered_map(fill, chunks, self.workers, self.ahead)) as filled:
             for due, chunk in filled:
                 if chunk.stop == len(due.unique):
                     yield due.batch()
 
-    def wanted(self, ids: Ids) -> Wanted:
-        """Allocates the buffers of a batch."""
-        kept, inverse = unique(ids)
+    def wanted(self, order: Ids, window: Window) -> Wanted:
+        """Allocates the buffers of the batch at a window of an order."""
+        ids = order[window]
+        positions = np.arange(*window.indices(len(order))) if isinstance(window, slice) else window
+        kept, first, inverse = unique(ids)
         images = torch.empty((len(kept), *self.shape), dtype=torch.uint8, pin_memory=self._pinned)
         labels = torch.empty(len(kept), dtype=torch.int64, pin_memory=self._pinned)
-        return Wanted(ids, kept, inverse, images, labels)
+        return Wanted(ids, kept, positions[first], inverse, images, labels)
 
-    def _fill(self, work: tuple[Wanted, slice]) -> tuple[Wanted, slice]:
-        due, chunk = work
-        self.reader.decode(due.unique[chunk], due.images[chunk].numpy(), due.labels[chunk].numpy())
+    def _fill(self, crops: Crops | None, work: tuple[Wanted, slice]) -> tuple[Wanted, slice]:
+        due, part = work
+        images, labels = due.images[part].numpy(), due.labels[part].numpy()
+        self.reader.decode(due.unique[part], images, labels, due.positions[part], crops)
         return work
 
 
-def unique(ids: Ids) -> tuple[Ids, npt.NDArray[np.intp] | None]:
-    """Returns each id once, int64 [U], and `inverse` with ids = kept[inverse]; None without repetitions."""
-    kept, inverse = np.unique(ids, return_inverse=True)
-    return (kept, inverse) if len(kept) < len(ids) else (ids, None)  # ids keep the order of the plan
+def unique(ids: Ids) -> tuple[Ids, npt.NDArray[np.intp] | slice, npt.NDArray[np.intp] | None]:
+    """Returns each id once, int64 [U].
+
+    Also returns `first` with kept = ids[first], and `inverse` with ids = kept[inverse], which is None without
+    repetitions.
+    """
+    kept, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    if len(kept) < len(ids):
+        return kept, first, inverse
+    return ids, slice(None), None  # ids keep the order of the plan
 
 
-def chunk_slices(count: int) -> Iterator[slice]:
-    """Yields the chunks of `count` samples."""
-    return (slice(begin, min(begin + CHUNK, count)) for begin in range(0, count, CHUNK))
+def chunk_slices(count: int, size: int) -> Iterator[slice]:
+    """Yields the chunks, of `size` samples, of `count` samples."""
+    return (slice(begin, min(begin + size, count)) for begin in range(0, count, size))

@@ -75,7 +75,9 @@ def open_data(config: Config, facts: Facts, data: str | None, root: str | None) 
     Raises:
         DataError: the data set is missing or damaged, or has other classes or image sizes.
     """
-    place = {"name": data or config.data.name, "root": root or config.data.root}
+    # The right size is checked below, with a remedy for an evaluation.
+    size = config.data.image_size or facts.width
+    place = {"name": data or config.data.name, "root": root or config.data.root, "image_size": size}
     changes = {
         "data": config.data.model_copy(update=place),
         # These disable checks that matter only for training.
@@ -83,6 +85,7 @@ def open_data(config: Config, facts: Facts, data: str | None, root: str | None) 
         "model": config.model.model_copy(update={"num_classes": None}),
     }
     index = open_index(config.model_copy(update=changes), lambda text: None)
+    index = index.cropped(config.data.image_size, config.eval.crop_pct)
     if set(index.classes) != set(facts.classes):
         others = ((index.name, index.classes, facts.classes), ("the run", facts.classes, index.classes))
         only = [
@@ -91,10 +94,12 @@ def open_data(config: Config, facts: Facts, data: str | None, root: str | None) 
             if set(own) - set(other)
         ]
         raise DataError(f"{index.name}: its classes differ from those of the run: {'; '.join(only)}")
-    if (index.height, index.width, index.channels) != facts.shape:
-        sizes = [f"{c}x{h}x{w}" for h, w, c in ((index.height, index.width, index.channels), facts.shape)]
+    several = index.image_size is None and index.stored_height is None
+    if several or (index.height, index.width, index.channels) != facts.shape:
+        found = index.sizes_text() if several else f"{index.channels}x{index.height}x{index.width}"
         raise DataError(
-            f"{index.name}: its images are {sizes[0]}, but the run was trained on {sizes[1]}; "
+            f"{index.name}: its images are {found}, but the run was trained on "
+            f"{facts.channels}x{facts.height}x{facts.width}; "
             f"pack it again{f' with --size {facts.height}' if facts.height == facts.width else ''}"
         )
     return index

@@ -42,10 +42,7 @@ def pixels(path):
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("{mode}")
-    scale = max({width} / image.width, {height} / image.height)
-    left, top = max(0, image.width - {width} / scale) / 2, max(0, image.height - {height} / scale) / 2
-    box = (left, top, image.width - left, image.height - top)
-    image = image.resize(({width}, {height}), Image.Resampling.BICUBIC, box, reducing_gap=4.0)
+{fit}
     return np.array(image).reshape(1, {height}, {width}, {channels})
 
 
@@ -57,6 +54,16 @@ for path in sys.argv[1:]:
     best = int(probabilities.argmax())
     print(path, classes[best], float(probabilities[best]))
 '''
+_COVER = """\
+    scale = max({width} / image.width, {height} / image.height)
+    left, top = max(0, image.width - {width} / scale) / 2, max(0, image.height - {height} / scale) / 2
+    box = (left, top, image.width - left, image.height - top)
+    image = image.resize(({width}, {height}), Image.Resampling.BICUBIC, box, reducing_gap=4.0)"""
+_CROP = """\
+    side = max(1, round({crop_pct} * min(image.size)))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize(({width}, {height}), Image.Resampling.BILINEAR)"""
 _PROGRAMS = {
     "torch-export": {
         "package": "torch",
@@ -138,6 +145,8 @@ def _program(facts: Facts, file_format: str, file: str) -> str:
         return _WITH_DISTTRAIN.format(file=file)
     fields = {name: text.format(file=file) for name, text in _PROGRAMS[file_format].items()}
     shape = {"height": facts.height, "width": facts.width, "channels": facts.channels}
+    fit = _COVER if facts.crop_pct is None else _CROP
+    fields["fit"] = fit.format(crop_pct=facts.crop_pct, **shape)
     return _WITHOUT.format(mode="L" if facts.channels == 1 else "RGB", **shape, **fields)
 
 
@@ -161,7 +170,8 @@ def _training(trained: Trained) -> dict[str, str]:
 def _preprocessing(facts: Facts, *, inside: bool) -> str:
     numbers: list[Any] = [[round(value, 6) for value in values] for values in (facts.mean, facts.std)]
     where = "inside the network" if inside else "by `disttrain.load_model`, from the header of the file"
-    return (
-        f"resized to cover {facts.height}x{facts.width} pixels (bicubic) and center-cropped; then, {where}: "
-        f"scaled to 0..1, minus the mean {numbers[0]}, divided by {numbers[1]}"
-    )
+    size = f"{facts.height}x{facts.width} pixels"
+    fit = f"resized to cover {size} (bicubic) and center-cropped"
+    if facts.crop_pct is not None:
+        fit = f"a square in the center, {facts.crop_pct:g} of the shorter side, resized to {size} (bilinear)"
+    return f"{fit}; then, {where}: scaled to 0..1, minus the mean {numbers[0]}, divided by {numbers[1]}"

@@ -21,6 +21,7 @@ from disttrain.errors import reason
 from disttrain.inference.classifier import Classifier, load_model
 from disttrain.inference.run import Facts
 from disttrain.parallel import ordered_map, usable_cores
+from disttrain.shards.crops import CenterCrops
 from disttrain.shards.imagefolder import fitted
 from disttrain.shards.images import (
     MAX_PIXELS,
@@ -32,6 +33,7 @@ from disttrain.shards.images import (
     encode_image,
     pixels_of,
 )
+from disttrain.shards.photos import cropped, decode_crop
 from disttrain.shards.remarks import collected, pillow_warnings
 
 ImageSource = str | os.PathLike[str] | Encoded | BinaryIO | Image.Image | Pixels | Tensor
@@ -185,20 +187,27 @@ def _prepared_or_reason(image: ImageSource, facts: Facts, max_pixels: int) -> Pi
 
 
 def prepared(image: ImageSource, facts: Facts, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Returns the pixels of an image as `disttrain data pack --size` would store them: uint8 [H, W, C].
+    """Returns the pixels of an image as an evaluation takes them: uint8 [H, W, C].
+
+    Without data.image_size, that is as `disttrain data pack --size` would store them.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: not an image, or it is broken or too large.
     """
     height, width, channels = facts.shape
+    crops = None if facts.crop_pct is None else CenterCrops(facts.crop_pct)
     if isinstance(image, (np.ndarray, Tensor)):
         pixels, jpeg = _checked(image, channels), False
     elif isinstance(image, Image.Image):
         pixels, jpeg = pixels_of(image, channels, max_pixels), image.format in ("JPEG", "MPO")
     else:
         data = _bytes_of(image)
+        if crops is not None:
+            return decode_crop(data, crops, height, channels, max_pixels)
         pixels, jpeg = decode_image(data, channels, max_pixels), data[:3] == b"\xff\xd8\xff"
+    if crops is not None:
+        return cropped(pixels, crops, height)
     if pixels.shape[:2] != (height, width):
         pixels = fitted(pixels, height, width)
         if jpeg:  # packing stores a resized JPEG as a JPEG, which is lossy

@@ -40,6 +40,8 @@ class Facts:
         mean: per channel, subtracted from pixel values in 0..1.
         std: per channel, the divisor after that; 0 for a constant channel, which is not divided.
         data: name of the data set that it was trained on.
+        crop_pct: side of the square in the center that is resized to the size of the images, as a share of
+            the shorter side. None: the largest part with the aspect ratio of the images.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Facts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     data: str
+    crop_pct: float | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -134,6 +137,7 @@ def _facts(folder: RunFolder, config: Config) -> Facts:
                 "mean": mean,
                 "std": std,
                 "data": data["name"],
+                "crop_pct": None if config.data.image_size is None else config.eval.crop_pct,
             }
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -40,7 +40,7 @@ def plan_lines(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str
         f"({mib(sum(shard.bytes for shard in split.shards), 1)})"
         for name, split in index.splits.items()
     )
-    if config.data.cache == "none":
+    if index.image_size is not None or config.data.cache == "none":
         shuffled = f"shuffled among {data.shuffle_buffer:,} samples"
         shards_line = f"{data.streams} streams, {shuffled}, read and decoded in every epoch"
     else:
@@ -55,7 +55,7 @@ def plan_lines(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str
         ("batch", f"{train.batch_size:,} global = {share}"),
         ("steps", f"{data.steps_per_epoch:,} per epoch x {train.epochs:,} epochs = "
                   f"{data.steps_per_epoch * train.epochs:,}; {full:,} full batches, remainder: {remainder}"),
-        ("data", f"{index.name}: {shards}, images {index.channels}x{index.height}x{index.width}"),
+        ("data", f"{index.name}: {shards}, images {_images(index)}"),
         ("shards", shards_line),
         ("model", f"{config.model.name}, {model}"),
         ("checkpoint", f"{mib(checkpoint_bytes, 2)} each, {config.checkpoint.keep} + the best"),
@@ -65,6 +65,11 @@ def plan_lines(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str
         begin = [] if start.checkpoint is None else [f"resuming from {start.checkpoint}"]
         lines += [("resume", text) for text in (*start.notes, *start.changes, *begin)]
     return lines
+
+
+def _images(index: Index) -> str:
+    shape = f"{index.channels}x{index.height}x{index.width}"
+    return shape if index.image_size is None else f"{shape}, cropped from {index.sizes_text()}"
 
 
 def _model(config: Config, index: Index, data: Plan, world_size: int) -> tuple[str, int]:

@@ -111,7 +111,11 @@ def _attempt(make: Callable[[], _T]) -> Section[_T]:
 def _index(run: Run) -> Section[Index]:
     if (config := run.config) is None:
         return Section(None, f"The data set is unknown: {run.config_problem}")
-    found = _attempt(lambda: load_index(config.data.name, config.data.root))
+    found = _attempt(
+        lambda: load_index(config.data.name, config.data.root).cropped(
+            config.data.image_size, config.eval.crop_pct
+        )
+    )
     digest = (run.env.get("data") or {}).get("digest")
     if found.content is None or digest in (None, found.content.digest):
         return found

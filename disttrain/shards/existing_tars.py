@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,20 +14,17 @@ from typing import Literal, NamedTuple, TypedDict, Unpack
 from disttrain.errors import DataError, UnsafeError, UsageError, reason
 from disttrain.files import write_atomically
 from disttrain.parallel import ordered_map, usable_cores
-from disttrain.shards.colors import GRAY_MODES
-from disttrain.shards.images import decode_image, open_image
-from disttrain.shards.index import (
-    MAX_SHARD_PIXELS,
-    VERSION,
-    Index,
+from disttrain.shards.index import Index, data_folder, load_index, parse_index
+from disttrain.shards.index_file import (
+    SIDE_BINS,
     IndexFile,
     Shard,
+    Sizes,
     Split,
     check_index,
-    data_folder,
     index_bytes,
-    load_index,
-    parse_index,
+    one_size,
+    sizes_of,
 )
 from disttrain.shards.label_format import LabelPlace, LabelTexts
 from disttrain.shards.labels import (
@@ -39,6 +35,7 @@ from disttrain.shards.labels import (
     named_classes,
 )
 from disttrain.shards.pack import Options
+from disttrain.shards.photos import read_header
 from disttrain.shards.reader import OpenShard
 from disttrain.shards.remarks import lines, pillow_warnings
 from disttrain.shards.tar import Contents, scan
@@ -70,7 +67,7 @@ def index_folder(
 ) -> Index:
     """Reads the tars of a folder and writes its index.json; the tars do not change.
 
-    Every image must have the size of the first. The data set is gray if every image is.
+    The images may have several sizes. The data set is gray if every image is.
 
     Args:
         folder: folder of the tars; its name becomes the name of the data set.
@@ -93,17 +90,14 @@ def index_folder(
     for split in index.splits:
         if double := next(double_keys(index, split), None):
             raise DataError(f"{double.place}: sample {double.key}: {double.text}; remove one of them")
-    findings = examine(index, tuple(index.splits), statistics=True, on_progress=options.on_progress)
+    findings = examine(index, tuple(index.splits), on_progress=options.on_progress)
     for line in lines(findings.remarks):
         options.say(line)
     if findings.problems:
         count, first = len(findings.problems), findings.problems[0]
         text = f"{first.place}: sample {first.key}: {first.text}"
         if not labels.get("skip_unusable"):
-            raise DataError(
-                f"{text} ({count:,} bad samples); repair it, resize the images with `disttrain data pack`, "
-                "or skip such samples with --skip"
-            )
+            raise DataError(f"{text} ({count:,} bad samples); repair it, or skip such samples with --skip")
         options.say(f"{count:,} samples cannot be used, such as {text}; train with data.on_error=skip")
     counts = findings.class_counts
     in_train = sum((tar.texts for tar in shards["train"]), Counter[str]())
@@ -113,7 +107,8 @@ def index_folder(
         raise DataError(f"{folder}: no sample of the train split can be used")
     mean, std = findings.mean_std()
     for split, found in index.splits.items():
-        content.splits[split] = replace(found, class_counts=tuple(counts[split].tolist()))
+        sizes = sizes_of(*findings.all_sizes(split).T) if content.version == 2 else None
+        content.splits[split] = replace(found, class_counts=tuple(counts[split].tolist()), sizes=sizes)
     write_atomically(target, index_bytes(content.model_copy(update={"mean": mean, "std": std})))
     return load_index(folder.name, str(folder.parent))
 
@@ -177,9 +172,11 @@ def _without_statistics(
         names = tuple(old_names)
     check_names(folder, count_labels(texts, place, names), names)
     with pillow_warnings():  # they come again when all samples are decoded
-        height, width, channels = _shape(folder, shards)
+        sizes, channels = _formats(folder, shards)
+    height, width = one_size(sizes)
+    spread = None if height else _spread(sizes)
     return IndexFile(
-        version=VERSION,
+        version=1 if height else 2,
         classes=names,
         channels=channels,
         height=height,
@@ -188,7 +185,10 @@ def _without_statistics(
         std=(0.0,) * channels,
         splits={
             split: Split(
-                sum(tar.shard.samples for tar in tars), tuple(tar.shard for tar in tars), (0,) * len(names)
+                sum(tar.shard.samples for tar in tars),
+                tuple(tar.shard for tar in tars),
+                (0,) * len(names),
+                spread,
             )
             for split, tars in shards.items()
         },
@@ -262,22 +262,34 @@ def _read_tar(folder: Path, place: LabelPlace, path: Path) -> _Tar:
     return _Tar(shard, contents, count_texts(contents, labels.texts))
 
 
-def _shape(folder: Path, shards: _Tars) -> tuple[int, int, Literal[1, 3]]:
-    """Returns height and width of the first intact image, and 1 channel if all images are gray, else 3."""
-    shape = None
-    for shard, contents, _ in (tar for tars in shards.values() for tar in tars):
-        descriptor = os.open(folder / shard.file, os.O_RDONLY | os.O_CLOEXEC)
-        tar = OpenShard(shard.file, descriptor, contents)
-        for position in range(len(contents.keys)):
-            try:
-                image = tar.read(position)
-                if shape is None:
-                    shape = decode_image(image, 3, MAX_SHARD_PIXELS).shape
-                with open_image(io.BytesIO(image)) as picture:
-                    if picture.mode not in GRAY_MODES:
-                        return shape[0], shape[1], 3
-            except ValueError:
-                continue  # reported when all samples are decoded
-    if shape is None:
+def _spread(sizes: set[tuple[int, int]]) -> Sizes:
+    """Returns the range of the sizes, without the number of images of each."""
+    heights, widths = zip(*sizes, strict=True)
+    none = (0,) * (len(SIDE_BINS) + 1)
+    return Sizes((min(heights), max(heights)), (min(widths), max(widths)), none)
+
+
+def _formats(folder: Path, shards: _Tars) -> tuple[set[tuple[int, int]], Literal[1, 3]]:
+    """Returns height and width of every size of image, and 1 channel if all images are gray, else 3."""
+    tars = [tar for of_split in shards.values() for tar in of_split]
+    found = list(ordered_map(partial(_formats_of, folder), tars, usable_cores()))
+    sizes = set[tuple[int, int]]().union(*(sizes for sizes, _ in found))
+    if not sizes:
         raise _none_usable(folder, shards, "no tar has an image that can be decoded")
-    return shape[0], shape[1], 1
+    return sizes, 1 if all(gray for _, gray in found) else 3
+
+
+def _formats_of(folder: Path, tar: _Tar) -> tuple[set[tuple[int, int]], bool]:
+    """Returns height and width of every size of image in a tar, and whether all its images are gray."""
+    descriptor = os.open(folder / tar.shard.file, os.O_RDONLY | os.O_CLOEXEC)
+    shard = OpenShard(tar.shard.file, descriptor, tar.contents)
+    sizes: set[tuple[int, int]] = set()
+    gray = True
+    for position in range(len(tar.contents.keys)):
+        try:
+            header = read_header(shard.read(position))
+        except ValueError:
+            continue  # reported when all samples are decoded
+        sizes.add((header.height, header.width))
+        gray = gray and header.gray
+    return sizes, gray

@@ -48,7 +48,8 @@ def pack_folder(
 
     The classes are the sorted folder names. The images are shuffled, in an order that depends only on the
     seed and the names. PNG, JPEG and WebP files of upright opaque 8-bit gray or RGB pixels keep their bytes;
-    all other images become PNG. The data set is gray if every image is.
+    all other images become PNG. If the images have several sizes, all PNG, JPEG and WebP files keep their
+    bytes. The data set is gray if every image is.
 
     Args:
         folder: the images. What is left out is told by its kind and number.
@@ -56,7 +57,7 @@ def pack_folder(
         root: see `data_root`.
         options: see `pack`.
         size: side in pixels. Images are resized so that the shorter side has this length, and cropped to the
-            center. JPEG files become JPEG of quality 95, others PNG. None: all images must have one size.
+            center. JPEG files become JPEG of quality 95, others PNG. None: images keep their size.
         val_fraction: share of each class for the val split, if the folder has no val split.
         seed: seed of the order and of the split.
         follow_links: take links to files and folders outside the folder.
@@ -75,13 +76,6 @@ def pack_folder(
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction}: must be between 0 and 1")
     tree = scan_tree(folder, val_fraction, seed, options.say, follow_links=follow_links)
-    if size is None and len(tree.sizes) > 1:
-        (one, first), (other, second) = list(tree.sizes.items())[:2]
-        raise DataError(
-            f"the images have different sizes: {first} is {one[0]}x{one[1]}, {second} is "
-            f"{other[0]}x{other[1]}; resize them with --size N, for example --size "
-            f"{min(min(one), min(other))}"
-        )
     index = pack(name, root, tree.sources(size), tree.classes, tree.channels, options)
     for note in tree.notes:  # once more, below what was said meanwhile
         options.say(note)
@@ -120,7 +114,10 @@ class Tree(NamedTuple):
 
     def sources(self, side: int | None = None) -> dict[str, Source]:
         """Returns the splits for `pack`, resized to squares of `side` pixels unless that is None."""
-        return {split: _Pictures(pictures, self.channels, side) for split, pictures in self.splits.items()}
+        keep = side is None and len(self.sizes) > 1
+        return {
+            split: _Pictures(pictures, self.channels, side, keep) for split, pictures in self.splits.items()
+        }
 
 
 def scan_tree(
@@ -210,11 +207,13 @@ class _Pictures:
         pictures: the files.
         channels: channels of the data set.
         side: side in pixels to resize the images to; None keeps their size.
+        keep: whether every file in a format of shards keeps its bytes.
     """
 
     pictures: Sequence[_Picture]
     channels: int
     side: int | None
+    keep: bool
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -232,7 +231,7 @@ class _Pictures:
         try:
             image = Path(picture.file).read_bytes()
             kept = Sample(image, picture.extension, picture.label, file)
-            if picture.plain and self.side is None:
+            if (picture.plain or (self.keep and picture.extension)) and self.side is None:
                 return kept
             pixels = decode_image(image, self.channels)
         except (OSError, ValueError) as error:
@@ -251,7 +250,7 @@ class _Pictures:
 
     def sample_fingerprint(self, number: int) -> str:
         """Returns a text that identifies the file and how it is packed."""
-        return f"{self.pictures[number]} {self.side} {RULES}"
+        return f"{self.pictures[number]} {self.side} {self.keep} {RULES}"
 
 
 def fitted(pixels: Pixels, height: int, width: int) -> Pixels:

@@ -66,7 +66,7 @@ def decode_image(image: Encoded, channels: int, most_pixels: int = MAX_PIXELS) -
     Raises:
         ValueError: not an image, broken, or too large; the message is the reason.
     """
-    plain = _plain(image)
+    plain = plain_header(image)
     tensor = _by_torchvision(plain, channels, most_pixels)
     return _by_pillow(image, plain, channels, most_pixels) if tensor is None else _as_pixels(tensor)
 
@@ -104,7 +104,7 @@ def decode_into(images: Sequence[Encoded], out: Pixels) -> None:
     tensors: list[torch.Tensor] = []
     for place, image in enumerate(images):
         try:
-            plain = _plain(image)
+            plain = plain_header(image)
             tensor = _by_torchvision(plain, channels, height * width)
             if tensor is not None and tensor.shape[1:] == (height, width):
                 places.append(place)
@@ -169,7 +169,7 @@ def _torchvision_jpeg() -> _Operator | None:
     return operator
 
 
-class _Plain(NamedTuple):
+class Plain(NamedTuple):
     """An ordinary JPEG or PNG, from its header."""
 
     decoder: Literal["jpeg", "zip"]
@@ -181,7 +181,7 @@ class _Plain(NamedTuple):
     """The decoder's input."""
 
 
-def _plain(image: Encoded) -> _Plain | None:
+def plain_header(image: Encoded) -> Plain | None:
     """Returns the header of an ordinary JPEG or PNG; None for any other file.
 
     An ordinary file needs only the decoder: 8 bits, gray or RGB, no transparency, no EXIF or XMP that could
@@ -202,7 +202,7 @@ _FRAME = struct.Struct(">BHHB").unpack_from  # bits, height, width, components
 _NOT_OF_PIXELS = frozenset((0xC4, 0xDB, 0xDD, 0xE0, 0xEE, 0xFE))  # DHT, DQT, DRI, JFIF, Adobe, comment
 
 
-def _plain_jpeg(image: Encoded) -> _Plain | None:
+def _plain_jpeg(image: Encoded) -> Plain | None:
     """Parses the segments before the first scan like libjpeg; returns None if libjpeg might parse more."""
     position, width, height, components = 2, 0, 0, 0
     while True:
@@ -219,7 +219,7 @@ def _plain_jpeg(image: Encoded) -> _Plain | None:
             if length != 8 + 3 * components:
                 return None
         elif marker == 0xDA and components:  # scan
-            return _Plain("jpeg", width, height, "L" if components == 1 else "RGB", image)
+            return Plain("jpeg", width, height, "L" if components == 1 else "RGB", image)
         else:
             return None
         position += 2 + length
@@ -229,7 +229,7 @@ _IHDR = struct.Struct(">IIBBBBBI").unpack_from  # width, height, bits, color, th
 _CHUNK = struct.Struct(">I4s").unpack_from
 
 
-def _plain_png(image: Encoded) -> _Plain | None:
+def _plain_png(image: Encoded) -> Plain | None:
     width, height, bits, color, compression, row_filter, interlace, crc = _IHDR(image, 16)
     if bits != 8 or color not in (0, 2) or compression or row_filter or interlace or not width or not height:
         return None
@@ -243,10 +243,10 @@ def _plain_png(image: Encoded) -> _Plain | None:
     if chunk[1] != b"IEND" or not parts:
         return None
     data = parts[0] if len(parts) == 1 else b"".join(parts)
-    return _Plain("zip", width, height, "L" if color == 0 else "RGB", data)
+    return Plain("zip", width, height, "L" if color == 0 else "RGB", data)
 
 
-def _by_torchvision(plain: _Plain | None, channels: int, most_pixels: int) -> torch.Tensor | None:
+def _by_torchvision(plain: Plain | None, channels: int, most_pixels: int) -> torch.Tensor | None:
     """Returns uint8 [C, H, W], or None if torchvision is not in use, differs from Pillow, or fails."""
     if not _many or plain is None or plain.decoder != "jpeg" or plain.width * plain.height > most_pixels:
         return None
@@ -271,7 +271,7 @@ def _as_pixels(tensor: torch.Tensor) -> Pixels:
     return pixels.transpose(1, 2, 0)
 
 
-def _by_pillow(image: Encoded, plain: _Plain | None, channels: int, most_pixels: int) -> Pixels:
+def _by_pillow(image: Encoded, plain: Plain | None, channels: int, most_pixels: int) -> Pixels:
     if plain is not None and plain.width * plain.height <= most_pixels:
         size = plain.width, plain.height
         option = "" if plain.decoder == "jpeg" else 0  # JPEG: color space of the file; PNG: no interlacing

@@ -4,30 +4,26 @@
     <root>/<name>/train-000000.tar ...   val-000000.tar ...
 
 The index has the shape and statistics of the images, and the size and SHA-256 of every shard, so that a
-damaged shard is noticed before any of its samples is used.
+damaged shard is noticed before any of its samples is used. Images of one size make an index of version 1.
+Images of several sizes make one of version 2, which has their range in place of a height and a width.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-import math
 import os
 import re
 import shlex
 import stat
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import pydantic
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from disttrain.errors import DataError, UnsafeError, UsageError
-from disttrain.shards.label_format import LabelPlace, LabelReader
+from disttrain.shards.index_file import INDEX_LIMIT_BYTES, IndexFile, Shard, check_index
+from disttrain.shards.label_format import LabelReader
 from disttrain.shards.origin import foreign_tar
-from disttrain.shards.remote import check_url, fetch_text
+from disttrain.shards.remote import fetch_text
 from disttrain.urls import is_url, public, without_secrets
 from disttrain.userdirs import user_cache
 
@@ -39,57 +35,7 @@ BUILT_IN = ("digits", "mnist", "cifar10")
 """The data sets that `disttrain data prepare` can make."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SHARD = re.compile(rf"{_NAME.pattern}(/{_NAME.pattern})*")
 _PACKED = re.compile(r"[a-z]+-\d{6,}\.tar")  # the names that `pack` gives
-_INDEX_LIMIT_BYTES = 2**25
-VERSION = 1
-MAX_SHARD_PIXELS = 4096 * 4096
-"""The limit for images in shards, because whole batches must fit into memory."""
-
-_LEAST_BYTES = 512  # of a sample in a tar
-_Count = Annotated[int, Field(gt=0)]
-_Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar."""
-
-    file: str
-    """Path relative to the folder of the index, or an http(s) URL."""
-    samples: _Count
-    bytes: _Count
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-@dataclass(frozen=True)
-class Split:
-    """The shards of a split, in order."""
-
-    samples: _Count
-    shards: tuple[Shard, ...]
-    class_counts: tuple[Annotated[int, Field(ge=0)], ...]
-
-
-class IndexFile(pydantic.BaseModel):
-    """The contents of index.json."""
-
-    model_config = pydantic.ConfigDict(frozen=True)
-
-    version: Literal[1]
-    classes: Annotated[tuple[str, ...], Field(min_length=1)]
-    channels: Literal[1, 3]
-    height: _Count
-    width: _Count
-    mean: tuple[_Fraction, ...]
-    std: tuple[_Fraction, ...]
-    splits: dict[str, Split]
-    label: LabelPlace | None = None  # not a number in KEY.cls
-
-    @property
-    def shards(self) -> list[Shard]:
-        """The shards of all splits, in order."""
-        return [shard for split in self.splits.values() for shard in split.shards]
 
 
 class Index(IndexFile):
@@ -98,12 +44,49 @@ class Index(IndexFile):
     `mean` and `std` are per channel, of the train split's pixels scaled to 0..1; `std` is 0 for a constant
     channel. `digest` is the SHA-256 of index.json. It covers every byte of the data set, because index.json
     has the shards' hashes. `base` is the URL of a data set on a server; `folder` is then empty.
+    `image_size` is the side of the squares that the images are cropped to, or None to take them as they are;
+    see `crops`. `crop_pct` is the share of the shorter side that the crop of an evaluation has.
     """
 
     folder: Path
     name: str
     digest: str
     base: str | None = None
+    image_size: int | None = None
+    crop_pct: float = 0.875
+
+    @property
+    def height(self) -> int:
+        """Height of the images in a batch, in pixels."""
+        return self.image_size or self._one(self.stored_height)
+
+    @property
+    def width(self) -> int:
+        """Width of the images in a batch, in pixels."""
+        return self.image_size or self._one(self.stored_width)
+
+    def _one(self, side: int | None) -> int:
+        if side is None:
+            raise UsageError(
+                f"{self.name}: its images have several sizes, {self.sizes_text()}; set data.image_size to "
+                "the side of the squares that they are cropped to, for example data.image_size=224"
+            )
+        return side
+
+    def sizes_text(self) -> str:
+        """Returns the size of the stored images, or its range: width x height in pixels."""
+        if self.stored_height is not None:
+            return f"{self.stored_width}x{self.stored_height}"
+        found = [split.sizes for split in self.splits.values() if split.sizes]
+        ends = (
+            f"{end(sizes.width[i] for sizes in found)}x{end(sizes.height[i] for sizes in found)}"
+            for i, end in enumerate((min, max))
+        )
+        return " to ".join(ends)
+
+    def cropped(self, image_size: int | None, crop_pct: float) -> Index:
+        """Returns the data set with images that are cropped to squares, unless `image_size` is None."""
+        return self.model_copy(update={"image_size": image_size, "crop_pct": crop_pct})
 
     def label_reader(self) -> LabelReader:
         """Returns what reads the labels of its shards."""
@@ -201,15 +184,15 @@ def load_index(name: str, root: str | None, *, strict: bool = True) -> Index:
     if (server := server_root(root)) is not None:
         _check_name(name)
         base = f"{server}/{name}"
-        text = fetch_text(f"{base}/index.json", _INDEX_LIMIT_BYTES)
+        text = fetch_text(f"{base}/index.json", INDEX_LIMIT_BYTES)
         return parse_index(text, name, Path(), base=base)
     folder = data_folder(name, root)
     path = folder / "index.json"
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _INDEX_LIMIT_BYTES:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > INDEX_LIMIT_BYTES:
             remade = _again(name, folder, None)
-            raise DataError(f"{path}: is not a file of up to {_INDEX_LIMIT_BYTES} bytes; {remade}")
+            raise DataError(f"{path}: is not a file of up to {INDEX_LIMIT_BYTES} bytes; {remade}")
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_missing(name, folder)) from None
@@ -243,41 +226,6 @@ def parse_index(text: bytes, name: str, folder: Path, *, base: str | None = None
         raise UnsafeError(f"{place}: {error}; {_again(name, folder, base)}") from None
     digest = hashlib.sha256(text).hexdigest()
     return Index.model_construct(**dict(content), folder=folder, name=name, digest=digest, base=base)
-
-
-def check_index(text: bytes) -> IndexFile:
-    """Returns the contents of an index.json.
-
-    Raises:
-        ValueError: it is damaged, inconsistent or too large; the message is the reason.
-        UnsafeError: it names a file that may not be a shard.
-    """
-    if len(text) > _INDEX_LIMIT_BYTES:
-        raise ValueError(f"{len(text)} bytes, over the limit of {_INDEX_LIMIT_BYTES}")
-    try:
-        content = IndexFile.model_validate_json(text, strict=True)
-    except pydantic.ValidationError as error:
-        raise ValueError(_first_problem(error)) from None
-    for shard in content.shards:
-        if not _is_place(shard.file):
-            raise UnsafeError(
-                f"refused to open {shard.file!r}: a shard must be a file in the folder of its index "
-                "or an http(s) URL"
-            )
-    if problem := _contradiction(content):
-        raise ValueError(problem)
-    return content
-
-
-def _is_place(file: str) -> bool:
-    """Returns whether this may be a shard: a path in the folder of the index, or an http(s) URL."""
-    if not is_url(file):
-        return _SHARD.fullmatch(file) is not None
-    try:
-        check_url(file)
-    except (UnsafeError, UsageError):
-        return False
-    return True
 
 
 def _again(name: str, folder: Path, base: str | None) -> str:
@@ -330,55 +278,6 @@ def _missing(name: str, folder: Path) -> str:
     return f"{text}; make it with {command} ({found})"
 
 
-def _first_problem(error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return "not valid JSON"
-    if first["loc"] == ("version",) and first["type"] != "missing":
-        return f"format version {first['input']!r}, but this disttrain reads version {VERSION}"
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg'][:1].lower()}{first['msg'][1:]}"
-
-
-def _contradiction(content: IndexFile) -> str | None:
-    """Returns the first inconsistency between the fields of an index, or None."""
-    if not len(content.mean) == len(content.std) == content.channels:
-        return f"mean and std must have {content.channels} values, one per channel"
-    if content.height * content.width > MAX_SHARD_PIXELS:
-        size = f"{content.width}x{content.height}"
-        return f"images of {size} are over the limit of {MAX_SHARD_PIXELS} pixels"
-    if "train" not in content.splits:
-        return "splits: train is missing"
-    for name, split in content.splits.items():
-        if len(split.class_counts) != len(content.classes):
-            return f"splits.{name}.class_counts: {len(split.class_counts)} for {len(content.classes)} classes"
-        total, counted = sum(shard.samples for shard in split.shards), sum(split.class_counts)
-        if not split.samples == total >= counted:  # samples without a valid label have no class
-            return f"splits.{name}: {split.samples} samples, but {total} in shards and {counted} in classes"
-    for shard in content.shards:
-        if shard.samples * _LEAST_BYTES > shard.bytes:
-            return f"{shard.file}: {shard.bytes} bytes are too few for {shard.samples} samples"
-    for field in ("file", "sha256"):
-        seen = set[str]()
-        for shard in content.shards:
-            if getattr(shard, field) in seen:
-                return f"the shard {shard.file} is listed twice (same {field})"
-            seen.add(getattr(shard, field))
-    return None
-
-
-def mean_std(sums: npt.NDArray[np.int64], pixels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation per channel, of pixels in 0..1, from exact integer sums.
-
-    Args:
-        sums: sums of the pixels; see `pixel_sums`.
-        pixels: number of pixels.
-    """
-    pairs = list(zip(*sums.tolist(), strict=True))
-    mean = tuple(total / (255 * pixels) for total, _ in pairs)
-    std = tuple(math.sqrt(pixels * square - total**2) / (255 * pixels) for total, square in pairs)
-    return mean, std
-
-
 def size_problem(path: Path, shard: Shard) -> str | None:
     """Returns an error message if a shard does not have its size, or None."""
     try:
@@ -386,8 +285,3 @@ def size_problem(path: Path, shard: Shard) -> str | None:
     except OSError as error:
         return f"{path}: the shard cannot be read: {error.strerror}"
     return None if size == shard.bytes else f"{path}: {size} bytes, but the index says {shard.bytes}"
-
-
-def index_bytes(content: IndexFile) -> bytes:
-    """Returns the contents of the file index.json."""
-    return (json.dumps(content.model_dump(mode="json", exclude_none=True), indent=1) + "\n").encode()

@@ -29,20 +29,19 @@ from disttrain.errors import DataError, StorageError
 from disttrain.files import file_lock, sha256, sync_folder, write_atomically, write_new
 from disttrain.parallel import KilledError, in_processes, usable_cores
 from disttrain.shards.bad_samples import list_of, report
-from disttrain.shards.index import (
-    VERSION,
-    Index,
+from disttrain.shards.index import Index, data_folder, load_index
+from disttrain.shards.index_file import (
     IndexFile,
     Shard,
     Split,
     check_index,
-    data_folder,
     index_bytes,
-    load_index,
     mean_std,
+    one_size,
+    sizes_of,
 )
 from disttrain.shards.origin import foreign_tar
-from disttrain.shards.writer import Sample, WrittenShard, check_shape, member_bytes, tell, write_shard
+from disttrain.shards.writer import Sample, WrittenShard, member_bytes, tell, write_shard
 from disttrain.units import mib
 
 Progress = Callable[[int, int], None]
@@ -229,7 +228,7 @@ def _plan(splits: Mapping[str, Source], shard_bytes: int, classes: int, channels
                 identities = [source.sample_fingerprint(i) for i in numbers]
                 fingerprint = ""
                 if None not in identities:
-                    text = json.dumps([VERSION, classes, channels, first, identities])
+                    text = json.dumps([classes, channels, first, identities])
                     fingerprint = hashlib.sha256(text.encode()).hexdigest()
                 yield _Job(
                     split, f"{split}-{next(shards):06d}.tar", numbers, size, fingerprint, classes, channels
@@ -320,21 +319,23 @@ def _kept(scratch: Path, job: _Job) -> WrittenShard | None:
 def _describe(
     jobs: Sequence[_Job], records: Sequence[WrittenShard], classes: Sequence[str], channels: Literal[1, 3]
 ) -> IndexFile:
-    """Returns the index of the shards, whose images must all have the same shape."""
-    height, width = records[0].shape
+    """Returns the index of the shards."""
+    height, width = one_size({size for record in records for size in record.sizes})
     splits: dict[str, Split] = {}
     for split, group in itertools.groupby(zip(jobs, records, strict=True), key=lambda pair: pair[0].split):
-        shards, counts = [], np.zeros(len(classes), np.int64)
+        shards, counts, sizes = [], np.zeros(len(classes), np.int64), []
         for job, record in group:
-            check_shape(record.first, record.shape, records[0].first, records[0].shape)
+            sizes += record.sizes
             shards.append(Shard(job.file, record.samples, record.bytes, record.sha256))
             counts += record.class_counts
-        splits[split] = Split(int(counts.sum()), tuple(shards), tuple(counts.tolist()))
+        spread = None if height else sizes_of(*np.array(sizes, np.int64).T)
+        splits[split] = Split(int(counts.sum()), tuple(shards), tuple(counts.tolist()), spread)
     train = [record for job, record in zip(jobs, records, strict=True) if job.split == "train"]
     sums = np.sum([record.sums for record in train], axis=0)
-    mean, std = mean_std(sums, splits["train"].samples * height * width)
+    pixels = sum(height * width for record in train for height, width in record.sizes)
+    mean, std = mean_std(sums, pixels)
     return IndexFile(
-        version=VERSION,
+        version=1 if height else 2,
         classes=tuple(classes),
         channels=channels,
         height=height,

@@ -18,20 +18,21 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from disttrain.errors import DataError, DisttrainError, UnsafeError, reason
 from disttrain.files import stamp
-from disttrain.parallel import ordered_map
-from disttrain.shards.images import ImageError, Pixels, decode_into
-from disttrain.shards.index import Index, Shard, remedy, size_problem
-from disttrain.shards.remarks import collected
+from disttrain.shards.crops import CenterCrops, Crops
+from disttrain.shards.images import Encoded, ImageError, Pixels, decode_into
+from disttrain.shards.index import Index, remedy, size_problem
+from disttrain.shards.index_file import Shard
+from disttrain.shards.photos import decode_crops
 from disttrain.shards.remote import fetch_shard
 from disttrain.shards.tar import Contents, scan
 from disttrain.userdirs import cache_folder, remember
@@ -40,7 +41,6 @@ Ids = npt.NDArray[np.int64]
 Sample: TypeAlias = dict[str, Any]
 """A sample of webdataset: a dict with one field for each member, by extension."""
 
-_CHUNK = 256  # samples that one thread decodes at a time
 _OPEN_SHARDS = 64
 _TICK_NS = 100_000_000  # a file that was just written could change again with the same time stamp
 
@@ -255,13 +255,17 @@ class Reader:
         self._lock = threading.Lock()
         self._shard_locks = [threading.Lock() for _ in index.splits[split].shards]
 
-    def decode(self, ids: Ids, images: Pixels, labels: Ids) -> None:
+    def decode(
+        self, ids: Ids, images: Pixels, labels: Ids, positions: Ids | None = None, crops: Crops | None = None
+    ) -> None:
         """Decodes samples.
 
         Args:
             ids: int64 [B].
             images: output for the pixels, uint8 [B, H, W, C].
             labels: output for the labels, int64 [B].
+            positions: of the samples in the order of the epoch, int64 [B]; needed with `crops`.
+            crops: chooses the crops of the images of a cropped data set; None means those of an evaluation.
 
         Raises:
             DataError: a shard or a sample is bad; the message names it.
@@ -274,7 +278,7 @@ class Reader:
             for at, (shard, position) in enumerate(places):
                 files.append(shard.read(position))
                 labels[at] = shard.contents.labels[position]
-            decode_into(files, images)
+            decode_files(self._index, files, images, positions, crops)
         except (ValueError, OSError) as error:
             raise self._error(places[error.place if isinstance(error, ImageError) else at], error) from None
 
@@ -324,54 +328,21 @@ class Reader:
             return shard
 
 
-class Chunk(NamedTuple):
-    """Consecutive decoded samples of a shard.
-
-    Attributes:
-        first: id of the first sample.
-        images: uint8 [n, H, W, C]; arbitrary for bad samples.
-        labels: int64 [n]; -1 for an invalid label.
-        problems: id -> key, and why the sample cannot be used.
-        remarks: key of a sample that can be used, and a remark on its image.
-    """
-
-    first: int
-    images: Pixels
-    labels: Ids
-    problems: dict[int, tuple[str, str]]
-    remarks: list[tuple[str, str]]
-
-
-def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[Chunk]:
-    """Yields all samples of a shard, decoded, in order.
+def decode_files(
+    index: Index,
+    files: Sequence[Encoded],
+    out: Pixels,
+    positions: Ids | None = None,
+    crops: Crops | None = None,
+) -> None:
+    """Decodes image files of a data set into `out`, uint8 [n, H, W, C]; see `Reader.decode`.
 
     Raises:
-        DataError, UnsafeError: see `open_shard`.
+        ImageError: an image cannot be decoded, or has another size.
     """
-    shard = open_shard(index, split, number)
-    count = len(shard.contents.keys)
-    base = int(index.first_ids(split)[number])
-    shape = (index.height, index.width, index.channels)
-
-    def work(begin: int) -> Chunk:
-        positions = range(begin, min(begin + _CHUNK, count))
-        images = np.empty((len(positions), *shape), np.uint8)
-        keys = shard.contents.keys[begin : positions.stop]
-        problems = {}
-        try:
-            with collected() as found:
-                decode_into([shard.read(position) for position in positions], images)
-            remarks = [(keys[place], text) for place, text in found]
-        except (ValueError, OSError):  # at least one sample is bad: find out which
-            remarks = []
-            for place, position in enumerate(positions):
-                try:
-                    with collected() as found:
-                        decode_into([shard.read(position)], images[place : place + 1])
-                    remarks += [(keys[place], text) for _, text in found]
-                except (ValueError, OSError) as error:
-                    problems[base + position] = (keys[place], reason(error))
-        labels = shard.contents.labels[begin : positions.stop]
-        return Chunk(base + begin, images, labels, problems, remarks)
-
-    yield from ordered_map(work, range(0, count, _CHUNK), threads)
+    if index.image_size is None:
+        decode_into(files, out)
+    elif crops is None or positions is None:
+        decode_crops(files, np.zeros(len(files), np.int64), CenterCrops(index.crop_pct), out)
+    else:
+        decode_crops(files, positions, crops, out)

@@ -13,12 +13,14 @@ import numpy as np
 
 from disttrain.files import file_lock, stamp
 from disttrain.parallel import usable_cores
-from disttrain.shards.images import expect_images, pixel_sums
-from disttrain.shards.index import Index, Shard, extra_shards, mean_std
+from disttrain.shards.images import expect_images
+from disttrain.shards.index import Index, extra_shards
+from disttrain.shards.index_file import Shard, mean_std, sizes_of
 from disttrain.shards.pack import Progress, silent
-from disttrain.shards.reader import Chunk, Ids, ShardError, decoded, open_shard
+from disttrain.shards.reader import Ids, ShardError, open_shard
 from disttrain.shards.remarks import Remarks, add, pillow_warnings
 from disttrain.shards.tar import Contents
+from disttrain.shards.whole_shard import Survey, surveyed
 from disttrain.userdirs import cache_folder, remember
 
 
@@ -39,46 +41,47 @@ class Findings:
         problems: problems of samples and shards, in the order of the shards.
         unusable: split -> ids of the bad samples, in order.
         class_counts: split -> number of usable samples of each class.
+        sizes: split -> height and width of its usable images, int64 [n, 2] in parts.
         sums: sums of the pixels of the train split; see `pixel_sums`.
         remarks: remarks on usable samples, each with its shard and key.
     """
 
     def __init__(self, index: Index) -> None:
-        self._pixels = index.height * index.width
         self.problems: list[Problem] = []
         self.unusable: dict[str, list[int]] = {split: [] for split in index.splits}
         self.class_counts = {split: np.zeros(len(index.classes), np.int64) for split in index.splits}
+        self.sizes: dict[str, list[Ids]] = {split: [] for split in index.splits}
         self.sums = np.zeros((2, index.channels), np.int64)
         self.remarks: Remarks = {}
 
-    def add(self, index: Index, split: str, shard: Shard, chunk: Chunk, *, statistics: bool) -> None:
-        """Adds the decoded samples of a part of a shard."""
-        good = np.ones(len(chunk.labels), bool)
-        for sample, (key, text) in chunk.problems.items():
-            good[sample - chunk.first] = False
+    def add(self, index: Index, split: str, shard: Shard, survey: Survey) -> None:
+        """Adds the samples of a part of a shard."""
+        usable = survey.usable
+        for key, text in survey.problems.values():
             self.problems.append(Problem(index.place(shard), key, text))
-        self.unusable[split] += chunk.problems
-        self.class_counts[split] += np.bincount(chunk.labels[good], minlength=len(index.classes))
-        for key, text in chunk.remarks:
+        self.unusable[split] += survey.problems
+        self.class_counts[split] += np.bincount(survey.labels[usable], minlength=len(index.classes))
+        for key, text in survey.remarks:
             add(self.remarks, text, f"{index.place(shard)}: sample {key}")
-        if statistics and split == "train":
-            self.sums += pixel_sums(chunk.images[good])
+        self.sizes[split].append(survey.sizes[usable])
+        if split == "train":
+            self.sums += survey.sums
+
+    def all_sizes(self, split: str) -> Ids:
+        """Returns height and width of the usable images of a split, in pixels: int64 [n, 2]."""
+        return np.concatenate([np.empty((0, 2), np.int64), *self.sizes[split]])
 
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Returns mean and standard deviation for index.json, from the usable samples of the train split."""
-        pixels = int(self.class_counts["train"].sum()) * self._pixels
-        return mean_std(self.sums, pixels)
+        return mean_std(self.sums, int(self.all_sizes("train").prod(1).sum()))
 
 
-def examine(
-    index: Index, splits: tuple[str, ...], *, statistics: bool, on_progress: Progress = silent
-) -> Findings:
+def examine(index: Index, splits: tuple[str, ...], *, on_progress: Progress = silent) -> Findings:
     """Reads and decodes every sample of some splits.
 
     Args:
         index: the data set.
         splits: which of its splits.
-        statistics: also sum up the pixels of the train split.
         on_progress: called now and then with the samples done and their total.
 
     Raises:
@@ -92,9 +95,9 @@ def examine(
         for split in splits:
             for number, shard in enumerate(index.splits[split].shards):
                 try:
-                    for chunk in decoded(index, split, number, threads=usable_cores()):
-                        findings.add(index, split, shard, chunk, statistics=statistics)
-                        done += len(chunk.labels)
+                    for survey in surveyed(index, split, number, threads=usable_cores()):
+                        findings.add(index, split, shard, survey)
+                        done += len(survey.labels)
                         on_progress(done, total)
                 except ShardError as error:
                     findings.problems.append(Problem(index.place(shard), None, error.problem))
@@ -118,7 +121,7 @@ def verify(index: Index, *, on_progress: Progress = silent) -> list[Problem]:
     Raises:
         UnsafeError: a shard has a member of a forbidden kind.
     """
-    findings = examine(index, tuple(index.splits), statistics=True, on_progress=on_progress)
+    findings = examine(index, tuple(index.splits), on_progress=on_progress)
     problems = findings.problems
     for path in extra_shards(index):
         problems.append(Problem(str(path), None, "this shard is not in index.json"))
@@ -128,6 +131,8 @@ def verify(index: Index, *, on_progress: Progress = silent) -> list[Problem]:
     if problems:
         return problems
     for split, content in index.splits.items():
+        if content.sizes is not None and content.sizes != sizes_of(*findings.all_sizes(split).T):
+            problems.append(Problem(place, None, f"sizes of {split} do not match the shards"))
         if findings.class_counts[split].tolist() != list(content.class_counts):
             problems.append(Problem(place, None, f"class_counts of {split} do not match the shards"))
     if findings.mean_std() != (index.mean, index.std):
@@ -200,7 +205,7 @@ def find_bad_samples(index: Index, split: str, say: Callable[[str], None]) -> Id
 
 def _search(index: Index, split: str, say: Callable[[str], None]) -> list[int]:
     say(f"looking for bad samples in {index.name}/{split} once: {index.splits[split].samples:,} samples")
-    findings = examine(index, (split,), statistics=False)
+    findings = examine(index, (split,))
     for problem in findings.problems[:20]:
         sample = f"sample {problem.key}" if problem.key else "all its samples"
         say(f"skipped: {problem.place}: {sample}: {problem.text}")

@@ -17,7 +17,6 @@ import numpy as np
 from disttrain.errors import DataError, reason
 from disttrain.files import sha256
 from disttrain.shards.images import Pixels, decode_image, pixel_sums
-from disttrain.shards.index import MAX_SHARD_PIXELS
 from disttrain.shards.label_format import LabelReader
 from disttrain.shards.origin import OWNER
 from disttrain.shards.remarks import Remarks, add, collected, lines, pillow_warnings
@@ -45,10 +44,8 @@ class WrittenShard(msgspec.Struct, frozen=True):
     bytes: int
     sha256: str
     class_counts: list[int]
-    shape: tuple[int, int]
-    """Height and width of its images."""
-    first: str
-    """Origin of its first sample."""
+    sizes: list[tuple[int, int]]
+    """Height and width of each image, upright."""
     sums: list[list[int]]
     """Sums of the pixels; see `pixel_sums`."""
     problems: list[tuple[str, str]] = []
@@ -83,7 +80,7 @@ def write_shard(
     channels: int,
     on_sample: Callable[[int], object],
 ) -> WrittenShard:
-    """Writes a shard, and checks that every image is intact and has the shape of the first.
+    """Writes a shard, and checks that every image is intact.
 
     Bad samples are left out and recorded, so that a caller can report all of them at once.
 
@@ -96,14 +93,13 @@ def write_shard(
         on_sample: called after each sample with the number of samples done.
 
     Raises:
-        DataError: an image has another shape.
         OSError: a write failed.
     """
     from webdataset.writer import TarWriter
 
     counts = [0] * classes
     sums = np.zeros((2, channels), np.int64)
-    shape, origin = (0, 0), ""
+    sizes: list[tuple[int, int]] = []
     problems: list[tuple[str, str]] = []
     remarks: Remarks = {}
     names: list[str] = []
@@ -117,10 +113,7 @@ def write_shard(
                     problems.append((error.origin, error.problem))
                     on_sample(count)
                     continue
-                found = (pixels.shape[0], pixels.shape[1])
-                if not origin:
-                    shape, origin = found, name
-                check_shape(name, found, origin, shape)
+                sizes.append((pixels.shape[0], pixels.shape[1]))
                 for text in remarked:
                     add(remarks, text, name)
                 sums += pixel_sums(pixels)
@@ -134,7 +127,7 @@ def write_shard(
     if names:
         _read_back(path, names, classes)
     size, digest = path.stat().st_size, sha256(path)
-    return WrittenShard(size, digest, counts, shape, origin, sums.tolist(), problems, remarks)
+    return WrittenShard(size, digest, counts, sizes, sums.tolist(), problems, remarks)
 
 
 def tell(records: Iterable[WrittenShard], say: Callable[[str], object]) -> None:
@@ -166,7 +159,7 @@ def _decoded(sample: Sample, name: str, classes: int, channels: int) -> Pixels:
     if not 0 <= sample.label < classes:
         raise BadSampleError(name, f"label {sample.label} is not in 0 to {classes - 1}")
     try:
-        return decode_image(sample.image, channels, MAX_SHARD_PIXELS)
+        return decode_image(sample.image, channels)
     except ValueError as error:
         raise BadSampleError(name, reason(error)) from None
 
@@ -176,12 +169,3 @@ def _read_back(path: Path, names: Sequence[str], classes: int) -> None:
     with path.open("rb") as file:
         for position, problem in scan(file, LabelReader(classes=classes)).problems.items():
             raise BadSampleError(names[position], problem)
-
-
-def check_shape(name: str, shape: tuple[int, int], first: str, expected: tuple[int, int]) -> None:
-    """Raises DataError if the image `name` has another shape than the image `first`."""
-    if shape != expected:
-        raise DataError(
-            f"{name} is {shape[1]}x{shape[0]}, but {first} is {expected[1]}x{expected[0]}; all images must "
-            "have the same size"
-        )

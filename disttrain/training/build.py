@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.config import Config, TrainConfig
-from disttrain.data.batches import Loader, choose_cache
+from disttrain.data.batches import Loader, choose_cache, on_device, streaming_reason
 from disttrain.data.cached import Cached, open_split
 from disttrain.data.epoch_plan import Ids, Plan, make_plan, usable_ids
 from disttrain.data.stages import open_stream
@@ -123,7 +123,7 @@ def build(
         optimizer=optimizer,
         lr_schedules=lr_schedules,
         plan=data.plan,
-        augment=Augment(config.augment, seed=config.seed, normalize=normalize),
+        augment=Augment(on_device(config), seed=config.seed, normalize=normalize),
         train_data=data.train,
         val=data.val,
         image_size=(index.height, index.width),
@@ -153,7 +153,7 @@ def build_data(config: Config, index: Index, group: Group) -> Data:
     plan = make_plan(config, index, skipped["train"])
     pipeline = config.data.pipeline
     place, reason = choose_cache(
-        config.data.cache, index.decoded_bytes, group.device, streamed=pipeline is not None
+        config.data.cache, index.decoded_bytes, group.device, streamed=streaming_reason(index, pipeline)
     )
     loaders: dict[str, Loader] = {}
     if place != "none":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disttrain.data.batches import Batch, Window
+from disttrain.data.batches import Batch, Window, training_crops
 from disttrain.data.epoch_plan import Ids, micro_batch_slices
 from disttrain.heartbeat import Phase
 from disttrain.training.augment import Mix
@@ -62,7 +62,8 @@ def prefetch(
 ) -> Generator[tuple[MicroBatch, Batch], None, None]:
     """Yields this rank's micro-batches of the given steps with their samples, which are loaded ahead."""
     micros, ahead = itertools.tee(micro for index in steps for micro in micro_batches(state, epoch, index))
-    with contextlib.closing(state.train_data.batches(order, (micro.window for micro in ahead))) as batches:
+    windows, crops = (micro.window for micro in ahead), training_crops(state.config, epoch)
+    with contextlib.closing(state.train_data.batches(order, windows, crops)) as batches:
         yield from zip(micros, batches, strict=True)
 
 

@@ -66,6 +66,7 @@ def test_the_source_yields_ordinary_webdataset_samples(seven: Index) -> None:
     )  # fmt: skip
     ids = [id_ for batch in loader.batches(order, [slice(0, 720)]) for id_ in batch.ids]
     assert ids == [sample.pop("__id__") for sample in seen.values()]
+    assert [sample.pop("__position__") for sample in seen.values()] == list(range(720))
     tars = [str(seven.folder / shard.file) for shard in seven.splits["train"].shards]
     stock = webdataset.WebDataset(tars, shardshuffle=False)
     for ours, theirs in zip(seen.values(), stock, strict=True):
@@ -140,9 +141,10 @@ def test_a_bad_sample_is_named_as_without_a_pipeline(seven: Index) -> None:
 
 
 def test_nothing_is_cached_with_a_pipeline() -> None:
-    assert choose_cache("auto", 1, CPU, streamed=True)[0] == "none"
+    reason = "the stages of data.pipeline run"
+    assert choose_cache("auto", 1, CPU, streamed=reason)[0] == "none"
     with pytest.raises(UsageError, match=r"data\.cache = host, but the stages of data\.pipeline run"):
-        choose_cache("host", 1, CPU, streamed=True)
+        choose_cache("host", 1, CPU, streamed=reason)
 
 
 def test_open_data_takes_the_function(seven_root: Path) -> None:

@@ -131,14 +131,17 @@ def test_deep_gray_is_cut_to_8_bits(root, source):
     assert images.reshape(-1).tolist() == [0, 0, 1, 255]
 
 
-def test_different_sizes_need_size(root, source):
+def test_images_of_several_sizes_keep_their_bytes(root, source):
     write_tree(source)
-    write(source / "val" / "bee" / "9.png", noise(1, 20, 30, 3)[0])
-    with pytest.raises(DataError, match=r"ant/0\.png is 8x9, .*bee/9\.png is 30x20; .*--size 8") as caught:
-        pack(source)
-    assert caught.value.exit_code == 65
-    index = pack(source, size=8)
-    assert (index.height, index.width) == (8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write(source / "val" / "bee" / "9.jpg", noise(1, 20, 30, 3)[0], exif=exif)
+    index = pack(source)
+    assert index.splits["val"].sizes.height == (9, 30)  # upright
+    stored = {image for _, image, _ in read_split(index, "val")}
+    assert (source / "val" / "bee" / "9.jpg").read_bytes() in stored
+    index = pack(source, name="one", size=8)
+    assert (index.version, index.height, index.width) == (1, 8, 8)
 
 
 def test_size_of_a_turned_photo_is_that_of_the_upright_one(root, source):

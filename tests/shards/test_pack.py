@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from disttrain.errors import DataError, StorageError
+from disttrain.errors import DataError, StorageError, UsageError
 from disttrain.shards import pack as packing
 from disttrain.shards.imagefolder import pack_folder
 from disttrain.shards.images import decode_image
@@ -203,7 +203,6 @@ def test_data_set_may_be_a_link_to_another_disk(root, tmp_path):
 BROKEN = {
     "no image": Sample(b"hello", "png", 0, "a/b.png"),
     "cut off": Sample(encode(images(1)[0])[:60], "png", 0, "a/b.png"),
-    "other size": Sample(encode(images(1, shape=(7, 5, 3))[0]), "png", 0, "a/b.png"),
     "label": Sample(encode(images(1)[0]), "png", 3, "a/b.png"),
 }
 
@@ -218,10 +217,21 @@ def test_broken_sample_is_named_and_nothing_is_left(root, case):
     assert list(root.iterdir()) == []
 
 
-def test_sizes_are_both_named(root):
-    train = [*samples(images(2)), BROKEN["other size"]]
-    with pytest.raises(DataError, match=r"a/b\.png is 5x7, but train sample 0 is 5x6"):
-        pack_samples("toy", None, {"train": Listed(train)}, CLASSES, 3, Options())
+def test_several_sizes_make_an_index_of_version_2(root):
+    other = Sample(encode(images(1, shape=(70, 5, 3))[0]), "png", 0, "a/b.png")
+    train = [*samples(images(2)), other]
+    val = samples(images(1))
+    index = pack_samples("toy", None, {"train": Listed(train), "val": Listed(val)}, CLASSES, 3, Options())
+    assert (index.version, index.stored_height, index.sizes_text()) == (2, None, "5x6 to 5x70")
+    assert index.splits["train"].sizes.height == (6, 70)
+    assert index.splits["val"].sizes.height == (6, 6)
+    assert index.splits["train"].sizes.sides[0] == 3  # the shorter sides are up to 64
+    pixels = np.concatenate([decode_image(sample.image, 3).reshape(-1, 3) for sample in train]) / 255
+    assert index.mean == pytest.approx(pixels.mean(0))
+    assert index.std == pytest.approx(pixels.std(0))
+    assert verify(index) == []
+    with pytest.raises(UsageError, match=r"toy: .* sizes, 5x6 to 5x70; .*image_size=224"):
+        _ = index.height
 
 
 def test_empty_split_is_refused(root):

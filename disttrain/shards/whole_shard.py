@@ -1,0 +1,150 @@
+"""Decodes all samples of a shard in order: for a decoded copy, and to find bad samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from disttrain.errors import reason
+from disttrain.parallel import ordered_map
+from disttrain.shards.images import Pixels, decode_image, decode_into, pixel_sums
+from disttrain.shards.index import Index
+from disttrain.shards.photos import read_header
+from disttrain.shards.reader import Ids, OpenShard, open_shard
+from disttrain.shards.remarks import collected
+
+_CHUNK = 256  # samples that one thread decodes at a time
+_LARGE_CHUNK = 16  # the same for images of several sizes, which are usually large
+
+
+class Chunk(NamedTuple):
+    """Consecutive decoded samples of a shard.
+
+    Attributes:
+        first: id of the first sample.
+        images: uint8 [n, H, W, C]; arbitrary for bad samples.
+        labels: int64 [n]; -1 for an invalid label.
+        problems: id -> key, and why the sample cannot be used.
+        remarks: key of a sample that can be used, and a remark on its image.
+    """
+
+    first: int
+    images: Pixels
+    labels: Ids
+    problems: dict[int, tuple[str, str]]
+    remarks: list[tuple[str, str]]
+
+
+def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[Chunk]:
+    """Yields all samples of a shard of a data set with images of one size, decoded, in order.
+
+    Raises:
+        DataError, UnsafeError: see `open_shard`.
+    """
+    shard = open_shard(index, split, number)
+    count = len(shard.contents.keys)
+    base = int(index.first_ids(split)[number])
+    shape = (index.height, index.width, index.channels)
+
+    def work(begin: int) -> Chunk:
+        positions = range(begin, min(begin + _CHUNK, count))
+        images = np.empty((len(positions), *shape), np.uint8)
+        keys = shard.contents.keys[begin : positions.stop]
+        problems = {}
+        try:
+            with collected() as found:
+                decode_into([shard.read(position) for position in positions], images)
+            remarks = [(keys[place], text) for place, text in found]
+        except (ValueError, OSError):  # at least one sample is bad: find out which
+            remarks = []
+            for place, position in enumerate(positions):
+                try:
+                    with collected() as found:
+                        decode_into([shard.read(position)], images[place : place + 1])
+                    remarks += [(keys[place], text) for _, text in found]
+                except (ValueError, OSError) as error:
+                    problems[base + position] = (keys[place], reason(error))
+        labels = shard.contents.labels[begin : positions.stop]
+        return Chunk(base + begin, images, labels, problems, remarks)
+
+    yield from ordered_map(work, range(0, count, _CHUNK), threads)
+
+
+class Survey(NamedTuple):
+    """What is known of consecutive samples of a shard after they were decoded.
+
+    Attributes:
+        first: id of the first sample.
+        labels: int64 [n]; -1 for an invalid label.
+        problems: id -> key, and why the sample cannot be used.
+        remarks: key of a sample that can be used, and a remark on its image.
+        sizes: height and width of the upright images in pixels, int64 [n, 2]; 0 for bad samples.
+        sums: of the pixels of the usable samples, int64 [2, C]; see `pixel_sums`.
+    """
+
+    first: int
+    labels: Ids
+    problems: dict[int, tuple[str, str]]
+    remarks: list[tuple[str, str]]
+    sizes: Ids
+    sums: npt.NDArray[np.int64]
+
+    @property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """Whether each sample can be used: bool [n]."""
+        usable = np.ones(len(self.labels), bool)
+        usable[[sample - self.first for sample in self.problems]] = False
+        return usable
+
+
+def surveyed(index: Index, split: str, number: int, *, threads: int) -> Iterator[Survey]:
+    """Decodes all samples of a shard, in order, and yields what is known of them.
+
+    Raises:
+        DataError, UnsafeError: see `open_shard`.
+    """
+    if index.stored_height is not None:
+        one_size = index.cropped(None, index.crop_pct)
+        for chunk in decoded(one_size, split, number, threads=threads):
+            first, images, labels, problems, remarks = chunk
+            sizes = np.full((len(labels), 2), images.shape[1:3], np.int64)
+            sizes[[sample - first for sample in problems]] = 0
+            sums = pixel_sums(images[sizes[:, 0] > 0])
+            yield Survey(first, labels, problems, remarks, sizes, sums)
+        return
+    shard = open_shard(index, split, number)
+    count = len(shard.contents.keys)
+    base = int(index.first_ids(split)[number])
+
+    def work(begin: int) -> Survey:
+        positions = range(begin, min(begin + _LARGE_CHUNK, count))
+        return _survey(shard, positions, base, index.channels)
+
+    yield from ordered_map(work, range(0, count, _LARGE_CHUNK), threads)
+
+
+def _survey(shard: OpenShard, positions: Sequence[int], base: int, channels: int) -> Survey:
+    problems: dict[int, tuple[str, str]] = {}
+    remarks: list[tuple[str, str]] = []
+    sizes = np.zeros((len(positions), 2), np.int64)
+    sums = np.zeros((2, channels), np.int64)
+    for place, position in enumerate(positions):
+        key = shard.contents.keys[position]
+        try:
+            image = shard.read(position)
+            header = read_header(image)
+            with collected() as found:
+                pixels = decode_image(image, channels)
+            if pixels.shape[:2] != header[:2]:
+                raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, but its header says otherwise")
+        except (ValueError, OSError) as error:
+            problems[base + position] = (key, reason(error))
+            continue
+        remarks += [(key, text) for _, text in found]
+        sizes[place] = pixels.shape[:2]
+        sums += pixel_sums(pixels)
+    labels = shard.contents.labels[positions[0] : positions[-1] + 1]
+    return Survey(base + positions[0], labels, problems, remarks, sizes, sums)
