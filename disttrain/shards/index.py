@@ -56,7 +56,7 @@ class Shard:
     """One tar."""
 
     file: str
-    """Path relative to the folder of the index, or an http(s) URL."""
+    """Path relative to the folder of the index, or an address on a server (`urls.is_url`)."""
     samples: _Count
     bytes: _Count
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -145,7 +145,7 @@ def data_root(root: str | None) -> Path:
         UsageError: the root is the URL of a server.
     """
     if (server := server_root(root)) is not None:
-        raise UsageError(f"{server}: cannot write to a server; give a folder with --root")
+        raise UsageError(f"{server}: cannot write to a server; give a folder with --root, then upload it")
     if chosen := root or os.environ.get("DISTTRAIN_DATA"):
         return Path(chosen).expanduser().absolute()
     return user_cache() / "data"
@@ -262,7 +262,7 @@ def check_index(text: bytes) -> IndexFile:
         if not _is_place(shard.file):
             raise UnsafeError(
                 f"refused to open {shard.file!r}: a shard must be a file in the folder of its index "
-                "or an http(s) URL"
+                "or an http(s)://, s3://, gs:// or hf:// address"
             )
     if problem := _contradiction(content):
         raise ValueError(problem)
@@ -270,7 +270,7 @@ def check_index(text: bytes) -> IndexFile:
 
 
 def _is_place(file: str) -> bool:
-    """Returns whether this may be a shard: a path in the folder of the index, or an http(s) URL."""
+    """Returns whether this may be a shard: a path in the folder of the index, or an address on a server."""
     if not is_url(file):
         return _SHARD.fullmatch(file) is not None
     try:
