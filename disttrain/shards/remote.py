@@ -185,6 +185,8 @@ def _reading(url: str, start: int, end: int) -> Iterator[tuple[int, Iterator[byt
 def _chunks(response: Any) -> Iterator[bytes]:
     while chunk := response.read(_CHUNK_BYTES):
         yield chunk
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
 
 
 def _persist(url: str, fetch: Callable[[], _T]) -> _T:
