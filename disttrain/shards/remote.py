@@ -86,7 +86,7 @@ def fetch_text(url: str, limit_bytes: int) -> bytes:
 
     def fetch() -> bytes:
         content = bytearray()
-        with _reading(url, 0, limit_bytes + 1) as (_, chunks):
+        with _reading(url, 0, limit_bytes + 1, split=False) as (_, chunks):
             for chunk in chunks:
                 content += chunk
                 if len(content) > limit_bytes:
@@ -155,7 +155,10 @@ def _download(url: str, target: Path, size: int, sha256: str) -> None:
 def _fetch_rest(url: str, partial: Path, size: int) -> None:
     """Appends the missing bytes; raises `http.client.IncompleteRead` if the connection ends early."""
     there = partial.stat().st_size if partial.exists() else 0
-    with _reading(url, there, size + 1) as (done, chunks), partial.open("ab" if done else "wb") as file:
+    with (
+        _reading(url, there, size + 1, split=True) as (done, chunks),
+        partial.open("ab" if done else "wb") as file,
+    ):
         for chunk in chunks:
             done += len(chunk)
             if done > size:
@@ -166,15 +169,16 @@ def _fetch_rest(url: str, partial: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _reading(url: str, start: int, end: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+def _reading(url: str, start: int, end: int, *, split: bool) -> Iterator[tuple[int, Iterator[bytes]]]:
     """Opens the bytes [start, end) at an address. This is where its scheme decides who reads them.
 
     Yields:
         The first byte, which is 0 if the server sends no ranges; the bytes from there on in chunks, up to the
-        end of the file or, from a web server, beyond `end`.
+        end of the file or, from a web server, beyond `end`. `split` is that of `stores.read`.
     """
     if not is_http(url):
-        yield start, stores.read(url, start, end, _TIMEOUT_S)
+        with contextlib.closing(stores.read(url, start, end, _TIMEOUT_S, split=split)) as chunks:
+            yield start, chunks
         return
     with _open(url, {"Range": f"bytes={start}-"} if start else {}) as response:
         given = response.headers.get("Content-Range", "")

@@ -6,16 +6,19 @@ shown here. What a data set on a store is checked for, and the cache, are those 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
 from disttrain.errors import UsageError, reason
+from disttrain.parallel import ordered_map
 from disttrain.urls import without_secrets
 
-_CHUNK_BYTES = 2**24  # of one request; held in memory
+_CHUNK_BYTES = 2**23  # of one request; up to four, and one that is written, are in memory
 _DENIED = (401, 403)
 _NO_LOGIN = re.compile("Credential|ProfileNotFound|RefreshError|TokenRetrieval|SSO|Unauthorized")
 """In the names of the exceptions by which a library says that it found no usable credentials."""
@@ -46,6 +49,9 @@ class _Store:
     """Returns its file system, for a time limit in seconds."""
     reading: dict[str, Any]
     """Further arguments for reading a range."""
+    threads: int
+    """Requests at a time, because a single one gets only a part of what an object store can send. 0: one
+    after another, in the calling thread."""
     persists: bool
     """Whether its library repeats what failed."""
 
@@ -94,6 +100,7 @@ _STORES = {
         upload="aws s3 sync FOLDER/NAME s3://BUCKET/FOLDER/NAME",
         open=_open_s3,
         reading={},
+        threads=4,
         persists=False,
     ),
     "gs": _Store(
@@ -108,6 +115,7 @@ _STORES = {
         upload="gcloud storage rsync -r FOLDER/NAME gs://BUCKET/FOLDER/NAME",
         open=_open_gs,
         reading={},
+        threads=4,
         persists=True,
     ),
     "hf": _Store(
@@ -119,6 +127,7 @@ _STORES = {
         upload="hf upload --repo-type dataset USER/NAME FOLDER/NAME NAME",
         open=_open_hf,
         reading={"cache_type": "none"},  # otherwise it reads ahead, and drops that
+        threads=0,  # each thread would ask again what is in the folder
         persists=False,
     ),
 }
@@ -142,7 +151,7 @@ def how_to_copy(url: str) -> tuple[str, str, str]:
     return store.download.format(url=url), store.upload, store.example
 
 
-def read(url: str, start: int, end: int, timeout_s: float) -> Iterator[bytes]:
+def read(url: str, start: int, end: int, timeout_s: float, *, split: bool) -> Generator[bytes, None, None]:
     """Yields the bytes [start, end) of an object in order, or up to its end if it is shorter.
 
     Args:
@@ -150,31 +159,41 @@ def read(url: str, start: int, end: int, timeout_s: float) -> Iterator[bytes]:
         start: first byte.
         end: one past the last byte.
         timeout_s: to connect, and for each read.
+        split: whether to use several requests. They fail if the object is much shorter.
 
     Raises:
         StoreError: a request failed.
         UsageError: the package for this scheme is not installed.
     """
+    store = _STORES[url.partition("://")[0]]
+    # There is no request for the last byte alone, which may be one too many.
+    begins = range(start, max(end - 1, start + 1), _CHUNK_BYTES if split else end)
+    ranges = list(itertools.pairwise((*begins, end)))
+    threads = store.threads if len(ranges) > 1 else 0
+    chunks = ordered_map(lambda part: _read_range(url, *part, timeout_s), ranges, threads, ahead=threads - 1)
+    with contextlib.closing(chunks):
+        for (first, stop), content in zip(ranges, chunks, strict=True):
+            yield content
+            if len(content) < stop - first:
+                return
+
+
+def _read_range(url: str, start: int, stop: int, timeout_s: float) -> bytes:
     scheme, _, path = url.partition("://")
     store = _STORES[scheme]
-    while start < end:
-        stop = end if end - start <= _CHUNK_BYTES + 1 else start + _CHUNK_BYTES
-        try:
-            content: bytes = store.open(timeout_s).cat_file(path, start=start, end=stop, **store.reading)
-        except ImportError:
-            raise UsageError(
-                f'{url}: needs the package {store.package}; run pip install "disttrain[{scheme}]"'
-            ) from None
-        except Exception as error:  # each library has errors of its own
-            raise _failure(store, error) from None
-        yield content
-        if len(content) < stop - start:
-            return
-        start = stop
+    try:
+        content: bytes = store.open(timeout_s).cat_file(path, start=start, end=stop, **store.reading)
+    except ImportError:
+        raise UsageError(
+            f'{url}: needs the package {store.package}; run pip install "disttrain[{scheme}]"'
+        ) from None
+    except Exception as error:  # each library has errors of its own
+        raise _failure(store, error) from None
+    return content
 
 
 def _failure(store: _Store, error: Exception) -> StoreError:
-    problem = reason(error)
+    problem = reason(error).rstrip(".")
     status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "code", None)
     if (
         isinstance(error, PermissionError)
