@@ -15,17 +15,26 @@ _SECRETS = "DISTTRAIN_SERVERS"
 """JSON: address without secrets -> its user and password, and its query."""
 
 _LOGIN = re.compile(r"(https?://)[^\s/?#]*@")
+_KEYS = re.compile(r"((?:s3|gs)://)[^\s'\"]*@")  # a secret key may have a /
 _QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*")
 
 
-def is_url(text: str) -> bool:
+def is_http(text: str) -> bool:
     """Returns whether the text is an http(s) URL."""
     return text.startswith(("http://", "https://"))
 
 
+def is_url(text: str) -> bool:
+    """Returns whether the text is an address of data that can be read: http(s)://, s3://, gs:// or hf://."""
+    return is_http(text) or text.startswith(("s3://", "gs://", "hf://"))
+
+
 def without_secrets(text: str) -> str:
-    """Returns a text whose http(s) URLs have no user, password, query or fragment."""
-    return _QUERY.sub(r"\1", _LOGIN.sub(r"\1", text))
+    """Returns a text whose http(s) URLs have no user, password, query or fragment.
+
+    Other addresses lose what stands before an @; a login there is refused.
+    """
+    return _KEYS.sub(r"\1", _QUERY.sub(r"\1", _LOGIN.sub(r"\1", text)))
 
 
 def public(url: str) -> str:
@@ -33,7 +42,7 @@ def public(url: str) -> str:
 
     Anything else than an http(s) URL is returned unchanged.
     """
-    if not is_url(url):
+    if not is_http(url):
         return url
     try:
         parts = urlsplit(url)

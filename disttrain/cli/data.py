@@ -25,16 +25,21 @@ def data() -> None:
 def _check_local(folder: Path, command: str) -> None:
     """Raises UsageError if the argument of a command is a URL, whose slashes a path does not keep."""
     from disttrain.errors import UsageError
-    from disttrain.urls import without_secrets
+    from disttrain.shards.stores import how_to_copy
+    from disttrain.urls import is_http, is_url, without_secrets
 
     scheme, colon, rest = str(folder).partition(":/")
-    if colon and scheme in ("http", "https"):
-        url = f"{scheme}://{rest.lstrip('/')}"
-        raise UsageError(
-            f"{without_secrets(url)}: is on a server, but `data {command}` needs a folder on this machine; "
-            "download it and run the command there. Put what it makes on the server, and train with "
-            "data.root=https://host/folder"
-        )
+    url = without_secrets(f"{scheme}://{rest.lstrip('/')}")
+    if not colon or not is_url(url):
+        return
+    download, upload, root = "download it", "Put what it makes on the server", "https://host/folder"
+    if not is_http(url):
+        get, put, root = how_to_copy(url)
+        download, upload = f"download it (`{get}`)", f"Upload what it makes (`{put}`)"
+    raise UsageError(
+        f"{url}: is on a server, but `data {command}` needs a folder on this machine; "
+        f"{download} and run the command there. {upload}, and train with data.root={root}"
+    )
 
 
 _FORCE = click.option("--force", is_flag=True, help="Replace an existing data set.")

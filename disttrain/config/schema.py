@@ -47,7 +47,8 @@ class DataConfig(_Section):
     name: Name
     """The packed data set: the name of a folder under the data root."""
     root: Annotated[Annotated[str, AfterValidator(public)] | None, Role.MACHINE] = None
-    """Folder of the packed data sets; null means $DISTTRAIN_DATA, else the user's cache folder."""
+    """Folder of the packed data sets, or its http(s)://, s3://, gs:// or hf:// address (docs/data.md). null
+    means $DISTTRAIN_DATA, else the user's cache folder."""
     cache: Annotated[Literal["auto", "device", "host", "none"], Role.MACHINE] = "auto"
     """Where the decoded images are kept: on the device, or in host memory, shared by the ranks of a node.
     none: read and decode the shards in every epoch. auto: the first of these in which they fit. It only

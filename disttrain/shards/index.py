@@ -128,7 +128,7 @@ def data_root(root: str | None) -> Path:
         UsageError: the root is the URL of a server.
     """
     if (server := server_root(root)) is not None:
-        raise UsageError(f"{server}: cannot write to a server; give a folder with --root")
+        raise UsageError(f"{server}: cannot write to a server; give a folder with --root, then upload it")
     if chosen := root or os.environ.get("DISTTRAIN_DATA"):
         return Path(chosen).expanduser().absolute()
     return user_cache() / "data"

@@ -42,7 +42,7 @@ class Shard:
     """One tar."""
 
     file: str
-    """Path relative to the folder of the index, or an http(s) URL."""
+    """Path relative to the folder of the index, or an address on a server (`urls.is_url`)."""
     samples: _Count
     bytes: _Count
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -115,7 +115,7 @@ def check_index(text: bytes) -> IndexFile:
         if not _is_place(shard.file):
             raise UnsafeError(
                 f"refused to open {shard.file!r}: a shard must be a file in the folder of its index "
-                "or an http(s) URL"
+                "or an http(s)://, s3://, gs:// or hf:// address"
             )
     if problem := _contradiction(content):
         raise ValueError(problem)
@@ -123,7 +123,7 @@ def check_index(text: bytes) -> IndexFile:
 
 
 def _is_place(file: str) -> bool:
-    """Returns whether this may be a shard: a path in the folder of the index, or an http(s) URL."""
+    """Returns whether this may be a shard: a path in the folder of the index, or an address on a server."""
     if not is_url(file):
         return _SHARD.fullmatch(file) is not None
     try:

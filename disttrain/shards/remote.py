@@ -1,6 +1,7 @@
-"""Data sets on an http(s) server: fetches the index on demand, and shards into a cache on the local disk.
+"""Data sets on servers: fetches the index on demand, and shards into a cache on the local disk.
 
-A shard is downloaded once per node. Its file is named after its hash, and appears when it is complete.
+They are on an http(s) server, or at an s3://, gs:// or hf:// address (`stores.py`). A shard is downloaded
+once per node. Its file is named after its hash, and appears when it is complete.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from disttrain.errors import DataError, StorageError, UnsafeError, UsageError, reason
 from disttrain.files import appearing, file_lock
+from disttrain.shards import stores
 from disttrain.shards.login import log_in, login_remedy, request_for
 from disttrain.units import mib
-from disttrain.urls import is_url, without_secrets
+from disttrain.urls import is_http, is_url, without_secrets
 from disttrain.userdirs import cache_folder
 
 _TIMEOUT_S = 30.0  # to connect, and for each read
@@ -39,7 +41,7 @@ _T = TypeVar("_T")
 
 
 def check_url(url: str) -> None:
-    """Checks that a URL is a valid http(s) URL.
+    """Checks that a URL is a valid http(s)://, s3://, gs:// or hf:// address.
 
     Raises:
         UnsafeError: it is a command or a file URL.
@@ -49,7 +51,12 @@ def check_url(url: str) -> None:
     if not is_url(url):
         if scheme in {"pipe", "file"} or not scheme.isalnum():
             raise UnsafeError(f"refused to open {url!r}; use a folder or an http(s) URL")
-        raise UsageError(f"{url}: {scheme}: is not supported; mount or download the data, or use http(s)")
+        raise UsageError(
+            f"{url}: {scheme}: is not supported; mount or download the data, or use http(s), s3, gs or hf"
+        )
+    if not is_http(url):
+        stores.check_address(url)
+        return
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname if parts.port is None or parts.port else None
@@ -73,14 +80,18 @@ def fetch_text(url: str, limit_bytes: int) -> bytes:
     Raises:
         DataError: the download failed.
         UnsafeError: the URL is a command or a file, or the server redirects to something else than http(s).
-        UsageError: it is not an http(s) URL.
+        UsageError: it is not an address that can be read, or the package for its scheme is missing.
     """
     check_url(url)
 
     def fetch() -> bytes:
-        with _open(url, {}) as response:
-            content: bytes = response.read(limit_bytes + 1)
-        return content
+        content = bytearray()
+        with _reading(url, 0, limit_bytes + 1, split=False) as (_, chunks):
+            for chunk in chunks:
+                content += chunk
+                if len(content) > limit_bytes:
+                    break
+        return bytes(content)
 
     content = _persist(url, fetch)
     if len(content) > limit_bytes:
@@ -143,20 +154,43 @@ def _download(url: str, target: Path, size: int, sha256: str) -> None:
 
 def _fetch_rest(url: str, partial: Path, size: int) -> None:
     """Appends the missing bytes; raises `http.client.IncompleteRead` if the connection ends early."""
-    done = partial.stat().st_size if partial.exists() else 0
-    with _open(url, {"Range": f"bytes={done}-"} if done else {}) as response:
-        given = response.headers.get("Content-Range", "")
-        resumed = response.status == 206 and given.startswith(f"bytes {done}-")
-        if not resumed:
-            done = 0
-        with partial.open("ab" if resumed else "wb") as file:
-            while chunk := response.read(_CHUNK_BYTES):
-                done += len(chunk)
-                if done > size:
-                    raise DataError(f"{without_secrets(url)}: larger than the {size} bytes in the index")
-                file.write(chunk)
+    there = partial.stat().st_size if partial.exists() else 0
+    with (
+        _reading(url, there, size + 1, split=True) as (done, chunks),
+        partial.open("ab" if done else "wb") as file,
+    ):
+        for chunk in chunks:
+            done += len(chunk)
+            if done > size:
+                raise DataError(f"{without_secrets(url)}: larger than the {size} bytes in the index")
+            file.write(chunk)
     if done < size:
         raise http.client.IncompleteRead(b"", size - done)
+
+
+@contextlib.contextmanager
+def _reading(url: str, start: int, end: int, *, split: bool) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """Opens the bytes [start, end) at an address. This is where its scheme decides who reads them.
+
+    Yields:
+        The first byte, which is 0 if the server sends no ranges; the bytes from there on in chunks, up to the
+        end of the file or, from a web server, beyond `end`. `split` is that of `stores.read`.
+    """
+    if not is_http(url):
+        with contextlib.closing(stores.read(url, start, end, _TIMEOUT_S, split=split)) as chunks:
+            yield start, chunks
+        return
+    with _open(url, {"Range": f"bytes={start}-"} if start else {}) as response:
+        given = response.headers.get("Content-Range", "")
+        resumed = response.status == 206 and given.startswith(f"bytes {start}-")
+        yield start if resumed else 0, _chunks(response)
+
+
+def _chunks(response: Any) -> Iterator[bytes]:
+    while chunk := response.read(_CHUNK_BYTES):
+        yield chunk
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
 
 
 def _persist(url: str, fetch: Callable[[], _T]) -> _T:
@@ -174,6 +208,10 @@ def _persist(url: str, fetch: Callable[[], _T]) -> _T:
                 what_to_do = login_remedy(url)
             if error.code not in _TEMPORARY:
                 break
+        except stores.StoreError as error:
+            problem, what_to_do = str(error), error.remedy or what_to_do
+            if not error.temporary:
+                break
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
             problem = reason(cause) if isinstance(cause, Exception) else str(cause)
@@ -185,7 +223,7 @@ class _HttpRedirects(urllib.request.HTTPRedirectHandler):
 
     def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
         target = urllib.parse.urljoin(req.full_url, headers.get("Location", ""))
-        if not is_url(target):
+        if not is_http(target):
             fp.close()
             raise UnsafeError(
                 f"{without_secrets(req.full_url)}: refused the redirect to {without_secrets(target)!r}"

@@ -36,13 +36,16 @@ class Server:
                 content = path.read_bytes()
                 if outer.trouble(self, content):
                     return
-                begin = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if outer.ranges else 0
-                self.send_response(206 if begin else 200)
-                if begin:
-                    self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
-                self.send_header("Content-Length", str(len(content) - begin))
+                given = self.headers.get("Range") if outer.ranges else None
+                begin, _, last = (given or "bytes=0-")[6:].partition("-")
+                part = content[int(begin) : int(last) + 1 if last else None]
+                self.send_response(206 if given else 200)
+                if given:
+                    end = int(begin) + len(part) - 1
+                    self.send_header("Content-Range", f"bytes {begin}-{end}/{len(content)}")
+                self.send_header("Content-Length", str(len(part)))
                 self.end_headers()
-                self.wfile.write(content[begin:])
+                self.wfile.write(part)
 
             def log_message(self, *arguments: object) -> None:
                 pass

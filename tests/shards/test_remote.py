@@ -183,13 +183,31 @@ def test_a_server_may_not_send_elsewhere(server: Server, target: str) -> None:
     assert caught.value.exit_code == 77
 
 
+def test_a_redirect_is_followed_from_where_the_connection_broke(server: Server, tmp_path: Path) -> None:
+    def elsewhere(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
+        if handler.path == "/b.tar":
+            return len(server.requests) < 3 and send(handler, content[:1000000], len(content))
+        handler.send_response(307)
+        handler.send_header("Location", f"{server.url}/b.tar")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    shutil.copy(tmp_path / "www" / "a.tar", tmp_path / "www" / "b.tar")
+    server.trouble = elsewhere
+    assert fetch(server).read_bytes() == CONTENT
+    rest = "bytes=1000000-"
+    assert server.requests == [("/a.tar", None), ("/b.tar", None), ("/a.tar", rest), ("/b.tar", rest)]
+
+
 @pytest.mark.parametrize(
     ("url", "kind"),
     [
         ("pipe:touch pwned", UnsafeError),
         ("file:///etc/passwd", UnsafeError),
         ("cat x |", UnsafeError),
-        ("s3://bucket/x", UsageError),
+        ("ftp://host/x", UsageError),
+        ("s3a://bucket/x", UsageError),
         ("http:///x", UsageError),
         ("http://host/a b", UsageError),
     ],
@@ -199,6 +217,14 @@ def test_other_addresses_are_refused(url: str, kind: type[Exception]) -> None:
         check_url(url)
     with pytest.raises(kind):
         fetch_text(url, 10)
+
+
+def test_half_an_index_is_asked_for_again(server: Server) -> None:
+    server.trouble = lambda handler, content: (
+        len(server.requests) < 2 and send(handler, content[:1000], len(content))
+    )
+    assert fetch_text(f"{server.url}/a.tar", len(CONTENT)) == CONTENT
+    assert len(server.requests) == 2
 
 
 def test_an_index_may_not_be_endless(server: Server) -> None:
