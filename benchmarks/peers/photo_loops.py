@@ -1,0 +1,126 @@
+"""Peers: ways to load photos of any size for training, one thread or process unless told otherwise.
+
+    python benchmarks/peers/photo_loops.py KIND ROOT [--threads 1] [--samples 1024]
+
+KIND: ours (the loader and the augmentation of a run), webdataset (the pipeline of most people), dataloader
+(ImageFolder and a DataLoader with one worker per thread), decoder (simplejpeg in a loop: no crop, nothing
+else). ROOT is what benchmarks/photos.py made. The work of all but the decoder: read, decode, random-resized
+crop to 224, flip, normalise, batches of 64. The clock starts at the second batch, so that workers and threads
+have started.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from common import report
+
+BATCH_SIZE = 64
+SIDE, LEAST_AREA = 224, 0.08
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def transform():
+    """Returns torchvision's reference transform for training, from a PIL image to float32 [3, 224, 224]."""
+    from torchvision.transforms import v2
+
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(SIDE, (LEAST_AREA, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def webdataset(root: Path, threads: int) -> Iterator[int]:
+    import webdataset as wds
+
+    urls = [str(path) for path in sorted((root / "photos").glob("train-*.tar"))]
+    dataset = (
+        wds.WebDataset(urls, shardshuffle=100)
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(transform())
+        .batched(BATCH_SIZE)
+    )
+    workers = threads if threads > 1 else 0
+    for images, _ in wds.WebLoader(dataset, batch_size=None, num_workers=workers):
+        yield len(images)
+
+
+def dataloader(root: Path, threads: int) -> Iterator[int]:
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    data = ImageFolder(str(root / "jpg"), transform())
+    workers = threads if threads > 1 else 0
+    for images, _ in DataLoader(data, BATCH_SIZE, shuffle=True, num_workers=workers):
+        yield len(images)
+
+
+def ours(root: Path, threads: int) -> Iterator[int]:
+    from disttrain.config import AugmentConfig
+    from disttrain.data.epoch_plan import Plan
+    from disttrain.data.streamed import Streamed
+    from disttrain.shards.crops import RandomCrops
+    from disttrain.shards.index import load_index
+    from disttrain.training.augment import Augment
+    from disttrain.training.normalize import Normalize
+
+    index = load_index("photos", str(root)).cropped(SIDE, 0.875)
+    plan = Plan(0, tuple(shard.samples for shard in index.splits["train"].shards), BATCH_SIZE)
+    windows = [slice(part.start, part.stop) for part in map(plan.batch, range(plan.steps_per_epoch))]
+    # One thread loads in the thread of the training loop, like a DataLoader without workers.
+    workers = threads if threads > 1 else 0
+    cpu = torch.device("cpu")
+    stream = Streamed(index, "train", cpu, batch_size=BATCH_SIZE, workers=workers, say=print)
+    normalize = Normalize(MEAN, STD, SIDE, channels_last=True)
+    augment = Augment(AugmentConfig(flip=True), seed=0, normalize=normalize)
+    order = plan.order(0)
+    augment.start_epoch(0, order, SIDE, SIDE)
+    batches = stream.batches(order, windows, RandomCrops(0, 0, LEAST_AREA))
+    for batch, window in zip(batches, windows, strict=True):
+        yield len(augment.train(batch.images, window))
+
+
+def decoder(root: Path, threads: int) -> Iterator[int]:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import simplejpeg
+
+    files = [path.read_bytes() for path in sorted((root / "jpg").glob("*/*.jpg"))]
+    with ThreadPoolExecutor(threads) as pool:
+        for begin in range(0, len(files), BATCH_SIZE):
+            part = files[begin : begin + BATCH_SIZE]
+            yield sum(len(pixels) > 0 for pixels in pool.map(simplejpeg.decode_jpeg, part, chunksize=8))
+
+
+KINDS = {"ours": ours, "webdataset": webdataset, "dataloader": dataloader, "decoder": decoder}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    options.add_argument("kind", choices=KINDS)
+    options.add_argument("root", type=Path)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--samples", type=int, default=1024, help="stop after so many (default: 1024)")
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    batches = KINDS[arguments.kind](arguments.root, arguments.threads)
+    next(batches)
+    began, seen = time.perf_counter(), 0
+    for count in batches:
+        seen += count
+        if seen >= arguments.samples:
+            break
+    report((), seen, time.perf_counter() - began, kind=arguments.kind)
+
+
+if __name__ == "__main__":
+    main()
