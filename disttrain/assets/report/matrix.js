@@ -1,0 +1,230 @@
+// Draws the confusion matrix of many classes on a canvas: a square part of it, which can be zoomed and moved.
+(() => {
+  const figure = document.getElementById("matrix");
+  const canvas = figure.querySelector("canvas"), pen = canvas.getContext("2d");
+  const says = figure.querySelector("output"), wanted = figure.querySelector("input");
+  const { names, rows } = JSON.parse(document.getElementById("matrix-data").textContent);
+  const most = names.length, least = 8; // classes along a side of the shown part
+  const cells = [], found = new Map(), totals = [];
+  rows.forEach((row, label) => {
+    totals[label] = row.reduce((sum, value, place) => sum + (place % 2 ? value : 0), 0);
+    for (let place = 0; place < row.length; place += 2) {
+      const cell = { label, guess: row[place], count: row[place + 1], share: row[place + 1] / totals[label] };
+      cells.push(cell);
+      found.set(label * most + cell.guess, cell);
+    }
+  });
+  cells.sort((a, b) => a.share - b.share); // the strongest on top
+
+  const whole = { left: 0, top: 0, size: most };
+  let part = whole, chosen = null, box = null, area;
+
+  const cut = (text, room) => {
+    if (pen.measureText(text).width <= room) return text;
+    let end = Math.min(text.length, Math.ceil(room / 3));
+    while (end > 1 && pen.measureText(`${text.slice(0, end)}…`).width > room) end -= 1;
+    return `${text.slice(0, end).trimEnd()}…`;
+  };
+
+  function draw() {
+    const style = getComputedStyle(document.documentElement);
+    const color = (name) => style.getPropertyValue(name).trim();
+    const width = canvas.clientWidth, margin = Math.min(168, Math.max(96, 0.22 * width)), side = width - margin - 8;
+    const height = margin + side + 8, scale = side / part.size, zoom = devicePixelRatio || 1;
+    area = { margin, side, scale };
+    canvas.style.height = `${height}px`;
+    canvas.width = Math.round(width * zoom);
+    canvas.height = Math.round(height * zoom);
+    pen.setTransform(zoom, 0, 0, zoom, 0, 0);
+    pen.fillStyle = color("--panel");
+    pen.fillRect(margin, margin, side, side);
+
+    pen.save();
+    pen.beginPath();
+    pen.rect(margin, margin, side, side);
+    pen.clip();
+    const first = { x: Math.floor(part.left), y: Math.floor(part.top) }, count = Math.ceil(part.size) + 1;
+    pen.strokeStyle = color("--line");
+    pen.lineWidth = 1;
+    for (let n = 0; scale >= 9 && n <= count; n += 1) {
+      const x = margin + (first.x + n - part.left) * scale, y = margin + (first.y + n - part.top) * scale;
+      pen.strokeRect(x, margin, 0, side);
+      pen.strokeRect(margin, y, side, 0);
+    }
+    const dot = Math.max(scale, 1.5); // a cell must be seen
+    pen.font = "11px system-ui, sans-serif";
+    pen.textAlign = "center";
+    pen.textBaseline = "middle";
+    for (const { label, guess, count: images, share } of cells) {
+      const x = margin + (guess - part.left) * scale, y = margin + (label - part.top) * scale;
+      if (x < margin - dot || y < margin - dot || x > width || y > height) continue;
+      const strength = 0.25 + 0.75 * Math.sqrt(share);
+      pen.fillStyle = label === guess ? `rgba(31, 146, 84, ${strength})` : `rgba(${color("--heat")}, ${strength})`;
+      pen.fillRect(x, y, dot, dot);
+      if (scale < 17) continue;
+      pen.fillStyle = color("--text");
+      pen.fillText(images.toLocaleString("en"), x + scale / 2, y + scale / 2);
+    }
+    if (chosen) {
+      const room = Math.max(dot, 7), off = (room - scale) / 2;
+      pen.strokeStyle = color("--text");
+      pen.lineWidth = 1.5;
+      pen.strokeRect(margin + (chosen.guess - part.left) * scale - off, margin + (chosen.label - part.top) * scale - off, room, room);
+    }
+    if (box) {
+      pen.strokeStyle = color("--link");
+      pen.strokeRect(box.x, box.y, box.side, box.side);
+    }
+    pen.restore();
+
+    pen.strokeStyle = color("--soft");
+    pen.lineWidth = 1;
+    pen.strokeRect(margin + 0.5, margin + 0.5, side, side);
+    pen.textBaseline = "middle";
+    const step = Math.ceil(15 / scale);
+    for (let n = 0; n < count; n += 1) {
+      axisName(first.y + n, part.top, step, chosen?.label, color, (name, at) => {
+        pen.textAlign = "right";
+        pen.fillText(name, margin - 5, at);
+      });
+      axisName(first.x + n, part.left, step, chosen?.guess, color, (name, at) => {
+        pen.save();
+        pen.translate(at, margin - 5);
+        pen.rotate(-Math.PI / 2);
+        pen.textAlign = "left";
+        pen.fillText(name, 0, 0);
+        pen.restore();
+      });
+    }
+    pen.fillStyle = color("--soft");
+    pen.font = "bold 13px system-ui, sans-serif";
+    pen.textAlign = "center";
+    pen.fillText("predicted", margin + side / 2, 8);
+    pen.translate(8, margin + side / 2);
+    pen.rotate(-Math.PI / 2);
+    pen.fillText("true", 0, 0);
+    canvas.classList.toggle("zoomed", part.size < most);
+  }
+
+  // The name of a class beside an axis, where there is room: that of a chosen class, or every step-th one.
+  function axisName(label, begin, step, mine, color, write) {
+    const at = area.margin + (label + 0.5 - begin) * area.scale;
+    if (label >= most || at < area.margin || at > area.margin + area.side) return;
+    const near = mine !== undefined && Math.abs(label - mine) * area.scale < 13;
+    if (label !== mine && (label % step || near)) return;
+    pen.font = `${label === mine ? "bold " : ""}12px system-ui, sans-serif`;
+    pen.fillStyle = color(label === mine ? "--text" : "--soft");
+    write(cut(names[label], area.margin - 26), at);
+  }
+
+  function look(size, x, y) { // at a part with this side around a place, both in classes
+    const side = Math.min(most, Math.max(Math.min(least, most), size));
+    const inside = (begin) => Math.min(most - side, Math.max(0, begin));
+    part = { left: inside(x - side / 2), top: inside(y - side / 2), size: side };
+    draw();
+  }
+
+  const middle = () => [part.left + part.size / 2, part.top + part.size / 2];
+  const percent = (share) => `${(100 * share).toFixed(1)} %`;
+
+  function choose(label, guess) {
+    chosen = { label, guess };
+    const images = found.get(label * most + guess)?.count ?? 0;
+    const of = totals[label] ? ` (${percent(images / totals[label])} of the ${totals[label].toLocaleString("en")} of this class)` : "";
+    says.textContent = label === guess
+      ? `true and predicted: ${names[label]}: ${images.toLocaleString("en")} images${of}`
+      : `true: ${names[label]}, predicted: ${names[guess]}: ${images.toLocaleString("en")} images${of}`;
+    draw();
+  }
+
+  const place = (event) => { // of a pointer, in pixels of the canvas and in classes
+    const frame = canvas.getBoundingClientRect();
+    const x = event.clientX - frame.left, y = event.clientY - frame.top;
+    return { x, y, guess: part.left + (x - area.margin) / area.scale, label: part.top + (y - area.margin) / area.scale };
+  };
+
+  function pick(at) { // the cell at a place, or the nearest with images within a few pixels
+    const label = Math.floor(at.label), guess = Math.floor(at.guess);
+    if (label < 0 || guess < 0 || label >= most || guess >= most) return;
+    let best = { label, guess }, reach = found.has(label * most + guess) ? 0 : 5 / area.scale;
+    for (let y = Math.floor(label - reach); reach > 1 && y <= label + reach; y += 1) {
+      for (let x = Math.floor(guess - reach); x <= guess + reach; x += 1) {
+        const far = Math.hypot(x - guess, y - label);
+        if (x >= 0 && x < most && found.has(y * most + x) && far < reach) [best, reach] = [{ label: y, guess: x }, far];
+      }
+    }
+    choose(best.label, best.guess);
+  }
+
+  let held = null; // where a pointer went down
+  canvas.addEventListener("pointerdown", (event) => {
+    held = place(event);
+    if (event.pointerType === "mouse" || part.size < most) canvas.setPointerCapture(event.pointerId);
+  });
+  canvas.addEventListener("pointermove", (event) => {
+    const now = place(event);
+    if (!held) return event.pointerType === "mouse" ? pick(now) : undefined;
+    if (event.pointerType === "mouse") {
+      const side = Math.max(Math.abs(now.x - held.x), Math.abs(now.y - held.y));
+      box = { x: now.x < held.x ? held.x - side : held.x, y: now.y < held.y ? held.y - side : held.y, side };
+      draw();
+    } else if (part.size < most) {
+      const [x, y] = middle();
+      look(part.size, x + held.guess - now.guess, y + held.label - now.label);
+      held.moved = true;
+    }
+  });
+  canvas.addEventListener("pointerup", (event) => {
+    const drawn = box, tapped = held && !held.moved;
+    [held, box] = [null, null];
+    if (drawn && drawn.side > 6) {
+      const half = drawn.side / 2 / area.scale;
+      const left = part.left + (drawn.x - area.margin) / area.scale, top = part.top + (drawn.y - area.margin) / area.scale;
+      look(2 * half, left + half, top + half);
+    } else if (tapped) {
+      pick(place(event));
+    }
+  });
+  canvas.addEventListener("pointercancel", () => { [held, box] = [null, null]; });
+  canvas.addEventListener("dblclick", (event) => {
+    const at = place(event);
+    look(part.size / 2, at.guess, at.label);
+  });
+  canvas.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    const factor = { "+": 0.5, "-": 2, 0: Infinity }[event.key];
+    if (!step && !factor) return;
+    event.preventDefault();
+    const [x, y] = middle(), [right, down] = step ?? [0, 0];
+    look(part.size * (factor ?? 1), x + (right * part.size) / 8, y + (down * part.size) / 8);
+  });
+  for (const button of figure.querySelectorAll("[data-zoom]")) {
+    button.addEventListener("click", () => {
+      const factor = Number(button.dataset.zoom) || Infinity;
+      const [x, y] = factor < 1 && chosen ? [chosen.guess + 0.5, chosen.label + 0.5] : middle();
+      look(part.size * factor, x, y);
+    });
+  }
+
+  function show(label, guess) {
+    chosen = { label, guess };
+    look(Math.min(most, 25), guess + 0.5, label + 0.5);
+    choose(label, guess);
+  }
+  for (const button of document.querySelectorAll("button.cell")) {
+    button.addEventListener("click", () => {
+      show(Number(button.dataset.true), Number(button.dataset.predicted));
+      figure.scrollIntoView({ block: "nearest" });
+    });
+  }
+  figure.querySelector("datalist").append(...names.map((name) => Object.assign(document.createElement("option"), { value: name })));
+  wanted.addEventListener("change", () => {
+    const text = wanted.value.trim().toLowerCase();
+    const exact = names.findIndex((name) => name.toLowerCase() === text);
+    const label = exact >= 0 || !text ? exact : names.findIndex((name) => name.toLowerCase().includes(text));
+    if (label >= 0) show(label, label);
+  });
+
+  new ResizeObserver(draw).observe(figure);
+  matchMedia("screen and (prefers-color-scheme: dark)").addEventListener("change", draw);
+})();
