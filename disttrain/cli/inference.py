@@ -11,6 +11,7 @@ from typing import Any, Literal
 import click
 
 from disttrain.cli.shared import COUNT, JSON, PATH, PROCESSES, ROOT, progress
+from disttrain.terminal import columns
 from disttrain.units import percent
 
 _RUN = click.argument("run_path", metavar="RUN", type=PATH)
@@ -36,7 +37,7 @@ def eval_(run_path: Path, checkpoint: str, as_json: bool, **where: Any) -> None:
     from disttrain.inference.eval import evaluate, report
 
     result = evaluate(run_path, checkpoint, **where)
-    for line in [json.dumps(result)] if as_json else report(result):
+    for line in [json.dumps(result)] if as_json else report(result, columns(sys.stdout)):
         click.echo(line)
 
 
