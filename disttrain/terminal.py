@@ -37,20 +37,27 @@ def columns(stream: TextIO) -> int | None:
     return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
+def width_of(text: str) -> int:
+    """Returns how many columns a text takes; characters of Chinese, Japanese and Korean take two."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
 def fitted(text: str, width: int, *, cut: bool = True) -> str:
     """Returns a printable text that fills a column of a table on a terminal.
 
     Args:
         text: the text.
-        width: of the column; characters of Chinese, Japanese and Korean take two places.
+        width: of the column.
         cut: whether a longer text is cut, with three dots at its end.
     """
-    from rich.cells import cell_len, set_cell_size
+    from rich.cells import set_cell_size
 
     text = printable(text)
-    if cut and cell_len(text) > width:
+    if cut and width_of(text) > width:
         text = set_cell_size(text, max(0, width - 3)).rstrip(" ,;") + "..."
-    return text + " " * (width - cell_len(text))
+    return text + " " * (width - width_of(text))
 
 
 class Output:

@@ -15,7 +15,7 @@ from disttrain.inference.run import Facts, open_run
 from disttrain.launch.jobs import plan_job, run_job
 from disttrain.preflight import open_index
 from disttrain.shards.index import Index
-from disttrain.terminal import fitted, printable
+from disttrain.terminal import fitted, printable, width_of
 from disttrain.units import accuracy_text, percent
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _class_table(rows: list[dict[str, Any]], columns: int | None) -> Iterator[st
 
 def _column(names: Sequence[str], columns: int | None, others: int) -> list[str]:
     """Returns names of the same width, cut if the terminal has not enough columns for them and the others."""
-    width = max(map(len, names))
+    width = max(map(width_of, names))
     if columns is not None:
         width = min(width, max(_LEAST, columns - others))
     return [fitted(name, width) for name in names]
