@@ -135,13 +135,19 @@ def _compare(runs: tuple[Path, ...], output: Path | None, target: float | None, 
     from rich.console import Console
 
     from disttrain.report import compare
+    from disttrain.report.class_differences import class_table
 
     comparison = compare.compare(runs, None if target is None else target / 100)
     page = compare.write_comparison(comparison, output or Path("comparison.html"))
     if as_json:
         click.echo(json.dumps(compare.to_json(comparison), indent=1))
         return
-    Console(highlight=False).print(compare.table(comparison))
+    console = Console(highlight=False)
+    console.print(compare.table(comparison))
+    if comparison.classes:
+        click.echo(f"\nof {len(comparison.classes):,} classes, those that differ most (--json has all)")
+        console.print(class_table(comparison.runs, comparison.classes))
+        click.echo()
     for title, text in comparison.bits.items():
         click.echo(f"{title} and {next(iter(comparison.runs))}: {text}")
     for group in comparison.groups:
