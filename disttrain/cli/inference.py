@@ -31,8 +31,8 @@ _CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|latest|
 def eval_(run_path: Path, checkpoint: str, as_json: bool, **where: Any) -> None:
     """Evaluate a trained model on a validation split.
 
-    Shows loss, accuracy, accuracy per class and the confusion matrix. Counts every sample exactly once, with
-    any number of processes.
+    Shows loss, accuracy, accuracy per class and the confusion matrix; of many classes, the worst, the best
+    and the most confused ones. Counts every sample exactly once, with any number of processes.
     """
     from disttrain.inference.eval import evaluate, report
 
@@ -120,8 +120,9 @@ def report(
 ) -> None:
     """Write a report on a run, or compare several runs.
 
-    The result is one HTML file that works offline. The run may still be training, or have failed. The report
-    shows example images if the best checkpoint and the data set are available.
+    The result is one HTML file that works offline, and for a single run a CSV file of its classes. The run
+    may still be training, or have failed. The report shows example images if the best checkpoint and the data
+    set are available.
     """
     if len(runs) > 1:
         _compare(runs, output, target, as_json)
