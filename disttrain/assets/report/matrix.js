@@ -5,18 +5,20 @@
   const says = figure.querySelector("output"), wanted = figure.querySelector("input");
   const { names, rows } = JSON.parse(document.getElementById("matrix-data").textContent);
   const most = names.length, least = 8; // classes along a side of the shown part
-  const cells = [], found = new Map(), totals = [];
+  const tones = 12; // of the shares of a row
+  const groups = [], found = new Map(), totals = []; // groups: cells of one colour, the strongest last
   rows.forEach((row, label) => {
     totals[label] = row.reduce((sum, value, place) => sum + (place % 2 ? value : 0), 0);
     for (let place = 0; place < row.length; place += 2) {
-      const cell = { label, guess: row[place], count: row[place + 1], share: row[place + 1] / totals[label] };
-      cells.push(cell);
-      found.set(label * most + cell.guess, cell);
+      const [guess, count] = [row[place], row[place + 1]];
+      const tone = Math.ceil(tones * Math.sqrt(count / totals[label])), kind = 2 * tone + (label === guess);
+      (groups[kind] ??= { tone: tone / tones, right: label === guess, cells: [] }).cells.push({ label, guess, count });
+      found.set(label * most + guess, count);
     }
   });
-  cells.sort((a, b) => a.share - b.share); // the strongest on top
 
   const whole = { left: 0, top: 0, size: most };
+  const base = document.createElement("canvas"); // the cells, which stay as they are while a pointer moves
   let part = whole, chosen = null, box = null, area;
 
   const cut = (text, room) => {
@@ -26,28 +28,32 @@
     return `${text.slice(0, end).trimEnd()}…`;
   };
 
-  function draw() {
-    const style = getComputedStyle(document.documentElement);
-    const color = (name) => style.getPropertyValue(name).trim();
-    const width = canvas.clientWidth, margin = Math.min(168, Math.max(96, 0.22 * width)), side = width - margin - 8;
-    const height = margin + side + 8, scale = side / part.size, zoom = devicePixelRatio || 1;
-    area = { margin, side, scale };
-    canvas.style.height = `${height}px`;
-    canvas.width = Math.round(width * zoom);
-    canvas.height = Math.round(height * zoom);
-    pen.setTransform(zoom, 0, 0, zoom, 0, 0);
-    pen.fillStyle = color("--panel");
-    pen.fillRect(margin, margin, side, side);
+  const style = getComputedStyle(document.documentElement);
+  const color = (name) => style.getPropertyValue(name).trim();
 
-    pen.save();
+  function draw() {
+    const width = canvas.clientWidth, margin = Math.min(168, Math.max(96, 0.22 * width)), side = width - margin - 8;
+    const height = margin + side + 8, zoom = devicePixelRatio || 1;
+    area = { width, height, margin, side, zoom, scale: side / part.size };
+    canvas.style.height = `${height}px`;
+    for (const each of [canvas, base]) [each.width, each.height] = [Math.round(width * zoom), Math.round(height * zoom)];
+    canvas.classList.toggle("zoomed", part.size < most);
+    drawCells(base.getContext("2d"));
+    drawRest();
+  }
+
+  function drawCells(pen) {
+    const { width, height, margin, side, zoom, scale } = area;
+    pen.scale(zoom, zoom);
     pen.beginPath();
     pen.rect(margin, margin, side, side);
     pen.clip();
-    const first = { x: Math.floor(part.left), y: Math.floor(part.top) }, count = Math.ceil(part.size) + 1;
+    pen.fillStyle = color("--panel");
+    pen.fillRect(margin, margin, side, side);
     pen.strokeStyle = color("--line");
-    pen.lineWidth = 1;
-    for (let n = 0; scale >= 9 && n <= count; n += 1) {
-      const x = margin + (first.x + n - part.left) * scale, y = margin + (first.y + n - part.top) * scale;
+    for (let n = 0; scale >= 9 && n <= Math.ceil(part.size); n += 1) {
+      const x = margin + (Math.floor(part.left) + n - part.left) * scale;
+      const y = margin + (Math.floor(part.top) + n - part.top) * scale;
       pen.strokeRect(x, margin, 0, side);
       pen.strokeRect(margin, y, side, 0);
     }
@@ -55,21 +61,35 @@
     pen.font = "11px system-ui, sans-serif";
     pen.textAlign = "center";
     pen.textBaseline = "middle";
-    for (const { label, guess, count: images, share } of cells) {
-      const x = margin + (guess - part.left) * scale, y = margin + (label - part.top) * scale;
-      if (x < margin - dot || y < margin - dot || x > width || y > height) continue;
-      const strength = 0.25 + 0.75 * Math.sqrt(share);
-      pen.fillStyle = label === guess ? `rgba(31, 146, 84, ${strength})` : `rgba(${color("--heat")}, ${strength})`;
-      pen.fillRect(x, y, dot, dot);
+    for (const { tone, right, cells } of groups.filter(Boolean)) {
+      const shown = cells
+        .map(({ label, guess, count }) => [margin + (guess - part.left) * scale, margin + (label - part.top) * scale, count])
+        .filter(([x, y]) => x > margin - dot && y > margin - dot && x < width && y < height);
+      pen.beginPath();
+      for (const [x, y] of shown) pen.rect(x, y, dot, dot);
+      pen.fillStyle = `rgba(${right ? "31, 146, 84" : color("--heat")}, ${0.25 + 0.75 * tone})`;
+      pen.fill();
       if (scale < 17) continue;
       pen.fillStyle = color("--text");
-      pen.fillText(images.toLocaleString("en"), x + scale / 2, y + scale / 2);
+      for (const [x, y, count] of shown) pen.fillText(count.toLocaleString("en"), x + scale / 2, y + scale / 2);
     }
+  }
+
+  function drawRest() { // what depends on the pointer
+    const { width, height, margin, side, zoom, scale } = area;
+    pen.setTransform(zoom, 0, 0, zoom, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    pen.drawImage(base, 0, 0, width, height);
+    pen.save();
+    pen.beginPath();
+    pen.rect(margin, margin, side, side);
+    pen.clip();
+    pen.lineWidth = 1.5;
     if (chosen) {
-      const room = Math.max(dot, 7), off = (room - scale) / 2;
+      const room = Math.max(scale, 7), off = (room - scale) / 2;
+      const x = margin + (chosen.guess - part.left) * scale, y = margin + (chosen.label - part.top) * scale;
       pen.strokeStyle = color("--text");
-      pen.lineWidth = 1.5;
-      pen.strokeRect(margin + (chosen.guess - part.left) * scale - off, margin + (chosen.label - part.top) * scale - off, room, room);
+      pen.strokeRect(x - off, y - off, room, room);
     }
     if (box) {
       pen.strokeStyle = color("--link");
@@ -82,12 +102,12 @@
     pen.strokeRect(margin + 0.5, margin + 0.5, side, side);
     pen.textBaseline = "middle";
     const step = Math.ceil(15 / scale);
-    for (let n = 0; n < count; n += 1) {
-      axisName(first.y + n, part.top, step, chosen?.label, color, (name, at) => {
+    for (let n = 0; n <= Math.ceil(part.size); n += 1) {
+      axisName(Math.floor(part.top) + n, part.top, step, chosen?.label, (name, at) => {
         pen.textAlign = "right";
         pen.fillText(name, margin - 5, at);
       });
-      axisName(first.x + n, part.left, step, chosen?.guess, color, (name, at) => {
+      axisName(Math.floor(part.left) + n, part.left, step, chosen?.guess, (name, at) => {
         pen.save();
         pen.translate(at, margin - 5);
         pen.rotate(-Math.PI / 2);
@@ -103,11 +123,10 @@
     pen.translate(8, margin + side / 2);
     pen.rotate(-Math.PI / 2);
     pen.fillText("true", 0, 0);
-    canvas.classList.toggle("zoomed", part.size < most);
   }
 
   // The name of a class beside an axis, where there is room: that of a chosen class, or every step-th one.
-  function axisName(label, begin, step, mine, color, write) {
+  function axisName(label, begin, step, mine, write) {
     const at = area.margin + (label + 0.5 - begin) * area.scale;
     if (label >= most || at < area.margin || at > area.margin + area.side) return;
     const near = mine !== undefined && Math.abs(label - mine) * area.scale < 13;
@@ -129,12 +148,12 @@
 
   function choose(label, guess) {
     chosen = { label, guess };
-    const images = found.get(label * most + guess)?.count ?? 0;
+    const images = found.get(label * most + guess) ?? 0;
     const of = totals[label] ? ` (${percent(images / totals[label])} of the ${totals[label].toLocaleString("en")} of this class)` : "";
     says.textContent = label === guess
       ? `true and predicted: ${names[label]}: ${images.toLocaleString("en")} images${of}`
       : `true: ${names[label]}, predicted: ${names[guess]}: ${images.toLocaleString("en")} images${of}`;
-    draw();
+    drawRest();
   }
 
   const place = (event) => { // of a pointer, in pixels of the canvas and in classes
@@ -153,7 +172,7 @@
         if (x >= 0 && x < most && found.has(y * most + x) && far < reach) [best, reach] = [{ label: y, guess: x }, far];
       }
     }
-    choose(best.label, best.guess);
+    if (chosen?.label !== best.label || chosen.guess !== best.guess) choose(best.label, best.guess);
   }
 
   let held = null; // where a pointer went down
@@ -167,7 +186,7 @@
     if (event.pointerType === "mouse") {
       const side = Math.max(Math.abs(now.x - held.x), Math.abs(now.y - held.y));
       box = { x: now.x < held.x ? held.x - side : held.x, y: now.y < held.y ? held.y - side : held.y, side };
-      draw();
+      drawRest();
     } else if (part.size < most) {
       const [x, y] = middle();
       look(part.size, x + held.guess - now.guess, y + held.label - now.label);
