@@ -32,7 +32,9 @@
   const color = (name) => style.getPropertyValue(name).trim();
 
   function draw() {
-    const width = canvas.clientWidth, margin = Math.min(168, Math.max(96, 0.22 * width)), side = width - margin - 8;
+    const width = canvas.clientWidth;
+    if (width < 150) return; // no room, as in a hidden frame
+    const margin = Math.min(168, Math.max(96, 0.22 * width)), side = width - margin - 8;
     const height = margin + side + 8, zoom = devicePixelRatio || 1;
     area = { width, height, margin, side, zoom, scale: side / part.size };
     canvas.style.height = `${height}px`;
@@ -76,6 +78,7 @@
   }
 
   function drawRest() { // what depends on the pointer
+    if (!area) return;
     const { width, height, margin, side, zoom, scale } = area;
     pen.setTransform(zoom, 0, 0, zoom, 0, 0);
     pen.clearRect(0, 0, width, height);
