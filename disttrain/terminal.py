@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -29,6 +30,34 @@ def hide_pillow_warnings() -> None:
 def printable(text: str) -> str:
     """Returns a text with `?` for each character that is not printable, so that nothing moves the cursor."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def columns(stream: TextIO) -> int | None:
+    """Returns the width of a terminal; None for a file or a pipe, where nothing is cut."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def width_of(text: str) -> int:
+    """Returns how many columns a text takes; characters of Chinese, Japanese and Korean take two."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def fitted(text: str, width: int, *, cut: bool = True) -> str:
+    """Returns a printable text that fills a column of a table on a terminal.
+
+    Args:
+        text: the text.
+        width: of the column.
+        cut: whether a longer text is cut, with three dots at its end.
+    """
+    from rich.cells import set_cell_size
+
+    text = printable(text)
+    if cut and width_of(text) > width:
+        text = set_cell_size(text, max(0, width - 3)).rstrip(" ,;") + "..."
+    return text + " " * (width - width_of(text))
 
 
 class Output:

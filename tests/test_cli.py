@@ -15,6 +15,8 @@ from PIL import Image
 from disttrain.cli import main
 from disttrain.config import dump_config, json_schema, load_config
 from disttrain.models import CATALOG
+from disttrain.shards.pack import Options, pack
+from kit import toy
 
 # Runs the command on many command lines in one process, and tells which modules that has imported.
 _MANY = """
@@ -376,6 +378,24 @@ def test_a_folder_of_images_is_packed_and_inspected(disttrain, image_folder, tmp
         ["dark", "4", "1"],
         ["light", "4", "1"],
     ]
+
+
+def test_inspect_lists_a_thousand_classes_in_a_pipe_and_some_on_a_terminal(tmp_path, monkeypatch):
+    names = tuple(f"{label}, one of many classes whose names are long" for label in range(1000))
+    splits = {
+        split: toy.Listed(toy.samples(toy.images(3, seed, (8, 8, 3))))
+        for seed, split in enumerate(("train", "val"))
+    }
+    pack("many", str(tmp_path), splits, names, 3, Options())
+    command = ["data", "inspect", "many", "--root", str(tmp_path)]
+    whole = CliRunner().invoke(main, command).output
+    assert all(name in whole for name in names)
+    monkeypatch.setattr("disttrain.cli.data.columns", lambda stream: 60)
+    lines = CliRunner().invoke(main, command).output.splitlines()
+    assert lines[6].startswith("the 10 smallest and largest of 1,000 classes in train")
+    assert [len(line) for line in lines[7:]] == [60] * 21
+    assert [line.split()[-2:] for line in lines[-3:]] == [["1", "1"]] * 3
+    assert lines[-1].startswith("2, one of many")
 
 
 # --- The rest ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from disttrain.cli.shared import COUNT, JSON, PATH, POSITIVE, ROOT, progress
+from disttrain.terminal import columns, fitted, width_of
 from disttrain.units import mib
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def _check_local(folder: Path, command: str) -> None:
     )
 
 
+_CLASSES = 40  # most classes that `inspect` lists on a terminal
 _FORCE = click.option("--force", is_flag=True, help="Replace an existing data set.")
 
 
@@ -269,8 +272,22 @@ def _show_index(index: Index, *, classes: bool = False) -> None:
     if index.stored_height is None:
         click.echo("train on it with data.image_size, for example data.image_size=224")
     if classes:
-        width = max(5, *(len(name) for name in index.classes))
-        click.echo(f"{'class':<{width}} " + " ".join(f"{name:>10}" for name in index.splits))
-        for number, name in enumerate(index.classes):
-            counts = (split.class_counts[number] for split in index.splits.values())
-            click.echo(f"{name:<{width}} " + " ".join(f"{count:>10,}" for count in counts))
+        for line in _class_lines(index, columns(sys.stdout)):
+            click.echo(line)
+
+
+def _class_lines(index: Index, width: int | None) -> Iterator[str]:
+    """Yields the samples of each class; on a terminal of this width only some if there are many classes."""
+    labels = list(range(len(index.classes)))
+    if width is not None and len(labels) > _CLASSES:
+        counts, shown = index.splits["train"].class_counts, _CLASSES // 4
+        labels.sort(key=lambda label: counts[label])
+        yield f"the {shown} smallest and largest of {len(labels):,} classes in train (a pipe gets all)"
+        labels = labels[:shown] + labels[-shown:]
+    longest = max(5, *(width_of(index.classes[label]) for label in labels))
+    room = longest if width is None else max(12, width - 11 * len(index.splits))
+    yield f"{'class':<{min(longest, room)}} " + " ".join(f"{name:>10}" for name in index.splits)
+    for label in labels:
+        found = (split.class_counts[label] for split in index.splits.values())
+        name = fitted(index.classes[label], min(longest, room))
+        yield f"{name} " + " ".join(f"{count:>10,}" for count in found)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import click
 
 from disttrain.cli.shared import COUNT, JSON, PATH, PROCESSES, ROOT, progress
+from disttrain.terminal import columns
 from disttrain.units import percent
 
 _RUN = click.argument("run_path", metavar="RUN", type=PATH)
@@ -30,13 +31,13 @@ _CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|latest|
 def eval_(run_path: Path, checkpoint: str, as_json: bool, **where: Any) -> None:
     """Evaluate a trained model on a validation split.
 
-    Shows loss, accuracy, accuracy per class and the confusion matrix. Counts every sample exactly once, with
-    any number of processes.
+    Shows loss, accuracy, accuracy per class and the confusion matrix; of many classes, the worst, the best
+    and the most confused ones. Counts every sample exactly once, with any number of processes.
     """
     from disttrain.inference.eval import evaluate, report
 
     result = evaluate(run_path, checkpoint, **where)
-    for line in [json.dumps(result)] if as_json else report(result):
+    for line in [json.dumps(result)] if as_json else report(result, columns(sys.stdout)):
         click.echo(line)
 
 
@@ -119,8 +120,9 @@ def report(
 ) -> None:
     """Write a report on a run, or compare several runs.
 
-    The result is one HTML file that works offline. The run may still be training, or have failed. The report
-    shows example images if the best checkpoint and the data set are available.
+    The result is one HTML file that works offline, and for a single run a CSV file of its classes. The run
+    may still be training, or have failed. The report shows example images if the best checkpoint and the data
+    set are available.
     """
     if len(runs) > 1:
         _compare(runs, output, target, as_json)
@@ -134,13 +136,19 @@ def _compare(runs: tuple[Path, ...], output: Path | None, target: float | None, 
     from rich.console import Console
 
     from disttrain.report import compare
+    from disttrain.report.class_differences import class_table
 
     comparison = compare.compare(runs, None if target is None else target / 100)
     page = compare.write_comparison(comparison, output or Path("comparison.html"))
     if as_json:
         click.echo(json.dumps(compare.to_json(comparison), indent=1))
         return
-    Console(highlight=False).print(compare.table(comparison))
+    console = Console(highlight=False)
+    console.print(compare.table(comparison))
+    if comparison.classes:
+        click.echo(f"\nof {len(comparison.classes):,} classes, those that differ most (--json has all)")
+        console.print(class_table(comparison.runs, comparison.classes))
+        click.echo()
     for title, text in comparison.bits.items():
         click.echo(f"{title} and {next(iter(comparison.runs))}: {text}")
     for group in comparison.groups:

@@ -5,7 +5,7 @@ Starts the processes (`disttrain.inference.eval_worker`) and formats their resul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,13 +15,16 @@ from disttrain.inference.run import Facts, open_run
 from disttrain.launch.jobs import plan_job, run_job
 from disttrain.preflight import open_index
 from disttrain.shards.index import Index
+from disttrain.terminal import fitted, printable, width_of
 from disttrain.units import accuracy_text, percent
 
 if TYPE_CHECKING:
     from disttrain.data.epoch_plan import Ids
 
-_MOST_SHOWN = 20  # classes in a confusion matrix on a terminal
-_PAIRS_SHOWN = 10
+_IN_MATRIX = 20  # most classes in a confusion matrix on a terminal
+_IN_TABLE = 40  # most classes in a table
+_SHOWN = 10  # of the best classes, the worst and the most confused, if there are more
+_LEAST = 12  # columns for the name of a class, however narrow the terminal
 
 
 def evaluate(
@@ -118,8 +121,8 @@ def usable_samples(config: Config, index: Index) -> Ids:
     return usable_ids(index.splits["val"].samples, skipped)
 
 
-def report(result: dict[str, Any]) -> Iterator[str]:
-    """Yields the lines of a result, for a terminal."""
+def report(result: dict[str, Any], columns: int | None = None) -> Iterator[str]:
+    """Yields the lines of a result, for a terminal of this width; None cuts no name."""
     many = f"{result['processes']} process{'es' * (result['processes'] > 1)}"
     yield f"{result['checkpoint']} on {result['data']}/{result['split']}, {many}, {result['precision']}"
     yield f"accuracy {_share(result['correct'], result['total'])}, loss {result['loss']:.4f}"
@@ -130,28 +133,63 @@ def report(result: dict[str, Any]) -> Iterator[str]:
     if result["skipped"]:
         yield f"skipped  {result['skipped']:,} unusable samples"
     yield ""
-    width = max(5, *map(len, result["classes"]))
-    yield f"{'class':<{width}} {'accuracy':>10} {'correct':>9} {'of':>9}"
-    for row in result["per_class"]:
-        accuracy = percent(row["accuracy"])
-        yield f"{row['class']:<{width}} {accuracy:>10} {row['correct']:>9,} {row['total']:>9,}"
+    yield from _class_table(result["per_class"], columns)
     yield ""
     classes, confusion = result["classes"], result["confusion"]
-    if len(classes) <= _MOST_SHOWN:
-        cell = max(len(f"{count:,}") for row in confusion for count in row) + 1
-        yield "confusion matrix: a row for each true class, a column for each predicted class"
-        for name, row in zip(classes, confusion, strict=True):
-            yield f"{name:<{width}} " + "".join(f"{count:>{cell},}" for count in row)
+    if len(classes) > _IN_MATRIX:
+        yield from _most_confused(result, columns)
         return
+    cell = max(len(f"{count:,}") for row in confusion for count in row) + 1
+    yield "confusion matrix: a row for each true class, a column for each predicted class"
+    names = _column(classes, columns, cell * len(classes) + 1)
+    for name, row in zip(names, confusion, strict=True):
+        yield f"{name} " + "".join(f"{count:>{cell},}" for count in row)
+
+
+def _class_table(rows: list[dict[str, Any]], columns: int | None) -> Iterator[str]:
+    """Yields a line for each class, or for the worst and the best ones if there are many."""
+    parts = [rows]
+    if len(rows) > _IN_TABLE:
+        known = [row for row in rows if row["accuracy"] is not None]
+        parts = [
+            sorted(known, key=lambda row: (sign * row["accuracy"], -row["total"]))[:_SHOWN]
+            for sign in (1, -1)
+        ]
+        rest = f", {len(rows) - len(known):,} without samples" if len(known) < len(rows) else ""
+        yield f"the {_SHOWN} worst and best of {len(rows):,} classes{rest} (--json has all)"
+    shown = [row for part in parts for row in part]
+    head, *names = _column(["class", *(row["class"] for row in shown)], columns, 31)
+    yield f"{head} {'accuracy':>10} {'correct':>9} {'of':>9}"
+    for number, (name, row) in enumerate(zip(names, shown, strict=True)):
+        if number == len(parts[0]):
+            yield ""
+        yield f"{name} {percent(row['accuracy']):>10} {row['correct']:>9,} {row['total']:>9,}"
+
+
+def _column(names: Sequence[str], columns: int | None, others: int) -> list[str]:
+    """Returns names of the same width, cut if the terminal has not enough columns for them and the others."""
+    width = max(map(width_of, names))
+    if columns is not None:
+        width = min(width, max(_LEAST, columns - others))
+    return [fitted(name, width) for name in names]
+
+
+def _most_confused(result: dict[str, Any], columns: int | None) -> Iterator[str]:
+    classes, per_class = result["classes"], result["per_class"]
     pairs = [
-        (count, classes[true], classes[predicted])
-        for true, row in enumerate(confusion)
+        (count, classes[true], classes[predicted], count / per_class[true]["total"])
+        for true, row in enumerate(result["confusion"])
         for predicted, count in enumerate(row)
-        if true != predicted and count
+        if count and true != predicted
     ]
-    yield "most frequent confusions (--json has the whole confusion matrix)"
-    for count, true, predicted in sorted(pairs, key=lambda pair: -pair[0])[:_PAIRS_SHOWN]:
-        yield f"{true} as {predicted}: {count:,}"
+    pairs.sort(key=lambda pair: (-pair[0], -pair[3]))
+    yield "most frequent confusions: images, share of the class (--json has the matrix)"
+    for count, *names, share in pairs[:_SHOWN]:
+        figures = f"{count:>7,} {percent(share, 1):>8}  "
+        if columns is not None:
+            room = max(_LEAST, (columns - len(figures) - len(" as ")) // 2)
+            names = [fitted(label, room).rstrip() for label in names]
+        yield figures + " as ".join(map(printable, names))
 
 
 def _share(part: int, whole: int) -> str:

@@ -47,14 +47,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     found = measure(task, request["tta"])
     assert found is not None
     top5 = found.top5_correct if len(facts.classes) > 5 else None
+    confusion = found.confusion.tolist()
     result: dict[str, Any] = msgspec.to_builtins(found.record)
     del result["epoch"]
     return result | {
         "top5_correct": top5,
         "top5_accuracy": None if top5 is None else top5 / found.record.total,
-        "per_class": [_row(*row) for row in zip(facts.classes, found.confusion, itertools.count())],
+        "per_class": [_row(*row) for row in zip(facts.classes, confusion, itertools.count())],
         "classes": facts.classes,
-        "confusion": found.confusion,
+        "confusion": confusion,
         "checkpoint": str(checkpoint),
         "step": classifier.step,
         "data": index.name,

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -21,11 +21,16 @@ from disttrain.inference.run import open_run
 from disttrain.shards.foldertree import SUFFIXES, LeftOut, file_kind, shown
 from disttrain.shards.images import Pixels, expect_images
 from disttrain.shards.remarks import pillow_warnings
+from disttrain.terminal import columns, fitted, width_of
 
 if TYPE_CHECKING:
     from disttrain.inference.prediction import Prediction
 
 _WIDEST = 60  # characters of the column of file names
+_NAME = 40  # characters of the column of classes in a file or a pipe; longer names stand out
+_LEAST = 24  # characters of a class that should be seen
+_SHARE = 10  # characters of a probability
+_BETWEEN = "   "  # between the classes of an image
 
 
 @pillow_warnings()
@@ -61,7 +66,7 @@ def predict_files(
 
     keep_freed_memory()
     classifier = load_model(run, checkpoint, device=best_device())
-    show = _json if as_json else _table(files, classifier.classes)
+    show = _json if as_json else _table(_layout(files, classifier.classes, top, columns(sys.stdout)))
     cells: list[Cell] = []
     failed = 0
     found = predictions(classifier, files, top, max_pixels)
@@ -143,16 +148,51 @@ def _json(prediction: Prediction) -> str:
     return json.dumps(prediction.as_json())
 
 
-def _table(files: Sequence[str], classes: Sequence[str]) -> Callable[[Prediction], str]:
-    """Prints the header of a table, and returns a function that formats its rows."""
-    image_width, class_width = min(_WIDEST, max(map(len, files))), max(map(len, classes))
-    click.echo(f"{'image':<{image_width}}  {'class':<{class_width}}  probability")
+class _Layout(NamedTuple):
+    """The columns of the table.
 
-    def row(prediction: Prediction) -> str:
-        cells = (f"{label:<{class_width}}  {100 * share:6.2f} %" for label, share in prediction.top)
-        return f"{shown(prediction.image):<{image_width}}  {'   '.join(cells)}"
+    Attributes:
+        image: width of the column of file names.
+        name: width of the names of classes.
+        folded: whether each class has a line of its own.
+        cut: whether longer names are cut; a file or a pipe gets them whole.
+    """
 
-    return row
+    image: int
+    name: int
+    folded: bool
+    cut: bool
+
+
+def _layout(files: Sequence[str], classes: Sequence[str], top: int, columns: int | None) -> _Layout:
+    """Returns the columns for a terminal of this width, or for a pipe (None).
+
+    The classes of an image are in one line if the terminal has room for a good part of their names.
+    """
+    image, longest = min(_WIDEST, max(map(len, files))), max(5, *map(width_of, classes))
+    top = min(top, len(classes))
+    if columns is None:
+        return _Layout(image, min(_NAME, longest), folded=False, cut=False)
+    room = (columns - image - 2 - len(_BETWEEN) * (top - 1)) // top - _SHARE
+    if room >= min(_LEAST, longest):
+        return _Layout(image, min(room, longest), folded=False, cut=True)
+    image = min(image, max(2, columns - 2 - _LEAST - _SHARE))
+    return _Layout(image, min(max(5, columns - image - 2 - _SHARE), longest), folded=True, cut=True)
+
+
+def _table(layout: _Layout) -> Callable[[Prediction], str]:
+    """Prints the header of a table, and returns a function that formats the rows of an image."""
+    image, name, folded, cut = layout
+    click.echo(f"{'image':<{image}}  {'class':<{name}}  probability")
+    blank = " " * (image + 2)
+
+    def rows(prediction: Prediction) -> str:
+        cells = [f"{fitted(label, name, cut=cut)}  {100 * share:6.2f} %" for label, share in prediction.top]
+        file = shown(prediction.image)
+        begin = f"{file}\n{blank}" if folded and len(file) > image else f"{file:<{image}}  "
+        return begin + (f"\n{blank}" if folded else _BETWEEN).join(cells)
+
+    return rows
 
 
 def _cell(prediction: Prediction, pixels: Pixels, classes: Sequence[str]) -> Cell:

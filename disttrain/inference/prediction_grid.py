@@ -19,6 +19,9 @@ _SIDE, _GAP, _LINE = 112, 8, 16  # pixels: side of an image, gap between images,
 _RIGHT, _WRONG, _INK, _PAPER = "#1a7f37", "#cf222e", "#1f2328", "#ffffff"
 
 
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
 class Cell(NamedTuple):
     """An image of the grid.
 
@@ -45,12 +48,15 @@ def check_name(path: Path) -> None:
 
 def draw(cells: list[Cell]) -> Image.Image:
     """Returns the grid. Below each image is the prediction, and the true class in green or red if known."""
+    font = ImageFont.load_default(12)
+    texts = [_texts(cell, font) for cell in cells]
+    labels, truths = (max((len(pair[which]) for pair in texts), default=1) for which in (0, 1))
     columns = max(1, min(len(cells), math.ceil(math.sqrt(1.5 * len(cells)))))
     rows = max(1, -(-len(cells) // columns))
-    wide, high = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP
+    wide, high = _SIDE + _GAP, _SIDE + (labels + max(1, truths)) * _LINE + _GAP
     sheet = Image.new("RGB", (columns * wide + _GAP, rows * high + _GAP), _PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for number, cell in enumerate(cells):
+    pen = ImageDraw.Draw(sheet)
+    for number, (cell, (label, truth)) in enumerate(zip(cells, texts, strict=True)):
         left, top = _GAP + number % columns * wide, _GAP + number // columns * high
         picture = as_picture(cell.pixels).convert("RGB")
         small = max(picture.size) < _SIDE  # keep its pixels visible
@@ -58,14 +64,21 @@ def draw(cells: list[Cell]) -> Image.Image:
         picture = ImageOps.contain(picture, (_SIDE, _SIDE), resampling)
         sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2))
         share = percent(cell.probability, 0)
-        room = _SIDE - _GAP - font.getlength(share)
-        pen.text((left, top + _SIDE + 1), _cut(cell.label, room, font), _INK, font)
         pen.text((left + _SIDE, top + _SIDE + 1), share, _INK, font, anchor="ra")
+        color = _RIGHT if cell.truth == cell.label else _WRONG
         if cell.truth is not None:
-            color = _RIGHT if cell.truth == cell.label else _WRONG
             pen.rectangle((left - 2, top - 2, left + _SIDE + 1, top + _SIDE + 1), outline=color, width=2)
-            pen.text((left, top + _SIDE + _LINE), _cut(f"is {cell.truth}", _SIDE, font), color, font)
+        lines = [(line, _INK) for line in label] + [(line, color) for line in truth]
+        for place, (line, ink) in enumerate(lines):
+            pen.text((left, top + _SIDE + place * _LINE + (1 if ink == _INK else 0)), line, ink, font)
     return sheet
+
+
+def _texts(cell: Cell, font: _Font) -> tuple[list[str], list[str]]:
+    """Returns the lines of the prediction and of the true class; long names take up to two lines."""
+    beside = _SIDE - _GAP - font.getlength(percent(cell.probability, 0))
+    truth = [] if cell.truth is None else _folded(f"is {cell.truth}", (_SIDE, _SIDE), font)
+    return _folded(cell.label, (beside, _SIDE), font), truth
 
 
 def save(sheet: Image.Image, path: Path) -> None:
@@ -76,7 +89,20 @@ def save(sheet: Image.Image, path: Path) -> None:
         raise StorageError(f"{path}: cannot be written: {reason(error)}; choose another --grid") from None
 
 
-def _cut(text: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _folded(text: str, rooms: tuple[float, float], font: _Font) -> list[str]:
+    """Returns a text in one or two lines, which have room for so many pixels; what does not fit is cut."""
+    if font.getlength(text) <= rooms[0]:
+        return [text]
+    words = text.split()
+    first = next(
+        n for n in range(len(words), -1, -1) if not n or font.getlength(" ".join(words[:n])) <= rooms[0]
+    )
+    if not first:  # a word that is too long for the first line
+        return [_cut(text, rooms[0], font)]
+    return [" ".join(words[:first]), _cut(" ".join(words[first:]), rooms[1], font)]
+
+
+def _cut(text: str, room: float, font: _Font) -> str:
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(text + "...") > room:

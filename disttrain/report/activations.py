@@ -108,7 +108,7 @@ def view_checkpoint(run_dir: Path, config: Config, index: Index, *, budget_s: fl
     ids = np.random.default_rng(0).permutation(usable_samples(config, index))
     kept = evaluation_of(Path(classifier.source))
     if kept is not None:
-        confusion, worst = np.array(kept.confusion), kept.mistakes
+        confusion, worst = kept.confusion, kept.mistakes
     else:
         confusion, worst = _evaluate(classifier, config, index, ids, budget_s)
     reader = Reader(index, "val")

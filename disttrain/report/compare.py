@@ -15,6 +15,7 @@ from rich.text import Text
 from disttrain.config import Role, role, settings
 from disttrain.errors import UsageError
 from disttrain.report import charts
+from disttrain.report.class_differences import ClassDifference, class_differences
 from disttrain.report.facts import environment_rows, median, outcome, wall_s
 from disttrain.report.rendering import render
 from disttrain.report.run import Run, read_run, time_to_accuracy
@@ -55,6 +56,7 @@ class Comparison:
         differences: (key, value in each run) of the config and environment keys that differ.
         groups: groups of runs that differ only in their seed.
         bits: title of a run -> whether it has the same bits as the first run, if both recorded digests.
+        classes: accuracies of the classes, those that differ most first.
     """
 
     runs: dict[str, Run]
@@ -63,6 +65,7 @@ class Comparison:
     differences: list[tuple[str, list[str]]]
     groups: list[Group]
     bits: dict[str, str]
+    classes: list[ClassDifference]
 
 
 def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
@@ -89,6 +92,7 @@ def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
         differences=_differences(list(runs.values())),
         groups=_groups(runs),
         bits=_bits(runs),
+        classes=class_differences(runs),
     )
 
 
@@ -116,6 +120,11 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             what: dict(zip(comparison.runs, values, strict=True)) for what, values in comparison.differences
         },
         "bits": comparison.bits,
+        "classes": [
+            {"class": row.name, "samples": row.samples}
+            | {"accuracy": dict(zip(comparison.runs, row.accuracies, strict=True))}
+            for row in comparison.classes
+        ],
         "groups": [vars(group) | {"mean": group.mean} for group in comparison.groups],
     }
 

@@ -2,54 +2,115 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from disttrain.report.pictures import Picture, mosaic
+from disttrain.files import write_atomically
 
 Confusion = npt.NDArray[np.int64]
 
-_IN_WORDS = 30  # classes; a larger matrix is a picture instead of a table
-_ROWS = 200
+_IN_WORDS = 30  # classes; a larger matrix is drawn by matrix.js instead of shown as a table
+_COLUMNS = ("class", "images", "correct", "accuracy", "precision", "f1", "mistaken_for", "mistaken_images")
 
 
 class ClassRow(NamedTuple):
-    """The results for one class; `accuracy` is 0..1, or None without samples."""
+    """The results for one class.
+
+    Attributes:
+        name: of the class.
+        samples: of this class.
+        correct: samples of this class that were recognized.
+        accuracy: `correct` / `samples`, also called recall; None without samples.
+        precision: share of the predictions of this class that are correct, 0..1; None without any.
+        f1: harmonic mean of accuracy and precision; None without samples and predictions.
+        mistaken_for: the most frequent wrong prediction; empty without one.
+        mistakes: how often it was predicted.
+    """
 
     name: str
     samples: int
     correct: int
     accuracy: float | None
+    precision: float | None
+    f1: float | None
     mistaken_for: str
+    mistakes: int
+
+
+class Confused(NamedTuple):
+    """A frequent mistake: so many images, a share of 0..1, of class `true` are taken for `predicted`."""
+
+    true: int
+    predicted: int
+    images: int
+    share: float
 
 
 def class_rows(confusion: Confusion, classes: Sequence[str]) -> list[ClassRow]:
-    """Returns the results per class, lowest accuracy first."""
+    """Returns the results of each class, in the order of the labels."""
+    correct, samples, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    wrong = confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    worst, most = wrong.argmax(1).tolist(), wrong.max(1).tolist()
     rows = []
-    for label, (name, counts) in enumerate(zip(classes, confusion, strict=True)):
-        samples, correct = int(counts.sum()), int(counts[label])
-        wrong = counts.copy()
-        wrong[label] = 0
-        most = f"{classes[int(wrong.argmax())]} ({wrong.max():,})" if wrong.any() else ""
-        rows.append(ClassRow(name, samples, correct, correct / samples if samples else None, most))
-    return sorted(rows, key=lambda row: (row.accuracy is None, row.accuracy))[:_ROWS]
+    columns = zip(classes, correct.tolist(), samples.tolist(), predicted.tolist(), strict=True)
+    for label, (name, right, own, guesses) in enumerate(columns):
+        accuracy, precision = _share(right, own), _share(right, guesses)
+        mistaken_for = classes[worst[label]] if most[label] else ""
+        f1 = _share(2 * right, own + guesses)
+        rows.append(ClassRow(name, own, right, accuracy, precision, f1, mistaken_for, most[label]))
+    return rows
 
 
-def most_confused(confusion: Confusion, most: int = 10) -> list[tuple[int, int, int]]:
-    """Returns (true class, predicted class, count) of the most frequent mistakes."""
-    off = confusion.copy()
-    np.fill_diagonal(off, 0)
-    order = np.argsort(-off, axis=None, kind="stable")[:most]
-    pairs = ((int(cell) // len(off), int(cell) % len(off)) for cell in order)
-    return [(true, guess, int(off[true, guess])) for true, guess in pairs if off[true, guess]]
+def worst_first(rows: Sequence[ClassRow]) -> list[ClassRow]:
+    """Returns the rows with the lowest accuracy first; those of more samples first, and without any last."""
+    return sorted(rows, key=lambda row: (row.accuracy is None, row.accuracy, -row.samples))
 
 
-def matrix(confusion: Confusion) -> Picture | None:
-    """Returns a picture of a matrix that is too large for a table; None for a smaller one."""
-    if len(confusion) <= _IN_WORDS:
+def write_classes(rows: Sequence[ClassRow], path: Path) -> None:
+    """Writes the rows as CSV; shares are 0..1, and unknown ones empty.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    writer.writerows([value if value is not None else "" for value in row] for row in rows)
+    write_atomically(path, text.getvalue())
+
+
+def most_confused(confusion: Confusion, most: int = 10) -> list[Confused]:
+    """Returns the most frequent mistakes; of equally frequent ones, those of smaller classes first."""
+    samples = confusion.sum(1)
+    true, predicted = np.nonzero(confusion)
+    true, predicted = true[true != predicted], predicted[true != predicted]
+    counts = confusion[true, predicted]
+    shares = counts / samples[true]
+    order = np.lexsort((-shares, -counts))[:most]
+    columns = (column[order].tolist() for column in (true, predicted, counts, shares))
+    return [Confused(*pair) for pair in zip(*columns, strict=True)]
+
+
+def drawing(confusion: Confusion, classes: Sequence[str]) -> dict[str, Any] | None:
+    """Returns what matrix.js needs to draw a matrix; None for one that is small enough for a table.
+
+    Returns:
+        `names` of the classes, and `rows`: for each true class, predicted classes and their counts in turn.
+    """
+    if len(classes) <= _IN_WORDS:
         return None
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    return mosaic(np.sqrt(shares)[None].astype(np.float64), 1)
+    rows: list[list[int]] = [[] for _ in classes]
+    for true, predicted in np.argwhere(confusion).tolist():
+        rows[true] += [predicted, int(confusion[true, predicted])]
+    return {"names": list(classes), "rows": rows}
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from disttrain.config import dump_config
 from disttrain.errors import DisttrainError, reason
 from disttrain.report import charts
 from disttrain.report.activations import CheckpointView, sample_grid, view_checkpoint
-from disttrain.report.confusion import class_rows, matrix, most_confused
+from disttrain.report.confusion import (
+    class_rows,
+    drawing,
+    most_confused,
+    worst_first,
+    write_classes,
+)
 from disttrain.report.devices import MEASURES, read_gpus
 from disttrain.report.facts import (
     device_rows,
@@ -40,7 +46,7 @@ class Section(NamedTuple, Generic[_T]):
 
 
 def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float = 60) -> Path:
-    """Writes the report of a run, which may still be running or have failed.
+    """Writes the report of a run, which may still be running or have failed, and a CSV file of its classes.
 
     Args:
         run_dir: the run folder.
@@ -67,9 +73,10 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
     index = _index(run)
     inside = _inside(run, index.content, inside_s)
     seen, data = inside.content, index.content
+    path = output or run_dir / "report.html"
     return render(
         "report.html",
-        output or run_dir / "report.html",
+        path,
         drawn,
         run=run,
         outcome=outcome(run),
@@ -91,14 +98,26 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         samples=_attempt(lambda: sample_grid(data)) if data else Section(None),
         skipped=[("validation", run.evals[-1].skipped if run.evals else None), ("training", run.skipped)],
         inside=inside,
-        class_rows=class_rows(seen.confusion, data.classes) if seen and data else [],
-        confused=most_confused(seen.confusion) if seen else [],
-        matrix=matrix(seen.confusion) if seen else None,
+        **(_classes(seen, data, path) if seen and data else {"matrix": None}),
         command=f"cd {run.env.get('directory')}\n{run.env['command']}" if "command" in run.env else "",
         config_text=_config_text(run),
         environment=environment_rows(run),
         unread=run.unread + unread,
     )
+
+
+def _classes(seen: CheckpointView, index: Index, page: Path) -> dict[str, Any]:
+    """Returns what the page says of the classes, and writes it into a file beside the page."""
+    rows = class_rows(seen.confusion, index.classes)
+    matrix = drawing(seen.confusion, index.classes)
+    table = page.with_name(f"{page.stem}_classes.csv")
+    write_classes(rows, table)
+    return {
+        "class_rows": worst_first(rows),
+        "class_file": table.name,
+        "confused": most_confused(seen.confusion, 20 if matrix else 10),
+        "matrix": matrix,
+    }
 
 
 def _attempt(make: Callable[[], _T]) -> Section[_T]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from disttrain.runs.manifest import read_part
 from disttrain.runs.records import EvalRecord
@@ -38,10 +40,18 @@ class Evaluation(msgspec.Struct):
     """Samples whose class is among the top five."""
     classes: tuple[str, ...]
     """Their names, in the order of the matrix."""
-    confusion: list[list[int]]
-    """Confusion matrix, counts by [true class][predicted class]."""
+    cells: list[tuple[int, int, int]]
+    """The confusion matrix without its zeros: (true class, predicted class, samples), row by row."""
     mistakes: list[Mistake]
     """The most confident ones, the worst first."""
+
+    @property
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """The confusion matrix, int64 [true class, predicted class]."""
+        matrix = np.zeros((len(self.classes),) * 2, np.int64)
+        true, predicted, samples = np.array(self.cells, np.int64).reshape(-1, 3).T
+        matrix[true, predicted] = samples
+        return matrix
 
 
 def evaluation_of(checkpoint: Path) -> Evaluation | None:
@@ -51,4 +61,10 @@ def evaluation_of(checkpoint: Path) -> Evaluation | None:
         CheckpointError: it is missing or damaged.
     """
     data = read_part(checkpoint, FILE)
-    return None if data is None else msgspec.json.decode(data, type=Evaluation)
+    if data is None:
+        return None
+    content = msgspec.json.decode(data)
+    if "confusion" in content:  # a file of an earlier version has the whole matrix
+        rows = enumerate(content["confusion"])
+        content["cells"] = [(i, j, count) for i, row in rows for j, count in enumerate(row) if count]
+    return msgspec.convert(content, Evaluation)

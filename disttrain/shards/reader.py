@@ -41,7 +41,7 @@ Ids = npt.NDArray[np.int64]
 Sample: TypeAlias = dict[str, Any]
 """A sample of webdataset: a dict with one field for each member, by extension."""
 
-_OPEN_SHARDS = 64
+_OPEN_SHARDS = 256  # the usual shuffle buffer spreads over some 80 shards of 64 MiB of photos
 _TICK_NS = 100_000_000  # a file that was just written could change again with the same time stamp
 
 
@@ -238,7 +238,7 @@ def _store(record: Path, contents: Contents) -> None:
 
 
 class Reader:
-    """Reads samples of a split by id, from any thread; at most 64 shards are open at a time.
+    """Reads samples of a split by id, from any thread; at most 256 shards are open at a time.
 
     Args:
         index: the data set.

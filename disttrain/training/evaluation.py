@@ -151,11 +151,14 @@ def measure(
     if tta != "none":
         record.tta, record.plain_accuracy, record.plain_correct = tta, plain / total, plain
     mistakes = sorted(chain.from_iterable(mistakes for mistakes, _ in found), reverse=True)
+    places = metrics.confusion.nonzero()[:, 0]
+    true, predicted = places // len(split.classes), places % len(split.classes)
+    cells = torch.stack([true, predicted, metrics.confusion[places]], 1)
     return Evaluation(
         record=record,
         top5_correct=int(sums.top5_correct),
         classes=split.classes,
-        confusion=metrics.confusion.view(len(split.classes), -1).tolist(),
+        cells=[(i, j, count) for i, j, count in cells.tolist()],
         mistakes=mistakes[:MISTAKES],
     )
 

@@ -97,10 +97,12 @@ def saved_parts(state: TrainState) -> dict[str, Any]:
 
 def checkpoint_bytes(state: TrainState) -> int:
     """Returns the size of a checkpoint on disk, rounded up."""
-    beside = _RANK_BYTES * state.world_size + _MISTAKES_BYTES + _CELL_BYTES * len(state.val.classes) ** 2
+    names, cells = state.val.classes, min(len(state.val.classes) ** 2, len(state.val.ids))
+    evaluation = _MISTAKES_BYTES + _CELL_BYTES * cells + len(msgspec.json.encode(names))
+    beside = _RANK_BYTES * state.world_size + evaluation
     return bytes_needed(saved_parts(state)) + state_bytes(state.optimizer) + beside
 
 
 _RANK_BYTES = 2**14  # the random number generators of a rank
 _MISTAKES_BYTES = 2**13  # of an evaluation, and its record
-_CELL_BYTES = 4  # of its confusion matrix, where almost all cells are 0
+_CELL_BYTES = 20  # of its confusion matrix, which has at most a cell for each sample

@@ -74,7 +74,8 @@ def test_every_number_is_that_of_the_run_and_of_plain_torch(
     assert result["confusion"] == confusion
     kept = evaluation_of(trained_run / "checkpoints" / "latest")
     assert kept is not None
-    assert (kept.confusion, kept.classes, kept.top5_correct) == (confusion, DIGITS, result["top5_correct"])
+    assert (kept.classes, kept.top5_correct) == (DIGITS, result["top5_correct"])
+    assert kept.confusion.tolist() == confusion
     assert msgspec.to_builtins(kept.record) | {"time": record["time"]} == record
     assert [row["correct"] for row in result["per_class"]] == [confusion[i][i] for i in range(10)]
     assert [row["total"] for row in result["per_class"]] == [sum(row) for row in confusion]
@@ -103,19 +104,50 @@ def test_the_screen_shows_accuracy_classes_and_confusion(disttrain: Run, trained
     assert len(lines) == 3 + 1 + 11 + 1 + 11
 
 
-def test_many_classes_show_what_is_confused_most() -> None:
-    classes = [f"class {i}" for i in range(30)]
-    confusion = np.eye(30, dtype=int) * 5
-    confusion[3, 7], confusion[7, 3] = 4, 2
-    rows = [{"class": name, "correct": 5, "total": 5, "accuracy": 1.0} for name in classes]
-    result = {
+def result_of(confusion: Any, classes: list[str]) -> dict[str, Any]:
+    totals = confusion.sum(1).tolist()
+    columns = zip(classes, confusion.diagonal().tolist(), totals, strict=True)
+    rows = [
+        {"class": name, "correct": right, "total": total, "accuracy": right / total if total else None}
+        for name, right, total in columns
+    ]
+    return {
         "checkpoint": "c", "data": "d", "split": "val", "processes": 1, "precision": "fp32", "loss": 0.5,
         "correct": 150, "total": 156, "top5_correct": 156, "skipped": 2, "per_class": rows,
         "classes": classes, "confusion": confusion.tolist(),
     }  # fmt: skip
-    lines = list(report(result))
-    assert lines[-2:] == ["class 3 as class 7: 4", "class 7 as class 3: 2"]
+
+
+def test_many_classes_show_what_is_confused_most() -> None:
+    confusion = np.eye(30, dtype=int) * 5
+    confusion[3, 7], confusion[7, 3] = 4, 2
+    lines = list(report(result_of(confusion, [f"class {i}" for i in range(30)])))
+    assert [line.split(maxsplit=3) for line in lines[-2:]] == [
+        ["4", "44.4", "%", "class 3 as class 7"], ["2", "28.6", "%", "class 7 as class 3"],
+    ]  # fmt: skip
     assert "skipped  2 unusable samples" in lines
+    assert sum(line.startswith("class ") for line in lines) == 1 + 30
+
+
+def test_a_thousand_classes_show_the_worst_and_the_best() -> None:
+    confusion = np.eye(1000, dtype=int) * 9
+    confusion[range(100), range(100, 200)] = 100 - np.arange(100)
+    confusion[999, 999] = 0
+    names = [
+        f"{label:03}, a class with so many names that no terminal is wide enough" for label in range(1000)
+    ]
+    result = result_of(confusion, names)
+    lines = list(report(result, 70))
+    assert len(lines) < 45
+    assert max(map(len, lines[3:])) <= 80
+    assert lines[5] == "the 10 worst and best of 1,000 classes, 1 without samples (--json has all)"
+    rows = [line for line in lines if line.endswith(" %") or line[:3].isdecimal()]
+    assert [row[:3] for row in rows] == [f"{label:03}" for label in (*range(10), *range(100, 110))]
+    assert rows[0].startswith("000, a class with so many names that...     8.26 %         9       109")
+    assert lines[-10] == "    100   91.7 %  000, a class with so... as 100, a class with so..."
+    whole = "\n".join(report(result))
+    assert names[0] in whole
+    assert "..." not in whole
 
 
 def repacked(root: Path, name: str, classes: tuple[str, ...], digits_root: Path, **options: Any) -> None:

@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
+import rich
 
 from disttrain.errors import UsageError
+from disttrain.report.class_differences import class_table
 from disttrain.report.compare import compare, to_json, write_comparison
+from disttrain.runs.evaluation import FILE, Evaluation
+from disttrain.runs.manifest import entry, write_manifest
 from kit.commands import Run as Command
-from kit.run_files import CONFIG, write_run
+from kit.run_files import CONFIG, eval_record, write_run
 
 
 def runs(folder: Path, settings: dict[str, tuple[float, float]]) -> list[Path]:
@@ -65,6 +70,45 @@ def test_runs_that_failed_or_tell_nothing_are_shown_but_not_judged(tmp_path: Pat
     json.dumps(to_json(found), allow_nan=False)
     page = write_comparison(found, tmp_path / "page.html")
     assert "No run has finished with an evaluation" in page.read_text()
+
+
+def evaluated(run: Path, classes: tuple[str, ...], cells: list[tuple[int, int, int]]) -> None:
+    """Stores an evaluation as the only part of the best checkpoint."""
+    step = run / "checkpoints" / "step_00000030"
+    step.mkdir(parents=True)
+    data = msgspec.json.encode(Evaluation(eval_record(30, 0.7), 0, classes, cells, []))
+    (step / FILE).write_bytes(data)
+    write_manifest(step, {FILE: entry(FILE, data)})
+    (run / "checkpoints" / "best").symlink_to(step.name)
+
+
+def test_of_a_thousand_classes_those_that_differ_most_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = runs(tmp_path, {"a": (0.1, 0.7), "b": (0.2, 0.9), "c": (0.2, 0.9)})
+    names = tuple(f"{label}, a class with <many> names" for label in range(1000))
+    own = [(label, label, 40 if label != 1 else 1) for label in range(999)]  # of the last one, none
+    evaluated(paths[0], names, own)
+    worse = {7: 10, 8: 30, 1: 0}
+    cells = [(a, b, worse.get(a, count)) for a, b, count in own]
+    cells += [(label, 999, 40 - worse[label]) for label in (7, 8)] + [(1, 2, 1)]
+    evaluated(paths[1], names[::-1], [(999 - a, 999 - b, count) for a, b, count in cells])
+    found = compare(paths)
+    assert len(found.classes) == 999
+    assert [(row.name, row.samples, row.accuracies) for row in found.classes[:3]] == [
+        (names[7], 40, [1, 0.25, None]), (names[8], 40, [1, 0.75, None]), (names[1], 1, [1, 0, None]),
+    ]  # fmt: skip
+    assert len(to_json(found)["classes"]) == 999
+    page = write_comparison(found, tmp_path / "page.html").read_text()
+    assert "The 20 of 999 classes that differ most" in page
+    assert page.count("&lt;many&gt;") == 20
+    two = compare(paths[:2])
+    assert two.classes[0].text == "-75.00"
+    rich.print(class_table(two.runs, two.classes))
+    shown = capsys.readouterr().out
+    assert shown.count("<many>") == 10
+    assert max(map(len, shown.splitlines())) <= 80
+    assert compare(paths[1:]).classes == [], "one of them has no evaluation"
 
 
 def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:

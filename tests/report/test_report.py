@@ -1,5 +1,6 @@
 """Tests of the report of a run: what stands in the page, whatever there is of the run."""
 
+import csv
 import html
 import json
 import os
@@ -18,7 +19,7 @@ from disttrain.config import load_config
 from disttrain.errors import StorageError
 from disttrain.report.activations import view_checkpoint
 from disttrain.report.charts import PALETTE
-from disttrain.report.confusion import most_confused
+from disttrain.report.confusion import class_rows, drawing, most_confused, worst_first, write_classes
 from disttrain.report.facts import outcome
 from disttrain.report.page import write_report
 from disttrain.report.pictures import mosaic
@@ -77,6 +78,8 @@ def test_the_report_of_a_real_run_says_what_the_run_knows(
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.strip() == str(page)
     assert page.stat().st_size < 6e6
+    with (tmp_path / "page_classes.csv").open(newline="") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == list("0123456789")
     check_sections(page)
     text = visible(page)
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
@@ -262,13 +265,41 @@ def test_a_page_that_cannot_be_written_is_one_clear_line(tmp_path: Path, disttra
     assert "is not a run folder" in result.stderr
 
 
-def test_many_classes_become_a_picture_and_the_worst_pairs() -> None:
+def test_the_most_confused_classes_come_first() -> None:
     confusion = np.diag(np.full(40, 90))
-    confusion[3, 7], confusion[7, 3], confusion[0, 39] = 10, 4, 4
-    assert most_confused(confusion, 2) == [(3, 7, 10), (0, 39, 4)]
+    confusion[3, 7], confusion[7, 3], confusion[0, 39], confusion[5, 5] = 10, 4, 4, 6
+    confusion[5, 1] = 4
+    assert most_confused(confusion, 3) == [(3, 7, 10, 0.1), (5, 1, 4, 0.4), (0, 39, 4, 4 / 94)]
     assert most_confused(np.diag([5, 5])) == []
     picture = mosaic(np.zeros((10, 3, 2)), columns=4)
     assert (picture.width, picture.height) == (4 * 3 - 1, 3 * 4 - 1)
+
+
+def test_the_figures_of_each_class_and_their_file(tmp_path: Path) -> None:
+    confusion = np.array([[6, 1, 3, 0], [2, 8, 0, 0], [0, 0, 0, 0], [0, 0, 2, 0]])
+    names = ["a, b", "=c", 'd "e"', "f"]
+    rows = class_rows(confusion, names)
+    assert rows == [
+        ("a, b", 10, 6, 0.6, 0.75, 12 / 18, 'd "e"', 3), ("=c", 10, 8, 0.8, 8 / 9, 16 / 19, "a, b", 2),
+        ('d "e"', 0, 0, None, 0, 0, "", 0), ("f", 2, 0, 0, None, 0, 'd "e"', 2),
+    ]  # fmt: skip
+    assert [row.name for row in worst_first(rows)] == ["f", "a, b", "=c", 'd "e"']
+    write_classes(rows, tmp_path / "classes.csv")
+    with (tmp_path / "classes.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["class"] for row in read] == names
+    assert [row["accuracy"] for row in read] == ["0.6", "0.8", "", "0.0"]
+    assert [row["mistaken_for"] for row in read] == ['d "e"', "a, b", "", 'd "e"']
+
+
+def test_a_large_matrix_is_drawn_from_its_counts_without_zeros() -> None:
+    confusion = np.diag(np.arange(40))
+    confusion[3, 7] = 10
+    names = [f"class {label}" for label in range(40)]
+    drawn = drawing(confusion, names)
+    assert drawn is not None
+    assert (drawn["names"], drawn["rows"][:4]) == (names, [[], [1, 1], [2, 2], [3, 3, 7, 10]])
+    assert drawing(confusion[:30, :30], names[:30]) is None, "a table shows it"
 
 
 def test_colours_are_seen_on_white_and_on_black() -> None:

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from disttrain.report import compare
 from disttrain.report.page import write_report
+from disttrain.runs.evaluation import FILE, Evaluation, Mistake
 from disttrain.shards.pack import Options
 from disttrain.shards.pack import pack as pack_samples
 from kit import toy
-from kit.run_files import CONFIG, stamp, write_run
+from kit.run_files import CONFIG, eval_record, stamp, write_run
 from kit.run_results import metrics
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -69,20 +71,8 @@ def open_page(browser: Any) -> Iterator[Open]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a run on two GPUs with restarts, checkpoints and a stall, on classes with evil names."""
-    from disttrain.models import build_model
-    from disttrain.runs import checkpoint
-
     root = tmp_path_factory.mktemp("page")
-    splits = {
-        name: toy.Listed(toy.samples(toy.images(count, seed, (8, 8, 3))))
-        for seed, (name, count) in enumerate({"train": 30, "val": 12}.items())
-    }
-    pack_samples("evil", str(root / "data"), splits, EVIL, 3, Options())
-    config = CONFIG.replace("{name: none}", f"{{name: evil, root: {root / 'data'}}}")
-    run = write_run(root / "run", config=config, gpus=4, status={"restarts": 1})
-    env = json.loads((run / "env.json").read_text())
-    env["data"] = {"name": "evil", "classes": EVIL, "shape": [3, 8, 8], "mean": [0.5] * 3, "std": [0.2] * 3}
-    (run / "env.json").write_text(json.dumps(env))
+    run = run_on(root, EVIL, gpus=4, status={"restarts": 1})
     (run / "logs").mkdir()
     events = (
         (0, "rank 0, process 17 on a"),
@@ -94,14 +84,54 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = metrics(run)
     lines[14]["step_time_s"] = 12.0
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    model = build_model("cnn_mnist", num_classes=3, in_channels=3, image_size=(8, 8), args={})
+    save_checkpoint(run, len(EVIL))
+    return write_report(run)
+
+
+MANY = tuple(f"class {n:03}, which has more than one name, such as kind {n} of things" for n in range(1000))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run on a thousand classes: 50 images each, 20 of which are taken for other classes."""
+    run = run_on(tmp_path_factory.mktemp("many"), MANY)
+    cells = [(n, n, 30) for n in range(1000)]
+    cells += [(n, (n + 17 * step) % 1000, 1) for n in range(1000) for step in range(1, 21) if n != 700]
+    cells += [(700, 300, 20)]
+    record = eval_record(30, 0.6)
+    found = msgspec.json.encode(Evaluation(record, 40_000, MANY, cells, [Mistake(0.9, 3, 0, 1)]))
+    save_checkpoint(run, len(MANY), {FILE: found})
+    return write_report(run)
+
+
+def run_on(root: Path, classes: tuple[str, ...], **options: Any) -> Path:
+    """Writes a run folder, and a small data set with these classes."""
+    splits = {
+        name: toy.Listed(toy.samples(toy.images(count, seed, (8, 8, 3))))
+        for seed, (name, count) in enumerate({"train": 30, "val": 12}.items())
+    }
+    pack_samples("some", str(root / "data"), splits, classes, 3, Options())
+    config = CONFIG.replace("{name: none}", f"{{name: some, root: {root / 'data'}}}")
+    run = write_run(root / "run", config=config, **options)
+    env = json.loads((run / "env.json").read_text())
+    env["data"] = {"name": "some", "classes": classes, "shape": [3, 8, 8]}
+    env["data"] |= {"mean": [0.5] * 3, "std": [0.2] * 3}
+    (run / "env.json").write_text(json.dumps(env))
+    return run
+
+
+def save_checkpoint(run: Path, classes: int, files: dict[str, bytes] | None = None) -> None:
+    """Saves a network that takes every image for the same class."""
+    from disttrain.models import build_model
+    from disttrain.runs import checkpoint
+
+    model = build_model("cnn_mnist", num_classes=classes, in_channels=3, image_size=(8, 8), args={})
     for parameter in model.parameters():  # equal scores: every image is taken for the longest name
         parameter.data.zero_()
     arithmetic = {"precision": "fp32", "channels_last": False, "device": "cpu"}
     state = {"step": 30, "arithmetic": arithmetic}
-    taken = checkpoint.snapshot(30, {"model": model.state_dict()}, state)
+    taken = checkpoint.snapshot(30, {"model": model.state_dict()}, state, files=files or {})
     checkpoint.write(run / "checkpoints", taken, keep=1, best=True)
-    return write_report(run)
 
 
 def chart_range(page: Any, name: str) -> tuple[float, float]:
@@ -248,6 +278,74 @@ def test_a_finger_scrolls_the_page_over_a_chart(report: Path, open_page: Open) -
     }"""
     middle = [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2]
     assert page.evaluate(script, middle) == "auto"
+
+
+COLORED = """() => {
+    const { width, height } = document.querySelector("#matrix canvas");
+    const copy = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+    copy.drawImage(document.querySelector("#matrix canvas"), 0, 0);
+    const { data } = copy.getImageData(0, 0, width, height), colors = new Set();
+    for (let n = 0; n < data.length; n += 4) {
+        const [red, green, blue] = data.slice(n, n + 3);
+        colors.add(green > 1.3 * Math.max(red, blue) ? "green" : blue > 1.4 * red ? "blue" : "other");
+    }
+    return [...colors].sort();
+}"""
+"""Which colours the matrix shows."""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1300, "light")])
+def test_the_matrix_of_a_thousand_classes_can_be_zoomed(
+    width: int, scheme: str, many: Path, open_page: Open
+) -> None:
+    assert many.stat().st_size < 3_000_000
+    page = open_page(many, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    says, canvas = page.locator("#matrix output"), page.locator("#matrix canvas")
+    assert page.evaluate(COLORED) == ["blue", "green", "other"]
+    pair = page.locator("button.cell").first
+    assert "40.0 %" in pair.locator("xpath=ancestor::tr").inner_text()
+    pair.click()
+    told = f"true: {MANY[700]}, predicted: {MANY[300]}: 20 images (40.0 % of the 50 of this class)"
+    assert says.inner_text() == told
+    assert page.locator("canvas.zoomed").count() == 1
+    assert page.evaluate(COLORED) == ["blue", "other"], "the diagonal is elsewhere"
+    page.get_by_text("whole", exact=True).click()
+    assert page.locator("canvas.zoomed").count() == 0
+    page.get_by_label("Show a class").fill("class 123")
+    page.keyboard.press("Enter")
+    assert says.inner_text() == f"true and predicted: {MANY[123]}: 30 images (60.0 % of the 50 of this class)"
+    page.get_by_text("whole", exact=True).click()
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    for action, share in ((page.mouse.move, 0.5), (page.mouse.move, 0.7)):
+        action(box["x"] + share * box["width"], box["y"] + share * box["height"])
+        page.mouse.down()
+    page.mouse.up()
+    assert page.locator("canvas.zoomed").count() == 1
+    assert page.evaluate(COLORED) == ["blue", "green", "other"]
+    page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.9 * box["height"])
+    assert says.inner_text().startswith("true")
+    assert says.inner_text() != told
+
+
+@pytest.mark.integration
+def test_the_table_of_a_thousand_classes_is_sorted_and_searched(many: Path, open_page: Open) -> None:
+    page = open_page(many)
+    page.locator("#classes summary", has_text="1,000 classes").click()
+    names = page.locator("#classes tbody th[scope=row]")
+    assert names.count() == 1000
+    assert names.first.inner_text() == MANY[0]
+    page.locator("#classes thead button", has_text="precision").click()
+    assert names.first.inner_text() == MANY[300], "20 more images are taken for it"
+    page.locator("#classes thead button", has_text="class").click()
+    page.locator("#classes thead button", has_text="class").click()
+    assert names.first.inner_text() == MANY[999]
+    page.get_by_label("find a class").first.fill("CLASS 70")
+    assert page.locator("#classes tbody tr:not([hidden]) th[scope=row]").count() == 10
+    link = page.locator("#classes a", has_text="report_classes.csv").get_attribute("href")
+    assert (many.parent / link).read_text().count("\n") == 1001
 
 
 @pytest.mark.integration

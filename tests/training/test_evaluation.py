@@ -63,7 +63,7 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
     }
     predicted = logits.argmax(1)
     pairs = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
-    assert found.confusion == [[pairs[i, j] for j in range(CLASSES)] for i in range(CLASSES)]
+    assert found.confusion.tolist() == [[pairs[i, j] for j in range(CLASSES)] for i in range(CLASSES)]
     assert (found.classes, found.top5_correct) == (NAMES, samples)
     chances = logits.softmax(1).amax(1).tolist()
     wrong = sorted((predicted != labels).nonzero().flatten().tolist(), key=lambda i: -chances[i])

@@ -1,3 +1,43 @@
+// Sorts and searches tables.
+(() => {
+  const number = (text) => (/^[\d.,]+( %)?$/.test(text) ? Number(text.replace(/[, %]/g, "")) : null);
+
+  function order(table, column, sign) {
+    const cell = (row) => row.cells[column].textContent.trim();
+    const rows = [...table.tBodies[0].rows].map((row) => [cell(row), number(cell(row)), row]);
+    const numeric = rows.some(([, value]) => value !== null);
+    const unknown = ([text, value]) => (numeric ? value === null : text === "");
+    rows.sort((a, b) => unknown(a) - unknown(b) ||
+      sign * (numeric ? a[1] - b[1] : a[0].localeCompare(b[0], undefined, { numeric: true })));
+    table.tBodies[0].append(...rows.map(([, , row]) => row));
+  }
+
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const heads = [...table.tHead.querySelectorAll("th")];
+    for (const head of heads) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const up = head.ariaSort !== "ascending";
+        for (const other of heads) other.ariaSort = null;
+        head.ariaSort = up ? "ascending" : "descending";
+        order(table, head.cellIndex, up ? 1 : -1);
+      });
+    }
+    const rows = [...table.tBodies[0].rows];
+    if (rows.length <= 30) continue;
+    const search = Object.assign(document.createElement("input"), { type: "search", placeholder: "find a class" });
+    search.ariaLabel = search.placeholder;
+    search.addEventListener("input", () => {
+      const wanted = search.value.trim().toLowerCase();
+      for (const row of rows) row.hidden = !row.cells[0].textContent.toLowerCase().includes(wanted);
+    });
+    table.parentElement.before(search);
+  }
+})();
+
 // Gives the charts the colours of the page, also when it turns dark or is printed, and leaves dragging to
 // scrolling where there is no mouse.
 (() => {
