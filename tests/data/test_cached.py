@@ -245,7 +245,7 @@ def test_a_flipped_byte_in_a_shard_is_a_data_error(cache: Path, digits_root: Pat
 
 
 def test_images_of_another_size_than_the_index_says(cache: Path, digits: Index) -> None:
-    wrong = Index(**(vars(digits) | {"stored_height": 9, "digest": "f" * 64}))
+    wrong = digits.model_copy(update={"stored_height": 9, "digest": "f" * 64})
     with pytest.raises(DataError, match=r"val-000000\.tar: sample 0+: .*8x8"):
         open_split(wrong, "val", NONE, lambda text: None)
     assert [path.name for path in (cache / "decoded").iterdir() if not path.name.endswith(".lock")] == []
