@@ -75,6 +75,28 @@ class DataConfig(_Section):
     ImageNet's mean and standard deviation, as torchvision's weights expect. unit: scale to 0..1."""
 
 
+class RandAugmentConfig(_Section):
+    """RandAugment (Cubuk et al. 2020)."""
+
+    num_ops: PositiveInt = 2
+    """Operations per image, one after the other."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Strength of the operations."""
+
+
+class ColorJitterConfig(_Section):
+    """Random changes of the colours, in random order."""
+
+    brightness: NonNegative = 0.0
+    """The image is multiplied by a factor from 1 - this value, at least 0, to 1 + this value; 0 is off."""
+    contrast: NonNegative = 0.0
+    """The same for the distance from the mean gray value."""
+    saturation: NonNegative = 0.0
+    """The same for the distance from the image in gray."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Most by which the hue turns to each side, as a share of the colour circle; 0 is off."""
+
+
 class AugmentConfig(_Section):
     """Augmentation of training images, batched on the device; off by default."""
 
@@ -86,6 +108,18 @@ class AugmentConfig(_Section):
     flip: Literal["alternating"] | bool = False
     """Random horizontal flip. alternating: random in the first epoch, then flipped every other epoch, so that
     both versions of an image are seen equally often (Jordan 2024)."""
+    trivial_augment: bool = False
+    """TrivialAugment (Müller & Hutter 2021): one random operation of random strength on each image, as
+    torchvision's TrivialAugmentWide."""
+    rand_augment: RandAugmentConfig | None = None
+    """RandAugment (Cubuk et al. 2020), as in torchvision: random operations of one strength on each image; {}
+    takes the defaults. null is off."""
+    color_jitter: ColorJitterConfig | None = None
+    """Random changes of the colours in random order, as in torchvision, after the operations above; null is
+    off."""
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that a random rectangle is set to the mean, as in torchvision (Zhong et al. 2020), or to
+    black with data.normalize = unit; 0 is off."""
     cutout: Annotated[int, Field(ge=0)] = 0
     """Side in pixels of a random square that is set to the mean (DeVries & Taylor 2017), or to black with
     data.normalize = unit; 0 is off."""
