@@ -166,6 +166,10 @@ class TrainConfig(_Section):
     fails."""
     label_smoothing: Fraction = 0.0
     """Share of the target that is spread evenly over the classes (Szegedy et al. 2016)."""
+    aux_weight: NonNegative | None = None
+    """Weight of each auxiliary loss of a network that returns a tuple in training: the scores, then auxiliary
+    scores. null: 0.4 for one, as of torchvision's inception_v3, and 0.3 for each of several, as of its
+    googlenet (Szegedy et al. 2014)."""
     grad_clip: Positive | None = None
     """Clip the norm of the gradient to this value; null is off."""
     accumulate: Annotated[PositiveInt, Role.RESUME] = 1

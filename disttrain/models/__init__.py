@@ -172,7 +172,7 @@ def _build_torchvision(name: str, given: Mapping[str, Any], args: Mapping[str, A
             "model.args.weights: training starts from random weights or the file of model.weights; remove it"
         )
     defaults: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):  # the auxiliary heads turn the output into a tuple
+    if name in ("googlenet", "inception_v3"):  # auxiliary heads need larger images, and are for deep ones
         defaults = {"aux_logits": False, "init_weights": True}
     elif name.startswith("vit_"):
         defaults = {"image_size": given["image_size"][0]}

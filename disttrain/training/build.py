@@ -49,6 +49,7 @@ from disttrain.training.ema import MovingAverage
 from disttrain.training.flops import flops_per_image, peak_flops_per_s
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import wait_for_all
+from disttrain.training.loss import all_scores
 from disttrain.training.normalize import Normalize
 from disttrain.training.optim import build_optimizer
 from disttrain.training.rank import Rank
@@ -355,7 +356,8 @@ def warm_up_ddp_buckets(state: TrainState, index: Index) -> None:
     buffers = [(buffer, buffer.clone()) for buffer in state.bare_model.buffers()]
     with eager(state):
         shape = (2, index.channels, index.height, index.width)
-        state.model(torch.zeros(shape, device=state.accelerator.device)).sum().backward()
+        output = state.model(torch.zeros(shape, device=state.accelerator.device))
+        torch.stack([scores.sum() for scores in all_scores(output)]).sum().backward()
     state.drop_gradients()
     for buffer, saved in buffers:
         buffer.copy_(saved)
