@@ -134,11 +134,13 @@ class ModelConfig(_Section):
     """The network."""
 
     name: str
-    """A name from `disttrain models`, `torchvision:NAME`, or your own `package.module:Class`."""
+    """A name from `disttrain models`, `torchvision:NAME`, `timm:NAME` (with pip install "disttrain[timm]"),
+    or your own `package.module:Class`."""
     num_classes: PositiveInt | None = None
     """Number of outputs of the network; null means the number of classes of the data set."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """More keyword arguments for the network, such as `activation` for convnet4."""
+    """More keyword arguments for the network, such as `activation` for convnet4. For a network of timm,
+    `pretrained: true` downloads its initial weights, once per node."""
     weights: str | None = None
     """File with initial weights: a state dict of torch.save, such as torchvision's, or safetensors. Layers
     for another number of classes start at random. null: all weights start at random."""

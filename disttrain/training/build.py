@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +26,8 @@ from disttrain.data.epoch_plan import Ids, Plan, make_plan, usable_ids
 from disttrain.data.stages import open_stream
 from disttrain.data.statistics import statistics
 from disttrain.errors import DataError
-from disttrain.models import build_for
-from disttrain.models.pretrained import load_weights
+from disttrain.models import build_for, downloads_weights
+from disttrain.models.pretrained import build_pretrained, load_weights
 from disttrain.parallel import cores_of_a_rank
 from disttrain.preflight import split_batch
 from disttrain.runs.agreement import compare_peers
@@ -211,6 +212,10 @@ def initial_model(
     checkpoint replaces all weights.
     """
     torch.manual_seed(config.seed)
+    if downloads_weights(config.model) and not resumed:
+        build = partial(build_for, config.model, index, pretrained=True)
+        model, source = build_pretrained(config.model.name, build, log.info)
+        return model.to(device), {"weights": Choice(source, "model.args.pretrained; another head is random")}
     model = build_for(config.model, index).to(device)
     if config.model.weights is None or resumed:
         return model, {}

@@ -24,6 +24,7 @@ from disttrain import counter_rng
 from disttrain.config import Config, TrainConfig
 from disttrain.data.epoch_plan import Plan, smallest_micro_batch
 from disttrain.errors import UsageError, error_text
+from disttrain.models import is_of_a_library
 from disttrain.models.pretrained import some_names
 from disttrain.preflight import split_batch
 from disttrain.shards.index import Index
@@ -76,7 +77,7 @@ def try_training(config: Config, model: nn.Module, index: Index, plan: Plan, wor
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     if synced and world_size > 1 and not dist.is_initialized():
         smallest = max(smallest, _FEW)  # in training it also has the values of the other ranks
-    own = is_target(config.model.name) and not config.model.name.startswith("torchvision:")
+    own = is_target(config.model.name) and not is_of_a_library(config.model.name)
     # Synchronised ranks wait for each other in every pass.
     draws = _DRAWS if own and world_size > 1 and not synced else 1
 
