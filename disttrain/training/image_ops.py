@@ -203,16 +203,17 @@ def _hue(planes: Tensor, shifts: Parameters) -> Tensor:
     red, green, blue = (planes.float() / 255).unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     spread = value - torch.minimum(torch.minimum(red, green), blue)
-    divisor = torch.where(spread == 0, 1.0, spread)
-    sector = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
-    )
-    sector += 6 * _per_image(planes, shifts)[:, 0]
+    divisor = spread + (spread == 0)
+    # Factors of 0 and 1 are several times faster than torch.where.
+    is_red = (value == red).float()
+    is_green = (value == green).float() * (1 - is_red)
+    is_blue = 1 - is_red - is_green
+    sector = (is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)) / divisor
+    sector += 2 * is_green + 4 * is_blue + 6 * _per_image(planes, shifts)[:, 0]
     channels = []
     for offset in (5.0, 3.0, 1.0):
-        place = (sector + offset).remainder_(6)
+        place = sector + offset
+        place -= (place / 6).floor_() * 6
         channels.append(value - spread * torch.minimum(place, 4 - place).clamp_(0, 1))
     return torch.stack(channels, 1).mul_(255 + 1 - 1e-3).byte()
 
