@@ -232,10 +232,13 @@ def _build_timm(name: str, given: Mapping[str, Any], args: Mapping[str, Any], *,
         keywords = {"img_size": given["image_size"], **keywords}
     try:
         return timm.create_model(name, **keywords)
-    except TypeError as error:
+    except Exception as error:
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if not unexpected or unexpected[1] not in args:
-            raise
+            if not keywords["pretrained"]:
+                raise
+            text = f"cannot be built with pretrained weights: {error_text(error)}"
+            raise UsageError(f"{text}; set model.weights to a file with weights instead") from error
         parameters = inspect.signature(type(timm.create_model(architecture))).parameters.values()
         options = [p.name for p in parameters if p.default is not p.empty]
         options = [option for option in options if option not in ("num_classes", "in_chans")]
