@@ -74,7 +74,7 @@ def apply(images: Tensor, operations: Operations, parameters: Parameters) -> Ten
     size = max(1, _CHUNK_VALUES.get(images.device.type, _MOST_VALUES) // max(1, images[0].numel()))
     begin = 0
     for kind, count in enumerate(np.bincount(kinds).tolist()):
-        for start in range(begin, begin + count if kind else 0, size):
+        for start in range(begin, begin + count, size) if kind != Operation.IDENTITY else ():
             part = slice(start, min(start + size, begin + count))
             own = order[part]
             if kind == Operation.SHEAR_X:

@@ -88,9 +88,7 @@ def test_a_resumed_run_needs_no_pretrained_weights(tmp_path: Path, monkeypatch: 
     assert torch.equal(model.conv1[0].weight, other.conv1[0].weight)
     assert choices["weights"].value == str(weights)
     weights.unlink()
-    with pytest.raises(
-        UsageError, match=r"pretrained weights: FileNotFoundError; set model\.weights to a"
-    ):
+    with pytest.raises(UsageError, match=r"pretrained weights: FileNotFoundError; set model\.weights to a"):
         initial_model(config, index, device, resumed=False)
     model, choices = initial_model(config, index, device, resumed=True)
     assert not torch.equal(model.conv1[0].weight, other.conv1[0].weight)
