@@ -44,12 +44,23 @@ def bits_at(key: int, counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64
 
 def integers(key: int, count: int, below: int) -> npt.NDArray[np.int64]:
     """Returns integers in 0..below-1 (below < 2**31) for the counters 0..count-1: int64 [count]."""
-    return ((bits(key, count) >> np.uint64(33)) * np.uint64(below) >> np.uint64(31)).astype(np.int64)
+    return integers_at(key, np.arange(count), below)
+
+
+def integers_at(key: int, counters: npt.NDArray[np.int64], below: int) -> npt.NDArray[np.int64]:
+    """Returns integers in 0..below-1 (below < 2**31) for any counters: int64, in their shape."""
+    drawn = bits_at(key, counters.astype(np.uint64))
+    return ((drawn >> np.uint64(33)) * np.uint64(below) >> np.uint64(31)).astype(np.int64)
 
 
 def uniform(key: int, count: int) -> npt.NDArray[np.float64]:
     """Returns numbers in the open interval (0, 1) for the counters 0..count-1: float64 [count]."""
-    return ((bits(key, count) >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
+    return uniform_at(key, np.arange(count))
+
+
+def uniform_at(key: int, counters: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Returns numbers in (0, 1) for any counters: float64, in their shape."""
+    return ((bits_at(key, counters.astype(np.uint64)) >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
 
 
 def symmetric_beta(key: int, alpha: float) -> float:

@@ -25,29 +25,44 @@ def reference() -> str:
         'Keys marked "machine" are not part of the experiment: they may change on resume, and may differ',
         "between nodes.",
         "",
-        *_table("", top, schema["required"]),
+        *_table("", top, schema["required"], sections),
     ]
     for name, field in schema["properties"].items():
         reference = field.get("$ref") or next((option["$ref"] for option in field.get("allOf", [])), None)
         if reference:
             section = sections[reference.rpartition("/")[2]]
             lines += ["", f"## {name}", "", " ".join(section["description"].split()), ""]
-            lines += _table(f"{name}.", list(section["properties"].items()), section.get("required", []))
+            fields = list(section["properties"].items())
+            lines += _table(f"{name}.", fields, section.get("required", []), sections)
     lines += ["", "## Each item of optim.groups", ""]
     group = sections["GroupConfig"]
     lines += [" ".join(group["description"].split()), ""]
-    lines += _table("", list(group["properties"].items()), group["required"])
+    lines += _table("", list(group["properties"].items()), group["required"], sections)
     return "\n".join(lines) + "\n"
 
 
-def _table(prefix: str, fields: list[tuple[str, dict[str, Any]]], required: list[str]) -> list[str]:
+def _table(
+    prefix: str, fields: list[tuple[str, dict[str, Any]]], required: list[str], sections: dict[str, Any]
+) -> list[str]:
     rows = ["| key | value | default | may change | meaning |", "|---|---|---|---|---|"]
+    return rows + _rows(prefix, fields, required, sections)
+
+
+def _rows(
+    prefix: str, fields: list[tuple[str, dict[str, Any]]], required: list[str], sections: dict[str, Any]
+) -> list[str]:
+    rows = []
     for name, field in fields:
         empty = {"array": [], "object": {}}.get(field.get("type", ""))
         default = "required" if name in required else json.dumps(field.get("default", empty))
         meaning = " ".join(field.get("description", "").split()).replace("|", r"\|")
         change = {Role.EXPERIMENT: "", Role.RESUME: "on resume", Role.MACHINE: "machine"}[role(prefix + name)]
         rows.append(f"| `{prefix}{name}` | {_type(field)} | {default} | {change} | {meaning} |")
+        for option in field.get("anyOf", []):
+            kind = option.get("$ref", "").rpartition("/")[2]
+            if kind and kind != "ScheduleConfig":  # which has a table of its own
+                keys = sections[kind]
+                rows += _rows(f"{prefix}{name}.", list(keys["properties"].items()), [], sections)
     return rows
 
 
@@ -55,7 +70,8 @@ def _type(field: dict[str, Any]) -> str:
     if "anyOf" in field:
         return " or ".join(_type(option) for option in field["anyOf"])
     if "$ref" in field:
-        return "as the section `schedule`"
+        schedule = field["$ref"].endswith("/ScheduleConfig")
+        return "as the section `schedule`" if schedule else "the keys below"
     if "enum" in field:
         return ", ".join(f"`{choice}`" for choice in field["enum"])
     if "const" in field:

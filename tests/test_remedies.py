@@ -33,6 +33,7 @@ AT_THE_START = {
     "data.root",
     "model.args",
     "model.num_classes",
+    "model.weights",
     "train.compile",
     "train.virtual_ranks",
 }

@@ -19,10 +19,11 @@ from disttrain.runs.runfolder import RunFolder
 from disttrain.training.callbacks import Callbacks
 from disttrain.training.collectives import reduce_sum
 from disttrain.training.log_metrics import log_metrics
+from disttrain.training.loss import loss_and_scores
 from disttrain.training.microbatch import augment_micro_batch, prefetch
 from disttrain.training.phases import Phases
 from disttrain.training.state import Progress
-from disttrain.training.step import loss_sum, no_sync
+from disttrain.training.step import no_sync
 from disttrain.training.virtual_ranks import step_function
 
 if TYPE_CHECKING:
@@ -99,8 +100,7 @@ class StepBench:
                 images, labels, partners = augment_micro_batch(state, micro, batch)
                 now = clocked("augmentation", now)
                 with contextlib.nullcontext() if reduced else no_sync(state):
-                    logits = state.model(images)
-                    loss = loss_sum(logits, labels, partners, micro.mix, config.label_smoothing)
+                    loss, _ = loss_and_scores(state.model(images), labels, partners, micro.mix, config)
                     now = clocked("forward", now)
                     loss.backward(torch.full_like(loss, state.world_size / config.batch_size))
                     clocked("backward and reduction" if reduced else "backward", now)

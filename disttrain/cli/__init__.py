@@ -78,4 +78,4 @@ def models() -> None:
         model = build_model(name, num_classes=10, in_channels=channels, image_size=(height, width), args={})
         size = f"{channels}x{height}x{width}"
         click.echo(f"{name:<18} {parameter_count(model):>12,}  {size:<9}  {entry.source}")
-    click.echo("torchvision:NAME and package.module:Class also work")
+    click.echo("torchvision:NAME, timm:NAME and package.module:Class also work")

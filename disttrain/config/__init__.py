@@ -16,6 +16,7 @@ from disttrain.config.loading import (
 )
 from disttrain.config.schema import (
     AugmentConfig,
+    ColorJitterConfig,
     Config,
     DataConfig,
     GroupConfig,
@@ -30,6 +31,7 @@ from disttrain.config.schema import (
 
 __all__ = [
     "AugmentConfig",
+    "ColorJitterConfig",
     "Config",
     "DataConfig",
     "GroupConfig",

@@ -131,6 +131,11 @@ def _conflicts(config: Config) -> Iterator[Problem]:
             yield (*place, "parameters"), f"not a regular expression: {error}"
     if config.augment.resized_crop is not None and config.augment.crop_padding:
         yield ("augment", "crop_padding"), "augment.resized_crop also crops; remove one of them"
+    model = config.model
+    if model.weights is not None and model.name.startswith("timm:") and model.args.get("pretrained"):
+        yield ("model", "weights"), "model.args.pretrained also gives initial weights; remove one of them"
+    if config.augment.rand_augment is not None and config.augment.trivial_augment:
+        yield ("augment", "rand_augment"), "augment.trivial_augment takes its place; remove one of them"
     if train.accumulate > train.batch_size:
         remark = f"{train.accumulate} is more than train.batch_size = {train.batch_size}; lower it"
         yield ("train", "accumulate"), remark

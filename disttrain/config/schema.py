@@ -80,6 +80,28 @@ class DataConfig(_Section):
     ImageNet's mean and standard deviation, as torchvision's weights expect. unit: scale to 0..1."""
 
 
+class RandAugmentConfig(_Section):
+    """RandAugment (Cubuk et al. 2020)."""
+
+    num_ops: PositiveInt = 2
+    """Operations per image, one after the other."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Strength of the operations."""
+
+
+class ColorJitterConfig(_Section):
+    """Random changes of the colours, in random order."""
+
+    brightness: NonNegative = 0.0
+    """The image is multiplied by a factor from 1 - this value, at least 0, to 1 + this value; 0 is off."""
+    contrast: NonNegative = 0.0
+    """The same for the distance from the mean gray value."""
+    saturation: NonNegative = 0.0
+    """The same for the distance from the image in gray."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Most by which the hue turns to each side, as a share of the colour circle; 0 is off."""
+
+
 class AugmentConfig(_Section):
     """Augmentation of training images, batched on the device; off by default."""
 
@@ -92,6 +114,18 @@ class AugmentConfig(_Section):
     flip: Literal["alternating"] | bool = False
     """Random horizontal flip. alternating: random in the first epoch, then flipped every other epoch, so that
     both versions of an image are seen equally often (Jordan 2024)."""
+    trivial_augment: bool = False
+    """TrivialAugment (Müller & Hutter 2021): one random operation of random strength on each image, as
+    torchvision's TrivialAugmentWide."""
+    rand_augment: RandAugmentConfig | None = None
+    """RandAugment (Cubuk et al. 2020), as in torchvision: random operations of one strength on each image; {}
+    takes the defaults. null is off."""
+    color_jitter: ColorJitterConfig | None = None
+    """Random changes of the colours in random order, as in torchvision, after the operations above; null is
+    off."""
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that a random rectangle is set to the mean, as in torchvision (Zhong et al. 2020), or to
+    black with data.normalize = unit; 0 is off."""
     cutout: Annotated[int, Field(ge=0)] = 0
     """Side in pixels of a random square that is set to the mean (DeVries & Taylor 2017), or to black with
     data.normalize = unit; 0 is off."""
@@ -106,11 +140,13 @@ class ModelConfig(_Section):
     """The network."""
 
     name: str
-    """A name from `disttrain models`, `torchvision:NAME`, or your own `package.module:Class`."""
+    """A name from `disttrain models`, `torchvision:NAME`, `timm:NAME` (with pip install "disttrain[timm]"),
+    or your own `package.module:Class`."""
     num_classes: PositiveInt | None = None
     """Number of outputs of the network; null means the number of classes of the data set."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """More keyword arguments for the network, such as `activation` for convnet4."""
+    """More keyword arguments for the network, such as `activation` for convnet4. For a network of timm,
+    `pretrained: true` downloads its initial weights, once per node."""
     weights: str | None = None
     """File with initial weights: a state dict of torch.save, such as torchvision's, or safetensors. Layers
     for another number of classes start at random. null: all weights start at random."""
@@ -138,6 +174,10 @@ class TrainConfig(_Section):
     fails."""
     label_smoothing: Fraction = 0.0
     """Share of the target that is spread evenly over the classes (Szegedy et al. 2016)."""
+    aux_weight: NonNegative | None = None
+    """Weight of each auxiliary loss of a network that returns a tuple in training: the scores, then auxiliary
+    scores. null: 0.4 for one, as of torchvision's inception_v3, and 0.3 for each of several, as of its
+    googlenet (Szegedy et al. 2014)."""
     grad_clip: Positive | None = None
     """Clip the norm of the gradient to this value; null is off."""
     accumulate: Annotated[PositiveInt, Role.RESUME] = 1

@@ -1,4 +1,4 @@
-"""Networks by name: our catalog, torchvision's classifiers, and the user's classes.
+"""Networks by name: our catalog, the classifiers of torchvision and timm, and the user's classes.
 
 This module owns the names, and builds and checks a network. The networks of the catalog are in the other
 modules of this package. Importing this module does not import torch, because the launcher checks the model's
@@ -8,6 +8,7 @@ name before any process starts.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -55,24 +56,39 @@ def check_model_name(name: str) -> None:
     """Checks a name without importing torch, torchvision or the user's module.
 
     Raises:
-        UsageError: the name is not in the catalog, and not of the form `torchvision:NAME` or
-            `package.module:Class`.
+        UsageError: the name is not in the catalog, and not of the form `torchvision:NAME`, `timm:NAME` or
+            `package.module:Class`; or timm is not installed.
     """
     if name in CATALOG:
+        return
+    if re.fullmatch(r"timm:\w+(\.\w+)?", name):
+        found = importlib.util.find_spec("timm")
+        if found is None or not found.has_location:  # a folder ./timm is not the package
+            raise UsageError(f'model.name: {name} needs timm; run pip install "disttrain[timm]"')
         return
     if ":" not in name:
         raise UsageError(
             f"model.name: unknown model {name!r}{did_you_mean(name, CATALOG)}; choose one of "
-            "`disttrain models`, torchvision:NAME or package.module:Class"
+            "`disttrain models`, torchvision:NAME, timm:NAME or package.module:Class"
         )
     if not is_target(name):
         raise UsageError(
-            f"model.name: {name!r} is neither torchvision:NAME (such as torchvision:resnet50) nor "
-            "package.module:Class (such as my_models:Net)"
+            f"model.name: {name!r} is neither torchvision:NAME (such as torchvision:resnet50) nor timm:NAME "
+            "nor package.module:Class (such as my_models:Net)"
         )
 
 
-def build_for(model: ModelConfig, index: Index) -> nn.Module:
+def is_of_a_library(name: str) -> bool:
+    """Returns whether a network is of torchvision or timm."""
+    return name.startswith(("torchvision:", "timm:"))
+
+
+def downloads_weights(model: ModelConfig) -> bool:
+    """Returns whether timm downloads the initial weights of a network."""
+    return model.name.startswith("timm:") and bool(model.args.get("pretrained"))
+
+
+def build_for(model: ModelConfig, index: Index, *, pretrained: bool = False) -> nn.Module:
     """Builds the network of a config for the images and classes of a data set; see `build_model`."""
     return build_model(
         model.name,
@@ -80,6 +96,7 @@ def build_for(model: ModelConfig, index: Index) -> nn.Module:
         in_channels=index.channels,
         image_size=(index.height, index.width),
         args=model.args,
+        pretrained=pretrained,
     )
 
 
@@ -90,17 +107,19 @@ def build_model(
     in_channels: int,
     image_size: tuple[int, int],
     args: Mapping[str, Any],
+    pretrained: bool = False,
 ) -> nn.Module:
     """Builds a network on the CPU, with the current random state, and checks its output for one image.
 
     Args:
-        name: a name of the catalog, `torchvision:NAME` or `package.module:Class`. A user's class or factory
-            gets the arguments num_classes, in_channels and image_size if its signature has them, num_classes
-            also if it has `**kwargs`, and always `args`.
+        name: a name of the catalog, `torchvision:NAME`, `timm:NAME` or `package.module:Class`. A user's class
+            or factory gets the arguments num_classes, in_channels and image_size if its signature has them,
+            num_classes also if it has `**kwargs`, and always `args`.
         num_classes: number of outputs.
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
         args: more keyword arguments, from `model.args`.
+        pretrained: a network of timm with the argument `pretrained` gets its weights, which timm downloads.
 
     Raises:
         UsageError: the name or an argument is wrong, the image size is unsuitable, or the user's code fails.
@@ -112,6 +131,8 @@ def build_model(
     try:
         if name.startswith("torchvision:"):
             model = _build_torchvision(name.partition(":")[2], given, args)
+        elif name.startswith("timm:"):
+            model = _build_timm(name.partition(":")[2], given, args, pretrained=pretrained)
         else:
             target = CATALOG[name].target if name in CATALOG else name
             model = _build_target(import_target(target), given, args)
@@ -172,7 +193,7 @@ def _build_torchvision(name: str, given: Mapping[str, Any], args: Mapping[str, A
             "model.args.weights: training starts from random weights or the file of model.weights; remove it"
         )
     defaults: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):  # the auxiliary heads turn the output into a tuple
+    if name in ("googlenet", "inception_v3"):  # auxiliary heads need larger images, and are for deep ones
         defaults = {"aux_logits": False, "init_weights": True}
     elif name.startswith("vit_"):
         defaults = {"image_size": given["image_size"][0]}
@@ -185,6 +206,42 @@ def _build_torchvision(name: str, given: Mapping[str, Any], args: Mapping[str, A
         with torch.device("meta"):  # the builders forward **kwargs; only the class has the option names
             parameters = inspect.signature(type(models.get_model(name, **defaults))).parameters.values()
         options = [p.name for p in parameters if p.default is not p.empty and p.name != "num_classes"]
+        raise _unknown_argument(unexpected[1], options) from None
+
+
+def _build_timm(name: str, given: Mapping[str, Any], args: Mapping[str, Any], *, pretrained: bool) -> Any:
+    timm: Any = importlib.import_module("timm")  # untyped
+    architecture, _, tag = name.partition(".")
+    known = timm.list_models()
+    if architecture not in known:
+        raise UsageError(f"timm has no classifier of this name{did_you_mean(architecture, known)}")
+    tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+    if tag and name not in tagged:
+        raise UsageError(f"timm has no weights of this name{did_you_mean(name, tagged)}")
+    for key in ("num_classes", "in_chans"):
+        if key in args:
+            raise _given_argument(key)
+    if "checkpoint_path" in args:
+        raise UsageError("model.args.checkpoint_path: set model.weights instead")
+    if not isinstance(args.get("pretrained", False), bool):
+        raise UsageError(f"model.args.pretrained: expected true or false, got {args['pretrained']!r}")
+    keywords = {"num_classes": given["num_classes"], "in_chans": given["in_channels"], **args}
+    keywords["pretrained"] = pretrained and args.get("pretrained", False)
+    facts = timm.get_pretrained_cfg(name)
+    if facts is not None and facts.fixed_input_size and facts.input_size[1:] != given["image_size"]:
+        keywords = {"img_size": given["image_size"], **keywords}
+    try:
+        return timm.create_model(name, **keywords)
+    except Exception as error:
+        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if not unexpected or unexpected[1] not in args:
+            if not keywords["pretrained"]:
+                raise
+            text = f"cannot be built with pretrained weights: {error_text(error)}"
+            raise UsageError(f"{text}; set model.weights to a file with weights instead") from error
+        parameters = inspect.signature(type(timm.create_model(architecture))).parameters.values()
+        options = [p.name for p in parameters if p.default is not p.empty]
+        options = [option for option in options if option not in ("num_classes", "in_chans")]
         raise _unknown_argument(unexpected[1], options) from None
 
 

@@ -1,15 +1,20 @@
-"""Initial weights from a file, such as torchvision's; the number of classes may differ."""
+"""Initial weights from a file, such as torchvision's, or of timm; the number of classes may differ."""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from disttrain.errors import UnsafeError, UsageError, reason
+from disttrain.files import file_lock
+from disttrain.urls import without_secrets
+from disttrain.userdirs import cache_folder
 
 _MOST_NAMES = 5
 _PREFIXES = ("module.", "_orig_mod.")  # from DDP or AveragedModel; from torch.compile
@@ -53,6 +58,41 @@ def load_weights(model: nn.Module, path: Path, num_classes: int) -> list[str]:
         raise UsageError(f"model.weights: {path} is from another network: {'; '.join(problems)}")
     model.load_state_dict({name: own[name] if name in fresh else saved[name] for name in own})
     return fresh
+
+
+def build_pretrained(
+    name: str, build: Callable[[], nn.Module], say: Callable[[str], None]
+) -> tuple[nn.Module, str]:
+    """Builds a network of timm with its pretrained weights. Each node downloads them once.
+
+    The first process of a node downloads them, into timm's cache. The others wait, and find them there.
+
+    Args:
+        name: of the network.
+        build: builds it, with a download if the weights are not in the cache.
+        say: gets a line if another process downloads.
+
+    Returns:
+        The network, and where its weights are from.
+
+    Raises:
+        UsageError: see `build_model`.
+    """
+    waited: list[None] = []
+
+    def wait() -> None:
+        waited.append(None)
+        say(f"waiting for another process to download the weights of {name}")
+
+    model: nn.Module | None = None
+    with file_lock(cache_folder() / "weights" / name.replace(":", "-"), wait):
+        if not waited:
+            model = build()
+    if model is None:
+        model = build()
+    facts: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    source = next((str(facts[key]) for key in ("file", "hf_hub_id", "url") if facts.get(key)), "timm")
+    return model, without_secrets(source)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -17,6 +17,8 @@ from torch import Tensor
 from disttrain import counter_rng
 from disttrain.config import AugmentConfig
 from disttrain.data.epoch_plan import Ids
+from disttrain.training.auto_augment import Policy
+from disttrain.training.image_ops import blank
 from disttrain.training.normalize import Normalize
 
 _ROWS, _COLUMNS, _FLIP, _CUT_ROWS, _CUT_COLUMNS, _MIX = range(2, 8)  # streams of random numbers
@@ -55,10 +57,13 @@ class Augment:
         self._seed = seed
         self._device = normalize.offset.device
         self._draws: dict[int, Tensor] = {}
+        self._policy = Policy(config, seed)
+        self._epoch = 0
         self._crops: Tensor | None = None  # centre and half size of each crop, in grid_sample's units
 
     def start_epoch(self, epoch: int, order: Ids, height: int, width: int) -> None:
         """Draws the random choices of an epoch, counted from 0, for every position in its order."""
+        self._epoch = epoch
         padding, size = self._config.crop_padding, self._config.cutout
         ranges: dict[int, int] = {}
         if padding:
@@ -80,30 +85,37 @@ class Augment:
             self._draws[_FLIP] = torch.from_numpy(flips).to(self._device)
 
     def train(self, images: Tensor, places: slice | Tensor) -> Tensor:
-        """Crops, resizes, flips, normalizes and cuts out holes.
+        """Crops, resizes, flips, changes pixels, normalizes and cuts out holes. Does not wait for the device.
 
         Args:
             images: uint8 [B, H, W, C].
-            places: positions of these images in the epoch: a slice, or int64 [B] on the device.
+            places: positions of these images in the epoch: a slice, or int64 [B] on the host.
 
         Returns:
             float32 [B, C, H, W].
         """
-        batch, height, width, _ = images.shape
-        if self._crops is not None:
+        if isinstance(places, slice):
+            known = np.arange(places.start, places.stop)
+        else:
+            known = places.numpy()
+            places = places.to(self._device, non_blocking=True)
+        if self._crops is not None and not self._policy.changes_pixels:
             result = self._resize_crops(self.normalize(images), places)
         else:
-            if _ROWS in self._draws or _FLIP in self._draws:
+            if self._crops is not None:
+                crops = self._resize_crops(images.permute(0, 3, 1, 2).float(), places)
+                images = crops.round_().byte().permute(0, 2, 3, 1)
+            elif _ROWS in self._draws or _FLIP in self._draws:
                 images = self._crop_and_flip(images, places)
+            if self._policy.changes_pixels:
+                images = self._policy.change(images, self._epoch, known)
             result = self.normalize(images)
+        if self._config.random_erasing:
+            result = self._policy.erase(result, self._epoch, known)
         if _CUT_ROWS in self._draws:
             half = self._config.cutout / 2
-            rows = torch.arange(height, device=self._device) - self._draws[_CUT_ROWS][places, None]
-            columns = torch.arange(width, device=self._device) - self._draws[_CUT_COLUMNS][places, None]
-            inside_rows = (rows >= -half) & (rows < half)
-            inside_columns = (columns >= -half) & (columns < half)
-            hole = inside_rows[:, :, None] & inside_columns[:, None, :]
-            result = result.masked_fill(hole.view(batch, 1, height, width), 0.0)
+            row, column = self._draws[_CUT_ROWS][places], self._draws[_CUT_COLUMNS][places]
+            result = blank(result, row - half, row + half, column - half, column + half)
         return result
 
     def mix(self, epoch: int, step: int, batch: int, height: int, width: int) -> Mix | None:

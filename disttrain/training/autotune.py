@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from disttrain.config import TrainConfig
+from disttrain.training.loss import all_scores
 from disttrain.units import time_text
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -357,8 +358,8 @@ class Probe:
 
             def step() -> None:
                 with autocast(device, settings.precision):
-                    scores = model(images)
-                F.cross_entropy(scores.float(), labels).backward()
+                    scores = all_scores(model(images))
+                torch.stack([F.cross_entropy(part.float(), labels) for part in scores]).sum().backward()
                 model.zero_grad(set_to_none=True)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +26,8 @@ from disttrain.data.epoch_plan import Ids, Plan, make_plan, usable_ids
 from disttrain.data.stages import open_stream
 from disttrain.data.statistics import statistics
 from disttrain.errors import DataError
-from disttrain.models import build_for
-from disttrain.models.pretrained import load_weights
+from disttrain.models import build_for, downloads_weights
+from disttrain.models.pretrained import build_pretrained, load_weights
 from disttrain.parallel import cores_of_a_rank
 from disttrain.preflight import split_batch
 from disttrain.runs.agreement import compare_peers
@@ -49,6 +50,7 @@ from disttrain.training.ema import MovingAverage
 from disttrain.training.flops import flops_per_image, peak_flops_per_s
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import wait_for_all
+from disttrain.training.loss import all_scores
 from disttrain.training.normalize import Normalize
 from disttrain.training.optim import build_optimizer
 from disttrain.training.rank import Rank
@@ -210,6 +212,10 @@ def initial_model(
     checkpoint replaces all weights.
     """
     torch.manual_seed(config.seed)
+    if downloads_weights(config.model) and not resumed:
+        build = partial(build_for, config.model, index, pretrained=True)
+        model, source = build_pretrained(config.model.name, build, log.info)
+        return model.to(device), {"weights": Choice(source, "model.args.pretrained; another head is random")}
     model = build_for(config.model, index).to(device)
     if config.model.weights is None or resumed:
         return model, {}
@@ -355,7 +361,8 @@ def warm_up_ddp_buckets(state: TrainState, index: Index) -> None:
     buffers = [(buffer, buffer.clone()) for buffer in state.bare_model.buffers()]
     with eager(state):
         shape = (2, index.channels, index.height, index.width)
-        state.model(torch.zeros(shape, device=state.accelerator.device)).sum().backward()
+        output = state.model(torch.zeros(shape, device=state.accelerator.device))
+        torch.stack([scores.sum() for scores in all_scores(output)]).sum().backward()
     state.drop_gradients()
     for buffer, saved in buffers:
         buffer.copy_(saved)

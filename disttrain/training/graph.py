@@ -1,7 +1,8 @@
 """A whole step as one CUDA graph: the host launches one graph instead of some hundred kernels.
 
 A GPU computes a step of a small network faster than the host can launch its kernels. A step that is captured
-once and replayed takes only the time of its kernels.
+once and replayed takes only the time of its kernels. The images are loaded and augmented before, outside the
+graph.
 """
 
 from __future__ import annotations

@@ -106,8 +106,7 @@ def augment_micro_batch(
     if isinstance(window, slice):
         return state.augment.train(batch.images, window), batch.labels, None
     assert mix is not None
-    places = torch.from_numpy(window).to(state.accelerator.device, non_blocking=True)
-    mixed = state.augment.train(batch.images, places)
+    mixed = state.augment.train(batch.images, torch.from_numpy(window))
     images, others = mixed[:count], mixed[count:]
     if mix.box is None:
         images.lerp_(others, 1 - mix.lam)

@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +18,7 @@ from disttrain.data.epoch_plan import Ids
 from disttrain.errors import UsageError
 from disttrain.heartbeat import Phase
 from disttrain.models.pretrained import some_names
-from disttrain.training.augment import Mix
+from disttrain.training.loss import loss_and_scores
 from disttrain.training.microbatch import MicroBatch, next_inputs
 from disttrain.training.phases import Phases
 from disttrain.training.state import TrainState, cudnn_heuristics, eager
@@ -85,8 +84,7 @@ def forward(
 
     For the arguments see `Inputs`.
     """
-    scores = state.model(images)
-    return loss_sum(scores, labels, partners, micro.mix, state.config.train.label_smoothing), scores
+    return loss_and_scores(state.model(images), labels, partners, micro.mix, state.config.train)
 
 
 def backward(state: TrainState, loss: Tensor, weight: float) -> None:
@@ -165,11 +163,10 @@ def full_batch_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[
     Returns:
         The loss summed over the batch, float32 [], and the scores [B, classes].
     """
-    logits = state.model(images)
-    loss = loss_sum(logits, labels, None, None, state.config.train.label_smoothing)
+    loss, scores = loss_and_scores(state.model(images), labels, None, None, state.config.train)
     loss.backward(torch.full_like(loss, 1 / len(labels)))
     update(state)
-    return loss, logits
+    return loss, scores
 
 
 def update(state: TrainState) -> None:
@@ -188,22 +185,3 @@ def update(state: TrainState) -> None:
     state.drop_gradients()
     if state.ema is not None:
         state.ema.average(state.bare_model)
-
-
-def loss_sum(
-    logits: Tensor, labels: Tensor, partners: Tensor | None, mix: Mix | None, label_smoothing: float
-) -> Tensor:
-    """Returns the cross entropy summed over a batch.
-
-    Args:
-        logits: [B, classes].
-        labels: int64 [B].
-        partners: labels of the images mixed in, int64 [B], or None.
-        mix: has the weights of the two labels, or None.
-        label_smoothing: share of the target that is spread over all classes.
-    """
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
-    if mix is None or partners is None:
-        return loss
-    other = F.cross_entropy(logits.float(), partners, reduction="sum", label_smoothing=label_smoothing)
-    return mix.lam * loss + (1 - mix.lam) * other

@@ -24,10 +24,12 @@ from disttrain import counter_rng
 from disttrain.config import Config, TrainConfig
 from disttrain.data.epoch_plan import Plan, smallest_micro_batch
 from disttrain.errors import UsageError, error_text
+from disttrain.models import is_of_a_library
 from disttrain.models.pretrained import some_names
 from disttrain.preflight import split_batch
 from disttrain.shards.index import Index
 from disttrain.training.group import out_of_memory
+from disttrain.training.loss import all_scores
 from disttrain.training.rng import generator_states, seed_all
 from disttrain.user_code import is_target
 
@@ -75,7 +77,7 @@ def try_training(config: Config, model: nn.Module, index: Index, plan: Plan, wor
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     if synced and world_size > 1 and not dist.is_initialized():
         smallest = max(smallest, _FEW)  # in training it also has the values of the other ranks
-    own = is_target(config.model.name) and not config.model.name.startswith("torchvision:")
+    own = is_target(config.model.name) and not is_of_a_library(config.model.name)
     # Synchronised ranks wait for each other in every pass.
     draws = _DRAWS if own and world_size > 1 and not synced else 1
 
@@ -164,10 +166,12 @@ def _training_pass(model: nn.Module, shape: tuple[int, ...], classes: int) -> li
     labels = torch.arange(shape[0], device=device) % classes
     try:
         with _eager():
-            scores = trial(images)
-            if not isinstance(scores, Tensor) or scores.shape != (shape[0], classes):
-                return _Failed(_wrong_output(scores, shape[0], classes))
-            F.cross_entropy(scores.float(), labels, reduction="sum").backward()
+            output = trial(images)
+            scores = all_scores(output)
+            expected = [shape[0], classes]
+            if not scores or any(_shape(part) != expected for part in scores):
+                return _Failed(_wrong_output(output, expected))
+            torch.stack([F.cross_entropy(part.float(), labels) for part in scores]).sum().backward()
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -179,14 +183,18 @@ def _training_pass(model: nn.Module, shape: tuple[int, ...], classes: int) -> li
     return [name for name, value in trial.named_parameters() if value.requires_grad and value.grad is None]
 
 
-def _wrong_output(output: object, images: int, classes: int) -> str:
-    expected = f"in training mode, expected scores {[images, classes]}"
+def _shape(part: object) -> list[int] | str:
+    return list(part.shape) if isinstance(part, Tensor) else f"a value of type {type(part).__name__}"
+
+
+def _wrong_output(output: object, expected: list[int]) -> str:
+    wanted = f"in training mode, expected scores {expected}"
+    if isinstance(output, tuple):
+        parts = ", ".join(str(_shape(part)) for part in output)
+        return f"returns a tuple of {parts or 'nothing'} {wanted} first, then auxiliary scores of this shape"
     if isinstance(output, Tensor):
-        return f"returns {list(output.shape)} {expected}"
-    remedy = "return the scores alone"
-    if hasattr(output, "aux_logits") or hasattr(output, "aux_logits1"):  # torchvision's googlenet, inception
-        remedy = "auxiliary losses are not trained; set model.args.aux_logits=false"
-    return f"returns a value of type {type(output).__name__} {expected}; {remedy}"
+        return f"returns {_shape(output)} {wanted}"
+    return f"returns {_shape(output)} {wanted}; return them alone, or a tuple of scores and auxiliary scores"
 
 
 def _layer(model: nn.Module, error: BaseException) -> str | None:

@@ -35,7 +35,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, digits_root: Path, decode
 TINY = """
 name: tiny
 data: {name: digits}
-augment: {crop_padding: 1, flip: true, cutout: 2}
+augment: {crop_padding: 1, flip: true, cutout: 2, trivial_augment: true, random_erasing: 0.3}
 model: {name: cnn_mnist}
 train: {epochs: 2, batch_size: 48, trace_samples: true, label_smoothing: 0.1, precision: fp32,
         channels_last: true}

@@ -1,6 +1,7 @@
 """Networks of users that train in an unusual way: they train on any number of ranks, or are refused."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from kit.commands import Run, succeeded
-from kit.run_results import status
+from kit.run_results import metrics, status
 
 MODELS = """
 import os, random
@@ -38,6 +39,11 @@ class Whole(Net):
     def forward(self, images):
         scores = super().forward(images)
         return scores + 0 * self.spare(scores).sum()
+
+class Helped(Net):
+    def forward(self, images):
+        scores = super().forward(images)
+        return (scores, nn.functional.pad(self.spare(scores), (0, 8))) if self.training else scores
 
 def single_valued(num_classes):
     return nn.Sequential(
@@ -101,6 +107,18 @@ def test_unused_and_skipped_layers_train_on_any_number_of_ranks(disttrain: Run, 
         assert choices["no gradient"].startswith("spare.weight, spare.bias: ")
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_auxiliary_losses_train_on_any_number_of_ranks(disttrain: Run, own: Path) -> None:
+    losses = []
+    for ranks in (1, 2):
+        done = disttrain("run", config(own, "Helped"), "--procs", ranks, "--run-dir", f"run{ranks}")
+        assert succeeded(done)
+        assert "no gradient" not in done.stdout
+        records = [record for record in metrics(own / f"run{ranks}") if record["kind"] == "train"]
+        losses.append([record["loss"] for record in records])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] > 1.3 * math.log(10), "the auxiliary loss is a part of the loss"
 
 
 def test_layers_skipped_at_random_train_even_with_torchs_debugging(disttrain: Run, own: Path) -> None:

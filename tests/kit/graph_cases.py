@@ -21,7 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"ema": 0.9, "grad_clip": 0.5, "label_smoothing": 0.1},
     },
     "augmented": {
-        "augment": {"crop_padding": 2, "flip": True, "cutout": 8},
+        "augment": {"crop_padding": 2, "flip": True, "cutout": 8, "trivial_augment": True},
         "optim": {"name": "adamw", "lr": 1e-3, "momentum": None},
     },
     "muon and groups": {

@@ -42,7 +42,7 @@ CONFIG = """
 name: resumed
 seed: 3
 data: {name: digits}
-augment: {crop_padding: 1, flip: true, cutout: 2, mixup: 0.2}
+augment: {crop_padding: 1, flip: true, cutout: 2, mixup: 0.2, rand_augment: {}}
 model: {name: "drawing:Net"}
 train: {epochs: 3, batch_size: 96, accumulate: 2, ema: 0.9, trace_samples: true, grad_clip: 5.0,
         precision: fp32, channels_last: true}

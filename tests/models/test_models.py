@@ -450,7 +450,10 @@ def test_every_network_of_the_catalog_has_a_config() -> None:
     assert set(CATALOG) <= {load_config(path).model.name for path in CONFIGS}
 
 
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+SHAPES = {
+    "digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 176, 176),
+    "imagenette": (3, 128, 128),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

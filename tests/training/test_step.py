@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from disttrain.training import train as loops
 from disttrain.training.augment import Mix
 from disttrain.training.ema import MovingAverage
+from disttrain.training.loss import loss_and_scores, loss_sum
 from disttrain.training.microbatch import augment_micro_batch
 from disttrain.training.phases import Phases
-from disttrain.training.step import loss_sum, train_step
+from disttrain.training.step import train_step
+from disttrain.training.virtual_ranks import step_function
 from kit.training import (
     CLASSES,
     Recorder,
@@ -145,6 +147,59 @@ def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size
     mean = torch.stack([each for each, _ in ranks]).mean(0)
     torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-4)
     assert [sample for _, traced in ranks for sample in traced] == ids
+
+
+# --- Auxiliary losses -----------------------------------------------------------------------------
+
+
+class Helped(nn.Module):
+    """Returns auxiliary scores, too, in training mode."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU())
+        self.head, self.helpers = nn.Linear(8, CLASSES), nn.ModuleList()
+        self.helpers.extend(nn.Linear(8, CLASSES) for _ in range(heads))
+
+    def forward(self, images: Tensor) -> Any:
+        hidden = self.body(images)
+        scores = self.head(hidden)
+        return (scores, None, *(helper(hidden) for helper in self.helpers)) if self.training else scores
+
+
+@pytest.mark.parametrize(("heads", "given", "weight"), [(1, None, 0.4), (2, None, 0.3), (2, 0.7, 0.7)])
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_auxiliary_losses_are_added_with_their_weight(
+    heads: int, given: float | None, weight: float, reproducible: bool
+) -> None:
+    model = Helped(heads)
+    expected = copy.deepcopy(model)
+    options = {"reproducible": reproducible, "label_smoothing": 0.1, "channels_last": False}
+    state = make_state(model=model, samples=16, aux_weight=given, **options)
+    order = state.plan.order(0)
+    state.augment.start_epoch(0, order, 6, 6)
+    with closing(loops.prefetch(state, 0, range(1), order)) as batches:
+        ids = step_function(state.config.train)(state, batches, 1, 16, Phases())
+    images, labels = batch_of(1, ids, 16)
+    scores, _, *others = expected(images)
+    losses = [F.cross_entropy(part, labels, label_smoothing=0.1) for part in (scores, *others)]
+    (losses[0] + weight * sum(losses[1:])).backward()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter -= 0.1 * parameter.grad
+    assert close(weights_of(state.bare_model), expected.state_dict())
+    assert state.meter.totals()[1] == (scores.argmax(1) == labels).sum()  # of the scores alone
+
+
+def test_auxiliary_losses_are_mixed_as_the_loss_is() -> None:
+    scores, other = torch.randn(2, 6, CLASSES, generator=torch.Generator().manual_seed(0))
+    labels, partners = torch.arange(6) % CLASSES, torch.arange(1, 7) % CLASSES
+    mix, config = Mix(1, 0.7, None), make_state().config.train
+    found, kept = loss_and_scores((scores, other), labels, partners, mix, config)
+    parts = [loss_sum(part, labels, partners, mix, 0.0) for part in (scores, other)]
+    assert found.item() == pytest.approx((parts[0] + 0.4 * parts[1]).item())
+    assert kept is scores
 
 
 # --- Mixing ---------------------------------------------------------------------------------------

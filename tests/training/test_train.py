@@ -179,7 +179,7 @@ def test_times_leave_out_evaluation_and_saving(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(loops, "prefetch", slowly_prefetched)
     monkeypatch.setattr(microbatch, "augment_micro_batch", taking(microbatch.augment_micro_batch, 0.25))
-    monkeypatch.setattr(steps, "loss_sum", taking(steps.loss_sum, 1.25))
+    monkeypatch.setattr(steps, "loss_and_scores", taking(steps.loss_and_scores, 1.25))
     monkeypatch.setattr(loops, "evaluate", taking(loops.evaluate, 100))
     state = with_(make_state(epochs=2), checkpoint={"every_steps": 1}, monitor={"log_every_steps": 3})
     recorder = run(state, save=taking(lambda **_: None, 1000))

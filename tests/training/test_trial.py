@@ -152,12 +152,17 @@ def test_synchronised_batch_norm_needs_no_two_values_on_each_rank() -> None:
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda scores: (scores, scores), "returns a value of type tuple in training mode"),
+        (
+            lambda scores: (scores, scores[:, :2]),
+            r"returns a tuple of \[8, 3\], \[8, 2\] in training mode, expected scores \[8, 3\] first",
+        ),
+        (lambda scores: (scores, {"aux": scores}), r"a tuple of \[8, 3\], a value of type dict in training"),
+        (lambda scores: (), "returns a tuple of nothing in training mode"),
         (lambda scores: {"logits": scores}, "returns a value of type dict in training mode"),
         (lambda scores: scores[:, :2], r"returns \[8, 2\] in training mode, expected scores \[8, 3\]"),
         (
             lambda scores: SimpleNamespace(logits=scores, aux_logits=scores),
-            r"set model\.args\.aux_logits=false",
+            "return them alone, or a tuple of scores and auxiliary scores",
         ),
         (lambda scores: scores / 0 @ scores, "fails in training on .*: RuntimeError"),
     ],
@@ -166,17 +171,21 @@ def test_an_output_that_is_not_scores_is_refused(made: Callable[[Tensor], Any], 
     assert re.search(message, refusal(Gives(made), 8, batch_size=8))
 
 
-def test_auxiliary_heads_of_torchvision_are_refused() -> None:
+def test_auxiliary_heads_train() -> None:
+    heads = Gives(lambda scores: (scores, None, heads.more(scores)))
+    heads.more = nn.Linear(3, 3)
+    assert attempt(heads, 8, batch_size=8) == []
+
+
+def test_auxiliary_heads_of_torchvision_train(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(
         "torchvision:googlenet", num_classes=3, in_channels=3, image_size=(32, 32),
         args={"aux_logits": True, "init_weights": False},
     )  # fmt: skip
     index = SimpleNamespace(channels=3, height=32, width=32, classes=INDEX.classes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "INDEX", index)
-        message = refusal(model, 8, batch_size=8, name="torchvision:googlenet")
-    assert "returns a value of type GoogLeNetOutputs in training mode, expected scores [8, 3]" in message
-    assert message.endswith("; auxiliary losses are not trained; set model.args.aux_logits=false")
+    monkeypatch.setitem(globals(), "INDEX", index)
+    assert attempt(model, 8, batch_size=8, name="torchvision:googlenet") == []
+    assert any(name.startswith("aux1.") for name, _ in model.named_parameters())
 
 
 def test_parameters_without_a_gradient_are_found() -> None:
