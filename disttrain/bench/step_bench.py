@@ -93,14 +93,15 @@ class StepBench:
                 now = clocked("data", now)
                 batch = batch.to(state.accelerator.device)
                 now = clocked("to_device", now)
-                images, labels, partners = augment_micro_batch(state, micro, batch)
+                inputs = augment_micro_batch(state, micro, batch)
                 now = clocked("augmentation", now)
-                with contextlib.nullcontext() if reduced else no_sync(state):
-                    logits = state.model(images)
-                    loss = loss_sum(logits, labels, partners, micro.mix, config.label_smoothing)
-                    now = clocked("forward", now)
-                    loss.backward(torch.full_like(loss, state.world_size / config.batch_size))
-                    clocked("backward and reduction" if reduced else "backward", now)
+                for _, images, labels, partners, _ in inputs:
+                    with contextlib.nullcontext() if reduced else no_sync(state):
+                        logits = state.model(images)
+                        loss = loss_sum(logits, labels, partners, micro.mix, config.label_smoothing)
+                        now = clocked("forward", now)
+                        loss.backward(torch.full_like(loss, state.world_size / config.batch_size))
+                        now = clocked("backward and reduction" if reduced else "backward", now)
 
         def without_reduction(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
             passes(batches, reduced=False)
