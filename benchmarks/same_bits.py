@@ -92,7 +92,8 @@ def steps(options, model: str) -> dict[str, list[float]]:
     del measured[AGAIN + PASSES]
 
     def seconds_of(name: str, number: int) -> float:
-        measured[name]()  # the first one after another mode is slower
+        if number > 1:
+            measured[name]()  # the first one after another mode is slower
         if options.gpu:
             torch.cuda.synchronize()
         clock = time.perf_counter if options.gpu else time.process_time
@@ -103,10 +104,10 @@ def steps(options, model: str) -> dict[str, list[float]]:
             torch.cuda.synchronize()
         return (clock() - began) / number
 
-    for name in measured:
+    for name, measure in measured.items():
         tell(f"warm-up: {model}, {name}")
-        once = seconds_of(name, 1)
-    number = max(1, round(options.seconds / once))
+        measure()
+    number = max(1, round(options.seconds / seconds_of(ORDINARY, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in measured}
     names = list(measured)
     for turn in range(options.runs):
