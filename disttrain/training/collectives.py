@@ -115,7 +115,8 @@ def packed(tensors: Sequence[Tensor]) -> Tensor:
     One operation joins all neighbours of one type.
     """
     groups = itertools.groupby((tensor.reshape(-1) for tensor in tensors), lambda flat: flat.dtype)
-    return torch.cat([torch.cat(list(group)).double() for _, group in groups])
+    joined = [torch.cat(list(group)).double() for _, group in groups]
+    return torch.cat(joined) if len(joined) > 1 else joined[0]
 
 
 def fill(buffers: Sequence[Tensor], flat: Tensor) -> None:
