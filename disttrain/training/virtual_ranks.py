@@ -53,7 +53,7 @@ def reproducible_step(
 ) -> Ids:
     """Takes one optimizer step, with the same result on any number of ranks. Every rank calls this.
 
-    For arguments and result see `train_step`; a micro-batch is the part of a virtual rank.
+    For arguments and result see `train_step`; a micro-batch has the samples of several virtual ranks.
     """
     config, device = state.config, state.group.device
     count = virtual_ranks(global_batch, config.train)
