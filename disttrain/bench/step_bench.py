@@ -97,13 +97,14 @@ class StepBench:
                 now = clocked("data", now)
                 batch = batch.to(state.accelerator.device)
                 now = clocked("to_device", now)
-                images, labels, partners = augment_micro_batch(state, micro, batch)
+                inputs = augment_micro_batch(state, micro, batch)
                 now = clocked("augmentation", now)
-                with contextlib.nullcontext() if reduced else no_sync(state):
-                    loss, _ = loss_and_scores(state.model(images), labels, partners, micro.mix, config)
-                    now = clocked("forward", now)
-                    loss.backward(torch.full_like(loss, state.world_size / config.batch_size))
-                    clocked("backward and reduction" if reduced else "backward", now)
+                for _, images, labels, partners, _ in inputs:
+                    with contextlib.nullcontext() if reduced else no_sync(state):
+                        loss, _ = loss_and_scores(state.model(images), labels, partners, micro.mix, config)
+                        now = clocked("forward", now)
+                        loss.backward(torch.full_like(loss, state.world_size / config.batch_size))
+                        now = clocked("backward and reduction" if reduced else "backward", now)
 
         def without_reduction(batches: Iterator[tuple[MicroBatch, Batch]]) -> None:
             passes(batches, reduced=False)

@@ -61,6 +61,14 @@ class Augment:
         self._epoch = 0
         self._crops: Tensor | None = None  # centre and half size of each crop, in grid_sample's units
 
+    @property
+    def same_in_any_batch(self) -> bool:
+        """Whether an image gets the same bits in a batch of any size.
+
+        Copies of pixels do, and the normalization of each row of pixels. Sums over pixels may not.
+        """
+        return self._config.resized_crop is None and not self._policy.changes_pixels
+
     def start_epoch(self, epoch: int, order: Ids, height: int, width: int) -> None:
         """Draws the random choices of an epoch, counted from 0, for every position in its order."""
         self._epoch = epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -109,8 +110,13 @@ def float_buffers(model: nn.Module) -> list[Tensor]:
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the numbers of tensors, in order, as float64 [numbers]; at least one tensor."""
-    return torch.cat([tensor.reshape(-1).double() for tensor in tensors])
+    """Returns the numbers of tensors, in order, as float64 [numbers]; at least one tensor.
+
+    One operation joins all neighbours of one type.
+    """
+    groups = itertools.groupby((tensor.reshape(-1) for tensor in tensors), lambda flat: flat.dtype)
+    joined = [torch.cat(list(group)).double() for _, group in groups]
+    return torch.cat(joined) if len(joined) > 1 else joined[0]
 
 
 def fill(buffers: Sequence[Tensor], flat: Tensor) -> None:

@@ -22,8 +22,9 @@ def seed_user_code(seed: int, rank: int) -> None:
 
 def seed_all(key: int, device: torch.device) -> None:
     """Seeds every random number generator that a model on this device may use; `key` has 64 bits."""
-    make_seed_fn(torch.device("cpu"))(key >> 1)
-    make_seed_fn(device)(key >> 1)
+    torch.default_generator.manual_seed(key >> 1)
+    if device.type != "cpu":
+        make_seed_fn(device)(key >> 1)
     _seed_python(key)
 
 

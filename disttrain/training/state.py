@@ -92,7 +92,8 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
         self.grad_norm = torch.full((), math.nan, device=device)
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending_losses: list[Tensor] = []
         self._losses: list[tuple[int, Tensor]] = []
         self.step_time_s: float | None = None
         self.scale: float | None = None
@@ -109,20 +110,20 @@ class Meter:
             logits: [B, classes].
             labels: int64 [B].
         """
-        loss = loss.detach()
-        self._pending.append((loss, logits.detach(), labels))
-        self.note_loss(loss, len(labels))
+        self._pending_losses.append(loss.detach())
+        self.note(loss, logits, labels)
+
+    def note(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Adds a micro-batch as `add` does, but not its loss to the sum of the losses."""
+        self._losses.append((self.steps, loss.detach()))
+        self._pending.append((logits.detach(), labels))
+        self.samples += len(labels)
         if len(self._pending) == _COUNTED_AT_ONCE:
             self._count()
 
-    def note_loss(self, loss: Tensor, samples: int) -> None:
-        """Notes the loss of a micro-batch of this rank, float32 [], but does not add it to the sums."""
-        self._losses.append((self.steps, loss))
-        self.samples += samples
-
-    def add_sums(self, sums: Tensor) -> None:
-        """Adds the loss and the number of correct predictions of a step, float64 [2]."""
-        self._sums += sums
+    def add_loss(self, loss: Tensor) -> None:
+        """Adds to the sum of the losses, float64 []."""
+        self._sums[0] += loss
 
     def totals(self) -> list[float]:
         """Returns the sum of the losses and the number of correct predictions; waits for the device."""
@@ -132,10 +133,12 @@ class Meter:
 
     def _count(self) -> None:
         if self._pending:
-            losses, logits, labels = zip(*self._pending, strict=True)
-            hits = (torch.cat(logits).argmax(1) == torch.cat(labels)).sum()
-            self._sums += torch.stack([torch.stack(losses).sum(dtype=torch.float64), hits])
+            logits, labels = zip(*self._pending, strict=True)
+            self._sums[1] += (torch.cat(logits).argmax(1) == torch.cat(labels)).sum()
             self._pending.clear()
+        if self._pending_losses:
+            self._sums[0] += torch.stack(self._pending_losses).sum(dtype=torch.float64)
+            self._pending_losses.clear()
 
     def first_nonfinite_step(self) -> int | None:
         """Returns the steps taken before the first non-finite loss, or None if all losses are finite."""
@@ -156,6 +159,7 @@ class Meter:
     def restart(self) -> None:
         """Starts a new interval."""
         self._pending.clear()
+        self._pending_losses.clear()
         self._losses.clear()
         self._sums.zero_()
         self.samples, self.steps, self.wait_s, self._before_s = 0, 0, 0.0, 0.0

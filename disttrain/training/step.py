@@ -55,7 +55,7 @@ def train_step(
     config = state.config.train
     ids: list[Ids] = []
     for number in itertools.count():
-        micro, images, labels, partners, own_ids = next_inputs(state, batches, step, number, phases)
+        [(micro, images, labels, partners, own_ids)] = next_inputs(state, batches, step, number, phases)
         phases.enter(Phase.COMPUTE, step, 2 * number)
         graph = state.graph if micro.samples == config.batch_size else None
         if graph is not None:

@@ -9,7 +9,7 @@ here; every addition is done in the order of the tree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,47 +43,30 @@ def own_nodes(node: Node, own: range) -> list[Node]:
     return own_nodes(left, own) + own_nodes(right, own)
 
 
-class TreeSum:
-    """Adds up the tensors of this rank's virtual ranks, as far as the tree allows.
+def own_sums(count: int, own: range, values_of: Callable[[int], list[Tensor]]) -> dict[Node, list[Tensor]]:
+    """Returns the sum of each node of `own_nodes`.
 
     Args:
         count: virtual ranks of the step, over all ranks.
         own: the virtual ranks of this rank.
-
-    Attributes:
-        sums: the sum of each node of `own_nodes` once all are added.
+        values_of: returns the tensors of a virtual rank, which are overwritten. It is called once for each of
+            `own`, in order.
     """
-
-    def __init__(self, count: int, own: range) -> None:
-        self.sums: dict[Node, list[Tensor]] = {}
-        self._root = Node(0, count)
-        self._own = own
-
-    def add(self, virtual_rank: int, values: list[Tensor]) -> None:
-        """Adds the tensors of a virtual rank, which are changed afterwards."""
-        self.sums[Node(virtual_rank, virtual_rank + 1)] = values
-        for node in own_nodes(self._root, self._own):
-            if node.begin <= virtual_rank < node.end:
-                self._merge(node)
-
-    def _merge(self, node: Node) -> None:
-        """Adds the halves of a node, from the bottom up, where both are there."""
-        if node in self.sums or node.end - node.begin == 1:
-            return
-        left, right = node.halves
-        self._merge(left)
-        self._merge(right)
-        if left in self.sums and right in self.sums:
-            total = self.sums.pop(left)
-            add_all(total, self.sums.pop(right))
-            self.sums[node] = total
+    return {node: _add_up(node, values_of) for node in own_nodes(Node(0, count), own)}
 
 
-def add_all(totals: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Adds each value to its total, in place."""
-    for dtype in {total.dtype for total in totals}:  # one call adds many tensors of one type
-        pairs = [(a, b) for a, b in zip(totals, values, strict=True) if a.dtype == dtype]
-        torch._foreach_add_([a for a, _ in pairs], [b for _, b in pairs])
+def _add_up(node: Node, values_of: Callable[[int], list[Tensor]]) -> list[Tensor]:
+    """Returns the sum of a node. At any time, at most one sum of each level of the tree is in memory."""
+    if node.end - node.begin == 1:
+        return values_of(node.begin)
+    left, right = node.halves
+    totals = _add_up(left, values_of)
+    values = _add_up(right, values_of)
+    types = dict.fromkeys(total.dtype for total in totals)
+    for dtype in types:  # one call adds many tensors of one type
+        chosen = [i for i, total in enumerate(totals) if total.dtype == dtype]
+        torch._foreach_add_([totals[i] for i in chosen], [values[i] for i in chosen])
+    return totals
 
 
 def reduce_tree(
@@ -94,7 +77,7 @@ def reduce_tree(
     Args:
         group: the ranks.
         count: virtual ranks of the step.
-        sums: `TreeSum.sums` of this rank; they are overwritten.
+        sums: `own_sums` of this rank; they are overwritten.
         like: tensors with the shapes, types and memory orders of the sums.
     """
     root = Node(0, count)

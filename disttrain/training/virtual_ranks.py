@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import platform
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,12 +26,12 @@ from disttrain.data.batches import Batch
 from disttrain.data.epoch_plan import Ids, rank_slice, virtual_ranks
 from disttrain.heartbeat import Phase
 from disttrain.training.collectives import fill, packed
-from disttrain.training.microbatch import MicroBatch, next_inputs
+from disttrain.training.microbatch import Inputs, MicroBatch, next_inputs
 from disttrain.training.phases import Phases
 from disttrain.training.rng import seed_all
 from disttrain.training.state import TrainState
 from disttrain.training.step import backward, end_step, forward, train_step, update
-from disttrain.training.tree_sum import TreeSum, reduce_tree
+from disttrain.training.tree_sum import own_sums, reduce_tree
 
 TakeStep = Callable[[TrainState, Iterator[tuple[MicroBatch, Batch]], int, int, Phases], Ids]
 """Takes one optimizer step; see `train_step`."""
@@ -52,36 +53,43 @@ def reproducible_step(
 ) -> Ids:
     """Takes one optimizer step, with the same result on any number of ranks. Every rank calls this.
 
-    For arguments and result see `train_step`; a micro-batch is the part of a virtual rank.
+    For arguments and result see `train_step`; a micro-batch has the samples of several virtual ranks.
     """
     config, device = state.config, state.group.device
     count = virtual_ranks(global_batch, config.train)
     own = rank_slice(range(count), state.rank, state.world_size)
-    buffers = list(state.model.buffers())
+    buffers = sorted(state.model.buffers(), key=lambda buffer: str(buffer.dtype))  # `packed` is fast then
     before = [buffer.clone() for buffer in buffers]
-    sums = TreeSum(count, own)
+    waiting: deque[Inputs] = deque()
     ids: list[Ids] = []
-    for number, virtual_rank in enumerate(own):
-        micro, images, labels, partners, own_ids = next_inputs(state, batches, step, number, phases)
+
+    def values_of(virtual_rank: int) -> list[Tensor]:
+        """Returns the gradients of a virtual rank, and its statistics and loss as float64 [numbers]."""
+        number = virtual_rank - own.start
+        if not waiting:
+            waiting.extend(next_inputs(state, batches, step, number, phases))
+        micro, images, labels, partners, own_ids = waiting.popleft()
         phases.enter(Phase.COMPUTE, step, number)
         seed_all(counter_rng.derive(config.seed, _STEP, step, virtual_rank), device)
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        if number and buffers:
+            torch._foreach_copy_(buffers, before)
         loss, scores = forward(state, micro, images, labels, partners)
         backward(state, loss, 1 / global_batch)
-        correct = (scores.detach().argmax(1) == labels).sum()
-        state.meter.note_loss(loss.detach(), len(labels))
-        sums.add(virtual_rank, [*_take_gradients(state), packed([*buffers, loss.detach(), correct])])
+        state.meter.note(loss, scores, labels)
         ids.append(own_ids)
+        return [*_take_gradients(state), packed([*buffers, loss.detach()])]
+
+    sums = own_sums(count, own, values_of)
     phases.enter(Phase.REDUCE, step)
-    numbers = torch.empty(sum(b.numel() for b in buffers) + 2, dtype=torch.float64, device=device)
-    *gradients, numbers = reduce_tree(state.group, count, sums.sums, [*state.parameters, numbers])
+    numbers = torch.empty(sum(b.numel() for b in buffers) + 1, dtype=torch.float64, device=device)
+    *gradients, numbers = reduce_tree(state.group, count, sums, [*state.parameters, numbers])
     phases.enter(Phase.OPTIMIZE, step)
     for parameter, gradient in zip(state.parameters, gradients, strict=True):
         parameter.grad = gradient
-    fill(buffers, numbers[:-2] / count)  # in float64 the mean of equal numbers is exactly that number
-    if state.rank == 0:  # the others add nothing: these are sums over all ranks
-        state.meter.add_sums(numbers[-2:])
+    if buffers:
+        fill(buffers, numbers[:-1] / count)  # in float64 the mean of equal numbers is exactly that number
+    if state.rank == 0:  # the others add nothing: this is the sum over all ranks
+        state.meter.add_loss(numbers[-1])
     update(state)
     return end_step(state, ids)
 
@@ -115,6 +123,7 @@ def _cpu_model() -> str:
 
 def _take_gradients(state: TrainState) -> list[Tensor]:
     """Returns the gradients and removes them from the parameters; 0 where a parameter took no part."""
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in state.parameters]
+    found = ((parameter, parameter.grad) for parameter in state.parameters)
+    gradients = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in found]
     state.drop_gradients()
     return gradients

@@ -230,7 +230,8 @@ def test_images_are_mixed_with_partners_of_the_same_global_batch(mix: Mix, place
         state.augment.start_epoch(0, state.plan.order(0), 6, 6)
         state.augment.mix = lambda *place: mix  # type: ignore[method-assign]
         with closing(loops.prefetch(state, 0, range(step, step + 1), state.plan.order(0))) as batches:
-            return augment_micro_batch(state, *next(batches))
+            (inputs,) = augment_micro_batch(state, *next(batches))
+        return inputs.images, inputs.labels, inputs.partners
 
     images, labels, _ = loaded(None, 0, 1)
     expected, partner_labels = [], []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from disttrain.data.epoch_plan import rank_slice
 from disttrain.training.collectives import Group
-from disttrain.training.tree_sum import Node, TreeSum, _total, own_nodes, reduce_tree
+from disttrain.training.tree_sum import Node, _total, own_nodes, own_sums, reduce_tree
 
 
 def values_of(virtual_rank: int) -> list[Tensor]:
@@ -44,19 +44,16 @@ def test_the_sum_is_that_of_the_tree_for_any_number_of_ranks(count: int, world_s
     sums = {}
     for rank in range(world_size):
         own = rank_slice(range(count), rank, world_size)
-        tree = TreeSum(count, own)
-        for virtual_rank in own:
-            tree.add(virtual_rank, values_of(virtual_rank))
-        assert list(tree.sums) == own_nodes(Node(0, count), own)
-        sums |= tree.sums
+        found = own_sums(count, own, values_of)
+        assert list(found) == own_nodes(Node(0, count), own)
+        sums |= found
     for i, expected in enumerate(by_hand(Node(0, count))):
-        assert torch.equal(_total(Node(0, count), {node: found[i] for node, found in sums.items()}), expected)
+        parts = {node: values[i] for node, values in sums.items()}
+        assert torch.equal(_total(Node(0, count), parts), expected)
 
 
 def test_one_rank_needs_no_exchange() -> None:
-    tree = TreeSum(4, range(4))
-    for virtual_rank in range(4):
-        tree.add(virtual_rank, values_of(virtual_rank))
-    found = reduce_tree(Group(0, 1, torch.device("cpu")), 4, tree.sums, values_of(0))
+    sums = own_sums(4, range(4), values_of)
+    found = reduce_tree(Group(0, 1, torch.device("cpu")), 4, sums, values_of(0))
     assert all(map(torch.equal, found, by_hand(Node(0, 4))))
     assert not torch.equal(found[0], sum(values_of(v)[0] for v in range(4)))  # another order, other bits

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from disttrain import counter_rng
+from disttrain.data.cached import Cached, DecodedSplit
 from disttrain.data.epoch_plan import virtual_ranks
 from disttrain.errors import TrainingError
 from disttrain.training import log_metrics
-from disttrain.training.microbatch import micro_batches
+from disttrain.training.microbatch import Inputs, augment_micro_batch, micro_batches
+from disttrain.training.normalize import Normalize
 from disttrain.training.phases import Phases
 from disttrain.training.rng import seed_all
 from disttrain.training.state import TrainState
 from disttrain.training.train import prefetch
 from disttrain.training.virtual_ranks import _STEP, reproducible_step, weight_digests
-from kit.training import batch_of, make_state, network, run
+from kit.training import MEAN, STD, batch_of, make_state, network, run
 
 pytestmark = pytest.mark.usefixtures("clean_process")
 
@@ -78,9 +82,53 @@ def test_a_parameter_that_takes_no_part_has_a_gradient_of_zero() -> None:
 def test_a_smaller_last_batch_has_fewer_virtual_ranks(samples: int, parts: int) -> None:
     state = state_of(samples=16 + samples)
     assert virtual_ranks(samples, state.config.train) == parts
-    found = list(micro_batches(state, 0, 1))
-    assert [len(range(40)[micro.window]) for micro in found if isinstance(micro.window, slice)] == [
-        len(part) for part in torch.arange(samples).tensor_split(parts)
+    (micro,) = micro_batches(state, 0, 1)
+    assert micro.window == slice(16, 16 + samples)
+    assert list(micro.parts) == [len(part) for part in torch.arange(samples).tensor_split(parts)]
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [{"crop_padding": 2, "flip": True, "cutout": 3}, {"mixup": 1.0}, {"cutmix": 1.0}, {"resized_crop": 0.3}],
+    ids=lambda augment: "-".join(augment),
+)
+@pytest.mark.parametrize("shape", [(6, 6), (5, 7)], ids=str)
+def test_inputs_do_not_depend_on_the_number_of_ranks(augment: dict[str, Any], shape: tuple[int, int]) -> None:
+    def inputs(rank: int, world_size: int) -> list[Inputs]:
+        state = state_of(samples=96, batch_size=48, augment=augment, virtual_ranks=8)
+        height, width = shape
+        images = np.random.default_rng(1).integers(0, 256, (96, height, width, 1), np.uint8)
+        state.train_data = Cached(DecodedSplit(images, np.arange(96)), torch.device("cpu"), "host")
+        state.augment.normalize = Normalize((MEAN,), (STD,), width, channels_last=True)
+        state.image_size = shape
+        state.rank, state.world_size = rank, world_size
+        order = state.plan.order(0)
+        state.augment.start_epoch(0, order, *shape)
+        with closing(prefetch(state, 0, range(1), order)) as batches:
+            return [one for micro, batch in batches for one in augment_micro_batch(state, micro, batch)]
+
+    alone = inputs(0, 1)
+    assert [len(each.ids) for each in alone] == [6] * 8
+    for world_size in (3, 8):
+        found = [each for rank in range(world_size) for each in inputs(rank, world_size)]
+        for one, other in zip(found, alone, strict=True):
+            assert torch.equal(one.images, other.images)
+            assert one.images.stride() == other.images.stride()
+            assert torch.equal(one.labels, other.labels)
+            assert one.ids.tolist() == other.ids.tolist() == one.labels.tolist()
+            assert one.images.data_ptr() % 64 == 0, "a sum may depend on the alignment"
+            if other.partners is not None:
+                assert one.partners is not None
+                assert torch.equal(one.partners, other.partners)
+
+
+def test_large_images_are_loaded_for_fewer_virtual_ranks_at_a_time() -> None:
+    state = state_of()
+    state.image_size = (1024, 512)  # 4 samples have 2 Mi pixels, half of what is loaded at once
+    found = list(micro_batches(state, 0, 0))
+    assert [(micro.window, micro.parts) for micro in found] == [
+        (slice(0, 8), (4, 4)),
+        (slice(8, 16), (4, 4)),
     ]
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,12 @@ def skip_the_tree() -> None:
     """Each rank adds up its own virtual ranks, then the ranks' sums are added."""
     tree_sum.own_nodes = lambda node, own: [tree_sum.Node(own.start, own.stop)] if own else []
 
-    def add(self: tree_sum.TreeSum, virtual_rank: int, values: list[Tensor]) -> None:
-        whole = tree_sum.Node(self._own.start, self._own.stop)
-        if whole in self.sums:
-            tree_sum.add_all(self.sums[whole], values)
-        else:
-            self.sums[whole] = values
+    def add_up(node: tree_sum.Node, values_of: Callable[[int], list[Tensor]]) -> list[Tensor]:
+        sums, *others = (values_of(virtual_rank) for virtual_rank in range(node.begin, node.end))
+        for values in others:
+            for each, value in zip(sums, values, strict=True):
+                each.add_(value)
+        return sums
 
     def total(root: tree_sum.Node, sums: dict[tree_sum.Node, Tensor]) -> Tensor:
         first, *others = sums.values()
@@ -99,7 +100,7 @@ def skip_the_tree() -> None:
             first.add_(other)
         return first
 
-    tree_sum.TreeSum.add, tree_sum._total = add, total
+    tree_sum._add_up, tree_sum._total = add_up, total
 
 
 def skip_the_statistics() -> None:
