@@ -143,7 +143,7 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     torch.backends.cudnn.benchmark = not config.train.reproducible
     torch.use_deterministic_algorithms(config.train.reproducible)
     # Filling all new memory with NaN takes 3 % of a small network's step; our code reads none of it.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores_of_a_rank()))
     expected = int(os.environ.get("WORLD_SIZE", "1"))

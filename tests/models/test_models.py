@@ -451,7 +451,7 @@ def test_every_network_of_the_catalog_has_a_config() -> None:
 
 
 SHAPES = {
-    "digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 176, 176),
+    "digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 224, 224),
     "imagenette": (3, 128, 128),
 }  # fmt: skip
 
