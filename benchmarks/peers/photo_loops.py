@@ -68,6 +68,7 @@ def ours(root: Path, threads: int) -> Iterator[int]:
     from disttrain.config import AugmentConfig
     from disttrain.data.epoch_plan import Plan
     from disttrain.data.streamed import Streamed
+    from disttrain.host_memory import keep_freed_memory
     from disttrain.shards.crops import RandomCrops
     from disttrain.shards.index import load_index
     from disttrain.training.augment import Augment
@@ -76,6 +77,7 @@ def ours(root: Path, threads: int) -> Iterator[int]:
     index = load_index("photos", str(root)).cropped(SIDE, 0.875)
     plan = Plan(0, tuple(shard.samples for shard in index.splits["train"].shards), BATCH_SIZE)
     windows = [slice(part.start, part.stop) for part in map(plan.batch, range(plan.steps_per_epoch))]
+    keep_freed_memory()  # as a run does
     # One thread loads in the thread of the training loop, like a DataLoader without workers.
     workers = threads if threads > 1 else 0
     cpu = torch.device("cpu")

@@ -24,6 +24,7 @@ from disttrain.training.normalize import Normalize
 _ROWS, _COLUMNS, _FLIP, _CUT_ROWS, _CUT_COLUMNS, _MIX = range(2, 8)  # streams of random numbers
 _CROP_AREA, _CROP_ASPECT, _CROP_ROW, _CROP_COLUMN = range(8, 12)
 _MAX_ASPECT = 4 / 3  # of a resized crop; the smallest aspect ratio is the inverse
+_LARGE = 64 * 64  # pixels; on a CPU, such images are copied whole
 _FINE = 2**24  # number of values that a random number in 0..1 can have
 
 
@@ -178,6 +179,9 @@ class Augment:
 
     def _crop_and_flip(self, images: Tensor, places: slice | Tensor) -> Tensor:
         batch, height, width, channels = images.shape
+        if _ROWS not in self._draws and height * width >= _LARGE and images.device.type == "cpu":
+            flipped = self._draws[_FLIP][places].nonzero().view(-1)
+            return images.index_copy(0, flipped, images.index_select(0, flipped).flip(2))
         rows = torch.arange(height, device=self._device)
         columns = torch.arange(width, device=self._device)
         if _ROWS in self._draws:

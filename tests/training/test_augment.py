@@ -81,6 +81,19 @@ def test_without_augmentation_training_images_are_plain() -> None:
 # --- Crop and flip ----------------------------------------------------------------------------------
 
 
+def test_large_images_are_flipped_where_small_ones_are() -> None:
+    large, small = random_images(40, 70, 64, 3), random_images(40, channels=3)
+    flipped = []
+    for images in (large, small):
+        plain, found = train(images), train(images, flip=True)
+        sides = [torch.equal(one, other.flip(2)) for one, other in zip(found, plain, strict=True)]
+        same = [torch.equal(one, other) for one, other in zip(found, plain, strict=True)]
+        assert [not side for side in sides] == same
+        flipped.append(sides)
+    assert flipped[0] == flipped[1]
+    assert 5 < sum(flipped[0]) < 35
+
+
 def references(image: np.ndarray, padding: int, flip: bool) -> dict[bytes, tuple[int, int, bool]]:
     """Returns every crop and flip of one image [H, W, C], with its choice."""
     height, width, _ = image.shape
