@@ -149,7 +149,10 @@ def verify(name: str, root: str | None) -> None:
 @data.command("index")
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option(
-    "--train", multiple=True, metavar="PATTERN", help="Tars of the train split (default: train*.tar)."
+    "--train",
+    multiple=True,
+    metavar="PATTERN",
+    help="Tars of the train split, such as 'a-{000..146}.tar' (default: train*.tar).",
 )
 @click.option(
     "--val", multiple=True, metavar="PATTERN", help="Tars of the val split (default: val*.tar or test*.tar)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ from disttrain.shards.remarks import lines, pillow_warnings
 from disttrain.shards.tar import Contents, scan
 from disttrain.shards.verify import double_keys, examine
 
+_MOST_NAMES = 100_000  # of a pattern with braces
 _PATTERNS = {
     "train": ("train*.tar", "*train*.tar"),
     "val": ("val*.tar", "*val*.tar", "test*.tar", "*test*.tar"),
@@ -222,9 +224,7 @@ def _find(folder: Path, patterns: dict[str, Sequence[str]]) -> dict[str, list[Pa
     files: dict[str, list[Path]] = {}
     for split, given in patterns.items():
         for pattern in given or _PATTERNS[split]:
-            if given and (Path(pattern).is_absolute() or ".." in Path(pattern).parts):
-                raise UnsafeError(f"--{split} {pattern}: leaves the folder; move the tars into it")
-            found = sorted(folder.glob(pattern))
+            found = _matching(folder, split, pattern)
             files.setdefault(split, []).extend(path for path in found if path not in files[split])
             if found and not given:
                 break
@@ -237,6 +237,27 @@ def _find(folder: Path, patterns: dict[str, Sequence[str]]) -> dict[str, list[Pa
     if both := set(files["train"]) & set(files["val"]):
         raise UsageError(f"{min(both)}: belongs to both train and val; give --train and --val PATTERN")
     return files
+
+
+def _matching(folder: Path, split: str, pattern: str) -> list[Path]:
+    """Returns the files that match a pattern such as `train-*.tar` or `train-{000..146}.tar`, sorted."""
+    from braceexpand import braceexpand
+
+    try:
+        names = list(itertools.islice(braceexpand(pattern), _MOST_NAMES + 1))
+    except ValueError as error:
+        raise UsageError(f"--{split} {pattern}: {str(error).lower()}; close them") from None
+    if len(names) > _MOST_NAMES:
+        raise UsageError(f"--{split} {pattern}: names more than {_MOST_NAMES:,} tars; use * instead")
+    found = set[Path]()
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UnsafeError(f"--{split} {pattern}: leaves the folder; move the tars into it")
+        paths = set(folder.glob(name))
+        if not paths and len(names) > 1:
+            raise DataError(f"{folder}: {name} is missing, which --{split} {pattern} names; get it")
+        found |= paths
+    return sorted(found)
 
 
 def _read_tars(folder: Path, paths: dict[str, list[Path]], place: LabelPlace) -> _Tars:

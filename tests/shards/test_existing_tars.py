@@ -110,6 +110,22 @@ def test_patterns_name_the_splits(tmp_path):
     assert len(load_index("set", str(tmp_path)).splits["train"].shards) == 3  # as it was
 
 
+def test_braces_name_several_tars(tmp_path):
+    for name in ("a-000", "a-001", "a-002", "val"):
+        write(tmp_path / "set" / f"{name}.tar", pixels(2, len(name)), [0, 1])
+    index = index_it(tmp_path / "set", train=["a-{000..002}.tar"], val=["val.tar"])
+    assert [shard.file for shard in index.splits["train"].shards] == ["a-000.tar", "a-001.tar", "a-002.tar"]
+    refused = {
+        "a-{000..003}.tar": (DataError, r"a-003\.tar is missing"),
+        "a-{000": (UsageError, "unbalanced braces"),
+        "{..,.}/a-000.tar": (UnsafeError, "leaves the folder"),
+        "a-{0..999999999}.tar": (UsageError, "more than 100,000 tars"),
+    }
+    for pattern, (kind, text) in refused.items():
+        with pytest.raises(kind, match=text):
+            index_it(tmp_path / "set", train=[pattern], val=["val.tar"], force=True)
+
+
 def test_keys_that_begin_again_in_every_shard_are_no_duplicates(tmp_path):
     names = {"train-0.tar": pixels(3, 0), "train-1.tar": pixels(3, 1), "val.tar": pixels(2, 2)}
     for name, images in names.items():
