@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -243,12 +244,13 @@ def _matching(folder: Path, split: str, pattern: str) -> list[Path]:
     """Returns the files that match a pattern such as `train-*.tar` or `train-{000..146}.tar`, sorted."""
     from braceexpand import braceexpand
 
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)", pattern)
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > _MOST_NAMES:
+        raise UsageError(f"--{split} {pattern}: names more than {_MOST_NAMES:,} tars; use * instead")
     try:
-        names = list(itertools.islice(braceexpand(pattern), _MOST_NAMES + 1))
+        names = list(braceexpand(pattern))
     except ValueError as error:
         raise UsageError(f"--{split} {pattern}: {str(error).lower()}; close them") from None
-    if len(names) > _MOST_NAMES:
-        raise UsageError(f"--{split} {pattern}: names more than {_MOST_NAMES:,} tars; use * instead")
     found = set[Path]()
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
