@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
+import numpy as np
+
 from disttrain.errors import DataError, UnsafeError, UsageError, reason
 from disttrain.files import write_atomically
 from disttrain.parallel import ordered_map, usable_cores
@@ -41,7 +43,7 @@ from disttrain.shards.photos import read_header
 from disttrain.shards.reader import OpenShard
 from disttrain.shards.remarks import lines, pillow_warnings
 from disttrain.shards.tar import Contents, scan
-from disttrain.shards.verify import double_keys, examine
+from disttrain.shards.verify import Findings, double_keys, examine
 
 _MOST_NAMES = 100_000  # of a pattern with braces
 _PATTERNS = {
@@ -108,12 +110,31 @@ def index_folder(
     check_no_class_lost(folder, labelled, counts["train"].tolist(), index.classes)
     if not counts["train"].any():
         raise DataError(f"{folder}: no sample of the train split can be used")
-    mean, std = findings.mean_std()
-    for split, found in index.splits.items():
-        sizes = sizes_of(*findings.all_sizes(split).T) if content.version == 2 else None
-        content.splits[split] = replace(found, class_counts=tuple(counts[split].tolist()), sizes=sizes)
-    write_atomically(target, index_bytes(content.model_copy(update={"mean": mean, "std": std})))
+    write_atomically(target, index_bytes(_with_statistics(content, findings)))
     return load_index(folder.name, str(folder.parent))
+
+
+def _with_statistics(content: IndexFile, findings: Findings) -> IndexFile:
+    """Returns the index with what is known after all samples were decoded."""
+    sizes = {split: findings.all_sizes(split) for split in content.splits}
+    known = {
+        (height, width) for found in sizes.values() for height, width in np.unique(found, axis=0).tolist()
+    }
+    height, width = one_size(known)
+    splits = {
+        split: replace(
+            found,
+            class_counts=tuple(findings.class_counts[split].tolist()),
+            sizes=None if height or not len(sizes[split]) else sizes_of(*sizes[split].T),
+        )
+        for split, found in content.splits.items()
+    }
+    if empty := next((split for split, found in splits.items() if not height and found.sizes is None), None):
+        raise DataError(f"no sample of the {empty} split can be used")
+    mean, std = findings.mean_std()
+    version = 1 if height else 2
+    update = {"version": version, "stored_height": height, "stored_width": width, "mean": mean, "std": std}
+    return content.model_copy(update=update | {"splits": splits})
 
 
 class _Tar(NamedTuple):

@@ -93,29 +93,30 @@ class Augment:
             flips = ((first >> np.uint64(63)).astype(np.int64) + epoch) % 2
             self._draws[_FLIP] = torch.from_numpy(flips).to(self._device)
 
-    def train(self, images: Tensor, places: slice | Tensor) -> Tensor:
+    def train(self, images: Tensor, places: slice | Ids) -> Tensor:
         """Crops, resizes, flips, changes pixels, normalizes and cuts out holes. Does not wait for the device.
 
         Args:
             images: uint8 [B, H, W, C].
-            places: positions of these images in the epoch: a slice, or int64 [B] on the host.
+            places: positions of these images in the epoch: a slice, or int64 [B].
 
         Returns:
             float32 [B, C, H, W].
         """
+        known = np.arange(places.start, places.stop) if isinstance(places, slice) else places
+        there: slice | Tensor
         if isinstance(places, slice):
-            known = np.arange(places.start, places.stop)
+            there = places
         else:
-            known = places.numpy()
-            places = places.to(self._device, non_blocking=True)
+            there = torch.from_numpy(places).to(self._device, non_blocking=True)
         if self._crops is not None and not self._policy.changes_pixels:
-            result = self._resize_crops(self.normalize(images), places)
+            result = self._resize_crops(self.normalize(images), there)
         else:
             if self._crops is not None:
-                crops = self._resize_crops(images.permute(0, 3, 1, 2).float(), places)
+                crops = self._resize_crops(images.permute(0, 3, 1, 2).float(), there)
                 images = crops.round_().byte().permute(0, 2, 3, 1)
             elif _ROWS in self._draws or _FLIP in self._draws:
-                images = self._crop_and_flip(images, places)
+                images = self._crop_and_flip(images, there)
             if self._policy.changes_pixels:
                 images = self._policy.change(images, self._epoch, known)
             result = self.normalize(images)
@@ -123,7 +124,7 @@ class Augment:
             result = self._policy.erase(result, self._epoch, known)
         if _CUT_ROWS in self._draws:
             half = self._config.cutout / 2
-            row, column = self._draws[_CUT_ROWS][places], self._draws[_CUT_COLUMNS][places]
+            row, column = self._draws[_CUT_ROWS][there], self._draws[_CUT_COLUMNS][there]
             result = blank(result, row - half, row + half, column - half, column + half)
         return result
 

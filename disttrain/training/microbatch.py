@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from disttrain.data.batches import Batch, Window, training_crops
@@ -131,12 +130,9 @@ def next_inputs(
 def augment_micro_batch(state: TrainState, micro: MicroBatch, batch: Batch) -> list[Inputs]:
     """Returns the inputs of each pass of a micro-batch."""
     window, count, mix, labels = micro.window, micro.samples, micro.mix, batch.labels
-    if not isinstance(window, slice):
-        images = state.augment.train(batch.images, torch.from_numpy(window))
-    else:
-        images = state.augment.train(batch.images, window)
-        if not micro.parts:
-            return [Inputs(micro, images, labels, None, batch.ids)]
+    images = state.augment.train(batch.images, window)
+    if isinstance(window, slice) and not micro.parts:
+        return [Inputs(micro, images, labels, None, batch.ids)]
     passes = []
     begin = 0
     for size in micro.parts or (count,):

@@ -57,7 +57,7 @@ def test_skip_trains_on_all_other_samples_and_counts_the_rest(tmp_path: Path, tr
         train_1=tar_of(*good("y", 3), *bad, *good("z", 3)),  # ids 3 to 10, of which 6 and 7 are bad
         train_2=tar_of(*good("w", 3)),  # ids 11 to 13
         train_3=tar_of(*good("u", 4)),  # ids 14 to 17
-        val_0=tar_of(*good("v", 4), *BAD["mixed shapes, PNG"][0], *good("t", 2)),
+        val_0=tar_of(*good("v", 4), *BAD["empty image"][0], *good("t", 2)),
     )
     (folder / "train-2.tar").unlink()
     usable = {*range(18)} - {6, 7, 11, 12, 13}

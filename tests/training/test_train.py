@@ -233,7 +233,9 @@ class Careless(Cached):
         super().__init__(split(40, 1), torch.device("cpu"), "host")
         self.how = how
 
-    def batches(self, order: Ids, windows: Iterable[Window]) -> Generator[Batch, None, None]:
+    def batches(
+        self, order: Ids, windows: Iterable[Window], crops: object = None
+    ) -> Generator[Batch, None, None]:
         for number, batch in enumerate(super().batches(order, windows)):
             ids = batch.ids.copy()
             if number == 1 and self.how == "repeats":
