@@ -112,10 +112,14 @@ def test_crops_are_written_in_order_whatever_the_company() -> None:
 
 @pytest.mark.parametrize("size", [(1, 900), (900, 1), (3, 3), (31, 200)])
 def test_small_and_narrow_images_are_enlarged(size: tuple[int, int]) -> None:
-    image = photo(13, *size)
+    image, sizes, positions = photo(13, *size), np.array([size] * 20), np.arange(20)
     out = np.empty((20, SIDE, SIDE, 3), np.uint8)
-    decode_crops([image] * 20, np.arange(20), RandomCrops(0, 0, 0.08), out)
-    decode_crop(image, CenterCrops(0.875), SIDE, 3)
+    decode_crops([image] * 20, positions, RandomCrops(0, 0, 0.08), out)
+    for found, box in zip(out, RandomCrops(0, 0, 0.08)(positions, sizes), strict=True):
+        assert np.abs(found.astype(int) - by_pillow(image, box.tolist())).max() <= 2, box
+    (box,) = CenterCrops(0.875)(positions[:1], sizes[:1])
+    center = decode_crop(image, CenterCrops(0.875), SIDE, 3).astype(int)
+    assert np.abs(center - by_pillow(image, box.tolist())).max() <= 2
 
 
 def flipped_bit(image: bytes, share: float) -> bytes:
