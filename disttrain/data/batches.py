@@ -67,15 +67,18 @@ def gather_rows(source: Tensor, places: Tensor, *, pinned: bool) -> Tensor:
     return torch.index_select(source, 0, places, out=rows)
 
 
-def training_crops(config: Config, epoch: int) -> Crops | None:
-    """Returns the crops of the training images in an epoch, counted from 0; None means those of evaluation.
+def training_crops(image_size: int | None, resized_crop: float | None, seed: int, epoch: int) -> Crops | None:
+    """Returns the crops of the training images in an epoch; None means those of an evaluation.
 
-    Without `data.image_size`, the images are not cropped while they are decoded, so there are none.
+    Args:
+        image_size: `data.image_size`. If it is None, images are not cropped while they are decoded.
+        resized_crop: `augment.resized_crop`.
+        seed: of the run.
+        epoch: from 0.
     """
-    least_area = config.augment.resized_crop
-    if config.data.image_size is None or least_area is None:
+    if image_size is None or resized_crop is None:
         return None
-    return RandomCrops(config.seed, epoch, least_area)
+    return RandomCrops(seed, epoch, resized_crop)
 
 
 def on_device(config: Config) -> AugmentConfig:

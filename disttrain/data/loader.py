@@ -12,13 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from disttrain.data.batches import Batch, Loader, choose_cache, streaming_reason
+from disttrain.data.batches import Batch, Loader, choose_cache, streaming_reason, training_crops
 from disttrain.data.cached import Cached, open_split
 from disttrain.data.epoch_plan import Ids, Plan, rank_slice
 from disttrain.data.stages import Pipeline, open_stream
 from disttrain.errors import DataError, UsageError
 from disttrain.parallel import usable_cores
-from disttrain.shards.crops import RandomCrops
 from disttrain.shards.index import load_index
 
 
@@ -141,8 +140,8 @@ class OpenData:
         shares = [rank_slice(batch, self._rank, self._world_size) for batch in places]
         windows = (slice(own.start, own.stop) for own in shares if own)
         crops = None
-        if self.split == "train" and self.image_size is not None and self.resized_crop is not None:
-            crops = RandomCrops(self.seed, number, self.resized_crop)
+        if self.split == "train":
+            crops = training_crops(self.image_size, self.resized_crop, self.seed, number)
         with contextlib.closing(self._loader.batches(order, windows, crops)) as batches:
             for batch in batches:
                 yield batch.to(self._device)

@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from disttrain import counter_rng
 
-_AREA, _ASPECT, _ROW, _COLUMN = range(8, 12)  # streams of random numbers; see also training/augment.py
+AREA, ASPECT, ROW, COLUMN = range(8, 12)
+"""Streams of random numbers, for crops here and on the device."""
+MAX_ASPECT = 4 / 3
+"""Largest aspect ratio of a random crop; the smallest is the inverse."""
+
 _ATTEMPTS = 10
-_MAX_ASPECT = 4 / 3  # of a random crop; the smallest aspect ratio is the inverse
 
 Integers = npt.NDArray[np.int64]
-_Counters = npt.NDArray[np.uint64]
 
 
 class Crops(Protocol):
@@ -72,11 +74,10 @@ class RandomCrops:
 
     def __call__(self, positions: Integers, sizes: Integers) -> Integers:
         """Returns the crops; see `Crops`."""
-        attempts = np.arange(_ATTEMPTS, dtype=np.uint64)
-        counters: _Counters = positions.astype(np.uint64)[:, None] * np.uint64(_ATTEMPTS) + attempts
+        counters = positions[:, None] * _ATTEMPTS + np.arange(_ATTEMPTS)
         height, width = sizes[:, :1], sizes[:, 1:]
-        area = height * width * (self.least_area + (1 - self.least_area) * self._draws(_AREA, counters))
-        ratio = np.exp((2 * self._draws(_ASPECT, counters) - 1) * math.log(_MAX_ASPECT))
+        area = height * width * (self.least_area + (1 - self.least_area) * self._draws(AREA, counters))
+        ratio = np.exp((2 * self._draws(ASPECT, counters) - 1) * math.log(MAX_ASPECT))
         heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
         widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
@@ -84,16 +85,14 @@ class RandomCrops:
         chosen = np.stack([heights[rows, first], widths[rows, first]], 1)
         chosen[~fits.any(1)] = _largest(sizes)[~fits.any(1)]
         free = sizes - chosen + 1
-        draws = np.stack([self._draws(stream, counters[:, 0]) for stream in (_ROW, _COLUMN)], 1)
+        draws = np.stack([self._draws(stream, counters[:, 0]) for stream in (ROW, COLUMN)], 1)
         corner = (draws * free).astype(np.int64)
         corner[~fits.any(1)] = ((sizes - chosen) // 2)[~fits.any(1)]
         return np.concatenate([corner, chosen], 1)
 
-    def _draws(self, stream: int, counters: _Counters) -> npt.NDArray[np.float64]:
-        """Returns random numbers in [0, 1), in the shape of the counters."""
-        key = counter_rng.derive(self.seed, stream, self.epoch)
-        bits = counter_rng.bits_at(key, counters) >> np.uint64(11)
-        return bits.astype(np.float64) * 2.0**-53
+    def _draws(self, stream: int, counters: Integers) -> npt.NDArray[np.float64]:
+        """Returns random numbers in (0, 1), in the shape of the counters."""
+        return counter_rng.uniform_at(counter_rng.derive(self.seed, stream, self.epoch), counters)
 
 
 def _largest(sizes: Integers) -> Integers:
@@ -101,8 +100,8 @@ def _largest(sizes: Integers) -> Integers:
     height, width = sizes.T
     return np.stack(
         [
-            np.minimum(height, np.maximum(1, np.rint(width * _MAX_ASPECT))),
-            np.minimum(width, np.maximum(1, np.rint(height * _MAX_ASPECT))),
+            np.minimum(height, np.maximum(1, np.rint(width * MAX_ASPECT))),
+            np.minimum(width, np.maximum(1, np.rint(height * MAX_ASPECT))),
         ],
         1,
     ).astype(np.int64)

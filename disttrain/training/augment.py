@@ -17,13 +17,12 @@ from torch import Tensor
 from disttrain import counter_rng
 from disttrain.config import AugmentConfig
 from disttrain.data.epoch_plan import Ids
+from disttrain.shards.crops import AREA, ASPECT, COLUMN, MAX_ASPECT, ROW
 from disttrain.training.auto_augment import Policy
 from disttrain.training.image_ops import blank
 from disttrain.training.normalize import Normalize
 
 _ROWS, _COLUMNS, _FLIP, _CUT_ROWS, _CUT_COLUMNS, _MIX = range(2, 8)  # streams of random numbers
-_CROP_AREA, _CROP_ASPECT, _CROP_ROW, _CROP_COLUMN = range(8, 12)
-_MAX_ASPECT = 4 / 3  # of a resized crop; the smallest aspect ratio is the inverse
 _LARGE = 64 * 64  # pixels; on a CPU, such images are copied whole
 _FINE = 2**24  # number of values that a random number in 0..1 can have
 
@@ -155,12 +154,12 @@ class Augment:
         """
         area, aspect, row, column = (
             counter_rng.integers(counter_rng.derive(self._seed, stream, epoch), count, _FINE) / _FINE
-            for stream in (_CROP_AREA, _CROP_ASPECT, _CROP_ROW, _CROP_COLUMN)
+            for stream in (AREA, ASPECT, ROW, COLUMN)
         )
         least = self._config.resized_crop
         assert least is not None
         pixels = (least + (1 - least) * area) * height * width
-        ratio = np.exp((2 * aspect - 1) * np.log(_MAX_ASPECT))
+        ratio = np.exp((2 * aspect - 1) * np.log(MAX_ASPECT))
         half = np.stack([np.sqrt(pixels * ratio) / width, np.sqrt(pixels / ratio) / height], 1).clip(max=1)
         centre = (1 - half) * (2 * np.stack([column, row], 1) - 1)
         return np.stack([centre, half], 1).astype(np.float32)

@@ -84,7 +84,9 @@ def prefetch(
 ) -> Generator[tuple[MicroBatch, Batch], None, None]:
     """Yields this rank's micro-batches of the given steps with their samples, which are loaded ahead."""
     micros, ahead = itertools.tee(micro for index in steps for micro in micro_batches(state, epoch, index))
-    windows, crops = (micro.window for micro in ahead), training_crops(state.config, epoch)
+    config = state.config
+    crops = training_crops(config.data.image_size, config.augment.resized_crop, config.seed, epoch)
+    windows = (micro.window for micro in ahead)
     with contextlib.closing(state.train_data.batches(order, windows, crops)) as batches:
         yield from zip(micros, batches, strict=True)
 
