@@ -180,8 +180,10 @@ class Augment:
     def _crop_and_flip(self, images: Tensor, places: slice | Tensor) -> Tensor:
         batch, height, width, channels = images.shape
         if _ROWS not in self._draws and height * width >= _LARGE and images.device.type == "cpu":
-            flipped = self._draws[_FLIP][places].nonzero().view(-1)
-            return images.index_copy(0, flipped, images.index_select(0, flipped).flip(2))
+            flipped = images.clone()
+            for place in self._draws[_FLIP][places].nonzero().view(-1).tolist():
+                flipped[place] = images[place].flip(1)
+            return flipped
         rows = torch.arange(height, device=self._device)
         columns = torch.arange(width, device=self._device)
         if _ROWS in self._draws:
