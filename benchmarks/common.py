@@ -213,7 +213,7 @@ def write_mnist(data: Path, folder: Path) -> None:
     """Writes the packed MNIST as the original files, where torchvision.datasets.MNIST(folder) finds them."""
     import numpy as np
 
-    from disttrain.data.cached import open_split
+    from disttrain.data.decoded_copy import open_split
     from disttrain.shards.index import load_index
 
     index = load_index("mnist", str(data))

@@ -38,7 +38,7 @@ from common import (
 def write_npz(data: Path, path: Path) -> None:
     import numpy as np
 
-    from disttrain.data.cached import open_split
+    from disttrain.data.decoded_copy import open_split
     from disttrain.shards.index import load_index
 
     split = open_split(load_index("mnist", str(data)), "train", np.empty(0, np.int64), lambda text: None)

@@ -17,7 +17,8 @@ import torch
 from common import BATCH_SIZE, MEAN, STD, parser, report, set_threads
 
 from disttrain.config import AugmentConfig
-from disttrain.data.cached import Cached, open_split
+from disttrain.data.cached import Cached
+from disttrain.data.decoded_copy import open_split
 from disttrain.data.epoch_plan import Plan
 from disttrain.data.streamed import Streamed
 from disttrain.shards.images import use_torchvision

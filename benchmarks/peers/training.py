@@ -33,7 +33,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def images_and_labels(data: Path, split: str = "train") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the images of a split, uint8 [N, H, W, C], labels, int64 [N], and mean and std, each [C]."""
-    from disttrain.data.cached import open_split
+    from disttrain.data.decoded_copy import open_split
     from disttrain.shards.index import load_index
 
     index = load_index(data.name, str(data.parent))

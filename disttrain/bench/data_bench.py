@@ -18,7 +18,8 @@ import torch
 
 from disttrain.config import AugmentConfig
 from disttrain.data.batches import Batch
-from disttrain.data.cached import Cached, DecodedSplit
+from disttrain.data.cached import Cached
+from disttrain.data.decoded_copy import DecodedSplit
 from disttrain.data.epoch_plan import Plan
 from disttrain.data.streamed import Streamed
 from disttrain.errors import UsageError

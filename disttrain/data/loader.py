@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from disttrain.data.batches import Batch, Loader, choose_cache, streaming_reason, training_crops
-from disttrain.data.cached import Cached, open_split
+from disttrain.data.cached import Cached
+from disttrain.data.decoded_copy import open_split
 from disttrain.data.epoch_plan import Ids, Plan, rank_slice
 from disttrain.data.stages import Pipeline, open_stream
 from disttrain.errors import DataError, UsageError

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.config import Config, TrainConfig
 from disttrain.data.batches import Loader, choose_cache, on_device, streaming_reason
-from disttrain.data.cached import Cached, open_split
+from disttrain.data.cached import Cached
+from disttrain.data.decoded_copy import open_split
 from disttrain.data.epoch_plan import Ids, Plan, make_plan, usable_ids
 from disttrain.data.stages import open_stream
 from disttrain.data.statistics import statistics

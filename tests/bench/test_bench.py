@@ -14,7 +14,8 @@ from rich.console import Console
 
 from disttrain.bench.bench import summary, tables
 from disttrain.bench.step_bench import Replay
-from disttrain.data.cached import Cached, DecodedSplit
+from disttrain.data.cached import Cached
+from disttrain.data.decoded_copy import DecodedSplit
 from kit.commands import Run
 from kit.marks import nightly
 

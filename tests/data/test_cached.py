@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from disttrain.data import batches, cached
+from disttrain.data import batches, decoded_copy
 from disttrain.data.batches import choose_cache
-from disttrain.data.cached import Cached, DecodedSplit, open_split
+from disttrain.data.cached import Cached
+from disttrain.data.decoded_copy import DecodedSplit, open_split
 from disttrain.errors import DataError, StorageError
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import Index, load_index
@@ -85,7 +86,7 @@ def test_the_second_opening_does_not_decode(
     open_split(digits, "val", NONE, said.append)
     assert len(said) == 1
     assert "decoding digits/val" in said[0]
-    monkeypatch.setattr(cached, "decoded", None)
+    monkeypatch.setattr(decoded_copy, "decoded", None)
     assert_is_source(open_split(digits, "val", NONE, said.append), digits, "val")
     assert len(said) == 1
 
@@ -101,7 +102,7 @@ def test_processes_that_open_at_once_decode_once(cache: Path, digits_root: Path,
 import sys, time
 from pathlib import Path
 import numpy as np
-from disttrain.data import batches, cached
+from disttrain.data import batches, decoded_copy
 from disttrain.shards import reader
 from disttrain.shards.index import load_index
 root, ready, go = sys.argv[1:]
@@ -114,7 +115,7 @@ index = load_index("digits", root)
 Path(ready).touch()
 while not Path(go).exists():
     time.sleep(0.002)
-decoded = cached.open_split(index, "val", np.empty(0, np.int64), print)
+decoded = decoded_copy.open_split(index, "val", np.empty(0, np.int64), print)
 print(decoded.images.sum(), decoded.labels.sum())
 """
     go = tmp_path / "go"
@@ -173,7 +174,7 @@ def test_a_process_that_is_killed_while_it_decodes_holds_nobody_up(
 ) -> None:
     decodes_forever = (
         "import sys, time, numpy as np\n"
-        "from disttrain.data.cached import open_split\n"
+        "from disttrain.data.decoded_copy import open_split\n"
         "from disttrain.shards.index import load_index\n"
         "def say(text):\n"
         "    print(text, flush=True)\n"
@@ -255,7 +256,7 @@ def test_a_full_disk_is_told_before_decoding(
     cache: Path, digits: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(cached.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(decoded_copy.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match=r"needs \d+ MiB, .*DISTTRAIN_CACHE") as caught:
         open_split(digits, "val", NONE, lambda text: None)
     assert caught.value.exit_code == 74

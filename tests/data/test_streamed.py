@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from disttrain.data.batches import Window
-from disttrain.data.cached import Cached, open_split
+from disttrain.data.cached import Cached
+from disttrain.data.decoded_copy import open_split
 from disttrain.data.epoch_plan import Plan, rank_slice
 from disttrain.data.streamed import Streamed
 from disttrain.errors import DataError

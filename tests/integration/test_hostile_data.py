@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disttrain.data.cached import open_split
+from disttrain.data.decoded_copy import open_split
 from disttrain.data.streamed import Streamed
 from disttrain.errors import DataError, UnsafeError
 from disttrain.shards.verify import verify

@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from disttrain.data.cached import Cached, open_split
+from disttrain.data.cached import Cached
+from disttrain.data.decoded_copy import open_split
 from disttrain.data.epoch_plan import Ids, usable_ids
 from disttrain.data.streamed import Streamed
 from disttrain.errors import DataError, DisttrainError, UnsafeError

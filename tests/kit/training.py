@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from disttrain.config import Config
-from disttrain.data.cached import Cached, DecodedSplit
+from disttrain.data.cached import Cached
+from disttrain.data.decoded_copy import DecodedSplit
 from disttrain.data.epoch_plan import Plan
 from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.training.augment import Augment

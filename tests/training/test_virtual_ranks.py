@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from disttrain import counter_rng
-from disttrain.data.cached import Cached, DecodedSplit
+from disttrain.data.cached import Cached
+from disttrain.data.decoded_copy import DecodedSplit
 from disttrain.data.epoch_plan import virtual_ranks
 from disttrain.errors import TrainingError
 from disttrain.training import log_metrics
