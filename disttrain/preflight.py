@@ -16,7 +16,7 @@ from disttrain.config import Config, TrainConfig
 from disttrain.errors import DataError, StorageError, UsageError
 from disttrain.files import free_bytes
 from disttrain.runs.manifest import size, step_of
-from disttrain.shards.index import Index, data_root, load_index, server_root
+from disttrain.shards.index import Index, check_decoded_side, data_root, load_index, server_root
 
 _SHARED_BYTES = 2 * 9_637_888
 """Shared memory that NCCL uses per process of a node, in /dev/shm: one segment in each of at least two rings.
@@ -133,7 +133,9 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
 
         prepare(name, None, root, Options(say=say))
     index = load_index(name, root, strict=config.data.on_error == "stop")
-    index = index.cropped(config.data.image_size, config.eval.crop_pct)
+    data = config.data
+    check_decoded_side(data.decoded_side, data.image_size, config.augment.resized_crop)
+    index = index.cropped(data.image_size, config.eval.crop_pct, data.decoded_side)
     if "val" not in index.splits:
         raise DataError(f"{index.base or index.folder}: has no val split, which evaluation needs; add one")
     classes = len(index.classes)

@@ -57,6 +57,10 @@ class DataConfig(_Section):
     """Side in pixels of the square that each image is cropped and resized to while it is decoded, such as
     224. Training takes the random crop of augment.resized_crop, evaluation the center. null: the images as
     they are stored, which must have one size."""
+    decoded_side: PositiveInt | None = None
+    """With data.image_size and augment.resized_crop: training images whose shorter side is larger are reduced
+    to it before they are cropped, such as to 256. Then a node can keep decoded copies of them (data.cache).
+    null: crops come from the full image."""
     pipeline: Annotated[str, AfterValidator(_target)] | None = None
     """Your own `package.module:function` that returns the stages which read, decode and batch the shards
     (docs/data.md). null: the usual stages. With your own stages, nothing is cached."""

@@ -89,10 +89,13 @@ def on_device(config: Config) -> AugmentConfig:
 
 
 def streaming_reason(index: Index, pipeline: object) -> str | None:
-    """Returns why the shards must be read in every epoch, or None: user stages, or images to be cropped."""
+    """Returns why the shards must be read in every epoch, or None: user stages, or images to be cropped.
+
+    Images that are reduced to `data.decoded_side` first need not be.
+    """
     if pipeline is not None:
         return "the stages of data.pipeline run"
-    if index.image_size is not None:
+    if index.image_size is not None and index.decoded_side is None:
         return "images of any size (data.image_size) are decoded and cropped"
     return None
 
@@ -103,6 +106,7 @@ def choose_cache(
     device: torch.device,
     *,
     streamed: str | None = None,
+    reduced: bool = False,
 ) -> tuple[Literal["device", "host", "none"], str]:
     """Chooses where a rank's images are cached, and returns the choice and the reason.
 
@@ -113,14 +117,20 @@ def choose_cache(
         needed: bytes of the decoded splits.
         device: the device of the rank.
         streamed: why the shards must be read in every epoch, or None.
+        reduced: whether the images have several sizes, reduced to `data.decoded_side`.
 
     Raises:
-        UsageError: the config asks for a cache, but the shards must be read in every epoch.
+        UsageError: the config asks for a cache that is not possible.
     """
     if streamed:
         if cache not in ("auto", "none"):
             raise UsageError(f"data.cache = {cache}, but {streamed} in every epoch; set it to auto")
         return "none", f"{streamed} in every epoch"
+    if reduced and cache == "device":
+        raise UsageError(
+            "data.cache = device, but the CPU cuts the crops out of images of several sizes; set it to host "
+            "or auto"
+        )
     size = f"{mib(needed)} decoded"
     if cache == "none":
         return "none", "data.cache = none: read from the shards in every epoch"
@@ -130,11 +140,9 @@ def choose_cache(
             return "none", f"{size}, more than half of the {mib(memory)} of free memory"
         if needed > 0.8 * disk:
             return "none", f"{size}, more than 80 % of the {mib(disk)} free in {decoded_folder()}"
-    if device.type == "cpu":
-        return (
-            "host",
-            f"{size}; on a CPU: mapped from the decoded copy, shared by the ranks of the node",
-        )
+    if device.type == "cpu" or reduced:
+        where = "train images reduced to data.decoded_side" if reduced else "on a CPU"
+        return "host", f"{size}; {where}: mapped from the decoded copy, shared by the ranks of the node"
     if cache != "auto":
         return cache, f"data.cache = {cache}"
     free, _ = torch.cuda.mem_get_info(device)

@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 from disttrain.data.batches import Batch, Loader, choose_cache, streaming_reason, training_crops
 from disttrain.data.cached import Cached
-from disttrain.data.decoded_copy import open_split
+from disttrain.data.decoded_copy import open_reduced, open_split
 from disttrain.data.epoch_plan import Ids, Plan, rank_slice
 from disttrain.data.stages import Pipeline, open_stream
 from disttrain.errors import DataError, UsageError
 from disttrain.parallel import usable_cores
-from disttrain.shards.index import load_index
+from disttrain.shards.index import check_decoded_side, load_index
 
 
 @dataclass
@@ -43,6 +43,7 @@ class OpenData:
         image_size: side of the squares that images are cropped to, like `data.image_size`.
         resized_crop: random crops of the train split, like `augment.resized_crop`; needs `image_size`.
         crop_pct: the crop of the other splits, like `eval.crop_pct`.
+        decoded_side: reduces the train split first, like `data.decoded_side`; needs `resized_crop`.
         pipeline: a function that returns the stages which read, decode and batch. `data.pipeline` has its
             name.
         device: where the batches are used.
@@ -68,6 +69,7 @@ class OpenData:
     image_size: int | None = None
     resized_crop: float | None = None
     crop_pct: float = 0.875
+    decoded_side: int | None = None
     pipeline: Pipeline | None = None
     device: str | torch.device = "cpu"
     rank: int | None = None
@@ -86,7 +88,9 @@ class OpenData:
                 f"rank {rank} of {world_size} with batch_size = {self.batch_size}: the rank must be below "
                 "the world size, and batch_size at least the world size"
             )
-        self.index = load_index(self.name, self.root).cropped(self.image_size, self.crop_pct)
+        side = self.decoded_side if self.split == "train" else None
+        check_decoded_side(side, self.image_size, self.resized_crop)
+        self.index = load_index(self.name, self.root).cropped(self.image_size, self.crop_pct, side)
         if self.split not in self.index.splits:
             raise DataError(
                 f"{self.name}: has no split {self.split!r}; it has {', '.join(self.index.splits)}"
@@ -100,9 +104,12 @@ class OpenData:
 
     def _open(self) -> Loader:
         reason = streaming_reason(self.index, self.pipeline)
-        place, _ = choose_cache(self.cache, self.index.decoded_bytes, self._device, streamed=reason)
-        if place != "none":
-            none_skipped = np.empty(0, np.int64)
+        reduced = self.index.decoded_side is not None
+        place, _ = choose_cache(
+            self.cache, self.index.decoded_bytes, self._device, streamed=reason, reduced=reduced
+        )
+        none_skipped = np.empty(0, np.int64)
+        if place != "none" and not reduced:
             split = open_split(self.index, self.split, none_skipped, self.say)
             return Cached(split, self._device, place)
         return open_stream(
@@ -113,6 +120,7 @@ class OpenData:
             workers=min(8, usable_cores()),
             say=self.say,
             pipeline=self.pipeline,
+            copy=open_reduced(self.index, none_skipped, self.say) if place == "host" else None,
         )
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from disttrain.data.batches import Batch, Window
+from disttrain.data.decoded_copy import ReducedSplit
 from disttrain.data.epoch_plan import Ids
 from disttrain.data.streamed import Streamed, Wanted, chunk_slices
 from disttrain.errors import DisttrainError, UsageError, error_text
@@ -175,8 +176,9 @@ def open_stream(
     workers: int,
     say: Callable[[str], None] = lambda text: None,
     pipeline: Pipeline | str | None,
+    copy: ReducedSplit | None = None,
 ) -> Streamed | Staged:
-    """Returns a loader that reads a split from its shards.
+    """Returns a loader that reads a split from its shards, or from a decoded copy.
 
     Args:
         index: the data set.
@@ -186,11 +188,12 @@ def open_stream(
         workers: threads that read and decode.
         say: called with messages about downloads.
         pipeline: a function that returns the stages, its name (see `data.pipeline`), or None.
+        copy: takes the samples from here, without a pipeline.
 
     Raises:
         UsageError: there is no function with this name.
     """
-    stream = Streamed(index, split, device, batch_size=batch_size, workers=workers, say=say)
+    stream = Streamed(index, split, device, batch_size=batch_size, workers=workers, say=say, copy=copy)
     if pipeline is None:
         return stream
     if isinstance(pipeline, str):

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from disttrain.data.batches import Batch, Window, gather_rows
+from disttrain.data.decoded_copy import ReducedSplit
 from disttrain.data.epoch_plan import Ids
 from disttrain.parallel import ordered_map
 from disttrain.shards.crops import Crops
@@ -65,11 +66,12 @@ class Streamed:
         batch_size: samples in a usual window; two of them are decoded ahead.
         workers: threads that read and decode; with 0, the calling thread does it.
         say: called with messages about downloads.
+        copy: takes the samples from here instead of the shards.
 
     Attributes:
         index: the data set.
         shape: height, width and channels of an image.
-        reader: reads the samples.
+        reader: reads the samples from the shards.
         workers: number of threads.
         chunk: samples that one thread reads and decodes at a time.
         ahead: number of chunks that are decoded ahead.
@@ -84,10 +86,12 @@ class Streamed:
         batch_size: int,
         workers: int,
         say: Callable[[str], None],
+        copy: ReducedSplit | None = None,
     ) -> None:
         self.index = index
         self.shape = (index.height, index.width, index.channels)
         self.reader = Reader(index, split, say)
+        self._decode = self.reader.decode if copy is None else copy.decode
         self._pinned = device.type == "cuda"
         self.workers = workers
         self.chunk = CHUNK if index.image_size is None else _LARGE_CHUNK
@@ -129,7 +133,7 @@ class Streamed:
     def _fill(self, crops: Crops | None, work: tuple[Wanted, slice]) -> tuple[Wanted, slice]:
         due, part = work
         images, labels = due.images[part].numpy(), due.labels[part].numpy()
-        self.reader.decode(due.unique[part], images, labels, due.positions[part], crops)
+        self._decode(due.unique[part], images, labels, due.positions[part], crops)
         return work
 
 

@@ -40,12 +40,14 @@ def plan_lines(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str
         f"({mib(sum(shard.bytes for shard in split.shards), 1)})"
         for name, split in index.splits.items()
     )
-    if index.image_size is not None or config.data.cache == "none":
+    cropped = index.image_size is not None and index.decoded_side is None
+    if cropped or config.data.cache == "none":
         shuffled = f"shuffled among {data.shuffle_buffer:,} samples"
         shards_line = f"{data.streams} streams, {shuffled}, read and decoded in every epoch"
     else:
         decoded = f"{mib(index.decoded_bytes, 1)} in {decoded_folder()}"
-        shards_line = f"every node decodes all shards once: {decoded}"
+        which = "all shards" if index.decoded_side is None else "the train split"
+        shards_line = f"every node decodes {which} once: {decoded}"
         if config.data.cache == "auto":
             shards_line += ", or streams them if that does not fit"
     lines = [("command", shell_line(plan))]

@@ -46,6 +46,7 @@ class Index(IndexFile):
     has the shards' hashes. `base` is the URL of a data set on a server; `folder` is then empty.
     `image_size` is the side of the squares that the images are cropped to, or None to take them as they are;
     see `crops`. `crop_pct` is the share of the shorter side that the crop of an evaluation has.
+    `decoded_side` is the shorter side to which larger images are reduced before a random crop, or None.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Index(IndexFile):
     base: str | None = None
     image_size: int | None = None
     crop_pct: float = 0.875
+    decoded_side: int | None = None
 
     @property
     def height(self) -> int:
@@ -84,9 +86,10 @@ class Index(IndexFile):
         )
         return " to ".join(ends)
 
-    def cropped(self, image_size: int | None, crop_pct: float) -> Index:
+    def cropped(self, image_size: int | None, crop_pct: float, decoded_side: int | None = None) -> Index:
         """Returns the data set with images that are cropped to squares, unless `image_size` is None."""
-        return self.model_copy(update={"image_size": image_size, "crop_pct": crop_pct})
+        update = {"image_size": image_size, "crop_pct": crop_pct, "decoded_side": decoded_side}
+        return self.model_copy(update=update)
 
     def label_reader(self) -> LabelReader:
         """Returns what reads the labels of its shards."""
@@ -106,7 +109,12 @@ class Index(IndexFile):
 
     @property
     def decoded_bytes(self) -> int:
-        """Size of the decoded images and labels of all splits."""
+        """Size of the decoded images and labels that a node can keep.
+
+        With `decoded_side`, those of the train split, if all have an aspect ratio of 4:3.
+        """
+        if self.decoded_side is not None:
+            return self.splits["train"].samples * self.decoded_side**2 * 4 // 3 * self.channels
         samples = sum(split.samples for split in self.splits.values())
         return samples * (self.height * self.width * self.channels + 8)
 
@@ -116,6 +124,15 @@ class Index(IndexFile):
 
         counts = [shard.samples for shard in self.splits[split].shards]
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def check_decoded_side(decoded_side: int | None, image_size: int | None, resized_crop: float | None) -> None:
+    """Raises UsageError if `data.decoded_side` is set without the keys that it needs."""
+    if decoded_side is not None and (image_size is None or resized_crop is None):
+        raise UsageError(
+            f"data.decoded_side = {decoded_side} needs data.image_size and augment.resized_crop; set "
+            "them, for example data.image_size=224 augment.resized_crop=0.08"
+        )
 
 
 def data_root(root: str | None) -> Path:

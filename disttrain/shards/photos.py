@@ -72,7 +72,13 @@ def read_header(image: Encoded, most_pixels: int = MAX_PIXELS) -> Header:
     return Header(height, width, jpeg and orientation not in range(2, 9), picture.mode in GRAY_MODES)
 
 
-def decode_crops(images: Sequence[Encoded], positions: Integers, crops: Crops, out: Pixels) -> None:
+def decode_crops(
+    images: Sequence[Encoded],
+    positions: Integers,
+    crops: Crops,
+    out: Pixels,
+    decoded_side: int | None = None,
+) -> None:
     """Decodes image files of any size, and resizes a crop of each to `out`.
 
     Args:
@@ -80,22 +86,54 @@ def decode_crops(images: Sequence[Encoded], positions: Integers, crops: Crops, o
         positions: of the images in the order of the epoch, int64 [n].
         crops: chooses the crops.
         out: uint8 [n, side, side, channels]; partly written after an error.
+        decoded_side: shorter side in pixels to which larger images are reduced before they are cropped.
 
     Raises:
         ImageError: an image cannot be decoded.
     """
+    side, channels = out.shape[2:]
     headers: list[Header] = []
     place = 0
     try:
         for place in range(len(images)):  # also used after an error
             headers.append(read_header(images[place]))
-        sizes = np.array([header[:2] for header in headers], np.int64).reshape(-1, 2)
-        boxes = crops(positions, sizes).tolist()
+        sizes = np.array([_reduced_size(header, decoded_side) for header in headers], np.int64)
+        boxes = crops(positions, sizes.reshape(-1, 2)).tolist()
         for place, (image, header, box) in enumerate(zip(images, headers, boxes, strict=True)):
             at_image(place)
-            out[place] = resized(_decoded(image, header, box, out.shape[1], out.shape[3]), out.shape[1])
+            if decoded_side is None or min(header[:2]) <= decoded_side:
+                pixels = _decoded(image, header, box, side, channels)
+            else:
+                pixels = cut_out(decode_reduced(image, header, decoded_side, channels), box)
+            out[place] = resized(pixels, side, side)
     except ValueError as error:
         raise ImageError(place, str(error)) from error
+
+
+def decode_reduced(image: Encoded, header: Header, decoded_side: int, channels: int) -> Pixels:
+    """Decodes an image file, and returns it with a shorter side of at most `decoded_side` pixels.
+
+    Args:
+        image: a file in `IMAGE_FORMATS`.
+        header: what `read_header` returned for it.
+        decoded_side: shorter side to which a larger image is reduced, in pixels.
+        channels: 1 for gray, 3 for RGB.
+
+    Raises:
+        ValueError: the image cannot be decoded.
+    """
+    whole = (0, 0, header.height, header.width)
+    return resized(
+        _decoded(image, header, whole, decoded_side, channels), *_reduced_size(header, decoded_side)
+    )
+
+
+def _reduced_size(header: Header, decoded_side: int | None) -> tuple[int, int]:
+    """Returns height and width of an image, reduced to a shorter side of at most `decoded_side` pixels."""
+    shorter = min(header.height, header.width)
+    if decoded_side is None or shorter <= decoded_side:
+        return header.height, header.width
+    return round(header.height * decoded_side / shorter), round(header.width * decoded_side / shorter)
 
 
 def decode_crop(
@@ -116,13 +154,18 @@ def decode_crop(
     """
     header = read_header(image, most_pixels)
     box = _box(crops, header.height, header.width)
-    return resized(_decoded(image, header, box, side, channels, most_pixels), side)
+    return resized(_decoded(image, header, box, side, channels, most_pixels), side, side)
+
+
+def cut_out(pixels: Pixels, box: Sequence[int]) -> Pixels:
+    """Returns a crop of an image; `box` is its top, left, height and width in pixels."""
+    top, left, height, width = box
+    return pixels[top : top + height, left : left + width]
 
 
 def cropped(pixels: Pixels, crops: Crops, side: int) -> Pixels:
     """Returns the crop of a decoded image, uint8 [H, W, C], resized to uint8 [side, side, C]."""
-    top, left, height, width = _box(crops, *pixels.shape[:2])
-    return resized(pixels[top : top + height, left : left + width], side)
+    return resized(cut_out(pixels, _box(crops, *pixels.shape[:2])), side, side)
 
 
 def _box(crops: Crops, height: int, width: int) -> list[int]:
@@ -149,7 +192,7 @@ def _decoded(
             # The edges of the crop are rounded to whole pixels of the smaller image.
             top, left, bottom, right = ((edge + scale // 2) // scale for edge in (top, left, bottom, right))
             return pixels[top:bottom, left:right]
-    return decode_image(image, channels, most_pixels)[top : top + height, left : left + width]
+    return cut_out(decode_image(image, channels, most_pixels), box)
 
 
 def _by_simplejpeg(image: Encoded, header: Header, scale: int, channels: int) -> Pixels | None:
@@ -170,15 +213,15 @@ def _simplejpeg() -> Any:
     return simplejpeg
 
 
-def resized(pixels: Pixels, side: int) -> Pixels:
-    """Returns an image, uint8 [H, W, C], resized to uint8 [side, side, C] with a triangle filter."""
-    if pixels.shape[:2] == (side, side):
+def resized(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Returns an image, uint8 [H, W, C], resized to uint8 [height, width, C] with a triangle filter."""
+    if pixels.shape[:2] == (height, width):
         return pixels
     import torch
     import torch.nn.functional as F
 
     # Copied by NumPy, because torch takes several times as long for it.
     image = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)  # channels_last
-    result = F.interpolate(image, (side, side), mode="bilinear", antialias=True)
+    result = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
     resized_pixels: Pixels = result[0].permute(1, 2, 0).numpy()
     return resized_pixels

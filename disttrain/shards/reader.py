@@ -345,4 +345,4 @@ def decode_files(
     elif crops is None or positions is None:
         decode_crops(files, np.zeros(len(files), np.int64), CenterCrops(index.crop_pct), out)
     else:
-        decode_crops(files, positions, crops, out)
+        decode_crops(files, positions, crops, out, index.decoded_side)

@@ -12,7 +12,7 @@ from disttrain.errors import reason
 from disttrain.parallel import ordered_map
 from disttrain.shards.images import Pixels, decode_image, decode_into, pixel_sums
 from disttrain.shards.index import Index
-from disttrain.shards.photos import read_header
+from disttrain.shards.photos import decode_reduced, read_header
 from disttrain.shards.reader import Ids, OpenShard, open_shard
 from disttrain.shards.remarks import collected
 
@@ -71,6 +71,51 @@ def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[
         return Chunk(base + begin, images, labels, problems, remarks)
 
     yield from ordered_map(work, range(0, count, _CHUNK), threads)
+
+
+class Reduced(NamedTuple):
+    """Consecutive decoded samples of a shard with images of any size.
+
+    Attributes:
+        first: id of the first sample.
+        images: uint8 [H, W, C] of each sample, with a shorter side of at most `decoded_side`; None for bad
+            samples.
+        labels: int64 [n]; -1 for an invalid label.
+        problems: id -> key, and why the sample cannot be used.
+    """
+
+    first: int
+    images: list[Pixels | None]
+    labels: Ids
+    problems: dict[int, tuple[str, str]]
+
+
+def reduced(index: Index, split: str, number: int, *, threads: int) -> Iterator[Reduced]:
+    """Yields all samples of a shard, decoded and reduced to the data set's `decoded_side`, in order.
+
+    Raises:
+        DataError, UnsafeError: see `open_shard`.
+    """
+    shard = open_shard(index, split, number)
+    count = len(shard.contents.keys)
+    base = int(index.first_ids(split)[number])
+    side = index.decoded_side
+    assert side is not None
+
+    def work(begin: int) -> Reduced:
+        images: list[Pixels | None] = []
+        problems = {}
+        end = min(begin + _LARGE_CHUNK, count)
+        for position in range(begin, end):
+            try:
+                image = shard.read(position)
+                images.append(decode_reduced(image, read_header(image), side, index.channels))
+            except (ValueError, OSError) as error:
+                images.append(None)
+                problems[base + position] = (shard.contents.keys[position], reason(error))
+        return Reduced(base + begin, images, shard.contents.labels[begin:end], problems)
+
+    yield from ordered_map(work, range(0, count, _LARGE_CHUNK), threads)
 
 
 class Survey(NamedTuple):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from disttrain.config import Config, TrainConfig
 from disttrain.data.batches import Loader, choose_cache, on_device, streaming_reason
 from disttrain.data.cached import Cached
-from disttrain.data.decoded_copy import open_split
+from disttrain.data.decoded_copy import open_reduced, open_split
 from disttrain.data.epoch_plan import Ids, Plan, make_plan, usable_ids
 from disttrain.data.stages import open_stream
 from disttrain.data.statistics import statistics
@@ -155,25 +155,36 @@ def build_data(config: Config, index: Index, group: Group) -> Data:
     skipped = {split: skipped_samples(config, index, split, group, say) for split in ("train", "val")}
     plan = make_plan(config, index, skipped["train"])
     pipeline = config.data.pipeline
+    reduced = index.decoded_side is not None
     place, reason = choose_cache(
-        config.data.cache, index.decoded_bytes, group.device, streamed=streaming_reason(index, pipeline)
+        config.data.cache,
+        index.decoded_bytes,
+        group.device,
+        streamed=streaming_reason(index, pipeline),
+        reduced=reduced,
     )
     loaders: dict[str, Loader] = {}
-    if place != "none":
+    if place != "none" and not reduced:
         for split in skipped:
             loaders[split] = Cached(open_split(index, split, skipped[split], say), group.device, place)
     else:
         workers = min(8, cores_of_a_rank()) if config.data.workers is None else config.data.workers
         expect_images(index.splits["train"].samples * config.train.epochs // group.world_size)
         size = config.train.batch_size // group.world_size
-        for split in skipped:
-            streamed = open_stream(
-                index, split, group.device, batch_size=size, workers=workers, say=say, pipeline=pipeline
-            )
-            loaders[split] = streamed
+        copy = open_reduced(index, skipped["train"], say) if place == "host" else None
+        streamed = partial(
+            open_stream,
+            index,
+            device=group.device,
+            batch_size=size,
+            workers=workers,
+            say=say,
+            pipeline=pipeline,
+        )
+        loaders = {"train": (train := streamed("train", copy=copy)), "val": streamed("val")}
         reason += (
             f"; {config.data.streams} streams, {workers} decoding threads and at most "
-            f"{mib(streamed.most_bytes, 1)} of decoded samples per process"
+            f"{mib(train.most_bytes, 1)} of decoded samples per process"
         )
     wait_for_all("data")
     val_ids = usable_ids(index.splits["val"].samples, skipped["val"])
