@@ -21,6 +21,23 @@ def stop_signals() -> set[signal.Signals]:
     return stops if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else stops | {signal.SIGHUP}
 
 
+@contextlib.contextmanager
+def received_stops() -> Iterator[list[int]]:
+    """Yields the list of the signals received that ask to stop: the first means save, the second end."""
+    received: list[int] = []
+
+    def receive(number: int, _: object) -> None:
+        if number != signal.SIGHUP or not received:  # the shell and the kernel both send it
+            received.append(number)
+
+    previous = {number: signal.signal(number, receive) for number in stop_signals()}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def end_with_parent(parent: int | None = None) -> None:
     """Asks the kernel to kill this process when its parent ends.
 

@@ -27,7 +27,7 @@ from disttrain.launch.plan import LaunchPlan, child_environment, command
 from disttrain.launch.rendezvous import Channel, rendezvous
 from disttrain.launch.secret import Secret
 from disttrain.launch.supervisor import Outcome, Supervisor
-from disttrain.lifetime import adopting_orphans, end_with_parent, stop_signals
+from disttrain.lifetime import adopting_orphans, end_with_parent, received_stops
 from disttrain.runs.manifest import list_steps, step_of
 from disttrain.runs.resume import resume_again
 from disttrain.runs.runfolder import CLEAN, COMMAND, CONFIG, LOCKED_BY_LAUNCHER, RunFolder
@@ -54,16 +54,9 @@ def launch(
     After a failure, the run is restarted from the last checkpoint, at most `max_restarts` times. `facts` must
     be the same on all nodes, and so must the `secret`, which a run on one node does not need.
     """
-    signals: list[int] = []  # the first asks the ranks to stop, the second kills them
-
-    def receive(number: int, _: object) -> None:
-        if number != signal.SIGHUP or not signals:  # the shell and the kernel both send it
-            signals.append(number)
-
-    previous = {number: signal.signal(number, receive) for number in stop_signals()}
     restarts = int(folder.status().get("restarts") or 0)
     requeued = slurm_env.requeued(os.environ)
-    try:
+    with received_stops() as signals:
         for attempt in range(max_restarts + 1):
             folder.clear_errors(plan.ranks)
             if plan.node_rank == 0:
@@ -87,9 +80,6 @@ def launch(
             plan = replace(plan, resume=resume_again(folder, plan.resume))
             if plan.node_rank == 0:
                 folder.update_status(restarts=restarts)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return outcome
 
 
