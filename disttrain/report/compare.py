@@ -17,6 +17,7 @@ from disttrain.errors import UsageError
 from disttrain.report import charts
 from disttrain.report.class_differences import ClassDifference, class_differences
 from disttrain.report.facts import environment_rows, median, outcome, wall_s
+from disttrain.report.parallel_coordinates import Line, draw
 from disttrain.report.rendering import render
 from disttrain.report.run import Run, read_run, time_to_accuracy
 from disttrain.runs.weight_digests import compared, weight_digests
@@ -28,16 +29,21 @@ class Group:
     """Runs that differ only in their seed.
 
     Attributes:
-        setting: the settings in which the group differs from the others.
+        values: the settings in which the groups differ: key -> value of this group.
         titles: titles of the runs.
         accuracies: final accuracy of each run, 0..1.
         deviation: their standard deviation, 0..1; None for a single run.
     """
 
-    setting: str
+    values: dict[str, str]
     titles: list[str]
     accuracies: list[float]
     deviation: float | None
+
+    @property
+    def setting(self) -> str:
+        """The values in one line."""
+        return ", ".join(f"{key}={value}" for key, value in self.values.items()) or "all runs"
 
     @property
     def mean(self) -> float:
@@ -54,7 +60,7 @@ class Comparison:
         target: accuracy, 0..1, for the time-to-accuracy rows; None if no run was evaluated.
         rows: name of a result -> its value in each run, None if unknown.
         differences: (key, value in each run) of the config and environment keys that differ.
-        groups: groups of runs that differ only in their seed.
+        groups: groups of runs that differ only in their seed, the one with the highest mean first.
         bits: title of a run -> whether it has the same bits as the first run, if both recorded digests.
         classes: accuracies of the classes, those that differ most first.
     """
@@ -104,7 +110,10 @@ def write_comparison(comparison: Comparison, output: Path) -> Path:
     """
     drawn = charts.Charts()
     charts.overlay(drawn, comparison.runs)
-    return render("comparison.html", output, drawn, comparison=comparison, cell=cell, heading=heading)
+    lines = draw([Line(group.values, group.mean, group.setting) for group in comparison.groups])
+    return render(
+        "comparison.html", output, drawn, comparison=comparison, cell=cell, heading=heading, lines=lines
+    )
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -125,7 +134,9 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             | {"accuracy": dict(zip(comparison.runs, row.accuracies, strict=True))}
             for row in comparison.classes
         ],
-        "groups": [vars(group) | {"mean": group.mean} for group in comparison.groups],
+        "groups": [
+            vars(group) | {"setting": group.setting, "mean": group.mean} for group in comparison.groups
+        ],
     }
 
 
@@ -253,6 +264,6 @@ def _groups(runs: Mapping[str, Run]) -> list[Group]:
     for key, own in zip(keys, members.values(), strict=True):
         accuracies = [accuracy for _, accuracy in own]
         deviation = float(np.std(accuracies, ddof=1)) if len(own) > 1 else None
-        setting = ", ".join(f"{k}={key.get(k, 'n/a')}" for k in telling) or "all runs"
-        groups.append(Group(setting, [title for title, _ in own], accuracies, deviation))
-    return groups
+        values = {k: key.get(k, "n/a") for k in telling}
+        groups.append(Group(values, [title for title, _ in own], accuracies, deviation))
+    return sorted(groups, key=lambda group: -group.mean)

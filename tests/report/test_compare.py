@@ -30,9 +30,9 @@ def test_seeds_of_one_setting_are_one_group(tmp_path: Path) -> None:
     settings |= {"b0": (0.2, 0.80), "b1": (0.2, 0.81), "b2": (0.2, 0.82)}
     found = compare(runs(tmp_path, settings))
     assert [(group.setting, group.titles) for group in found.groups] == [
-        ("optim.lr=0.1", ["a0", "a1", "a2"]), ("optim.lr=0.2", ["b0", "b1", "b2"]),
+        ("optim.lr=0.2", ["b0", "b1", "b2"]), ("optim.lr=0.1", ["a0", "a1", "a2"]),
     ]  # fmt: skip
-    assert [group.mean for group in found.groups] == pytest.approx([0.71, 0.81])
+    assert [group.mean for group in found.groups] == pytest.approx([0.81, 0.71])
     assert [group.deviation for group in found.groups] == pytest.approx([0.01, 0.01])
     assert dict(found.differences)["optim.lr"] == ["0.1"] * 3 + ["0.2"] * 3
     assert dict(found.differences)["seed"] == list("012345")
@@ -41,7 +41,7 @@ def test_seeds_of_one_setting_are_one_group(tmp_path: Path) -> None:
 
 def test_a_single_run_has_no_deviation(tmp_path: Path) -> None:
     found = compare(runs(tmp_path, {"a": (0.1, 0.7), "b": (0.2, 0.9), "c": (0.2, 0.91)}))
-    assert [group.deviation is None for group in found.groups] == [True, False]
+    assert [group.deviation is None for group in found.groups] == [False, True]
 
 
 def test_time_and_images_to_an_accuracy(tmp_path: Path) -> None:
