@@ -31,6 +31,12 @@ if (($# == 0)); then
   echo "usage: sbatch slurm/train.sh CONFIG [KEY=VALUE ...] [options of disttrain run]" >&2
   exit 2
 fi
+if [[ $1 == --sweep ]]; then # a file of `disttrain sweep --slurm`: the line of a job is that of its array index
+  words=()
+  IFS=$'\t' read -r -a words < <(sed -n "$((${SLURM_ARRAY_TASK_ID:-0} + 1))p" "${2-}")
+  ((${#words[@]})) || refuse "--sweep ${2-}: has no line for the array index ${SLURM_ARRAY_TASK_ID:-0}"
+  set -- "${words[@]}" "${@:3}"
+fi
 arguments=("${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}" "$@")
 arguments=("${arguments[@]//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
 run_dir=${arguments[0]}

@@ -12,7 +12,7 @@ PACKAGE = Path(disttrain.__file__).parent
 # From the top to the ground. What stands in one line may import one another, but not in a circle.
 LAYERS = [
     ["__main__", "cli"],
-    ["launch", "bench", "report", "doctor", "inference"],
+    ["launch", "sweep", "bench", "report", "doctor", "inference"],
     ["worker"],
     ["monitor"],
     ["training"],

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from disttrain import __version__
-from disttrain.cli import data, inference, running, tuning
+from disttrain.cli import data, inference, running, sweeping, tuning
 from disttrain.errors import DisttrainError
 from disttrain.terminal import hide_pillow_warnings
 from disttrain.urls import without_secrets
@@ -48,7 +48,7 @@ def main() -> None:
     hide_pillow_warnings()
 
 
-for command in (*running.COMMANDS, data.data, tuning.tune, *inference.COMMANDS):
+for command in (*running.COMMANDS, data.data, tuning.tune, sweeping.sweep, *inference.COMMANDS):
     main.add_command(command)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
-from disttrain.cli.shared import COUNT, JSON, PATH, PROCESSES, ROOT, progress
+from disttrain.cli.shared import COUNT, JSON, PATH, PROCESSES, ROOT, aside, progress
 from disttrain.terminal import columns
 from disttrain.units import percent
 
@@ -96,11 +97,11 @@ def export(
 
 
 @click.command()
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
+@click.argument("runs", metavar="RUN|SWEEP...", nargs=-1, required=True, type=PATH)
 @click.option(
     "--output",
     type=PATH,
-    help="The page to write (default: RUN/report.html, or ./comparison.html for several runs).",
+    help="The page to write (default: report.html in RUN or SWEEP, or ./comparison.html for several).",
 )
 @click.option(
     "--target",
@@ -118,21 +119,31 @@ def export(
 def report(
     runs: tuple[Path, ...], output: Path | None, target: float | None, seconds: float, as_json: bool
 ) -> None:
-    """Write a report on a run, or compare several runs.
+    """Write a report on a run, or compare several runs or those of a sweep.
 
     The result is one HTML file that works offline, and for a single run a CSV file of its classes. The run
     may still be training, or have failed. The report shows example images if the best checkpoint and the data
     set are available.
     """
+    from disttrain.sweep.folder import SweepFolder, run_folders
+
+    sweep = SweepFolder(runs[0])
     if len(runs) > 1:
-        _compare(runs, output, target, as_json)
+        _compare([run for path in runs for run in run_folders(path)], output, target, as_json)
+        return
+    if sweep.is_sweep():
+        rows = {run.name: sweep.row(run.name) for run in sweep.read().runs}
+        sweep.write_table(rows)
+        for line in sweep.unfinished(rows):
+            aside(line)
+        _compare(run_folders(sweep.path), output or sweep.report, target, as_json)
         return
     from disttrain.report.page import write_report
 
     click.echo(write_report(runs[0], output, inside_s=seconds))
 
 
-def _compare(runs: tuple[Path, ...], output: Path | None, target: float | None, as_json: bool) -> None:
+def _compare(runs: Sequence[Path], output: Path | None, target: float | None, as_json: bool) -> None:
     from rich.console import Console
 
     from disttrain.report import compare

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -13,7 +12,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from disttrain.cli.shared import COUNT, JSON, NODE, PATH, PROCESSES, SECONDS, aside, ready_to_measure
+from disttrain.cli.shared import (
+    COUNT,
+    JSON,
+    NODE,
+    PATH,
+    PROCESSES,
+    REPORT,
+    SECONDS,
+    aside,
+    ready_to_measure,
+    say,
+)
 from disttrain.errors import UsageError
 from disttrain.urls import without_secrets
 
@@ -55,12 +65,7 @@ _STOPPED = {75, 130, 138, 140, 143}  # no report: the run will be resumed, or wa
     help="Number of restarts from the last checkpoint after a crash.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
-@click.option(
-    "--report/--no-report",
-    default=True,
-    envvar="DISTTRAIN_REPORT",
-    help="Write report.html when the run has finished or failed.",
-)
+@REPORT
 @click.option("-q", "--quiet", is_flag=True, help="Show only the outcome.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every log point.")
 def run(
@@ -181,7 +186,7 @@ def _train(
     """Trains until the run ends, prints the outcome, writes the report, and exits with the run's code."""
     from disttrain.launch.launcher import launch
 
-    outcome = launch(plan, folder, max_restarts=max_restarts, say=_say, facts=known, secret=secret)
+    outcome = launch(plan, folder, max_restarts=max_restarts, say=say, facts=known, secret=secret)
     if outcome.detail:
         aside(outcome.detail.rstrip())
     if outcome.message:
@@ -194,14 +199,8 @@ def _train(
             why = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
             aside(f"cannot write the report ({why[0]}); try `disttrain report {folder.path}`")
         elif plan.verbosity >= 0:
-            _say(f"report: {folder.path / 'report.html'}")
+            say(f"report: {folder.path / 'report.html'}")
     sys.exit(outcome.exit_code)
-
-
-def _say(text: str) -> None:
-    """Prints a line, unless the terminal or pipe was closed: that must not change how a run ends."""
-    with contextlib.suppress(OSError):
-        click.echo(text)
 
 
 @click.command()

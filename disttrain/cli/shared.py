@@ -26,6 +26,13 @@ POSITIVE = click.FloatRange(0, min_open=True)
 ROOT = click.option("--root", help="Folder of the data sets (default: $DISTTRAIN_DATA or the user's cache).")
 SECONDS = click.option("--seconds", type=POSITIVE, default=2, help="Length of each measurement in seconds.")
 
+REPORT = click.option(
+    "--report/--no-report",
+    default=True,
+    envvar="DISTTRAIN_REPORT",
+    help="Write report.html when the run has finished or failed.",
+)
+
 
 def options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
     """Returns a decorator that adds several options, which --help lists in this order."""
@@ -66,6 +73,12 @@ def ready_to_measure(config: Config, gpus: int | None, procs: int | None) -> tup
         aside(note)
     check_weights(config)
     return plan, check_machine(config, plan.device, plan.processes, plan.world_size, aside)
+
+
+def say(text: str) -> None:
+    """Prints a line, unless the terminal or pipe was closed: that must not change how a run ends."""
+    with contextlib.suppress(OSError):
+        click.echo(text)
 
 
 def aside(text: str) -> None:

@@ -6,6 +6,7 @@ Nothing here imports torch.
 """
 
 from disttrain.config.loading import (
+    config_text,
     differences,
     dump_config,
     flatten,
@@ -41,6 +42,7 @@ __all__ = [
     "Role",
     "ScheduleConfig",
     "TrainConfig",
+    "config_text",
     "differences",
     "dump_config",
     "flatten",

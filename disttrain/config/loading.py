@@ -26,18 +26,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UsageError: the file or an override is wrong; the message names file and line, or the override.
     """
+    return parse_config(*config_text(path), overrides)
+
+
+def config_text(path: str | Path) -> tuple[str, str]:
+    """Returns the text of a config file, and its name for messages; `-` is the standard input.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
     path = Path(path)
     if str(path) == "-":
-        return parse_config(sys.stdin.read(), "standard input", overrides)
+        return sys.stdin.read(), "standard input"
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8"), str(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such config file{_similar_file(path)}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_config(text, str(path), overrides)
 
 
 def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> Config:

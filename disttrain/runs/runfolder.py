@@ -305,10 +305,10 @@ def _start_of(pid: int) -> int | None:
     return int(fields[19])  # field 22 of proc(5), starttime; the first two are cut off
 
 
-def new_run_path(name: str) -> Path:
-    """Creates and returns a new folder under runs/<name>/, named by the time in UTC."""
+def new_run_path(name: str, prefix: str = "") -> Path:
+    """Creates and returns a new folder under runs/<name>/, named by the prefix and the time in UTC."""
     parent = Path("runs") / name
-    base = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    base = prefix + datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
         path = parent / (base + suffix)
         try:

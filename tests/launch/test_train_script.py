@@ -94,6 +94,8 @@ def ended(code: int | None, minute: int = 5, **more: object) -> dict[str, object
 @pytest.mark.integration
 def test_what_it_runs(tmp_path):
     calls = []
+    sweep = tmp_path / "array.tsv"
+    sweep.write_text("a.yaml\tseed=0\t--run-dir\ts/0\na.yaml\tmodel.args={a: b c}\t--run-dir\ts/1\n")
     for title, arguments, variables in [
         ("two nodes", ("a.yaml", "optim.lr=0.1"), {}),
         ("CPUs per task", ("a.yaml",), {"SLURM_CPUS_PER_TASK": "16", "OMP_NUM_THREADS": "4"}),
@@ -103,6 +105,7 @@ def test_what_it_runs(tmp_path):
             ("a.yaml", "seed=%a"),
             {"SLURM_ARRAY_TASK_ID": "7", "RUN_DIR": "r%a"},
         ),
+        ("a sweep", ("--sweep", str(sweep), "--gpus", "4"), {"SLURM_ARRAY_TASK_ID": "1"}),
         ("the user's folder", ("a.yaml", "--run-dir", "my runs/%a"), {"SLURM_ARRAY_TASK_ID": "7"}),
         ("the user's address", ("a.yaml", "--master_addr=gpu03-ib", "--master-port", "29500"), {}),
         ("the job's nodes", ("--nodes=2", "a.yaml"), {}),
@@ -233,3 +236,6 @@ def test_a_job_that_may_not_be_requeued_says_how_to_go_on(tmp_path):
 def test_without_a_config_it_starts_nothing(tmp_path):
     code, calls = run(tmp_path)
     assert (code, calls) == (2, "")
+    code, calls, errors = run_all(tmp_path, "--sweep", "/dev/null", SLURM_ARRAY_TASK_ID="3")
+    assert (code, calls) == (2, "")
+    assert errors == "slurm/train.sh: --sweep /dev/null: has no line for the array index 3\n"

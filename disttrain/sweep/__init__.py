@@ -1,0 +1,1 @@
+"""Runs an experiment with many settings: `disttrain sweep`."""
