@@ -64,6 +64,8 @@ def sweep(
     from disttrain.sweep.folder import SweepFolder
     from disttrain.sweep.prepare import places_here, prepare
 
+    if slurm and not script.is_file():
+        raise UsageError(f"{script}: no such file; give the path of slurm/train.sh with --script")
     if sbatch and not slurm:
         raise UsageError("--sbatch needs --slurm")
     options = ["--gpus", str(gpus)] if gpus else ["--procs", str(procs)] if procs else []
@@ -77,7 +79,7 @@ def sweep(
     if not ready.left:
         return
     if slurm:
-        _submit(ready, script, jobs, options, shlex.split(sbatch), dry_run=dry_run)
+        _submit(ready, script, jobs, options, sbatch, dry_run=dry_run)
     elif dry_run:
         _show(ready, places, options)
     else:
@@ -85,14 +87,19 @@ def sweep(
 
 
 def _submit(
-    ready: Ready, script: Path, jobs: int | None, options: list[str], sbatch: list[str], *, dry_run: bool
+    ready: Ready, script: Path, jobs: int | None, options: list[str], sbatch: str, *, dry_run: bool
 ) -> None:
+    """Submits the runs as one job array, or prints the command that does."""
     from disttrain.sweep.slurm import plan_array, submit
 
+    try:
+        words = shlex.split(sbatch)
+    except ValueError as error:
+        raise UsageError(f"--sbatch {sbatch!r}: {error}; correct its quotes") from None
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     runs = [run for run, _ in ready.left]
     array = plan_array(
-        ready.folder, runs, script=script, stamp=stamp, jobs=jobs, options=options, sbatch=sbatch
+        ready.folder, runs, script=script, stamp=stamp, jobs=jobs, options=options, sbatch=words
     )
     if dry_run:
         click.echo(shlex.join(array.command))

@@ -172,6 +172,7 @@ def _drawable(device: Device, key: str) -> bool:
 
 def overlay(charts: Charts, runs: Mapping[str, Run]) -> None:
     """Adds loss and accuracy of several runs in shared charts, over epochs and over training time."""
+    points = max(50, min(_POINTS // 2, _ALL_POINTS // (4 * len(runs))))
     x_axes = (("epochs", "epoch"), ("seconds", "training time, s, excluding evaluations and pauses"))
     for (axis, x_label), curve in itertools.product(x_axes, (_ACCURACY, _LOSS)):
         fig = charts.add(f"{axis}_{curve.key}", axis, curve.label, x_axis_label=x_label)
@@ -179,7 +180,7 @@ def overlay(charts: Charts, runs: Mapping[str, Run]) -> None:
             color = PALETTE[number % len(PALETTE)]
             dash = ("solid", "dashed", "dotdash", "dotted")[number // len(PALETTE) % 4]
             x = run.training_s if axis == "seconds" else _epochs(run)
-            ids = downsample(run.train[curve.key], _POINTS // 2)
+            ids = downsample(run.train[curve.key], points)
             trained = {"x": x[ids], "y": curve.scale * run.train[curve.key][ids], "run": [title] * len(ids)}
             fig.line("x", "y", source=ColumnDataSource(trained), color=color, line_alpha=0.4, line_width=1)
             known = [record for record in run.evals if getattr(record, curve.key) is not None]
@@ -188,11 +189,11 @@ def overlay(charts: Charts, runs: Mapping[str, Run]) -> None:
             values = [curve.scale * getattr(record, curve.key) for record in known]
             evaluated = {"x": x[at[at >= 0]], "y": values, "run": [title] * len(known)}
             source = ColumnDataSource(evaluated)
-            points = fig.scatter("x", "y", source=source, color=color, size=6, legend_label=title)
+            marks = fig.scatter("x", "y", source=source, color=color, size=6, legend_label=title)
             fig.line("x", "y", source=source, color=color, line_width=2, line_dash=dash, legend_label=title)
             tips = [("run", "@run"), (x_label.partition(",")[0], "@x{0.[00]}"),
                     (f"validation {curve.label}", f"@y{{{curve.tip}}}")]  # fmt: skip
-            _hover(fig, points, tips, mode="mouse")
+            _hover(fig, marks, tips, mode="mouse")
         _legend(fig)
 
 

@@ -172,12 +172,15 @@ class SweepFolder:
             write_atomically(self.table, text.getvalue(), durable=False)
 
     def unfinished(self, rows: Mapping[str, Row]) -> list[str]:
-        """Returns a line for each run that has begun and not finished: its outcome and its log."""
+        """Returns a line for each run that has not finished, and one for all that have not started."""
         lines = []
         for name, row in rows.items():
             if row.state not in {"finished", "not started"}:
                 code = f" (exit code {row.exit_code})" if row.exit_code else ""
-                lines.append(f"{name}: {row.outcome}{code}; see {self.log(name)}")
+                log = self.log(name) if self.log(name).exists() else self.run(name).log(0)
+                lines.append(f"{name}: {row.outcome}{code}; see {log}")
+        if waiting := sum(row.state == "not started" for row in rows.values()):
+            lines.append(f"{waiting:,} of {len(rows):,} runs not started")
         return lines
 
 

@@ -50,10 +50,8 @@ def plan_array(
         sbatch: the user's options of sbatch, which win over ours.
 
     Raises:
-        UsageError: there is no such script, or an argument does not fit into a line.
+        UsageError: an argument does not fit into a line.
     """
-    if not script.is_file():
-        raise UsageError(f"{script}: no such file; give the path of slurm/train.sh with --script")
     words = [run_arguments(folder, run, options)[2:] for run in runs]
     for word in (word for line in words for word in line):
         if "\t" in word or "\n" in word:

@@ -244,6 +244,20 @@ def test_two_jobs_of_an_array_at_once_on_the_same_nodes(
     assert seeds == {"0", "1"}
 
 
+@pytest.mark.nightly
+def test_a_sweep_is_one_array_of_jobs(cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
+    sweep = ("disttrain", "sweep", config_file, "seed=0,1", "model.args={}", "--sweep-dir", "s", "--slurm")
+    sweep += ("--procs", "1", "--jobs", "1", "--script", SCRIPT, "--sbatch", "--nodes=1 --cpus-per-task=1")
+    output = cluster.on(CONTROL, *sweep, cwd=tmp_path)
+    number = re.findall(r"^job (\d+); its results so far: disttrain report s$", output, re.M)[0]
+    array = Job(cluster, tmp_path, number)
+    array.wait_until(lambda: not cluster.on(CONTROL, "squeue", "--noheader"), "for the array to end")
+    logs = {path.name for path in (tmp_path / "s/logs").iterdir()}
+    assert logs == {f"slurm-{number}_{index}.log" for index in (0, 1)}
+    assert "0 of them left to train" in cluster.on(CONTROL, *sweep, "--dry-run", cwd=tmp_path)
+    assert "n = 2" in cluster.on(CONTROL, "disttrain", "report", "s", cwd=tmp_path)
+
+
 @pytest.fixture(scope="module")
 def tasks(cluster: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of one task per GPU, started by srun alone."""

@@ -44,7 +44,7 @@ def test_runs_that_fail_are_named_and_resumed(disttrain: Run, config_file: Path,
 
     (tmp_path / "mended").touch()
     begun = metrics(tmp_path / "s" / NAMES[0])
-    ended = disttrain(*command, "--report", "-q")
+    ended = disttrain(*command, "-q")
     assert ended.returncode == 0, ended.stderr
     assert "4 runs, 2 of them left to train" in ended.stderr
     assert ended.stdout == "s: 4 of 4 runs have finished\n"
@@ -54,6 +54,7 @@ def test_runs_that_fail_are_named_and_resumed(disttrain: Run, config_file: Path,
     assert rows[NAMES[3]]["model.args.width"] == "3"
     assert float(rows[NAMES[3]]["accuracy"]) == metrics(tmp_path / "s" / NAMES[3])[-1]["accuracy"]
     assert metrics(tmp_path / "s" / NAMES[0]) == begun, "it had finished"
+    assert "(n = 2)" in disttrain("report", "s").stdout
     page = (tmp_path / "s/report.html").read_text()
     assert page.count("<polyline") == 2
     assert "model.args.width=3" in page

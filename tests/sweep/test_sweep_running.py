@@ -68,5 +68,3 @@ def test_an_array_for_slurm() -> None:
     ]
     with pytest.raises(UsageError, match="has a tab or a new line"):
         plan_array(folder, plan_runs(["seed=1,2", "name='a\tb'"]), **given, jobs=None, sbatch=[])
-    with pytest.raises(UsageError, match="--script"):
-        plan_array(folder, runs, **given | {"script": Path("no.sh")}, jobs=None, sbatch=[])
