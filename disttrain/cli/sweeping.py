@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--gpus", type=COUNT, help="GPUs of each run (default: an equal share of the visible ones).")
 @click.option("--procs", type=COUNT, help="CPU processes of each run, instead of GPUs.")
 @click.option("--slurm", is_flag=True, help="Submit the runs as one Slurm job array, and do not wait for it.")
-@click.option("--sbatch", metavar="OPTIONS", default="", help="Options of sbatch, in one pair of quotes.")
+@click.option("--sbatch", metavar="OPTIONS", help="Options of sbatch, in one pair of quotes.")
 @click.option("--script", type=PATH, default=Path("slurm/train.sh"), help="The script of each Slurm job.")
 @click.option("--dry-run", is_flag=True, help="Print the commands and start nothing.")
 @REPORT
@@ -44,7 +44,7 @@ def sweep(
     gpus: int | None,
     procs: int | None,
     slurm: bool,
-    sbatch: str,
+    sbatch: str | None,
     script: Path,
     dry_run: bool,
     report: bool,
@@ -57,8 +57,8 @@ def sweep(
     With --draws, a key may also have a range: uniform(0,0.5) or loguniform(0.01,1). Each random setting is
     trained with every seed.
 
-    To resume a sweep or to add runs, run the command again with its --sweep-dir. Finished runs are not
-    repeated.
+    To resume a sweep or to add runs, give the command again, with the folder as --sweep-dir. Finished runs
+    are not repeated.
     """
     from disttrain.runs.runfolder import new_run_path
     from disttrain.sweep.folder import SweepFolder
@@ -87,13 +87,13 @@ def sweep(
 
 
 def _submit(
-    ready: Ready, script: Path, jobs: int | None, options: list[str], sbatch: str, *, dry_run: bool
+    ready: Ready, script: Path, jobs: int | None, options: list[str], sbatch: str | None, *, dry_run: bool
 ) -> None:
     """Submits the runs as one job array, or prints the command that does."""
     from disttrain.sweep.slurm import plan_array, submit
 
     try:
-        words = shlex.split(sbatch)
+        words = shlex.split(sbatch or "")
     except ValueError as error:
         raise UsageError(f"--sbatch {sbatch!r}: {error}; correct its quotes") from None
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

@@ -150,7 +150,7 @@ class SweepFolder:
             status.get("epoch"),
             last.accuracy if last else None,
             max((record.accuracy for record in evals), default=None),
-            ": ".join([state, *why.splitlines()[:1]]),
+            ": ".join([*([] if why.startswith(state) else [state]), *why.splitlines()[:1]]),
         )
 
     def _last_words(self, name: str) -> str:
