@@ -1,4 +1,4 @@
-"""The commands on a trained run: eval, predict, export, report, replay."""
+"""The commands on trained runs: eval, predict, export, report, serve, replay."""
 
 from __future__ import annotations
 
@@ -170,6 +170,24 @@ def _compare(runs: Sequence[Path], output: Path | None, target: float | None, as
 
 
 @click.command()
+@click.argument("folder", metavar="[FOLDER]", type=PATH, default=Path("runs"))
+@click.option("--host", default="127.0.0.1", help="Listen on this name or address; others need a token.")
+@click.option("--port", type=click.IntRange(0, 65535), help="0 is a free one (default: 8765 or the next).")
+@click.option("--token", is_flag=True, help="Ask for a token on 127.0.0.1 too, which other users can reach.")
+@click.option("--open", "browser", is_flag=True, help="Open the page in a browser.")
+def serve(folder: Path, host: str, port: int | None, token: bool, browser: bool) -> None:
+    """Show the runs below a folder in a browser.
+
+    The list can be sorted and filtered. A click on a run opens its report, and ticked runs are compared. The
+    pages follow runs that are training. FOLDER is runs by default, and nothing is written there. Press Ctrl-C
+    to quit.
+    """
+    from disttrain.report.server import serve
+
+    serve(folder, host=host, port=port, token=token, browser=browser, say=click.echo)
+
+
+@click.command()
 @_RUN
 @click.option(
     "--from", "begin", type=click.IntRange(0), help="Step of a checkpoint, or 0 (default: the newest)."
@@ -202,4 +220,4 @@ def replay(
     click.echo(f"{run_path}, replayed from step {begin:,}: {found.text}")
 
 
-COMMANDS = (eval_, predict, export, report, replay)
+COMMANDS = (eval_, predict, export, report, serve, replay)

@@ -16,7 +16,6 @@ from disttrain.report.devices import MEASURES, Device
 from disttrain.report.run import Run
 from disttrain.units import accuracy_text, duration, flops_text, number, percent
 
-_SILENT_S = 600.0  # after this long without an update, a running run has most likely died
 _EPOCH_ROWS = 60
 
 
@@ -36,7 +35,7 @@ def outcome(run: Run) -> tuple[str, str]:
         return state, f"finished: {result}"
     if state == "running":
         silent_s = time.time() - _time_of(status.get("updated_at"))
-        if silent_s > _SILENT_S:
+        if run.folder.has_died(silent_s):
             return "silent", (
                 f"no update for {duration(silent_s)}: the run was most likely killed after {where}; {result}"
             )

@@ -38,6 +38,7 @@ CLEAN = dict.fromkeys(("exit_code", "reason", "rank", "host"))
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Errors of flock on file systems without locks, such as some mounts of Lustre and NFS."""
 
+_FRESH_S, _SILENT_S = 10.0, 600.0  # status.json is written every second, except in long evaluations and saves
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _RESERVE_BYTES = 2**16
 
@@ -159,6 +160,21 @@ class RunFolder:
             self._write(path, text)
         else:  # progress, updated every second: not worth waiting for the disk
             write_atomically(path, _text(text), durable=False)
+
+    def has_died(self, silent_s: float) -> bool:
+        """Returns whether a run that says it is running was most likely killed.
+
+        On the host of the run, the process that holds the lock is looked up. Elsewhere, silence decides.
+
+        Args:
+            silent_s: seconds since the last update of status.json; NaN if unknown.
+        """
+        if silent_s < _FRESH_S:
+            return False
+        holder = self._holder()
+        if holder is not None and holder["host"] == socket.gethostname():
+            return bool(_start_of(holder["pid"]) != holder["start"])
+        return silent_s > _SILENT_S
 
     def record_forced(self, step: int, changes: Sequence[str]) -> None:
         """Adds the changes allowed by `--force` to status.json, as lines `key: old -> new`."""

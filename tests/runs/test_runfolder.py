@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -140,6 +141,22 @@ def test_the_lock_is_free_once_its_holder_was_killed(folder):
         folder.create()
         now = json.loads((folder.path / ".lock").read_text())
         assert (now["pid"], now["host"]) == (os.getpid(), socket.gethostname())
+
+
+def test_a_silent_run_has_died_if_its_process_has_or_after_long(folder):
+    ages = (1.0, 60.0, 601.0, math.nan)
+
+    def died():
+        return [folder.has_died(silent_s) for silent_s in ages]
+
+    assert died() == [False, False, True, False]
+    with holder(folder.path) as process:
+        assert died() == [False, False, False, False]
+        process.kill()
+        process.wait()
+        assert died() == [False, True, True, True]
+    (folder.path / ".lock").write_text(json.dumps({"host": "another", "pid": process.pid, "start": 1}))
+    assert died() == [False, False, True, False]
 
 
 def test_a_worker_enters_the_folder_that_its_launcher_has_locked(folder, monkeypatch):
