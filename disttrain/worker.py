@@ -15,7 +15,7 @@ import socket
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -44,14 +44,24 @@ from disttrain.training.group import (
 from disttrain.training.rank import Rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    import torch
     from accelerate import PartialState
 
     from disttrain.monitor.observe import RunObserver
     from disttrain.shards.index import Index
 
 log = logging.getLogger("disttrain")
+
+
+class Flags(NamedTuple):
+    """The options of the command line that are not about the experiment; see `main`."""
+
+    resume: str
+    force: bool
+    verbosity: int
+    profile: str | None
 
 
 @click.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
@@ -64,6 +74,13 @@ log = logging.getLogger("disttrain")
 @click.option(
     "--force", is_flag=True, help="Resume although the config or data set differs from the checkpoint's."
 )
+@click.option(
+    "--profile",
+    is_flag=False,
+    flag_value="rank0",
+    type=click.Choice(["rank0", "all"]),
+    help="Write a trace of a few steps of rank 0, or of all ranks.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Show only the outcome.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every log point.")
 def main(
@@ -72,6 +89,7 @@ def main(
     run_dir: Path | None,
     resume: str,
     force: bool,
+    profile: str | None,
     quiet: bool,
     verbose: bool,
 ) -> None:
@@ -87,7 +105,7 @@ def main(
         text = os.environ.get(CONFIG)  # the launcher has read the file, which may have changed since then
         config = parse_config(text, CONFIG) if text else load_config(config_path, overrides)
         check_model_name(config.model.name)
-        run(config, rank, resume, force=force, verbosity=int(verbose) - int(quiet))
+        run(config, rank, Flags(resume, force, int(verbose) - int(quiet), profile))
     except StoppedError as stop:
         code = stop.exit_code
         try:
@@ -110,7 +128,7 @@ def main(
     os._exit(code)  # does not wait for the threads of a broken process group
 
 
-def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int) -> None:
+def run(config: Config, rank: Rank, flags: Flags) -> None:
     """Trains as one rank, from joining the process group to leaving it. Every rank calls this."""
     rank.heartbeat.beat(Phase.START, 0, 1)
     import torch.distributed as dist
@@ -131,10 +149,10 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
 
             gathered = gather(Group.of(group), (socket.gethostname(), shared_facts(config, index)))
             compare_peers({f"rank {i} on {host}": found for i, (host, found) in enumerate(gathered)})
-        folder, checkpoint = enter_folder(config, rank, group, index, resume, force=force)
+        folder, checkpoint = enter_folder(config, rank, group, index, flags)
         rank.heartbeat.beat(Phase.START, 0, 5)
         if folder is not None:
-            train_in_folder(config, rank, folder, group, index, checkpoint, verbosity, force=force)
+            train_in_folder(config, rank, folder, group, index, checkpoint, flags)
     except StoppedError as stop:
         stopped = stop
     except RuntimeError as error:
@@ -163,7 +181,7 @@ def run(config: Config, rank: Rank, resume: str, *, force: bool, verbosity: int)
 
 
 def enter_folder(
-    config: Config, rank: Rank, group: PartialState, index: Index, resume: str, *, force: bool
+    config: Config, rank: Rank, group: PartialState, index: Index, flags: Flags
 ) -> tuple[RunFolder | None, Path | None]:
     """Agrees on the run folder, which rank 0 creates, and on the checkpoint. Every rank calls this.
 
@@ -178,7 +196,7 @@ def enter_folder(
         if folder.is_run():
             folder.create()  # takes its lock, so that no other run changes the checkpoints while we read them
         now = fingerprint(config, index, None if config.data.on_error == "skip" else ())
-        start = resume_point(folder, resume, now, force=force)
+        start = resume_point(folder, flags.resume, now, force=flags.force)
         if start.finished:
             print(f"{folder.path}: this run has already finished; nothing to do", flush=True)
         else:
@@ -233,9 +251,7 @@ def train_in_folder(
     group: PartialState,
     index: Index,
     checkpoint_path: Path | None,
-    verbosity: int,
-    *,
-    force: bool,
+    flags: Flags,
 ) -> None:
     """Builds the training state, trains, and writes the run folder. Every rank calls this."""
     from disttrain.monitor.observe import RunObserver
@@ -245,14 +261,14 @@ def train_in_folder(
     from disttrain.training.saver import RunSaver, checkpoint_bytes
     from disttrain.training.train import train
 
-    state, progress, choices = build(config, rank, group, index, checkpoint_path, force=force)
+    state, progress, choices = build(config, rank, group, index, checkpoint_path, force=flags.force)
     gc.freeze()  # imported modules are never freed; collections skip them from now on
     gc.enable()
     if rank.number == 0:
         if not folder.config.exists():
             write_atomically(folder.config, dump_config(config))
         folder.forget_after(progress.step, progress.epoch - progress.evaluation_due)
-    observer = RunObserver(config, folder, state, progress, index, choices, verbosity=verbosity)
+    observer = RunObserver(config, folder, state, progress, index, choices, verbosity=flags.verbosity)
     writing = partial(_writing, rank, observer)
     saver = RunSaver(state, progress, index, folder, done=observer.saved, writing=writing)
     if rank.number == 0:
@@ -276,14 +292,29 @@ def train_in_folder(
         if checkpoint_path is not None:
             observer.note(f"resuming from {checkpoint_path}, step {progress.step:,}")
         try:
-            phases = Phases(rank.heartbeat.beat, group.device)
-            train(state, progress, Callbacks(observer, observer.gauges, saver, lambda: rank.stop, phases))
+            with _beating(rank, flags.profile, folder, group.device, observer.note) as beat:
+                phases = Phases(beat, group.device)
+                train(state, progress, Callbacks(observer, observer.gauges, saver, lambda: rank.stop, phases))
         finally:
             with contextlib.suppress(DisttrainError):  # a checkpoint in progress is finished in any case
                 saver.wait()
             write_status()
         write_status(state="finished", exit_code=0, reason="all epochs done")
         observer.finished()
+
+
+@contextlib.contextmanager
+def _beating(
+    rank: Rank, profile: str | None, folder: RunFolder, device: torch.device, say: Callable[[str], None]
+) -> Iterator[Callable[[Phase, int, int], None]]:
+    """Yields what beats the heartbeat of a rank; a profiler listens to it if this rank has one."""
+    if profile is None or (profile == "rank0" and rank.number):
+        yield rank.heartbeat.beat
+        return
+    from disttrain.training.profiler import Profiler
+
+    with Profiler(rank.heartbeat.beat, folder.profile, rank.number, device, say) as profiler:
+        yield profiler.beat
 
 
 @contextlib.contextmanager

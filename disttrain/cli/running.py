@@ -39,6 +39,15 @@ _REPORT_EVAL_S = "10"  # time limit for evaluating the best checkpoint in the re
 _STOPPED = {75, 130, 138, 140, 143}  # no report: the run will be resumed, or was ended by a signal
 
 
+def _check_profile(_: click.Context, __: click.Parameter, which: str | None) -> str | None:
+    """Returns the value of --profile, which without one takes the next word of the command for its value."""
+    if which not in {None, "rank0", "all"}:
+        raise UsageError(
+            f"--profile {which}: expected rank0 or all; write --profile last, or --profile=rank0"
+        )
+    return which
+
+
 @click.command()
 @click.argument("config_path", metavar="CONFIG", type=PATH)
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
@@ -64,6 +73,14 @@ _STOPPED = {75, 130, 138, 140, 143}  # no report: the run will be resumed, or wa
     default=0,
     help="Number of restarts from the last checkpoint after a crash.",
 )
+@click.option(
+    "--profile",
+    is_flag=False,
+    flag_value="rank0",
+    metavar="[all]",
+    callback=_check_profile,
+    help="Write a trace of a few steps of rank 0, or of all ranks, into the run folder.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
 @REPORT
 @click.option("-q", "--quiet", is_flag=True, help="Show only the outcome.")
@@ -78,6 +95,7 @@ def run(
     resume: str,
     force: bool,
     max_restarts: int,
+    profile: str | None,
     dry_run: bool,
     report: bool,
     quiet: bool,
@@ -116,6 +134,7 @@ def run(
             **(node._asdict() if node else {}),
             verbosity=int(verbose) - int(quiet),
             force=force,
+            profile=profile,
             config=dump_config(config),
             stall_timeout_s=config.monitor.stall_timeout_s,
         )

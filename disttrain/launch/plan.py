@@ -59,6 +59,7 @@ class LaunchPlan:
         master_port: port on node 0; needed for several nodes.
         verbosity: -1 quiet, 0, 1 verbose.
         force: resume although the config or data set differs from the checkpoint's.
+        profile: which ranks write a trace of a few steps, "rank0" or "all"; None is none.
         config: the checked config as YAML, which the ranks get; empty if they read the file.
         stall_timeout_s: how long a rank may make no progress, and how long to wait for other nodes.
     """
@@ -77,6 +78,7 @@ class LaunchPlan:
     master_port: int | None = None
     verbosity: int = 0
     force: bool = False
+    profile: str | None = None
     config: str = ""
     stall_timeout_s: float = 300.0
 
@@ -192,6 +194,8 @@ def worker_command(plan: LaunchPlan) -> list[str]:
         worker += ["--resume", plan.resume]
     if plan.force:
         worker += ["--force"]
+    if plan.profile:
+        worker += ["--profile", plan.profile]
     return worker + {-1: ["--quiet"], 0: []}.get(plan.verbosity, ["--verbose"])
 
 

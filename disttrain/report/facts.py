@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -205,3 +206,13 @@ def device_rows(devices: Sequence[Device]) -> list[tuple[str, str, list[tuple[st
             cells.append((title, text))
         rows.append((device.label, device.name, cells))
     return rows
+
+
+def costly_operators(run: Run) -> list[tuple[str, tuple[int, int], list[dict[str, Any]]]]:
+    """Returns what `--profile` found on the CPU and the device: (where, first and last step, operators)."""
+    try:
+        found = json.loads((run.folder.profile / "operators.json").read_bytes())
+        first, last = found["steps"]
+        return [(place, (first, last), found[key]) for place, key in (("CPU", "cpu"), ("device", "device"))]
+    except (OSError, ValueError, KeyError, TypeError):  # no profile, or no file of ours
+        return []

@@ -20,6 +20,7 @@ from disttrain.report.confusion import (
 )
 from disttrain.report.devices import MEASURES, read_gpus
 from disttrain.report.facts import (
+    costly_operators,
     device_rows,
     environment_rows,
     epoch_rows,
@@ -90,6 +91,7 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         time_use=time_use(run),
         verdict=(run.status.get("verdict") or {}).get("text"),
         ranks=read_ranks(run.folder.metrics),
+        profile=costly_operators(run),
         devices=device_rows(devices),
         measures=MEASURES,
         events=run.events[-_EVENT_ROWS:],

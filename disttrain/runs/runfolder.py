@@ -57,6 +57,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.gpu = path / "gpu.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.profile = path / "profile"
         self.secret = path / ".secret"  # exists while the launchers of several nodes connect
         self._lock = path / ".lock"
         self._locked = False

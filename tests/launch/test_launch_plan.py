@@ -150,6 +150,7 @@ def accelerate(*arguments):
         (replace(ONE, device="cuda", gpus=GPUS[:1]), [sys.executable, "-m", *WORKER]),
         (replace(ONE, verbosity=-1), [sys.executable, "-m", *WORKER, "--quiet"]),
         (replace(ONE, verbosity=1), [sys.executable, "-m", *WORKER, "--verbose"]),
+        (replace(ONE, profile="all"), [sys.executable, "-m", *WORKER, "--profile", "all"]),
         (replace(ONE, resume="never"), [sys.executable, "-m", *WORKER, "--resume", "never"]),
         (
             replace(ONE, overrides=("optim.lr=0.1", "name=x y")),

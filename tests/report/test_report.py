@@ -56,12 +56,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits_root: Path, decoded
     )
     environment = os.environ | {"DISTTRAIN_DATA": str(digits_root), "DISTTRAIN_CACHE": str(decoded_cache)}
     subprocess.run(
-        [sys.executable, "-m", "disttrain", "run", "tiny.yaml", "--procs", "2", "--run-dir", "run"],
+        [sys.executable, "-m", "disttrain", "run", "tiny.yaml", "--procs", "2", "--run-dir", "run",
+         "--profile", "all"],
         cwd=folder,
         env=environment,
         check=True,
         timeout=300,
-    )
+    )  # fmt: skip
     return folder / "run"
 
 
@@ -93,6 +94,9 @@ def test_the_report_of_a_real_run_says_what_the_run_knows(
     assert "evaluation after epoch 3" in text
     assert "data: {name: digits" in text
     assert "run tiny.yaml --procs 2 --run-dir run" in text
+    traces = sorted(path.name for path in (trained / "profile").glob("*.gz"))
+    assert traces == ["rank_00000.trace.json.gz", "rank_00001.trace.json.gz"]
+    assert "The costliest operators on the CPU Time of their own in steps 13 to 17 of rank 0" in text
     assert "cannot be" not in text.replace("cannot be used", "")
 
 
