@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,11 @@ def allocation(environ: Mapping[str, str]) -> Allocation | None:
 def requeued(environ: Mapping[str, str]) -> bool:
     """Tells whether this job ran before and went back into the queue."""
     return int(environ.get("SLURM_RESTART_COUNT") or 0) > 0
+
+
+def will_requeue(environ: Mapping[str, str], stopped_by: int | None) -> bool:
+    """Tells whether slurm/train.sh puts this job back into the queue after a stop by this signal."""
+    return stopped_by == signal.SIGUSR2 and int(environ.get("DISTTRAIN_REQUEUES_LEFT") or 0) > 0
 
 
 def node(environ: Mapping[str, str]) -> Node | None:

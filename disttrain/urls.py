@@ -9,11 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import sys
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 _SECRETS = "DISTTRAIN_SERVERS"
 """JSON: address without secrets -> its user and password, and its query."""
 
+HIDDEN = "(hidden)"
+
+_ON_END = re.compile(r"\A(monitor\.on_end=).*", re.DOTALL)
+"""An override with a command, which may hold a token."""
 _LOGIN = re.compile(r"(https?://)[^\s/?#]*@")
 _KEYS = re.compile(r"((?:s3|gs)://)[^\s'\"]*@")  # a secret key may have a /
 _QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*")
@@ -32,9 +38,16 @@ def is_url(text: str) -> bool:
 def without_secrets(text: str) -> str:
     """Returns a text whose http(s) URLs have no user, password, query or fragment.
 
-    Other addresses lose what stands before an @; a login there is refused.
+    Other addresses lose what stands before an @; a login there is refused. An override of `monitor.on_end`
+    loses its command.
     """
+    text = _ON_END.sub(rf"\1{HIDDEN}", text)
     return _KEYS.sub(r"\1", _QUERY.sub(r"\1", _LOGIN.sub(r"\1", text)))
+
+
+def shown_command() -> str:
+    """Returns the command line of this process, as `without_secrets`."""
+    return shlex.join(map(without_secrets, sys.orig_argv))
 
 
 def public(url: str) -> str:

@@ -101,6 +101,7 @@ def main(
     os.environ.update(slurm_env.task_environment(os.environ))
     rank = Rank(int(os.environ.get("RANK", "0")), run_dir)
     rank.listen()
+    config = None
     try:
         text = os.environ.get(CONFIG)  # the launcher has read the file, which may have changed since then
         config = parse_config(text, CONFIG) if text else load_config(config_path, overrides)
@@ -120,12 +121,25 @@ def main(
         code = error.exit_code if isinstance(error, DisttrainError) else TrainingError.exit_code
     else:
         code = 0
+    if config is not None:
+        announce(config, rank)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # its terminal or pipe was closed
             stream.flush()
     rank.heartbeat.leave(code)
     os._exit(code)  # does not wait for the threads of a broken process group
+
+
+def announce(config: Config, rank: Rank) -> None:
+    """Runs `monitor.on_end` on rank 0 if there is no launcher of ours, which would do it."""
+    command, folder = config.monitor.on_end, rank.folder
+    if command is None or folder is None or rank.number or folder.locked_by_launcher():
+        return
+    from disttrain.monitor.on_end import announce_end
+
+    say = partial(print, file=sys.stderr, flush=True)
+    announce_end(command, config.name, folder, requeue=False, environ=os.environ, say=say)
 
 
 def run(config: Config, rank: Rank, flags: Flags) -> None:

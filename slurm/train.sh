@@ -61,6 +61,7 @@ done
 # By this secret the nodes know each other; srun hands it on.
 export DISTTRAIN_SECRET="${DISTTRAIN_SECRET:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"
 max_requeues=${MAX_REQUEUES:-20}
+export DISTTRAIN_REQUEUES_LEFT=$((max_requeues - ${SLURM_RESTART_COUNT:-0})) # for monitor.on_end
 main_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 main_port=$((20000 + SLURM_JOB_ID * 8 % 12000)) # different for jobs on the same node; below the ephemeral ports
 
@@ -113,7 +114,7 @@ if verdict=$(ended); then
   code=$verdict
 fi
 if [[ $code == 75 && -n $out_of_time ]]; then # a stop for any other reason is final
-  if ((${SLURM_RESTART_COUNT:-0} < max_requeues)); then
+  if ((DISTTRAIN_REQUEUES_LEFT > 0)); then
     echo "$(date -u +%H:%M:%S)  saved and stopped; requeueing the job"
     scontrol requeue "$SLURM_JOB_ID" || resume_by_hand "not requeued (sbatch --no-requeue?)"
   else

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from disttrain.launch.plan import LaunchPlan
     from disttrain.launch.prepare import Ready
     from disttrain.launch.secret import Secret
+    from disttrain.launch.supervisor import Outcome
     from disttrain.runs.runfolder import RunFolder
     from disttrain.slurm_env import Node
 
@@ -145,7 +146,10 @@ def run(
         folder = ready.folder if run_dir else RunFolder(new_run_path(config.name))
         folder.create() if plan.node_rank == 0 else folder.check_writable("logs", "errors")
     plan, known = replace(plan, run_dir=folder.path), shared_facts(config, ready.index)
-    _train(plan, folder, known, secret, max_restarts=max_restarts, report=report)
+    outcome = _train(plan, folder, known, secret, max_restarts=max_restarts, report=report)
+    if config.monitor.on_end is not None and plan.node_rank == 0:
+        _announce(config, folder, outcome)
+    sys.exit(outcome.exit_code)
 
 
 def _where_to_begin(
@@ -201,8 +205,8 @@ def _train(
     *,
     max_restarts: int,
     report: bool,
-) -> NoReturn:
-    """Trains until the run ends, prints the outcome, writes the report, and exits with the run's code."""
+) -> Outcome:
+    """Trains until the run ends, prints the outcome, and writes the report."""
     from disttrain.launch.launcher import launch
 
     outcome = launch(plan, folder, max_restarts=max_restarts, say=say, facts=known, secret=secret)
@@ -219,7 +223,24 @@ def _train(
             aside(f"cannot write the report ({why[0]}); try `disttrain report {folder.path}`")
         elif plan.verbosity >= 0:
             say(f"report: {folder.path / 'report.html'}")
-    sys.exit(outcome.exit_code)
+    return outcome
+
+
+def _announce(config: Config, folder: RunFolder, outcome: Outcome) -> None:
+    """Runs `monitor.on_end`."""
+    from disttrain import slurm_env
+    from disttrain.launch.secret import SECRET
+    from disttrain.monitor.on_end import announce_end
+
+    assert config.monitor.on_end is not None
+    announce_end(
+        config.monitor.on_end,
+        config.name,
+        folder,
+        requeue=slurm_env.will_requeue(os.environ, outcome.signal),
+        environ={name: value for name, value in os.environ.items() if name != SECRET},
+        say=lambda text: aside(f"disttrain: {text}"),
+    )
 
 
 @click.command()

@@ -28,6 +28,7 @@ from disttrain.config.schema import (
     ScheduleConfig,
     TrainConfig,
     role,
+    shown,
 )
 
 __all__ = [
@@ -51,4 +52,5 @@ __all__ = [
     "parse_config",
     "role",
     "settings",
+    "shown",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import pydantic
 
 from disttrain.config.mistakes import conflicts, explained
-from disttrain.config.schema import Config
+from disttrain.config.schema import Config, shown
 from disttrain.config.yaml12 import Key, dotted_name, read_yaml, write_yaml
 from disttrain.errors import UsageError
 
@@ -84,8 +84,8 @@ def json_schema() -> dict[str, Any]:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Returns the value of every dotted key, such as optim.lr."""
-    return flatten(config.model_dump(mode="json"))
+    """Returns the value of every dotted key, such as optim.lr, as `shown`."""
+    return flatten(shown(config).model_dump(mode="json"))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from disttrain.urls import public
+from disttrain.urls import HIDDEN, public
 from disttrain.user_code import is_target
 
 
@@ -312,6 +312,9 @@ class MonitorConfig(_Section):
     prometheus_dir: Annotated[str | None, Role.MACHINE] = None
     """Folder of node_exporter's textfile collector. The run keeps a file with the latest numbers there; null
     is off."""
+    on_end: Annotated[str | None, Role.MACHINE] = None
+    """Shell command that runs once when the run has finished, failed or stopped, with the outcome in its
+    environment and on its standard input (docs/monitoring.md). null is off."""
 
 
 class Config(_Section):
@@ -330,6 +333,14 @@ class Config(_Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+
+
+def shown(config: Config) -> Config:
+    """Returns a config to show: without the command of `monitor.on_end`, which may have a token in it."""
+    if config.monitor.on_end is None:
+        return config
+    monitor = config.monitor.model_copy(update={"on_end": HIDDEN})
+    return config.model_copy(update={"monitor": monitor})
 
 
 def role(key: str) -> Role:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -32,7 +31,7 @@ from disttrain.runs.manifest import list_steps, step_of
 from disttrain.runs.resume import resume_again
 from disttrain.runs.runfolder import CLEAN, COMMAND, CONFIG, LOCKED_BY_LAUNCHER, RunFolder
 from disttrain.terminal import is_animated
-from disttrain.urls import without_secrets
+from disttrain.urls import shown_command
 
 _MOST_IDLE_RESTARTS = 3  # consecutive restarts without progress
 _SAVING_S = 2.0  # to finish a checkpoint when another rank has failed
@@ -80,7 +79,7 @@ def launch(
             plan = replace(plan, resume=resume_again(folder, plan.resume))
             if plan.node_rank == 0:
                 folder.update_status(restarts=restarts)
-    return outcome
+    return replace(outcome, signal=signals[0]) if signals else outcome
 
 
 def _begin_attempt(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | None, dict[str, Any]]:
@@ -125,7 +124,7 @@ def _attempt(
         variables = child_environment(plan, os.environ) | liveness.environment
         variables |= {
             LOCKED_BY_LAUNCHER: str(folder.path.resolve()),
-            COMMAND: without_secrets(shlex.join(sys.orig_argv)),
+            COMMAND: shown_command(),
         }
         variables |= {CONFIG: plan.config} if plan.config else {}
         # In its own session, so that Ctrl-C reaches only the launcher, which then asks the ranks to stop.

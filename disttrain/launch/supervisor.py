@@ -42,6 +42,7 @@ class Outcome:
         detail: a traceback or the last lines of a log; may be empty.
         status: changes to status.json; empty if the run has already written them.
         victim: whether it may be only the consequence of a failure that is not known yet.
+        signal: the first one that asked the run to stop, if any.
     """
 
     exit_code: int
@@ -49,6 +50,7 @@ class Outcome:
     detail: str = ""
     status: dict[str, Any] = field(default_factory=dict, compare=False)
     victim: bool = field(default=False, compare=False)
+    signal: int | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, code: int, reason: str, message: str = "", detail: str = "", **status: Any) -> Outcome:

@@ -7,9 +7,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-import shlex
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from disttrain.runs.runfolder import COMMAND, RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.training.autotune import Choice
 from disttrain.training.state import TrainState
-from disttrain.urls import without_secrets
+from disttrain.urls import shown_command
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow", "safetensors")
 _COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_")  # prefixes of the variables that configure it
@@ -80,7 +78,7 @@ def environment(
     """Returns the content of env.json without `forced`; arguments as for `run_info`."""
     return {
         "disttrain": __version__,
-        "command": without_secrets(os.environ.get(COMMAND) or shlex.join(sys.orig_argv)),
+        "command": os.environ.get(COMMAND) or shown_command(),
         "directory": str(Path.cwd()),
         "started_at": utc_now(),
         "python": platform.python_version(),

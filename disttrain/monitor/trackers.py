@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from disttrain.config import Config, dump_config, flatten
+from disttrain.config import Config, dump_config, settings, shown
 from disttrain.errors import reason
 from disttrain.files import write_atomically
 from disttrain.monitor.samples import MetricValue, samples
@@ -194,10 +194,9 @@ class Tracker:
             return
         if unsettled:
             write_atomically(path, f"{run}\nnew")
-            settings = flatten(self._config.model_dump(mode="json"))
             plain = {
                 key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
-                for key, value in settings.items()
+                for key, value in settings(self._config).items()
             }
             self._tracker.store_init_configuration(plain)
             write_atomically(path, run)
@@ -255,8 +254,8 @@ def _open_tensorboard(config: Config, folder: Path, step: int, known: str | None
     tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
     tracker.start()
     # Accelerate's store_init_configuration would create another run for the settings.
-    settings = dump_config(config).replace("\n", "\n    ")
-    tracker.tracker.add_text("config", f"    {settings}")
+    text = dump_config(shown(config)).replace("\n", "\n    ")
+    tracker.tracker.add_text("config", f"    {text}")
     return tracker, None
 
 

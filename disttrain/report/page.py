@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from disttrain.config import dump_config
+from disttrain.config import dump_config, shown
 from disttrain.errors import DisttrainError, reason
 from disttrain.report import charts
 from disttrain.report.activations import CheckpointView, sample_grid, view_checkpoint
@@ -153,7 +153,7 @@ def _inside(run: Run, index: Index | None, budget_s: float) -> Section[Checkpoin
 
 def _config_text(run: Run) -> str:
     if run.config is not None:
-        return dump_config(run.config)
+        return dump_config(shown(run.config))
     try:
         return run.folder.config.read_text(errors="replace")
     except OSError as error:

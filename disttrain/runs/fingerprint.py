@@ -9,7 +9,7 @@ from typing import Any
 
 import pydantic
 
-from disttrain.config import Config, Role, differences, role
+from disttrain.config import Config, Role, differences, role, shown
 from disttrain.errors import CheckpointError, UsageError
 from disttrain.runs.manifest import canonical
 from disttrain.shards.index import Index
@@ -27,7 +27,7 @@ def fingerprint(config: Config, index: Index, skipped: Sequence[int] | None = ()
         `config` and its `config_digest`; `data`: name, digest, samples of each split and skipped samples;
         `order`: the digest of what decides the order of the samples of an epoch, None if not known.
     """
-    document = config.model_dump(mode="json")
+    document = shown(config).model_dump(mode="json")
     data: dict[str, Any] = {
         "name": index.name,
         "digest": index.digest,

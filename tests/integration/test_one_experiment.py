@@ -41,7 +41,9 @@ train: {epochs: 2, batch_size: 48, trace_samples: true, label_smoothing: 0.1, pr
         channels_last: true}
 optim: {name: sgd, lr: 0.05}
 schedule: {name: cosine, warmup_epochs: 1}
-monitor: {log_every_steps: 5}
+monitor:
+  log_every_steps: 5
+  on_end: echo "$DISTTRAIN_STATE" >>"$DISTTRAIN_RUN_DIR/ended"
 """
 
 DOORS = {
@@ -71,6 +73,7 @@ def test_two_ranks_train_as_one_does_through_every_door(
     )
     assert succeeded(result)
     assert status(tmp_path / "run")["world_size"] == 2
+    assert (tmp_path / "run/ended").read_text() == "finished\n"
     assert ids_per_step(tmp_path / "run") == ids_per_step(one_rank)
     ours, theirs = records(tmp_path / "run"), records(one_rank)
     assert [set(record) for record in ours] == [set(record) for record in theirs]

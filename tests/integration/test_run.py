@@ -311,7 +311,9 @@ def test_the_config_is_read_once(disttrain: Run, tmp_path: Path, config_file: Pa
     (tmp_path / "mine.py").write_text(once.replace("os.kill(os", crash))
     arguments = ["model.name=mine:Net", "model.args={fail: kill, rank: 0}", "checkpoint.every_steps=3"]
     options = ["--procs", "1", "--run-dir", "run", "--max-restarts", "1"]
-    assert succeeded(disttrain("run", config_file, *arguments, *options))
+    heard = 'monitor.on_end=echo "$DISTTRAIN_STATE $DISTTRAIN_RESTARTS" >>ended'
+    assert succeeded(disttrain("run", config_file, *arguments, *options, heard))
+    assert (tmp_path / "ended").read_text() == "finished 1\n", "only the last end counts"
     assert config_file.read_text() == "name: another"
     assert status(tmp_path / "run")["restarts"] == 1
 

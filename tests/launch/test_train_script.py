@@ -43,6 +43,7 @@ STAND_INS = {
         printf '%q ' disttrain "$@" | sed 's/ $//' >>"$CALLS"
         echo " (OMP_NUM_THREADS=${OMP_NUM_THREADS-})" >>"$CALLS"
         echo "$DISTTRAIN_SECRET" >>"$WRITES/secrets"
+        echo "$DISTTRAIN_REQUEUES_LEFT" >"$WRITES/left"
         if [[ -n $STATUS && $SLURM_NODEID == 0 ]]; then echo "$STATUS" >"$WRITES/status.json"; fi
         if [[ $SLURM_NODEID == 0 ]]; then exit "$CODE"; fi
         exit "$CODE_ELSEWHERE" """,
@@ -172,6 +173,7 @@ def test_the_run_decides_whether_its_job_goes_back_into_the_queue(tmp_path, outc
     code, calls = run(tmp_path, "a.yaml", **outcome)
     assert code == expected
     assert ("scontrol requeue 4711" in calls) == requeued
+    assert not requeued or int((tmp_path / "run/left").read_text()) > 0, "the run knows before"
 
 
 @pytest.mark.integration
