@@ -119,6 +119,14 @@ def check_trackers(config: Config) -> None:
         )
 
 
+def check_mirror(config: Config) -> None:
+    """Raises UsageError if `checkpoint.mirror` is no address to write to, or its package is not installed."""
+    if config.checkpoint.mirror is not None:
+        from disttrain.shards.stores import open_place
+
+        open_place(config.checkpoint.mirror, timeout_s=1)
+
+
 def open_index(config: Config, say: Callable[[str], None]) -> Index:
     """Returns the index of the configured data set; packs the built-in digits on first use.
 

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,9 +51,12 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from disttrain.monitor.observe import RunObserver
+    from disttrain.runs.mirror import Mirror
     from disttrain.shards.index import Index
 
 log = logging.getLogger("disttrain")
+
+_COPYING_S = 60.0  # at most, for the last checkpoint to reach the mirror
 
 
 class Flags(NamedTuple):
@@ -163,10 +167,10 @@ def run(config: Config, rank: Rank, flags: Flags) -> None:
 
             gathered = gather(Group.of(group), (socket.gethostname(), shared_facts(config, index)))
             compare_peers({f"rank {i} on {host}": found for i, (host, found) in enumerate(gathered)})
-        folder, checkpoint = enter_folder(config, rank, group, index, flags)
+        folder, checkpoint, mirror = enter_folder(config, rank, group, index, flags)
         rank.heartbeat.beat(Phase.START, 0, 5)
         if folder is not None:
-            train_in_folder(config, rank, folder, group, index, checkpoint, flags)
+            train_in_folder(config, rank, folder, group, index, checkpoint, flags, mirror)
     except StoppedError as stop:
         stopped = stop
     except RuntimeError as error:
@@ -196,36 +200,44 @@ def run(config: Config, rank: Rank, flags: Flags) -> None:
 
 def enter_folder(
     config: Config, rank: Rank, group: PartialState, index: Index, flags: Flags
-) -> tuple[RunFolder | None, Path | None]:
+) -> tuple[RunFolder | None, Path | None, Mirror | None]:
     """Agrees on the run folder, which rank 0 creates, and on the checkpoint. Every rank calls this.
 
     Returns:
-        The folder, or None if its run has already finished; and the checkpoint to resume from, if any.
+        The folder, or None if its run has already finished; the checkpoint to resume from, if any; and on
+        rank 0 the mirror, if the config has one.
     """
     from disttrain.training.collectives import Group, gather
 
     agreed: list[Any] = [None, None]
+    mirror, notes = None, []
     if rank.number == 0:
         folder = RunFolder(rank.run_dir or new_run_path(config.name))
-        if folder.is_run():
+        address = config.checkpoint.mirror
+        if folder.is_run() or address is not None:
             folder.create()  # takes its lock, so that no other run changes the checkpoints while we read them
+        if address is not None:
+            from disttrain.runs.mirror import Mirror
+
+            mirror = Mirror(address, config.name, folder, config.checkpoint.keep)
+            notes = mirror.begin(resume=flags.resume == "auto")
         now = fingerprint(config, index, None if config.data.on_error == "skip" else ())
         start = resume_point(folder, flags.resume, now, force=flags.force)
         if start.finished:
             print(f"{folder.path}: this run has already finished; nothing to do", flush=True)
         else:
             folder.create()
-            checkpoint = prepare_folder(folder, config, start)
+            checkpoint = prepare_folder(folder, config, replace(start, notes=(*notes, *start.notes)))
             agreed = [str(folder.path), checkpoint and str(checkpoint.resolve())]
     path, checkpoint_path = gather(Group.of(group), agreed)[0]
     if path is None:
-        return None, None
+        return None, None, None
     if rank.number:
         folder = RunFolder(Path(path))
         folder.check_writable("logs", "errors")
     if rank.folder is None:
         rank.enter(folder)
-    return folder, Path(checkpoint_path) if checkpoint_path else None
+    return folder, Path(checkpoint_path) if checkpoint_path else None, mirror
 
 
 def prepare_folder(folder: RunFolder, config: Config, start: Start) -> Path | None:
@@ -266,6 +278,7 @@ def train_in_folder(
     index: Index,
     checkpoint_path: Path | None,
     flags: Flags,
+    mirror: Mirror | None,
 ) -> None:
     """Builds the training state, trains, and writes the run folder. Every rank calls this."""
     from disttrain.monitor.observe import RunObserver
@@ -284,7 +297,8 @@ def train_in_folder(
         folder.forget_after(progress.step, progress.epoch - progress.evaluation_due)
     observer = RunObserver(config, folder, state, progress, index, choices, verbosity=flags.verbosity)
     writing = partial(_writing, rank, observer)
-    saver = RunSaver(state, progress, index, folder, done=observer.saved, writing=writing)
+    saved = partial(_saved, observer, mirror)
+    saver = RunSaver(state, progress, index, folder, done=saved, writing=writing)
     if rank.number == 0:
         warning = check_space(folder.checkpoints, checkpoint_bytes(state), config.checkpoint.keep)
         if warning is not None:
@@ -302,19 +316,34 @@ def train_in_folder(
         started_at=earlier.get("started_at") or utc_now(),
         restarts=earlier.get("restarts", 0),
     )
-    with observer:
+    callbacks = partial(Callbacks, observer, observer.gauges, saver, lambda: rank.stop)
+    with observer, _copying(mirror, config, observer.note):
         if checkpoint_path is not None:
             observer.note(f"resuming from {checkpoint_path}, step {progress.step:,}")
         try:
             with _beating(rank, flags.profile, folder, group.device, observer.note) as beat:
-                phases = Phases(beat, group.device)
-                train(state, progress, Callbacks(observer, observer.gauges, saver, lambda: rank.stop, phases))
+                train(state, progress, callbacks(Phases(beat, group.device)))
         finally:
             with contextlib.suppress(DisttrainError):  # a checkpoint in progress is finished in any case
                 saver.wait()
             write_status()
         write_status(state="finished", exit_code=0, reason="all epochs done")
         observer.finished()
+
+
+def _saved(observer: RunObserver, mirror: Mirror | None, path: Path, best: bool) -> None:
+    observer.saved(path, best)
+    if mirror is not None:
+        mirror.wake()
+
+
+def _copying(
+    mirror: Mirror | None, config: Config, say: Callable[[str], None]
+) -> contextlib.AbstractContextManager[None]:
+    """Returns the context in which checkpoints are copied to the mirror, if there is one."""
+    if mirror is None:
+        return contextlib.nullcontext()
+    return mirror.copying(say, min(_COPYING_S, config.monitor.stall_timeout_s / 2))
 
 
 @contextlib.contextmanager

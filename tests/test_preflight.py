@@ -306,7 +306,7 @@ def test_another_data_set_is_refused(folder):
 MAY_DIFFER = {
     *("data.root", "data.cache", "data.workers", "train.cuda_graph", "checkpoint.keep"),
     *("monitor.gpu_interval_s", "monitor.stall_timeout_s", "monitor.trackers", "monitor.prometheus_dir"),
-    "monitor.on_end",
+    *("monitor.on_end", "checkpoint.mirror"),
 }
 MAY_CHANGE = {
     *("data.on_error", "train.epochs", "train.channels_last", "train.compile", "train.accumulate"),

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -146,10 +146,7 @@ def run(
         folder = ready.folder if run_dir else RunFolder(new_run_path(config.name))
         folder.create() if plan.node_rank == 0 else folder.check_writable("logs", "errors")
     plan, known = replace(plan, run_dir=folder.path), shared_facts(config, ready.index)
-    outcome = _train(plan, folder, known, secret, max_restarts=max_restarts, report=report)
-    if config.monitor.on_end is not None and plan.node_rank == 0:
-        _announce(config, folder, outcome)
-    sys.exit(outcome.exit_code)
+    _train(plan, folder, config, known, secret, max_restarts=max_restarts, report=report)
 
 
 def _where_to_begin(
@@ -200,13 +197,14 @@ def _show(plan: LaunchPlan, config: Config, ready: Ready | None) -> None:
 def _train(
     plan: LaunchPlan,
     folder: RunFolder,
+    config: Config,
     known: dict[str, str],
     secret: Secret,
     *,
     max_restarts: int,
     report: bool,
-) -> Outcome:
-    """Trains until the run ends, prints the outcome, and writes the report."""
+) -> NoReturn:
+    """Trains until the run ends, tells the outcome, writes the report, and exits with the run's code."""
     from disttrain.launch.launcher import launch
 
     outcome = launch(plan, folder, max_restarts=max_restarts, say=say, facts=known, secret=secret)
@@ -223,16 +221,19 @@ def _train(
             aside(f"cannot write the report ({why[0]}); try `disttrain report {folder.path}`")
         elif plan.verbosity >= 0:
             say(f"report: {folder.path / 'report.html'}")
-    return outcome
+    if plan.node_rank == 0:
+        _announce(config, folder, outcome)
+    sys.exit(outcome.exit_code)
 
 
 def _announce(config: Config, folder: RunFolder, outcome: Outcome) -> None:
-    """Runs `monitor.on_end`."""
+    """Runs `monitor.on_end`, if it is set."""
+    if config.monitor.on_end is None:
+        return
     from disttrain import slurm_env
     from disttrain.launch.secret import SECRET
     from disttrain.monitor.on_end import announce_end
 
-    assert config.monitor.on_end is not None
     announce_end(
         config.monitor.on_end,
         config.name,

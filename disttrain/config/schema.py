@@ -292,6 +292,9 @@ class CheckpointConfig(_Section):
     """Number of steps between two additional checkpoints; null is off."""
     keep: Annotated[PositiveInt, Role.MACHINE] = 2
     """Checkpoints to keep in addition to the best one."""
+    mirror: Annotated[str | None, Role.MACHINE] = None
+    """An s3:// or gs:// address or a folder to which complete checkpoints are copied, and from which a run
+    goes on whose run folder has none (docs/reliability.md). null is off."""
 
 
 class MonitorConfig(_Section):

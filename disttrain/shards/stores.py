@@ -1,4 +1,4 @@
-"""Reads data sets at s3://, gs:// and hf:// addresses, through fsspec.
+"""Reads data sets at s3://, gs:// and hf:// addresses, and opens places to write to, through fsspec.
 
 Each library finds the credentials itself, in the environment and in its own files. Nothing of them is kept or
 shown here. What a data set on a store is checked for, and the cache, are those of `remote.py`.
@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from disttrain.errors import UsageError, reason
@@ -145,6 +146,42 @@ def check_address(url: str) -> None:
         )
 
 
+def open_place(address: str, timeout_s: float) -> tuple[Any, str]:
+    """Returns the fsspec file system of an s3:// or gs:// address or a folder, and the path in it.
+
+    Raises:
+        UsageError: it is another address, is malformed, or its package is not installed.
+    """
+    scheme, separator, path = address.partition("://")
+    if not separator:
+        from fsspec.implementations.local import LocalFileSystem
+
+        return LocalFileSystem(auto_mkdir=True), str(Path(address).absolute())
+    if scheme not in {"s3", "gs"}:
+        raise UsageError(f"{without_secrets(address)}: cannot be written; use s3://, gs:// or a folder")
+    check_address(address)
+    return _open(address, timeout_s), path.rstrip("/")
+
+
+def failure(address: str, error: Exception) -> StoreError:
+    """Returns why an operation at an s3:// or gs:// address or in a folder failed."""
+    store = _STORES.get(address.partition("://")[0]) if "://" in address else None
+    return StoreError(reason(error), temporary=True) if store is None else _failure(store, error)
+
+
+def _open(url: str, timeout_s: float) -> Any:
+    scheme = url.partition("://")[0]
+    store = _STORES[scheme]
+    try:
+        return store.open(timeout_s)
+    except ImportError:
+        raise UsageError(
+            f'{url}: needs the package {store.package}; run pip install "disttrain[{scheme}]"'
+        ) from None
+    except Exception as error:  # each library has errors of its own
+        raise _failure(store, error) from None
+
+
 def how_to_copy(url: str) -> tuple[str, str, str]:
     """Returns the commands that copy a folder from and to the store of an address, and a root of it."""
     store = _STORES[url.partition("://")[0]]
@@ -180,13 +217,9 @@ def read(url: str, start: int, end: int, timeout_s: float, *, split: bool) -> Ge
 
 def _read_range(url: str, start: int, stop: int, timeout_s: float) -> bytes:
     scheme, _, path = url.partition("://")
-    store = _STORES[scheme]
+    store, system = _STORES[scheme], _open(url, timeout_s)
     try:
-        content: bytes = store.open(timeout_s).cat_file(path, start=start, end=stop, **store.reading)
-    except ImportError:
-        raise UsageError(
-            f'{url}: needs the package {store.package}; run pip install "disttrain[{scheme}]"'
-        ) from None
+        content: bytes = system.cat_file(path, start=start, end=stop, **store.reading)
     except Exception as error:  # each library has errors of its own
         raise _failure(store, error) from None
     return content

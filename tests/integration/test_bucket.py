@@ -1,7 +1,8 @@
-"""A run on a data set in a bucket of S3 is that on the same data set on the disk."""
+"""A run on a data set in a bucket of S3, with its checkpoints there, is that on the disk."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def test_training_from_a_bucket(s3: S3, disttrain: Run, tmp_path: Path, seven_ro
 
     said: list[str] = []
     run(str(seven_root), "local", "train.epochs=1")
-    run("s3://photos/prefix", "bucket", "train.epochs=1", "data.cache=none")
+    mirror = "checkpoint.mirror=s3://photos/mirror"
+    run("s3://photos/prefix", "bucket", "train.epochs=1", "data.cache=none", mirror)
     assert ids_per_step(tmp_path / "bucket") == ids_per_step(tmp_path / "local") != {}
     assert computed_records(tmp_path / "bucket") == computed_records(tmp_path / "local")
     shards = [request for request in s3.requests if request.startswith("GET") and ".tar" in request]
@@ -49,7 +51,10 @@ def test_training_from_a_bucket(s3: S3, disttrain: Run, tmp_path: Path, seven_ro
 
     for path in (seven_root / "seven").glob("*.tar"):
         s3.delete(f"photos/prefix/seven/{path.name}")
-    run("s3://photos/prefix", "bucket", "train.epochs=2", "data.cache=none")  # goes on from the cache
-    assert {epoch for epoch, _ in ids_per_step(tmp_path / "bucket")} == {1, 2}
+    shutil.rmtree(tmp_path / "bucket")  # a fresh node: it goes on from the mirror, with the cache
+    run("s3://photos/prefix", "bucket", "train.epochs=2", "data.cache=none", mirror)
+    run(str(seven_root), "local", "train.epochs=2")
+    second = {place: ids for place, ids in ids_per_step(tmp_path / "local").items() if place[0] == 2}
+    assert ids_per_step(tmp_path / "bucket") == second != {}
     said += [path.read_bytes().decode(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
     assert not [text for text in said if "secret-for-tests" in text or "key-for-tests" in text]
