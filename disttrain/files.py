@@ -42,7 +42,7 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) 
     """Replaces the content of a file atomically.
 
     Args:
-        path: the file.
+        path: the file; a device or pipe, such as /dev/stdout, is written to.
         content: its new content.
         durable: whether to wait until it is on disk.
 
@@ -52,6 +52,9 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) 
     partial = path.with_name(f".{path.name}.{threading.get_native_id()}.partial")
     data = content.encode() if isinstance(content, str) else content
     try:
+        if _is_device(path):
+            path.write_bytes(data)
+            return
         partial.unlink(missing_ok=True)
         try:
             write_new(partial, data, durable=durable)
@@ -75,11 +78,21 @@ def appearing(path: Path) -> Iterator[Path]:
     _remove(partial)  # left by a process that was killed
     try:
         yield partial
+        if _is_device(path):
+            path.write_bytes(partial.read_bytes())
+            return
         if partial.is_dir():  # a folder cannot replace one that is not empty
             _remove(path)
         move(partial, path)
     finally:
         _remove(partial)
+
+
+def _is_device(path: Path) -> bool:
+    """Returns whether a path is a device or pipe, such as /dev/stdout, which a rename would replace."""
+    if str(path.parent) in ("/dev", "/dev/fd"):  # its target may be a regular file
+        return True
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def _remove(path: Path) -> None:
