@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TextIO
 
-_ASCII = str.maketrans("━╾─▁▂▃▄▅▆▇█°…", "#--_..-=+*# ~")  # for streams without UTF
+_ASCII = dict(zip(map(ord, "━╾─▁▂▃▄▅▆▇█░▒│•°…"), "#--_..-=+*#.:|o ~", strict=True))  # for streams without UTF
+_UPPER, _LOWER = 0b00011011, 0b11100100  # the dots of a braille character
+_ASCII |= {0x2800 + dots: " .':"[2 * bool(dots & _UPPER) + bool(dots & _LOWER)] for dots in range(256)}
 
 
 def is_animated(stream: TextIO | Output) -> bool:

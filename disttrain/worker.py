@@ -295,7 +295,10 @@ def train_in_folder(
         if not folder.config.exists():
             write_atomically(folder.config, dump_config(config))
         folder.forget_after(progress.step, progress.epoch - progress.evaluation_due)
-    observer = RunObserver(config, folder, state, progress, index, choices, verbosity=flags.verbosity)
+    observer = RunObserver(
+        config, folder, state, progress, index, choices, verbosity=flags.verbosity,
+        phase=lambda: rank.heartbeat.place[0],
+    )  # fmt: skip
     writing = partial(_writing, rank, observer)
     saved = partial(_saved, observer, mirror)
     saver = RunSaver(state, progress, index, folder, done=saved, writing=writing)

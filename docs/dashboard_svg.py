@@ -7,10 +7,13 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import rich.console
 
-from disttrain.monitor.console import Console, RunInfo
+from disttrain.monitor.dashboard import Dashboard, RunInfo
+from disttrain.monitor.verdict import evidence, judge
+from disttrain.monitor.widgets import Frame
 from disttrain.runs.jsonl import parts
 from disttrain.runs.records import METRICS, EvalRecord, TrainRecord
 from disttrain.runs.runfolder import RunFolder
@@ -24,12 +27,11 @@ def main() -> None:
     parser.add_argument("--records", type=int, help="stop after this many lines of metrics.jsonl")
     args = parser.parse_args()
     folder = RunFolder(args.run)
-    info = json.loads(folder.env.read_text(encoding="utf-8"))["run"]
-    verdict = folder.status().get("verdict") or {}
+    environment = json.loads(folder.env.read_text(encoding="utf-8"))
     records = [record for part in parts(folder.metrics, METRICS) for record in part.rows]
-    frame = _replay(RunInfo(**info), records[: args.records], verdict.get("text", ""))
-    picture = rich.console.Console(file=io.StringIO(), record=True, width=100, height=30)
-    picture.print(frame)
+    shown = _replay(environment, records[: args.records])
+    picture = rich.console.Console(file=io.StringIO(), record=True, width=110, height=36)
+    picture.print(Frame(shown.lines))
     svg = picture.export_svg(title="disttrain run")
     own = re.sub(
         r"@font-face \{.*?\}", "", svg, flags=re.DOTALL
@@ -37,22 +39,26 @@ def main() -> None:
     args.output.write_text(own.replace("Fira Code, monospace", "monospace"), encoding="utf-8")
 
 
-def _replay(
-    info: RunInfo, records: list[TrainRecord | EvalRecord], verdict: str
-) -> rich.console.RenderableType:
-    """Returns the frame after the records, with a clock that follows their step times."""
-    now_s, position = 0.0, (0, 0)
-    console = Console(info, verbosity=0, position=lambda: position, stream=io.StringIO(), clock=lambda: now_s)
-    console.start()
+def _replay(environment: dict[str, Any], records: list[TrainRecord | EvalRecord]) -> Dashboard:
+    """Returns the dashboard after the records; its clock follows the step times."""
+    shown = Dashboard(RunInfo(**environment["run"]), state="training")
     for record in records:
+        shown.add(record)
         if isinstance(record, TrainRecord):
-            now_s += (record.step - position[0]) * record.step_time_s
-            position = (record.step, record.samples)
-            console.train(record)
-        else:
-            console.evaluate(record)
-    console.verdict(verdict)
-    return console.render()
+            shown.elapsed_s += (record.step - shown.step) * record.step_time_s
+            shown.step, shown.samples = record.step, record.samples
+    shown.pace = shown.samples / shown.elapsed_s
+    choices = {key: text.partition(":")[0] for key, text in environment["choices"].items()}
+    shown.evidence = evidence(
+        [record for record in records if isinstance(record, TrainRecord)][1:][-10:],
+        [device["host"] for device in environment["devices"]],
+        cache=choices["cache"],
+        precision=choices["precision"],
+        compiled=choices["compile"] == "true",
+        graph=None,
+    )
+    shown.verdict = judge(shown.evidence).text if shown.evidence else ""
+    return shown
 
 
 if __name__ == "__main__":

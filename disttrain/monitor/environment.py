@@ -12,16 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from disttrain import __version__
 from disttrain.config import Config
 from disttrain.models import parameter_count
-from disttrain.monitor.console import RunInfo
+from disttrain.monitor.dashboard import RunInfo
 from disttrain.runs.runfolder import COMMAND, RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.training.autotune import Choice
 from disttrain.training.state import TrainState
+from disttrain.units import gib
 from disttrain.urls import shown_command
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow", "safetensors")
@@ -50,6 +52,7 @@ def run_info(
     if devices[0]["uuid"] is None:
         threads, several = torch.get_num_threads(), len(devices) > 1
         where = f"{len(devices)} process{'es' * several}, CPU, {threads} thread{'s' * (threads > 1)} each"
+        where += f", {gib(psutil.virtual_memory().total)} of memory"
     else:
         where = f"{len(devices)} x {' / '.join(sorted({device['name'] for device in devices}))}"
     return RunInfo(

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from msgspec import structs
 from disttrain.config import Config
 from disttrain.errors import StoppedError
 from disttrain.files import write_atomically
+from disttrain.heartbeat import Phase
 from disttrain.monitor.console import Console
 from disttrain.monitor.environment import environment, run_info
 from disttrain.monitor.gauges import RunGauges, gather_devices
@@ -55,7 +56,7 @@ class RunObserver:
     """Observes one run on one rank; a context manager around the training.
 
     Every rank must create one, because the devices of all ranks are gathered. `choices` are the automatically
-    chosen settings with their reasons.
+    chosen settings with their reasons; `phase` returns what this rank is doing.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class RunObserver:
         choices: dict[str, Choice],
         *,
         verbosity: int,
+        phase: Callable[[], Phase] = lambda: Phase.COMPUTE,
     ) -> None:
         self._folder = folder
         self._progress = progress
@@ -105,9 +107,15 @@ class RunObserver:
             write_atomically(folder.env, json.dumps(document, indent=1) + "\n")
             self._shown = _Shown(
                 metrics,
-                Console(info, verbosity=verbosity, position=lambda: (progress.step, progress.samples_seen)),
+                Console(
+                    info,
+                    verbosity=verbosity,
+                    position=lambda: (progress.step, progress.samples_seen),
+                    phase=phase,
+                ),
                 Trackers(config, folder, progress.step, self.note),
             )
+            self._shown.console.recall(folder.metrics)
 
     def __enter__(self) -> RunObserver:
         self.gauges.start()
@@ -139,8 +147,7 @@ class RunObserver:
         if now >= self._status_due_s:
             self._status_due_s = now + _STATUS_INTERVAL_S
             self._update_status()
-            if verdict := self._verdict(_LIVE_RECORDS):
-                self._shown.console.verdict(verdict.text)
+            self._judge(_LIVE_RECORDS, self._shown.console)
 
     def evaluate(self, record: EvalRecord) -> None:
         """Writes and shows an evaluation."""
@@ -188,13 +195,12 @@ class RunObserver:
         if self._shown is None:
             return
         self._shown.trackers.close()  # its messages come before the outcome
-        if verdict := self._verdict(_JUDGED_RECORDS):
-            self._shown.console.note(f"verdict: {verdict.text}")
+        if verdict := self._judge(_JUDGED_RECORDS, self._shown.console, final=True):
             self._folder.update_status(verdict=asdict(verdict))
         accuracy = "no evaluation"
         if last := self._last_eval:
             accuracy = f"accuracy {accuracy_text(last.accuracy, last.correct, last.total)}"
-        self._shown.console.finish(f"finished: {accuracy}, run folder {self._folder.path}", ok=True)
+        self._shown.console.finish(f"finished: {accuracy}", ok=True)
 
     def _write(self, record: TrainRecord | EvalRecord, shown: _Shown) -> None:
         record = structs.replace(record, time=utc_now())
@@ -206,10 +212,14 @@ class RunObserver:
         if self._shown is not None:
             self._shown.console.note(text)
 
-    def _verdict(self, records: int) -> Verdict | None:
-        """Returns the verdict on the last records, without the first one, which includes the warm-up."""
+    def _judge(self, records: int, console: Console, *, final: bool = False) -> Verdict | None:
+        """Shows the verdict on the last records, without the first one, which includes the warm-up."""
         found = self._evidence(list(self._records)[1:][-records:])
-        return None if found is None else judge(found)
+        if found is None:
+            return None
+        verdict = judge(found)
+        console.verdict(verdict.text, found, final=final)
+        return verdict
 
     def _update_status(self) -> None:
         place = self._progress

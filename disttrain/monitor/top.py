@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, cast
+from typing import Any, TextIO, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -26,8 +26,9 @@ from rich.text import Text
 
 from disttrain.errors import DisttrainError, UsageError
 from disttrain.monitor import nvml
+from disttrain.monitor.device_table import devices, table
 from disttrain.monitor.readings import GpuReaders
-from disttrain.monitor.widgets import Frame, bar, devices, plain
+from disttrain.monitor.widgets import Frame, plain
 from disttrain.runs.jsonl import Follower
 from disttrain.runs.records import METRICS, EvalRecord, GpuReading, Process, TrainRecord
 from disttrain.runs.runfolder import RunFolder
@@ -36,9 +37,6 @@ from disttrain.units import ago, number, percent
 
 _INTERVAL_S = 0.5
 _SILENT_S = 60.0  # after which a run that should be running is suspicious
-_BAR = 30
-
-Cell = Callable[[Any], str]
 
 
 class Gpu(GpuReading, kw_only=True):
@@ -221,88 +219,21 @@ def _age_s(when: object, now: datetime) -> float | None:
         return None
 
 
-def _of(key: str, form: str = ".0f", unit: str = "", scale: float = 1) -> Cell:
-    return lambda row: number(getattr(row, key, None), form, unit, scale)
-
-
-def _pair(first: Cell, second: Cell) -> Cell:
-    return lambda row: f"{first(row)}/{second(row)}"
-
-
-class _Column(NamedTuple):
-    title: str
-    width: int
-    cell: Cell
-
-
-_MEMORY = _pair(_of("memory_used_mib", ".1f", scale=1 / 1024),
-                _of("memory_total_mib", ".1f", " GiB", 1 / 1024))  # fmt: skip
-_GPU_COLUMNS = (  # the first that fit are shown
-    _Column("use", 5, lambda row: "lost" if row.lost else _of("utilization_pct", unit=" %")(row)),
-    _Column("memory", 14, _MEMORY),
-    _Column("power", 9, _pair(_of("power_w"), _of("power_limit_w", unit=" W"))),
-    _Column("temp", 6, _of("temperature_c", unit=" °C")),
-    _Column("age", 6, lambda row: ago(row.age_s)),
-    _Column("SM clock", 8, _of("sm_clock_mhz", unit=" MHz")),
-    _Column("SMs", 5, _of("sm_activity_pct", unit=" %")),
-    _Column("tensor", 6, _of("tensor_activity_pct", unit=" %")),
-    _Column("mem use", 7, _of("memory_utilization_pct", unit=" %")),
-    _Column("ours", 8, _of("memory_used_by_us_mib", ".1f", " GiB", 1 / 1024)),
-    _Column("PCIe in/out MiB/s", 17,
-            _pair(_of("pcie_rx_mib_per_s", ",.0f"), _of("pcie_tx_mib_per_s", ",.0f"))),
-    _Column("NVLink in/out MiB/s", 19,
-            _pair(_of("nvlink_rx_mib_per_s", ",.0f"), _of("nvlink_tx_mib_per_s", ",.0f"))),
-    _Column("ECC", 7, _pair(_of("ecc_corrected"), _of("ecc_uncorrected"))),
-    _Column("slowed by", 16, lambda row: _slowed_by(row.throttle)),
-)  # fmt: skip
-_PROCESS_COLUMNS = (
-    _Column("of one core", 11, _of("cpu_pct", unit=" %")),
-    _Column("memory", 9, _of("memory_used_mib", ".1f", " GiB", 1 / 1024)),
-)
-
-
-def _gpu_columns(gpus: Sequence[Gpu]) -> Sequence[_Column]:
-    """Returns the columns, with room for a word where a GPU shares the system's memory."""
-    if not any(gpu.memory_shared for gpu in gpus):
-        return _GPU_COLUMNS
-    shared = _Column("memory", 21, lambda row: _MEMORY(row) + " shared" * bool(row.memory_shared))
-    return [shared if column.cell is _MEMORY else column for column in _GPU_COLUMNS]
-
-
-def _slowed_by(reasons: Sequence[str] | None) -> str:
-    return "n/a" if reasons is None else ", ".join(reasons) or "-"
-
-
 def lines(snapshot: Snapshot, width: int, height: int | None) -> list[Text]:
     """Returns the view of a snapshot, at most `height` lines; the caller crops what is wider than `width`."""
     head = [plain(f"disttrain top  {snapshot.run or f'this node, {snapshot.host}'}", "bold")]
     if snapshot.run is not None:
         head += _state_lines(snapshot, width)
     found = devices(snapshot.gpus, snapshot.processes)
-    rows, labels = found.rows, found.labels
-    if not rows:
+    if not found.rows:
         what = "no NVIDIA GPU that NVML knows" if snapshot.run is None else "no readings yet"
         return [*head, plain(what)][:height]
-    wrong = _notes(rows, labels) if snapshot.gpus else []
+    if len(found.names) == 1:
+        head.append(plain(f"{len(found.rows)} x {found.names[0]}"))
+    wrong = _notes(found.rows, found.labels) if snapshot.gpus else []
     notes = [plain(note, "bold red") for note in [*wrong, *snapshot.notes]]
-    room = len(rows) if height is None else max(1, height - len(head) - 1 - len(notes))
-    shown = len(rows) if len(rows) <= room else room - 1
-    label_width = max(len(label) for label in labels) + 1
-    known = _gpu_columns(snapshot.gpus) if snapshot.gpus else _PROCESS_COLUMNS
-    columns, bar_width = _fitting(known, width - label_width)
-    titles = " ".join(column.title.rjust(column.width) for column in columns)
-    body = [plain(" " * (label_width + bar_width + 1) + titles, "bright_black")]
-    for label, row in zip(labels[:shown], rows[:shown], strict=True):
-        done, rest = bar((getattr(row, found.use) or 0) / 100, bar_width)
-        cells = " ".join(column.cell(row).rjust(column.width) for column in columns)
-        body.append(
-            Text.assemble(
-                plain(label.ljust(label_width), "bold"), (done, "green"), (rest, "bright_black"), f" {cells}"
-            )
-        )
-    if shown < len(rows):
-        body.append(plain(f"{found.folded(shown)}; pipe the output to see all"))
-    return [*head, *body, *notes][:height]
+    room = None if height is None else max(1, height - len(head) - len(notes))
+    return [*head, *table(found, width, room), *notes][:height]
 
 
 def _state_lines(snapshot: Snapshot, width: int) -> list[Text]:
@@ -319,10 +250,10 @@ def _state_lines(snapshot: Snapshot, width: int) -> list[Text]:
     place = [
         f"step {number(train.step if train else status.get('step'), ',d')}",
         f"epoch {number(train.epoch if train else status.get('epoch'), ',d')}",
-        f"loss {_of('loss', '.4f')(train)}",
+        f"loss {number(train and train.loss, '.4f')}",
         f"accuracy {percent(train.accuracy if train else None)}",
-        _of("images_per_s", ",.0f", " images/s")(train),
-        f"wait {_of('data_wait_pct', '.0f', ' %')(train)}",
+        number(train and train.images_per_s, ",.0f", " images/s"),
+        f"wait {number(train and train.data_wait_pct, '.0f', ' %')}",
     ]
     if evaluation is not None:
         place.append(f"eval {percent(evaluation.accuracy)}")
@@ -349,12 +280,3 @@ def _notes(rows: Sequence[Gpu], labels: Sequence[str]) -> list[str]:
         if wrong:
             notes.append(f"{label}: {', '.join(wrong)}")
     return notes
-
-
-def _fitting(columns: Sequence[_Column], width: int) -> tuple[Sequence[_Column], int]:
-    """Returns the first columns that fit beside a bar of at least a sixth of the width, and its width."""
-    sizes = [0]
-    for column in columns:
-        sizes.append(sizes[-1] + column.width + 1)
-    fitting = max(count for count, size in enumerate(sizes) if count == 0 or size <= width - width // 6)
-    return columns[:fitting], max(0, min(_BAR, width - sizes[fitting]))

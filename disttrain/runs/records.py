@@ -8,7 +8,7 @@ the others and not written.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,8 @@ from disttrain.runs.jsonl import parts
 
 Times = TypeVar("Times")
 
+_WHOLE_BYTES = 2**24
+_SAMPLES = 1000  # of a larger file
 _MISSING: Any = None  # in a file of an older version
 
 
@@ -221,6 +223,18 @@ def read_metrics(path: Path) -> tuple[list[LogPoint], list[EvalRecord], int]:
         evals += (record for record in part.rows if isinstance(record, EvalRecord))
         unread += part.unread
     return trained, evals, unread
+
+
+def thinned(path: Path) -> Iterator[TrainRecord | EvalRecord]:
+    """Yields the records of metrics.jsonl in order; of a large file, single ones at equal distances."""
+    size = path.stat().st_size if path.exists() else 0
+    if size <= _WHOLE_BYTES:
+        places: list[tuple[int, int | None]] = [(0, None)]
+    else:
+        places = [(begin, begin + 1) for begin in range(0, size, size // _SAMPLES)]
+    for begin, end in places:
+        for part in parts(path, METRICS, begin, end):
+            yield from part.rows
 
 
 def mean(values: Iterable[float | None]) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from disttrain.monitor.console import RunInfo
+from disttrain.monitor.dashboard import RunInfo
 from disttrain.runs.records import GpuMeans
 from kit.run_files import eval_record, train_record
 

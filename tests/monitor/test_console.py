@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -15,14 +16,31 @@ from msgspec.structs import replace
 from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
-from disttrain.monitor.console import Console, RunInfo, eta, eval_line, train_line
-from disttrain.monitor.widgets import bar, sparkline
+from disttrain.heartbeat import Phase
+from disttrain.monitor.console import Console, eval_line, train_line
+from disttrain.monitor.dashboard import RunInfo, eta
+from disttrain.monitor.verdict import Evidence
+from disttrain.monitor.widgets import bar
 from disttrain.runs.records import GpuMeans, Process, TrainRecord
 from kit.console import EVAL, INFO, TRAIN, gpus, line, timeless
+from kit.run_files import write_lines
 
 
 def processes(count: int) -> tuple[Process, ...]:
     return tuple(Process(rank=i, host="a", cpu_pct=398.1, memory_used_mib=1234) for i in range(count))
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
 
 
 class Clock:
@@ -36,7 +54,7 @@ def dashboard(info: RunInfo = INFO, **options: Any) -> Console:
     options = {
         "verbosity": 0,
         "position": lambda: (0, 0),
-        "stream": io.StringIO(),
+        "stream": Screen(),
         "clock": Clock(),
     } | options
     return Console(info, **options)
@@ -95,58 +113,66 @@ def test_a_frame_never_overflows(size: tuple[int, int], info: RunInfo, record: T
         assert line(lines, "notes").endswith("[bold]second[/bold]")
 
 
+EVIDENCE = Evidence(step_s=0.028, data_s=0.0014, to_device_s=0.0014, communication_s=0.0056)
+
+
 def test_a_frame_says_what_it_is_told() -> None:
     clock = Clock()
     position = (234, 119_552)
     shown = dashboard(position=lambda: position, clock=clock)
-    shown.start()
     clock.now_s = 727
-    shown.train(replace(TRAIN, loss=0.5, gpus=()))
+    shown.train(replace(TRAIN, step=117, loss=0.5, gpus=()))
     shown.train(replace(TRAIN, gpus=gpus(2)[::-1]))
     shown.evaluate(replace(EVAL, step=98, epoch=1, accuracy=0.9, correct=9000))
     shown.evaluate(EVAL)
-    lines = frame(shown)
-    assert re.fullmatch(r"disttrain  alexnet +elapsed 00:12:07", lines[0])
-    assert line(lines, "model") == "model    alexnet_cifar, 2,466,000 parameters, bf16, 4 x NVIDIA H100"
-    assert line(lines, "data") == "data     cifar10 50,000 train, 10,000 val, 3x32x32, batch 512"
-    assert line(lines, "run") == "run      runs/alexnet/1"
+    lines = frame(shown, 120, 40)
+    assert re.fullmatch(r"disttrain  alexnet  training +\d\d:\d\d:\d\d UTC   elapsed 00:12:07", lines[0])
+    assert lines[1:4] == [
+        "alexnet_cifar, 2,466,000 parameters, bf16, batch 512",
+        "cifar10 50,000 train, 10,000 val, 3x32x32",
+        "runs/alexnet/1",
+    ]
     assert re.fullmatch(r"epoch +━+╾?─+ +39 % +3/10  ETA 00:00:01", line(lines, "epoch"))
     assert re.fullmatch(r"total +━+╾?─+ +23 %  step 234/980  ETA 00:00:20", line(lines, "total"))
-    train = lines.index(next(row for row in lines if row.startswith("train")))
-    assert re.fullmatch(r"train +loss 0.1234 +accuracy 96.12 % +lr 1.0e-03 *", lines[train])
-    assert re.fullmatch(r" +18,200 images/s +step 28.1 ms +data wait 2 % *", lines[train + 1])
+    assert line(lines, "train") == "train    lr 1.0e-03"
+    assert line(lines, "step") == "step     28.1 ms"
     assert line(lines, "eval") == "eval     81.23 % (8,123/10,000)   best 90.00 % (9,000/10,000) in epoch 1"
-    assert line(lines, "loss") == "loss     █▁  0.1234 to 0.5000"
-    assert line(lines, "accuracy") == "accuracy ▁▁  96.12 to 96.12 %"
+    assert line(lines, "── 234 steps, 00:00:06 of training")
+    heads = r"loss 0\.1234  • eval +accuracy 96\.12 %  • eval +images/s 18,200"
+    assert re.fullmatch(heads, line(lines, "loss"))
+    assert line(lines, "── 4 x NVIDIA H100 ──"), "the name of the GPUs stands once"
+    assert sum("H100" in row for row in lines) == 1
     first, second = line(lines, "GPU 0"), line(lines, "GPU 1")
-    assert re.fullmatch(r"GPU 0 +━+╾?─+ +30 % +12.1/79.6 GiB +612 W +64 °C", first)
-    assert re.fullmatch(r"GPU 1 +━+╾?─+ +31 % +12.1/79.6 GiB +612 W +64 °C", second)
+    assert re.fullmatch(r"GPU 0 +▃+ +30 % +12.1/79.6 GiB +612/n/a +64 °C", first)
+    assert re.fullmatch(r"GPU 1 +▃+ +31 % +12.1/79.6 GiB +612/n/a +64 °C", second)
+    titles = lines[lines.index(first) - 1]
+    assert re.fullmatch(r" +use over the run +use +memory +power +temp", titles)
     assert lines.index(first) < lines.index(second)
-    wide = frame(shown, 200)
-    assert "lr 1.0e-03" in line(wide, "train")
-    assert "data wait 2 %" in line(wide, "train")
-    assert line(wide, "GPU 0").endswith("NVIDIA H100")
-    assert cell_len(line(wide, "epoch")) == 199
 
 
-def test_a_verdict_is_shown_to_its_end() -> None:
+def test_the_speed_and_its_parts_are_those_of_the_verdict() -> None:
     shown = dashboard()
-    shown.verdict(f"input-bound: {'so it is ' * 9}; set data.cache=host")
+    shown.train(replace(TRAIN, gpus=gpus(2), step_time_s=0.5, images_per_s=1.0))
+    shown.verdict(f"compute-bound: 70 % {'so it is ' * 9}; set data.cache=host", EVIDENCE)
     lines = frame(shown)
+    assert line(lines, "step") == "step     28.0 ms   ░ input 10 %   █ computing 70 %   ▒ communication 20 %"
+    assert "images/s 18,286" in line(lines, "train")
     first = lines.index(line(lines, "verdict"))
     assert "set data.cache=host" in lines[first + 1]
     assert lines[first + 1].startswith(" " * 9)
-    assert line(frame(shown, 200), "verdict").rstrip().endswith("set data.cache=host")
+    wide = frame(shown, 200)
+    assert line(wide, "verdict").rstrip().endswith("set data.cache=host")
+    assert re.search(r"░{6}█{42}▒{12}$", line(wide, "step"))
 
 
 def test_the_arithmetic_of_a_device_is_shown_where_it_is_known() -> None:
     shown = dashboard()
-    shown.train(replace(TRAIN, device_flops_per_s=412_300_000_000_000, mfu_pct=41.7))
-    rows = [row for row in frame(shown) if "MFU" in row]
-    assert rows == [" " * 9 + "412.3 TFLOP/s, MFU 42 %".ljust(len(rows[0]) - 9)]
-    assert line(frame(shown, 200), "train").rstrip().endswith("data wait 2 %         412.3 TFLOP/s, MFU 42 %")
+    shown.train(replace(TRAIN, device_flops_per_s=412_300_000_000_000, mfu_pct=41.7, grad_norm=1.25))
+    assert re.search(
+        r"lr 1.0e-03 +gradient norm 1.25 +412.3 TFLOP/s +MFU 42 %$", line(frame(shown, 120), "train")
+    )
     shown.train(replace(TRAIN, device_flops_per_s=12_340_000_000, mfu_pct=None))
-    assert any(row.strip() == "12.3 GFLOP/s" for row in frame(shown))
+    assert line(frame(shown, 120), "train").endswith("12.3 GFLOP/s")
 
 
 def test_the_pace_leaves_out_the_start_and_counts_the_pauses() -> None:
@@ -164,25 +190,118 @@ def test_the_pace_leaves_out_the_start_and_counts_the_pauses() -> None:
     assert line(frame(shown), "total").endswith("100 %  step 980/980  ETA 00:00:00")
 
 
+@pytest.mark.parametrize(
+    ("phase", "state"),
+    [
+        (Phase.START, "starting"), (Phase.COMPUTE, "training"), (Phase.REPORT, "training"),
+        (Phase.EVALUATE, "evaluating"), (Phase.SAVE, "saving"), (Phase.END, "finishing"),
+    ],
+)  # fmt: skip
+def test_the_phase_stands_in_the_first_line(phase: Phase, state: str) -> None:
+    assert f"alexnet  {state} " in frame(dashboard(phase=lambda: phase))[0]
+
+
+def test_the_last_frame_says_how_it_ended_and_the_path_has_a_line() -> None:
+    stream = Screen()
+    path = "runs/" + "long" * 30
+    shown = dashboard(dataclasses.replace(INFO, run_dir=path), stream=stream)
+    with shown:
+        shown.train(TRAIN)
+        shown.verdict("compute-bound: so it is", EVIDENCE, final=True)
+        shown.finish("finished: accuracy 81 %", ok=True)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    last = text[text.rindex("alexnet  finished") :].splitlines()
+    assert [row.rstrip() for row in last[-2:]] == ["finished: accuracy 81 %", f"run folder {path}"]
+    assert sum("compute-bound" in row for row in last) == 1
+    assert "alexnet  finished" in frame(shown)[0]
+    failed = dashboard()
+    with contextlib.suppress(RuntimeError), failed:
+        raise RuntimeError
+    assert "alexnet  failed" in frame(failed)[0]
+
+
+def test_on_a_low_terminal_what_changes_stays() -> None:
+    shown = dashboard(position=lambda: (234, 119_552))
+    shown.train(replace(TRAIN, gpus=gpus(8)))
+    shown.evaluate(EVAL)
+    shown.verdict("compute-bound: so it is", EVIDENCE)
+    shown.note("saved")
+    lines = frame(shown, 38, 14)
+    assert len(lines) == 13
+    for expected in ("elapsed", "training", "3/10", "234/980", "loss 0.1234", "accuracy 96.12 %", "28.0 ms",
+                     "best 81.23 %", "compute-bound", "GPU 0", "+", "saved"):  # fmt: skip
+        assert any(expected in row for row in lines), expected
+    assert not any("parameters" in row or "runs/" in row for row in lines)
+
+
 def test_unknown_values_are_not_numbers() -> None:
     shown = dashboard()
-    texts = ["\n".join(frame(shown))]
-    assert re.search(r"loss n/a +accuracy n/a +lr n/a", texts[0])
     shown.train(replace(TRAIN, gpus=(UNKNOWN_GPU,)))
-    texts.append("\n".join(frame(shown)))
-    assert re.search(r"GPU n/a +─+ +n/a +n/a/n/a +n/a +n/a *$", texts[1], re.MULTILINE)
-    assert not any("None" in text for text in texts)
+    text = "\n".join(frame(shown))
+    assert re.search(r"GPU n/a +n/a +n/a/n/a +n/a/n/a +n/a *$", text, re.MULTILINE)
+    assert "None" not in text
 
 
-def test_many_gpus_are_folded_and_the_rest_summed_up() -> None:
+def test_graphs_show_the_whole_run_and_earlier_starts(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    steps = range(20, 2020, 20)
+    records = [replace(TRAIN, step=step, loss=2.0 - step / 2000, gpus=gpus(1)) for step in steps]
+    write_lines(path, [*records, replace(EVAL, step=2000, epoch=20)])
     shown = dashboard()
-    shown.train(replace(TRAIN, gpus=gpus(64, hosts=8)))
+    shown.recall(path)
+    lines = frame(shown, 120, 40)
+    assert line(lines, "eval") == "eval     81.23 % (8,123/10,000)   best 81.23 % (8,123/10,000) in epoch 20"
+    assert not any(row.startswith("GPU") for row in lines), "readings of the past are not shown as present"
+    shown.train(replace(TRAIN, step=4000, loss=0.5, gpus=gpus(1)))
+    lines = frame(shown, 120, 40)
+    assert line(lines, "── 4,000 steps")
+    top = lines.index(line(lines, "loss")) + 1
+    curve = [row[:39] for row in lines[top : lines.index(line(lines, "── 4 x"))]]
+    assert curve[0].lstrip().startswith("1.9")
+    assert curve[-1].lstrip().startswith("0.5│")
+    assert [bool(re.search("[⠁-⣿]", row)) for row in curve] == [True] * len(curve), (
+        "one line from top to bottom"
+    )
+
+
+def test_of_many_gpus_those_with_a_problem_are_shown_first() -> None:
+    shown = dashboard()
+    rows = [replace(gpu, utilization_pct=95.0) for gpu in gpus(64, hosts=8)]
+    rows[60] = replace(rows[60], utilization_pct=3.0)
+    rows[50] = replace(rows[50], throttled_thermal_pct=40.0)
+    rows[40] = replace(rows[40], utilization_pct=None, memory_used_mib=None, critical_events=1)
+    shown.train(replace(TRAIN, gpus=tuple(rows)))
     lines = frame(shown)
-    assert line(lines, "+") == "+55 more, use 39 to 93 %"
-    assert sum(" GPU " in row for row in lines) == 9
+    found = [row for row in lines if " GPU " in row]
+    assert [row.split()[:4] for row in found[:3]] == [
+        ["node5", "GPU", "0", "lost"], ["node6", "GPU", "2", "hot"], ["node7", "GPU", "4", "idle"],
+    ]  # fmt: skip
+    hidden = 64 - sum(row.count(" GPU ") for row in found)
+    assert line(lines, "+") == f"+{hidden} more   use of all 64: mean 94 %, least 3 %, most 95 %"
     lines = frame(shown, 200, 50)
     assert not [row for row in lines if row.startswith("+")]
     assert sum(row.count(" GPU ") for row in lines) == 64
+
+
+def test_eight_gpus_and_the_graphs_fit_the_usual_terminal() -> None:
+    shown = dashboard()
+    rows = [replace(gpu, utilization_pct=95.0) for gpu in gpus(8)]
+    rows[6] = replace(rows[6], utilization_pct=3.0)
+    shown.train(replace(TRAIN, gpus=tuple(rows)))
+    lines = frame(shown)
+    assert sum(row.count("GPU ") for row in lines) == 8
+    assert any("GPU 6 idle" in row for row in lines)
+    assert any(re.match(r" .* use +memory", row) for row in lines), "named columns"
+    assert re.fullmatch(r"loss 0\.1234 +accuracy 96\.12 %", line(lines, "loss"))
+
+
+def test_gpus_of_several_kinds_are_named_each() -> None:
+    shown = dashboard()
+    first, second = gpus(2)
+    shown.train(replace(TRAIN, gpus=(first, replace(second, name="NVIDIA A100"))))
+    lines = frame(shown, 120)
+    assert line(lines, "GPU 1").endswith("NVIDIA A100")
+    assert line(lines, "GPU 0").endswith("NVIDIA H100")
 
 
 def test_hosts_are_named_when_there_are_several_by_the_end_of_their_names() -> None:
@@ -201,13 +320,16 @@ def test_hosts_are_named_when_there_are_several_by_the_end_of_their_names() -> N
 def test_processes_are_shown_where_there_are_no_gpus() -> None:
     shown = dashboard()
     shown.train(replace(TRAIN, processes=processes(2)))
-    assert line(frame(shown), "rank 1") == "rank 1   cpu   398 % of one core   memory    1.2 GiB"
+    lines = frame(shown)
+    assert re.fullmatch(r"rank 1 █+ +398 % +1.2 GiB", line(lines, "rank 1"))
+    assert re.fullmatch(
+        r" +use over the run +of one core +memory", lines[lines.index(line(lines, "rank 0")) - 1]
+    )
 
 
 def test_colour_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    shown = dashboard()
+    shown = dashboard(position=lambda: (234, 119_552))
     shown.train(replace(TRAIN, gpus=gpus(4)))
     assert re.search(r"\x1b\[[0-9;]*3[0-9]", "\n".join(frame(shown, force_terminal=True)))
     monkeypatch.setenv("NO_COLOR", "1")
@@ -222,12 +344,6 @@ def test_bar() -> None:
     assert bar(0.64, 4) == ("━━╾", "─")
     assert bar(2.0, 4) == ("━━━━", "")
     assert bar(-1.0, 0) == ("", "")
-
-
-def test_sparkline() -> None:
-    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
-    assert sparkline([5, None, math.nan, 5, math.inf]) == "▁  ▁ "
-    assert sparkline([]) == ""
 
 
 def test_the_time_left() -> None:
@@ -269,7 +385,11 @@ def test_a_file_gets_plain_lines() -> None:
         "run    runs/alexnet/1",
     ]
     assert [re.findall(r"step +(\d+)", line) for line in lines[4:7]] == [["1"], ["11"], ["21"]]
-    assert lines[7:] == [eval_line(EVAL, INFO), "saved [bold]checkpoint[/bold]?[31m", "finished"]
+    assert lines[7:] == [
+        eval_line(EVAL, INFO),
+        "saved [bold]checkpoint[/bold]?[31m",
+        "finished, run folder runs/alexnet/1",
+    ]
 
 
 def test_verbose_is_a_line_for_each_record_and_quiet_the_outcome_alone() -> None:
@@ -280,7 +400,7 @@ def test_verbose_is_a_line_for_each_record_and_quiet_the_outcome_alone() -> None
         assert len(timeless(stream.getvalue())) == expected
     stream = io.StringIO()
     feed(dashboard(stream=stream, verbosity=-1))
-    assert stream.getvalue() == "finished\n"
+    assert stream.getvalue() == "finished, run folder runs/alexnet/1\n"
 
 
 def feed(shown: Console) -> None:

@@ -24,7 +24,8 @@ from kit.run_files import write_lines
 
 PROGRAM = """
 import sys
-from disttrain.monitor.console import Console, RunInfo
+from disttrain.monitor.console import Console
+from disttrain.monitor.dashboard import RunInfo
 info = RunInfo("demo", "runs/demo", "cnn", 10, "digits", "1 process, CPU", "fp32", 64, 2, 10, 640)
 step = 0
 shown = Console(info, verbosity=0, position=lambda: (step, 64 * step))
@@ -79,7 +80,7 @@ assert threading.active_count() <= 2
     assert plain.count("printed by the model") == 1
     last = output[output.rindex("elapsed") : output.rindex(SHOW)]
     assert "step 10/20" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", last)
-    assert plain.rstrip().endswith("finished [bold]well[/bold]")
+    assert plain.rstrip().endswith("finished [bold]well[/bold]\r\nrun folder runs/demo")
     assert plain.count("elapsed") <= 12  # at most four frames a second
 
 
@@ -142,7 +143,9 @@ def test_console_imports_nothing_heavy() -> None:
 
 
 def test_the_picture_of_a_run_is_drawn_from_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "env.json").write_text(json.dumps({"run": dataclasses.asdict(INFO)}))
+    choices = {key: f"{key}: why" for key in ("cache", "precision", "compile")}
+    about = {"run": dataclasses.asdict(INFO), "choices": choices, "devices": [{"host": "a"}]}
+    (tmp_path / "env.json").write_text(json.dumps(about))
     write_lines(tmp_path / "metrics.jsonl", [replace(TRAIN, gpus=gpus(2)), EVAL])
     picture = tmp_path / "dashboard.svg"
     command = [sys.executable, REPOSITORY / "docs" / "dashboard_svg.py", tmp_path, picture]
