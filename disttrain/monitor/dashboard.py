@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.text import Text
 
-from disttrain.monitor.device_table import Devices, devices, table, wanted_lines
+from disttrain.monitor.device_table import Devices, devices, table
 from disttrain.monitor.history import History, blocks, dots, limits, row_of
 from disttrain.monitor.verdict import Evidence
 from disttrain.monitor.widgets import LABEL, gauge, plain, row, rule, side_by_side
@@ -170,9 +170,7 @@ class Dashboard:
         body: list[Text] = []
         if found is not None and found.rows:
             graph = max(_GRAPH_MIN, room // 3) if panels else 0
-            spare = wanted_lines(len(found.rows), width, room) + graph < room
-            titled = height >= _HIGH or (spare and not low)
-            body = [rule(self.info.devices, width)] if titled else []
+            body = [] if low else [rule(self.info.devices, width)]
             body += self._table(found, width, max(1, room - graph - len(body)))
         graphs = self._graphs(panels, width, room - len(body)) if panels else []
         return [*head, *numbers, *speed, *graphs, *body, *notes]

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from disttrain.monitor.widgets import bar, plain, side_by_side
 from disttrain.runs.records import GpuMeans, GpuReading, Process
+from disttrain.terminal import printable
 from disttrain.units import ago, number
 
 _CELL_MIN = 36  # cells of a device where several are side by side
@@ -145,17 +146,6 @@ def _label(devices: Sequence[GpuMeans | GpuReading | Process], host: str, name: 
     return f"{host if len(host) <= 14 else '…' + host[-13:]} {name}"  # names of nodes differ at the end
 
 
-def wanted_lines(count: int, width: int, room: int) -> int:
-    """Returns the lines of a table: few enough for `room` if several devices side by side make it so."""
-    choices = [1 + -(-count // across) for across in range(1, _most_across(width) + 1)]
-    return next((lines for lines in choices if lines <= room), choices[-1])
-
-
-def _most_across(width: int) -> int:
-    """Returns how many devices fit side by side."""
-    return max(1, (width + _GAP) // (_CELL_MIN + _GAP))
-
-
 def table(
     found: Devices, width: int, room: int | None, trace: Callable[[str, int], str] | None = None
 ) -> list[Text]:
@@ -170,8 +160,11 @@ def table(
     """
     count = len(found.rows)
     problems = found.problems()
-    lines = 1 + count if room is None else min(room, wanted_lines(count, width, room))
-    across = min(_most_across(width), -(-count // max(1, lines - 1)))
+    lines, across = 1 + count, 1
+    if room is not None:
+        most = max(1, (width + _GAP) // (_CELL_MIN + _GAP))
+        across = min(most, -(-count // max(1, room - 1)))
+        lines = min(room, 1 + -(-count // across))
     hidden = count > across * (lines - 1)
     shown = list(range(count))
     if hidden:
@@ -207,7 +200,7 @@ def _layout(
     def draw(place: int) -> Text:
         row, word = found.rows[place], problems[place]
         use = getattr(row, found.use)
-        line = plain(found.labels[place].ljust(label_width), "bold")
+        line = Text.assemble((printable(found.labels[place].ljust(label_width)), "bold"))
         line.append(word.ljust(word_width), _STYLES[word])
         if trace is not None:
             line.append(trace(found.keys[place], bar_width).ljust(bar_width), _STYLES[word])
@@ -215,7 +208,7 @@ def _layout(
             done, empty = bar((use or 0.0) / 100, bar_width)
             line.append(done, _STYLES[word]).append(empty, "bright_black")
         for column in columns:
-            line.append(f" {column.cell(row):>{column.width}}")
+            line.append(printable(f" {column.cell(row):>{column.width}}"))
         return line
 
     titles = "".join(f" {column.title:>{column.width}}" for column in columns)

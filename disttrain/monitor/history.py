@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from disttrain.runs.records import mean
 
 _POINTS = 512  # at most; then pairs of them become one
-_BLOCKS = "▁▂▃▄▅▆▇█"
+_BLOCKS = "▁▂▃▄▅▆▇"  # the full block would touch the row above
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille character, by column and row
 
 Curve = Sequence[float | None]

@@ -25,7 +25,7 @@ class Frame:
         self._last: dict[int, tuple[Text, list[Segment]]] = {}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = max(1, options.max_width - 1)  # a full last column makes some terminals wrap
+        width = max(1, options.max_width - 3)  # a terminal that echoes ^C behind the last line must not wrap
         height = max(1, options.size.height - 1)  # a line is left for the outcome
         rendered = {}
         for line in self._draw(width, height):

@@ -32,7 +32,7 @@ def test_what_is_unknown_is_a_gap() -> None:
     for step, use in ((1, None), (2, 50.0), (3, math.nan), (4, 100.0)):
         history.add(step, {"use": use, "loss": 1.0})
     assert history.columns("use", 4) == [None, 50.0, None, 100.0]
-    assert blocks(history.columns("use", 4)) == " ▅ █"
+    assert blocks(history.columns("use", 4)) == " ▄ ▇"
     assert history.smooth("use", 4)[0] is None
 
 
@@ -67,5 +67,5 @@ def test_dots() -> None:
 
 
 def test_blocks() -> None:
-    assert blocks([0, 1, 2, 3, 4, 5, 6, 7], 0, 7) == "▁▂▃▄▅▆▇█"
-    assert blocks([-5, 400]) == "▁█"
+    assert blocks([0, 1, 2, 3, 4, 5, 6], 0, 6) == "▁▂▃▄▅▆▇"
+    assert blocks([-5, 400]) == "▁▇"
