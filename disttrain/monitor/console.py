@@ -137,10 +137,10 @@ class Console:
             self._live.console.print(plain(text, "bold green" if ok else "bold red"), soft_wrap=True)
             self._live.console.print(plain(where), soft_wrap=True)
 
-    def stop(self, state: str = "failed") -> None:
+    def stop(self, outcome: str = "failed") -> None:
         """Restores the terminal. The last frame, which stays on it, says how the run ended."""
-        if self._live is not None and not self._dashboard.ended:
-            self._dashboard.state, self._dashboard.ended = state, True
+        if self._live is not None and not self._dashboard.outcome:
+            self._dashboard.outcome = outcome
             self._live.stop()
 
     def __enter__(self) -> Console:
@@ -169,9 +169,8 @@ class Console:
         shown = self._dashboard
         shown.step, shown.samples, shown.elapsed_s = step, samples, now_s - self._started_s
         shown.pace = (samples - before) / (now_s - since_s) if now_s > since_s else None
-        if not shown.ended:
-            shown.state = _STATES.get(self._phase(), "training")
-        return shown.lines(width, height - _OUTCOME_LINES * shown.ended)
+        shown.state = _STATES.get(self._phase(), "training")
+        return shown.lines(width, height - _OUTCOME_LINES * bool(shown.outcome))
 
 
 def train_line(record: TrainRecord, info: RunInfo) -> str:

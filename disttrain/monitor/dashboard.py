@@ -24,7 +24,7 @@ from disttrain.units import flops_text, hms, number, percent, utc
 
 _LOW, _HIGH = 18, 29  # lines below which there are no graphs, and from which there are facts
 _GRAPH_MIN = 5  # lines of the graphs, with their title
-_PANEL_MIN, _GAP = 36, 2  # cells of a graph, and between two
+_PANEL_MIN, _GAP = 34, 2  # cells of a graph, and between two
 _MARK, _MARK_CELLS = "•", 4  # an evaluation; at most one in so many cells
 
 
@@ -79,8 +79,8 @@ class Dashboard:
 
     Attributes:
         info: the run.
-        state: what the run is doing, or how it ended.
-        ended: whether the next frame is the last one.
+        state: what the run is doing.
+        outcome: how it ended, in a word; empty before the last frame.
         elapsed_s: since the console started.
         step: optimizer steps taken.
         samples: trained on in the whole run.
@@ -95,7 +95,7 @@ class Dashboard:
 
     info: RunInfo
     state: str = "starting"
-    ended: bool = False
+    outcome: str = ""
     elapsed_s: float = 0.0
     step: int = 0
     samples: int = 0
@@ -183,16 +183,16 @@ class Dashboard:
 
     def _stamp(self) -> object:
         """Returns what changes when the curves are to be drawn anew: at every 2 % more steps."""
-        return int(50 * math.log(self._history.steps[-1])), len(self._evals.steps), self.ended
+        return int(50 * math.log(self._history.steps[-1])), len(self._evals.steps), self.outcome
 
     def _title(self, width: int) -> Text:
-        style = _STATE_STYLES.get(self.state, "cyan")
+        state = self.outcome or self.state
         clock = f"elapsed {hms(self.elapsed_s)}"
         if width >= 64:
             clock = f"{utc().split(maxsplit=1)[1]}   {clock}"
         left = Text.assemble(plain(f"disttrain  {self.info.name}" if width >= 64 else self.info.name, "bold"))
-        left.truncate(max(0, width - len(clock) - len(self.state) - 4), overflow="ellipsis")
-        left.append("  ").append(self.state, style)
+        left.truncate(max(0, width - len(clock) - len(state) - 4), overflow="ellipsis")
+        left.append("  ").append(state, _STATE_STYLES.get(state, "cyan"))
         return left.append(" " * max(2, width - left.cell_len - len(clock))).append(clock)
 
     def _facts(self) -> list[str]:
@@ -200,7 +200,7 @@ class Dashboard:
         return [
             f"{info.model}, {info.parameters:,} parameters, {info.precision}, batch {info.batch_size:,}",
             info.data,
-            *([] if self.ended else [info.run_dir]),  # the outcome names it
+            *([] if self.outcome else [info.run_dir]),  # the outcome names it
         ]
 
     def _progress(self, width: int) -> list[Text]:

@@ -21,9 +21,9 @@ from disttrain.units import ago, number
 _CELL_MIN = 36  # cells of a device where several are side by side
 _GAP = 2
 _ALWAYS = 4  # columns that are shown although nothing is known
-_BAR = 30
+_BAR_MIN, _BAR = 6, 30
 _IDLE = 0.5  # times the median of all devices
-_PLAIN_LIMITS = ("power", "clock_setting")  # what lowers the clocks of a healthy GPU
+_USUAL = ("power", "clock_setting")  # they lower the clocks of a healthy GPU
 
 Cell = Callable[[Any], str]
 
@@ -43,7 +43,7 @@ def _pair(first: Cell, second: Cell) -> Cell:
     return lambda row: f"{first(row)}/{second(row)}"
 
 
-def _slowed_by(row: GpuReading) -> str:
+def _reasons(row: GpuReading) -> str:
     return "n/a" if row.throttle is None else ", ".join(row.throttle) or "-"
 
 
@@ -66,7 +66,7 @@ _GPU_COLUMNS = (  # the first that fit are shown
             _pair(_of("nvlink_rx_mib_per_s", ",.0f"), _of("nvlink_tx_mib_per_s", ",.0f")),
             "nvlink_rx_mib_per_s"),
     _Column("ECC", 7, _pair(_of("ecc_corrected"), _of("ecc_uncorrected")), "ecc_corrected"),
-    _Column("slowed by", 16, _slowed_by, "throttle"),
+    _Column("slowed by", 16, _reasons, "throttle"),
 )  # fmt: skip
 _PROCESS_COLUMNS = (
     _Column("of one core", 11, _of("cpu_pct", unit=" %"), "cpu_pct"),
@@ -98,16 +98,16 @@ class Devices:
         return [getattr(row, self.use) for row in self.rows]
 
     def problems(self) -> list[str]:
-        """Returns a word on each row: lost, error, hot, idle or nothing."""
+        """Returns a word on each row: lost, error, hot, throttled, idle or nothing."""
         known = [use for use in self.uses() if use is not None]
         least = _IDLE * statistics.median(known) if known else 0.0
         return [
-            problem(row) or ("idle" if use is not None and use < least else "")
+            _problem(row) or ("idle" if use is not None and use < least else "")
             for row, use in zip(self.rows, self.uses(), strict=True)
         ]
 
 
-def problem(row: Any) -> str:
+def _problem(row: Any) -> str:
     """Returns what is wrong with a GPU in one word, or nothing."""
     if getattr(row, "lost", None):
         return "lost"
@@ -115,12 +115,19 @@ def problem(row: Any) -> str:
         return "error"
     if getattr(row, "critical_events", None):
         return "lost" if row.utilization_pct is None else "error"
-    slowed = [reason for reason in getattr(row, "throttle", None) or () if reason not in _PLAIN_LIMITS]
-    return "hot" if slowed or getattr(row, "throttled_thermal_pct", None) else ""
+    reasons = slowed_by(row)
+    if any("thermal" in reason for reason in reasons) or getattr(row, "throttled_thermal_pct", None):
+        return "hot"
+    return "throttled" if reasons else ""
 
 
-_WORST_FIRST = ("lost", "error", "hot", "idle", "")
-_STYLES = {"lost": "bold red", "error": "bold red", "hot": "red", "idle": "yellow", "": "green"}
+def slowed_by(row: Any) -> list[str]:
+    """Returns what lowers the clocks of a GPU, but for what is usual."""
+    return [reason for reason in getattr(row, "throttle", None) or () if reason not in _USUAL]
+
+
+_WORST_FIRST = ("lost", "error", "hot", "throttled", "idle", "")
+_STYLES = dict(zip(_WORST_FIRST, ("bold red", "bold red", "red", "red", "yellow", "green"), strict=True))
 
 
 def devices(gpus: Sequence[GpuMeans | GpuReading], processes: Sequence[Process]) -> Devices:
@@ -189,7 +196,7 @@ def _layout(
     word_width = max(len(word) + bool(word) for word in problems)
     known = _columns(found, everything=trace is None)
     room = width - label_width - word_width
-    least = max(0, width // 6 - word_width)  # of the bar or history
+    least = max(_BAR_MIN, width // 6 - word_width)  # of the bar or history
     sizes = [0]
     for column in known:
         sizes.append(sizes[-1] + column.width + 1)

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from disttrain.errors import DisttrainError, UsageError
 from disttrain.monitor import nvml
-from disttrain.monitor.device_table import devices, table
+from disttrain.monitor.device_table import devices, slowed_by, table
 from disttrain.monitor.readings import GpuReaders
 from disttrain.monitor.widgets import Frame, plain
 from disttrain.runs.jsonl import Follower
@@ -275,8 +275,7 @@ def _notes(rows: Sequence[Gpu], labels: Sequence[str]) -> list[str]:
         wrong += [f"Xid {xid}" for xid in row.xids_seen or row.xids or ()]
         if row.ecc_uncorrected:
             wrong.append(f"{row.ecc_uncorrected} uncorrectable memory errors")
-        hot = [reason for reason in row.throttle or () if reason not in ("power", "clock_setting")]
-        wrong += [f"slowed by {', '.join(hot)}"] if hot else []
+        wrong += [f"slowed by {', '.join(reasons)}"] if (reasons := slowed_by(row)) else []
         if wrong:
             notes.append(f"{label}: {', '.join(wrong)}")
     return notes
