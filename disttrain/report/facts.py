@@ -15,7 +15,7 @@ from disttrain.report.charts import LEARNING
 from disttrain.report.columns import Array
 from disttrain.report.devices import MEASURES, Device
 from disttrain.report.run import Run
-from disttrain.units import accuracy_text, duration, flops_text, number, percent
+from disttrain.units import accuracy_text, duration, flops_text, number, percent, utc
 
 _EPOCH_ROWS = 60
 
@@ -54,6 +54,21 @@ def wall_s(run: Run) -> float | None:
     return end - begin if math.isfinite(end - begin) else None
 
 
+def when_and_where(run: Run) -> str:
+    """Returns when a run started, how long it took, and on which devices and hosts, as far as it is known."""
+    info, began_s, whole_s = run.env.get("run") or {}, _time_of(run.status.get("started_at")), wall_s(run)
+    hosts = list(dict.fromkeys(str(device.get("host")) for device in run.env.get("devices") or []))
+    where = f"{hosts[0]} and {len(hosts) - 1} more hosts" if len(hosts) > 2 else " and ".join(hosts)
+    parts = [
+        utc(began_s) if math.isfinite(began_s) else None,
+        duration(whole_s) if whole_s is not None else None,
+        info.get("devices"),
+        info.get("precision"),
+        where and f"on {where}",
+    ]
+    return ", ".join(str(part) for part in parts if part)
+
+
 def _time_of(text: object) -> float:
     try:
         return datetime.fromisoformat(str(text)).timestamp()
@@ -84,24 +99,19 @@ def environment_rows(run: Run) -> list[tuple[str, str]]:
 
 
 def first_facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
-    """Returns the main figures of a run, as (name, value)."""
+    """Returns the figures of a run that its headline does not say, as (name, value)."""
     info, status, spent = run.env.get("run") or {}, run.status, run.training_s
     losses = [record.loss for record in run.evals if record.loss is not None]
     per_s, peak_pct = median(run.train["device_flops_per_s"]), median(run.train["mfu_pct"])
     share = "" if peak_pct is None else f", MFU {peak_pct:.1f} %"
     peak = [np.nanmax(v) for gpu in gpus if np.isfinite(v := gpu.values["memory_gib"]).any()]
     facts = [
-        ("best accuracy", percent(run.best.accuracy if run.best else None)),
         ("lowest validation loss", number(min(losses, default=None), ".4f")),
-        ("epochs", f"{number(status.get('epoch'), ',d')} of {number(info.get('epochs'), ',d')}"),
         ("steps", number(status.get("step"), ",d")),
         ("training images seen", number(status.get("samples_seen"), ",d")),
         ("training time", duration(float(spent[-1]) if len(spent) else None)),
-        ("time from start to end", duration(wall_s(run))),
         ("median throughput", number(median(run.train["images_per_s"]), ",.0f", " images/s")),
         ("model FLOP/s", "n/a" if per_s is None else f"{flops_text(per_s)} per device{share}"),
-        ("devices", str(info.get("devices") or "n/a")),
-        ("precision", str(info.get("precision") or "n/a")),
         ("parameters", number(info.get("parameters"), ",d")),
         ("restarts", number(status.get("restarts"), ",d")),
     ]

@@ -28,6 +28,7 @@ from disttrain.report.facts import (
     outcome,
     summaries,
     time_use,
+    when_and_where,
 )
 from disttrain.report.rendering import render
 from disttrain.report.run import Run, read_ranks, read_run
@@ -84,6 +85,8 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         subject=", ".join(
             str(part) for part in (info.get("model"), info.get("data"), run.folder.path) if part
         ),
+        when_and_where=when_and_where(run),
+        epochs_planned=info.get("epochs"),
         facts=first_facts(run, gpus),
         epochs=epoch_rows(run),
         summaries=summaries(run),
