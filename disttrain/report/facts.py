@@ -113,8 +113,9 @@ def first_facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
         ("median throughput", number(median(run.train["images_per_s"]), ",.0f", " images/s")),
         ("model FLOP/s", "n/a" if per_s is None else f"{flops_text(per_s)} per device{share}"),
         ("parameters", number(info.get("parameters"), ",d")),
-        ("restarts", number(status.get("restarts"), ",d")),
     ]
+    if status.get("restarts"):
+        facts.append(("restarts", number(status["restarts"], ",d")))
     return [*facts, ("peak GPU memory", f"{max(peak):,.1f} GiB")] if peak else facts
 
 

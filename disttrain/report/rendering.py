@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from bokeh.embed import components
-from bokeh.resources import Resources
 
 from disttrain import __version__
 from disttrain.files import write_atomically
@@ -21,8 +19,6 @@ def render(template: str, output: Path, drawn: Charts, **content: Any) -> Path:
     Raises:
         StorageError: the file cannot be written.
     """
-    library = Resources(mode="inline", components=["bokeh"], log_level="warn")
-    script, places = components(drawn.figures, wrap_script=False) if drawn.figures else ("", {})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("disttrain", "assets/report"),
         autoescape=True,
@@ -32,9 +28,7 @@ def render(template: str, output: Path, drawn: Charts, **content: Any) -> Path:
     )
     environment.filters |= {"number": number, "percent": percent, "duration": duration, "utc": utc}
     text = environment.get_template(template).render(
-        library="\n".join(library.js_raw) if drawn.figures else "",
-        script=script,
-        charts=places,
+        charts=vars(drawn),
         version=__version__,
         written=utc(),
         **content,

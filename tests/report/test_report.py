@@ -185,7 +185,7 @@ def test_a_run_that_has_only_just_begun(tmp_path: Path) -> None:
     page = write_report(tmp_path)
     check_sections(page)
     assert "The run has no log point yet." in visible(page)
-    assert "bokeh" not in page.read_text()
+    assert "chart-data" not in page.read_text()
 
 
 def test_a_run_of_an_earlier_version_without_times(tmp_path: Path) -> None:
