@@ -156,6 +156,8 @@ def _compare(runs: Sequence[Path], output: Path | None, target: float | None, as
         return
     console = Console(highlight=False)
     console.print(compare.table(comparison))
+    if comparison.warning:
+        click.echo(comparison.warning)
     if comparison.classes:
         click.echo(f"\nof {len(comparison.classes):,} classes, those that differ most (--json has all)")
         console.print(class_table(comparison.runs, comparison.classes))

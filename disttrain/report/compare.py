@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ class Comparison:
         groups: groups of runs that differ only in their seed, the one with the highest mean first.
         bits: title of a run -> whether it has the same bits as the first run, if both recorded digests.
         classes: accuracies of the classes, those that differ most first.
+        warning: why the accuracies cannot be compared; empty if they can.
     """
 
     runs: dict[str, Run]
@@ -72,6 +74,7 @@ class Comparison:
     groups: list[Group]
     bits: dict[str, str]
     classes: list[ClassDifference]
+    warning: str = ""
 
 
 def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
@@ -99,6 +102,7 @@ def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
         groups=_groups(runs),
         bits=_bits(runs),
         classes=class_differences(runs),
+        warning=_different_data(runs),
     )
 
 
@@ -111,9 +115,8 @@ def write_comparison(comparison: Comparison, output: Path) -> Path:
     drawn = charts.Charts()
     charts.overlay(drawn, comparison.runs)
     lines = draw([Line(group.values, group.mean, group.setting) for group in comparison.groups])
-    return render(
-        "comparison.html", output, drawn, comparison=comparison, cell=cell, heading=heading, lines=lines
-    )
+    shown = {"comparison": comparison, "cell": cell, "heading": heading, "shortened": shortened}
+    return render("comparison.html", output, drawn, lines=lines, **shown)
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -179,6 +182,29 @@ def cell(name: str, value: float | str | None) -> str:
         return percent(value)
     precise = name.endswith("_s") and name != "images_per_s"
     return number(value, ".4f" if "loss" in name else ",.1f" if precise else ",.0f")
+
+
+def shortened(text: str) -> str:
+    """Returns a text with its digests cut to eight characters."""
+    return _DIGEST.sub(lambda found: found[0][:8], text)
+
+
+_DIGEST = re.compile(r"\b[0-9a-f]{16,}\b")
+
+
+def _different_data(runs: Mapping[str, Run]) -> str:
+    """Returns a warning if runs were evaluated on different images, as far as it is known; otherwise ""."""
+    found: dict[str, list[str]] = {}
+    for title, run in runs.items():
+        data = run.env.get("data") or {}
+        if run.evals and "digest" in data:
+            images = number(run.evals[-1].total, ",d", " images")
+            text = f"{images} of {data.get('name')} (digest {shortened(str(data['digest']))})"
+            found.setdefault(text, []).append(title)
+    if len(found) < 2:
+        return ""
+    each = "; ".join(f"{', '.join(titles)}: {data}" for data, titles in found.items())
+    return f"The runs were evaluated on different data; do not compare their accuracies. {each}"
 
 
 def _titles(folders: Sequence[Path]) -> list[str]:

@@ -73,6 +73,12 @@ def worst_first(rows: Sequence[ClassRow]) -> list[ClassRow]:
     return sorted(rows, key=lambda row: (row.accuracy is None, row.accuracy, -row.samples))
 
 
+def axis_start(rows: Sequence[ClassRow]) -> float:
+    """Returns where an axis of the accuracies begins, 0..1, so that it shows their differences."""
+    least = min((row.accuracy for row in rows if row.accuracy is not None), default=0.0)
+    return max(start for start in (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995) if start <= least)
+
+
 def write_classes(rows: Sequence[ClassRow], path: Path) -> None:
     """Writes the rows as CSV; shares are 0..1, and unknown ones empty.
 

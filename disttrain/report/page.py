@@ -12,6 +12,7 @@ from disttrain.errors import DisttrainError, reason
 from disttrain.report import charts
 from disttrain.report.activations import CheckpointView, sample_grid, view_checkpoint
 from disttrain.report.confusion import (
+    axis_start,
     class_rows,
     drawing,
     most_confused,
@@ -119,6 +120,7 @@ def _classes(seen: CheckpointView, index: Index, page: Path) -> dict[str, Any]:
     write_classes(rows, table)
     return {
         "class_rows": worst_first(rows),
+        "axis_start": axis_start(rows),
         "class_file": table.name,
         "confused": most_confused(seen.confusion, 20 if matrix else 10),
         "matrix": matrix,

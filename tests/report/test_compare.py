@@ -72,6 +72,22 @@ def test_runs_that_failed_or_tell_nothing_are_shown_but_not_judged(tmp_path: Pat
     assert "No run has finished with an evaluation" in page.read_text()
 
 
+def test_runs_evaluated_on_different_data_are_not_compared_in_silence(tmp_path: Path) -> None:
+    paths = runs(tmp_path, {"a": (0.1, 0.7), "b": (0.2, 0.9), "c": (0.2, 0.9), "unknown": (0.1, 0.8)})
+    for path, digit in zip(paths, "aab", strict=False):
+        env = json.loads((path / "env.json").read_text())
+        env["data"] = {"name": "photos", "digest": digit * 64}
+        (path / "env.json").write_text(json.dumps(env))
+    assert compare(paths[:2]).warning == ""
+    found = compare(paths)
+    assert found.warning.endswith(
+        "a, b: 1,000 images of photos (digest aaaaaaaa); c: 1,000 images of photos (digest bbbbbbbb)"
+    )
+    page = write_comparison(found, tmp_path / "page.html").read_text()
+    assert found.warning in page
+    assert f'<td title="{64 * "b"}">bbbbbbbb</td>' in page
+
+
 def evaluated(run: Path, classes: tuple[str, ...], cells: list[tuple[int, int, int]]) -> None:
     """Stores an evaluation as the only part of the best checkpoint."""
     step = run / "checkpoints" / "step_00000030"

@@ -19,7 +19,14 @@ from disttrain.config import load_config
 from disttrain.errors import StorageError
 from disttrain.report.activations import view_checkpoint
 from disttrain.report.charts import PALETTE
-from disttrain.report.confusion import class_rows, drawing, most_confused, worst_first, write_classes
+from disttrain.report.confusion import (
+    axis_start,
+    class_rows,
+    drawing,
+    most_confused,
+    worst_first,
+    write_classes,
+)
 from disttrain.report.facts import outcome
 from disttrain.report.page import write_report
 from disttrain.report.pictures import mosaic
@@ -288,6 +295,7 @@ def test_the_figures_of_each_class_and_their_file(tmp_path: Path) -> None:
         ('d "e"', 0, 0, None, 0, 0, "", 0), ("f", 2, 0, 0, None, 0, 'd "e"', 2),
     ]  # fmt: skip
     assert [row.name for row in worst_first(rows)] == ["f", "a, b", "=c", 'd "e"']
+    assert [axis_start(some) for some in (rows, rows[:2], rows[1:2], rows[2:3])] == [0, 0.5, 0.8, 0]
     write_classes(rows, tmp_path / "classes.csv")
     with (tmp_path / "classes.csv").open(newline="") as file:
         read = list(csv.DictReader(file))

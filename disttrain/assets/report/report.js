@@ -38,6 +38,19 @@
   }
 })();
 
+// Says where a table goes on beyond its frame, and lets the keyboard scroll it.
+(() => {
+  const resized = new ResizeObserver((entries) => entries.forEach(({ target }) => {
+    const more = target.scrollWidth > target.clientWidth;
+    target.classList.toggle("more", more);
+    for (const [name, value] of [["tabindex", 0], ["role", "group"], ["aria-label", "Table that scrolls sideways"]]) {
+      if (more) target.setAttribute(name, value);
+      else target.removeAttribute(name);
+    }
+  }));
+  for (const frame of document.querySelectorAll(".wide")) resized.observe(frame);
+})();
+
 // A printed page has all details.
 (() => {
   function unfold(open) {
