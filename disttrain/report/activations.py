@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from disttrain.inference.classifier import Classifier
 
 _BATCH = 256
-_GRID = 40
+_GRID = 24
 _SAMPLES = 40
 _MAPS = 16  # per layer
 _FILTERS = 64

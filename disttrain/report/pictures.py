@@ -12,7 +12,7 @@ from PIL import Image
 
 from disttrain.shards.images import Pixels, as_picture
 
-MOST_SIDE = 96
+MOST_SIDE = 160
 """Longest side of a picture, in pixels; larger ones are scaled down."""
 
 

@@ -230,6 +230,23 @@ def test_axes_scale_and_curves_are_chosen(report: Path, open_page: Open) -> None
     assert dots.count() == 3, "an evaluation after each epoch"
 
 
+@pytest.mark.integration
+def test_a_click_or_the_keyboard_enlarges_an_image(report: Path, open_page: Open) -> None:
+    page = open_page(report)
+    small = page.locator("#examples .enlarge").first
+    small.focus()
+    page.keyboard.press("Enter")
+    large = page.locator("dialog img")
+    assert large.bounding_box()["width"] > 4 * small.bounding_box()["width"]
+    assert large.get_attribute("alt") == small.locator("img").get_attribute("alt")
+    page.keyboard.press("Escape")
+    assert not large.is_visible()
+    page.locator("#network .enlarge").last.click()
+    assert "Activation maps of layer" in page.locator("dialog p").inner_text()
+    page.get_by_role("button", name="close").click()
+    assert not large.is_visible()
+
+
 def luminance(color: str) -> float:
     """Returns how bright a CSS colour is, 0..1; colours as rgb(r, g, b)."""
     return sum(map(float, color.removeprefix("rgb(").rstrip(")").split(","))) / 3 / 255

@@ -194,7 +194,7 @@
       <g class="grid">${ys.map(([value]) => `<path d="M${left} ${Y(value).toFixed(1)}H${width - right}"/>`).join("")}</g>
       <path class="axis" d="M${left} ${bottom}H${width - right}"/>
       ${ys.map(([value, text]) => `<text class="y" x="${left - 6}" y="${(Y(value) + 4).toFixed(1)}">${text}</text>`).join("")}
-      ${xs.map(([value, text, second]) => `<text class="x" x="${X(value).toFixed(1)}" y="${base + 15}">${text}${second ? `<tspan x="${X(value).toFixed(1)}" dy="13">${second}</tspan>` : ""}</text>`).join("")}
+      ${xs.map(([value, text, second]) => `<text class="x${X(value) > width - 30 ? " last" : ""}" x="${Math.min(X(value), width).toFixed(1)}" y="${base + 15}">${text}${second ? `<tspan x="${X(value).toFixed(1)}" dy="13">${second}</tspan>` : ""}</text>`).join("")}
       <text class="name" x="${width - right}" y="${height - 3}">${label}</text>
       <g clip-path="url(#clip-${chart.name})">${drawn.map(curve).join("")}</g>${rug.join("")}<g class="cursor"></g>`;
     Object.assign(chart, { X, Y, drawn, left, bottom, width, dot });

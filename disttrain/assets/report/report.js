@@ -51,6 +51,26 @@
   for (const frame of document.querySelectorAll(".wide")) resized.observe(frame);
 })();
 
+// Shows an image large, as large as the window allows.
+(() => {
+  const dialog = document.createElement("dialog"), close = document.createElement("button");
+  dialog.ariaLabel = "Enlarged image";
+  Object.assign(close, { type: "button", textContent: "close" });
+  close.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
+  document.body.append(dialog);
+  for (const button of document.querySelectorAll(".enlarge")) {
+    button.addEventListener("click", () => {
+      const image = button.firstElementChild.cloneNode(), text = document.createElement("p");
+      text.textContent = image.alt;
+      const scale = Math.min((0.85 * innerWidth) / image.width, (0.7 * innerHeight) / image.height);
+      image.style.width = `${image.width * (scale > 1 ? Math.floor(scale) : scale)}px`;
+      dialog.replaceChildren(image, text, close);
+      dialog.showModal();
+    });
+  }
+})();
+
 // A printed page has all details.
 (() => {
   function unfold(open) {
