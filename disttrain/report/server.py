@@ -57,7 +57,7 @@ class _Checked(RequestHandler):
 
     def set_default_headers(self) -> None:
         """Lets a page use nothing but this server."""
-        own = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
+        own = "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'"
         self.set_header("Content-Security-Policy", own)
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Referrer-Policy", "no-referrer")
