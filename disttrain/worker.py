@@ -311,14 +311,7 @@ def train_in_folder(
         place = {"step": progress.step, "epoch": progress.epoch, "samples_seen": progress.samples_seen}
         rank.write_status(**status, **place)
 
-    earlier = folder.status()
-    write_status(
-        **CLEAN,
-        state="running",
-        world_size=state.world_size,
-        started_at=earlier.get("started_at") or utc_now(),
-        restarts=earlier.get("restarts", 0),
-    )
+    write_status(**_running(folder), world_size=state.world_size)
     callbacks = partial(Callbacks, observer, observer.gauges, saver, lambda: rank.stop)
     with observer, _copying(mirror, config, observer.note):
         if checkpoint_path is not None:
@@ -347,6 +340,13 @@ def _copying(
     if mirror is None:
         return contextlib.nullcontext()
     return mirror.copying(say, min(_COPYING_S, config.monitor.stall_timeout_s / 2))
+
+
+def _running(folder: RunFolder) -> dict[str, Any]:
+    """Returns the status of a run that begins or goes on."""
+    earlier = folder.status()
+    begun = {"started_at": earlier.get("started_at") or utc_now(), "restarts": earlier.get("restarts", 0)}
+    return {**CLEAN, "state": "running", **begun}
 
 
 @contextlib.contextmanager

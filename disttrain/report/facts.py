@@ -54,6 +54,12 @@ def wall_s(run: Run) -> float | None:
     return end - begin if math.isfinite(end - begin) else None
 
 
+def subject(run: Run) -> str:
+    """Returns the model, the data and the folder of a run."""
+    info = run.env.get("run") or {}
+    return ", ".join(str(part) for part in (info.get("model"), info.get("data"), run.folder.path) if part)
+
+
 def when_and_where(run: Run) -> str:
     """Returns when a run started, how long it took, and on which devices and hosts, as far as it is known."""
     info, began_s, whole_s = run.env.get("run") or {}, _time_of(run.status.get("started_at")), wall_s(run)

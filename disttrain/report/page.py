@@ -27,6 +27,7 @@ from disttrain.report.facts import (
     epoch_rows,
     first_facts,
     outcome,
+    subject,
     summaries,
     time_use,
     when_and_where,
@@ -68,7 +69,7 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         reading = pool.submit(read_gpus, RunFolder(run_dir).gpu)
         run = read_run(run_dir)
         gpus, unread = reading.result()
-    devices, info = gpus or run.processes, run.env.get("run") or {}
+    devices = gpus or run.processes
     drawn = charts.Charts()
     if len(run.train["step"]):
         charts.learning(drawn, run)
@@ -83,11 +84,9 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         drawn,
         run=run,
         outcome=outcome(run),
-        subject=", ".join(
-            str(part) for part in (info.get("model"), info.get("data"), run.folder.path) if part
-        ),
+        subject=subject(run),
         when_and_where=when_and_where(run),
-        epochs_planned=info.get("epochs"),
+        epochs_planned=(run.env.get("run") or {}).get("epochs"),
         facts=first_facts(run, gpus),
         epochs=epoch_rows(run),
         summaries=summaries(run),
