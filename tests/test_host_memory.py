@@ -35,7 +35,7 @@ def page_faults(*, keep: bool) -> int:
     return int(run.stdout)
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is of glibc")
 def test_a_step_takes_the_memory_of_the_one_before():
     pages = 3 * 4 * 8 * 2**20 // 4096

@@ -148,7 +148,7 @@ def test_threads_end_when_the_epoch_is_left(seven: Index) -> None:
     assert not set(threading.enumerate()) - before
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_epoch(seven_root: Path) -> None:
     program = f"""
 import resource, numpy as np, torch

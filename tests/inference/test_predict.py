@@ -460,6 +460,7 @@ def own_run(trained_run: Path, tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.nightly
 def test_a_model_that_cannot_be_imported_names_the_folder_of_its_training(
     disttrain: Run, own_run: Path, digit_files: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def on_all(hosts: Hosts, *options: str) -> list[tuple[int, str, str]]:
     return [(child.returncode, *texts) for child, texts in zip(children, printed, strict=True)]
 
 
+@pytest.mark.nightly
 @needs_hosts
 def test_every_pair_of_three_nodes_and_one_that_cannot_be_reached(tmp_path: Path) -> None:
     with slurm_cluster.hosts(tmp_path / "hosts", count=3) as hosts:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torchvision.models import resnet18
@@ -38,6 +39,7 @@ def draw(folder: Path, kind: str, count: int) -> None:
         image.save(folder / f"{number}.{'jpg' if number % 2 else 'png'}")
 
 
+@pytest.mark.nightly
 def test_every_command_of_the_tutorial_runs(tmp_path: Path) -> None:
     text = DOCUMENT.read_text()
     for kind in ("circle", "square", "stripes"):

@@ -70,7 +70,8 @@ def test_the_loader_alone_is_measured_on_photos(disttrain: Run, tmp_path: Path) 
     assert refused.returncode == 2
     assert "--image-size" in refused.stderr
     measured = disttrain(
-        "data", "bench", "photos", "--image-size", "24", "--batch-size", "8", "--json", env=root
+        *("data", "bench", "photos", "--image-size", "24", "--batch-size", "8", "--samples", "90", "--json"),
+        env=root,
     )
     assert succeeded(measured)
     names = [stage["name"] for stage in json.loads(measured.stdout)]

@@ -34,10 +34,10 @@ def uninterrupted(
 
 
 SIGNALS = [  # of 90 passes of each rank in training, and two in each of three evaluations
-    (1, "SIGTERM 0 evaluation 3", 75),
     (2, "SIGKILL 1 training 73", 70),
 ]
 MORE_SIGNALS = [
+    (1, "SIGTERM 0 evaluation 3", 75),
     (3, "SIGTERM 2 training 45", 75),
     (1, "SIGTERM 0 training 35", 75),
     (1, "SIGKILL 0 training 45", 70),

@@ -114,6 +114,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     found.close()
 
 
+@pytest.mark.nightly
 def test_two_ranks_download_once_and_the_trained_network_is_of_use(
     disttrain: Run, tmp_path: Path, server: Server
 ) -> None:

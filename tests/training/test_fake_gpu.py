@@ -36,6 +36,7 @@ from disttrain.training.saver import saved_parts
 from disttrain.training.state import TrainState
 from disttrain.training.step import train_step
 from kit import toy
+from kit.marks import nightly
 
 GPU = torch.device("cuda", 0)
 BATCH, STEPS = 16, 3
@@ -168,11 +169,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("name", [*(name for name in CASES if name != "speednet"), *nightly("speednet")])
 def test_a_step_neither_mixes_devices_nor_waits(
-    options: dict[str, Any], index: Index, monkeypatch: pytest.MonkeyPatch
+    name: str, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = build(index, monkeypatch, options)
+    state = build(index, monkeypatch, CASES[name])
     order = state.plan.order(0)
     state.augment.start_epoch(0, order, *state.image_size)
     state.model.train()
@@ -183,7 +184,7 @@ def test_a_step_neither_mixes_devices_nor_waits(
         with copies:
             for step in range(2, STEPS + 1):
                 assert len(train_step(state, batches, step, BATCH, phases)) == BATCH
-    mixed = {"mixup", "cutmix"} & options.get("augment", {}).keys()
+    mixed = {"mixup", "cutmix"} & CASES[name].get("augment", {}).keys()
     expected = {("cpu", "cuda", False)} if mixed or state.config.data.cache == "host" else set()
     assert copies.seen == expected
     with pytest.raises(DataDependentOutputException):  # a log point is where the host waits
