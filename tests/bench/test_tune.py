@@ -86,6 +86,7 @@ def test_a_learning_rate_for_the_digits(disttrain: Run, tmp_path: Path, config_f
     assert wrong.stderr.strip() == "disttrain: --from 1 is not below --to 0.001; choose a lower --from"
 
 
+@pytest.mark.nightly
 def test_a_batch_size(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
     toy.pack(train=70, root=str(tmp_path), shape=(8, 8, 3))
     few = ("data.name=toy", f"data.root={tmp_path}")

@@ -161,6 +161,7 @@ def test_open_data_takes_the_function(seven_root: Path) -> None:
     assert not any(batch.images.any() for batch in batches)
 
 
+@pytest.mark.nightly
 def test_the_example_of_the_document_trains_and_evaluates(disttrain: Run, tmp_path: Path) -> None:
     text = (REPOSITORY / "docs" / "data.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -58,7 +58,7 @@ def by_hand(trained_run: Path, digits_root: Path) -> tuple[torch.Tensor, torch.T
     return scores, torch.tensor([label for _, _, label in samples])
 
 
-@pytest.mark.parametrize("processes", [1, 3, *nightly(2)])
+@pytest.mark.parametrize("processes", [1, *nightly(2, 3)])
 def test_every_number_is_that_of_the_run_and_of_plain_torch(
     disttrain: Run, trained_run: Path, by_hand: tuple[torch.Tensor, torch.Tensor], processes: int
 ) -> None:
@@ -85,6 +85,7 @@ def test_every_number_is_that_of_the_run_and_of_plain_torch(
     assert result["loss"] == pytest.approx(F.cross_entropy(scores, labels).item(), rel=1e-5)
 
 
+@pytest.mark.nightly
 def test_augmentation_stands_beside_the_result_without_it(disttrain: Run, trained_run: Path) -> None:
     result = evaluated(disttrain, trained_run, "--tta", "flip", "--checkpoint", "latest")
     assert result["tta"] == "flip"
@@ -161,6 +162,7 @@ def repacked(root: Path, name: str, classes: tuple[str, ...], digits_root: Path,
     pack(name, str(root), splits, classes, options.get("channels", 1), Options())
 
 
+@pytest.mark.nightly
 def test_another_data_set_is_matched_by_the_names_of_its_classes(
     disttrain: Run, trained_run: Path, digits_root: Path, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ from disttrain.runs import checkpoint
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index
 from kit.commands import Run, succeeded
+from kit.marks import nightly
 from kit.shards import read_split
 
 needs_onnx = pytest.mark.skipif(
@@ -44,7 +45,7 @@ def images(digits_root: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.stack([decode_image(image, 1) for _, image, _ in samples])
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("file_format", [*FORMATS[1:], *nightly("safetensors")])
 def test_an_export_is_checked_and_its_card_has_a_program_that_runs(
     disttrain: Run, trained_run: Path, images: Any, tmp_path: Path, file_format: Any
 ) -> None:
@@ -174,6 +175,7 @@ class Tied(nn.Module):
 """
 
 
+@pytest.mark.nightly
 def test_tied_weights_are_exported_and_read_back(
     disttrain: Run, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +271,7 @@ def test_without_a_name_it_goes_into_the_run_folder_and_may_be_repeated(
     assert f"({record['correct']} of 359)" in (done.path.parent / "README.md").read_text()
 
 
+@pytest.mark.nightly
 @needs_onnx
 def test_the_batch_axis_of_onnx_has_its_name_and_the_opset_is_chosen(
     disttrain: Run, trained_run: Path, tmp_path: Path

@@ -306,6 +306,7 @@ def test_a_change_is_refused_shown_and_with_force_recorded(disttrain: Run, copy:
     assert [sorted(ids) for ids in epochs.values()] == [list(range(1438))] * 2
 
 
+@pytest.mark.nightly
 def test_an_average_that_the_config_does_not_use_any_more(disttrain: Run, copy: Path) -> None:
     done = small(disttrain, "run", "train.ema=null", "--force")
     assert done.returncode == 0, done.stderr
@@ -465,6 +466,7 @@ os.symlink = refuse
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("here")
 def test_a_run_goes_on_without_links(disttrain: Run, stopped: Path, tmp_path: Path) -> None:
     """After `cp -rL`, and on a file system that has no links."""

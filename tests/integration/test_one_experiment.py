@@ -93,7 +93,7 @@ ANOTHER_GROUP = {  # as a pod, an mpirun and a shell inside a Slurm step leave i
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("processes", ["2", *nightly("1")])
+@pytest.mark.parametrize("processes", nightly("1", "2"))
 def test_variables_of_another_group_do_not_reach_the_ranks(
     disttrain: Run, tmp_path: Path, processes: str
 ) -> None:

@@ -62,6 +62,7 @@ def test_photos_train_the_same_on_any_ranks_and_from_a_server(disttrain: Run, tm
     assert computed_records(one)
 
 
+@pytest.mark.nightly
 def test_the_loader_alone_is_measured_on_photos(disttrain: Run, tmp_path: Path) -> None:
     write_folder(tmp_path / "files")
     root = {"DISTTRAIN_DATA": str(tmp_path / "root")}

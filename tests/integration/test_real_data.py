@@ -46,6 +46,7 @@ def check_epoch(
     assert sorted(sample for batch in ids["host"].values() for sample in batch) == list(range(samples))
 
 
+@pytest.mark.nightly
 def test_mnist_from_its_original_files(disttrain: Run, tmp_path: Path) -> None:
     env = {"DISTTRAIN_DATA": str(tmp_path / "data"), "DISTTRAIN_CACHE": str(tmp_path / "cache")}
     prepared = disttrain("data", "prepare", "mnist", "--source", REAL / "mnist", env=env)

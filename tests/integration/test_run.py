@@ -173,6 +173,7 @@ def test_a_finished_run_goes_on_for_more_epochs_and_with_what_may_change(
     assert "train.epochs: 4 -> 3" in shorter.stderr
 
 
+@pytest.mark.nightly
 def test_compiled_model_trains(disttrain: Run, tmp_path: Path, config_file: Path) -> None:
     assert succeeded(disttrain("run", config_file, "train.compile=true", "--procs", "1", "--run-dir", "run"))
     assert records(tmp_path / "run")[-1]["accuracy"] > 0.8

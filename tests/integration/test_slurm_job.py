@@ -124,6 +124,7 @@ def assert_every_sample_once_an_epoch(run_dir: Path, epochs: int, samples: int =
     assert [sorted(ids) for _, ids in sorted(seen.items())] == [list(range(samples))] * epochs
 
 
+@pytest.mark.nightly
 def test_two_processes_on_each_of_two_nodes(cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
     job = submit(cluster, tmp_path, FOUR_RANKS, config_file, "train.trace_samples=true", "--procs", "2")
     job.wait_for_state("COMPLETED", "FAILED")
@@ -205,6 +206,7 @@ def test_a_job_that_fails_is_not_requeued(cluster: Hosts, tmp_path: Path, config
     assert "there is no data set 'nothing'" in job.output()
 
 
+@pytest.mark.nightly
 def test_a_job_that_is_cancelled_stays_so(cluster: Hosts, tmp_path: Path, config_file: Path) -> None:
     job = submit(cluster, tmp_path, ("--nodes=1",), config_file, "train.epochs=100000", "--procs", "1")
     job.wait_for_records(10)
@@ -398,7 +400,7 @@ def test_a_rank_that_is_killed_on_the_second_node_releases_both(
     assert (status["state"], status["rank"], status["host"]) == ("failed", 3, "node1")
 
 
-@pytest.mark.parametrize("how", ["killed", *nightly("unplugged")])
+@pytest.mark.parametrize("how", nightly("killed", "unplugged"))
 def test_a_node_that_is_gone_is_named_and_the_other_released(
     own_cluster: Hosts, tmp_path: Path, config_file: Path, how: str
 ) -> None:

@@ -72,6 +72,7 @@ def stranger(port: int) -> Iterator[None]:
     thread.join()
 
 
+@pytest.mark.nightly
 def test_two_nodes_train_although_a_stranger_hammers_at_their_port(
     start: Start, tmp_path: Path, port: int
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_second_signal_on_one_node_ends_both(start: Start, tmp_path: Path, por
     assert codes == [143, 143], outputs
 
 
+@pytest.mark.nightly
 def test_a_hang_on_a_node_is_survived_on_both_with_max_restarts(
     start: Start, tmp_path: Path, port: int
 ) -> None:
@@ -205,6 +207,7 @@ def test_ranks_with_other_settings_are_refused_without_our_launcher(
     assert f"seed is 0 on rank 0 on {HOST} and 1 on rank 1 on {HOST}" in outputs[0]
 
 
+@pytest.mark.nightly
 def test_a_rank_whose_port_is_taken(start: Start, tmp_path: Path, taken_port: int) -> None:
     code, output, _ = ended(worker(start, 0, taken_port), tmp_path)
     assert code == 73, output

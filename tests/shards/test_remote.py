@@ -23,6 +23,7 @@ from disttrain.shards import remote
 from disttrain.shards.index import load_index
 from disttrain.shards.remote import check_url, fetch_shard, fetch_text
 from kit.commands import Run, wait_for
+from kit.marks import nightly
 from kit.server import Server
 from kit.shards import read_split
 
@@ -330,7 +331,7 @@ def test_an_index_may_name_shards_on_a_server(
     assert "815 samples in 9 shards" in result.stdout
 
 
-@pytest.mark.parametrize("cache_mode", ["none", "host"])
+@pytest.mark.parametrize("cache_mode", ["none", *nightly("host")])
 def test_training_from_a_server(
     server: Server,
     tmp_path: Path,

@@ -232,7 +232,7 @@ def test_the_second_task_that_sees_one_gpu_computes_on_that(monkeypatch: pytest.
     assert wrapped.settings["device_ids"] is None
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_a_single_process_names_its_gpu(tmp_path: Path) -> None:
     """Accelerate says `cuda` there, which is no place in torch's list of generators."""
     program = """
