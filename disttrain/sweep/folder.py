@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,9 @@ from disttrain.runs.runfolder import RunFolder
 from disttrain.sweep.plan import Plan, PlannedRun
 from disttrain.units import accuracy_text
 from disttrain.urls import without_secrets
+
+_ROOT = re.compile(r".*\broot:.*")
+"""A line with `data.root`, which may have a login. Commands in `monitor.on_end` keep theirs."""
 
 
 class Row(NamedTuple):
@@ -119,7 +123,8 @@ class SweepFolder:
         Raises:
             StorageError: a file cannot be written.
         """
-        write_atomically(self.config, without_secrets(text))
+        public = _ROOT.sub(lambda line: without_secrets(line[0]), text)  # the runs get the login another way
+        write_atomically(self.config, public)
         document = asdict(plan) | {"runs": [run._asdict() for run in plan.runs]}
         write_atomically(self.plan, json.dumps(document, indent=1) + "\n")
 

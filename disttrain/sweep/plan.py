@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from disttrain.config import Config, parse_config
+from disttrain.config import Config, parse_config, shown
 from disttrain.errors import UsageError
 from disttrain.runs.fingerprint import changes_since
 from disttrain.urls import without_secrets
@@ -176,7 +176,7 @@ def make_plan(
         draws,
         draw_seed,
         tuple(run._replace(overrides=tuple(map(without_secrets, run.overrides))) for run in runs),
-        configs[runs[0].name].model_dump(mode="json"),
+        shown(configs[runs[0].name]).model_dump(mode="json"),
     )
     return plan, list(configs.values())
 
@@ -197,7 +197,7 @@ def check_same(folder: str, old: Plan, new: Plan, configs: Sequence[Config]) -> 
     changes = [f"{run.name}: is not in the new plan" for run in old.runs if run.name not in now]
     first = now.get(old.runs[0].name)
     if first is not None:
-        document = {"config": first.model_dump(mode="json"), "data": {}}
+        document = {"config": shown(first).model_dump(mode="json"), "data": {}}
         changes = changes_since({"config": old.first}, document) + changes
     if changes:
         lines = [f"{folder}: holds another sweep:", *_shortened(changes)]
@@ -210,6 +210,8 @@ def _axis(override: str, drawing: bool) -> tuple[str, list[str] | Range]:
     key = key.strip()
     if not equals or not key:
         raise UsageError(f"{override!r} is not an override; write key=value, for example optim.lr=0.1")
+    if key == "monitor.on_end":  # sweep.json would have the tokens in it
+        raise UsageError("monitor.on_end: a sweep takes it from the config file only; write it there")
     if found := _RANGE.fullmatch(text.strip()):
         if not drawing:
             raise UsageError(f"{override}: a range needs --draws N; or list the values")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from disttrain.config import load_config
 from disttrain.errors import UsageError
+from disttrain.sweep.folder import SweepFolder
 from disttrain.sweep.plan import Plan, check_same, make_plan, plan_runs
 from kit.configs import BASE
 
@@ -149,3 +153,15 @@ def test_a_sweep_goes_on_with_more_runs_but_not_with_other_ones() -> None:
         "  optim.lr=0.2: is not in the new plan",
         "undo the change, or choose another --sweep-dir",
     ]
+
+
+def test_the_command_at_the_end_is_that_of_the_config_file(tmp_path: Path) -> None:
+    text = BASE + 'monitor: {on_end: \'curl "https://x.org/hook?token=abc" -H "Authorization: d"\'}\n'
+    plan, configs = make_plan(text, "c.yaml", ["seed=0,1"], draws=None, draw_seed=0, check=lambda _: None)
+    folder = SweepFolder(tmp_path)
+    folder.write(plan, text)
+    assert load_config(folder.config).monitor.on_end == configs[0].monitor.on_end
+    assert "abc" not in folder.plan.read_text()
+    check_same("sweep", folder.read(), plan, configs)
+    with pytest.raises(UsageError, match=r"monitor\.on_end: .* config file only"):
+        plan_runs(["seed=0,1", "monitor.on_end=curl x"])
