@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ from disttrain.shards.index import Index
 from disttrain.shards.photos import decode_reduced, read_header
 from disttrain.shards.reader import Ids, OpenShard, open_shard
 from disttrain.shards.remarks import collected
+
+_T = TypeVar("_T")
 
 _CHUNK = 256  # samples that one thread decodes at a time
 _LARGE_CHUNK = 16  # the same for images of several sizes, which are usually large
@@ -44,15 +47,11 @@ def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[
     Raises:
         DataError, UnsafeError: see `open_shard`.
     """
-    shard = open_shard(index, split, number)
-    count = len(shard.contents.keys)
-    base = int(index.first_ids(split)[number])
     shape = (index.height, index.width, index.channels)
 
-    def work(begin: int) -> Chunk:
-        positions = range(begin, min(begin + _CHUNK, count))
+    def work(shard: OpenShard, positions: range, base: int) -> Chunk:
         images = np.empty((len(positions), *shape), np.uint8)
-        keys = shard.contents.keys[begin : positions.stop]
+        keys = shard.contents.keys[positions.start : positions.stop]
         problems = {}
         try:
             with collected() as found:
@@ -67,10 +66,10 @@ def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[
                     remarks += [(keys[place], text) for _, text in found]
                 except (ValueError, OSError) as error:
                     problems[base + position] = (keys[place], reason(error))
-        labels = shard.contents.labels[begin : positions.stop]
-        return Chunk(base + begin, images, labels, problems, remarks)
+        labels = shard.contents.labels[positions.start : positions.stop]
+        return Chunk(base + positions.start, images, labels, problems, remarks)
 
-    yield from ordered_map(work, range(0, count, _CHUNK), threads)
+    yield from _by_chunk(index, split, number, work, _CHUNK, threads)
 
 
 class Reduced(NamedTuple):
@@ -96,26 +95,23 @@ def reduced(index: Index, split: str, number: int, *, threads: int) -> Iterator[
     Raises:
         DataError, UnsafeError: see `open_shard`.
     """
-    shard = open_shard(index, split, number)
-    count = len(shard.contents.keys)
-    base = int(index.first_ids(split)[number])
     side = index.decoded_side
     assert side is not None
 
-    def work(begin: int) -> Reduced:
+    def work(shard: OpenShard, positions: range, base: int) -> Reduced:
         images: list[Pixels | None] = []
         problems = {}
-        end = min(begin + _LARGE_CHUNK, count)
-        for position in range(begin, end):
+        for position in positions:
             try:
                 image = shard.read(position)
                 images.append(decode_reduced(image, read_header(image), side, index.channels))
             except (ValueError, OSError) as error:
                 images.append(None)
                 problems[base + position] = (shard.contents.keys[position], reason(error))
-        return Reduced(base + begin, images, shard.contents.labels[begin:end], problems)
+        labels = shard.contents.labels[positions.start : positions.stop]
+        return Reduced(base + positions.start, images, labels, problems)
 
-    yield from ordered_map(work, range(0, count, _LARGE_CHUNK), threads)
+    yield from _by_chunk(index, split, number, work, _LARGE_CHUNK, threads)
 
 
 class Survey(NamedTuple):
@@ -160,18 +156,33 @@ def surveyed(index: Index, split: str, number: int, *, threads: int) -> Iterator
             sums = pixel_sums(images[sizes[:, 0] > 0])
             yield Survey(first, labels, problems, remarks, sizes, sums)
         return
+    work = partial(_survey, index.channels)
+    yield from _by_chunk(index, split, number, work, _LARGE_CHUNK, threads)
+
+
+def _by_chunk(
+    index: Index,
+    split: str,
+    number: int,
+    work: Callable[[OpenShard, range, int], _T],
+    size: int,
+    threads: int,
+) -> Iterator[_T]:
+    """Yields what `work` returns for every `size` samples of a shard, in order, computed by threads.
+
+    `work` gets the shard, the positions of the samples in it, and the id of the shard's first sample.
+
+    Raises:
+        DataError, UnsafeError: see `open_shard`.
+    """
     shard = open_shard(index, split, number)
     count = len(shard.contents.keys)
     base = int(index.first_ids(split)[number])
-
-    def work(begin: int) -> Survey:
-        positions = range(begin, min(begin + _LARGE_CHUNK, count))
-        return _survey(shard, positions, base, index.channels)
-
-    yield from ordered_map(work, range(0, count, _LARGE_CHUNK), threads)
+    chunks = (range(begin, min(begin + size, count)) for begin in range(0, count, size))
+    yield from ordered_map(lambda positions: work(shard, positions, base), chunks, threads)
 
 
-def _survey(shard: OpenShard, positions: Sequence[int], base: int, channels: int) -> Survey:
+def _survey(channels: int, shard: OpenShard, positions: range, base: int) -> Survey:
     problems: dict[int, tuple[str, str]] = {}
     remarks: list[tuple[str, str]] = []
     sizes = np.zeros((len(positions), 2), np.int64)
@@ -191,5 +202,5 @@ def _survey(shard: OpenShard, positions: Sequence[int], base: int, channels: int
         remarks += [(key, text) for _, text in found]
         sizes[place] = pixels.shape[:2]
         sums += pixel_sums(pixels)
-    labels = shard.contents.labels[positions[0] : positions[-1] + 1]
-    return Survey(base + positions[0], labels, problems, remarks, sizes, sums)
+    labels = shard.contents.labels[positions.start : positions.stop]
+    return Survey(base + positions.start, labels, problems, remarks, sizes, sums)
