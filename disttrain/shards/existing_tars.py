@@ -91,6 +91,10 @@ def index_folder(
         raise DataError(f"{target}: already exists; replace it with --force")
     shards, place = _with_labels(folder, _find(folder, patterns), labels.get("label"), options.say)
     content = _without_statistics(folder, shards, place, labels.get("classes"), _old_names(target))
+    files: dict[str, str] = {}
+    for shard in content.shards:
+        if (other := files.setdefault(shard.sha256, shard.file)) != shard.file:
+            raise DataError(f"{folder}: {other} and {shard.file} are the same data; remove one of them")
     index = parse_index(index_bytes(content), folder.name, folder)
     for split in index.splits:
         if double := next(double_keys(index, split), None):

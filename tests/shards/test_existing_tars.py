@@ -87,6 +87,14 @@ def test_a_data_set_is_gray_if_every_image_is(tmp_path, colour_at):
     assert index_it(tmp_path / "set").channels == (1 if colour_at is None else 3)
 
 
+def test_the_same_tar_in_two_splits_is_named(tmp_path):
+    members = {"a.png": encode(np.zeros((8, 8, 3), np.uint8)), "a.cls": b"0"}
+    for split in ("train", "val"):
+        write_members(tmp_path / f"{split}-0.tar", members)
+    with pytest.raises(DataError, match=r"train-0\.tar and val-0\.tar are the same data; remove one of them"):
+        index_folder(tmp_path, {"train": [], "val": []}, Options())
+
+
 def test_patterns_name_the_splits(tmp_path):
     for name in ("part-0", "part-1", "check", "sub/more"):
         write(tmp_path / "set" / f"{name}.tar", pixels(2, len(name)), [0, 1])
