@@ -110,7 +110,7 @@ def run(
     """
     from disttrain.config import dump_config
     from disttrain.launch.plan import LaunchPlan, plan_nodes, plan_secret
-    from disttrain.launch.prepare import check_run, gpu_notes, processes_here
+    from disttrain.launch.prepare import check_run, processes_here, say_gpu_troubles
     from disttrain.launch.rendezvous import sharing_failures
     from disttrain.launch.secret import Secret
     from disttrain.models import check_model_name
@@ -123,8 +123,7 @@ def run(
         config = _read_config(config_path, overrides, run_dir)
         check_model_name(config.model.name)
         here = processes_here(gpus=gpus, procs=procs)
-        for note in gpu_notes(here.device, procs):
-            aside(note)
+        say_gpu_troubles(here.device, procs, aside)
         run_dir, resume = _where_to_begin(run_dir, resume, config, node)
         plan = LaunchPlan(
             config_path,

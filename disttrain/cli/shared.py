@@ -63,14 +63,13 @@ def ready_to_measure(config: Config, gpus: int | None, procs: int | None) -> tup
         DisttrainError: config, machine or data set do not fit together.
     """
     from disttrain.launch.jobs import plan_job
-    from disttrain.launch.prepare import gpu_notes
+    from disttrain.launch.prepare import say_gpu_troubles
     from disttrain.models import check_model_name
     from disttrain.preflight import check_machine, check_weights
 
     check_model_name(config.model.name)
     plan = plan_job(gpus=gpus, procs=procs)
-    for note in gpu_notes(plan.device, procs):
-        aside(note)
+    say_gpu_troubles(plan.device, procs, aside)
     check_weights(config)
     return plan, check_machine(config, plan.device, plan.processes, plan.world_size, aside)
 

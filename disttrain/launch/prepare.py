@@ -43,27 +43,26 @@ def processes_here(*, gpus: int | None, procs: int | None) -> Processes:
     )
 
 
-def gpu_notes(device: str, procs: int | None) -> list[str]:
-    """Returns what a user should know of this machine's GPUs before processes start, a line each.
+def say_gpu_troubles(device: str, procs: int | None, say: Callable[[str], object]) -> None:
+    """Says what a user should know of this machine's GPUs before processes start.
 
     Args:
         device: that the processes will use, cuda or cpu.
         procs: as on the command line; with it the GPUs are not wanted.
+        say: called with each line.
     """
     if procs is not None:
-        return []
-    notes = [
-        f"GPU {gpu.index} of this machine is lost (NVML: {gpu.lost}) and is not used; run `disttrain doctor`"
-        for gpu in lost_gpus()
-    ]
+        return
+    for gpu in lost_gpus():
+        lost = f"GPU {gpu.index} of this machine is lost (NVML: {gpu.lost})"
+        say(f"{lost} and is not used; run `disttrain doctor`")
     if device == "cuda" and (why := trouble()) is not None:
-        notes.append(f"no readings of the GPUs: {why.text}; run `disttrain doctor`")
+        say(f"no readings of the GPUs: {why.text}; run `disttrain doctor`")
     if device == "cpu" and (problem := unusable_gpus()):
-        notes.append(
+        say(
             f"training on the CPU, although this machine has GPUs ({problem}); run `disttrain doctor`, "
             "or use --procs N to train on the CPU on purpose"
         )
-    return notes
 
 
 def check_run(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[[str], None]) -> Ready | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from disttrain.config import Config, config_text
-from disttrain.launch.prepare import gpu_notes
+from disttrain.launch.prepare import say_gpu_troubles
 from disttrain.models import check_model_name
 from disttrain.monitor.nvml import visible_gpus
 from disttrain.parallel import usable_cores
@@ -43,8 +43,7 @@ def places_here(jobs: int, gpus: int | None, procs: int | None, say: Callable[[s
     places = share_machine(
         jobs, gpus=gpus, procs=procs, visible=visible, cores=usable_cores(), environ=os.environ
     )
-    for note in gpu_notes(places[0].processes.device, procs):
-        say(note)
+    say_gpu_troubles(places[0].processes.device, procs, say)
     return places
 
 
