@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tornado.escape import xhtml_escape
 from tornado.web import HTTPError
 
 from disttrain.errors import DisttrainError
@@ -59,6 +60,16 @@ class Pages:
         self._threads = ThreadPoolExecutor(_DRAWING)
         self._pages: dict[tuple[str, ...], Page] = {}  # the one used last is last
         self._closed = False
+
+    def doorway(self, url: str) -> Path:
+        """Writes a page that leads to an address, for a browser: every user sees the command lines of others.
+
+        Args:
+            url: may have the token.
+        """
+        file = Path(self._folder.name) / "open.html"  # only this user can enter the folder
+        file.write_text(f'<!doctype html><meta http-equiv="refresh" content="0; url={xhtml_escape(url)}">')
+        return file
 
     def close(self) -> None:
         """Ends the processes that draw and a search for runs, and removes the pages."""

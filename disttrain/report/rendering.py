@@ -1,7 +1,8 @@
-"""Writes a page as one self-contained HTML file: it needs no network, server or other file."""
+"""The templates of all pages. A report is one self-contained HTML file: it needs no network and no server."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,29 @@ from disttrain.report.charts import Charts
 from disttrain.units import duration, number, percent, utc
 
 
-def render(template: str, output: Path, drawn: Charts, **content: Any) -> Path:
-    """Renders a template of assets/report with charts and content, and writes the page.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+@cache
+def templates() -> jinja2.Environment:
+    """Returns the templates of assets/report and assets/serve."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("disttrain", "assets/report"),
+        loader=jinja2.ChoiceLoader(
+            [jinja2.PackageLoader("disttrain", f"assets/{folder}") for folder in ("report", "serve")]
+        ),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "percent": percent, "duration": duration, "utc": utc}
-    text = environment.get_template(template).render(
-        charts=vars(drawn),
-        version=__version__,
-        written=utc(),
-        **content,
-    )
+    environment.globals["version"] = __version__
+    return environment
+
+
+def render(template: str, output: Path, drawn: Charts, **content: Any) -> Path:
+    """Renders a template with charts and content, and writes the page.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    text = templates().get_template(template).render(charts=vars(drawn), written=utc(), **content)
     write_atomically(output, text)
     return output

@@ -27,12 +27,13 @@ from disttrain.errors import BusyError, DisttrainError, UsageError, reason
 from disttrain.lifetime import stop_signals
 from disttrain.report.listing import Listing, to_json
 from disttrain.report.pages import Page, Pages, ProblemError, tail
+from disttrain.report.rendering import templates
 
 Say = Callable[[str], object]
 
 PORT = 8765
 _PORTS = 20  # tried from the default one on
-_ASSETS = Path(disttrain.__file__).parent / "assets"
+_ASSETS = Path(disttrain.__file__).parent / "assets/serve"
 _MOST_RUNS = 50  # of a comparison
 _LOG = r"(?:rank|launch)_\d{5,}\.log"
 
@@ -68,12 +69,16 @@ class _Checked(RequestHandler):
         error = what.get("exc_info", (None, None))[1]
         text = {404: "There is no such page", 500: "This is a bug: see the terminal of disttrain serve"}
         said = getattr(error, "text", None) or (str(error) if isinstance(error, DisttrainError) else None)
-        self.render("message.html", title=said or text.get(status_code, self._reason), links=[])
+        self.show("message.html", title=said or text.get(status_code, self._reason), links=[])
 
     def log_exception(self, kind: Any, error: Any, trace: Any) -> None:
         """Logs bugs, without the address: it may have the token."""
         if not isinstance(error, (HTTPError, DisttrainError)):
             app_log.error("disttrain serve:", exc_info=error)
+
+    def show(self, template: str, **content: Any) -> None:
+        """Sends a page."""
+        self.finish(templates().get_template(template).render(content))
 
     @property
     def pages(self) -> Pages:
@@ -94,7 +99,7 @@ class _Assets(_Checked, StaticFileHandler):
 
 class _List(_Checked):
     def get(self) -> None:
-        self.render("runs.html", folder=str(self.pages.listing.folder), most=_MOST_RUNS)
+        self.show("runs.html", folder=str(self.pages.listing.folder), most=_MOST_RUNS)
 
 
 class _Rows(_Checked):
@@ -108,7 +113,7 @@ class _Version(_Checked):
 
 
 class _Drawn(_Checked):
-    async def show(self, page: Page, paths: tuple[str, ...]) -> None:
+    async def show_drawn(self, page: Page, paths: tuple[str, ...]) -> None:
         """Sends a page, with the script that watches for a newer one."""
         content = await asyncio.to_thread(page.file.read_text)
         check = xhtml_escape("/version?" + urlencode({"run": paths}, doseq=True))
@@ -124,7 +129,7 @@ class _Report(_Drawn):
         paths = (path or "",)
         page = await self.pages.page(paths)
         if name == "report.html":
-            await self.show(page, paths)
+            await self.show_drawn(page, paths)
             return
         try:
             content = await asyncio.to_thread(page.file.with_name(name).read_bytes)
@@ -139,7 +144,7 @@ class _Comparison(_Drawn):
         paths = tuple(dict.fromkeys(self.get_query_arguments("run", strip=False)))
         if not 2 <= len(paths) <= _MOST_RUNS:
             raise ProblemError(400, f"Tick 2 to {_MOST_RUNS} runs to compare")
-        await self.show(await self.pages.page(paths), paths)
+        await self.show_drawn(await self.pages.page(paths), paths)
 
 
 class _Text(_Checked):
@@ -151,7 +156,7 @@ class _Text(_Checked):
         folder = root / (path or "")
         if name == "logs/":
             logs = await asyncio.to_thread(_logs, folder / "logs")
-            self.render("message.html", title="Logs of " + (path or folder.name), links=logs)
+            self.show("message.html", title="Logs of " + (path or folder.name), links=logs)
             return
         try:
             text = await asyncio.to_thread(tail, root, folder / name)
@@ -180,13 +185,11 @@ def application(pages: Pages, **settings: Any) -> Application:
             (r"/runs\.json", _Rows),
             (r"/version", _Version),
             (r"/compare", _Comparison),
-            (r"/assets/(report\.css)", _Assets, {"path": str(_ASSETS / "report")}),
-            (r"/assets/(\w+\.js)", _Assets, {"path": str(_ASSETS / "serve")}),
+            (r"/assets/(\w+\.js)", _Assets, {"path": str(_ASSETS)}),
             (run + r"(report\.html|report_classes\.csv)", _Report),
             (run + rf"(config\.yaml|logs/(?:{_LOG})?)", _Text),
         ],
         default_handler_class=_Missing,
-        template_path=str(_ASSETS / "serve"),
         compress_response=True,
         log_function=lambda handler: None,  # addresses may have the token
         pages=pages,
@@ -255,7 +258,7 @@ async def _serve(
     say(url)
     loop.run_in_executor(None, pages.listing.rows)  # ready when the browser asks
     if browser:
-        loop.run_in_executor(None, webbrowser.open, url)
+        loop.run_in_executor(None, webbrowser.open, pages.doorway(url).as_uri() if secret else url)
     await stopped.wait()
     server.stop()
     await asyncio.to_thread(pages.close)

@@ -17,7 +17,8 @@ import pytest
 from click.testing import CliRunner
 
 from disttrain.cli import main
-from disttrain.report.pages import open_inside, tail
+from disttrain.report.listing import Listing
+from disttrain.report.pages import Pages, open_inside, tail
 from disttrain.report.server import is_expected
 from kit.commands import background
 from kit.run_files import CONFIG, train_record, write_lines, write_run
@@ -73,6 +74,14 @@ def test_a_taken_port_and_a_missing_folder_end_with_one_line(taken_port: int, tm
         result = CliRunner().invoke(main, ["serve", *arguments])
         assert (result.exit_code, result.output.count("\n")) == (code, 1)
         assert text in result.output
+
+
+def test_a_browser_is_given_the_token_in_a_file_that_only_the_user_reads(tmp_path: Path) -> None:
+    with contextlib.closing(Pages(Listing(tmp_path))) as pages:
+        file = pages.doorway("http://[::1]:8765/?token=abc&x=1")
+        assert file.parent.stat().st_mode & 0o077 == 0
+        assert 'url=http://[::1]:8765/?token=abc&amp;x=1"' in file.read_text()
+    assert not file.exists()
 
 
 # --- A server ---------------------------------------------------------------------------------------
@@ -166,6 +175,7 @@ def test_nothing_else_of_the_disk_is_served(server: Client) -> None:
         "/run/first/status.json",
         "/assets/../server.py",
         "/assets/%2e%2e/report.js",
+        "/assets/runs.html",
         "/compare?run=first&run=../first",
         "/version?run=/etc",
     ):
@@ -175,7 +185,7 @@ def test_nothing_else_of_the_disk_is_served(server: Client) -> None:
         assert "Traceback" not in text
     for host in ("evil.example", f"evil.example:{server.port}"):
         code, _, text = server.get("/runs.json", Host=host)
-        assert (code, "first" in text) == (403, False)
+        assert (code, "second" in text) == (403, False)
     assert server.get("/compare?run=first")[0] == 400
 
 
