@@ -25,8 +25,9 @@ def write_rates(found: RateFinding, outcome: str, subject: str, output: Path) ->
         outcome=outcome,
         subject=subject,
         heading="Loss while the learning rate rises",
+        curve="Loss",
         explanation="Each step uses a larger learning rate than the previous one. The first dashed line is "
-        "the suggestion: there the average loss falls fastest. Above the second line, it rises again.",
+        "the suggestion: there the mean loss falls fastest. Above the second line, it rises again.",
         columns=("learning rate", "loss", "mean"),
         rows=rows,
     )
@@ -45,6 +46,7 @@ def write_batches(found: Sequence[BatchRow], outcome: str, subject: str, output:
         outcome=outcome,
         subject=subject,
         heading="Throughput over the batch size",
+        curve="Images per second",
         explanation="The suggestion is the smallest batch size that is nearly as fast as the fastest. A new "
         "batch size needs a new learning rate: find it with disttrain tune lr.",
         columns=("batch size", "ms per step", "images/s", "GPU memory, GiB"),

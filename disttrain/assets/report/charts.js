@@ -37,7 +37,7 @@
     const size = Math.abs(value);
     if (size >= 1000) return Math.round(value).toLocaleString("en");
     return size === 0 || size >= 0.001
-      ? value.toLocaleString("en", { maximumSignificantDigits: 4 }) : value.toExponential(2);
+      ? value.toLocaleString("en", { maximumSignificantDigits: 4 }) : value.toExponential(2).replace(/\.?0+e/, "e");
   };
   const two = (value) => String(Math.floor(value)).padStart(2, "0");
   const duration = (value, whole) => {
@@ -161,7 +161,13 @@
     const share = (f, value, from, to) => (f(value) - f(from)) / (f(to) - f(from));
     const X = (value) => left + (width - left - right) * share(scale.x, value, low, high);
     const Y = (value) => bottom - (bottom - top) * share(scale.y, value, least, greatest);
-    const xs = group.axis.ticks?.map((value) => [value, say(value)]) ?? ticks(kind, low, high, Math.max(2, (width - left - right) / 84));
+    let taken = 0; // to the right end of the last text that has room
+    const xs = (group.axis.ticks?.map((value) => [value, say(value)]) ?? ticks(kind, low, high, Math.max(2, (width - left - right) / 84)))
+      .filter(([value, text]) => {
+        const half = 3.3 * text.length, middle = Math.min(X(value), width - half), free = middle - half > taken;
+        if (free) taken = middle + half + 6;
+        return free;
+      });
     const dot = (x, y, color, size) => `<circle cx="${X(x).toFixed(1)}" cy="${Y(y).toFixed(1)}" r="${size}" fill="${color}"/>`;
     const curve = ({ x, y, series, faint, mean }) => {
       let text = "", pen = "M", dots = "", count = 0;
@@ -331,7 +337,7 @@
       row.append(made);
       return made;
     };
-    const labels = new Map(chart.series.filter(({ faint }) => !faint).map(({ label, color }) => [label, color]));
+    const labels = new Map(chart.series.map(({ label, color }) => [label, color]));
     if (labels.size > most) row.append(`${labels.size} curves; the pointer names the nearest`);
     else if (labels.size > 1) {
       for (const [label, color] of labels) {
