@@ -235,6 +235,7 @@ def storage_error(path: Path, error: OSError, needed_bytes: int | None = None) -
         errno.EDQUOT: "free some of your quota",
         errno.ENOSPC: "free some space",
         errno.EROFS: "make the file system writable",
+        errno.ENOENT: "make the folder that it is to be in",
     }.get(error.errno or 0, "check the file system")
     return StorageError(f"{path}: cannot be written: {reason(error)}{sizes}; {advice}, then try again")
 
