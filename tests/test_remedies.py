@@ -6,6 +6,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 import disttrain as package
 from kit import REPOSITORY
 from kit.commands import Run
@@ -63,6 +65,7 @@ def test_every_key_that_a_message_says_to_change_is_tried_here() -> None:
     assert {"checkpoint.every_steps", "data.on_error", "train.accumulate", "optim.lr"} <= named
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_with_what_a_message_says(disttrain: Run, tmp_path: Path) -> None:
     config = REPOSITORY / "configs" / "quickstart.yaml"
     run = ("run", config, "--procs", "1", "-q", "--run-dir", "run")

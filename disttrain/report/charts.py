@@ -175,11 +175,15 @@ def rising_rate(
 ) -> None:
     """Adds the chart `curve`: losses and smoothed losses over the learning rate, with `marks` marked."""
     known = np.isfinite(np.array(smooth))
-    curves = [("each step", losses, {"color": "#8b929c"}), ("mean", smooth, {})]
-    series = [_series(name, np.array(rates)[known], np.array(y)[known], **look) for name, y, look in curves]
+    curves = (("each step", losses, "#8b929c"), ("mean", smooth, PALETTE[0]))
+    series = [
+        _series(name, np.array(rates)[known], np.array(y)[known], color=color) for name, y, color in curves
+    ]
     lines = [
         {"label": label, "color": color, "x": _text(np.array([rate])), "texts": [label], "tall": True}
-        for rate, label, color in zip(marks, ("suggested", "lowest mean"), (PALETTE[2], PALETTE[1]), strict=False)
+        for rate, label, color in zip(
+            marks, ("suggested", "lowest mean"), (PALETTE[2], PALETTE[1]), strict=False
+        )
     ]
     charts.groups["rates"] = {"axes": [_axis("rate", "learning rate", "log")], "marks": lines}
     charts.add("curve", "rates", series, log=True, clip=True)

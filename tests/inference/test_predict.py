@@ -392,6 +392,7 @@ def test_one_image_of_any_kind_is_not_taken_for_several(trained_run: Path, digit
     assert "not an image" in bad.as_json()["problem"]
 
 
+@pytest.mark.nightly
 def test_pixels_over_the_limit_are_allowed_by_the_option_that_is_named(
     disttrain: Run, trained_run: Path, tmp_path: Path
 ) -> None:
@@ -489,6 +490,7 @@ def test_a_model_that_cannot_be_imported_names_the_folder_of_its_training(
     )
 
 
+@pytest.mark.nightly
 def test_stages_that_cannot_be_imported_name_the_folder_of_their_training(
     disttrain: Run, own_run: Path
 ) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kit.commands import Run
-from kit.faults import BAD, CLASSES, Way, both_ways, good, make, tar_of, told, with_bad
+from kit.faults import BAD, CLASSES, Way, good, make, tar_of, told, with_bad
+from kit.marks import nightly
 from kit.run_results import ids_per_step
 
 
@@ -23,8 +24,10 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "time"} for record in found]
 
 
-@both_ways
-@pytest.mark.parametrize("kind", ["cut JPEG", "no label"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [("cut JPEG", "host"), ("no label", "none"), *nightly(("cut JPEG", "none"), ("no label", "host"))],
+)
 def test_a_bad_sample_ends_the_run_with_65_before_training(
     tmp_path: Path, train: Run, kind: str, way: Way
 ) -> None:
@@ -37,7 +40,7 @@ def test_a_bad_sample_ends_the_run_with_65_before_training(
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-@both_ways
+@pytest.mark.parametrize("way", ["none", *nightly("host")])
 def test_a_run_on_a_damaged_shard_ends_with_65(tmp_path: Path, train: Run, way: Way) -> None:
     folder = make(tmp_path)
     content = bytearray((folder / "train-1.tar").read_bytes())

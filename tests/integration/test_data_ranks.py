@@ -50,8 +50,10 @@ def losses() -> dict[str, list[float]]:
 @pytest.mark.parametrize(
     ("procs", "cache"),
     [
-        *((1, "none"), (2, "host"), (3, "none")),
-        *nightly((1, "host"), (2, "none"), (3, "host"), (4, "host"), (4, "none")),
+        (3, "none"),
+        *nightly(
+            *((1, "none"), (1, "host"), (2, "none"), (2, "host"), (3, "host"), (4, "host"), (4, "none"))
+        ),
     ],
 )
 def test_every_world_trains_on_the_plan(

@@ -24,6 +24,7 @@ from disttrain.runs.resume import resume_point
 from disttrain.runs.runfolder import RunFolder
 from kit import PROGRAMS
 from kit.commands import Run, wait_for
+from kit.marks import nightly
 from kit.run_results import computed_records as records
 from kit.run_results import ids_per_step, status
 
@@ -107,6 +108,7 @@ def survived(folder: Path, kills: int, seed: int, timeout_s: float) -> int:
     return kills - len(lost)
 
 
+@pytest.mark.nightly
 def test_kills_at_random_moments_of_a_save_lose_nothing(tmp_path: Path) -> None:
     assert survived(tmp_path, 50, random.randrange(10**9), 500) == 50
 
@@ -119,7 +121,7 @@ def test_a_thousand_kills_lose_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("steps", "step"),
-    [([1, 2], 3), ([1, 2], 2), ([2], 2), ([2], 3)],
+    [([1, 2], 3), ([1, 2], 2), *nightly(([2], 2), ([2], 3))],
     ids=["new", "existing", "the only one", "after the only one"],
 )
 def test_a_kill_at_any_call_to_the_system_loses_nothing(tmp_path: Path, steps: list[int], step: int) -> None:
@@ -222,6 +224,7 @@ def test_cut_and_missing_files_are_noticed(copy: Path, resume: Callable[[], Any]
     assert str(caught.value).count("model.safetensors: missing") == 4
 
 
+@pytest.mark.nightly
 def test_a_damaged_run_goes_on_and_ends_as_if_it_had_never_been_stopped(
     disttrain: Run, copy: Path, here: Path
 ) -> None:

@@ -58,7 +58,7 @@ DOORS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", ["disttrain run", "accelerate launch", *nightly("torchrun", "srun")])
 def test_two_ranks_train_as_one_does_through_every_door(
     door: str, tmp_path: Path, digits_root: Path, one_rank: Path
 ) -> None:

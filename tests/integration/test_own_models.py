@@ -109,6 +109,7 @@ def test_unused_and_skipped_layers_train_on_any_number_of_ranks(disttrain: Run, 
         torch.testing.assert_close(value, weights[1][name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.nightly
 def test_auxiliary_losses_train_on_any_number_of_ranks(disttrain: Run, own: Path) -> None:
     losses = []
     for ranks in (1, 2):
@@ -121,6 +122,7 @@ def test_auxiliary_losses_train_on_any_number_of_ranks(disttrain: Run, own: Path
     assert losses[0][0] > 1.3 * math.log(10), "the auxiliary loss is a part of the loss"
 
 
+@pytest.mark.nightly
 def test_layers_skipped_at_random_train_even_with_torchs_debugging(disttrain: Run, own: Path) -> None:
     done = disttrain(
         "run", config(own, "Whole"), "model.args.skip=at random", "--procs", 2, "--run-dir", "run",

@@ -18,6 +18,7 @@ from disttrain.config import load_config
 from disttrain.runs import manifest
 from kit import REPOSITORY
 from kit.commands import Run, background, succeeded, wait_for
+from kit.marks import nightly
 from kit.run_results import computed_records as records
 from kit.run_results import ids_per_step, metrics, status
 
@@ -93,19 +94,21 @@ def test_a_terminal_gets_the_dashboard_and_its_cursor_back(
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(["train.precision=bf16", "train.grad_clip=1.0"], marks=pytest.mark.nightly),
         ["train.accumulate=4", "train.ema=0.9", "model.name=lenet_bn", "data.name=digits32"],
-        ["optim.name=muon", "optim.lr=1e-2", "augment.mixup=0.2", "augment.cutmix=1.0", "augment.flip=true"],
-        pytest.param(
+        *nightly(
+            ["train.precision=bf16", "train.grad_clip=1.0"],
+            [
+                "optim.name=muon",
+                "optim.lr=1e-2",
+                "augment.mixup=0.2",
+                "augment.cutmix=1",
+                "augment.flip=true",
+            ],
             ["optim.name=adamw", "schedule.name=one_cycle", "eval.tta=flip", "data.remainder=drop"],
-            marks=pytest.mark.nightly,
-        ),
-        pytest.param(
             ["train.reproducible=true", "train.channels_last=false", "data.normalize=unit"],
-            marks=pytest.mark.nightly,
         ),
     ],
-    ids=["bf16-clip", "accumulate-ema-batchnorm", "muon-mixup-cutmix", "one-cycle-tta-drop", "deterministic"],
+    ids=["accumulate-ema-batchnorm", "bf16-clip", "muon-mixup-cutmix", "one-cycle-tta-drop", "deterministic"],
 )
 def test_settings_train_on_two_ranks(
     overrides: list[str], disttrain: Run, tmp_path: Path, config_file: Path, digits_root: Path
@@ -336,6 +339,7 @@ def test_a_requeued_job_keeps_the_config_that_it_began_with(
     assert load_config(tmp_path / "run/config.yaml") == before
 
 
+@pytest.mark.nightly
 def test_the_config_may_come_through_a_pipe(tmp_path: Path, config_file: Path, digits_root: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "disttrain", "run", "-", "--procs", "2", "--run-dir", "run", "train.epochs=1"],
@@ -389,6 +393,7 @@ def test_a_changed_config_is_not_resumed(disttrain: Run, tmp_path: Path, config_
     assert "optim.lr: 0.01 -> 0.5" in result.stderr
 
 
+@pytest.mark.nightly
 def test_a_run_that_began_from_a_checkpoint_goes_on_by_itself(
     disttrain: Run, tmp_path: Path, config_file: Path
 ) -> None:

@@ -69,6 +69,10 @@ def test_the_bits_are_the_same_on_any_number_of_ranks(digests: Digests) -> None:
     alone = digests(1, QUICK)
     for ranks in (2, 3):
         assert digests(ranks, QUICK) == alone
+
+
+@pytest.mark.nightly
+def test_without_the_mode_the_bits_differ(digests: Digests) -> None:
     without = digests(1, QUICK, mode=False), digests(2, QUICK, mode=False)
     assert not {case for case in QUICK if without[0][case] == without[1][case]}, "DDP gives other bits"
 
@@ -112,6 +116,7 @@ def command(folder: Path, digits_root: Path, *arguments: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.nightly
 def test_a_chain_of_stops_on_other_ranks_gives_the_same_bits(tmp_path: Path, digits_root: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = chain(tmp_path / "whole", digits_root, [(1, None, 0)])

@@ -113,6 +113,7 @@ def test_both_nodes_name_the_rank_that_failed_on_the_second(
     assert (state["state"], state["exit_code"], state["rank"]) == ("failed", code, 1)
 
 
+@pytest.mark.nightly
 def test_a_failure_on_the_first_node_is_not_blamed_on_the_second(
     start: Start, tmp_path: Path, port: int
 ) -> None:
@@ -198,6 +199,7 @@ def worker(start: Start, rank: int, port: int, *arguments: str) -> Any:
     return start("tiny.yaml", "--run-dir", "run", *arguments, program=program, **place, **address)
 
 
+@pytest.mark.nightly
 def test_ranks_with_other_settings_are_refused_without_our_launcher(
     start: Start, tmp_path: Path, port: int
 ) -> None:

@@ -131,6 +131,7 @@ def test_the_command_lists_the_problems_and_ends_with_65(disttrain, root):
     assert "set: 2 problems; get the file again, then run `disttrain data index" in result.stderr
 
 
+@pytest.mark.nightly
 def test_the_stages_of_the_data_path_are_measured(disttrain):
     result = disttrain("data", "bench", "digits", "--samples", "300", "--batch-size", "64", "--json")
     assert result.returncode == 0, result.stderr
