@@ -49,8 +49,9 @@ def evaluate(
         procs: processes on the CPU, instead of GPUs.
 
     Returns:
-        A dict of loss, accuracy 0..1, correct, total and skipped; top5_accuracy and top5_correct (None for up
-        to 5 classes); per_class, a list of class, correct, total and accuracy; confusion, the counts of
+        A dict of loss, accuracy 0..1, correct, total and skipped; macro_precision, macro_recall, macro_f1 and
+        calibration_error, 0..1; top5_accuracy and top5_correct (None for up to 5 classes); per_class, a list
+        of class, correct, total, accuracy (the recall), precision and f1; confusion, the counts of
         predicted classes for each true class; classes; and what was evaluated, and how. With test-time
         augmentation, plain_accuracy and plain_correct are the results without it.
 
@@ -128,6 +129,7 @@ def report(result: dict[str, Any], columns: int | None = None) -> Iterator[str]:
     yield f"accuracy {_share(result['correct'], result['total'])}, loss {result['loss']:.4f}"
     if result["top5_correct"] is not None:
         yield f"top 5    {_share(result['top5_correct'], result['total'])}"
+    yield _macro(result)
     if "plain_correct" in result:
         yield f"without {result['tta']} {_share(result['plain_correct'], result['total'])}"
     if result["skipped"]:
@@ -158,12 +160,13 @@ def _class_table(rows: list[dict[str, Any]], columns: int | None) -> Iterator[st
         rest = f", {len(rows) - len(known):,} without samples" if len(known) < len(rows) else ""
         yield f"the {_SHOWN} worst and best of {len(rows):,} classes{rest} (--json has all)"
     shown = [row for part in parts for row in part]
-    head, *names = _column(["class", *(row["class"] for row in shown)], columns, 31)
-    yield f"{head} {'accuracy':>10} {'correct':>9} {'of':>9}"
+    head, *names = _column(["class", *(row["class"] for row in shown)], columns, 53)
+    yield f"{head} {'accuracy':>10} {'precision':>10} {'F1':>10} {'correct':>9} {'of':>9}"
     for number, (name, row) in enumerate(zip(names, shown, strict=True)):
         if number == len(parts[0]):
             yield ""
-        yield f"{name} {percent(row['accuracy']):>10} {row['correct']:>9,} {row['total']:>9,}"
+        shares = "".join(f" {percent(row[key]):>10}" for key in ("accuracy", "precision", "f1"))
+        yield f"{name}{shares} {row['correct']:>9,} {row['total']:>9,}"
 
 
 def _column(names: Sequence[str], columns: int | None, others: int) -> list[str]:
@@ -190,6 +193,12 @@ def _most_confused(result: dict[str, Any], columns: int | None) -> Iterator[str]
             room = max(_LEAST, (columns - len(figures) - len(" as ")) // 2)
             names = [fitted(label, room).rstrip() for label in names]
         yield figures + " as ".join(map(printable, names))
+
+
+def _macro(result: dict[str, Any]) -> str:
+    means = [f"{name} {percent(result[f'macro_{name}'])}" for name in ("precision", "recall")]
+    calibration = percent(result.get("calibration_error"))
+    return f"macro F1 {percent(result['macro_f1'])}, {', '.join(means)}; calibration error {calibration}"
 
 
 def _share(part: int, whole: int) -> str:

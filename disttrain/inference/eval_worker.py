@@ -11,6 +11,7 @@ import msgspec
 from disttrain.inference.eval import open_data, usable_samples
 from disttrain.inference.run import open_run, saying_where_code_lies
 from disttrain.launch.jobs import serve
+from disttrain.runs.eval_metrics import class_scores
 from disttrain.training.group import best_device, join
 
 
@@ -47,13 +48,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     found = measure(task, request["tta"])
     assert found is not None
     top5 = found.top5_correct if len(facts.classes) > 5 else None
-    confusion = found.confusion.tolist()
+    confusion, predicted = found.confusion.tolist(), found.confusion.sum(0).tolist()
     result: dict[str, Any] = msgspec.to_builtins(found.record)
     del result["epoch"]
     return result | {
         "top5_correct": top5,
-        "top5_accuracy": None if top5 is None else top5 / found.record.total,
-        "per_class": [_row(*row) for row in zip(facts.classes, confusion, itertools.count())],
+        "top5_accuracy": found.record.top5_accuracy,
+        "per_class": [_row(*row) for row in zip(facts.classes, confusion, predicted, itertools.count())],
         "classes": facts.classes,
         "confusion": confusion,
         "checkpoint": str(checkpoint),
@@ -66,10 +67,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(name: str, counts: list[int], label: int) -> dict[str, Any]:
-    total = sum(counts)
-    accuracy = counts[label] / total if total else None
-    return {"class": name, "correct": counts[label], "total": total, "accuracy": accuracy}
+def _row(name: str, counts: list[int], predicted: int, label: int) -> dict[str, Any]:
+    precision, recall, f1 = class_scores(counts[label], sum(counts), predicted)
+    return {
+        "class": name,
+        "correct": counts[label],
+        "total": sum(counts),
+        "accuracy": recall,
+        "precision": precision,
+        "f1": f1,
+    }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from disttrain.inference.run import Facts, Trained
 from disttrain.runs.evaluation import evaluation_of
 from disttrain.runs.manifest import read_state
 from disttrain.shards.index import Index
-from disttrain.units import accuracy_text, number
+from disttrain.units import accuracy_text, number, percent
 
 NAME = "README.md"
 OUTPUT_TEXT = "logits: float32 [B, classes]; their softmax gives the probabilities of the classes"
@@ -159,6 +159,10 @@ def _training(trained: Trained) -> dict[str, str]:
         result = found.record
         share = accuracy_text(result.accuracy, result.correct, result.total)
         accuracy = f"{share} of the validation split, loss {number(result.loss, '.4f')}"
+        if result.macro_f1 is not None:
+            accuracy += f", macro F1 {percent(result.macro_f1)}"
+        if result.calibration_error is not None:
+            accuracy += f", expected calibration error {percent(result.calibration_error)}"
         if result.tta is not None:
             accuracy += f", with test-time augmentation ({result.tta})"
     train = trained.config.train

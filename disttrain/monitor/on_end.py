@@ -19,10 +19,10 @@ import msgspec
 
 from disttrain.errors import reason
 from disttrain.lifetime import received_stops
+from disttrain.runs.eval_metrics import result_text
 from disttrain.runs.jsonl import Follower
 from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.runs.runfolder import RunFolder, utc_now
-from disttrain.units import accuracy_text
 
 _LIMIT_S = 30.0
 _FACTS = (
@@ -98,7 +98,7 @@ def outcome(name: str, folder: RunFolder, *, requeue: bool) -> dict[str, Any]:
     for line in str(status.get("reason") or "").splitlines()[:1]:
         summary += f", {line}"
     if evaluation is not None:
-        summary += f"; accuracy {accuracy_text(evaluation.accuracy, evaluation.correct, evaluation.total)}"
+        summary += f"; {result_text(evaluation)}"
     return {
         "summary": summary,
         "name": name,

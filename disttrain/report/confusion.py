@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from disttrain.files import write_atomically
+from disttrain.runs.eval_metrics import class_scores
 
 Confusion = npt.NDArray[np.int64]
 
@@ -61,9 +62,8 @@ def class_rows(confusion: Confusion, classes: Sequence[str]) -> list[ClassRow]:
     rows = []
     columns = zip(classes, correct.tolist(), samples.tolist(), predicted.tolist(), strict=True)
     for label, (name, right, own, guesses) in enumerate(columns):
-        accuracy, precision = _share(right, own), _share(right, guesses)
+        precision, accuracy, f1 = class_scores(right, own, guesses)
         mistaken_for = classes[worst[label]] if most[label] else ""
-        f1 = _share(2 * right, own + guesses)
         rows.append(ClassRow(name, own, right, accuracy, precision, f1, mistaken_for, most[label]))
     return rows
 
@@ -116,7 +116,3 @@ def drawing(confusion: Confusion, classes: Sequence[str]) -> dict[str, Any] | No
     for true, predicted in np.argwhere(confusion).tolist():
         rows[true] += [predicted, int(confusion[true, predicted])]
     return {"names": list(classes), "rows": rows}
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None

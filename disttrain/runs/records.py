@@ -150,6 +150,16 @@ class EvalRecord(msgspec.Struct, tag="eval", tag_field="kind", kw_only=True, omi
     """Accuracy without test-time augmentation."""
     plain_correct: int | None = None
     """Correct predictions without test-time augmentation."""
+    macro_precision: float | None = None
+    """Mean of the precision of the classes, 0..1 (runs/eval_metrics.py)."""
+    macro_recall: float | None = None
+    """Mean of the recall of the classes, 0..1; also called balanced accuracy."""
+    macro_f1: float | None = None
+    """Mean of the F1 of the classes, 0..1."""
+    top5_accuracy: float | None = None
+    """Share of the samples whose class is among the five best, 0..1; only for more than 5 classes."""
+    calibration_error: float | None = None
+    """Expected calibration error, 0..1."""
     skipped: int | None = None
     """Unusable validation samples."""
     step: int

@@ -19,6 +19,7 @@ from disttrain.config import TrainConfig
 from disttrain.data.batches import Batch
 from disttrain.data.epoch_plan import Ids, rank_slice
 from disttrain.heartbeat import Phase
+from disttrain.runs.eval_metrics import BINS, UNITS, calibration_error, class_scores, macro
 from disttrain.runs.evaluation import MISTAKES, Evaluation, Mistake
 from disttrain.runs.records import EvalRecord
 from disttrain.training.callbacks import Callbacks
@@ -148,6 +149,7 @@ def measure(
         step=step,
         epoch=epoch,
     )
+    add_metrics(record, metrics.confusion.view(-1, len(split.classes)), sums)
     if tta != "none":
         record.tta, record.plain_accuracy, record.plain_correct = tta, plain / total, plain
     mistakes = sorted(chain.from_iterable(mistakes for mistakes, _ in found), reverse=True)
@@ -161,6 +163,24 @@ def measure(
         cells=[(i, j, count) for i, j, count in cells.tolist()],
         mistakes=mistakes[:MISTAKES],
     )
+
+
+def add_metrics(record: EvalRecord, confusion: Tensor, sums: EvalSums) -> None:
+    """Adds the metrics of the classes and of the confidences to a record.
+
+    Args:
+        record: with the loss and the number of samples.
+        confusion: int64 [classes, classes] over all ranks.
+        sums: over all ranks.
+    """
+    counts = torch.stack([confusion.diagonal(), confusion.sum(1), confusion.sum(0)], 1).tolist()
+    means = macro(class_scores(*row) for row in counts)
+    record.macro_precision, record.macro_recall, record.macro_f1 = means
+    if len(counts) > 5:
+        record.top5_accuracy = int(sums.top5_correct) / record.total
+    if record.loss is not None and math.isfinite(record.loss):
+        bins = [int(number) for number in sums.bins]
+        record.calibration_error = calibration_error([bins[i : i + 3] for i in range(0, len(bins), 3)])
 
 
 def batch_size(config: TrainConfig, world_size: int) -> int:
@@ -239,11 +259,13 @@ class EvalSums(Seen):
         correct: samples predicted correctly.
         plain_correct: samples predicted correctly without test-time augmentation.
         top5_correct: samples whose class is among the five best.
+        bins: the rows of `calibration_error`, one after the other.
     """
 
     correct: float
     plain_correct: float
     top5_correct: float
+    bins: list[float]
 
 
 class EvalMetrics:
@@ -259,6 +281,7 @@ class EvalMetrics:
 
     def __init__(self, device: torch.device, classes: int) -> None:
         self._hits = torch.zeros(3, dtype=torch.int64, device=device)  # correct, without augmentation, top 5
+        self._bins = torch.zeros(BINS, 3, dtype=torch.int64, device=device)  # see `calibration_error`
         self._losses: list[Tensor] = []  # of each batch
         self._classes = classes
         self.confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
@@ -270,14 +293,18 @@ class EvalMetrics:
         labels, predicted = batch.labels, logits.argmax(1)
         self._losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         best = logits.topk(min(5, self._classes)).indices
-        hits = (predicted == labels, plain.argmax(1) == labels, (best == labels[:, None]).any(1))
+        right = predicted == labels
+        hits = (right, plain.argmax(1) == labels, (best == labels[:, None]).any(1))
         self._hits += torch.stack(hits).sum(1)
         pairs = labels * self._classes + predicted
         self.confusion.index_add_(0, pairs, torch.ones_like(pairs))  # bincount would wait for a GPU
-        chances = logits.softmax(1).amax(1).where(predicted != labels, -1.0)
-        worst = chances.topk(min(MISTAKES, len(labels)))
-        places = worst.indices
-        self._wrong.append((batch.ids, [worst.values, places, labels[places], predicted[places]]))
+        confidence = logits.softmax(1).amax(1)
+        units = (UNITS * confidence.nan_to_num(0.0)).round().long()
+        places = ((BINS * units - 1) // UNITS).clamp(0)  # the bins are open below and closed above
+        self._bins.index_add_(0, places, torch.stack([torch.ones_like(units), right.long(), units], 1))
+        worst = confidence.where(~right, -1.0).topk(min(MISTAKES, len(labels)))
+        at = worst.indices
+        self._wrong.append((batch.ids, [worst.values, at, labels[at], predicted[at]]))
         self._seen.append(batch.ids)
 
     def mistakes(self) -> list[Mistake]:
@@ -296,12 +323,14 @@ class EvalMetrics:
 
     def sums(self) -> EvalSums:
         """Returns the sums of this rank; waits for the device."""
-        correct, plain_correct, top5_correct = self._hits.tolist()
+        hits = torch.cat([self._hits, self._bins.flatten()]).tolist()
+        correct, plain_correct, top5_correct, *bins = hits
         return EvalSums(
             **vars(seen_by_rank(self._seen)),
             correct=correct,
             plain_correct=plain_correct,
             top5_correct=top5_correct,
+            bins=bins,
         )
 
 

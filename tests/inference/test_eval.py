@@ -18,6 +18,7 @@ from disttrain.errors import UsageError
 from disttrain.inference.classifier import load_model
 from disttrain.inference.eval import report
 from disttrain.inference.run import open_run
+from disttrain.report.confusion import class_rows
 from disttrain.runs.evaluation import evaluation_of
 from disttrain.shards.datasets import CIFAR10_CLASSES
 from disttrain.shards.images import decode_image
@@ -80,6 +81,13 @@ def test_every_number_is_that_of_the_run_and_of_plain_torch(
     assert [row["correct"] for row in result["per_class"]] == [confusion[i][i] for i in range(10)]
     assert [row["total"] for row in result["per_class"]] == [sum(row) for row in confusion]
     assert [row["class"] for row in result["per_class"]] == list(DIGITS)
+    columns = [sum(row[i] for row in confusion) for i in range(10)]
+    assert [row["precision"] for row in result["per_class"]] == [
+        confusion[i][i] / columns[i] for i in range(10)
+    ]
+    means = {key: result[key] for key in ("macro_precision", "macro_recall", "macro_f1")}
+    assert means == {key: record[key] for key in means}
+    assert means["macro_f1"] == pytest.approx(sum(row["f1"] for row in result["per_class"]) / 10)
     top5 = int((scores.topk(5).indices == labels[:, None]).sum())
     assert (result["top5_correct"], result["top5_accuracy"]) == (top5, top5 / 359)
     assert result["loss"] == pytest.approx(F.cross_entropy(scores, labels).item(), rel=1e-5)
@@ -101,21 +109,22 @@ def test_the_screen_shows_accuracy_classes_and_confusion(disttrain: Run, trained
     share = f"accuracy {100 * record['accuracy']:.2f} % ({record['correct']} of 359), loss "
     lines = done.stdout.splitlines()
     assert share in done.stdout
+    assert f"macro F1 {100 * record['macro_f1']:.2f} %, precision " in done.stdout
     assert len([line for line in lines if line.endswith((" 36", " 37"))]) >= 3
-    assert len(lines) == 3 + 1 + 11 + 1 + 11
+    assert len(lines) == 4 + 1 + 11 + 1 + 11
 
 
 def result_of(confusion: Any, classes: list[str]) -> dict[str, Any]:
-    totals = confusion.sum(1).tolist()
-    columns = zip(classes, confusion.diagonal().tolist(), totals, strict=True)
     rows = [
-        {"class": name, "correct": right, "total": total, "accuracy": right / total if total else None}
-        for name, right, total in columns
+        {"class": row.name, "correct": row.correct, "total": row.samples}
+        | {"accuracy": row.accuracy, "precision": row.precision, "f1": row.f1}
+        for row in class_rows(confusion, classes)
     ]
     return {
         "checkpoint": "c", "data": "d", "split": "val", "processes": 1, "precision": "fp32", "loss": 0.5,
         "correct": 150, "total": 156, "top5_correct": 156, "skipped": 2, "per_class": rows,
-        "classes": classes, "confusion": confusion.tolist(),
+        "classes": classes, "confusion": confusion.tolist(), "macro_f1": 0.9, "macro_precision": 0.8,
+        "macro_recall": 0.7, "calibration_error": None,
     }  # fmt: skip
 
 
@@ -127,6 +136,7 @@ def test_many_classes_show_what_is_confused_most() -> None:
         ["4", "44.4", "%", "class 3 as class 7"], ["2", "28.6", "%", "class 7 as class 3"],
     ]  # fmt: skip
     assert "skipped  2 unusable samples" in lines
+    assert "macro F1 90.00 %, precision 80.00 %, recall 70.00 %; calibration error n/a" in lines
     assert sum(line.startswith("class ") for line in lines) == 1 + 30
 
 
@@ -141,10 +151,10 @@ def test_a_thousand_classes_show_the_worst_and_the_best() -> None:
     lines = list(report(result, 70))
     assert len(lines) < 45
     assert max(map(len, lines[3:])) <= 80
-    assert lines[5] == "the 10 worst and best of 1,000 classes, 1 without samples (--json has all)"
+    assert lines[6] == "the 10 worst and best of 1,000 classes, 1 without samples (--json has all)"
     rows = [line for line in lines if line.endswith(" %") or line[:3].isdecimal()]
     assert [row[:3] for row in rows] == [f"{label:03}" for label in (*range(10), *range(100, 110))]
-    assert rows[0].startswith("000, a class with so many names that...     8.26 %         9       109")
+    assert rows[0].startswith("000, a class w...     8.26 %   100.00 %    15.25 %         9       109")
     assert lines[-10] == "    100   91.7 %  000, a class with so... as 100, a class with so..."
     whole = "\n".join(report(result))
     assert names[0] in whole

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch.nn.functional as F
+from torch import Tensor
 
 from disttrain.training.evaluation import evaluate
 from disttrain.training.state import Progress
@@ -26,6 +27,29 @@ from kit.training import (
 )
 
 pytestmark = pytest.mark.usefixtures("clean_process")
+
+
+def macro_by_hand(labels: Tensor, predicted: Tensor) -> list[Any]:
+    """Returns the means of precision, recall and F1 as scikit-learn defines them, with zero_division=0."""
+    rows = []
+    for label in set(labels.tolist()) | set(predicted.tolist()):
+        true = int(((labels == label) & (predicted == label)).sum())
+        false, missed = int((predicted == label).sum()) - true, int((labels == label).sum()) - true
+        precision, recall = true / max(1, true + false), true / max(1, true + missed)
+        rows.append((precision, recall, true and 2 * precision * recall / (precision + recall)))
+    return [pytest.approx(sum(column) / len(rows)) for column in zip(*rows, strict=True)]
+
+
+def calibration_by_hand(chances: Tensor, labels: Tensor) -> float:
+    """Returns the expected calibration error of Guo et al. 2017 in 15 bins."""
+    confidence, predicted = chances.max(1)
+    error = 0.0
+    for i in range(15):
+        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        if inside.any():
+            accuracy = (predicted == labels)[inside].float().mean()
+            error += float(inside.float().mean() * (accuracy - confidence[inside].mean()).abs())
+    return error
 
 
 @pytest.mark.parametrize("tta", ["none", "flip", "multi_view"])
@@ -46,6 +70,7 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
     before = weights_of(state.bare_model)
     found = evaluate(state, tta, Progress(step=7, epoch=2), QUIET)
     assert found is not None
+    predicted = logits.argmax(1)
     assert msgspec.to_builtins(found.record) == {
         "kind": "eval",
         "loss": pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5),
@@ -55,13 +80,18 @@ def test_evaluation_counts_every_sample_once(samples: int, tta: Any) -> None:
         "skipped": 0,
         "step": 7,
         "epoch": 2,
+        **dict(
+            zip(
+                ("macro_precision", "macro_recall", "macro_f1"), macro_by_hand(labels, predicted), strict=True
+            )
+        ),
+        "calibration_error": pytest.approx(calibration_by_hand(logits.detach().softmax(1), labels), abs=1e-5),
         **(
             {}
             if tta == "none"
             else {"tta": tta, "plain_accuracy": plain_correct / samples, "plain_correct": plain_correct}
         ),
     }
-    predicted = logits.argmax(1)
     pairs = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
     assert found.confusion.tolist() == [[pairs[i, j] for j in range(CLASSES)] for i in range(CLASSES)]
     assert (found.classes, found.top5_correct) == (NAMES, samples)

@@ -62,6 +62,7 @@ TRAIN_KEYS = {  # with the readings of the gauges
 }  # fmt: skip
 
 EVAL_KEYS = {"kind", "step", "epoch", "loss", "accuracy", "correct", "total", "skipped"}
+EVAL_KEYS |= {"macro_precision", "macro_recall", "macro_f1", "calibration_error"}
 
 
 pytestmark = pytest.mark.usefixtures("clean_process")
