@@ -123,7 +123,8 @@ def _apply_override(tree: dict[str, Any], where: dict[Key, str], override: str) 
             where.setdefault(keys[:depth], source)
         section = _item(section, keys[:depth], source)
     old = _item(section, keys, source)
-    if isinstance(old, dict) and not isinstance(value, dict):
+    switched_off = value is None and text.strip()  # key=null
+    if isinstance(old, dict) and not isinstance(value, dict) and not switched_off:
         example = f"{name}.{next(iter(old), 'name')}=..."
         raise UsageError(f"{source}: {name} is a section; set one of its keys, such as {example}")
     section[keys[-1]] = value

@@ -318,6 +318,7 @@ def test_a_mistake_in_a_replaced_section_names_the_override_not_the_file(file, o
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("optim=null", "override 'optim=null': optim: expected a section (key: value), got null"),
         ("optim.lr", "'optim.lr' is not an override; write key=value, for example optim.lr=0.1"),
         ("=3", "'=3' is not an override; write key=value, for example optim.lr=0.1"),
         ("optim.=3", "'optim.=3' is not an override; write key=value, for example optim.lr=0.1"),
