@@ -152,6 +152,12 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
             f"model.num_classes = {config.model.num_classes}, but {name} has {classes} classes; "
             f"set it to {classes} or remove it"
         )
+    rule = config.train.stop_early
+    for key, metric in (("eval.best", config.eval.best), ("train.stop_early.metric", rule and rule.metric)):
+        if metric == "top5" and classes <= 5:
+            raise UsageError(
+                f"{key} = top5 needs more than 5 classes, but {name} has {classes}; use accuracy"
+            )
     smallest = min(index.height, index.width)
     if config.augment.crop_padding >= smallest:
         raise UsageError(

@@ -31,7 +31,7 @@ from disttrain.preflight import check_machine, check_space, check_trackers
 from disttrain.runs.agreement import compare_peers, shared_facts
 from disttrain.runs.fingerprint import fingerprint
 from disttrain.runs.manifest import quarantine
-from disttrain.runs.resume import Start, resume_point
+from disttrain.runs.resume import Start, finished_text, resume_point
 from disttrain.runs.runfolder import CLEAN, CONFIG, RunFolder, new_run_path, utc_now
 from disttrain.terminal import hide_pillow_warnings
 from disttrain.training.group import (
@@ -224,7 +224,7 @@ def enter_folder(
         now = fingerprint(config, index, None if config.data.on_error == "skip" else ())
         start = resume_point(folder, flags.resume, now, force=flags.force)
         if start.finished:
-            print(f"{folder.path}: this run has already finished; nothing to do", flush=True)
+            print(finished_text(folder), flush=True)
         else:
             folder.create()
             checkpoint = prepare_folder(folder, config, replace(start, notes=(*notes, *start.notes)))
@@ -286,6 +286,7 @@ def train_in_folder(
     from disttrain.training.callbacks import Callbacks
     from disttrain.training.phases import Phases
     from disttrain.training.saver import RunSaver, checkpoint_bytes
+    from disttrain.training.selection import ending
     from disttrain.training.train import train
 
     state, progress, choices = build(config, rank, group, index, checkpoint_path, force=flags.force)
@@ -323,8 +324,9 @@ def train_in_folder(
             with contextlib.suppress(DisttrainError):  # a checkpoint in progress is finished in any case
                 saver.wait()
             write_status()
-        write_status(state="finished", exit_code=0, reason="all epochs done")
-        observer.finished()
+        why = ending(progress, config)
+        write_status(state="finished", exit_code=0, reason=why)
+        observer.finished(why)
 
 
 def _saved(observer: RunObserver, mirror: Mirror | None, path: Path, best: bool) -> None:

@@ -62,7 +62,9 @@ def _rows(
             kind = option.get("$ref", "").rpartition("/")[2]
             if kind and kind != "ScheduleConfig":  # which has a table of its own
                 keys = sections[kind]
-                rows += _rows(f"{prefix}{name}.", list(keys["properties"].items()), [], sections)
+                rows += _rows(
+                    f"{prefix}{name}.", list(keys["properties"].items()), keys.get("required", []), sections
+                )
     return rows
 
 

@@ -20,6 +20,7 @@ GOES_ON = {
     "data.workers": "3",
     "train.accumulate": "4",
     "train.cuda_graph": "false",
+    "train.stop_early": "null",
 }
 """Key -> a value to go on with."""
 BY_FORCE = {

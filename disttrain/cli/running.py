@@ -185,7 +185,10 @@ def _read_config(config_path: Path, overrides: tuple[str, ...], run_dir: Path | 
 def _show(plan: LaunchPlan, config: Config, ready: Ready | None) -> None:
     """Prints the plan of a run, or that it has already finished."""
     if ready is None:
-        click.echo(f"{plan.run_dir}: this run has already finished; nothing to do")
+        from disttrain.runs.resume import finished_text
+        from disttrain.runs.runfolder import RunFolder
+
+        click.echo(finished_text(RunFolder(plan.run_dir)))
         return
     from disttrain.launch.dryrun import plan_lines
 

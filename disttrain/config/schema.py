@@ -156,6 +156,20 @@ class ModelConfig(_Section):
     for another number of classes start at random. null: all weights start at random."""
 
 
+Metric = Literal["accuracy", "loss", "macro_f1", "top5"]
+
+
+class StopEarlyConfig(_Section):
+    """When a run ends before train.epochs."""
+
+    metric: Metric
+    """What has to improve, in the evaluations on the validation split; top5 needs more than 5 classes."""
+    patience_epochs: PositiveInt
+    """Epochs without an improvement after which the run ends; counted at each evaluation."""
+    min_delta: NonNegative = 0.0
+    """An improvement is more than this: of the loss, or of a share of 0..1."""
+
+
 class TrainConfig(_Section):
     """The training loop."""
 
@@ -164,6 +178,9 @@ class TrainConfig(_Section):
     The schedule then follows the longer run."""
     batch_size: PositiveInt
     """The GLOBAL batch of one optimizer step, for any number of processes."""
+    stop_early: Annotated[StopEarlyConfig | None, Role.RESUME] = None
+    """End the run after an evaluation, if a metric has not improved for some epochs (docs/experiments.md).
+    null is off."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward pass. auto: bf16 on a GPU that has it, fp16 on other GPUs, and
     fp32 on a CPU. `disttrain bench` shows what bf16 would gain on a CPU."""
@@ -281,6 +298,9 @@ class EvalConfig(_Section):
     side. 0.875 is the usual resize to 256 with a crop of 224."""
     tta_when: Annotated[Literal["always", "end"], Role.RESUME] = "always"
     """Use `tta` in every evaluation, or only in the one after the last epoch."""
+    best: Metric = "accuracy"
+    """Which evaluation is the best, and so which weights are kept as `best`. macro_f1: the mean F1 of the
+    classes. top5: the share whose class is among the five best scores, for more than 5 classes."""
 
 
 class CheckpointConfig(_Section):

@@ -56,7 +56,8 @@ def plan_lines(plan: LaunchPlan, config: Config, ready: Ready) -> list[tuple[str
         ("threads", f"{plan.threads} per process on {socket.gethostname()}"),
         ("batch", f"{train.batch_size:,} global = {share}"),
         ("steps", f"{data.steps_per_epoch:,} per epoch x {train.epochs:,} epochs = "
-                  f"{data.steps_per_epoch * train.epochs:,}; {full:,} full batches, remainder: {remainder}"),
+                  f"{data.steps_per_epoch * train.epochs:,}; {full:,} full batches, remainder: {remainder}"
+                  + "; fewer epochs if train.stop_early ends the run" * (train.stop_early is not None)),
         ("data", f"{index.name}: {shards}, images {_images(index)}"),
         ("shards", shards_line),
         ("model", f"{config.model.name}, {model}"),

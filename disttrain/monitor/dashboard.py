@@ -19,6 +19,7 @@ from disttrain.monitor.device_table import Devices, devices, table
 from disttrain.monitor.history import History, blocks, dots, limits, row_of
 from disttrain.monitor.verdict import Evidence
 from disttrain.monitor.widgets import LABEL, gauge, plain, row, rule, side_by_side
+from disttrain.runs.eval_metrics import EVAL_METRICS, best_of
 from disttrain.runs.records import EvalRecord, TrainRecord
 from disttrain.units import flops_text, hms, number, percent, utc
 
@@ -46,6 +47,8 @@ class RunInfo:
     epochs: int
     steps_per_epoch: int
     samples_per_epoch: int
+    best: str = "accuracy"
+    """The metric of the best evaluation: `eval.best`."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Dashboard:
     notes: deque[str] = field(default_factory=lambda: deque(maxlen=3))
 
     def __post_init__(self) -> None:
+        self._metric = EVAL_METRICS[self.info.best]
         self._lock = threading.Lock()
         self._new: deque[TrainRecord | EvalRecord] = deque()  # the history does not have these yet
         self._history, self._evals = History(), History()
@@ -119,8 +123,7 @@ class Dashboard:
         """Takes a record. The next frame does the rest, so that this costs the training next to nothing."""
         if isinstance(record, EvalRecord):
             self.eval = record
-            if self.best is None or record.accuracy >= self.best.accuracy:
-                self.best = record
+            self.best = best_of([record] if self.best is None else [self.best, record], self._metric)
         else:
             self.train = record
         self._new.append(record)
@@ -348,12 +351,21 @@ class Dashboard:
 
     def _eval_summary(self, width: int) -> str:
         last, best = self.eval, self.best
-        if last is None or best is None:
+        if last is None:
             return "n/a"
-        if width < 64:
-            return f"{percent(last.accuracy)}  best {percent(best.accuracy)}"
-        both = [f"{percent(one.accuracy)} ({one.correct:,d}/{one.total:,d})" for one in (last, best)]
-        return f"{both[0]}   best {both[1]} in epoch {best.epoch:,d}"
+        narrow, metric = width < 64, self._metric
+
+        def text(one: EvalRecord) -> str:
+            return percent(one.accuracy) + ("" if narrow else f" ({one.correct:,d}/{one.total:,d})")
+
+        if best is None:
+            return text(last)
+        then = text(best)
+        if metric.key != "accuracy":
+            then = f"{metric.title} {metric.text(metric.of(best))}"
+        return (
+            f"{text(last)}  best {then}" if narrow else f"{text(last)}   best {then} in epoch {best.epoch:,d}"
+        )
 
     def _verdict_rows(self, width: int, low: bool) -> list[Text]:
         parts = textwrap.wrap(self.verdict, max(20, width - LABEL))

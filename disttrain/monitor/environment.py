@@ -68,6 +68,7 @@ def run_info(
         epochs=config.train.epochs,
         steps_per_epoch=state.plan.steps_per_epoch,
         samples_per_epoch=state.plan.samples_per_epoch,
+        best=config.eval.best,
     )
 
 

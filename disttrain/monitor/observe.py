@@ -27,15 +27,15 @@ from disttrain.monitor.environment import environment, run_info
 from disttrain.monitor.gauges import RunGauges, gather_devices
 from disttrain.monitor.trackers import Trackers
 from disttrain.monitor.verdict import Verdict, evidence, judge
+from disttrain.runs.eval_metrics import EVAL_METRICS, result_text
 from disttrain.runs.jsonl import JsonLines
 from disttrain.runs.records import EvalRecord, TrainRecord
-from disttrain.runs.runfolder import RunFolder, utc_now
+from disttrain.runs.runfolder import ALL_EPOCHS, RunFolder, utc_now
 from disttrain.shards.index import Index
 from disttrain.shards.reader import sample_keys
 from disttrain.training.autotune import Choice
 from disttrain.training.graph import graph_obstacle
 from disttrain.training.state import Progress, TrainState
-from disttrain.units import accuracy_text
 
 log = logging.getLogger("disttrain")
 
@@ -75,6 +75,7 @@ class RunObserver:
         self._progress = progress
         self._rank = state.rank
         self._index = index
+        self._metric = EVAL_METRICS[config.eval.best]
         self._last_eval: EvalRecord | None = None
         self._status_due_s = 0.0
         self._records: deque[TrainRecord] = deque(maxlen=_JUDGED_RECORDS)
@@ -179,7 +180,7 @@ class RunObserver:
 
     def saved(self, path: Path, best: bool) -> None:
         """Logs a complete checkpoint."""
-        log.info("saved %s%s", path, ", the best" if best else "")
+        log.info("saved %s%s", path, f", the best {self._metric.title}" if best else "")
 
     def note(self, text: str) -> None:
         """Shows a message."""
@@ -189,18 +190,16 @@ class RunObserver:
         """Shows an error; may be called from any thread."""
         self._say(logging.ERROR, text)
 
-    def finished(self) -> None:
-        """Shows the outcome and the verdict."""
+    def finished(self, why: str = ALL_EPOCHS) -> None:
+        """Shows the outcome, with the reason if it is not that all epochs are done, and the verdict."""
         log.info("finished")
         if self._shown is None:
             return
         self._shown.trackers.close()  # its messages come before the outcome
         if verdict := self._judge(_JUDGED_RECORDS, self._shown.console, final=True):
             self._folder.update_status(verdict=asdict(verdict))
-        accuracy = "no evaluation"
-        if last := self._last_eval:
-            accuracy = f"accuracy {accuracy_text(last.accuracy, last.correct, last.total)}"
-        self._shown.console.finish(f"finished: {accuracy}", ok=True)
+        result = "no evaluation" if self._last_eval is None else result_text(self._last_eval)
+        self._shown.console.finish(f"finished: {result}{'' if why == ALL_EPOCHS else f'; {why}'}", ok=True)
 
     def _write(self, record: TrainRecord | EvalRecord, shown: _Shown) -> None:
         record = structs.replace(record, time=utc_now())

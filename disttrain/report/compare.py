@@ -92,7 +92,8 @@ def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
         raise UsageError(f"{', '.join(map(str, paths))}: the same run twice; give different run folders")
     runs = dict(zip(_titles(folders), map(read_run, paths), strict=True))
     if target is None:
-        target = min((run.best.accuracy for run in runs.values() if run.best), default=None)
+        reached = [max(record.accuracy for record in run.evals) for run in runs.values() if run.evals]
+        target = min(reached, default=None)
     results = [_results(run, target) for run in runs.values()]
     return Comparison(
         runs=runs,
@@ -178,7 +179,7 @@ def cell(name: str, value: float | str | None) -> str:
     """Returns a value of a row of `Comparison.rows`, formatted for display."""
     if isinstance(value, str):
         return value
-    if "accuracy" in name:
+    if "accuracy" in name or name in ("last_macro_f1", "last_calibration_error"):
         return percent(value)
     precise = name.endswith("_s") and name != "images_per_s"
     return number(value, ".4f" if "loss" in name else ",.1f" if precise else ",.0f")
@@ -226,11 +227,13 @@ def _bits(runs: Mapping[str, Run]) -> dict[str, str]:
 
 def _results(run: Run, target: float | None) -> dict[str, float | str | None]:
     """Returns the results of a run: a column of `Comparison.rows`."""
-    last, best, spent = run.evals[-1] if run.evals else None, run.best, run.training_s
+    last, spent = run.evals[-1] if run.evals else None, run.training_s
     results: dict[str, float | str | None] = {
         "state": outcome(run)[0],
         "last_accuracy": last.accuracy if last else None,
-        "best_accuracy": best.accuracy if best else None,
+        "best_accuracy": max((record.accuracy for record in run.evals), default=None),
+        "last_macro_f1": last.macro_f1 if last else None,
+        "last_calibration_error": last.calibration_error if last else None,
         "last_loss": last.loss if last else None,
         "samples_seen": run.status.get("samples_seen"),
         "training_s": float(spent[-1]) if len(spent) else None,

@@ -15,9 +15,18 @@ from disttrain.report.charts import LEARNING
 from disttrain.report.columns import Array
 from disttrain.report.devices import MEASURES, Device
 from disttrain.report.run import Run
+from disttrain.runs.runfolder import STOPPED_EARLY
 from disttrain.units import accuracy_text, duration, flops_text, number, percent, utc
 
 _EPOCH_ROWS = 60
+_OF_LAST = {
+    "macro_f1": "macro F1",
+    "macro_precision": "macro precision",
+    "macro_recall": "macro recall",
+    "top5_accuracy": "top-5 accuracy",
+    "calibration_error": "calibration error",
+}
+"""Metrics of the last evaluation; files of earlier versions do not have them."""
 
 
 def outcome(run: Run) -> tuple[str, str]:
@@ -28,12 +37,14 @@ def outcome(run: Run) -> tuple[str, str]:
     if last is None:
         result = "no evaluation"
     else:
-        result = f"accuracy {accuracy_text(last.accuracy, last.correct, last.total)}"
-        if best is not None and best is not last and best.accuracy != last.accuracy:
-            result += f", best {percent(best.accuracy)} after epoch {best.epoch}"
+        result, metric = f"accuracy {accuracy_text(last.accuracy, last.correct, last.total)}", run.metric
+        if best is not None and best is not last and metric.of(best) != metric.of(last):
+            title = "" if metric.key == "accuracy" else f"{metric.title} "
+            result += f", best {title}{metric.text(metric.of(best))} after epoch {best.epoch}"
     where = f"epoch {number(status.get('epoch'), ',d')}, step {number(status.get('step'), ',d')}"
     if state == "finished":
-        return state, f"finished: {result}"
+        early = str(status.get("reason"))
+        return state, f"finished: {result}" + f"; {early}" * early.startswith(STOPPED_EARLY)
     if state == "running":
         silent_s = time.time() - _time_of(status.get("updated_at"))
         if run.folder.has_died(silent_s):
@@ -113,6 +124,11 @@ def first_facts(run: Run, gpus: Sequence[Device]) -> list[tuple[str, str]]:
     peak = [np.nanmax(v) for gpu in gpus if np.isfinite(v := gpu.values["memory_gib"]).any()]
     facts = [
         ("lowest validation loss", number(min(losses, default=None), ".4f")),
+        *(
+            (title, percent(getattr(run.evals[-1], key)))
+            for key, title in _OF_LAST.items()
+            if run.evals and getattr(run.evals[-1], key) is not None
+        ),
         ("steps", number(status.get("step"), ",d")),
         ("training images seen", number(status.get("samples_seen"), ",d")),
         ("training time", duration(float(spent[-1]) if len(spent) else None)),

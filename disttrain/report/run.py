@@ -21,6 +21,7 @@ from disttrain.config import Config, load_config
 from disttrain.errors import UsageError
 from disttrain.report.columns import Array, columns, parse_times
 from disttrain.report.devices import Device, processes
+from disttrain.runs.eval_metrics import EVAL_METRICS, Metric, best_of
 from disttrain.runs.jsonl import parts
 from disttrain.runs.records import METRICS, EvalRecord, StepTimes, TrainRecord, read_metrics
 from disttrain.runs.runfolder import RunFolder
@@ -30,7 +31,7 @@ _TAIL_BYTES = 2**21  # of metrics.jsonl, read for the times of each rank
 _STALL_FACTOR = 5.0  # a stall is a step this much slower than the median
 _STALL_S = 10.0  # and costs at least this long
 _LOGGED = re.compile(
-    r"(?P<time>\S+Z) INFO (?:(?P<start>rank 0, process )|saved .*step_(?P<step>\d+)(?P<best>, the best)?$)"
+    r"(?P<time>\S+Z) INFO (?:(?P<start>rank 0, process )|saved .*step_(?P<step>\d+)(?P<best>, the best.*)?$)"
 )
 _TRAIN_COLUMNS = (
     "step", "epoch", "samples", "loss", "accuracy", "lr", "images_per_s", "step_time_s", "data_wait_pct",
@@ -90,8 +91,13 @@ class Run:
 
     @property
     def best(self) -> EvalRecord | None:
-        """The first evaluation with the highest accuracy."""
-        return max(self.evals, key=lambda record: record.accuracy, default=None)
+        """The first evaluation that is the best by `metric`."""
+        return best_of(self.evals, self.metric)
+
+    @property
+    def metric(self) -> Metric:
+        """That of eval.best."""
+        return EVAL_METRICS[self.config.eval.best if self.config else "accuracy"]
 
     @property
     def training_s(self) -> Array:
@@ -193,7 +199,7 @@ def _logged(log: Path) -> Iterator[Event]:
             starts += 1
             yield Event("start", time_s, None, "start" if starts == 1 else f"start number {starts}")
         else:
-            best = ", the best so far" if found["best"] else ""
+            best = f"{found['best']} so far" if found["best"] else ""
             yield Event("checkpoint", time_s, None, f"checkpoint of step {int(found['step']):,}{best}")
 
 

@@ -33,9 +33,11 @@ class Metric(NamedTuple):
     lower: bool = False
 
     def of(self, record: EvalRecord) -> float | None:
-        """Returns its value in a record; None if it is not known or not finite."""
+        """Returns its value in a record; None if it is not known, or the loss is not finite."""
+        if record.loss is None or not math.isfinite(record.loss):
+            return None
         value: float | None = getattr(record, self.key)
-        return value if value is not None and math.isfinite(value) else None
+        return value
 
     def improves(self, value: float | None, best: float | None, by: float = 0.0) -> bool:
         """Returns whether a value is better than the best one so far by more than `by`."""

@@ -11,7 +11,7 @@ from disttrain.config import load_config
 from disttrain.errors import CheckpointError, UsageError
 from disttrain.runs.fingerprint import changes_since, refuse, saved_fingerprint
 from disttrain.runs.manifest import MANIFEST, latest_valid, pointed_to, read_state, step_of, verify_checkpoint
-from disttrain.runs.runfolder import RunFolder
+from disttrain.runs.runfolder import STOPPED_EARLY, RunFolder
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,22 @@ def is_finished(folder: RunFolder, now: Mapping[str, Any]) -> bool:
     if not folder.config.exists() or folder.status().get("state") != "finished":
         return False
     saved = load_config(folder.config).model_dump(mode="json")
-    longer = now["config"]["train"]["epochs"] > saved["train"]["epochs"]
-    return not longer and not changes_since({"config": saved}, now)
+    key = "stop_early" if _stopped_early(folder) else "epochs"  # what ended it
+    before, after = saved["train"][key], now["config"]["train"].get(key)
+    goes_on = before != after if key == "stop_early" else after > before
+    return not goes_on and not changes_since({"config": saved}, now)
+
+
+def finished_text(folder: RunFolder) -> str:
+    """Returns what to say of a run that has already finished."""
+    text = f"{folder.path}: this run has already finished; nothing to do"
+    if _stopped_early(folder):
+        text += f". It {folder.status()['reason']}. To train on, set train.stop_early=null or change its keys"
+    return text
+
+
+def _stopped_early(folder: RunFolder) -> bool:
+    return str(folder.status().get("reason")).startswith(STOPPED_EARLY)
 
 
 def resume_point(folder: RunFolder, resume: str, now: Mapping[str, Any], *, force: bool = False) -> Start:

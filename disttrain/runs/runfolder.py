@@ -35,6 +35,9 @@ LOCKED_BY_LAUNCHER = "DISTTRAIN_RUN_LOCKED"
 CLEAN = dict.fromkeys(("exit_code", "reason", "rank", "host"))
 """The keys of status.json about the end of a run, before it has ended."""
 
+ALL_EPOCHS, STOPPED_EARLY = "all epochs done", "stopped early"
+"""The reasons in status.json why a run has finished; after the second, more is said."""
+
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Errors of flock on file systems without locks, such as some mounts of Lustre and NFS."""
 

@@ -15,11 +15,11 @@ from typing import NamedTuple
 from disttrain.config import Config
 from disttrain.errors import BusyError, DisttrainError, StoppedError, StorageError, UsageError, reason
 from disttrain.files import file_lock, write_atomically
+from disttrain.runs.eval_metrics import result_text
 from disttrain.runs.records import read_metrics
 from disttrain.runs.resume import is_finished
-from disttrain.runs.runfolder import RunFolder
+from disttrain.runs.runfolder import STOPPED_EARLY, RunFolder
 from disttrain.sweep.plan import Plan, PlannedRun
-from disttrain.units import accuracy_text
 from disttrain.urls import without_secrets
 
 _ROOT = re.compile(r".*\broot:.*")
@@ -148,7 +148,8 @@ class SweepFolder:
         _, evals, _ = read_metrics(folder.metrics)
         last = evals[-1] if evals else None
         if state == "finished" and last is not None:
-            why = f"accuracy {accuracy_text(last.accuracy, last.correct, last.total)}"
+            early = f"; {why}" if why.startswith(STOPPED_EARLY) else ""
+            why = result_text(last) + early
         return Row(
             state,
             recorded if exit_code is None else exit_code,

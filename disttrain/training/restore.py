@@ -19,6 +19,7 @@ from disttrain.runs.fingerprint import changes_since, fingerprint, refuse, saved
 from disttrain.shards.index import Index
 from disttrain.training.optim import load_state
 from disttrain.training.rank import Rank
+from disttrain.training.selection import forget_other_rules
 from disttrain.training.state import Progress, TrainState
 from disttrain.training.virtual_ranks import machine_facts
 
@@ -59,13 +60,13 @@ def saved_progress(
             f"{checkpoint.path}: was saved with optim.name = {checkpoint.value('optimizer')}, "
             f"but the config has {config.optim.name}; resume with the config it was saved with"
         )
-    fields = dataclasses.fields(Progress)
-    progress = Progress(**{field.name: checkpoint.value(field.name) for field in fields})
+    progress = _progress(checkpoint)
     saved = saved_fingerprint(checkpoint.path, checkpoint.state)
     now = fingerprint(config, index, plan.skipped.tolist())
     changes = changes_since(saved, now)
     if changes and not force:
         raise refuse(f"{checkpoint.path}: was saved with", changes)
+    forget_other_rules(progress, saved["config"], config)
     before, left_out = (document["data"].get("skipped", 0) for document in (saved, now))
     if before != left_out and rank.number == 0 and rank.folder is not None:
         rank.folder.record_forced(progress.step, [f"data.skipped: {before} -> {left_out}"])
@@ -74,6 +75,14 @@ def saved_progress(
         say(f"the order of the samples has changed: epoch {progress.epoch + 1} starts again")
         progress.samples = 0
     return progress
+
+
+def _progress(checkpoint: Checkpoint) -> Progress:
+    if "best_accuracy" in checkpoint.state:  # of an earlier version
+        names = ["epoch", "samples", "step", "samples_seen", "evaluation_due"]
+        best = checkpoint.value("best_accuracy")
+        return Progress(**{name: checkpoint.value(name) for name in names}, best=best)
+    return Progress(**{field.name: checkpoint.value(field.name) for field in dataclasses.fields(Progress)})
 
 
 def restore(

@@ -40,16 +40,22 @@ class Progress:
         samples: samples of the current epoch trained on, over all ranks.
         step: optimizer steps taken.
         samples_seen: samples trained on in the whole run, over all ranks.
-        best_accuracy: best validation accuracy so far, 0..1.
+        best: best value of `eval.best` so far.
         evaluation_due: whether the evaluation of the last complete epoch is still to come.
+        stop_best: value of `train.stop_early.metric` when it last improved.
+        improved_epoch: epoch of that evaluation.
+        stopped_early: whether `train.stop_early` has ended the run.
     """
 
     epoch: int = 0
     samples: int = 0
     step: int = 0
     samples_seen: int = 0
-    best_accuracy: float | None = None
+    best: float | None = None
     evaluation_due: bool = False
+    stop_best: float | None = None
+    improved_epoch: int = 0
+    stopped_early: bool = False
 
 
 @dataclass

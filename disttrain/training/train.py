@@ -15,6 +15,7 @@ from disttrain.data.epoch_plan import Ids
 from disttrain.errors import StoppedError
 from disttrain.heartbeat import Phase
 from disttrain.parallel import ordered_map
+from disttrain.runs.evaluation import Evaluation
 from disttrain.training.callbacks import Callbacks
 from disttrain.training.collectives import stop_requested_anywhere
 from disttrain.training.evaluation import evaluate
@@ -24,6 +25,7 @@ from disttrain.training.microbatch import prefetch
 from disttrain.training.nonfinite import check_loss
 from disttrain.training.optim import lr_factor, set_lr
 from disttrain.training.rng import preserve_rng_state
+from disttrain.training.selection import is_best, stops_early
 from disttrain.training.state import Progress, TrainState
 from disttrain.training.virtual_ranks import step_function
 
@@ -41,7 +43,7 @@ def train(state: TrainState, progress: Progress, callbacks: Callbacks) -> None:
     epochs = range(progress.epoch, state.config.train.epochs)
     # A thread computes the order of the next epoch during this one, so that the GPU need not wait for it.
     with contextlib.closing(ordered_map(state.plan.order, epochs, threads=1, ahead=1)) as orders:
-        while progress.epoch < epochs.stop or progress.evaluation_due:
+        while progress.evaluation_due or (progress.epoch < epochs.stop and not progress.stopped_early):
             if not progress.evaluation_due:
                 train_epoch(state, progress, next(orders), callbacks)
             finish_epoch(state, progress, callbacks)
@@ -117,7 +119,7 @@ def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Ca
 
 
 def finish_epoch(state: TrainState, progress: Progress, callbacks: Callbacks) -> None:
-    """Evaluates and saves if the config says so, and always after the last epoch. Every rank calls this.
+    """Evaluates and saves if the config says so, and always at the end of the run. Every rank calls this.
 
     Raises:
         StoppedError: a rank was asked to stop.
@@ -126,17 +128,13 @@ def finish_epoch(state: TrainState, progress: Progress, callbacks: Callbacks) ->
     last = progress.epoch == config.train.epochs
     best, found = False, None
     if last or progress.epoch % config.eval.every_epochs == 0:
-        tta = config.eval.tta if last or config.eval.tta_when == "always" else "none"
-        with preserve_rng_state(state.accelerator.device):
-            found = evaluate(state, tta, progress, callbacks)
+        found = evaluate_epoch(state, progress, callbacks)
         if found is None:
             stop(progress, callbacks, f"in the evaluation after {done}")
             return
         callbacks.observer.evaluate(found.record)
-        accuracy = found.record.accuracy
-        best = progress.best_accuracy is None or accuracy > progress.best_accuracy
-        if best:
-            progress.best_accuracy = accuracy
+        best = is_best(progress, found.record, config)
+        last = last or progress.stopped_early
     progress.evaluation_due = False
     every_epochs, every_steps = config.checkpoint.every_epochs, config.checkpoint.every_steps
     due = last or best or progress.epoch % every_epochs == 0
@@ -148,3 +146,22 @@ def finish_epoch(state: TrainState, progress: Progress, callbacks: Callbacks) ->
     asked = stop_requested_anywhere(state.group, Phase.SAVE, progress.step, callbacks.stop_requested())
     if asked and not last:
         stop(progress, callbacks, f"after {done}", saved=due)
+
+
+def evaluate_epoch(state: TrainState, progress: Progress, callbacks: Callbacks) -> Evaluation | None:
+    """Evaluates an epoch, and decides whether the run stops early. Every rank calls this.
+
+    If only the last evaluation uses test-time augmentation, the decision is made without it, and the run is
+    evaluated once more.
+
+    Returns:
+        The last evaluation, or None if a rank was asked to stop meanwhile.
+    """
+    config = state.config
+    usual = config.eval.tta if config.eval.tta_when == "always" else "none"
+    tta = config.eval.tta if progress.epoch == config.train.epochs else usual
+    with preserve_rng_state(state.accelerator.device):
+        found = evaluate(state, tta, progress, callbacks)
+        if found is None or tta != usual or not stops_early(progress, found.record, config):
+            return found
+        return found if usual == config.eval.tta else evaluate(state, config.eval.tta, progress, callbacks)

@@ -16,7 +16,7 @@ import pytest
 from kit import PROGRAMS, REPOSITORY, toy
 from kit.commands import torchrun
 from kit.resumed import digest, run
-from kit.run_results import computed_records, ids_per_step
+from kit.run_results import computed_records, ids_per_step, status
 
 QUICK = (
     "small",
@@ -93,13 +93,22 @@ def test_without_an_ingredient_the_bits_differ(fault: str, digests: Digests) -> 
 
 
 MODE = ("train.reproducible=true", "train.virtual_ranks=6")
+STOPS_EARLY = (  # after three epochs: no accuracy is better than the first one by more than 1
+    "train.epochs=9",
+    "train.stop_early={metric: accuracy, patience_epochs: 2, min_delta: 1}",
+)
 
 
-def chain(folder: Path, digits_root: Path, stages: Sequence[tuple[int, str | None, int]]) -> Path:
+def chain(
+    folder: Path,
+    digits_root: Path,
+    stages: Sequence[tuple[int, str | None, int]],
+    overrides: Sequence[str] = (),
+) -> Path:
     """Runs the experiment in stages: ranks, the signal that ends it, and the exit code."""
     for ranks, plan, code in stages:
         (folder / "signalled").unlink(missing_ok=True)
-        done = run(folder, ranks, digits_root, plan, MODE)
+        done = run(folder, ranks, digits_root, plan, [*MODE, *overrides])
         assert done.returncode == code, done.stderr
     return folder / "run"
 
@@ -119,10 +128,14 @@ def command(folder: Path, digits_root: Path, *arguments: str) -> subprocess.Comp
 @pytest.mark.nightly
 def test_a_chain_of_stops_on_other_ranks_gives_the_same_bits(tmp_path: Path, digits_root: Path) -> None:
     (tmp_path / "whole").mkdir()
-    whole = chain(tmp_path / "whole", digits_root, [(1, None, 0)])
+    whole = chain(tmp_path / "whole", digits_root, [(1, None, 0)], STOPS_EARLY)
     (tmp_path / "parts").mkdir()
     stages = [(2, "SIGKILL 1 training 50", 70), (3, "SIGTERM 1 training 20", 75), (1, None, 0)]
-    parts = chain(tmp_path / "parts", digits_root, stages)
+    parts = chain(tmp_path / "parts", digits_root, stages, STOPS_EARLY)
+    for ended in (whole, parts):
+        assert status(ended)["reason"].startswith(
+            "stopped early after epoch 3 of 9 (accuracy not 100.00 % better"
+        )
     assert digest(parts) == digest(whole)
     assert computed_records(parts) == computed_records(whole)
     assert ids_per_step(parts) == ids_per_step(whole)

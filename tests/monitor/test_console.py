@@ -67,6 +67,17 @@ def frame(shown: Console, width: int = 80, height: int = 24, **options: Any) -> 
     return screen.file.getvalue().splitlines()
 
 
+def test_the_best_evaluation_is_that_of_the_metric() -> None:
+    shown = dashboard(dataclasses.replace(INFO, best="loss"))
+    shown.evaluate(replace(EVAL, epoch=1, loss=0.5, accuracy=0.8, correct=8000))
+    shown.evaluate(EVAL)
+    now = "eval     81.23 % (8,123/10,000)"
+    assert line(frame(shown, 120, 40), "eval") == f"{now}   best validation loss 0.5000 in epoch 1"
+    shown = dashboard(dataclasses.replace(INFO, best="macro_f1"))
+    shown.evaluate(EVAL)
+    assert line(frame(shown, 120, 40), "eval") == now, "an old record without macro F1"
+
+
 AWKWARD = dataclasses.replace(
     INFO,
     name="[bold]評価[/bold] " * 20,

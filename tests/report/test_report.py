@@ -229,6 +229,11 @@ def test_the_time_is_shared_out(tmp_path: Path) -> None:
     [
         ({}, "finished", "finished: accuracy 75.00 % (750 of 1,000), best 80.00 % after epoch 2"),
         (
+            {"reason": "stopped early after epoch 3 of 9: why"},
+            "finished",
+            "2; stopped early after epoch 3 of 9",
+        ),
+        (
             {"state": "failed", "exit_code": 70, "reason": "the loss is not finite\nat all", "step": 25},
             "failed",
             "failed with exit code 70 after epoch 3, step 25: the loss is not finite; accuracy 75.00 %",
@@ -245,6 +250,11 @@ def test_the_outcome_in_one_line(status: dict[str, Any], state: str, words: str,
     assert found == state
     assert words in text
     assert "\n" not in text
+
+
+def test_the_outcome_says_which_metric_was_the_best(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", config=CONFIG + "eval: {best: loss}\n"))
+    assert outcome(run)[1].endswith("(750 of 1,000), best validation loss 0.2000 after epoch 2")
 
 
 def test_whatever_stands_in_the_files_is_text(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_starts_and_checkpoints_are_read_from_the_log(tmp_path: Path) -> None:
     (run / "logs").mkdir()
     lines = [
         f"{stamp(0)} INFO rank 0, process 17 on node0",
-        f"{stamp(9)} INFO saved {run}/checkpoints/step_00000010, the best",
+        f"{stamp(9)} INFO saved {run}/checkpoints/step_00000010, the best macro F1",
         f"{stamp(10)} WARNING saved nothing step_00000010",
         f"{stamp(12)} INFO rank 0, process 18 on node0",
         f"{stamp(20)} INFO saved {run}/checkpoints/step_00000020",
@@ -98,7 +98,7 @@ def test_starts_and_checkpoints_are_read_from_the_log(tmp_path: Path) -> None:
     events = [event for event in read_run(run).events if event.kind != "evaluation"]
     assert [(event.kind, event.text) for event in events] == [
         ("start", "start"),
-        ("checkpoint", "checkpoint of step 10, the best so far"),
+        ("checkpoint", "checkpoint of step 10, the best macro F1 so far"),
         ("start", "start number 2"),
         ("checkpoint", "checkpoint of step 20"),
     ]

@@ -375,7 +375,7 @@ def test_the_best_is_saved_whenever_it_is_found(monkeypatch: pytest.MonkeyPatch)
     progress, saves = Progress(), []
 
     def save(*, best: bool, evaluation: Evaluation) -> None:
-        saves.append((progress.epoch, best, progress.best_accuracy, evaluation.record.accuracy))
+        saves.append((progress.epoch, best, progress.best, evaluation.record.accuracy))
 
     run(state, progress, save=save)
     assert saves == [(1, True, 0.5, 0.5), (4, True, 0.6, 0.6), (5, False, 0.6, 0.6)]
