@@ -158,6 +158,7 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
             raise UsageError(
                 f"{key} = top5 needs more than 5 classes, but {name} has {classes}; use accuracy"
             )
+    class_weights(config.train, index)
     smallest = min(index.height, index.width)
     if config.augment.crop_padding >= smallest:
         raise UsageError(
@@ -165,6 +166,40 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
             f"{index.width}x{index.height}; use at most {smallest - 1}"
         )
     return index
+
+
+def class_weights(train: TrainConfig, index: Index) -> list[float] | None:
+    """Returns the weight of each class in the training loss; None if all samples count the same.
+
+    The mean over the samples of the train split is 1.
+
+    Raises:
+        UsageError: `train.class_weights` does not suit the data set.
+    """
+    if train.class_weights is None:
+        return None
+    counts = index.splits["train"].class_counts
+    if train.class_weights == "balanced":
+        empty = [name for name, count in zip(index.classes, counts, strict=True) if count == 0]
+        if empty:
+            raise UsageError(
+                f"train.class_weights = balanced: class {empty[0]} has no sample in the train split of "
+                f"{index.name}; give a list with a weight for each of the {len(counts)} classes"
+            )
+        weights = [1 / count for count in counts]
+    else:
+        weights = list(train.class_weights)
+    if len(weights) != len(counts):
+        raise UsageError(
+            f"train.class_weights has {len(weights)} numbers, but {index.name} has {len(counts)} classes; "
+            f"give one for each, in the order of `disttrain data inspect {index.name}`"
+        )
+    mean = sum(weight * count for weight, count in zip(weights, counts, strict=True)) / sum(counts)
+    if mean == 0:
+        raise UsageError(
+            "train.class_weights: no training sample has a weight above 0; raise that of a class with samples"
+        )
+    return [weight / mean for weight in weights]
 
 
 def check_weights(config: Config) -> None:

@@ -19,11 +19,10 @@ from disttrain.runs.runfolder import RunFolder
 from disttrain.training.callbacks import Callbacks
 from disttrain.training.collectives import reduce_sum
 from disttrain.training.log_metrics import log_metrics
-from disttrain.training.loss import loss_and_scores
 from disttrain.training.microbatch import augment_micro_batch, prefetch
 from disttrain.training.phases import Phases
 from disttrain.training.state import Progress
-from disttrain.training.step import no_sync
+from disttrain.training.step import forward, no_sync
 from disttrain.training.virtual_ranks import step_function
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ class StepBench:
                 now = clocked("augmentation", now)
                 for _, images, labels, partners, _ in inputs:
                     with contextlib.nullcontext() if reduced else no_sync(state):
-                        loss, _ = loss_and_scores(state.model(images), labels, partners, micro.mix, config)
+                        loss, _ = forward(state, micro, images, labels, partners)
                         now = clocked("forward", now)
                         loss.backward(torch.full_like(loss, state.world_size / config.batch_size))
                         now = clocked("backward and reduction" if reduced else "backward", now)

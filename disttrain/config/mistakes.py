@@ -58,6 +58,7 @@ _EXPECTED_BY_KEY = {
     "train.cuda_graph": "auto, true or false",
     "augment.flip": "true, false or alternating",
     "optim.betas": "two numbers, such as [0.9, 0.999]",
+    "train.class_weights": "balanced, null or a list with a number per class",
 }
 _OWNERS = {
     "momentum": ("sgd", "muon"),
@@ -136,6 +137,11 @@ def _conflicts(config: Config) -> Iterator[Problem]:
         yield ("model", "weights"), "model.args.pretrained also gives initial weights; remove one of them"
     if config.augment.rand_augment is not None and config.augment.trivial_augment:
         yield ("augment", "rand_augment"), "augment.trivial_augment takes its place; remove one of them"
+    if train.focal_gamma is not None and train.loss != "focal":
+        yield (
+            ("train", "focal_gamma"),
+            "train.loss = cross_entropy does not use it; remove it, or choose focal",
+        )
     if train.accumulate > train.batch_size:
         remark = f"{train.accumulate} is more than train.batch_size = {train.batch_size}; lower it"
         yield ("train", "accumulate"), remark

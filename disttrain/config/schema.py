@@ -193,6 +193,15 @@ class TrainConfig(_Section):
     """Replay a whole step as one CUDA graph, on a single GPU. auto: for networks of `disttrain models` that
     are not compiled. true: for any network; if a step waits for the GPU, it cannot be captured and the run
     fails."""
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """focal: the cross entropy of each sample times (1 - p) ** `focal_gamma`, where p is the probability of
+    its class (Lin et al. 2017, docs/experiments.md)."""
+    focal_gamma: NonNegative | None = None
+    """For focal: how much less well-recognised samples count. null: 2."""
+    class_weights: Literal["balanced"] | list[NonNegative] | None = None
+    """Weight of each class in the training loss (docs/experiments.md). balanced: classes count the same,
+    however many samples they have. A list has one number per class, in the order of the data set. null:
+    samples count the same."""
     label_smoothing: Fraction = 0.0
     """Share of the target that is spread evenly over the classes (Szegedy et al. 2016)."""
     aux_weight: NonNegative | None = None

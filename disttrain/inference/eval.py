@@ -87,6 +87,7 @@ def open_data(config: Config, facts: Facts, data: str | None, root: str | None) 
         # These disable checks that matter only for training.
         "augment": AugmentConfig(),
         "model": config.model.model_copy(update={"num_classes": None}),
+        "train": config.train.model_copy(update={"class_weights": None}),
     }
     index = open_index(config.model_copy(update=changes), lambda text: None)
     index = index.cropped(config.data.image_size, config.eval.crop_pct)

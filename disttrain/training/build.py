@@ -30,7 +30,7 @@ from disttrain.errors import DataError
 from disttrain.models import build_for, downloads_weights
 from disttrain.models.pretrained import build_pretrained, load_weights
 from disttrain.parallel import cores_of_a_rank
-from disttrain.preflight import split_batch
+from disttrain.preflight import class_weights, split_batch
 from disttrain.runs.agreement import compare_peers
 from disttrain.runs.checkpoint import Checkpoint, load
 from disttrain.shards.images import expect_images
@@ -118,6 +118,7 @@ def build(
     if checkpoint is None and hasattr(model, "init_from_images"):
         cast(Any, model).init_from_images(normalize(first_images(data, device)))
     optimizer, lr_schedules = build_optimizer(config.optim, config.schedule, model)
+    weighting = class_weights(config.train, index)
     state = TrainState(
         config=config,
         accelerator=accelerator,
@@ -132,6 +133,7 @@ def build(
         image_size=(index.height, index.width),
         settings=settings,
         flops_per_image=per_image,
+        class_weights=None if weighting is None else torch.tensor(weighting, device=device),
         peak_flops_per_s=peak_flops_per_s(device, settings.precision)[0],
     )
     progress = Progress() if checkpoint is None else resume(checkpoint, state, index, rank, force=force)

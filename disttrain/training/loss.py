@@ -1,4 +1,4 @@
-"""The loss of a batch: cross entropy of the scores, and of auxiliary scores if the network returns some."""
+"""The loss of a batch: that of the scores, and of auxiliary scores if the network returns some."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from disttrain.config import TrainConfig
 from disttrain.training.augment import Mix
 
+_GAMMA = 2.0  # Lin et al. 2017, section 5.1
+_LEAST = 1e-12  # of 1 - p; float32 has nothing between 1 - 6e-8 and 1
 _ONE, _SEVERAL = 0.4, 0.3  # weight of an auxiliary loss: Inception v3 in torchvision; Szegedy et al. 2014
 
 
@@ -24,6 +26,7 @@ def loss_and_scores(
     partners: Tensor | None,
     mix: Mix | None,
     config: TrainConfig,
+    class_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss summed over a batch, float32 [], and the scores [B, classes].
 
@@ -32,32 +35,57 @@ def loss_and_scores(
         labels: int64 [B].
         partners: labels of the images mixed in, int64 [B], or None.
         mix: has the weights of the two labels, or None.
-        config: has the label smoothing and the weight of auxiliary losses.
+        config: has the kind of loss, the label smoothing and the weight of auxiliary losses.
+        class_weights: float32 [classes], or None for 1.
     """
     scores, *others = all_scores(output)
-    loss = loss_sum(scores, labels, partners, mix, config.label_smoothing)
+    loss = loss_sum(scores, labels, partners, mix, config, class_weights)
     weight = config.aux_weight
     if weight is None:
         weight = _ONE if len(others) == 1 else _SEVERAL
     for other in others:
-        loss = loss + weight * loss_sum(other, labels, partners, mix, config.label_smoothing)
+        loss = loss + weight * loss_sum(other, labels, partners, mix, config, class_weights)
     return loss, scores
 
 
 def loss_sum(
-    logits: Tensor, labels: Tensor, partners: Tensor | None, mix: Mix | None, label_smoothing: float
+    logits: Tensor,
+    labels: Tensor,
+    partners: Tensor | None,
+    mix: Mix | None,
+    config: TrainConfig,
+    class_weights: Tensor | None,
 ) -> Tensor:
-    """Returns the cross entropy summed over a batch.
+    """Returns the loss of the scores summed over a batch, float32 [].
 
-    Args:
-        logits: [B, classes].
-        labels: int64 [B].
-        partners: labels of the images mixed in, int64 [B], or None.
-        mix: has the weights of the two labels, or None.
-        label_smoothing: share of the target that is spread over all classes.
+    For the arguments see `loss_and_scores`; logits are [B, classes]. The loss for each label of a mixed image
+    has the weight of that label's class.
     """
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+    loss = _sum_for(logits.float(), labels, config, class_weights)
     if mix is None or partners is None:
         return loss
-    other = F.cross_entropy(logits.float(), partners, reduction="sum", label_smoothing=label_smoothing)
-    return mix.lam * loss + (1 - mix.lam) * other
+    return mix.lam * loss + (1 - mix.lam) * _sum_for(logits.float(), partners, config, class_weights)
+
+
+def _sum_for(logits: Tensor, labels: Tensor, config: TrainConfig, class_weights: Tensor | None) -> Tensor:
+    smoothing = config.label_smoothing
+    if config.loss == "cross_entropy" and class_weights is None:
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    if config.loss == "focal":
+        gamma = _GAMMA if config.focal_gamma is None else config.focal_gamma
+        losses = _focal(logits, labels, gamma, smoothing)
+    else:
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    return (losses if class_weights is None else losses * class_weights[labels]).sum()
+
+
+def _focal(logits: Tensor, labels: Tensor, gamma: float, label_smoothing: float) -> Tensor:
+    """Returns the focal loss of each sample (Lin et al. 2017), float32 [B].
+
+    It is the sum over the classes of target * (1 - p) ** gamma * -log p, where smoothing spreads the target.
+    """
+    logs = logits.log_softmax(1)
+    # The gradient of a power below 1 is infinite at 0, where p has been rounded to 1.
+    terms = (-logs.expm1()).clamp(min=_LEAST) ** gamma * logs
+    losses = F.nll_loss(terms, labels, reduction="none")
+    return (1 - label_smoothing) * losses - label_smoothing * terms.mean(1) if label_smoothing else losses

@@ -216,6 +216,7 @@ class TrainState:
         flops_per_image: floating-point operations of training on one image, or None if unknown.
         peak_flops_per_s: the device's peak, or None if unknown.
         graph: runs the steps with a full batch as a CUDA graph, or None.
+        class_weights: weight of each class in the loss, float32 [classes], or None.
         meter: sums since the last log point.
         seed: seeds torch's random number generator of the device.
         compiled_batch: the batch size that the model is compiled for, or None without compilation.
@@ -237,6 +238,7 @@ class TrainState:
     flops_per_image: int | None = None
     peak_flops_per_s: float | None = None
     graph: StepGraph | None = None
+    class_weights: Tensor | None = None
     rank: int = field(init=False)
     world_size: int = field(init=False)
     meter: Meter = field(init=False)

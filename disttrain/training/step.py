@@ -84,7 +84,8 @@ def forward(
 
     For the arguments see `Inputs`.
     """
-    return loss_and_scores(state.model(images), labels, partners, micro.mix, state.config.train)
+    output, config = state.model(images), state.config.train
+    return loss_and_scores(output, labels, partners, micro.mix, config, state.class_weights)
 
 
 def backward(state: TrainState, loss: Tensor, weight: float) -> None:
@@ -163,7 +164,8 @@ def full_batch_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[
     Returns:
         The loss summed over the batch, float32 [], and the scores [B, classes].
     """
-    loss, scores = loss_and_scores(state.model(images), labels, None, None, state.config.train)
+    output, config = state.model(images), state.config.train
+    loss, scores = loss_and_scores(output, labels, None, None, config, state.class_weights)
     loss.backward(torch.full_like(loss, 1 / len(labels)))
     update(state)
     return loss, scores

@@ -82,6 +82,11 @@ def test_unknown_keys_in_the_file_name_their_line(file, text, message):
         ("optim.lr", "9" * 399, f"expected a number, got {'9' * 77}..."),
         ("train.label_smoothing", "1.0", "must be less than 1, got 1.0"),
         ("train.ema", "1", "must be less than 1, got 1"),
+        (
+            "train.class_weights",
+            "even",
+            "expected balanced, null or a list with a number per class, got 'even'",
+        ),
         ("augment.flip", "1", "expected true, false or alternating, got 1"),
         (
             "augment.flip",
@@ -198,6 +203,10 @@ def test_all_mistakes_are_reported_at_once(file):
         (["optim.name=adam", "optim.momentum=0.9"], "optim.momentum: adam does not use it; remove it"),
         (["optim.name=adamw", "optim.nesterov=false"], "optim.nesterov: adamw does not use it; remove it"),
         (["optim.betas=[0.9, 0.99]"], "optim.betas: sgd does not use it; remove it"),
+        (
+            ["train.focal_gamma=2.0"],
+            "train.focal_gamma: train.loss = cross_entropy does not use it; remove it, or choose focal",
+        ),
         (["optim.momentum=0", "optim.nesterov=true"], "optim.nesterov: needs optim.momentum above 0"),
         (
             ["schedule.warmup_epochs=3"],

@@ -85,6 +85,7 @@ _documents = section(
             compile=st.booleans() | st.just("auto"),
             grad_clip=st.none() | _positive,
             label_smoothing=_fractions,
+            class_weights=st.none() | st.just("balanced") | st.lists(st.floats(0, 9), max_size=4),
         ),
         "optim": _optims(),
     },

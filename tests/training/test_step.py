@@ -196,8 +196,8 @@ def test_auxiliary_losses_are_mixed_as_the_loss_is() -> None:
     scores, other = torch.randn(2, 6, CLASSES, generator=torch.Generator().manual_seed(0))
     labels, partners = torch.arange(6) % CLASSES, torch.arange(1, 7) % CLASSES
     mix, config = Mix(1, 0.7, None), make_state().config.train
-    found, kept = loss_and_scores((scores, other), labels, partners, mix, config)
-    parts = [loss_sum(part, labels, partners, mix, 0.0) for part in (scores, other)]
+    found, kept = loss_and_scores((scores, other), labels, partners, mix, config, None)
+    parts = [loss_sum(part, labels, partners, mix, config, None) for part in (scores, other)]
     assert found.item() == pytest.approx((parts[0] + 0.4 * parts[1]).item())
     assert kept is scores
 
@@ -205,18 +205,54 @@ def test_auxiliary_losses_are_mixed_as_the_loss_is() -> None:
 # --- Mixing ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [{}, {"loss": "focal"}, {"loss": "focal", "focal_gamma": 0.5}], ids=str)
+@pytest.mark.parametrize("weights", [None, [0.5, 3.0, 0.0, 1.5]])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("mix", [None, Mix(1, 0.7, None), Mix(1, 0.25, (0, 3, 0, 3))])
-def test_the_loss_is_the_cross_entropy_with_mixed_targets(mix: Mix | None, label_smoothing: float) -> None:
+def test_the_loss_is_that_of_the_formula(
+    mix: Mix | None, label_smoothing: float, weights: list[float] | None, options: dict[str, Any]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(6, CLASSES, generator=generator)
     labels, partners = torch.randint(CLASSES, (2, 6), generator=generator)
-    targets = smoothed(label_smoothing, labels)
+    factors = torch.tensor(weights or [1.0] * CLASSES, dtype=torch.float64)
+    targets = factors[labels, None] * smoothed(label_smoothing, labels)
     if mix is not None:
-        targets = mix.lam * targets + (1 - mix.lam) * smoothed(label_smoothing, partners)
-    expected = -(targets * logits.double().log_softmax(1)).sum().item()
-    found = loss_sum(logits, labels, None if mix is None else partners, mix, label_smoothing)
+        other = factors[partners, None] * smoothed(label_smoothing, partners)
+        targets = mix.lam * targets + (1 - mix.lam) * other
+    gamma = options.get("focal_gamma", 2) if options else 0
+    logs = logits.double().log_softmax(1)
+    expected = -(targets * (1 - logs.exp()) ** gamma * logs).sum().item()
+    config = make_state(label_smoothing=label_smoothing, **options).config.train
+    class_weights = None if weights is None else torch.tensor(weights)
+    found = loss_sum(logits, labels, None if mix is None else partners, mix, config, class_weights)
     assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 2])
+def test_the_gradient_of_the_focal_loss_is_finite_where_p_is_1(gamma: float) -> None:
+    logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
+    config = make_state(loss="focal", focal_gamma=gamma, label_smoothing=0.1).config.train
+    loss_sum(logits, torch.zeros(2, dtype=torch.int64), None, None, config, None).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_step_divides_the_weighted_losses_by_the_batch(reproducible: bool) -> None:
+    state = make_state(samples=16, reproducible=reproducible, channels_last=False)
+    state.class_weights = torch.tensor([0.5, 3.0, 0.0, 1.5])
+    expected, order = copy.deepcopy(state.bare_model), state.plan.order(0)
+    state.augment.start_epoch(0, order, 6, 6)
+    with closing(loops.prefetch(state, 0, range(1), order)) as batches:
+        ids = step_function(state.config.train)(state, batches, 1, 16, Phases())
+    images, labels = batch_of(1, ids, 16)
+    losses = F.cross_entropy(expected(images), labels, reduction="none") * state.class_weights[labels]
+    (losses.sum() / 16).backward()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter -= 0.1 * parameter.grad
+    assert close(weights_of(state.bare_model), expected.state_dict())
 
 
 @pytest.mark.parametrize("places", [range(16, 32), range(32, 43)], ids=["full batch", "last batch"])
