@@ -310,8 +310,8 @@ MAY_DIFFER = {
 }
 MAY_CHANGE = {
     *("data.on_error", "train.epochs", "train.channels_last", "train.compile", "train.accumulate"),
-    *("train.trace_samples", "eval.every_epochs", "eval.tta", "eval.tta_when", "eval.crop_pct"),
-    *("checkpoint.every_epochs", "checkpoint.every_steps", "monitor.log_every_steps"),
+    *("train.trace_samples", "train.stop_early", "eval.every_epochs", "eval.tta", "eval.tta_when"),
+    *("eval.crop_pct", "checkpoint.every_epochs", "checkpoint.every_steps", "monitor.log_every_steps"),
 }
 
 
