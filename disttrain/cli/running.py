@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from disttrain.launch.secret import Secret
     from disttrain.launch.supervisor import Outcome
     from disttrain.runs.runfolder import RunFolder
+    from disttrain.shards.index import Index
     from disttrain.slurm_env import Node
 
 _REPORT_EVAL_S = "10"  # time limit for evaluating the best checkpoint in the report of a finished run
@@ -75,6 +76,14 @@ def _check_profile(_: click.Context, __: click.Parameter, which: str | None) -> 
     help="Number of restarts from the last checkpoint after a crash.",
 )
 @click.option(
+    "--wait-for-nodes",
+    "wait_for_nodes_s",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="A restart waits this long for a node, then goes on without it. A node that returns is taken back.",
+)
+@click.option("--min-nodes", type=COUNT, default=1, help="The fewest nodes to go on with.")
+@click.option(
     "--profile",
     is_flag=False,
     flag_value="rank0",
@@ -114,9 +123,9 @@ def run(
     from disttrain.launch.rendezvous import sharing_failures
     from disttrain.launch.secret import Secret
     from disttrain.models import check_model_name
-    from disttrain.runs.agreement import shared_facts
     from disttrain.runs.runfolder import RunFolder, new_run_path
 
+    elastic = _take_elastic(place, max_restarts)
     node = plan_nodes(nodes, **place, environ=os.environ)
     secret = Secret.of(os.environ, plan_secret(run_dir, os.environ)) if node else Secret()
     with sharing_failures(None if dry_run else node, secret):
@@ -131,7 +140,7 @@ def run(
             run_dir or Path("runs") / config.name / "<UTC time>",
             resume,
             **here._asdict(),
-            **(node._asdict() if node else {}),
+            **((node._asdict() if node else {}) | elastic),
             verbosity=int(verbose) - int(quiet),
             force=force,
             profile=profile,
@@ -144,8 +153,15 @@ def run(
             return
         folder = ready.folder if run_dir else RunFolder(new_run_path(config.name))
         folder.create() if plan.node_rank == 0 else folder.check_writable("logs", "errors")
-    plan, known = replace(plan, run_dir=folder.path), shared_facts(config, ready.index)
-    _train(plan, folder, config, known, secret, max_restarts=max_restarts, report=report)
+    _train(plan, folder, config, ready.index, secret, max_restarts=max_restarts, report=report)
+
+
+def _take_elastic(place: dict[str, Any], max_restarts: int) -> dict[str, Any]:
+    """Takes what to do about lost nodes out of the options of the nodes, for the launch plan."""
+    elastic = {name: place.pop(name) for name in ("wait_for_nodes_s", "min_nodes")}
+    if elastic["wait_for_nodes_s"] is not None and max_restarts == 0:
+        raise UsageError("--wait-for-nodes: to go on without a node is a restart; add --max-restarts N")
+    return elastic
 
 
 def _where_to_begin(
@@ -200,7 +216,7 @@ def _train(
     plan: LaunchPlan,
     folder: RunFolder,
     config: Config,
-    known: dict[str, str],
+    index: Index,
     secret: Secret,
     *,
     max_restarts: int,
@@ -208,8 +224,10 @@ def _train(
 ) -> NoReturn:
     """Trains until the run ends, tells the outcome, writes the report, and exits with the run's code."""
     from disttrain.launch.launcher import launch
+    from disttrain.runs.agreement import shared_facts
 
-    outcome = launch(plan, folder, max_restarts=max_restarts, say=say, facts=known, secret=secret)
+    plan, facts = replace(plan, run_dir=folder.path), shared_facts(config, index)
+    outcome = launch(plan, folder, max_restarts=max_restarts, say=say, facts=facts, secret=secret)
     if outcome.detail:
         aside(outcome.detail.rstrip())
     if outcome.message:

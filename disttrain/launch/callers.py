@@ -1,4 +1,4 @@
-"""The port of node 0 during the rendezvous: who calls there, and which callers are nodes of the run.
+"""The port of node 0: who calls there, and which callers are nodes of the run.
 
 A caller has 10 seconds to prove that it knows the secret of the run. Until then, node 0 reads one short line
 from it. Nobody waits for a caller: neither node 0 nor the other callers.
@@ -11,7 +11,7 @@ import json
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any
 
@@ -35,10 +35,13 @@ MESSAGE_BYTES = 64 * 2**20
 TELL_S = 5.0
 """How long other nodes have to connect and to receive this node's failure."""
 
-_POLL_S = 0.2
+POLL_S = 0.2
+"""Interval of looking whether to go on."""
+
 _PATIENCE_S = 10.0  # for a caller to prove itself
 _MOST_STRANGERS = 128  # callers beside the nodes that may be in their proof at once
 _MOST_NOTES = 5
+_SILENT_S = 20  # after which a node whose kernel does not answer counts as dead
 
 
 class Caller:
@@ -54,6 +57,7 @@ class Caller:
         self._nonce = new_nonce()
         self._data = bytearray()
         connection.setblocking(False)
+        notice_loss(connection)
         with contextlib.suppress(OSError):  # it has hung up; the next read shows that
             connection.send(greeting(self._nonce))
 
@@ -104,12 +108,16 @@ class Caller:
                 return
         raise ConnectionError("sent something other than a hello")
 
-    def refuse(self, error: DisttrainError) -> None:
-        """Sends the node the error that keeps the run from starting."""
-        line = json.dumps({"refused": str(error), "exit_code": error.exit_code}).encode() + b"\n"
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Sends the node a message; if it has hung up, the next read shows that."""
         with contextlib.suppress(OSError):
             self.connection.settimeout(5)
-            self.connection.sendall(line)
+            self.connection.sendall(json.dumps(message).encode() + b"\n")
+            self.connection.setblocking(False)
+
+    def refuse(self, error: DisttrainError) -> None:
+        """Sends the node the error that keeps it from joining."""
+        self.send({"refused": str(error), "exit_code": error.exit_code})
 
 
 class Callers:
@@ -117,11 +125,16 @@ class Callers:
 
     Args:
         place: this node.
+        server: listens at the port.
+        secret: what a caller must prove that it knows.
         say: called with a line about a stranger, once for each address and at most five times.
     """
 
-    def __init__(self, place: Node, say: Callable[[str], None]) -> None:
+    def __init__(self, place: Node, server: socket.socket, secret: bytes, say: Callable[[str], None]) -> None:
+        server.setblocking(False)
         self._place = place
+        self._server = server
+        self._secret = secret
         self._say = say
         self._callers: dict[socket.socket, Caller] = {}
         self._noted: set[str] = set()
@@ -132,41 +145,60 @@ class Callers:
         """Why a node cannot start the run."""
         self.without_secret = False
         """Whether a caller spoke like a node but did not know the secret."""
+        self.admit: Callable[[Caller], None] | None = None
+        """Called with each node that would join; raises a DisttrainError to refuse it."""
 
-    def receive(self, server: socket.socket, secret: bytes, waiting: Callable[[], bool]) -> None:
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """Those on which callers are heard."""
+        return [self._server, *self._callers]
+
+    def receive(self, waiting: Callable[[], bool]) -> None:
         """Lets nodes join until all have joined, time is up, or one has failed and the others know it.
 
         Args:
-            server: listens at the port.
-            secret: what a caller must prove that it knows.
             waiting: called often; returns whether to go on.
         """
-        server.setblocking(False)
-        try:
-            while len(self.present) < self._place.nodes - 1 and waiting() and time.monotonic() < self._until:
-                for ready in wait_for_any([server, *self._callers], _POLL_S):
-                    assert isinstance(ready, socket.socket)
-                    if ready is server:
-                        self._accept(server, secret)
-                    elif ready in self._callers:
-                        self._hear(self._callers[ready])
-                for caller in self._unproved():
-                    if time.monotonic() - caller.since > _PATIENCE_S:
-                        self._drop(caller, f"proved nothing within {_PATIENCE_S:g} s")
-        finally:
-            for connection, caller in self._callers.items():
-                if caller not in self.present.values():
-                    connection.close()
+        while len(self.present) < self._place.nodes - 1 and waiting() and time.monotonic() < self._until:
+            self.hear(POLL_S)
+
+    def hear(self, timeout_s: float) -> None:
+        """Waits until somebody calls or says something, at most `timeout_s`, and hears all who do."""
+        for ready in wait_for_any(self.sockets, timeout_s):
+            assert isinstance(ready, socket.socket)
+            if ready is self._server:
+                self._accept()
+            elif ready in self._callers:
+                self._hear(self._callers[ready])
+        for caller in self._unproved():
+            if time.monotonic() - caller.since > _PATIENCE_S:
+                self._drop(caller, f"proved nothing within {_PATIENCE_S:g} s")
+
+    def take(self, number: int) -> Caller:
+        """Returns a node that has joined, and hears it no longer."""
+        caller = self.present.pop(number)
+        del self._callers[caller.connection]
+        return caller
+
+    def close(self, error: BaseException | None) -> None:
+        """Hangs up on all; tells the nodes among them the error, if it is one for the user."""
+        for caller in self._callers.values():
+            if isinstance(error, DisttrainError) and caller in self.present.values():
+                caller.refuse(error)
+            caller.connection.close()
+        self._callers.clear()
+        self.present.clear()
 
     def _unproved(self) -> list[Caller]:
         return [caller for caller in self._callers.values() if not caller.proved]
 
-    def _accept(self, server: socket.socket, secret: bytes) -> None:
+    def _accept(self) -> None:
         try:
-            connection, address = server.accept()
+            connection, address = self._server.accept()
         except OSError:  # it has hung up already
             return
-        self._callers[connection] = Caller(connection, str(address[0]).removeprefix("::ffff:"), secret)
+        caller = Caller(connection, str(address[0]).removeprefix("::ffff:"), self._secret)
+        self._callers[connection] = caller
         unproved = self._unproved()
         if len(unproved) > _MOST_STRANGERS + self._place.nodes:
             self._drop(unproved[0], "was the oldest of too many callers")
@@ -184,6 +216,14 @@ class Callers:
         if not caller.hello:
             return
         number = int(caller.hello["node"])
+        try:
+            if self.admit is not None:
+                self.admit(caller)
+        except DisttrainError as error:
+            self._say(f"node {number} ({caller.hello['host']}) is not taken: {error}")
+            caller.refuse(error)
+            self._drop(caller, str(error))
+            return
         if "failed" in caller.hello and self.failure is None:
             text = f"node {number} ({caller.hello['host']}): {caller.hello['failed']}"
             self.failure = error_of(int(caller.hello["exit_code"]), text)
@@ -205,6 +245,18 @@ class Callers:
             return
         self._noted.add(caller.address)
         self._say(f"port {self._place.master_port}: turned away {caller.address}, which {why}")
+
+
+def notice_loss(connection: socket.socket) -> None:
+    """Lets a connection fail within about 20 s when the other side is gone without a word."""
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 5),
+        (socket.TCP_KEEPINTVL, 5),
+        (socket.TCP_KEEPCNT, 3),
+        (socket.TCP_USER_TIMEOUT, 1000 * _SILENT_S),
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def listen(port: int) -> socket.socket:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ import psutil
 
 from disttrain import slurm_env
 from disttrain.errors import DisttrainError, HangError, StoppedError, TrainingError
+from disttrain.launch.elastic import Leader
 from disttrain.launch.liveness import Liveness
 from disttrain.launch.plan import LaunchPlan, child_environment, command
 from disttrain.launch.rendezvous import Channel, rendezvous
@@ -54,28 +55,32 @@ def launch(
     be the same on all nodes, and so must the `secret`, which a run on one node does not need.
     """
     restarts = int(folder.status().get("restarts") or 0)
-    requeued = slurm_env.requeued(os.environ)
-    with received_stops() as signals:
-        for attempt in range(max_restarts + 1):
-            folder.clear_errors(plan.ranks)
+    requeued, left, again = slurm_env.requeued(os.environ), max_restarts, False
+    with (
+        received_stops() as signals,
+        _meeting(plan, facts or {}, signals, secret or Secret(), say) as connect,
+    ):
+        while True:
             if plan.node_rank == 0:
-                useless, changes = _begin_attempt(folder, by_itself=attempt > 0 or requeued)
+                useless, changes = _begin_attempt(folder, by_itself=again or requeued)
                 if useless is not None:
                     folder.update_status(exit_code=useless.exit_code, **useless.status)
                     return useless
-                restarts += requeued and attempt == 0
+                restarts += requeued and not again
                 # Otherwise the outcome of an earlier attempt could be taken for this one's.
                 folder.update_status(**CLEAN, state="running", restarts=restarts, **changes)
-            connect = partial(_connect_nodes, plan, facts or {}, signals, secret, say)
-            outcome, stopping = _attempt(plan, folder, signals, connect)
+            outcome, stopping, left = _attempt(plan, folder, signals, connect, left)
             if plan.node_rank == 0 and outcome.status:
                 folder.update_status(exit_code=outcome.exit_code, **outcome.status)
             failed = outcome.exit_code in {TrainingError.exit_code, HangError.exit_code}
-            again = failed and not stopping and not signals
-            if not again or attempt == max_restarts:
+            regroup = stopping == "regroup" and outcome.exit_code == StoppedError.exit_code
+            again = regroup or (failed and stopping != "stop" and left > 0)
+            if signals or not again:
                 break
-            restarts += 1
-            say(f"{outcome.message}\nrestart {attempt + 1} of {max_restarts} from the last checkpoint")
+            if failed:
+                left, restarts = left - 1, restarts + 1
+                count = f"restart {max_restarts - left} of {max_restarts}"
+                say(f"{outcome.message}\n{count} from the last checkpoint")
             plan = replace(plan, resume=resume_again(folder, plan.resume))
             if plan.node_rank == 0:
                 folder.update_status(restarts=restarts)
@@ -101,19 +106,22 @@ def _begin_attempt(folder: RunFolder, *, by_itself: bool) -> tuple[Outcome | Non
 
 
 def _attempt(
-    plan: LaunchPlan, folder: RunFolder, signals: list[int], connect: Callable[[], Channel]
-) -> tuple[Outcome, bool]:
+    plan: LaunchPlan, folder: RunFolder, signals: list[int], connect: Callable[[int], Channel], left: int
+) -> tuple[Outcome, str | None, int]:
     """Connects the nodes, starts the processes of this one and waits until they have ended.
 
     Returns:
-        The outcome, and whether a node was asked to stop.
+        The outcome, why the ranks were asked to stop (as `Supervisor.stopping`), and how many restarts are
+        left.
     """
     with contextlib.ExitStack() as stack:
         try:
-            channel = connect()
+            channel = connect(left)
         except DisttrainError as error:
-            return _not_connected(error, signals), bool(signals)
+            return _not_connected(error, signals), None, left
         stack.callback(channel.close)
+        plan = replace(plan, nodes=len(channel.hosts), node_rank=channel.node_rank)
+        folder.clear_errors(plan.ranks)
         stack.enter_context(adopting_orphans())
         liveness = stack.enter_context(Liveness(plan.ranks.start, plan.processes))
         others = set(psutil.Process().children(recursive=True))
@@ -144,32 +152,45 @@ def _attempt(
         failed_elsewhere = outcome.status.get("state") == "failed" and outcome.status.get("rank") != 0
         while plan.node_rank == 0 and failed_elsewhere and liveness.saving(0) and time.monotonic() < deadline:
             liveness.wait(0.02)
-        return outcome, supervisor.stopping
+        return outcome, supervisor.stopping, channel.left
 
 
-def _connect_nodes(
+@contextlib.contextmanager
+def _meeting(
     plan: LaunchPlan,
     facts: Mapping[str, str],
     signals: list[int],
-    secret: Secret | None,
+    secret: Secret,
     say: Callable[[str], None],
-) -> Channel:
-    """Waits for the launchers of the other nodes; on a single node, the channel has no connections."""
+) -> Iterator[Callable[[int], Channel]]:
+    """Yields what waits for the launchers of the other nodes; its argument is how many restarts are left.
+
+    On a single node, its channel has no connections.
+    """
     if plan.nodes == 1:
-        return Channel({}, [socket.gethostname()])
+        yield lambda left: Channel({}, [socket.gethostname()], left=left)
+        return
     assert plan.master_addr is not None
     assert plan.master_port is not None
     place = slurm_env.Node(plan.nodes, plan.node_rank, plan.master_addr, plan.master_port)
-    assert secret is not None
-    return rendezvous(
-        place,
-        plan.processes,
-        facts,
-        secret=secret,
-        timeout_s=plan.stall_timeout_s,
-        interrupted=lambda: bool(signals),
-        say=say,
-    )
+
+    def interrupted() -> bool:
+        return bool(signals)
+
+    def meet(left: int) -> Channel:
+        timeout_s = plan.stall_timeout_s
+        channel = rendezvous(
+            place, plan.processes, facts, secret=secret, timeout_s=timeout_s, interrupted=interrupted, say=say
+        )
+        if plan.wait_for_nodes_s is None:  # otherwise node 0 has told, to those too that came later
+            channel.left = left
+        return channel
+
+    if plan.wait_for_nodes_s is None or plan.node_rank:
+        yield meet
+    else:
+        with Leader(plan, place, facts, secret, interrupted, say) as leader:
+            yield leader.gather
 
 
 def _not_connected(error: DisttrainError, signals: list[int]) -> Outcome:

@@ -62,6 +62,8 @@ class LaunchPlan:
         profile: which ranks write a trace of a few steps, "rank0" or "all"; None is none.
         config: the checked config as YAML, which the ranks get; empty if they read the file.
         stall_timeout_s: how long a rank may make no progress, and how long to wait for other nodes.
+        wait_for_nodes_s: how long a restart waits for a node before it goes on without it; None is never.
+        min_nodes: the fewest nodes to go on with.
     """
 
     config_path: Path
@@ -81,11 +83,20 @@ class LaunchPlan:
     profile: str | None = None
     config: str = ""
     stall_timeout_s: float = 300.0
+    wait_for_nodes_s: float | None = None
+    min_nodes: int = 1
 
     @property
     def world_size(self) -> int:
         """Processes on all nodes."""
         return self.nodes * self.processes
+
+    @property
+    def rank_port(self) -> int | None:
+        """The port on node 0 for the ranks: that of the launchers, or the next one if they keep theirs."""
+        if self.master_port is None or self.wait_for_nodes_s is None:
+            return self.master_port
+        return self.master_port + 1
 
     @property
     def ranks(self) -> range:
@@ -211,7 +222,7 @@ def command(plan: LaunchPlan, worker: Sequence[str] | None = None) -> list[str]:
     launch += ["--log_dir", os.devnull]  # otherwise torchrun leaves a folder in /tmp when it is killed
     if plan.nodes > 1:
         launch += ["--machine_rank", str(plan.node_rank)]
-        launch += ["--main_process_ip", str(plan.master_addr), "--main_process_port", str(plan.master_port)]
+        launch += ["--main_process_ip", str(plan.master_addr), "--main_process_port", str(plan.rank_port)]
     else:
         launch += ["--main_process_port", "0"]
     return [*launch, "--module", *worker]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from disttrain.errors import DisttrainError, HangError, StoppedError, UsageError, error_of, reason
-from disttrain.launch.callers import MESSAGE_BYTES, TELL_S, Callers, listen
+from disttrain.launch.callers import MESSAGE_BYTES, POLL_S, TELL_S, Callers, listen, notice_loss
 from disttrain.launch.secret import (
     LINE_BYTES,
     NO_SECRET,
@@ -33,43 +33,48 @@ from disttrain.launch.secret import (
 from disttrain.runs.agreement import compare_peers
 from disttrain.slurm_env import Node
 
-_POLL_S = 0.2
 _PROOF_S = 10.0  # for node 0 to prove that it knows the secret
 _UNSEEN_S = 60.0  # until a new file of node 0 is seen on NFS, whose clients remember what was not there
-_SILENT_S = 20  # after which a node whose kernel does not answer counts as dead
 
 
 class Channel:
     """The connections between the launchers: node 0 is connected to every other node.
 
-    `unread` is data that was already received over them.
+    `unread` is data that was already received over them. `node_rank` is the rank of this node among those
+    that are connected, and `left` how often the run may still restart.
     """
 
     def __init__(
-        self, connections: dict[int, socket.socket], hosts: Sequence[str], unread: bytes = b""
+        self,
+        connections: dict[int, socket.socket],
+        hosts: Sequence[str],
+        unread: bytes = b"",
+        *,
+        node_rank: int = 0,
+        left: int = 0,
     ) -> None:
         self._connections = connections
         self._unread = dict.fromkeys(connections, unread)
         self._messages: list[tuple[int, dict[str, Any]]] = []
         self.hosts = list(hosts)
+        self.node_rank = node_rank
+        self.left = left
         self.lost: set[int] = set()
         """The nodes that are no longer reachable."""
+        self.callers: Callers | None = None
+        """Heard along with the nodes: those who want to join while the run goes on."""
+        self.has_newcomers: Callable[[], bool] = lambda: False
+        """Returns whether the run should restart with more nodes."""
         for connection in connections.values():
             connection.setblocking(False)
-            for option, value in (
-                (socket.TCP_KEEPIDLE, 5),
-                (socket.TCP_KEEPINTVL, 5),
-                (socket.TCP_KEEPCNT, 3),
-                (socket.TCP_USER_TIMEOUT, 1000 * _SILENT_S),
-            ):
-                connection.setsockopt(socket.IPPROTO_TCP, option, value)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            notice_loss(connection)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @property
     def sockets(self) -> list[socket.socket]:
         """The sockets of the connections that are still open."""
-        return [connection for node, connection in self._connections.items() if node not in self.lost]
+        nodes = [connection for node, connection in self._connections.items() if node not in self.lost]
+        return nodes if self.callers is None else nodes + self.callers.sockets
 
     def send(self, message: Mapping[str, Any], node: int | None = None) -> None:
         """Sends a message to a node, or to all connected nodes."""
@@ -85,6 +90,8 @@ class Channel:
 
     def receive(self) -> list[tuple[int, dict[str, Any]]]:
         """Returns the messages received since the last call, each with the node that sent it."""
+        if self.callers is not None:
+            self.callers.hear(0)
         for node, connection in self._connections.items():
             while node not in self.lost:
                 try:
@@ -153,12 +160,24 @@ def rendezvous(
         DisttrainError: the port is in use, a node did not join, the nodes differ, this node was interrupted,
             the secret is not safe or not that of node 0, or another node failed; each with its own subclass.
     """
-    hello: dict[str, Any] = {"node": place.node_rank, "host": socket.gethostname()}
-    if failed is None:
-        own = {"--nodes": str(place.nodes), "the number of processes": str(processes)}
-        hello |= {"facts": own | dict(known)}
-    else:
+    hello = hello_of(place, processes, known)
+    if failed is not None:
+        del hello["facts"]
         hello |= {"failed": str(failed), "exit_code": failed.exit_code}
+    waiting = patience(timeout_s, interrupted)
+    if place.node_rank:
+        return _join_node_0(place, hello, waiting, timeout_s, secret)
+    return _join_others(place, hello, waiting, timeout_s, secret, say)
+
+
+def hello_of(place: Node, processes: int, known: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what a node says of itself; arguments as of `rendezvous`."""
+    own = {"--nodes": str(place.nodes), "the number of processes": str(processes)}
+    return {"node": place.node_rank, "host": socket.gethostname(), "facts": own | dict(known)}
+
+
+def patience(timeout_s: float, interrupted: Callable[[], bool]) -> Callable[..., bool]:
+    """Returns a function that tells whether to wait on; it raises StoppedError if `interrupted` says so."""
     deadline = time.monotonic() + timeout_s
 
     def waiting(longer_s: float = 0) -> bool:
@@ -166,9 +185,7 @@ def rendezvous(
             raise StoppedError("stopped before all nodes joined; nothing is lost, run the same command again")
         return time.monotonic() < deadline + longer_s
 
-    if place.node_rank:
-        return _join_node_0(place, hello, waiting, timeout_s, secret)
-    return _join_others(place, hello, waiting, timeout_s, secret, say)
+    return waiting
 
 
 def _join_others(
@@ -179,11 +196,30 @@ def _join_others(
     secret: Secret,
     say: Callable[[str], None],
 ) -> Channel:
-    callers = Callers(place, say)
+    with listen(place.master_port) as server, secret.offered(holds_folder="facts" in hello) as known:
+        callers = Callers(place, server, known, say)
+        wait_for_all(callers, place, hello, waiting, timeout_s)
+        server.close()  # the ranks need the port as soon as the other nodes know that all are there
+        channel = connect(callers, range(place.nodes), hello)
+        callers.close(None)
+        return channel
+
+
+def wait_for_all(
+    callers: Callers,
+    place: Node,
+    hello: Mapping[str, Any],
+    waiting: Callable[..., bool],
+    timeout_s: float,
+) -> None:
+    """Waits on node 0 until all nodes have joined, and compares their facts.
+
+    Raises:
+        DisttrainError: a node failed or did not join, or the nodes differ; those that have joined are told.
+    """
     present = callers.present
     try:
-        with listen(place.master_port) as server, secret.offered(holds_folder="facts" in hello) as known:
-            callers.receive(server, known, waiting)
+        callers.receive(waiting)
         if callers.failure is not None:
             raise callers.failure
         if "failed" in hello:
@@ -197,17 +233,31 @@ def _join_others(
                 f"{place.master_addr}:{place.master_port} for node{'s' * (len(missing) > 1)} "
                 f"{', '.join(map(str, missing))}; {remedy}"
             )
-        everyone = [hello, *(present[node].hello for node in sorted(present))]
-        compare_peers({f"node {its['node']} ({its['host']})": its["facts"] for its in everyone})
+        compare_hellos(hello, *(present[node].hello for node in sorted(present)))
     except BaseException as error:
-        for caller in present.values():
-            if isinstance(error, DisttrainError):
-                caller.refuse(error)
-            caller.connection.close()
+        callers.close(error)
         raise
-    hosts = [str(its["host"]) for its in everyone]
-    channel = Channel({node: caller.connection for node, caller in sorted(present.items())}, hosts)
-    channel.send({"hosts": hosts})
+
+
+def compare_hellos(*hellos: Mapping[str, Any]) -> None:
+    """Raises UsageError if the facts of the nodes that sent these differ."""
+    compare_peers({f"node {its['node']} ({its['host']})": its["facts"] for its in hellos})
+
+
+def connect(callers: Callers, nodes: Sequence[int], hello: Mapping[str, Any], left: int = 0) -> Channel:
+    """Returns the channel of node 0 to nodes that have joined, and tells them that they are connected.
+
+    Args:
+        callers: those who have joined.
+        nodes: their numbers and 0, in the order of their ranks.
+        hello: of node 0.
+        left: how often the run may still restart.
+    """
+    taken = {rank: callers.take(node) for rank, node in enumerate(nodes) if node}
+    hosts = [str(its["host"]) for its in (hello, *(caller.hello for caller in taken.values()))]
+    channel = Channel({rank: caller.connection for rank, caller in taken.items()}, hosts, left=left)
+    for rank in taken:
+        channel.send({"hosts": hosts, "node_rank": rank, "left": left}, rank)
     return channel
 
 
@@ -253,7 +303,7 @@ class _Lines:
             TimeoutError: `waiting` returned False.
             ConnectionError: the connection was closed, or the line is too long.
         """
-        self._connection.settimeout(_POLL_S)
+        self._connection.settimeout(POLL_S)
         while b"\n" not in self.rest:
             if len(self.rest) > most_bytes:
                 raise ConnectionError("connected, but another program answers")
@@ -285,8 +335,12 @@ def _join_node_0(
             connection.sendall(json.dumps(hello).encode() + b"\n")
             # Node 0 may have started to wait later than this node.
             answer = json.loads(lines.read(MESSAGE_BYTES, lambda: waiting(timeout_s)))
+            if "wait" in answer:
+                notice_loss(connection)
+                answer = json.loads(lines.read(MESSAGE_BYTES, lambda: waiting(math.inf)))
             if "hosts" in answer:
-                channel = Channel({0: connection}, answer["hosts"], lines.rest)
+                ranks = {"node_rank": int(answer["node_rank"]), "left": int(answer["left"])}
+                channel = Channel({0: connection}, answer["hosts"], lines.rest, **ranks)
                 connection = None
                 return channel
             raise error_of(int(answer["exit_code"]), str(answer["refused"]))
@@ -294,12 +348,12 @@ def _join_node_0(
             problem, unknown, unknown_since = str(error), True, min(unknown_since, time.monotonic())
             if secret.file is None or time.monotonic() - unknown_since > _UNSEEN_S:
                 break
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         except TimeoutError:  # what was known before says more
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         except (OSError, ValueError, KeyError, TypeError) as error:  # not listening yet, or another program
             problem, unknown = getattr(error, "strerror", None) or str(error) or problem, False
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         finally:
             if connection is not None:
                 connection.close()

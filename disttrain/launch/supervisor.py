@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from disttrain.errors import HangError, StoppedError, TrainingError, error_of
 from disttrain.launch.liveness import Liveness, Row, describe_hang, stalled
@@ -79,8 +79,9 @@ class Supervisor:
         self._channel = channel
         self._log_begin = log_begin
         self._host = socket.gethostname()
-        self.stopping = False
-        self._asked = False  # to stop, by another node; does not count as a signal here
+        self.stopping: Literal["stop", "regroup"] | None = None
+        """Why the ranks were asked to stop: by a signal on any node, or to go on with more nodes."""
+        self._asked: set[str] = set()  # what another node asked for; does not count as a signal here
         self._remote_rows: dict[int, list[Row]] = {}
         self._done: dict[int, int] = {}  # exit codes of the nodes that have succeeded
         self._final: Outcome | None = None
@@ -115,10 +116,17 @@ class Supervisor:
 
     def _stop(self) -> Outcome | None:
         """Forwards a request to stop. Before training has begun, there is nothing to save."""
-        if self.stopping or not (self._signals or self._asked):
+        before, why = self.stopping, self.stopping
+        if self._signals or "stop" in self._asked:
+            why = "stop"
+        elif "regroup" in self._asked or (self._liveness.started and self._channel.has_newcomers()):
+            why = "regroup"
+        if why is None or why == before:
             return None
-        self.stopping = True
-        self._channel.send({"stop": True})
+        self.stopping = why
+        self._channel.send({why: True})
+        if before is not None:
+            return None
         if self._plan.node_rank == 0 and not self._liveness.started and not self._liveness.ends:
             reason = "stopped before training began; nothing is lost, run the same command again"
             return Outcome.of(StoppedError.exit_code, reason, state="stopped")
@@ -132,8 +140,8 @@ class Supervisor:
             match message:
                 case {"rows": rows}:
                     self._remote_rows[node] = [Row(*row) for row in rows]
-                case {"stop": True}:
-                    self._asked = True
+                case {"stop": True} | {"regroup": True}:
+                    self._asked |= set(message)
                 case {"done": code}:
                     self._done[node] = code
                     self._remote_rows[node] = []
