@@ -41,6 +41,7 @@ arguments=("${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}" "$@")
 arguments=("${arguments[@]//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
 run_dir=${arguments[0]}
 arguments=("${arguments[@]:1}")
+elastic=''
 for ((i = 0; i < ${#arguments[@]}; i++)); do
   word=${arguments[i]}
   name=${word%%=*}
@@ -55,6 +56,7 @@ for ((i = 0; i < ${#arguments[@]}; i++)); do
     [[ $value == "$SLURM_JOB_NUM_NODES" ]] || refuse "--nodes $value: sbatch gave this job $SLURM_JOB_NUM_NODES \
 node(s); tell sbatch: sbatch --nodes=$value ... slurm/train.sh CONFIG"
     ;;
+  --wait-for-nodes) elastic=1 ;;
   --node-rank) refuse "--node-rank: each node of the job has a number of its own; leave it out" ;;
   esac
 done
@@ -62,7 +64,8 @@ done
 export DISTTRAIN_SECRET="${DISTTRAIN_SECRET:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"
 max_requeues=${MAX_REQUEUES:-20}
 export DISTTRAIN_REQUEUES_LEFT=$((max_requeues - ${SLURM_RESTART_COUNT:-0})) # for monitor.on_end
-main_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+main_host=${hosts[0]}
 main_port=$((20000 + SLURM_JOB_ID * 8 % 12000)) # different for jobs on the same node; below the ephemeral ports
 
 # The last of two equal options wins: the user's come after ours.
@@ -76,7 +79,9 @@ if ((tasks != 1)); then
 disttrain run starts one process per GPU (or give --gpus N or --procs N)" >&2
 fi
 fewest_cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
-step=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+# With --wait-for-nodes, each node has a step of its own, which can be started again.
+nodes=${elastic:-$SLURM_JOB_NUM_NODES}
+step=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
 cpus=${SLURM_CPUS_PER_TASK:+$((SLURM_CPUS_PER_TASK * tasks))}
 step+=(--cpus-per-task="${cpus:-$fewest_cpus}" --kill-on-bad-exit=1)
 
@@ -91,25 +96,50 @@ ended() { # prints the run's exit code if it has ended in this time slice
 
 resume_by_hand() { printf "$(date -u +%H:%M:%S)  $1; resume with RUN_DIR=%q sbatch ...\n" "$run_dir" >&2; }
 
-out_of_time='' srun=''
+out_of_time='' sruns=() began=()
 # srun forwards USR2 to the launchers; on TERM it would end the step at once.
-trap 'out_of_time=1; [[ -z $srun ]] || kill -USR2 "$srun"' USR2
-# In the background, because bash runs no trap while it waits for a command in the foreground. The rank of a node is
-# known only inside its task.
-# shellcheck disable=SC2016
-"${step[@]}" "${srun_options[@]}" bash -c 'exec "$@" --node-rank "$SLURM_NODEID"' task "${inside[@]}" "${run[@]}" &
-srun=$!
-[[ -z $out_of_time ]] || kill -USR2 "$srun" # the trap ran before srun was started
+trap 'out_of_time=1; ((${#sruns[@]} == 0)) || kill -USR2 "${sruns[@]}" 2>/dev/null' USR2
+start() { # starts the step of all nodes, or of the node $1
+  local which=()
+  [[ -z $elastic ]] || which=(--nodelist="${hosts[$1]}" --no-kill)
+  # In the background, because bash runs no trap while it waits for a command in the foreground. The rank of a node is
+  # known only inside its task, unless it has a step of its own.
+  # shellcheck disable=SC2016
+  "${step[@]}" "${which[@]}" "${srun_options[@]}" \
+    bash -c 'node=${1:-$SLURM_NODEID} && shift && exec "$@" --node-rank "$node"' task "${elastic:+$1}" \
+    "${inside[@]}" "${run[@]}" &
+  sruns[$1]=$!
+  began[$1]=$SECONDS
+  [[ -z $out_of_time ]] || kill -USR2 "${sruns[$1]}" # the trap ran before srun was started
+}
+start_again() { # starts the launchers that have died on nodes that the job still has
+  local node left
+  for ((node = 1; node < ${#sruns[@]}; node++)); do
+    if kill -0 "${sruns[node]}" 2>/dev/null || ((SECONDS < began[node] + 30)); then continue; fi
+    left=$(scontrol show hostnames "$(squeue --noheader --job "$SLURM_JOB_ID" --format %N)")
+    [[ $'\n'$left$'\n' == *$'\n'${hosts[node]}$'\n'* ]] || continue
+    echo "$(date -u +%H:%M:%S)  starting node $node (${hosts[node]}) again"
+    start "$node"
+  done
+}
+for ((node = 0; node < (${elastic:-0} ? SLURM_JOB_NUM_NODES : 1); node++)); do
+  start "$node"
+done
 waited=0
-while kill -0 "$srun" 2>/dev/null; do
+while kill -0 "${sruns[0]}" 2>/dev/null; do
   sleep 1 &
   wait $! # returns at once when the trap has run
   # srun may wait for ever for the tasks of a node that is gone, although all others have ended.
   if [[ $(ended) == 7[01] ]]; then waited=$((waited + 1)); else waited=0; fi
-  ((waited <= 10)) || kill -KILL "$srun"
+  ((waited <= 10)) || kill -KILL "${sruns[0]}"
+  [[ -n $out_of_time || -n $(ended) ]] || start_again
 done
-wait "$srun"
+wait "${sruns[0]}"
 code=$?
+for ((look = 0; look < 10 && ${#sruns[@]} > 1; look++)); do # the others hear of the end from node 0
+  kill -0 "${sruns[@]:1}" 2>/dev/null || break
+  sleep 1
+done
 if verdict=$(ended); then
   code=$verdict
 fi

@@ -11,23 +11,9 @@ import pytest
 from kit.commands import wait_for
 from kit.resumed import digest
 from kit.run_results import computed_records, ids_per_step, metrics, status
-from kit.supervision import HOST, Start
+from kit.supervision import HOST, SLOW, Start
 
 EPOCHS = 12
-SLOW = """
-import os, time
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
-
-    def forward(self, images):
-        if self.training and not os.path.exists("all-back"):
-            time.sleep(0.1)
-        return self.layers(images)
-"""
 SETTINGS = [
     "model.name=mine:Net",
     f"train.epochs={EPOCHS}",
@@ -66,7 +52,7 @@ def test_a_run_goes_on_without_a_node_and_takes_it_back(start: Start, tmp_path: 
     assert status(run)["world_size"] == 2
     back = node(1)
     wait_for(lambda: trains(3), first)
-    (tmp_path / "all-back").touch()
+    (tmp_path / "hurry").touch()
     outputs = [process.communicate(timeout=120)[0] for process in (first, back, third)]
     assert [process.returncode for process in (first, second, third, back)] == [0, -signal.SIGKILL, 0, 0]
     for line in (

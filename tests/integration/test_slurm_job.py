@@ -18,6 +18,7 @@ from kit.commands import wait_for
 from kit.marks import nightly
 from kit.resumed import digest
 from kit.slurm_cluster import CONTROL, Hosts
+from kit.supervision import SLOW
 
 REAL = Path(os.environ.get("DISTTRAIN_TEST_DATA") or "/nonexistent")
 SCRIPT = REPOSITORY / "slurm/train.sh"
@@ -418,6 +419,32 @@ def test_a_node_that_is_gone_is_named_and_the_other_released(
     job.wait_until(lambda: own_cluster.on(CONTROL, *idle).strip() == "1", "for node0 to be released", 90)
     print(f"node1 {how}: named after {named_s:.1f} s, node0 released after {time.monotonic() - begin:.1f} s")
     assert job.facts()["ExitCode"] == "70:0"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("own_cluster", [{"count": 3, "settings": "SlurmdTimeout=10"}], indirect=True)
+def test_a_job_goes_on_without_a_node_and_starts_a_dead_launcher_again(
+    own_cluster: Hosts, tmp_path: Path, config_file: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(SLOW)
+    settings = ("model.name=mine:Net", "train.epochs=40", "train.batch_size=48", "train.trace_samples=true")
+    settings += ("eval.every_epochs=20", "checkpoint.every_steps=10", "--procs=1")
+    settings += ("--max-restarts=2", "--wait-for-nodes=3")
+    options = ("--nodes=3", "--no-kill", "--cpus-per-task=2")
+    job = submit(own_cluster, tmp_path, options, config_file, *settings)
+    job.wait_for_records(3)
+
+    own_cluster.on("node1", "pkill", "-KILL", "-f", "disttrain run")
+    job.wait_until(lambda: job.output().count(" 3 processes") == 2, "for three nodes again")
+    assert job.output().count("starting node 1 (node1) again") == 1
+    own_cluster.kill("node2")
+    job.wait_until(lambda: " 2 processes" in job.output(), "for two nodes")
+    assert "going on with 2 of 3 nodes, without node 2" in job.output()
+    (tmp_path / "hurry").touch()
+    job.wait_for_state("COMPLETED", "FAILED")
+    assert job.facts()["JobState"] == "COMPLETED", job.output()
+    assert (job.status()["state"], job.status()["restarts"]) == ("finished", 2)
+    assert_every_sample_once_an_epoch(job.run_dir, epochs=40)
 
 
 @pytest.mark.nightly

@@ -67,6 +67,22 @@ class Net(nn.Module):
 fail_now = fail
 """
 
+# Its steps are slow until there is a file `hurry`.
+SLOW = """
+import os, time
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
+    def forward(self, images):
+        if self.training and not os.path.exists("hurry"):
+            time.sleep(0.1)
+        return self.layers(images)
+"""
+
 QUIET = [
     "train.batch_size=48",
     "train.precision=fp32",

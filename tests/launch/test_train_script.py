@@ -23,9 +23,13 @@ STAND_INS = {
         if [[ $1 == show ]]; then printf '%s\\n' gpu03 gpu04; else [[ -z $NO_REQUEUE ]]; fi""",
     # Starts its command once per node, as srun does, and ends with the highest code.
     "srun": """
-        printf 'srun' >>"$CALLS"
-        while [[ $1 == --* ]]; do printf ' %s' "$1" >>"$CALLS"; shift; done
-        echo >>"$CALLS"
+        line=srun # in one piece, since several may be started at once
+        nodes=$SLURM_JOB_NUM_NODES
+        while [[ $1 == --* ]]; do
+          [[ $1 == --nodes=* ]] && nodes=${1#*=}
+          line+=" $1"; shift
+        done
+        echo "$line" >>"$CALLS"
         trap 'echo "srun has USR2" >>"$CALLS"' USR2
         if [[ -n $OUT_OF_TIME ]]; then
           kill -USR2 "$PPID"
@@ -35,13 +39,12 @@ STAND_INS = {
           done
         fi
         code=0
-        for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
+        for ((node = 0; node < nodes; node++)); do
           SLURM_NODEID=$node "$@"; got=$?; ((got > code)) && code=$got
         done
         exit "$code" """,
     "disttrain": """
-        printf '%q ' disttrain "$@" | sed 's/ $//' >>"$CALLS"
-        echo " (OMP_NUM_THREADS=${OMP_NUM_THREADS-})" >>"$CALLS"
+        echo "$(printf '%q ' disttrain "$@")(OMP_NUM_THREADS=${OMP_NUM_THREADS-})" >>"$CALLS"
         echo "$DISTTRAIN_SECRET" >>"$WRITES/secrets"
         echo "$DISTTRAIN_REQUEUES_LEFT" >"$WRITES/left"
         if [[ -n $STATUS && $SLURM_NODEID == 0 ]]; then echo "$STATUS" >"$WRITES/status.json"; fi
@@ -241,3 +244,14 @@ def test_without_a_config_it_starts_nothing(tmp_path):
     code, calls, errors = run_all(tmp_path, "--sweep", "/dev/null", SLURM_ARRAY_TASK_ID="3")
     assert (code, calls) == (2, "")
     assert errors == "slurm/train.sh: --sweep /dev/null: has no line for the array index 3\n"
+
+
+@pytest.mark.integration
+def test_with_wait_for_nodes_each_node_has_a_step_of_its_own(tmp_path):
+    arguments = ("a.yaml", "--max-restarts", "3", "--wait-for-nodes", "60")
+    code, calls = run(tmp_path, *arguments, out_of_time=False)
+    assert code == 0
+    for rank, host in enumerate(("gpu03", "gpu04")):
+        assert f" --nodelist={host} --no-kill" in calls
+        assert f"--wait-for-nodes 60 --node-rank {rank} (" in calls
+    assert calls.count("srun --nodes=1 --ntasks=1 --ntasks-per-node=1 ") == 2
