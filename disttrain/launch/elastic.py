@@ -123,12 +123,13 @@ class Leader:
     def _wait(self, callers: Callers) -> None:
         """Waits for the nodes of the last attempt, or for enough of them."""
         plan, begin = self._plan, time.monotonic()
-        waiting = patience(max(plan.wait_for_nodes_s or 0, plan.stall_timeout_s), self._interrupted)
+        wait_s = plan.wait_for_nodes_s or 0
+        waiting = patience(wait_s + plan.stall_timeout_s, self._interrupted)
         while waiting():
             callers.hear(POLL_S)
             all_back = set(self._nodes) <= {0, *callers.present}
             enough = self._usable(1 + len(callers.present)) >= plan.min_nodes
-            if enough and (all_back or time.monotonic() - begin >= (plan.wait_for_nodes_s or 0)):
+            if enough and (all_back or time.monotonic() - begin >= wait_s):
                 return
         error = HangError(
             f"{1 + len(callers.present)} of {plan.nodes} nodes are left, which are too few for --min-nodes "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -45,13 +47,20 @@ def test_a_run_goes_on_without_a_node_and_takes_it_back(start: Start, tmp_path: 
     wait_for(lambda: trains(3) and (run / "checkpoints/latest").exists(), first)
     second.kill()
     second.wait()
+    begin = time.monotonic()
+    wait_for(lambda: status(run)["restarts"] == 1, first)
+    noticed_s = time.monotonic() - begin
     wait_for(lambda: trains(2), first)
+    lost_s = time.monotonic() - begin
     other = node(1, "optim.lr=0.5")
     assert "optim.lr is 0.01 on node 0" in other.communicate(timeout=120)[0]
     assert other.returncode == 2
     assert status(run)["world_size"] == 2
     back = node(1)
+    begin = time.monotonic()
     wait_for(lambda: trains(3), first)
+    print(f"lost: noticed after {noticed_s:.1f} s, trains after {lost_s:.1f} s; ", end="")
+    print(f"back: trains after {time.monotonic() - begin:.1f} s; load {os.getloadavg()[0]:.0f}")
     (tmp_path / "hurry").touch()
     outputs = [process.communicate(timeout=120)[0] for process in (first, back, third)]
     assert [process.returncode for process in (first, second, third, back)] == [0, -signal.SIGKILL, 0, 0]
