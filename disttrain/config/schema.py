@@ -289,6 +289,11 @@ class OptimConfig(OptimizerFields):
     """Peak learning rate."""
     weight_decay: NonNegative = 0.0
     """L2 penalty of sgd and adam; decoupled decay of adamw and muon."""
+    decay_norms_and_biases: bool = True
+    """false: no weight decay for parameters of one dimension, which are norms and biases."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The last layer has the full learning rate, and each layer before it this factor of the next one's, such
+    as 0.75 (docs/fine_tuning.md). null is off."""
     groups: list[GroupConfig] = Field(default_factory=list)
     """Groups of parameters with their own settings."""
 

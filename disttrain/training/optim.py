@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from disttrain.config import GroupConfig, OptimConfig, OptimizerFields, ScheduleConfig
-from disttrain.errors import UsageError
+from disttrain.config import OptimConfig, ScheduleConfig
+from disttrain.training.param_groups import param_groups
 
 
 class LrSchedule(NamedTuple):
@@ -41,7 +40,7 @@ def build_optimizer(
     """
     parts: list[Optimizer] = []
     rates: list[LrSchedule] = []
-    for settings, shape, parameters in _groups(config, schedule, model):
+    for settings, shape, parameters in param_groups(config, schedule, model):
         rate = LrSchedule(settings.lr, shape)
         if settings.name == "muon":
             filters = [p for p in parameters if p.ndim in {2, 4} and p is not _head(model)]
@@ -53,33 +52,6 @@ def build_optimizer(
             parts.append(_torch_optimizer(settings, parameters))
             rates.append(rate)
     return (parts[0] if len(parts) == 1 else CombinedOptimizer(parts)), rates
-
-
-def _groups(
-    config: OptimConfig, schedule: ScheduleConfig, model: nn.Module
-) -> list[tuple[OptimConfig, ScheduleConfig, list[nn.Parameter]]]:
-    """Returns optimizer, schedule and trainable parameters of each group in order, and last of the rest."""
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = []
-    for i, group in enumerate(config.groups):
-        names = [name for name in named if re.fullmatch(group.parameters, name)]
-        if not names:
-            raise UsageError(
-                f"optim.groups.{i}.parameters: {group.parameters!r} matches no trainable parameter outside "
-                f"the earlier groups: {', '.join(named) or 'there are none left'}"
-            )
-        parameters = [named.pop(name) for name in names]
-        found.append((_settings(config, group), group.schedule or schedule, parameters))
-    return [*found, (config, schedule, list(named.values()))]
-
-
-def _settings(config: OptimConfig, group: GroupConfig) -> OptimConfig:
-    """Returns the optimizer settings of a group: its own, and those of `optim` for the rest."""
-    own = {field: getattr(group, field) for field in OptimizerFields.model_fields}
-    own = {field: value for field, value in own.items() if value is not None}
-    if group.name not in (None, config.name):  # optional settings of `optim` are for another optimizer
-        own = {name: None for name, field in OptimConfig.model_fields.items() if field.default is None} | own
-    return config.model_copy(update=own)
 
 
 def _torch_optimizer(settings: OptimConfig, parameters: list[nn.Parameter]) -> Optimizer:
@@ -189,9 +161,12 @@ class ConvMuon(Optimizer):
         """Takes one step; a parameter without gradient does not change."""
         assert closure is None
         if self._norms is not None:
-            factors = torch._foreach_reciprocal(torch._foreach_norm(self._matrices))
-            torch._foreach_mul_(factors, self._norms)
-            torch._foreach_mul_(self._matrices, factors)
+            named = zip(self._matrices, self._norms, self.param_groups[0]["params"], strict=True)
+            trained = [(matrix, norm) for matrix, norm, parameter in named if parameter.grad is not None]
+            matrices, norms = map(list, zip(*trained, strict=True)) if trained else ([], [])
+            factors = torch._foreach_reciprocal(torch._foreach_norm(matrices))
+            torch._foreach_mul_(factors, norms)
+            torch._foreach_mul_(matrices, factors)
         for matrix, parameter in zip(self._matrices, self.param_groups[0]["params"], strict=True):
             matrix.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
         self._muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
@@ -236,6 +211,23 @@ class CombinedOptimizer(Optimizer):
         """Loads the states of the optimizers."""
         for part, state in zip(self.inner, state_dict["parts"], strict=True):
             load_state(part, state)
+
+
+def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Returns the parameters of an optimizer that are not frozen."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def start_momentum(optimizer: Optimizer) -> None:
+    """Gives parameters that have just been unfrozen the momentum that SGD starts with, which is 0.
+
+    torch's fused kernel accepts a step in which all parameters have momentum, or none, but not a mixture.
+    """
+    for part in getattr(optimizer, "inner", []):
+        start_momentum(part)
+    if isinstance(optimizer, SGD) and optimizer.state:
+        for parameter in trained_parameters(optimizer):
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def inner_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
