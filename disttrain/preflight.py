@@ -202,12 +202,6 @@ def class_weights(train: TrainConfig, index: Index) -> list[float] | None:
     return [weight / mean for weight in weights]
 
 
-def check_weights(config: Config) -> None:
-    """Raises UsageError if the file of `model.weights` does not exist."""
-    if config.model.weights is not None and not Path(config.model.weights).is_file():
-        raise UsageError(f"model.weights: {config.model.weights} does not exist; correct the path")
-
-
 def check_shared_memory(
     device: Literal["cuda", "cpu"], local_processes: int, folder: Path = Path("/dev/shm")
 ) -> None:

@@ -65,12 +65,13 @@ def ready_to_measure(config: Config, gpus: int | None, procs: int | None) -> tup
     from disttrain.launch.jobs import plan_job
     from disttrain.launch.prepare import say_gpu_troubles
     from disttrain.models import check_model_name
-    from disttrain.preflight import check_machine, check_weights
+    from disttrain.models.weights import check_weights
+    from disttrain.preflight import check_machine
 
     check_model_name(config.model.name)
     plan = plan_job(gpus=gpus, procs=procs)
     say_gpu_troubles(plan.device, procs, aside)
-    check_weights(config)
+    check_weights(config.model)
     return plan, check_machine(config, plan.device, plan.processes, plan.world_size, aside)
 
 

@@ -27,6 +27,7 @@ from disttrain.config.schema import (
     Role,
     ScheduleConfig,
     TrainConfig,
+    frozen_patterns,
     role,
     shown,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "differences",
     "dump_config",
     "flatten",
+    "frozen_patterns",
     "json_schema",
     "load_config",
     "parse_config",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 import pydantic
 from pydantic import BaseModel
 
-from disttrain.config.schema import Config, OptimizerFields, ScheduleConfig
+from disttrain.config.schema import Config, OptimizerFields, ScheduleConfig, frozen_patterns
 from disttrain.config.yaml12 import Key, dotted_name
 from disttrain.user_code import did_you_mean
 
@@ -126,13 +126,13 @@ def _conflicts(config: Config) -> Iterator[Problem]:
         yield from _optim_conflicts(place, group, group.name or optim.name)
         if group.schedule is not None:
             yield from _schedule_conflicts((*place, "schedule"), group.schedule, train.epochs)
-        try:
-            re.compile(group.parameters)
-        except re.error as error:
-            yield (*place, "parameters"), f"not a regular expression: {error}"
+        yield from _pattern_conflicts((*place, "parameters"), [group.parameters])
     if config.augment.resized_crop is not None and config.augment.crop_padding:
         yield ("augment", "crop_padding"), "augment.resized_crop also crops; remove one of them"
     model = config.model
+    yield from _pattern_conflicts(("model", "freeze"), frozen_patterns(model))
+    if model.unfreeze_epoch is not None and not frozen_patterns(model):
+        yield ("model", "unfreeze_epoch"), "model.freeze names no parameters; set it, or remove this key"
     if model.weights is not None and model.name.startswith("timm:") and model.args.get("pretrained"):
         yield ("model", "weights"), "model.args.pretrained also gives initial weights; remove one of them"
     if config.augment.rand_augment is not None and config.augment.trivial_augment:
@@ -145,6 +145,14 @@ def _conflicts(config: Config) -> Iterator[Problem]:
     if train.accumulate > train.batch_size:
         remark = f"{train.accumulate} is more than train.batch_size = {train.batch_size}; lower it"
         yield ("train", "accumulate"), remark
+
+
+def _pattern_conflicts(place: Key, patterns: Iterable[str]) -> Iterator[Problem]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield place, f"not a regular expression: {error}"
 
 
 def _optim_conflicts(place: Key, optim: OptimizerFields, name: str) -> Iterator[Problem]:

@@ -152,8 +152,14 @@ class ModelConfig(_Section):
     """More keyword arguments for the network, such as `activation` for convnet4. For a network of timm,
     `pretrained: true` downloads its initial weights, once per node."""
     weights: str | None = None
-    """File with initial weights: a state dict of torch.save, such as torchvision's, or safetensors. Layers
+    """Initial weights: a file of torch.save or safetensors, `torchvision:NAME` such as
+    torchvision:IMAGENET1K_V2, `timm`, `timm:TAG`, or `hf-hub:OWNER/NAME[/FILE]` (docs/fine_tuning.md). Layers
     for another number of classes start at random. null: all weights start at random."""
+    freeze: str | list[str] | None = None
+    """Parameters that stay as they are: a regular expression for their full names, or several, such as
+    `(?!fc\\.).*` for all but fc. Batch norms whose parameters are all frozen stay in evaluation mode."""
+    unfreeze_epoch: Positive | None = None
+    """Epochs after which all parameters are trained, such as 2 or 0.5. null: they stay frozen."""
 
 
 Metric = Literal["accuracy", "loss", "macro_f1", "top5"]
@@ -370,6 +376,11 @@ class Config(_Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+
+
+def frozen_patterns(model: ModelConfig) -> list[str]:
+    """Returns the regular expressions of `model.freeze`."""
+    return [model.freeze] if isinstance(model.freeze, str) else model.freeze or []
 
 
 def shown(config: Config) -> Config:

@@ -168,7 +168,10 @@ def _training(trained: Trained) -> dict[str, str]:
     train = trained.config.train
     ema = f", moving average of the weights with decay {train.ema}" if train.ema else ""
     steps = f"{state['epoch']} epochs, {state['step']:,} steps of {train.batch_size}{ema}"
-    return {"accuracy": accuracy, "training": steps}
+    rows = {"accuracy": accuracy, "training": steps}
+    if (began := state.get("initial_weights")) is not None:
+        rows["initial weights"] = f"{began['source']}, SHA-256 of the loaded tensors {began['sha256']}"
+    return rows
 
 
 def _preprocessing(facts: Facts, *, inside: bool) -> str:

@@ -78,11 +78,13 @@ def _images(index: Index) -> str:
 def _model(config: Config, index: Index, data: Plan, world_size: int) -> tuple[str, int]:
     """Tries the model; returns its number of parameters, with a note, and the bytes of a checkpoint."""
     from disttrain.models import build_for, parameter_count
+    from disttrain.models.freezing import freeze_for_good
     from disttrain.runs.checkpoint import bytes_needed
     from disttrain.training.optim import build_optimizer, state_bytes
     from disttrain.training.trial import try_training, unused_text
 
     model = build_for(config.model, index)
+    freeze_for_good(config.model, model)
     unused = try_training(config, model, index, data, world_size)
     optimizer, _ = build_optimizer(config.optim, config.schedule, model)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from disttrain.config import Config
 from disttrain.launch.plan import LaunchPlan, Processes, plan_processes
+from disttrain.models.weights import check_weights
 from disttrain.monitor.nvml import lost_gpus, trouble, unusable_gpus, visible_gpus
 from disttrain.parallel import usable_cores
-from disttrain.preflight import check_machine, check_mirror, check_room, check_trackers, check_weights
+from disttrain.preflight import check_machine, check_mirror, check_room, check_trackers
 from disttrain.runs.fingerprint import fingerprint
 from disttrain.runs.resume import Start, is_finished, resume_point
 from disttrain.runs.runfolder import RunFolder
@@ -86,7 +87,7 @@ def check_run(plan: LaunchPlan, config: Config, *, dry_run: bool, say: Callable[
         return Ready(index, folder, None)
     check_trackers(config)
     check_mirror(config)
-    check_weights(config)
+    check_weights(config.model)
     if folder.is_run() and not dry_run:
         folder.create()  # takes its lock, so that no other run changes the checkpoints while we read them
     start = resume_point(folder, plan.resume, own, force=plan.force)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from disttrain.errors import UsageError, error_text
+from disttrain.models.weights import tagged_name
 from disttrain.user_code import UserCodeError, did_you_mean, import_target, is_target
 
 if TYPE_CHECKING:
@@ -83,15 +84,10 @@ def is_of_a_library(name: str) -> bool:
     return name.startswith(("torchvision:", "timm:"))
 
 
-def downloads_weights(model: ModelConfig) -> bool:
-    """Returns whether timm downloads the initial weights of a network."""
-    return model.name.startswith("timm:") and bool(model.args.get("pretrained"))
-
-
 def build_for(model: ModelConfig, index: Index, *, pretrained: bool = False) -> nn.Module:
     """Builds the network of a config for the images and classes of a data set; see `build_model`."""
     return build_model(
-        model.name,
+        tagged_name(model),
         num_classes=len(index.classes),
         in_channels=index.channels,
         image_size=(index.height, index.width),
@@ -119,7 +115,7 @@ def build_model(
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
         args: more keyword arguments, from `model.args`.
-        pretrained: a network of timm with the argument `pretrained` gets its weights, which timm downloads.
+        pretrained: the network is of timm, and gets its weights, which timm downloads.
 
     Raises:
         UsageError: the name or an argument is wrong, the image size is unsuitable, or the user's code fails.
@@ -190,7 +186,8 @@ def _build_torchvision(name: str, given: Mapping[str, Any], args: Mapping[str, A
         raise _given_argument("num_classes")
     if "weights" in args:
         raise UsageError(
-            "model.args.weights: training starts from random weights or the file of model.weights; remove it"
+            "model.args.weights: training starts from random weights or those of model.weights; "
+            "set that, such as to torchvision:DEFAULT"
         )
     defaults: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):  # auxiliary heads need larger images, and are for deep ones
@@ -226,7 +223,7 @@ def _build_timm(name: str, given: Mapping[str, Any], args: Mapping[str, Any], *,
     if not isinstance(args.get("pretrained", False), bool):
         raise UsageError(f"model.args.pretrained: expected true or false, got {args['pretrained']!r}")
     keywords = {"num_classes": given["num_classes"], "in_chans": given["in_channels"], **args}
-    keywords["pretrained"] = pretrained and args.get("pretrained", False)
+    keywords["pretrained"] = pretrained
     facts = timm.get_pretrained_cfg(name)
     if facts is not None and facts.fixed_input_size and facts.input_size[1:] != given["image_size"]:
         keywords = {"img_size": given["image_size"], **keywords}
@@ -237,8 +234,10 @@ def _build_timm(name: str, given: Mapping[str, Any], args: Mapping[str, Any], *,
         if not unexpected or unexpected[1] not in args:
             if not keywords["pretrained"]:
                 raise
-            text = f"cannot be built with pretrained weights: {error_text(error)}"
-            raise UsageError(f"{text}; set model.weights to a file with weights instead") from error
+            text = f"cannot be built with pretrained weights: {error_text(error)[:200]}"
+            place = facts and ((facts.hf_hub_id and f"https://huggingface.co/{facts.hf_hub_id}") or facts.url)
+            remedy = f"set model.weights to a file with weights instead, such as from {place}"
+            raise UsageError(f"{text}; {remedy}") from error
         parameters = inspect.signature(type(timm.create_model(architecture))).parameters.values()
         options = [p.name for p in parameters if p.default is not p.empty]
         options = [option for option in options if option not in ("num_classes", "in_chans")]

@@ -14,21 +14,20 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from disttrain.config import Config, TrainConfig
+from disttrain.config import Config, ModelConfig, TrainConfig
 from disttrain.data.batches import Loader, choose_cache, on_device, streaming_reason
 from disttrain.data.cached import Cached
 from disttrain.data.decoded_copy import open_reduced, open_split
 from disttrain.data.epoch_plan import Ids, Plan, make_plan, usable_ids
 from disttrain.data.stages import open_stream
-from disttrain.data.statistics import statistics
+from disttrain.data.statistics import IMAGENET_MEAN, statistics
 from disttrain.errors import DataError
-from disttrain.models import build_for, downloads_weights
-from disttrain.models.pretrained import build_pretrained, load_weights
+from disttrain.models import build_for, parameter_count
+from disttrain.models.freezing import freeze_for_good
+from disttrain.models.pretrained import Loaded, initial_network, some_names
 from disttrain.parallel import cores_of_a_rank
 from disttrain.preflight import class_weights, split_batch
 from disttrain.runs.agreement import compare_peers
@@ -43,7 +42,6 @@ from disttrain.training.autotune import (
     Settings,
     Workload,
     allow_tf32,
-    bucket_mib,
     choose,
 )
 from disttrain.training.collectives import Group, gather
@@ -51,16 +49,21 @@ from disttrain.training.ema import MovingAverage
 from disttrain.training.flops import flops_per_image, peak_flops_per_s
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import wait_for_all
-from disttrain.training.loss import all_scores
 from disttrain.training.normalize import Normalize
 from disttrain.training.optim import build_optimizer
 from disttrain.training.rank import Rank
 from disttrain.training.rank_state import restore_rank_state
 from disttrain.training.restore import resume
 from disttrain.training.rng import preserve_rng_state, seed_user_code
-from disttrain.training.state import Progress, TrainState, Validation, cudnn_heuristics, eager
+from disttrain.training.state import Progress, TrainState, Validation, cudnn_heuristics
 from disttrain.training.trial import try_training, unused_text
 from disttrain.training.virtual_ranks import machine_facts
+from disttrain.training.wrapping import (
+    begin_frozen,
+    copy_from_rank_0,
+    warm_up_ddp_buckets,
+    wrap_ddp,
+)
 from disttrain.units import mib
 
 log = logging.getLogger("disttrain")
@@ -106,15 +109,16 @@ def build(
     group, device = Group.of(process_group), process_group.device
     checkpoint = None if checkpoint_path is None else load(checkpoint_path)
     data = build_data(config, index, group)
-    model, weights = initial_model(config, index, device, resumed=checkpoint is not None)
+    model, loaded = initial_model(config, index, device, checkpoint)
+    named = freeze_for_good(config.model, model)
     unused = unused_parameters(config, model, index, data.plan, group)
     per_image = flops_per_image(model, (index.channels, index.height, index.width))
     chosen = choose_arithmetic(config, group, model, index, data.plan, checkpoint)
     settings = chosen.settings
     accelerator = apply_arithmetic(settings, device, model)
-    choices = {"cache": data.cache} | weights | chosen.reasons
-    mean, std = statistics(config.data, index.mean, index.std)
-    normalize = Normalize(mean, std, index.width, channels_last=settings.channels_last, device=device)
+    began = weights_choice(config, loaded, group) | frozen_choice(config.model, named, model)
+    mean_std = statistics(config.data, index.mean, index.std)
+    normalize = Normalize(*mean_std, index.width, channels_last=settings.channels_last, device=device)
     if checkpoint is None and hasattr(model, "init_from_images"):
         cast(Any, model).init_from_images(normalize(first_images(data, device)))
     optimizer, lr_schedules = build_optimizer(config.optim, config.schedule, model)
@@ -135,20 +139,26 @@ def build(
         flops_per_image=per_image,
         class_weights=None if weighting is None else torch.tensor(weighting, device=device),
         peak_flops_per_s=peak_flops_per_s(device, settings.precision)[0],
+        initial_weights=loaded,
     )
     progress = Progress() if checkpoint is None else resume(checkpoint, state, index, rank, force=force)
+    begin_frozen(state, named, progress.epoch + progress.samples / data.plan.samples_per_epoch)
     # Only sets the precision. Placed on "cpu:0", the weights would be copied, and Muon has views of them.
     state.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-    choices |= join_ranks(state, group, unused)
+    choices = {"cache": data.cache, **began, **chosen.reasons, **join_ranks(state, group, unused)}
     choices["cuda_graph"] = graph_choice(config, device, group.world_size, settings)
     if choices["cuda_graph"].value == "true":
         state.graph = StepGraph(optimizer, device)
-    seed_user_code(config.seed, group.rank)
-    if checkpoint is not None:
-        if group.world_size > 2 and not config.train.reproducible:
-            warm_up_ddp_buckets(state, index)
-        restore_rank_state(state, checkpoint.part("ranks"))
+    begin_rank(state, checkpoint)
     return state, progress, choices
+
+
+def begin_rank(state: TrainState, checkpoint: Checkpoint | None) -> None:
+    """Seeds or restores what differs between the ranks. Every rank calls this, with the model wrapped."""
+    seed_user_code(state.config.seed, state.rank)
+    if checkpoint is not None:
+        warm_up_ddp_buckets(state)
+        restore_rank_state(state, checkpoint.part("ranks"))
 
 
 def build_data(config: Config, index: Index, group: Group) -> Data:
@@ -218,24 +228,40 @@ def first_images(data: Data, device: torch.device) -> Tensor:
 
 
 def initial_model(
-    config: Config, index: Index, device: torch.device, *, resumed: bool
-) -> tuple[nn.Module, dict[str, Choice]]:
-    """Returns the network on its device, and what was loaded from `model.weights`.
+    config: Config, index: Index, device: torch.device, checkpoint: Checkpoint | None
+) -> tuple[nn.Module, Loaded | None]:
+    """Returns the network on its device, and what its initial weights were loaded from.
 
     Random weights are the same on all ranks. A resumed run does not read `model.weights`, because the
-    checkpoint replaces all weights.
+    checkpoint replaces all weights; it knows from there what they were.
     """
     torch.manual_seed(config.seed)
-    if downloads_weights(config.model) and not resumed:
-        build = partial(build_for, config.model, index, pretrained=True)
-        model, source = build_pretrained(config.model.name, build, log.info)
-        return model.to(device), {"weights": Choice(source, "model.args.pretrained; another head is random")}
-    model = build_for(config.model, index).to(device)
-    if config.model.weights is None or resumed:
-        return model, {}
-    fresh = load_weights(model, Path(config.model.weights), len(index.classes))
-    reason = f"all but {', '.join(fresh)}, which start at random" if fresh else "all"
-    return model, {"weights": Choice(config.model.weights, reason)}
+    if checkpoint is None:
+        return initial_network(config.model, index, device, log.info)
+    saved = checkpoint.state.get("initial_weights")
+    return build_for(config.model, index).to(device), Loaded(**saved) if saved else None
+
+
+def weights_choice(config: Config, loaded: Loaded | None, group: Group) -> dict[str, Choice]:
+    """Returns where the initial weights are from, and says if the normalization does not fit them."""
+    if loaded is None:
+        return {}
+    reason = f"all but {some_names(loaded.fresh)}, which started at random" if loaded.fresh else "all"
+    reason += f"; SHA-256 {loaded.sha256}"
+    if loaded.mean == list(IMAGENET_MEAN) and config.data.normalize != "imagenet":
+        remark = "these weights were trained with data.normalize = imagenet, but it is"
+        say = print if group.rank == 0 else log.info
+        say(f"model.weights: {remark} {config.data.normalize}")
+    return {"weights": Choice(loaded.source, reason)}
+
+
+def frozen_choice(config: ModelConfig, named: dict[str, nn.Parameter], model: nn.Module) -> dict[str, Choice]:
+    """Returns how many parameters `model.freeze` freezes, and until when."""
+    if not named:
+        return {}
+    frozen = sum(parameter.numel() for parameter in named.values())
+    until = "" if config.unfreeze_epoch is None else f" until epoch {config.unfreeze_epoch:g}"
+    return {"frozen": Choice(f"{frozen:,} of {parameter_count(model):,} parameters", f"model.freeze{until}")}
 
 
 def unused_parameters(config: Config, model: nn.Module, index: Index, plan: Plan, group: Group) -> list[str]:
@@ -323,60 +349,8 @@ def join_ranks(state: TrainState, group: Group, unused: Sequence[str]) -> dict[s
     return found
 
 
-def wrap_ddp(
-    model: nn.Module, device: torch.device, *, timed_every: int, unused: bool = False
-) -> tuple[nn.Module, Choice]:
-    """Returns a model wrapped in DDP, and the size of its gradient buckets. Every rank calls this.
-
-    DDP times one step in `timed_every`. With `unused`, parameters may get no gradient.
-    """
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    bucket, reason = bucket_mib(trained, device)
-    wrapped = DistributedDataParallel(
-        model,
-        # Accelerate would use the local rank as the GPU's number. A task that sees only one GPU does not
-        # have a GPU with that number.
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        bucket_cap_mb=bucket,
-        find_unused_parameters=unused,
-    )
-    # Batch-norm statistics are averaged before they are used; no broadcast in every step. Set here because
-    # the constructor's argument has a new name in each torch.
-    wrapped.broadcast_buffers = False
-    wrapped._set_ddp_runtime_logging_sample_rate(timed_every)
-    return wrapped, Choice(f"{bucket:.3g} MiB", reason)
-
-
 def virtual_ranks_choice(config: TrainConfig, group: Group) -> Choice:
     """Returns the number of virtual ranks, and how many of them each rank takes."""
     number, each = config.virtual_ranks, -(-config.virtual_ranks // group.world_size)
     many = f"{each} on each" if number % group.world_size == 0 else f"at most {each} on each"
     return Choice(str(number), f"train.reproducible: {many} of {group.world_size} ranks")
-
-
-def copy_from_rank_0(group: Group, networks: Sequence[nn.Module]) -> None:
-    """Copies weights and buffers from rank 0, as DDP does. Every rank calls this."""
-    if group.world_size > 1:
-        for network in networks:
-            for tensor in chain(network.parameters(), network.buffers()):
-                copied = tensor.detach().contiguous()
-                dist.broadcast(copied, 0)
-                tensor.detach().copy_(copied)
-
-
-def warm_up_ddp_buckets(state: TrainState, index: Index) -> None:
-    """Makes DDP rebuild its gradient buckets, as it does after the first step. Every rank calls this.
-
-    With more than two ranks, the position of a gradient in its bucket decides the order of summation. Without
-    this, the first step of a resumed run would differ in the last bit from a run that was never stopped.
-    Only the random number generators change.
-    """
-    buffers = [(buffer, buffer.clone()) for buffer in state.bare_model.buffers()]
-    with eager(state):
-        shape = (2, index.channels, index.height, index.width)
-        output = state.model(torch.zeros(shape, device=state.accelerator.device))
-        torch.stack([scores.sum() for scores in all_scores(output)]).sum().backward()
-    state.drop_gradients()
-    for buffer, saved in buffers:
-        buffer.copy_(saved)

@@ -56,6 +56,8 @@ class RunSaver:
             },
             **fingerprint(state.config, index, state.plan.skipped.tolist()),
         }
+        if state.initial_weights is not None:
+            self._facts["initial_weights"] = state.initial_weights._asdict()
         self._buffers = {"model": {name for name, _ in state.bare_model.named_buffers()}}
         if state.ema is not None:
             self._buffers["ema"] = {name for name, _ in state.ema.named_buffers()}

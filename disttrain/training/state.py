@@ -18,13 +18,14 @@ from torch.optim import Optimizer
 from disttrain.config import Config
 from disttrain.data.batches import Loader
 from disttrain.data.epoch_plan import Ids, Plan
+from disttrain.models.pretrained import Loaded
 from disttrain.preflight import split_batch
 from disttrain.training.augment import Augment
 from disttrain.training.autotune import Settings
 from disttrain.training.collectives import Group
 from disttrain.training.ema import MovingAverage
 from disttrain.training.graph import StepGraph
-from disttrain.training.optim import LrSchedule
+from disttrain.training.optim import LrSchedule, trained_parameters
 from disttrain.training.rng import make_seed_fn
 
 _POLL_S = 1.0  # between two polls for a stop request, unless a step takes longer
@@ -220,7 +221,9 @@ class TrainState:
         meter: sums since the last log point.
         seed: seeds torch's random number generator of the device.
         compiled_batch: the batch size that the model is compiled for, or None without compilation.
-        parameters: the parameters that the optimizer updates.
+        parameters: the parameters that the optimizer updates now.
+        initial_weights: what the run began with, or None if all weights were random.
+        frozen: parameters by name that `model.unfreeze_epoch` has yet to unfreeze.
     """
 
     config: Config
@@ -237,6 +240,8 @@ class TrainState:
     settings: Settings
     flops_per_image: int | None = None
     peak_flops_per_s: float | None = None
+    initial_weights: Loaded | None = None
+    frozen: dict[str, nn.Parameter] = field(default_factory=dict)
     graph: StepGraph | None = None
     class_weights: Tensor | None = None
     rank: int = field(init=False)
@@ -253,7 +258,7 @@ class TrainState:
         self.seed = make_seed_fn(self.accelerator.device)
         compiled = self.settings.compiled
         self.compiled_batch = split_batch(self.config, self.world_size) if compiled else None
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.parameters = trained_parameters(self.optimizer)
 
     def drop_gradients(self) -> None:
         """Sets the gradients to None, in less time than the bookkeeping of Optimizer.zero_grad takes."""
@@ -271,6 +276,12 @@ class TrainState:
     def group(self) -> Group:
         """The ranks, for collectives."""
         return Group(self.rank, self.world_size, self.accelerator.device)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the network's input."""
+        height, width = self.image_size
+        return len(self.augment.normalize.offset) // width, height, width
 
     @property
     def bare_model(self) -> nn.Module:

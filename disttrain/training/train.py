@@ -28,6 +28,7 @@ from disttrain.training.rng import preserve_rng_state
 from disttrain.training.selection import is_best, stops_early
 from disttrain.training.state import Progress, TrainState
 from disttrain.training.virtual_ranks import step_function
+from disttrain.training.wrapping import unfreeze_if_due
 
 
 def train(state: TrainState, progress: Progress, callbacks: Callbacks) -> None:
@@ -81,6 +82,7 @@ def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Ca
     with contextlib.closing(prefetch(state, epoch, steps, order)) as batches:
         for index in steps:
             places = plan.batch(index)
+            unfreeze_if_due(state, epoch + places.start / plan.samples_per_epoch)
             now = epoch + (places.start + places.stop) / 2 / plan.samples_per_epoch  # the middle of the step
             set_lr(state.optimizer, [rate.at(now, config.train.epochs) for rate in state.lr_schedules])
 

@@ -1,9 +1,10 @@
-"""docs/own_images.md: every command of it, on images that are made here."""
+"""docs/own_images.md and docs/fine_tuning.md: their commands, on images that are made here."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision.models import resnet18
 
 from kit import REPOSITORY
 
 DOCUMENT = REPOSITORY / "docs/own_images.md"
+FINE_TUNING = REPOSITORY / "docs/fine_tuning.md"
 
 
 def draw(folder: Path, kind: str, count: int) -> None:
@@ -39,30 +42,37 @@ def draw(folder: Path, kind: str, count: int) -> None:
         image.save(folder / f"{number}.{'jpg' if number % 2 else 'png'}")
 
 
-@pytest.mark.nightly
-def test_every_command_of_the_tutorial_runs(tmp_path: Path) -> None:
-    text = DOCUMENT.read_text()
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with what the tutorials begin with: images, photos.yaml and weights of a ResNet-18."""
     for kind in ("circle", "square", "stripes"):
         draw(tmp_path / "photos" / kind, kind, 20)
-    (config,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (config,) = re.findall(r"```yaml\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     (tmp_path / "photos.yaml").write_text(config)
     torch.save(resnet18(num_classes=1000).state_dict(), tmp_path / "resnet18.pth")
-    commands = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
-    assert len(commands) == 9
-    variables = {"DISTTRAIN_DATA": str(tmp_path / "data"), "DISTTRAIN_REPORT": "1"}
+    return tmp_path
+
+
+def commands_of(document: Path) -> list[str]:
+    """Returns the commands of a document that need no network."""
+    return "".join(re.findall(r"```sh\n(.*?)```", document.read_text(), re.DOTALL)).splitlines()
+
+
+def printed_by(command: str, folder: Path) -> str:
+    """Runs a command that succeeds; returns its output."""
+    variables = {"DISTTRAIN_DATA": str(folder / "data"), "DISTTRAIN_REPORT": "1"}
     variables["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    printed = {}
-    for command in commands:
-        done = subprocess.run(
-            command.split(),
-            cwd=tmp_path,
-            env=os.environ | variables,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        printed[command.split()[1]] = done.stdout
+    how = {"cwd": folder, "env": os.environ | variables, "capture_output": True, "timeout": 300}
+    done = subprocess.run(shlex.split(command), text=True, **how)  # type: ignore[call-overload]
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return str(done.stdout)
+
+
+@pytest.mark.nightly
+def test_every_command_of_the_tutorial_runs(photos: Path) -> None:
+    commands = commands_of(DOCUMENT)
+    assert len(commands) == 9
+    printed = {command.split()[1]: printed_by(command, photos) for command in commands}
     assert "finished: accuracy" in printed["run"]
     assert "report: runs/photos/report.html" in printed["run"]
     assert len(re.findall(r"photos/square/\d+\.(?:jpg|png)", printed["predict"])) == 20
@@ -73,4 +83,18 @@ def test_every_command_of_the_tutorial_runs(tmp_path: Path) -> None:
         "circles.png",
         "exported/README.md",
     ):
-        assert (tmp_path / name).stat().st_size > 1000, name
+        assert (photos / name).stat().st_size > 1000, name
+
+
+@pytest.mark.nightly
+def test_every_command_of_the_fine_tuning_tutorial_runs(photos: Path) -> None:
+    printed_by(commands_of(DOCUMENT)[0], photos)  # packs the images
+    commands = commands_of(FINE_TUNING)
+    assert len(commands) == 3
+    for command in commands:
+        assert "finished: accuracy" in printed_by(command, photos)
+    saved = torch.load(photos / "resnet18.pth")
+    for run, frozen in {"head": True, "unfrozen": False}.items():
+        trained = load_file(photos / f"runs/{run}/checkpoints/latest/model.safetensors")
+        kept = {name for name, value in saved.items() if torch.equal(value, trained[name])}
+        assert (kept == saved.keys() - {"fc.weight", "fc.bias"}) is frozen

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from disttrain.errors import DisttrainError, UnsafeError, UsageError
 from disttrain.models import build_model
-from disttrain.models.pretrained import load_weights
+from disttrain.models.pretrained import fit_weights, read_weights
 from kit.commands import Run
 
 
@@ -22,6 +22,10 @@ def resnet(num_classes: int, seed: int) -> torch.nn.Module:
     return build_model(
         "torchvision:resnet18", num_classes=num_classes, in_channels=3, image_size=(64, 64), args={}
     )
+
+
+def load_weights(model: torch.nn.Module, path: Path, num_classes: int) -> list[str]:
+    return fit_weights(model, read_weights(path), str(path), num_classes)
 
 
 @pytest.fixture(scope="module")

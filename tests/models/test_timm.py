@@ -84,15 +84,17 @@ def test_a_resumed_run_needs_no_pretrained_weights(tmp_path: Path, monkeypatch: 
     config = load(tmp_path / "tiny.yaml", *changes, overlay)
     index: Any = SimpleNamespace(classes=("a", "b"), channels=3, height=32, width=32)
     device = torch.device("cpu")
-    model, choices = initial_model(config, index, device, resumed=False)
+    model, loaded = initial_model(config, index, device, None)
     assert torch.equal(model.conv1[0].weight, other.conv1[0].weight)
-    assert choices["weights"].value == str(weights)
+    assert loaded is not None
+    assert (loaded.source, loaded.fresh) == (str(weights), ["fc.weight", "fc.bias"])
     weights.unlink()
     with pytest.raises(UsageError, match=r"pretrained weights: FileNotFoundError; set model\.weights to a"):
-        initial_model(config, index, device, resumed=False)
-    model, choices = initial_model(config, index, device, resumed=True)
+        initial_model(config, index, device, None)
+    checkpoint: Any = SimpleNamespace(state={"initial_weights": loaded._asdict()})
+    model, known = initial_model(config, index, device, checkpoint)
     assert not torch.equal(model.conv1[0].weight, other.conv1[0].weight)
-    assert choices == {}
+    assert known == loaded
 
 
 CONFIG = """

@@ -24,10 +24,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from disttrain.config import Config
+from disttrain.models import pretrained
 from disttrain.runs import checkpoint
 from disttrain.shards.index import Index, load_index
 from disttrain.training import build as building
-from disttrain.training import ema
+from disttrain.training import ema, wrapping
 from disttrain.training.collectives import Group
 from disttrain.training.evaluation import EvalMetrics, EvalTask, score
 from disttrain.training.microbatch import prefetch
@@ -110,13 +111,13 @@ def build(index: Index, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
     for section, values in options.items():
         tree[section] = tree.get(section, {}) | values
     config = Config.model_validate(tree)
-    build_for = building.build_for
+    build_for = pretrained.build_for
 
     def build_there(*arguments: Any) -> nn.Module:
         with GPU:
             return build_for(*arguments)
 
-    monkeypatch.setattr(building, "build_for", build_there)
+    monkeypatch.setattr(pretrained, "build_for", build_there)
     # deepcopy reads memory, which such tensors do not have.
     again = SimpleNamespace(deepcopy=lambda model: build_there(config.model, index))
     monkeypatch.setattr(ema, "copy", again)
@@ -223,12 +224,12 @@ class Wrapped:
 
 def test_the_second_task_that_sees_one_gpu_computes_on_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(building, "DistributedDataParallel", Wrapped)
+    monkeypatch.setattr(wrapping, "DistributedDataParallel", Wrapped)
     wrapped: Any
-    wrapped, reason = building.wrap_ddp(nn.Linear(2, 2), GPU, timed_every=7)
+    wrapped, reason = wrapping.wrap_ddp(nn.Linear(2, 2), GPU, timed_every=7)
     assert (wrapped.settings["device_ids"], wrapped.timed_every, wrapped.broadcast_buffers) == ([0], 7, False)
     assert str(reason).startswith("1 MiB: one bucket")
-    wrapped, _ = building.wrap_ddp(nn.Linear(2, 2), torch.device("cpu"), timed_every=7)
+    wrapped, _ = wrapping.wrap_ddp(nn.Linear(2, 2), torch.device("cpu"), timed_every=7)
     assert wrapped.settings["device_ids"] is None
 
 
