@@ -30,7 +30,7 @@ exclude_patterns = ["build", "dist", "runs", ".*"]
 
 NAVIGATION = {
     "": ["Start <self>"],
-    "Tutorials": ["/docs/own_images"],
+    "Tutorials": ["/docs/own_images", "/docs/fine_tuning"],
     "Guides": [
         *("/docs/experiments", "/docs/data", "/docs/monitoring", "/docs/reliability"),
         "/docs/reproducibility",
