@@ -158,7 +158,7 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
             raise UsageError(
                 f"{key} = top5 needs more than 5 classes, but {name} has {classes}; use accuracy"
             )
-    class_weights(config.train, index)
+    relative_class_weights(config.train, index)
     smallest = min(index.height, index.width)
     if config.augment.crop_padding >= smallest:
         raise UsageError(
@@ -168,7 +168,7 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
     return index
 
 
-def class_weights(train: TrainConfig, index: Index) -> list[float] | None:
+def relative_class_weights(train: TrainConfig, index: Index) -> list[float] | None:
     """Returns the weight of each class in the training loss; None if all samples count the same.
 
     The mean over the samples of the train split is 1.

@@ -6,7 +6,7 @@ import pytest
 
 from disttrain.config import TrainConfig
 from disttrain.errors import UsageError
-from disttrain.preflight import class_weights
+from disttrain.preflight import relative_class_weights
 
 INDEX = SimpleNamespace(
     name="few", classes=("ant", "bee", "cat"), splits={"train": SimpleNamespace(class_counts=(10, 30, 80))}
@@ -19,13 +19,13 @@ def train_config(weights):
 
 def test_balanced_weights_are_samples_by_classes_times_count():
     expected = [120 / 30, 120 / 90, 120 / 240]
-    assert class_weights(train_config("balanced"), INDEX) == pytest.approx(expected)
+    assert relative_class_weights(train_config("balanced"), INDEX) == pytest.approx(expected)
 
 
 def test_the_mean_weight_of_the_training_samples_is_1():
     expected = [120 / 330, 0, 480 / 330]
-    assert class_weights(train_config([1.0, 0.0, 4.0]), INDEX) == pytest.approx(expected)
-    assert class_weights(train_config(None), INDEX) is None
+    assert relative_class_weights(train_config([1.0, 0.0, 4.0]), INDEX) == pytest.approx(expected)
+    assert relative_class_weights(train_config(None), INDEX) is None
 
 
 @pytest.mark.parametrize(
@@ -55,5 +55,5 @@ def test_weights_that_do_not_suit_the_data_set(weights, counts, message):
     split = SimpleNamespace(class_counts=counts)
     index = SimpleNamespace(name="few", classes=INDEX.classes, splits={"train": split})
     with pytest.raises(UsageError) as caught:
-        class_weights(train_config(weights), index)
+        relative_class_weights(train_config(weights), index)
     assert str(caught.value) == message

@@ -14,6 +14,7 @@ from disttrain.config.loading import (
     load_config,
     parse_config,
     settings,
+    shown,
 )
 from disttrain.config.schema import (
     AugmentConfig,
@@ -29,7 +30,6 @@ from disttrain.config.schema import (
     TrainConfig,
     frozen_patterns,
     role,
-    shown,
 )
 
 __all__ = [

@@ -11,9 +11,10 @@ from typing import Any
 import pydantic
 
 from disttrain.config.mistakes import conflicts, explained
-from disttrain.config.schema import Config, shown
+from disttrain.config.schema import Config
 from disttrain.config.yaml12 import Key, dotted_name, read_yaml, write_yaml
 from disttrain.errors import UsageError
+from disttrain.urls import HIDDEN
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -160,3 +161,11 @@ def _similar_file(path: Path) -> str:
     names_like = (path.name, f"{path.stem}.yaml")
     close = [match for name in names_like for match in difflib.get_close_matches(name, names, 1)]
     return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def shown(config: Config) -> Config:
+    """Returns a config to show: without the command of `monitor.on_end`, which may have a token in it."""
+    if config.monitor.on_end is None:
+        return config
+    monitor = config.monitor.model_copy(update={"on_end": HIDDEN})
+    return config.model_copy(update={"monitor": monitor})

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from disttrain.urls import HIDDEN, public
+from disttrain.urls import public
 from disttrain.user_code import is_target
 
 
@@ -381,14 +381,6 @@ class Config(_Section):
 def frozen_patterns(model: ModelConfig) -> list[str]:
     """Returns the regular expressions of `model.freeze`."""
     return [model.freeze] if isinstance(model.freeze, str) else model.freeze or []
-
-
-def shown(config: Config) -> Config:
-    """Returns a config to show: without the command of `monitor.on_end`, which may have a token in it."""
-    if config.monitor.on_end is None:
-        return config
-    monitor = config.monitor.model_copy(update={"on_end": HIDDEN})
-    return config.model_copy(update={"monitor": monitor})
 
 
 def role(key: str) -> Role:

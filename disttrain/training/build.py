@@ -29,7 +29,7 @@ from disttrain.models import build_for, parameter_count
 from disttrain.models.freezing import freeze_for_good
 from disttrain.models.pretrained import Loaded, initial_network, some_names
 from disttrain.parallel import cores_of_a_rank
-from disttrain.preflight import class_weights, split_batch
+from disttrain.preflight import split_batch
 from disttrain.runs.agreement import compare_peers
 from disttrain.runs.checkpoint import Checkpoint, load
 from disttrain.shards.images import expect_images
@@ -49,6 +49,7 @@ from disttrain.training.ema import MovingAverage
 from disttrain.training.flops import flops_per_image, peak_flops_per_s
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import wait_for_all
+from disttrain.training.loss import class_weights
 from disttrain.training.normalize import Normalize
 from disttrain.training.optim import build_optimizer
 from disttrain.training.rank import Rank
@@ -122,7 +123,6 @@ def build(
     if checkpoint is None and hasattr(model, "init_from_images"):
         cast(Any, model).init_from_images(normalize(first_images(data, device)))
     optimizer, lr_schedules = build_optimizer(config.optim, config.schedule, model)
-    weighting = class_weights(config.train, index)
     state = TrainState(
         config=config,
         accelerator=accelerator,
@@ -137,7 +137,7 @@ def build(
         image_size=(index.height, index.width),
         settings=settings,
         flops_per_image=per_image,
-        class_weights=None if weighting is None else torch.tensor(weighting, device=device),
+        class_weights=class_weights(config.train, index, device),
         peak_flops_per_s=peak_flops_per_s(device, settings.precision)[0],
         initial_weights=loaded,
     )

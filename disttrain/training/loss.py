@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from disttrain.config import TrainConfig
+from disttrain.preflight import relative_class_weights
+from disttrain.shards.index import Index
 from disttrain.training.augment import Mix
 
 _GAMMA = 2.0  # Lin et al. 2017, section 5.1
@@ -18,6 +21,12 @@ _ONE, _SEVERAL = 0.4, 0.3  # weight of an auxiliary loss: Inception v3 in torchv
 def all_scores(output: Any) -> list[Any]:
     """Returns the scores, then the auxiliary scores if the output in training mode is a tuple of both."""
     return [part for part in output if part is not None] if isinstance(output, tuple) else [output]
+
+
+def class_weights(train: TrainConfig, index: Index, device: torch.device) -> Tensor | None:
+    """Returns the weights of `train.class_weights`, float32 [classes] on the device; None if all are 1."""
+    weights = relative_class_weights(train, index)
+    return None if weights is None else torch.tensor(weights, device=device)
 
 
 def loss_and_scores(

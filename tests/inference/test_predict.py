@@ -393,9 +393,7 @@ def test_one_image_of_any_kind_is_not_taken_for_several(trained_run: Path, digit
 
 
 @pytest.mark.nightly
-def test_pixels_over_the_limit_are_allowed_by_the_option_that_is_named(
-    disttrain: Run, trained_run: Path, tmp_path: Path
-) -> None:
+def test_the_named_option_allows_more_pixels(disttrain: Run, trained_run: Path, tmp_path: Path) -> None:
     picture(0, (40, 30)).save(tmp_path / "a.png")
     done = disttrain("predict", trained_run, "a.png", "--max-pixels", 1199)
     assert done.returncode == 65
@@ -491,9 +489,7 @@ def test_a_model_that_cannot_be_imported_names_the_folder_of_its_training(
 
 
 @pytest.mark.nightly
-def test_stages_that_cannot_be_imported_name_the_folder_of_their_training(
-    disttrain: Run, own_run: Path
-) -> None:
+def test_stages_that_cannot_be_imported_name_their_folder(disttrain: Run, own_run: Path) -> None:
     config = (own_run / "config.yaml").read_text().replace("own:Net", "cnn_mnist")
     assert "pipeline: null" in config
     (own_run / "config.yaml").write_text(config.replace("pipeline: null", "pipeline: own:pipeline"))

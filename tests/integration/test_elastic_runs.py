@@ -29,7 +29,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_a_run_goes_on_without_a_node_and_takes_it_back(start: Start, tmp_path: Path, port: int) -> None:
     (tmp_path / "mine.py").write_text(SLOW)
     run = tmp_path / "run"

@@ -20,9 +20,9 @@ Stages = Sequence[tuple[int, str | None, int]]
 STOPS: list[tuple[tuple[str, ...], int, Stages]] = [
     # Killed in the frozen phase; from the checkpoint of step 20, where all are unfrozen, twice; to the end.
     (REPRODUCIBLE, 1, [(2, "SIGKILL 1 training 50", 70), (2, "SIGTERM 1 training 24", 75), (3, None, 0)]),
-    ((), 2, [(2, "SIGTERM 0 training 20", 75), (2, "SIGKILL 0 training 26", 70), (2, None, 0)]),
 ]
 MORE_STOPS: list[tuple[tuple[str, ...], int, Stages]] = [
+    ((), 2, [(2, "SIGTERM 0 training 20", 75), (2, "SIGKILL 0 training 26", 70), (2, None, 0)]),
     ((), 1, [(1, "SIGTERM 0 training 39", 75), (1, "SIGKILL 0 training 10", 70), (1, None, 0)]),
     ((), 3, [(3, "SIGKILL 2 training 45", 70), (3, "SIGTERM 2 training 30", 75), (3, None, 0)]),
 ]
