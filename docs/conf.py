@@ -38,7 +38,7 @@ NAVIGATION = {
     ],
     "Reference": ["/docs/config", "/docs/cli", "/docs/api"],
     "Benchmarks": ["Results </docs/benchmarks>", "Scripts </benchmarks/README>"],
-    "Project": ["/CONTRIBUTING", "/CHANGELOG"],
+    "Project": ["/docs/comparison", "/CONTRIBUTING", "/CHANGELOG"],
 }
 
 myst_heading_anchors = 3
