@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,8 @@ from disttrain.runs.manifest import size, step_of
 from disttrain.shards.index import Index, check_decoded_side, data_root, load_index, server_root
 
 _SHARED_BYTES = 2 * 9_637_888
+UNIFORM = "use data.sampling=uniform, or pack the data without this class"
+"""What to do about a class without samples where all are drawn equally often."""
 """Shared memory that NCCL uses per process of a node, in /dev/shm: one segment in each of at least two rings.
 The size is from its messages (github.com/NVIDIA/nccl/issues/342: Docker's 64 MiB fail with four GPUs)."""
 
@@ -159,6 +161,9 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
                 f"{key} = top5 needs more than 5 classes, but {name} has {classes}; use accuracy"
             )
     relative_class_weights(config.train, index)
+    if config.data.sampling == "balanced":
+        counts = index.splits["train"].class_counts
+        expect_every_class(index, counts, "data.sampling = balanced", UNIFORM)
     smallest = min(index.height, index.width)
     if config.augment.crop_padding >= smallest:
         raise UsageError(
@@ -166,6 +171,15 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
             f"{index.width}x{index.height}; use at most {smallest - 1}"
         )
     return index
+
+
+def expect_every_class(index: Index, counts: Sequence[int], key: str, remedy: str) -> None:
+    """Raises UsageError if a class has no training sample; `counts` are those of the classes."""
+    empty = [name for name, count in zip(index.classes, counts, strict=True) if count == 0]
+    if empty:
+        raise UsageError(
+            f"{key}: class {empty[0]} has no sample in the train split of {index.name}; {remedy}"
+        )
 
 
 def relative_class_weights(train: TrainConfig, index: Index) -> list[float] | None:
@@ -180,12 +194,8 @@ def relative_class_weights(train: TrainConfig, index: Index) -> list[float] | No
         return None
     counts = index.splits["train"].class_counts
     if train.class_weights == "balanced":
-        empty = [name for name, count in zip(index.classes, counts, strict=True) if count == 0]
-        if empty:
-            raise UsageError(
-                f"train.class_weights = balanced: class {empty[0]} has no sample in the train split of "
-                f"{index.name}; give a list with a weight for each of the {len(counts)} classes"
-            )
+        remedy = f"give a list with a weight for each of the {len(counts)} classes"
+        expect_every_class(index, counts, "train.class_weights = balanced", remedy)
         weights = [1 / count for count in counts]
     else:
         weights = list(train.class_weights)

@@ -34,6 +34,7 @@ AT_THE_START = {
     "data.image_size",
     "data.remainder",
     "data.root",
+    "data.sampling",
     "model.args",
     "model.num_classes",
     "model.weights",

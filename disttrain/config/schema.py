@@ -79,6 +79,9 @@ class DataConfig(_Section):
     remainder: Literal["keep", "drop"] = "keep"
     """The samples that do not fill the last batch. keep: a smaller batch, averaged correctly. drop: leave
     them out."""
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """Which samples an epoch has. uniform: every sample once. balanced: as many samples, but the same number
+    of each class, so that those of small classes repeat (docs/experiments.md)."""
     normalize: Literal["mean_std", "imagenet", "unit"] = "mean_std"
     """mean_std: subtract the data set's mean and divide by its standard deviation, per channel. imagenet: use
     ImageNet's mean and standard deviation, as torchvision's weights expect. unit: scale to 0..1."""

@@ -5,6 +5,9 @@ concatenated in a random order. This sequence is cut into a fixed number of stre
 shuffled within a window. The positions of the epoch go to the streams in turn. Within a global batch, the
 samples are sorted by stream. A rank takes a contiguous part of each global batch, so it reads only a few
 streams. The decoded copy and the shards give the same order.
+
+With data.sampling = balanced, each class has the same number of places in an epoch. Its samples take turns:
+each of them gets as many places as any other of the class, or one more.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from disttrain.shards.index import Index
 _ORDER = 1  # the stream of random numbers that orders an epoch
 _DIGEST = 0x6F8E  # the key of the hashes in `digest`
 _SHARDS, _CUT, _SHUFFLE = range(3)  # streams of random numbers within _ORDER
+_TURNS = 31  # the stream of random numbers that orders the samples of a class
 
 Ids = npt.NDArray[np.int64]
 """Positions of samples in their split, counted through its shards in the order of the index."""
@@ -40,6 +44,8 @@ class Plan:
         streams: number of streams.
         shuffle_buffer: samples, over all streams, from which the next one is chosen.
         skipped: ids of bad samples, which every epoch leaves out.
+        labels: of all samples of the split, int64 [samples]: an epoch has each class equally often. None: it
+            has every sample once.
     """
 
     seed: int
@@ -49,6 +55,7 @@ class Plan:
     streams: int = 16
     shuffle_buffer: int = 65536
     skipped: Ids = field(default_factory=lambda: np.empty(0, np.int64))
+    labels: Ids | None = None
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -74,9 +81,9 @@ class Plan:
         return min(self.samples, self.steps_per_epoch * self.batch_size)
 
     def order(self, epoch: int) -> Ids:
-        """Returns the ids of the split in the order of this epoch: int64 [samples]."""
+        """Returns the ids of this epoch in its order: int64 [samples]."""
         key = counter_rng.derive(self.seed, _ORDER, epoch)
-        sequence = self._sequence(key)
+        sequence = self._sequence(key, epoch)
         # Stream s has the positions s, s + streams, ... of the epoch, before batches are sorted by stream.
         lengths = (len(sequence) - np.arange(self.streams) + self.streams - 1) // self.streams
         starts = np.cumsum(lengths) - lengths
@@ -87,13 +94,15 @@ class Plan:
         order: Ids = sequence[starts[dealt % self.streams] + dealt // self.streams]
         return order
 
-    def _sequence(self, key: int) -> Ids:
-        """Returns the usable ids of the shards, concatenated in a random order."""
+    def _sequence(self, key: int, epoch: int) -> Ids:
+        """Returns the ids of the epoch, shard after shard in a random order."""
         shards = np.split(np.arange(sum(self.shards)), np.cumsum(self.shards)[:-1])
         turns = counter_rng.permutation(counter_rng.derive(key, _SHARDS), len(shards))
         sequence = np.concatenate([shards[i] for i in turns])
         if len(self.skipped):
             sequence = sequence[~np.isin(sequence, self.skipped)]
+        if self.labels is not None:
+            sequence = np.repeat(sequence, self.times(epoch)[sequence])
         # Rotated, so that the streams are not cut at the same samples in every epoch.
         return np.roll(sequence, -(counter_rng.derive(key, _CUT) % len(sequence)))
 
@@ -114,22 +123,55 @@ class Plan:
         """The usable ids, in the order of the index: int64 [samples]."""
         return usable_ids(sum(self.shards), self.skipped)
 
-    def ids_between(self, order: Ids, begin: int, end: int) -> Ids:
-        """Returns the ids at positions begin..end-1 of an order; for a whole epoch, in the index's order."""
-        return self.ids if end - begin == self.samples else order[begin:end]
+    def ids_between(self, epoch: int, order: Ids, begin: int, end: int) -> Ids:
+        """Returns the ids at positions begin..end-1 of an epoch; for all of it, in the index's order."""
+        if end - begin < self.samples:
+            return order[begin:end]
+        return self.ids if self.labels is None else np.repeat(self.ids, self.times(epoch)[self.ids])
+
+    def times(self, epoch: int) -> Ids:
+        """Returns how often an epoch has each id of the split, with `labels`: int64 [usable and skipped].
+
+        The classes take turns with the places that are left over, over all epochs, and so do the samples of a
+        class.
+        """
+        ids, sizes = self._by_class
+        begin, end = (self._places_before(number) for number in (epoch, epoch + 1))
+        each, more = np.divmod(end - begin, sizes)
+        turns = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the class
+        waiting = (turns - np.repeat(begin, sizes)) % np.repeat(sizes, sizes)
+        times = np.zeros(sum(self.shards), np.int64)
+        times[ids] = np.repeat(each, sizes) + (waiting < np.repeat(more, sizes))
+        return times
+
+    def _places_before(self, epoch: int) -> Ids:
+        """Returns how many places each class had in all earlier epochs: int64 [classes]."""
+        classes = len(self._by_class[1])
+        each, left_over = divmod(self.samples, classes)
+        return epoch * each + (epoch * left_over - np.arange(classes) + classes - 1) // classes
+
+    @cached_property
+    def _by_class(self) -> tuple[Ids, Ids]:
+        """The usable ids class by class, in the order of their turns, and the number of ids of each class."""
+        assert self.labels is not None
+        labels = self.labels[self.ids]
+        turns = counter_rng.bits_at(counter_rng.derive(self.seed, _TURNS), self.ids.astype(np.uint64))
+        sizes = np.bincount(labels)
+        return self.ids[np.lexsort((turns, labels))], sizes[sizes > 0]
 
     def batch(self, step: int) -> range:
         """Returns the positions in the epoch's order of the global batch of a step of the epoch."""
         return range(step * self.batch_size, min((step + 1) * self.batch_size, self.samples))
 
 
-def make_plan(config: Config, index: Index, skipped: Ids | None = None) -> Plan:
+def make_plan(config: Config, index: Index, skipped: Ids | None = None, labels: Ids | None = None) -> Plan:
     """Returns the plan of an experiment.
 
     Args:
         config: the experiment.
         index: its data set.
         skipped: ids of the train split to leave out.
+        labels: of its samples, int64 [samples]; balanced sampling needs them, but for the sizes.
 
     Raises:
         UsageError: no samples are left for training.
@@ -142,6 +184,7 @@ def make_plan(config: Config, index: Index, skipped: Ids | None = None) -> Plan:
         config.data.streams,
         config.data.shuffle_buffer,
         np.empty(0, np.int64) if skipped is None else skipped,
+        labels,
     )
 
 

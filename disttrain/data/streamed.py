@@ -33,8 +33,8 @@ class Wanted(NamedTuple):
 
     Attributes:
         ids: the requested ids, int64 [B].
-        unique: the ids without repetitions, int64 [U].
-        positions: of `unique` in the order of the epoch, int64 [U].
+        unique: the ids at `positions`, int64 [U].
+        positions: the requested positions in the order of the epoch without repetitions, int64 [U].
         inverse: int64 [B] with ids = unique[inverse]; None without repetitions.
         images: buffer for the images of `unique`, uint8 [U, H, W, C].
         labels: buffer for the labels of `unique`, int64 [U].
@@ -123,12 +123,12 @@ class Streamed:
 
     def wanted(self, order: Ids, window: Window) -> Wanted:
         """Allocates the buffers of the batch at a window of an order."""
-        ids = order[window]
         positions = np.arange(*window.indices(len(order))) if isinstance(window, slice) else window
-        kept, first, inverse = unique(ids)
+        kept, inverse = unique(positions)
+        ids = order[window]
         images = torch.empty((len(kept), *self.shape), dtype=torch.uint8, pin_memory=self._pinned)
         labels = torch.empty(len(kept), dtype=torch.int64, pin_memory=self._pinned)
-        return Wanted(ids, kept, positions[first], inverse, images, labels)
+        return Wanted(ids, order[kept], kept, inverse, images, labels)
 
     def _fill(self, crops: Crops | None, work: tuple[Wanted, slice]) -> tuple[Wanted, slice]:
         due, part = work
@@ -137,16 +137,13 @@ class Streamed:
         return work
 
 
-def unique(ids: Ids) -> tuple[Ids, npt.NDArray[np.intp] | slice, npt.NDArray[np.intp] | None]:
-    """Returns each id once, int64 [U].
+def unique(positions: Ids) -> tuple[Ids, npt.NDArray[np.intp] | None]:
+    """Returns each position once, int64 [U], and `inverse` with positions = unique[inverse].
 
-    Also returns `first` with kept = ids[first], and `inverse` with ids = kept[inverse], which is None without
-    repetitions.
+    Without repetitions, the positions keep their order, and the inverse is None.
     """
-    kept, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    if len(kept) < len(ids):
-        return kept, first, inverse
-    return ids, slice(None), None  # ids keep the order of the plan
+    kept, inverse = np.unique(positions, return_inverse=True)
+    return (kept, inverse) if len(kept) < len(positions) else (positions, None)
 
 
 def chunk_slices(count: int, size: int) -> Iterator[slice]:

@@ -56,6 +56,7 @@ from disttrain.training.rank import Rank
 from disttrain.training.rank_state import restore_rank_state
 from disttrain.training.restore import resume
 from disttrain.training.rng import preserve_rng_state, seed_user_code
+from disttrain.training.sampling import say_sampling, train_labels
 from disttrain.training.state import Progress, TrainState, Validation, cudnn_heuristics
 from disttrain.training.trial import try_training, unused_text
 from disttrain.training.virtual_ranks import machine_facts
@@ -165,7 +166,6 @@ def build_data(config: Config, index: Index, group: Group) -> Data:
     """Returns the samples of a run. Every rank calls this."""
     say = print if group.rank == 0 else log.info
     skipped = {split: skipped_samples(config, index, split, group, say) for split in ("train", "val")}
-    plan = make_plan(config, index, skipped["train"])
     pipeline = config.data.pipeline
     reduced = index.decoded_side is not None
     place, reason = choose_cache(
@@ -176,14 +176,17 @@ def build_data(config: Config, index: Index, group: Group) -> Data:
         reduced=reduced,
     )
     loaders: dict[str, Loader] = {}
+    decoded: Ids | None = None
     if place != "none" and not reduced:
-        for split in skipped:
-            loaders[split] = Cached(open_split(index, split, skipped[split], say), group.device, place)
+        copies = {split: open_split(index, split, skipped[split], say) for split in skipped}
+        loaders = {split: Cached(copy, group.device, place) for split, copy in copies.items()}
+        decoded = copies["train"].labels
     else:
         workers = min(8, cores_of_a_rank()) if config.data.workers is None else config.data.workers
         expect_images(index.splits["train"].samples * config.train.epochs // group.world_size)
         size = config.train.batch_size // group.world_size
         copy = open_reduced(index, skipped["train"], say) if place == "host" else None
+        decoded = None if copy is None else copy.labels
         streamed = partial(
             open_stream,
             index,
@@ -199,6 +202,9 @@ def build_data(config: Config, index: Index, group: Group) -> Data:
             f"{mib(train.most_bytes, 1)} of decoded samples per process"
         )
     wait_for_all("data")
+    labels = train_labels(config, index, skipped["train"], decoded, group)
+    plan = make_plan(config, index, skipped["train"], labels)
+    say_sampling(plan, say)
     val_ids = usable_ids(index.splits["val"].samples, skipped["val"])
     val = Validation(loaders["val"], val_ids, index.classes, len(skipped["val"]))
     return Data(plan, loaders["train"], val, Choice(place, reason))

@@ -113,7 +113,8 @@ def train_epoch(state: TrainState, progress: Progress, order: Ids, callbacks: Ca
                 asked = callbacks.stop_requested()
                 stopping = stop_requested_anywhere(state.group, Phase.REPORT, progress.step, asked)
             if last or stopping:
-                check_exactly_once(state, progress.step, seen, plan.ids_between(order, begin, places.stop))
+                expected = plan.ids_between(epoch, order, begin, places.stop)
+                check_exactly_once(state, progress.step, seen, expected)
             if stopping and not last:
                 check_loss(state, progress, seen, callbacks)
                 stop(progress, callbacks, f"at step {progress.step:,}", saved=save_due)

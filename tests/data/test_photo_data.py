@@ -77,6 +77,16 @@ def test_a_resumed_epoch_goes_on_with_the_same_pixels(packed: Index) -> None:
         assert torch.equal(batch.images, other.images)
 
 
+def test_a_sample_that_comes_several_times_has_a_crop_for_each(packed: Index) -> None:
+    order, crops = np.array([5, 7, 5, 5]), RandomCrops(0, 3, 0.1)
+    (whole,) = stream(packed).batches(order, [slice(0, 4)], crops)
+    parts = list(stream(packed).batches(order, [slice(0, 1), np.array([1, 2, 2]), slice(3, 4)], crops))
+    found = torch.cat([part.images for part in parts])[[0, 1, 2, 4]]
+    assert torch.equal(whole.images, found)
+    assert not torch.equal(whole.images[0], whole.images[2])
+    assert whole.labels.tolist() == [whole.labels[0], whole.labels[1], *[whole.labels[0]] * 2]
+
+
 def test_the_pixels_are_the_drawn_crop_of_the_file(packed: Index) -> None:
     files = [image for _, image, _ in read_split(packed, "train")]
     order, crops = plan_of(packed).order(3), RandomCrops(0, 3, 0.1)

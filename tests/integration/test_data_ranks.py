@@ -7,13 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from disttrain.data.epoch_plan import Plan
 from disttrain.shards.index import load_index
 from kit.commands import Run
 from kit.marks import nightly
+from kit.resumed import digest
 from kit.run_results import ids_per_step, metrics
+from kit.shards import read_split
 
 SEVEN_YAML = """
 name: seven
@@ -134,3 +137,26 @@ def test_a_data_set_that_changed_since_the_checkpoint_is_refused(
     assert result.returncode == 2
     assert "was saved with another config or data set:" in result.stderr
     assert "data.digest: " in result.stderr
+
+
+def test_balanced_sampling_is_the_same_for_any_ranks_and_loaders(
+    disttrain: Run, tmp_path: Path, seven_root: Path
+) -> None:
+    (tmp_path / "seven.yaml").write_text(SEVEN_YAML)
+    settings = ("data.sampling=balanced", "train.reproducible=true", "train.virtual_ranks=4")
+    for procs, cache, epochs in (("1", "host", (2,)), ("2", "none", (1, 2))):
+        for number in epochs:
+            result = disttrain(
+                *("run", "seven.yaml", *settings, f"data.cache={cache}", f"train.epochs={number}"),
+                *("--procs", procs, "--run-dir", procs),
+                env={"DISTTRAIN_DATA": str(seven_root)},
+            )
+            assert result.returncode == 0, result.stderr
+            assert "data.sampling = balanced: 180 or more places for each class in an epoch" in result.stdout
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert ids_per_step(two) == ids_per_step(one)
+    assert digest(two) == digest(one)
+    labels = np.array([label for _, _, label in read_split(load_index("seven", str(seven_root)), "train")])
+    for epoch in (1, 2):
+        ids = [sample for (of, _), batch in ids_per_step(one).items() if of == epoch for sample in batch]
+        assert np.bincount(labels[ids]).tolist() == [SAMPLES // 4] * 4
