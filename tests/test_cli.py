@@ -284,6 +284,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.nightly
 def test_a_dry_run_of_one_process_with_other_settings(disttrain, config_file, tmp_path):
     plan = plan_of(disttrain(
         "run", "tiny.yaml", "data.remainder=drop", "train.accumulate=4", "train.ema=0.99", "optim.name=sgd",
@@ -302,6 +303,7 @@ def test_a_dry_run_of_one_process_with_other_settings(disttrain, config_file, tm
     assert not (tmp_path / "my run").exists()
 
 
+@pytest.mark.nightly
 def test_a_dry_run_on_a_node_of_a_slurm_job(disttrain, config_file, tmp_path):
     variables = {
         "SLURM_JOB_ID": "4711",

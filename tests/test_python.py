@@ -167,6 +167,7 @@ def test_validation_is_in_order_and_a_remainder_may_be_dropped(seven_root: Path)
         disttrain.open_data("seven", batch_size=4, root=str(seven_root), world_size=5)
 
 
+@pytest.mark.nightly
 @pytest.mark.integration
 def test_a_loop_of_ones_own_under_torchrun_sees_every_sample_once(tmp_path: Path, seven_root: Path) -> None:
     code = """

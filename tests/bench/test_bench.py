@@ -99,7 +99,7 @@ def test_a_replayed_batch_is_the_first_one_for_every_window() -> None:
     assert [batch.ids.tolist() for batch in served] == [[7, 6, 5], [4, 3, 2], [1, 0]]
 
 
-@pytest.mark.parametrize("processes", [2, *nightly(1)])
+@pytest.mark.parametrize("processes", nightly(1, 2))
 def test_a_real_measurement(disttrain: Run, config_file: Path, processes: int) -> None:
     done = disttrain(
         "bench", config_file, "train.compile=false", "--procs", processes, "--seconds", 0.1, "--json",

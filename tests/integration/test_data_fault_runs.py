@@ -87,6 +87,7 @@ def test_skip_trains_on_all_other_samples_and_counts_the_rest(tmp_path: Path, tr
     assert ids_per_step(tmp_path / "more") == second
 
 
+@pytest.mark.nightly
 def test_a_run_that_ends_at_a_bad_sample_goes_on_without_it(tmp_path: Path, train: Run) -> None:
     with_bad(tmp_path, "cut PNG")
     ended = train("run", "--procs", "1", "data.cache=none")
