@@ -19,7 +19,7 @@ from disttrain.runs.manifest import size, step_of
 from disttrain.shards.index import Index, check_decoded_side, data_root, load_index, server_root
 
 _SHARED_BYTES = 2 * 9_637_888
-UNIFORM = "use data.sampling=uniform, or pack the data without this class"
+UNIFORM_REMEDY = "use data.sampling=uniform, or pack the data without this class"
 """What to do about a class without samples where all are drawn equally often."""
 """Shared memory that NCCL uses per process of a node, in /dev/shm: one segment in each of at least two rings.
 The size is from its messages (github.com/NVIDIA/nccl/issues/342: Docker's 64 MiB fail with four GPUs)."""
@@ -163,7 +163,7 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
     relative_class_weights(config.train, index)
     if config.data.sampling == "balanced":
         counts = index.splits["train"].class_counts
-        expect_every_class(index, counts, "data.sampling = balanced", UNIFORM)
+        expect_every_class(index, counts, "data.sampling = balanced", UNIFORM_REMEDY)
     smallest = min(index.height, index.width)
     if config.augment.crop_padding >= smallest:
         raise UsageError(

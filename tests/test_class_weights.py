@@ -6,7 +6,7 @@ import pytest
 
 from disttrain.config import TrainConfig
 from disttrain.errors import UsageError
-from disttrain.preflight import UNIFORM, expect_every_class, relative_class_weights
+from disttrain.preflight import UNIFORM_REMEDY, expect_every_class, relative_class_weights
 
 INDEX = SimpleNamespace(
     name="few", classes=("ant", "bee", "cat"), splits={"train": SimpleNamespace(class_counts=(10, 30, 80))}
@@ -62,5 +62,5 @@ def test_weights_that_do_not_suit_the_data_set(weights, counts, message):
 def test_balanced_sampling_needs_a_sample_of_every_class():
     message = "data.sampling = balanced: class bee has no sample in the train split of few; use "
     with pytest.raises(UsageError, match=message):
-        expect_every_class(INDEX, (10, 0, 80), "data.sampling = balanced", UNIFORM)
-    expect_every_class(INDEX, (10, 1, 80), "data.sampling = balanced", UNIFORM)
+        expect_every_class(INDEX, (10, 0, 80), "data.sampling = balanced", UNIFORM_REMEDY)
+    expect_every_class(INDEX, (10, 1, 80), "data.sampling = balanced", UNIFORM_REMEDY)

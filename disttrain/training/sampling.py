@@ -8,7 +8,7 @@ import numpy as np
 
 from disttrain.config import Config
 from disttrain.data.epoch_plan import Ids, Plan, rank_slice, usable_ids
-from disttrain.preflight import UNIFORM, expect_every_class
+from disttrain.preflight import UNIFORM_REMEDY, expect_every_class
 from disttrain.shards.index import Index
 from disttrain.shards.reader import open_shard, sample_error
 from disttrain.training.collectives import Group, gather
@@ -17,11 +17,13 @@ from disttrain.training.collectives import Group, gather
 def train_labels(config: Config, index: Index, skipped: Ids, decoded: Ids | None, group: Group) -> Ids | None:
     """Returns the labels of the train split for balanced sampling, int64 [samples]. Every rank calls this.
 
+    Each rank reads the labels of a part of the shards. Nodes may differ in whether they have a decoded copy.
+
     Args:
         config: the experiment; with uniform sampling, the labels are not needed and None is returned.
         index: its data set.
         skipped: ids of samples that are left out; their labels may be -1.
-        decoded: the labels, if there is a decoded copy. Otherwise each rank reads a part of the shards.
+        decoded: the labels of this node's decoded copy, or None; then they are read from the shards.
         group: the ranks.
 
     Raises:
@@ -30,14 +32,15 @@ def train_labels(config: Config, index: Index, skipped: Ids, decoded: Ids | None
     """
     if config.data.sampling == "uniform":
         return None
-    labels = decoded
-    if labels is None:
-        shards = range(len(index.splits["train"].shards))
-        own = [_labels_of(index, number, skipped) for number in rank_slice(shards, *group[:2])]
-        labels = np.concatenate([part for parts in gather(group, own) for part in parts])
+    first = index.first_ids("train").tolist()
+    own = [
+        _labels_of(index, number, skipped) if decoded is None else decoded[first[number] : first[number + 1]]
+        for number in rank_slice(range(len(first) - 1), group.rank, group.world_size)
+    ]
+    labels = np.concatenate([part for parts in gather(group, own) for part in parts])
     used = labels[usable_ids(len(labels), skipped)]
     counts = np.bincount(used, minlength=len(index.classes)).tolist()
-    expect_every_class(index, counts, "data.sampling = balanced", UNIFORM)
+    expect_every_class(index, counts, "data.sampling = balanced", UNIFORM_REMEDY)
     return labels
 
 
