@@ -133,7 +133,8 @@ def _download(model: ModelConfig, place: str, say: Callable[[str], None], get: C
         raise
     except Exception as error:  # those of three libraries
         raise UsageError(
-            f"model.weights: {model.weights} cannot be had from {place}: {error_text(error)[:200]}; "
+            f"model.weights: {model.weights or model.name} cannot be had from {place}: "
+            f"{error_text(error)[:200]}; "
             "on a machine without a network, set model.weights to a file that you have copied to it"
         ) from error
     finally:

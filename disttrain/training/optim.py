@@ -160,15 +160,15 @@ class ConvMuon(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Takes one step; a parameter without gradient does not change."""
         assert closure is None
-        if self._norms is not None:
-            named = zip(self._matrices, self._norms, self.param_groups[0]["params"], strict=True)
-            trained = [(matrix, norm) for matrix, norm, parameter in named if parameter.grad is not None]
-            matrices, norms = map(list, zip(*trained, strict=True)) if trained else ([], [])
-            factors = torch._foreach_reciprocal(torch._foreach_norm(matrices))
-            torch._foreach_mul_(factors, norms)
-            torch._foreach_mul_(matrices, factors)
         for matrix, parameter in zip(self._matrices, self.param_groups[0]["params"], strict=True):
             matrix.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
+        if self._norms is not None:
+            pairs = zip(self._matrices, self._norms, strict=True)
+            if trained := [(matrix, norm) for matrix, norm in pairs if matrix.grad is not None]:
+                matrices, norms = map(list, zip(*trained, strict=True))
+                factors = torch._foreach_reciprocal(torch._foreach_norm(matrices))
+                torch._foreach_mul_(factors, norms)
+                torch._foreach_mul_(matrices, factors)
         self._muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
         self._muon.step()
         for matrix in self._matrices:

@@ -190,6 +190,15 @@ def test_muon_normalizes_filters_before_each_step() -> None:
             torch.testing.assert_close(new, old * len(old) ** 0.5 / old.norm())
 
 
+def test_muon_leaves_filters_without_a_gradient_as_they_are() -> None:
+    model = network()
+    optimizer = optimizer_for(model, "muon", normalize_weights=True, weight_decay=0.1)
+    before = weights(model)
+    optimizer.step()
+    for old, new in zip(before, weights(model), strict=True):
+        assert torch.equal(old, new)
+
+
 # --- Groups -----------------------------------------------------------------------------------------
 
 
