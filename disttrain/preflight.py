@@ -19,10 +19,11 @@ from disttrain.runs.manifest import size, step_of
 from disttrain.shards.index import Index, check_decoded_side, data_root, load_index, server_root
 
 _SHARED_BYTES = 2 * 9_637_888
-UNIFORM_REMEDY = "use data.sampling=uniform, or pack the data without this class"
-"""What to do about a class without samples where all are drawn equally often."""
 """Shared memory that NCCL uses per process of a node, in /dev/shm: one segment in each of at least two rings.
 The size is from its messages (github.com/NVIDIA/nccl/issues/342: Docker's 64 MiB fail with four GPUs)."""
+
+UNIFORM_REMEDY = "use data.sampling=uniform, or pack the data without this class"
+"""What to do about a class without samples where all are drawn equally often."""
 
 _LEAST_BYTES = 2**24
 """Least free space to start a run: enough for records, logs and a checkpoint of the smallest network."""
@@ -154,6 +155,7 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
             f"model.num_classes = {config.model.num_classes}, but {name} has {classes} classes; "
             f"set it to {classes} or remove it"
         )
+    check_label_keys(config, index)
     rule = config.train.stop_early
     for key, metric in (("eval.best", config.eval.best), ("train.stop_early.metric", rule and rule.metric)):
         if metric == "top5" and classes <= 5:
@@ -173,6 +175,27 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
     return index
 
 
+def check_label_keys(config: Config, index: Index) -> None:
+    """Raises UsageError if a key does not suit a data set with one label a sample, or with any number."""
+    rule = config.train.stop_early
+    loss, sampling = config.train.loss, config.data.sampling
+    metrics = {"eval.best": config.eval.best, "train.stop_early.metric": rule and rule.metric}
+    if not index.multi_label:
+        keys = {"train.loss": (loss == "bce", "bce", "cross_entropy")}
+        keys |= {key: (metric == "map", "map", "accuracy") for key, metric in metrics.items()}
+        what = "multi-label data, but each sample of {0} has one label"
+    else:
+        keys = {
+            "train.loss": (loss == "cross_entropy", loss, "bce"),
+            "data.sampling": (sampling == "balanced", sampling, "uniform"),
+        }
+        keys |= {key: (metric == "top5", "top5", "map") for key, metric in metrics.items()}
+        what = "samples of one label, but those of {0} have several"
+    for key, (wrong, value, instead) in keys.items():
+        if wrong:
+            raise UsageError(f"{key} = {value} is for {what.format(index.name)}; use {key}={instead}")
+
+
 def expect_every_class(index: Index, counts: Sequence[int], key: str, remedy: str) -> None:
     """Raises UsageError if a class has no training sample; `counts` are those of the classes."""
     empty = [name for name, count in zip(index.classes, counts, strict=True) if count == 0]
@@ -185,7 +208,8 @@ def expect_every_class(index: Index, counts: Sequence[int], key: str, remedy: st
 def relative_class_weights(train: TrainConfig, index: Index) -> list[float] | None:
     """Returns the weight of each class in the training loss; None if all samples count the same.
 
-    The mean over the samples of the train split is 1.
+    The mean over the samples of the train split is 1. In multi-label data, a weight is that of the samples
+    that have the label, and stays as it is.
 
     Raises:
         UsageError: `train.class_weights` does not suit the data set.
@@ -196,7 +220,8 @@ def relative_class_weights(train: TrainConfig, index: Index) -> list[float] | No
     if train.class_weights == "balanced":
         remedy = f"give a list with a weight for each of the {len(counts)} classes"
         expect_every_class(index, counts, "train.class_weights = balanced", remedy)
-        weights = [1 / count for count in counts]
+        samples = index.splits["train"].samples
+        weights = [(max(1, samples - count) if index.multi_label else 1) / count for count in counts]
     else:
         weights = list(train.class_weights)
     if len(weights) != len(counts):
@@ -204,6 +229,8 @@ def relative_class_weights(train: TrainConfig, index: Index) -> list[float] | No
             f"train.class_weights has {len(weights)} numbers, but {index.name} has {len(counts)} classes; "
             f"give one for each, in the order of `disttrain data inspect {index.name}`"
         )
+    if index.multi_label:
+        return weights
     mean = sum(weight * count for weight, count in zip(weights, counts, strict=True)) / sum(counts)
     if mean == 0:
         raise UsageError(

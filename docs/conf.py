@@ -30,7 +30,7 @@ exclude_patterns = ["build", "dist", "runs", ".*"]
 
 NAVIGATION = {
     "": ["Start <self>"],
-    "Tutorials": ["/docs/own_images", "/docs/fine_tuning"],
+    "Tutorials": ["/docs/own_images", "/docs/fine_tuning", "/docs/multi_label"],
     "Guides": [
         *("/docs/experiments", "/docs/data", "/docs/monitoring", "/docs/reliability"),
         "/docs/reproducibility",

@@ -9,7 +9,10 @@ from disttrain.errors import UsageError
 from disttrain.preflight import UNIFORM_REMEDY, expect_every_class, relative_class_weights
 
 INDEX = SimpleNamespace(
-    name="few", classes=("ant", "bee", "cat"), splits={"train": SimpleNamespace(class_counts=(10, 30, 80))}
+    name="few",
+    classes=("ant", "bee", "cat"),
+    splits={"train": SimpleNamespace(class_counts=(10, 30, 80), samples=120)},
+    multi_label=False,
 )
 
 
@@ -52,8 +55,8 @@ def test_the_mean_weight_of_the_training_samples_is_1():
     ],
 )
 def test_weights_that_do_not_suit_the_data_set(weights, counts, message):
-    split = SimpleNamespace(class_counts=counts)
-    index = SimpleNamespace(name="few", classes=INDEX.classes, splits={"train": split})
+    split = SimpleNamespace(class_counts=counts, samples=120)
+    index = SimpleNamespace(name="few", classes=INDEX.classes, splits={"train": split}, multi_label=False)
     with pytest.raises(UsageError) as caught:
         relative_class_weights(train_config(weights), index)
     assert str(caught.value) == message

@@ -27,7 +27,7 @@ from disttrain.parallel import ordered_map, usable_cores
 from disttrain.shards.crops import RandomCrops
 from disttrain.shards.images import use_torchvision
 from disttrain.shards.index import Index
-from disttrain.shards.label_format import LabelReader
+from disttrain.shards.label_format import LabelPlace, LabelReader
 from disttrain.shards.reader import decode_files, open_shard
 from disttrain.shards.tar import scan
 from disttrain.shards.whole_shard import decoded
@@ -196,7 +196,7 @@ def _stock(tars: list[Path], index: Index, samples: int, batch_size: int) -> Non
     import webdataset
     from torchvision import transforms
 
-    size = (index.height, index.width)
+    size, label = (index.height, index.width), index.label or LabelPlace()
     transform = transforms.Compose(
         [
             transforms.RandomCrop(size, padding=4, padding_mode="reflect")
@@ -211,8 +211,8 @@ def _stock(tars: list[Path], index: Index, samples: int, batch_size: int) -> Non
         webdataset.WebDataset([str(path) for path in tars], shardshuffle=False)
         .shuffle(1000)
         .decode("pil" if index.channels == 3 else "pill")
-        .to_tuple("jpg;png;webp;jpeg", "cls")
-        .map_tuple(transform)
+        .to_tuple("jpg;png;webp;jpeg", label.member)
+        .map_tuple(transform, lambda content: 0)  # a label may be of any kind
         .batched(batch_size)
     )
     done = 0

@@ -69,6 +69,8 @@ def prepare(name: str, source: Path | None, root: str | None, force: bool) -> No
     type=float,
     help="Fraction of each class for the val split, if DIR has no val folder.",
 )
+@click.option("--labels", type=PATH, metavar="FILE.csv", help="Table of the images and their labels.")
+@click.option("--multi-label", is_flag=True, help="An image of --labels may have any number of labels.")
 @click.option("--skip", is_flag=True, help="Leave out broken images, instead of making no data set.")
 @click.option("--follow-links", is_flag=True, help="Take links to files and folders outside DIR.")
 @click.option("--seed", type=int, default=0, help="Seed of the sample order and of the split.")
@@ -89,8 +91,9 @@ def pack(
     """Make a data set of your own images.
 
     DIR holds train/<class>/<images> and val/<class>/<images> (or valid, validation, dev or test). With
-    --val-fraction it may also hold <class>/<images>. After an interruption, run the same command again:
-    finished shards are kept.
+    --val-fraction it may also hold <class>/<images>. --labels takes the labels from a table instead: a column
+    of files, then a column of labels, or one column with 0 or 1 for each class (docs/data.md). After an
+    interruption, run the same command again: finished shards are kept.
     """
     from disttrain.shards.imagefolder import pack_folder
 
@@ -163,6 +166,7 @@ def verify(name: str, root: str | None) -> None:
     metavar="cls|txt|json:FIELD",
     help="Where the label is: in KEY.cls, KEY.txt, or a field of KEY.json (default: cls, else txt).",
 )
+@click.option("--multi-label", is_flag=True, help="A sample may have any number of labels.")
 @click.option("--skip", is_flag=True, help="Accept tars with unusable samples.")
 @click.option("--name", help="Name of a data set that gets the index, beside links to the tars.")
 @ROOT
@@ -171,6 +175,7 @@ def index_(
     folder: Path,
     classes: Path | None,
     label: str | None,
+    multi_label: bool,
     skip: bool,
     name: str | None,
     root: str | None,
@@ -181,7 +186,7 @@ def index_(
 
     Writes DIR/index.json and changes nothing else. If DIR cannot be written, --name and --root put the index
     elsewhere, beside links to the tars. Each sample needs an image (png, jpg or webp) and a label:
-    the number or the name of its class.
+    the number or the name of its class, or with --multi-label a list of them.
     """
     from disttrain.errors import UsageError
     from disttrain.shards.elsewhere import index_tars
@@ -196,7 +201,8 @@ def index_(
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--classes {classes}: cannot be read: {error}") from None
         names = [name.strip() for name in names if name.strip()]
-    labels = Labels(classes=names, label=parse_place(label) if label else None, skip_unusable=skip)
+    place = parse_place(label) if label else None
+    labels = Labels(classes=names, label=place, multi_label=multi_label, skip_unusable=skip)
     index = _make(lambda options: index_tars(folder, name, root, patterns, options, **labels), force=force)
     click.echo(f"train on it with data.name={index.name} data.root={index.folder.parent}")
 
@@ -261,13 +267,16 @@ def _show_index(index: Index, *, classes: bool = False) -> None:
         size = f"{index.channels} x {index.stored_height} x {index.stored_width}"
     else:
         size = f"{'RGB' if index.channels == 3 else 'gray'}, {index.sizes_text()} pixels"
-    click.echo(f"images   {size}, {len(index.classes)} classes")
+    click.echo(f"images   {size}, {len(index.classes)} {'labels' if index.multi_label else 'classes'}")
     for label, values in (("mean", index.mean), ("std", index.std)):
         click.echo(f"{label:<8} {' '.join(f'{value:.4f}' for value in values)}")
     for name, split in index.splits.items():
         size = mib(sum(shard.bytes for shard in split.shards), 1)
         shards = f"{len(split.shards)} shard{'s' * (len(split.shards) > 1)}"
         click.echo(f"{name:<8} {split.samples:,} samples in {shards}, {size}")
+    if index.multi_label:
+        means = (f"{sum(s.class_counts) / s.samples:.2f} in {name}" for name, s in index.splits.items())
+        click.echo(f"labels   {', '.join(means)} for each image on average")
     for name, split in index.splits.items():
         if split.sizes is not None:
             for line in _histogram(split.sizes.sides):

@@ -13,7 +13,6 @@ import click
 
 from disttrain.cli.shared import COUNT, JSON, PATH, PROCESSES, ROOT, aside, progress
 from disttrain.terminal import columns
-from disttrain.units import percent
 
 _RUN = click.argument("run_path", metavar="RUN", type=PATH)
 _CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|latest|PATH", help="Weights to use.")
@@ -33,7 +32,8 @@ def eval_(run_path: Path, checkpoint: str, as_json: bool, **where: Any) -> None:
     """Evaluate a trained model on a validation split.
 
     Shows loss, accuracy, accuracy per class and the confusion matrix; of many classes, the worst, the best
-    and the most confused ones. Counts every sample exactly once, with any number of processes.
+    and the most confused ones. With multi-label data, it shows the average precision of each class instead.
+    Counts every sample exactly once, with any number of processes.
     """
     from disttrain.inference.eval import evaluate, report
 
@@ -47,6 +47,12 @@ def eval_(run_path: Path, checkpoint: str, as_json: bool, **where: Any) -> None:
 @click.argument("images", metavar="IMAGE|FOLDER|-...", nargs=-1, required=True)
 @_CHECKPOINT
 @click.option("--top", type=COUNT, default=3, help="Number of classes shown per image.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    help="With multi-label data: the least probability of a label that is shown.",
+)
 @click.option("--grid", type=PATH, metavar="FILE.png", help="Also draw the images with their predictions.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document per image.")
 @click.option("--max-pixels", type=COUNT, default=8192 * 8192, help="Images with more are not decoded.")
@@ -54,9 +60,9 @@ def predict(run_path: Path, images: tuple[str, ...], checkpoint: str, **how: Any
     """Classify images with a trained model.
 
     RUN is a run folder, or a file made by `disttrain export --format safetensors`. FOLDER means all images
-    below it. `-` reads file names from standard input, separated by newlines, or by NUL as from `find
-    -print0`. A bad file is reported on standard error, with --json also as a line with a `problem`. The other
-    files are still classified, and the exit code is 65.
+    below it. With multi-label data, each image gets all its labels. `-` reads file names from standard input,
+    separated by newlines, or by NUL as from `find -print0`. A bad file is reported on standard error, with
+    --json also as a line with a `problem`. The other files are still classified, and the exit code is 65.
     """
     from disttrain.inference.predict_command import predict_files as show
 
@@ -166,8 +172,8 @@ def _compare(runs: Sequence[Path], output: Path | None, target: float | None, as
         click.echo(f"{title} and {next(iter(comparison.runs))}: {text}")
     for group in comparison.groups:
         if group.deviation is not None:
-            spread = f"{percent(group.mean)} ± {100 * group.deviation:.2f} (n = {len(group.accuracies)})"
-            click.echo(f"{group.setting}: {spread}")
+            title = "" if group.metric.key == "accuracy" else f"{group.metric.title} "
+            click.echo(f"{group.setting}: {title}{group.text} (n = {len(group.results)})")
     click.echo(page)
 
 

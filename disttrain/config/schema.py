@@ -165,14 +165,14 @@ class ModelConfig(_Section):
     """Epochs after which all parameters are trained, such as 2 or 0.5. null: they stay frozen."""
 
 
-Metric = Literal["accuracy", "loss", "macro_f1", "top5"]
+Metric = Literal["accuracy", "loss", "macro_f1", "top5", "map"]
 
 
 class StopEarlyConfig(_Section):
     """When a run ends before train.epochs."""
 
     metric: Metric
-    """What has to improve, in the evaluations on the validation split; top5 needs more than 5 classes."""
+    """What has to improve in the evaluations; see eval.best."""
     patience_epochs: PositiveInt
     """Epochs without an improvement after which the run ends; counted at each evaluation."""
     min_delta: NonNegative = 0.0
@@ -202,17 +202,17 @@ class TrainConfig(_Section):
     """Replay a whole step as one CUDA graph, on a single GPU. auto: for networks of `disttrain models` that
     are not compiled. true: for any network; if a step waits for the GPU, it cannot be captured and the run
     fails."""
-    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
-    """focal: the cross entropy of each sample times (1 - p) ** `focal_gamma`, where p is the probability of
-    its class (Lin et al. 2017, docs/experiments.md)."""
+    loss: Literal["cross_entropy", "bce", "focal"] = "cross_entropy"
+    """bce: binary cross entropy, for multi-label data (docs/multi_label.md). focal: the cross entropy of each
+    sample or label times (1 - p) ** `focal_gamma`; p is the probability of its class (Lin et al. 2017)."""
     focal_gamma: NonNegative | None = None
     """For focal: how much less well-recognised samples count. null: 2."""
     class_weights: Literal["balanced"] | list[NonNegative] | None = None
-    """Weight of each class in the training loss (docs/experiments.md). balanced: classes count the same,
-    however many samples they have. A list has one number per class, in the order of the data set. null:
-    samples count the same."""
+    """Weight of each class in the training loss (docs/experiments.md; docs/multi_label.md for multi-label
+    data). balanced: classes count the same, however many samples they have. A list has one number per class,
+    in the order of the data set. null: samples count the same."""
     label_smoothing: Fraction = 0.0
-    """Share of the target that is spread evenly over the classes (Szegedy et al. 2016)."""
+    """Share of the target that is spread evenly over the classes, or yes and no (Szegedy et al. 2016)."""
     aux_weight: NonNegative | None = None
     """Weight of each auxiliary loss of a network that returns a tuple in training: the scores, then auxiliary
     scores. null: 0.4 for one, as of torchvision's inception_v3, and 0.3 for each of several, as of its
@@ -323,7 +323,8 @@ class EvalConfig(_Section):
     """Use `tta` in every evaluation, or only in the one after the last epoch."""
     best: Metric = "accuracy"
     """Which evaluation is the best, and so which weights are kept as `best`. macro_f1: the mean F1 of the
-    classes. top5: the share whose class is among the five best scores, for more than 5 classes."""
+    classes. top5: the share whose class is among the five best scores, for more than 5 classes. map: the mean
+    average precision of the classes, for multi-label data."""
 
 
 class CheckpointConfig(_Section):

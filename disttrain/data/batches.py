@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8 [B, H, W, C].
-        labels: int64 [B].
+        labels: int64 [B]; of multi-label data uint8 [B, classes], with a 1 for each label.
         ids: sample ids, int64 [B], on the host.
     """
 

@@ -25,6 +25,7 @@ from disttrain.shards.colors import RULES
 from disttrain.shards.crops import Crops
 from disttrain.shards.images import Pixels, expect_images
 from disttrain.shards.index import Index, remedy
+from disttrain.shards.label_format import Labels
 from disttrain.shards.photos import cut_out, resized
 from disttrain.shards.whole_shard import Chunk, Reduced, decoded, reduced
 from disttrain.units import mib
@@ -42,11 +43,11 @@ class DecodedSplit:
 
     Attributes:
         images: uint8 [N, H, W, C].
-        labels: int64 [N].
+        labels: see `Labels`.
     """
 
     images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
+    labels: Labels
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,23 @@ class ReducedSplit:
         pixels: of all images, in the order of the index: uint8.
         sizes: height and width of each image, int64 [N, 2]; 0 for bad samples.
         starts: of each image in `pixels`, int64 [N].
-        labels: int64 [N].
+        labels: see `Labels`.
         channels: of an image.
     """
 
     pixels: npt.NDArray[np.uint8]
     sizes: Ids
     starts: Ids
-    labels: Ids
+    labels: Labels
     channels: int
 
     def decode(
-        self, ids: Ids, images: Pixels, labels: Ids, positions: Ids | None = None, crops: Crops | None = None
+        self,
+        ids: Ids,
+        images: Pixels,
+        labels: Labels,
+        positions: Ids | None = None,
+        crops: Crops | None = None,
     ) -> None:
         """Cuts the crops of samples out of the decoded images; see `Reader.decode`, which gives the same."""
         assert positions is not None
@@ -103,10 +109,9 @@ def open_split(index: Index, split: str, skipped: Ids, say: Callable[[str], None
     def load(target: Path) -> DecodedSplit | None:
         # copy-on-write, because torch warns about read-only arrays
         images = np.load(target / "images.npy", mmap_mode="c", allow_pickle=False)
-        labels = np.load(target / "labels.npy", allow_pickle=False)
-        expected = (shape, np.uint8, shape[:1], np.int64)
-        found = (images.shape, images.dtype, labels.shape, labels.dtype)
-        return DecodedSplit(images, labels) if found == expected else None
+        labels = np.load(target / "labels.npy", mmap_mode="c", allow_pickle=False)
+        fits = (images.shape, images.dtype) == (shape, np.uint8) and _fit(index, labels, shape[0])
+        return DecodedSplit(images, labels) if fits else None
 
     def write(partial: Path) -> None:
         needed = int(np.prod(shape)) + 9 * shape[0]
@@ -115,7 +120,7 @@ def open_split(index: Index, split: str, skipped: Ids, say: Callable[[str], None
         images = np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
         with (partial / "images.npy").open("r+b") as mapped:  # a full disk fails here, not with SIGBUS later
             os.posix_fallocate(mapped.fileno(), 0, os.fstat(mapped.fileno()).st_size)
-        labels = np.full(shape[0], -1, dtype=np.int64)
+        labels = index.empty_labels(shape[0])
         for chunk in _usable(index, split, skipped, decoded):
             end = chunk.first + len(chunk.labels)
             images[chunk.first : end], labels[chunk.first : end] = chunk.images, chunk.labels
@@ -132,9 +137,9 @@ def open_reduced(index: Index, skipped: Ids, say: Callable[[str], None]) -> Redu
     def load(target: Path) -> ReducedSplit | None:
         pixels = np.memmap(target / "pixels.bin", np.uint8, "c")  # torch warns about read-only arrays
         sizes = np.load(target / "sizes.npy", allow_pickle=False)
-        labels = np.load(target / "labels.npy", allow_pickle=False)
+        labels = np.load(target / "labels.npy", mmap_mode="c", allow_pickle=False)
         starts = np.concatenate([[0], np.cumsum(sizes.prod(1) * index.channels)])
-        fits = len(sizes) == len(labels) == samples and starts[-1] == len(pixels)
+        fits = len(sizes) == samples and starts[-1] == len(pixels) and _fit(index, labels, samples)
         return ReducedSplit(pixels, sizes, starts[:-1], labels, index.channels) if fits else None
 
     def write(partial: Path) -> None:
@@ -142,7 +147,7 @@ def open_reduced(index: Index, skipped: Ids, say: Callable[[str], None]) -> Redu
         size = f"a shorter side of at most {side} pixels, about {mib(index.decoded_bytes, 1)}"
         say(f"decoding {index.name}/train once: {samples:,} images, {size}")
         sizes = np.zeros((samples, 2), np.int64)
-        labels = np.full(samples, -1, np.int64)
+        labels = index.empty_labels(samples)
         with (partial / "pixels.bin").open("wb") as file:
             for chunk in _usable(index, "train", skipped, reduced):
                 for place, image in enumerate(chunk.images, start=chunk.first):
@@ -154,6 +159,11 @@ def open_reduced(index: Index, skipped: Ids, say: Callable[[str], None]) -> Redu
         np.save(partial / "labels.npy", labels)
 
     return _open(index, "train", skipped, f"{RULES} {side}", load, write, say)
+
+
+def _fit(index: Index, labels: Labels, samples: int) -> bool:
+    expected = index.empty_labels(0)
+    return labels.dtype == expected.dtype and labels.shape == (samples, *expected.shape[1:])
 
 
 def _open(

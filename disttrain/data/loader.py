@@ -138,7 +138,7 @@ class OpenData:
         return self.epoch(number)
 
     def epoch(self, number: int, first: int = 0) -> Generator[Batch, None, None]:
-        """Yields this rank's batches of an epoch: images uint8 [B, H, W, C], labels and ids int64 [B].
+        """Yields this rank's batches of an epoch: images uint8 [B, H, W, C], labels and ids; see `Batch`.
 
         Args:
             number: number of the epoch, from 0.
@@ -157,7 +157,7 @@ class OpenData:
         if shares and not shares[-1]:  # only the last batch can be smaller than the number of ranks
             shape = (0, self.index.height, self.index.width, self.index.channels)
             images = torch.empty(shape, dtype=torch.uint8, device=self._device)
-            yield Batch(images, torch.empty(0, dtype=torch.int64, device=self._device), order[:0])
+            yield Batch(images, torch.from_numpy(self.index.empty_labels(0)).to(self._device), order[:0])
 
 
 open_data = OpenData

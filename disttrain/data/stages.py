@@ -7,6 +7,7 @@ Without user stages, `streamed.py` reads and decodes in one go, which takes a te
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -23,6 +24,7 @@ from disttrain.parallel import chunked, ordered_map
 from disttrain.shards.crops import Crops
 from disttrain.shards.images import ImageError
 from disttrain.shards.index import Index
+from disttrain.shards.label_format import as_set
 from disttrain.shards.reader import Sample, decode_files, sample_error
 from disttrain.shards.tar import IMAGE_EXTENSIONS
 from disttrain.user_code import UserCodeError, import_target
@@ -41,7 +43,7 @@ class Stages(NamedTuple):
             file under its extension and of the label under `cls`; `__id__`, the sample id; and
             `__position__`, its position in the epoch, on which a random crop depends.
         decode: replaces the image file by `image`, uint8 [H, W, C], cropped with `data.image_size`, and makes
-            `cls` an int.
+            `cls` an int, or in multi-label data a list of them.
         batch: collects the samples into batches.
         threaded: turns a function of one sample into a stage that the decoding threads run.
     """
@@ -140,7 +142,7 @@ class Staged:
             bad = samples[error.place]
             raise sample_error(self._stream.index, bad["__url__"], bad["__key__"], error) from None
         for sample, image in zip(samples, images, strict=True):
-            sample["image"], sample["cls"] = image, int(sample["cls"])
+            sample["image"], sample["cls"] = image, json.loads(sample["cls"])
         return samples
 
     def _collect(self, wanted: Iterable[Wanted], samples: Iterable[Sample]) -> Iterator[Batch]:
@@ -153,18 +155,20 @@ class Staged:
         _check_order(np.empty(0, np.int64), list(itertools.islice(source, 1)))
 
     def _fill_from(self, samples: Sequence[Sample], due: Wanted) -> None:
-        labels = due.labels.numpy()
+        index = self._stream.index
+        kind, classes = "a list of ints" if index.multi_label else "an int", len(index.classes)
         try:
             np.stack([sample["image"] for sample in samples], out=due.images.numpy(), casting="no")
-            labels[:] = [sample["cls"] for sample in samples]
+            labels = [tuple(sample["cls"]) if index.multi_label else int(sample["cls"]) for sample in samples]
         except (KeyError, TypeError, ValueError) as error:
             height, width, channels = self._stream.shape
             raise UsageError(
                 f"data.pipeline: the batch stage needs samples with `image`, uint8 [{height}, {width}, "
-                f"{channels}], and `cls`, an int: {error_text(error)}"
+                f"{channels}], and `cls`, {kind}: {error_text(error)}"
             ) from error
-        if not 0 <= labels.min() <= labels.max() < (classes := len(self._stream.index.classes)):
+        if not all(0 <= label < classes for found in labels for label in as_set(found)):
             raise UsageError(f"data.pipeline: returns a `cls` outside 0..{classes - 1}")
+        due.labels.numpy()[:] = index.label_reader().array(labels)
 
 
 def open_stream(

@@ -37,7 +37,7 @@ class Wanted(NamedTuple):
         positions: the requested positions in the order of the epoch without repetitions, int64 [U].
         inverse: int64 [B] with ids = unique[inverse]; None without repetitions.
         images: buffer for the images of `unique`, uint8 [U, H, W, C].
-        labels: buffer for the labels of `unique`, int64 [U].
+        labels: buffer for the labels of `unique`; see `Batch`.
     """
 
     ids: Ids
@@ -127,7 +127,9 @@ class Streamed:
         kept, inverse = unique(positions)
         ids = order[window]
         images = torch.empty((len(kept), *self.shape), dtype=torch.uint8, pin_memory=self._pinned)
-        labels = torch.empty(len(kept), dtype=torch.int64, pin_memory=self._pinned)
+        labels = torch.from_numpy(self.index.empty_labels(len(kept)))
+        if self._pinned:
+            labels = labels.pin_memory()
         return Wanted(ids, order[kept], kept, inverse, images, labels)
 
     def _fill(self, crops: Crops | None, work: tuple[Wanted, slice]) -> tuple[Wanted, slice]:

@@ -29,7 +29,7 @@ class Classifier(nn.Module):
     """A network that normalizes its images itself.
 
     It takes images as stored, uint8 [B, H, W, C], and returns the logits of the classes, float32 [B,
-    classes]. Their softmax gives the probabilities.
+    classes]. `probabilities` turns these into probabilities.
 
     Args:
         network: takes normalized images [B, C, H, W].
@@ -85,6 +85,13 @@ class Classifier(nn.Module):
         """Returns the logits of the classes, float32 [B, classes], for uint8 images [B, H, W, C]."""
         scores: Tensor = self.network(self.normalize(images))
         return scores.float()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Returns the probabilities of the classes, float32 [B, classes].
+
+        They are the softmax of the logits. Those of multi-label data are the sigmoid: each class on its own.
+        """
+        return logits.sigmoid() if self.facts.multi_label else logits.softmax(1)
 
     @property
     def evaluated_in(self) -> str:

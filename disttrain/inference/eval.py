@@ -14,7 +14,7 @@ from disttrain.errors import DataError
 from disttrain.inference.run import Facts, open_run
 from disttrain.launch.jobs import plan_job, run_job
 from disttrain.preflight import open_index
-from disttrain.shards.index import Index
+from disttrain.shards.index import Index, load_index
 from disttrain.terminal import fitted, printable, width_of
 from disttrain.units import accuracy_text, percent
 
@@ -53,7 +53,8 @@ def evaluate(
         calibration_error, 0..1; top5_accuracy and top5_correct (None for up to 5 classes); per_class, a list
         of class, correct, total, accuracy (the recall), precision and f1; confusion, the counts of
         predicted classes for each true class; classes; and what was evaluated, and how. With test-time
-        augmentation, plain_accuracy and plain_correct are the results without it.
+        augmentation, plain_accuracy and plain_correct are the results without it. With multi-label data, map
+        and micro_f1 are there too, each class has an average_precision, and confusion is None.
 
     Raises:
         UsageError: the run does not exist, or the machine has fewer GPUs.
@@ -89,6 +90,14 @@ def open_data(config: Config, facts: Facts, data: str | None, root: str | None) 
         "model": config.model.model_copy(update={"num_classes": None}),
         "train": config.train.model_copy(update={"class_weights": None}),
     }
+    if (
+        data is not None
+        and load_index(data, root or config.data.root, strict=False).multi_label != facts.multi_label
+    ):
+        has = "one label a sample, but the run was trained on multi-label data"
+        if not facts.multi_label:
+            has = "any number of labels a sample, but the run was trained on data with one"
+        raise DataError(f"{data}: has {has}; give another --data")
     index = open_index(config.model_copy(update=changes), lambda text: None)
     index = index.cropped(config.data.image_size, config.eval.crop_pct)
     if set(index.classes) != set(facts.classes):
@@ -127,6 +136,8 @@ def report(result: dict[str, Any], columns: int | None = None) -> Iterator[str]:
     """Yields the lines of a result, for a terminal of this width; None cuts no name."""
     many = f"{result['processes']} process{'es' * (result['processes'] > 1)}"
     yield f"{result['checkpoint']} on {result['data']}/{result['split']}, {many}, {result['precision']}"
+    if result.get("map") is not None:
+        yield f"mAP      {percent(result['map'])}, micro F1 {percent(result.get('micro_f1'))}"
     yield f"accuracy {_share(result['correct'], result['total'])}, loss {result['loss']:.4f}"
     if result["top5_correct"] is not None:
         yield f"top 5    {_share(result['top5_correct'], result['total'])}"
@@ -137,8 +148,10 @@ def report(result: dict[str, Any], columns: int | None = None) -> Iterator[str]:
         yield f"skipped  {result['skipped']:,} unusable samples"
     yield ""
     yield from _class_table(result["per_class"], columns)
-    yield ""
     classes, confusion = result["classes"], result["confusion"]
+    if confusion is None:
+        return
+    yield ""
     if len(classes) > _IN_MATRIX:
         yield from _most_confused(result, columns)
         return
@@ -151,22 +164,27 @@ def report(result: dict[str, Any], columns: int | None = None) -> Iterator[str]:
 
 def _class_table(rows: list[dict[str, Any]], columns: int | None) -> Iterator[str]:
     """Yields a line for each class, or for the worst and the best ones if there are many."""
+    figures = {"accuracy": "accuracy", "precision": "precision", "f1": "F1"}
+    if any("average_precision" in row for row in rows):
+        figures = {"average_precision": "AP", "accuracy": "recall", "precision": "precision", "f1": "F1"}
+    first = next(iter(figures))
     parts = [rows]
     if len(rows) > _IN_TABLE:
-        known = [row for row in rows if row["accuracy"] is not None]
+        known = [row for row in rows if row[first] is not None]
         parts = [
-            sorted(known, key=lambda row: (sign * row["accuracy"], -row["total"]))[:_SHOWN]
-            for sign in (1, -1)
+            sorted(known, key=lambda row: (sign * row[first], -row["total"]))[:_SHOWN] for sign in (1, -1)
         ]
         rest = f", {len(rows) - len(known):,} without samples" if len(known) < len(rows) else ""
         yield f"the {_SHOWN} worst and best of {len(rows):,} classes{rest} (--json has all)"
     shown = [row for part in parts for row in part]
-    head, *names = _column(["class", *(row["class"] for row in shown)], columns, 53)
-    yield f"{head} {'accuracy':>10} {'precision':>10} {'F1':>10} {'correct':>9} {'of':>9}"
+    width = 11 * len(figures) + 20
+    head, *names = _column(["class", *(row["class"] for row in shown)], columns, width)
+    titles = "".join(f" {title:>10}" for title in figures.values())
+    yield f"{head}{titles} {'correct':>9} {'of':>9}"
     for number, (name, row) in enumerate(zip(names, shown, strict=True)):
         if number == len(parts[0]):
             yield ""
-        shares = "".join(f" {percent(row[key]):>10}" for key in ("accuracy", "precision", "f1"))
+        shares = "".join(f" {percent(row[key]):>10}" for key in figures)
         yield f"{name}{shares} {row['correct']:>9,} {row['total']:>9,}"
 
 
@@ -197,9 +215,11 @@ def _most_confused(result: dict[str, Any], columns: int | None) -> Iterator[str]
 
 
 def _macro(result: dict[str, Any]) -> str:
-    means = [f"{name} {percent(result[f'macro_{name}'])}" for name in ("precision", "recall")]
-    calibration = percent(result.get("calibration_error"))
-    return f"macro F1 {percent(result['macro_f1'])}, {', '.join(means)}; calibration error {calibration}"
+    means = [f"{name} {percent(result.get(f'macro_{name}'))}" for name in ("precision", "recall")]
+    text = f"macro F1 {percent(result.get('macro_f1'))}, {', '.join(means)}"
+    if result["confusion"] is None:
+        return text
+    return f"{text}; calibration error {percent(result.get('calibration_error'))}"
 
 
 def _share(part: int, whole: int) -> str:

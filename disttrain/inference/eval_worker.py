@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +39,27 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     with saying_where_code_lies(folder):
         data = open_stream(index, "val", group.device, batch_size=size, workers=workers, pipeline=pipeline)
     skipped = index.splits["val"].samples - len(ids)
-    split = Validation(data, ids, facts.classes, skipped)
+    split = Validation(data, ids, facts.classes, skipped, facts.multi_label)
     outputs = torch.tensor([facts.classes.index(name) for name in index.classes], device=group.device)
     task = EvalTask(
         classifier.network, classifier.normalize, split, group, size, classifier.as_evaluated, outputs
     )
     found = measure(task, request["tta"])
     assert found is not None
-    top5 = found.top5_correct if len(facts.classes) > 5 else None
-    confusion, predicted = found.confusion.tolist(), found.confusion.sum(0).tolist()
+    top5 = found.top5_correct if found.record.top5_accuracy is not None else None
+    per_class = [
+        _row(name, *counts) for name, counts in zip(facts.classes, found.counts.tolist(), strict=True)
+    ]
+    for row, label in zip(per_class, found.labels or (), strict=False):
+        row["average_precision"] = label.average_precision
     result: dict[str, Any] = msgspec.to_builtins(found.record)
     del result["epoch"]
     return result | {
         "top5_correct": top5,
         "top5_accuracy": found.record.top5_accuracy,
-        "per_class": [_row(*row) for row in zip(facts.classes, confusion, predicted, itertools.count())],
+        "per_class": per_class,
         "classes": facts.classes,
-        "confusion": confusion,
+        "confusion": found.confusion.tolist() if found.labels is None else None,
         "checkpoint": str(checkpoint),
         "step": classifier.step,
         "data": index.name,
@@ -67,12 +70,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(name: str, counts: list[int], predicted: int, label: int) -> dict[str, Any]:
-    precision, recall, f1 = class_scores(counts[label], sum(counts), predicted)
+def _row(name: str, correct: int, samples: int, predicted: int) -> dict[str, Any]:
+    precision, recall, f1 = class_scores(correct, samples, predicted)
     return {
         "class": name,
-        "correct": counts[label],
-        "total": sum(counts),
+        "correct": correct,
+        "total": samples,
         "accuracy": recall,
         "precision": precision,
         "f1": f1,

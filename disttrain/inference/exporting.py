@@ -242,7 +242,7 @@ def _write_onnx(classifier: Classifier, path: Path, opset: int | None) -> Scores
             "disttrain": _json(classifier.facts),
             "classes": json.dumps(classifier.classes),
             "input": modelcard.input_text(classifier.facts),
-            "output": modelcard.OUTPUT_TEXT,
+            "output": modelcard.output_text(classifier.facts),
         }
     )
     program.save(path, external_data=False)

@@ -15,8 +15,6 @@ from disttrain.shards.index import Index
 from disttrain.units import accuracy_text, number, percent
 
 NAME = "README.md"
-OUTPUT_TEXT = "logits: float32 [B, classes]; their softmax gives the probabilities of the classes"
-
 _MARK = "<!-- model card, written by disttrain export -->"
 
 _WITH_DISTTRAIN = """\
@@ -25,7 +23,7 @@ import sys
 import disttrain
 
 for prediction in disttrain.predict({file}, sys.argv[1:]):
-    print(prediction.image, prediction.label, prediction.probability)
+    print(prediction.image, {what})
 """
 _WITHOUT = '''\
 import json
@@ -49,11 +47,17 @@ def pixels(path):
 {load}
 for path in sys.argv[1:]:
     scores = {scores}
+{show}
+'''
+_BEST = """\
     probabilities = np.exp(scores - scores.max())
     probabilities /= probabilities.sum()
     best = int(probabilities.argmax())
-    print(path, classes[best], float(probabilities[best]))
-'''
+    print(path, classes[best], float(probabilities[best]))"""
+_EVERY = """\
+    probabilities = 1 / (1 + np.exp(-scores))
+    labels = [(classes[label], float(probabilities[label])) for label in np.flatnonzero(scores >= 0)]
+    print(path, *labels)"""
 _COVER = """\
     scale = max({width} / image.width, {height} / image.height)
     left, top = max(0, image.width - {width} / scale) / 2, max(0, image.height - {height} / scale) / 2
@@ -96,6 +100,13 @@ def input_text(facts: Facts) -> str:
     return f"images: uint8 [B, {facts.height}, {facts.width}, {facts.channels}], {colors} 0..255, any B"
 
 
+def output_text(facts: Facts) -> str:
+    """Returns a description of the output of an exported model."""
+    if facts.multi_label:
+        return "logits: float32 [B, classes]; the sigmoid of each is the probability of this label"
+    return "logits: float32 [B, classes]; their softmax gives the probabilities of the classes"
+
+
 def card(trained: Trained, file_format: str, file: str, index: Index, difference: float, images: int) -> str:
     """Returns the model card of an exported file; `difference` is that of its logits on so many images."""
     facts = trained.facts
@@ -108,7 +119,7 @@ def card(trained: Trained, file_format: str, file: str, index: Index, difference
         + ", ".join(f"{split.samples:,} {name}" for name, split in index.splits.items()),
         "input": input_text(facts),
         "preprocessing": _preprocessing(facts, inside=file_format != "safetensors"),
-        "output": OUTPUT_TEXT,
+        "output": output_text(facts),
         "made with": f"disttrain {__version__}",
     }
     table = "\n".join(f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows.items())
@@ -142,11 +153,13 @@ with `classify.py`:
 def _program(facts: Facts, file_format: str, file: str) -> str:
     """Returns the program that uses an exported file; `file` is its name as a Python literal."""
     if file_format == "safetensors":
-        return _WITH_DISTTRAIN.format(file=file)
+        what = "prediction.labels" if facts.multi_label else "prediction.label, prediction.probability"
+        return _WITH_DISTTRAIN.format(file=file, what=what)
     fields = {name: text.format(file=file) for name, text in _PROGRAMS[file_format].items()}
     shape = {"height": facts.height, "width": facts.width, "channels": facts.channels}
     fit = _COVER if facts.crop_pct is None else _CROP
     fields["fit"] = fit.format(crop_pct=facts.crop_pct, **shape)
+    fields["show"] = _EVERY if facts.multi_label else _BEST
     return _WITHOUT.format(mode="L" if facts.channels == 1 else "RGB", **shape, **fields)
 
 
@@ -158,7 +171,10 @@ def _training(trained: Trained) -> dict[str, str]:
     if found is not None:
         result = found.record
         share = accuracy_text(result.accuracy, result.correct, result.total)
-        accuracy = f"{share} of the validation split, loss {number(result.loss, '.4f')}"
+        accuracy = f"{share} of the validation split"
+        if result.map is not None:
+            accuracy = f"mAP {percent(result.map)}; all labels correct in {accuracy}"
+        accuracy += f", loss {number(result.loss, '.4f')}"
         if result.macro_f1 is not None:
             accuracy += f", macro F1 {percent(result.macro_f1)}"
         if result.calibration_error is not None:

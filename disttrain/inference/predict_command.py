@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 import click
 
@@ -21,10 +21,11 @@ from disttrain.inference.run import open_run
 from disttrain.shards.foldertree import SUFFIXES, LeftOut, file_kind, shown
 from disttrain.shards.images import Pixels, expect_images
 from disttrain.shards.remarks import pillow_warnings
-from disttrain.terminal import columns, fitted, width_of
+from disttrain.terminal import columns, fitted, printable, width_of
+from disttrain.units import percent
 
 if TYPE_CHECKING:
-    from disttrain.inference.prediction import Prediction
+    from disttrain.inference.prediction import Limits, Prediction
 
 _WIDEST = 60  # characters of the column of file names
 _NAME = 40  # characters of the column of classes in a file or a pipe; longer names stand out
@@ -39,11 +40,10 @@ def predict_files(
     names: Sequence[str],
     checkpoint: str,
     *,
-    top: int,
     grid: Path | None,
     as_json: bool,
-    max_pixels: int,
     on_progress: Callable[[int, int | None], None],
+    **limits: Unpack[Limits],
 ) -> None:
     """Classifies images, prints the predictions and draws the grid; the arguments are those of the command.
 
@@ -66,11 +66,14 @@ def predict_files(
 
     keep_freed_memory()
     classifier = load_model(run, checkpoint, device=best_device())
-    show = _json if as_json else _table(_layout(files, classifier.classes, top, columns(sys.stdout)))
+    show: Callable[[Prediction], str] = _json
+    if not as_json and classifier.facts.multi_label:
+        show = _label_table(files, columns(sys.stdout))
+    elif not as_json:
+        show = _table(_layout(files, classifier.classes, limits["top"], columns(sys.stdout)))
     cells: list[Cell] = []
     failed = 0
-    found = predictions(classifier, files, top, max_pixels)
-    for number, (prediction, pixels) in enumerate(found, 1):
+    for number, (prediction, pixels) in enumerate(predictions(classifier, files, **limits), 1):
         if prediction.remarks and pixels is not None:
             click.echo(f"disttrain: {shown(prediction.image)}: {'; '.join(prediction.remarks)}", err=True)
         if pixels is None:
@@ -195,7 +198,26 @@ def _table(layout: _Layout) -> Callable[[Prediction], str]:
     return rows
 
 
+def _label_table(files: Sequence[str], columns: int | None) -> Callable[[Prediction], str]:
+    """Prints the header of a table of multi-label data, and returns a function that formats its rows."""
+    image = min(_WIDEST, max(5, *map(len, files)))
+    if columns is not None:
+        image = min(image, max(5, columns // 2))
+    click.echo(f"{'image':<{image}}  labels")
+
+    def row(prediction: Prediction) -> str:
+        labels = prediction.labels or ()
+        shares = {label: percent(share) for label, share in prediction.top}
+        text = ", ".join(f"{printable(label)} {shares[label]}" for label in labels) or "none"
+        file = shown(prediction.image)
+        return f"{file}\n{' ' * image}  {text}" if len(file) > image else f"{file:<{image}}  {text}"
+
+    return row
+
+
 def _cell(prediction: Prediction, pixels: Pixels, classes: Sequence[str]) -> Cell:
     folder = Path(prediction.image).absolute().parent.name
+    if prediction.labels is not None:
+        return Cell(pixels, ", ".join(prediction.labels) or "none", None, None)
     label, probability = prediction.top[0]
     return Cell(pixels, label, probability, folder if folder in classes else None)

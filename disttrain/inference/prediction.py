@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypedDict, TypeVar, Unpack, cast
 
 import numpy as np
 import torch
@@ -52,14 +52,18 @@ class Prediction(NamedTuple):
     Attributes:
         image: name of the file; empty for pixels.
         top: the most probable classes with their probabilities 0..1, best first; empty if there is a problem.
+            In multi-label data, all `labels` are among them.
         problem: why the image is unusable, or None.
         remarks: what Pillow warns about, or that gray levels are lost.
+        labels: in multi-label data, the classes that the image has: those with a probability of at least the
+            threshold. Otherwise None.
     """
 
     image: str
     top: tuple[tuple[str, float], ...]
     problem: str | None = None
     remarks: tuple[str, ...] = ()
+    labels: tuple[str, ...] | None = None
 
     @property
     def label(self) -> str | None:
@@ -72,10 +76,14 @@ class Prediction(NamedTuple):
         return self.top[0][1] if self.top else None
 
     def as_json(self) -> dict[str, Any]:
-        """Returns a line of `disttrain predict --json`; class and probability may be None."""
+        """Returns a line of `disttrain predict --json`; class and probability may be None.
+
+        With multi-label data, `labels` is in it.
+        """
         top = [{"class": label, "probability": probability} for label, probability in self.top]
         best = {"class": self.label, "probability": self.probability}
-        return {"image": self.image, **best, "top": top, "problem": self.problem}
+        labels = {} if self.labels is None else {"labels": self.labels}
+        return {"image": self.image, **labels, **best, "top": top, "problem": self.problem}
 
 
 @pillow_warnings()
@@ -85,6 +93,7 @@ def predict(
     *,
     checkpoint: str | Path = "best",
     top: int = 5,
+    threshold: float = 0.5,
     max_pixels: int = MAX_PIXELS,
 ) -> list[Prediction]:
     """Returns the predictions of a model for images, in their order.
@@ -96,6 +105,7 @@ def predict(
             made gray if it takes gray.
         checkpoint: checkpoint of the run: best, latest, or a path.
         top: classes per prediction.
+        threshold: with multi-label data, the least probability of the `labels`.
         max_pixels: images with more are not decoded.
 
     Raises:
@@ -104,7 +114,8 @@ def predict(
     """
     classifier = source if isinstance(source, Classifier) else load_model(source, checkpoint)
     several = cast(Iterable[ImageSource], [images] if _is_one(images) else images)
-    return [prediction for prediction, _ in predictions(classifier, several, top, max_pixels)]
+    found = predictions(classifier, several, top=top, threshold=threshold, max_pixels=max_pixels)
+    return [prediction for prediction, _ in found]
 
 
 def _is_one(images: object) -> bool:
@@ -114,34 +125,54 @@ def _is_one(images: object) -> bool:
     return isinstance(images, kinds) or hasattr(images, "read")
 
 
+class Limits(TypedDict):
+    """What is taken of images and of their predictions.
+
+    Attributes:
+        top: classes per prediction.
+        threshold: with multi-label data, the least probability of the `labels`.
+        max_pixels: images with more are not decoded.
+    """
+
+    top: int
+    threshold: float
+    max_pixels: int
+
+
 def predictions(
-    classifier: Classifier, images: Iterable[ImageSource], top: int, max_pixels: int = MAX_PIXELS
+    classifier: Classifier, images: Iterable[ImageSource], **limits: Unpack[Limits]
 ) -> Iterator[tuple[Prediction, Pixels | None]]:
     """Yields the prediction for each image with its prepared pixels, uint8 [H, W, C], or None if unusable.
 
     Args:
         classifier: computes in the precision of `as_evaluated`.
         images: read a few batches ahead.
-        top: classes per prediction.
-        max_pixels: images with more are not decoded.
+        limits: see `Limits`.
     """
-    classes = classifier.classes
-    for batch in decoded(images, classifier.facts, max_pixels):
+    top, threshold = limits["top"], limits["threshold"]
+    classes, multi_label = classifier.classes, classifier.facts.multi_label
+    for batch in decoded(images, classifier.facts, limits["max_pixels"]):
         usable = [pixels for _, pixels, _ in batch if not isinstance(pixels, str)]
-        rows: Iterator[tuple[list[float], list[int]]] = iter(())
+        rows: Iterator[list[tuple[str, float]]] = iter(())
         if usable:
             stacked = torch.from_numpy(np.stack(usable)).to(classifier.device)
             with torch.inference_mode(), classifier.as_evaluated():
-                best = classifier(stacked).softmax(1).topk(min(top, len(classes)))
-            rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+                best = classifier.probabilities(classifier(stacked)).sort(stable=True, dim=1, descending=True)
+            columns = (best.values.tolist(), best.indices.tolist())
+            rows = (_named(classes, *row) for row in zip(*columns, strict=True))
         for image, pixels, remarks in batch:
             name = _name(image)
             if isinstance(pixels, str):
                 yield Prediction(name, (), pixels, remarks), None
             else:
-                values, labels = next(rows)
-                found = tuple((classes[label], value) for label, value in zip(labels, values, strict=True))
-                yield Prediction(name, found, None, remarks), pixels
+                found = next(rows)
+                labels = tuple(label for label, value in found if value >= threshold) if multi_label else None
+                most = max(top, len(labels or ()))
+                yield Prediction(name, tuple(found[:most]), None, remarks, labels), pixels
+
+
+def _named(classes: Sequence[str], values: list[float], labels: list[int]) -> list[tuple[str, float]]:
+    return [(classes[label], value) for label, value in zip(labels, values, strict=True)]
 
 
 def _name(image: ImageSource) -> str:

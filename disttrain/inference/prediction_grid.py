@@ -27,14 +27,14 @@ class Cell(NamedTuple):
 
     Attributes:
         pixels: uint8 [H, W, C].
-        label: the predicted class.
-        probability: probability of that class, 0..1.
+        label: the predicted class, or in multi-label data the predicted classes.
+        probability: probability of that class, 0..1; None for several.
         truth: the true class, or None if unknown.
     """
 
     pixels: Pixels
     label: str
-    probability: float
+    probability: float | None
     truth: str | None
 
 
@@ -63,7 +63,7 @@ def draw(cells: list[Cell]) -> Image.Image:
         resampling = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
         picture = ImageOps.contain(picture, (_SIDE, _SIDE), resampling)
         sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2))
-        share = percent(cell.probability, 0)
+        share = _share(cell)
         pen.text((left + _SIDE, top + _SIDE + 1), share, _INK, font, anchor="ra")
         color = _RIGHT if cell.truth == cell.label else _WRONG
         if cell.truth is not None:
@@ -74,9 +74,13 @@ def draw(cells: list[Cell]) -> Image.Image:
     return sheet
 
 
+def _share(cell: Cell) -> str:
+    return "" if cell.probability is None else percent(cell.probability, 0)
+
+
 def _texts(cell: Cell, font: _Font) -> tuple[list[str], list[str]]:
     """Returns the lines of the prediction and of the true class; long names take up to two lines."""
-    beside = _SIDE - _GAP - font.getlength(percent(cell.probability, 0))
+    beside = _SIDE - (_GAP + font.getlength(share) if (share := _share(cell)) else 0)
     truth = [] if cell.truth is None else _folded(f"is {cell.truth}", (_SIDE, _SIDE), font)
     return _folded(cell.label, (beside, _SIDE), font), truth
 

@@ -42,6 +42,7 @@ class Facts:
         data: name of the data set that it was trained on.
         crop_pct: side of the square in the center that is resized to the size of the images, as a share of
             the shorter side. None: the largest part with the aspect ratio of the images.
+        multi_label: an image has any number of the classes.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Facts:
     std: tuple[float, ...]
     data: str
     crop_pct: float | None = None
+    multi_label: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -138,6 +140,7 @@ def _facts(folder: RunFolder, config: Config) -> Facts:
                 "std": std,
                 "data": data["name"],
                 "crop_pct": None if config.data.image_size is None else config.eval.crop_pct,
+                "multi_label": data.get("multi_label", False),
             }
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

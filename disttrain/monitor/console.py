@@ -188,7 +188,8 @@ def train_line(record: TrainRecord, info: RunInfo) -> str:
 def eval_line(record: EvalRecord, info: RunInfo) -> str:
     """Returns the line of an eval record."""
     f1 = "" if record.macro_f1 is None else f", macro F1 {percent(record.macro_f1)}"
-    return f"{_result(record, info)}  eval: {record.correct:,d} of {record.total:,d} correct{f1}"
+    first = "" if record.map is None else f"mAP {percent(record.map)}, "
+    return f"{_result(record, info)}  eval: {first}{record.correct:,d} of {record.total:,d} correct{f1}"
 
 
 def _result(record: TrainRecord | EvalRecord, info: RunInfo) -> str:

@@ -103,6 +103,7 @@ def environment(
             "digest": index.digest,
             "shape": [index.channels, index.height, index.width],
             "classes": index.classes,
+            "multi_label": index.multi_label,
             "mean": index.mean,
             "std": index.std,
             **{name: split.samples for name, split in index.splits.items()},

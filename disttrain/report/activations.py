@@ -15,11 +15,12 @@ from disttrain.config import Config
 from disttrain.data.epoch_plan import Ids
 from disttrain.errors import CheckpointError, DisttrainError
 from disttrain.parallel import usable_cores
-from disttrain.report.confusion import Confusion
 from disttrain.report.pictures import MOST_SIDE, Picture, mosaic, picture_of, stretched
-from disttrain.runs.evaluation import MISTAKES, Mistake, evaluation_of
+from disttrain.runs.evaluation import MISTAKES, Evaluation, Mistake, evaluation_of
+from disttrain.runs.records import EvalRecord
 from disttrain.shards.images import Pixels, expect_images
 from disttrain.shards.index import Index
+from disttrain.shards.label_format import Labels
 from disttrain.shards.reader import Reader
 
 if TYPE_CHECKING:
@@ -33,15 +34,25 @@ _SAMPLES = 40
 _MAPS = 16  # per layer
 _FILTERS = 64
 _LAYERS = 12
+_NONE = "none"  # the labels of an image without any
 
 
 class LabelledImage(NamedTuple):
-    """An image of the data set; `predicted` and its probability (0..1) are None without a prediction."""
+    """An image of the data set, with texts below it.
+
+    Attributes:
+        picture: the image.
+        true: its class; in multi-label data, its classes.
+        predicted: what is predicted, or which of its labels is wrong; None without a prediction.
+        probability: of the prediction, 0..1, or None.
+        right: whether the prediction is correct.
+    """
 
     picture: Picture
-    label: int
-    predicted: int | None = None
+    true: str
+    predicted: str | None = None
     probability: float | None = None
+    right: bool = False
 
 
 class Layer(NamedTuple):
@@ -63,8 +74,8 @@ class CheckpointView:
         checkpoint: name of the checkpoint.
         step: optimizer steps up to the checkpoint.
         precision: precision of the forward pass.
-        confusion: int64 [true class, predicted class].
-        samples: number of validation samples; `confusion` counts fewer if the time limit was reached.
+        evaluation: its results.
+        samples: number of validation samples; `evaluation` has fewer if the time limit was reached.
         mistakes: the most confident mistakes.
         grid: the first validation images.
         filters: picture and number of the filters of the first convolution; None without one.
@@ -75,7 +86,7 @@ class CheckpointView:
     checkpoint: str
     step: int
     precision: str
-    confusion: Confusion
+    evaluation: Evaluation
     samples: int
     mistakes: list[LabelledImage]
     grid: list[LabelledImage]
@@ -106,30 +117,25 @@ def view_checkpoint(run_dir: Path, config: Config, index: Index, *, budget_s: fl
     classifier = _load(run_dir, device)
     assert classifier.step is not None
     ids = np.random.default_rng(0).permutation(usable_samples(config, index))
-    kept = evaluation_of(Path(classifier.source))
-    if kept is not None:
-        confusion, worst = kept.confusion, kept.mistakes
-    else:
-        confusion, worst = _evaluate(classifier, config, index, ids, budget_s)
+    found = evaluation_of(Path(classifier.source)) or _evaluate(classifier, config, index, ids, budget_s)
     reader = Reader(index, "val")
-    pixels, _ = _read(reader, index, np.array([one.id for one in worst], np.int64))
+    pixels, labels = _read(reader, index, np.array([one.id for one in found.mistakes], np.int64))
     mistakes = [
-        LabelledImage(picture_of(image), one.label, one.predicted, one.probability)
-        for image, one in zip(pixels, worst, strict=True)
+        LabelledImage(picture_of(image), names(index, label), _wrong(index, one), one.probability)
+        for image, label, one in zip(pixels, labels, found.mistakes, strict=True)
     ]
     pixels, labels = _read(reader, index, ids[:_GRID])
     images = torch.from_numpy(pixels).to(device)
     with torch.inference_mode(), classifier.as_evaluated():
-        best, chosen = classifier(images).softmax(1).max(1)
-        columns = zip(pixels, labels.tolist(), chosen.tolist(), best.tolist(), strict=True)
-        grid = [LabelledImage(picture_of(image), *found) for image, *found in columns]
-        right = next((n for n, shot in enumerate(grid) if shot.label == shot.predicted), 0)
+        grid = _predicted(index, pixels, labels, classifier.probabilities(classifier(images)))
+        telling = (n for n, shot in enumerate(grid) if shot.right and shot.true != _NONE)
+        right = next(telling, 0)
         layers = _layers(classifier.network, lambda: classifier(images[right : right + 1]))
     return CheckpointView(
         checkpoint=Path(classifier.source).name,
         step=classifier.step,
         precision=classifier.evaluated_in,
-        confusion=confusion,
+        evaluation=found,
         samples=len(ids),
         mistakes=mistakes,
         grid=grid,
@@ -139,13 +145,50 @@ def view_checkpoint(run_dir: Path, config: Config, index: Index, *, budget_s: fl
     )
 
 
-def _evaluate(
-    classifier: Classifier, config: Config, index: Index, ids: Ids, budget_s: float
-) -> tuple[Confusion, list[Mistake]]:
-    """Evaluates as many samples as the time allows; returns the confusion matrix and the worst mistakes."""
+def names(index: Index, label: Any) -> str:
+    """Returns the class of a sample, or in multi-label data the classes of its row of `Labels`."""
+    if not index.multi_label:
+        return index.classes[int(label)]
+    return ", ".join(index.classes[at] for at in label.nonzero()[0].tolist()) or _NONE
+
+
+def _wrong(index: Index, mistake: Mistake) -> str:
+    """Returns what was wrongly predicted; a missed label is `not NAME`."""
+    missed = mistake.predicted < 0
+    return f"not {index.classes[mistake.label]}" if missed else index.classes[mistake.predicted]
+
+
+def _predicted(
+    index: Index, pixels: Pixels, labels: Labels, probabilities: torch.Tensor
+) -> list[LabelledImage]:
+    """Returns images with their predictions.
+
+    Args:
+        index: the data set.
+        pixels: uint8 [B, H, W, C].
+        labels: see `Labels`.
+        probabilities: float32 [B, classes].
+    """
+    if index.multi_label:
+        chosen = (probabilities >= 0.5).to("cpu").numpy().astype(np.uint8)
+        chances: list[float | None] = [None] * len(pixels)
+    else:
+        best, places = probabilities.cpu().max(1)
+        chosen, chances = places.numpy(), best.tolist()
+    return [
+        LabelledImage(
+            picture_of(image), names(index, true), names(index, row), chance, bool((true == row).all())
+        )
+        for image, true, row, chance in zip(pixels, labels, chosen, chances, strict=True)
+    ]
+
+
+def _evaluate(classifier: Classifier, config: Config, index: Index, ids: Ids, budget_s: float) -> Evaluation:
+    """Evaluates as many samples as the time allows."""
     from disttrain.data.stages import open_stream
     from disttrain.training.collectives import Group
     from disttrain.training.evaluation import EvalMetrics, EvalTask, score
+    from disttrain.training.multi_label import MultiLabelMetrics
     from disttrain.training.state import Validation
 
     expect_images(len(ids))
@@ -153,22 +196,36 @@ def _evaluate(
     workers = min(8, usable_cores())
     pipeline = config.data.pipeline
     data = open_stream(index, "val", device, batch_size=_BATCH, workers=workers, pipeline=pipeline)
-    split = Validation(data, ids, index.classes)
+    split = Validation(data, ids, index.classes, multi_label=index.multi_label)
     group, autocast = Group(0, 1, device), classifier.as_evaluated
     task = EvalTask(classifier.network, classifier.normalize, split, group, _BATCH, autocast)
-    metrics = EvalMetrics(device, len(index.classes))
+    make = MultiLabelMetrics if index.multi_label else EvalMetrics
+    metrics = make(device, len(index.classes))
     score(
         task,
         "none",
         metrics.add,
         lambda number: number == 0 or time.monotonic() - began < budget_s,
     )
-    confusion = metrics.confusion.view(len(index.classes), -1).cpu().numpy()
-    return confusion, sorted(metrics.mistakes(), reverse=True)[:MISTAKES]
+    sums, labels = metrics.sums(), None
+    total, correct = int(sums.samples), int(sums.correct)
+    cells = []
+    if isinstance(metrics, MultiLabelMetrics):
+        labels = metrics.results(group)
+    else:
+        cells = metrics.cells()
+    return Evaluation(
+        record=EvalRecord(loss=None, accuracy=correct / total, correct=correct, total=total, step=0, epoch=0),
+        top5_correct=0,
+        classes=index.classes,
+        cells=cells,
+        labels=labels,
+        mistakes=sorted(metrics.mistakes(), reverse=True)[:MISTAKES],
+    )
 
 
 def sample_grid(index: Index) -> list[LabelledImage]:
-    """Returns training images in class order, up to the same number of each class.
+    """Returns training images in class order, up to the same number of each class (the first of several).
 
     Raises:
         DisttrainError: the data set cannot be read.
@@ -183,9 +240,10 @@ def sample_grid(index: Index) -> list[LabelledImage]:
             pixels, labels = _read(reader, index, ids[place : place + 1])
         except DisttrainError:
             continue  # show the others if a sample is bad
-        of_class = kept.setdefault(int(labels[0]), [])
+        label = int(labels[0].argmax() if index.multi_label else labels[0])
+        of_class = kept.setdefault(label, [])
         if len(of_class) < each:
-            of_class.append(LabelledImage(picture_of(pixels[0]), int(labels[0])))
+            of_class.append(LabelledImage(picture_of(pixels[0]), names(index, labels[0])))
         if sum(map(len, kept.values())) >= min(_SAMPLES, each * len(index.classes)):
             break
     return [shot for label in sorted(kept) for shot in kept[label]]
@@ -206,9 +264,9 @@ def _load(run_dir: Path, device: torch.device) -> Classifier:
         return load_model(run_dir, link, device=device)  # a live run may have replaced it meanwhile
 
 
-def _read(reader: Reader, index: Index, ids: Ids) -> tuple[Pixels, Ids]:
+def _read(reader: Reader, index: Index, ids: Ids) -> tuple[Pixels, Labels]:
     pixels = np.empty((len(ids), index.height, index.width, index.channels), np.uint8)
-    labels = np.empty(len(ids), np.int64)
+    labels = index.empty_labels(len(ids))
     if len(ids):
         reader.decode(ids, pixels, labels)
     return pixels, labels

@@ -73,6 +73,7 @@ class Curve(NamedTuple):
 
 _LOSS = Curve("loss", 1.0, ".4f", "", {"log": True, "clip": True, "smooth": True})
 _ACCURACY = Curve("accuracy", 100.0, ".2f", " %", {"unit": "%", "clip": True, "smooth": True})
+_MAP = Curve("map", 100.0, ".2f", " %", {})
 LEARNING = (
     _LOSS,
     _ACCURACY,
@@ -102,6 +103,8 @@ def learning(charts: Charts, run: Run) -> None:
         series = [_series("training", steps, curve.scale * run.train[curve.key], ruler="run")]
         if curve in (_LOSS, _ACCURACY):
             series += _validation("validation", run, curve, color=PALETTE[1], ruler="run")
+        if curve is _ACCURACY:
+            series += _validation("validation mAP", run, _MAP, color=PALETTE[2], ruler="run")
         charts.add(curve.key, "steps", series, **curve.options)
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from disttrain.errors import CheckpointError
+from disttrain.report.confusion import class_rows
 from disttrain.report.run import Run
 from disttrain.runs.evaluation import Evaluation, evaluation_of
 from disttrain.units import number, percent
@@ -19,7 +20,7 @@ _MOST_RUNS = 4  # with a column of their own on a terminal
 
 
 class ClassDifference(NamedTuple):
-    """The accuracies of one class.
+    """The accuracies of one class; in multi-label data, its average precisions.
 
     Attributes:
         name: of the class.
@@ -86,6 +87,5 @@ def _evaluation(run: Run) -> Evaluation | None:
 
 def _accuracies(evaluation: Evaluation) -> dict[str, tuple[float, int]]:
     """Returns the accuracy of each class that has samples, and their number."""
-    confusion = evaluation.confusion
-    columns = zip(evaluation.classes, confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True)
-    return {name: (correct / samples, samples) for name, correct, samples in columns if samples}
+    rows = class_rows(evaluation)
+    return {row.name: (row.score, row.samples) for row in rows if row.score is not None and row.samples}

@@ -21,6 +21,8 @@ from disttrain.report.facts import environment_rows, median, outcome, wall_s
 from disttrain.report.parallel_coordinates import Line, draw
 from disttrain.report.rendering import render
 from disttrain.report.run import Run, read_run, time_to_accuracy
+from disttrain.runs.eval_metrics import EVAL_METRICS, Metric
+from disttrain.runs.records import EvalRecord
 from disttrain.runs.weight_digests import compared, weight_digests
 from disttrain.units import number, percent
 
@@ -33,12 +35,16 @@ class Group:
         values: the settings in which the groups differ: key -> value of this group.
         titles: titles of the runs.
         accuracies: final accuracy of each run, 0..1.
-        deviation: their standard deviation, 0..1; None for a single run.
+        metric: by which the groups are compared.
+        results: the value of the metric in the last evaluation of each run.
+        deviation: standard deviation of `results`; None for a single run.
     """
 
     values: dict[str, str]
     titles: list[str]
     accuracies: list[float]
+    metric: Metric
+    results: list[float]
     deviation: float | None
 
     @property
@@ -48,8 +54,15 @@ class Group:
 
     @property
     def mean(self) -> float:
-        """The mean accuracy."""
-        return float(np.mean(self.accuracies))
+        """The mean of `results`."""
+        return float(np.mean(self.results))
+
+    @property
+    def text(self) -> str:
+        """The mean with its deviation."""
+        return self.metric.text(self.mean) + (
+            "" if self.deviation is None else f" ± {self.metric.text(self.deviation).removesuffix(' %')}"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,8 @@ class Comparison:
         target: accuracy, 0..1, for the time-to-accuracy rows; None if no run was evaluated.
         rows: name of a result -> its value in each run, None if unknown.
         differences: (key, value in each run) of the config and environment keys that differ.
-        groups: groups of runs that differ only in their seed, the one with the highest mean first.
+        metric: by which groups are compared: that of eval.best, or accuracy if the runs have several.
+        groups: groups of runs that differ only in their seed, the one with the best mean first.
         bits: title of a run -> whether it has the same bits as the first run, if both recorded digests.
         classes: accuracies of the classes, those that differ most first.
         warning: why the accuracies cannot be compared; empty if they can.
@@ -71,6 +85,7 @@ class Comparison:
     target: float | None
     rows: dict[str, list[float | str | None]]
     differences: list[tuple[str, list[str]]]
+    metric: Metric
     groups: list[Group]
     bits: dict[str, str]
     classes: list[ClassDifference]
@@ -95,12 +110,18 @@ def compare(paths: Sequence[Path], target: float | None = None) -> Comparison:
         reached = [max(record.accuracy for record in run.evals) for run in runs.values() if run.evals]
         target = min(reached, default=None)
     results = [_results(run, target) for run in runs.values()]
+    rows = {name: [result[name] for result in results] for name in results[0]}
+    if not any(rows["last_map"]):  # only multi-label data have one
+        del rows["last_map"]
+    metrics = {run.metric for run in runs.values()}
+    metric = metrics.pop() if len(metrics) == 1 else EVAL_METRICS["accuracy"]
     return Comparison(
         runs=runs,
         target=target,
-        rows={name: [result[name] for result in results] for name in results[0]},
+        rows=rows,
         differences=_differences(list(runs.values())),
-        groups=_groups(runs),
+        metric=metric,
+        groups=_groups(runs, metric),
         bits=_bits(runs),
         classes=class_differences(runs),
         warning=_different_data(runs),
@@ -115,7 +136,8 @@ def write_comparison(comparison: Comparison, output: Path) -> Path:
     """
     drawn = charts.Charts()
     charts.overlay(drawn, comparison.runs)
-    lines = draw([Line(group.values, group.mean, group.setting) for group in comparison.groups])
+    settings = [Line(group.values, group.mean, group.setting) for group in comparison.groups]
+    lines = draw(settings, comparison.metric)
     shown = {"comparison": comparison, "cell": cell, "heading": heading, "shortened": shortened}
     return render("comparison.html", output, drawn, lines=lines, **shown)
 
@@ -138,8 +160,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             | {"accuracy": dict(zip(comparison.runs, row.accuracies, strict=True))}
             for row in comparison.classes
         ],
+        "metric": comparison.metric.key,
         "groups": [
-            vars(group) | {"setting": group.setting, "mean": group.mean} for group in comparison.groups
+            vars(group) | {"setting": group.setting, "mean": group.mean, "metric": group.metric.key}
+            for group in comparison.groups
         ],
     }
 
@@ -160,6 +184,7 @@ def table(comparison: Comparison) -> Table:
 _ON_TERMINAL = (
     "last_accuracy",
     "best_accuracy",
+    "last_map",
     "training_s",
     "images_per_s",
     "epochs_to_target",
@@ -179,7 +204,7 @@ def cell(name: str, value: float | str | None) -> str:
     """Returns a value of a row of `Comparison.rows`, formatted for display."""
     if isinstance(value, str):
         return value
-    if "accuracy" in name or name in ("last_macro_f1", "last_calibration_error"):
+    if "accuracy" in name or name in ("last_map", "last_macro_f1", "last_calibration_error"):
         return percent(value)
     precise = name.endswith("_s") and name != "images_per_s"
     return number(value, ".4f" if "loss" in name else ",.1f" if precise else ",.0f")
@@ -232,6 +257,7 @@ def _results(run: Run, target: float | None) -> dict[str, float | str | None]:
         "state": outcome(run)[0],
         "last_accuracy": last.accuracy if last else None,
         "best_accuracy": max((record.accuracy for record in run.evals), default=None),
+        "last_map": last.map if last else None,
         "last_macro_f1": last.macro_f1 if last else None,
         "last_calibration_error": last.calibration_error if last else None,
         "last_loss": last.loss if last else None,
@@ -276,23 +302,29 @@ def _makes_an_experiment(key: str) -> bool:
     return key not in {"seed", "name"} and (role(key) is Role.EXPERIMENT or key == "train.epochs")
 
 
-def _groups(runs: Mapping[str, Run]) -> list[Group]:
-    """Returns the finished runs, grouped by their settings without the seed."""
-    members: dict[tuple[tuple[str, str], ...], list[tuple[str, float]]] = {}
+def _groups(runs: Mapping[str, Run], metric: Metric) -> list[Group]:
+    """Returns the finished runs, grouped by their settings without the seed; the best by a metric first.
+
+    Runs without a value of the metric are left out.
+    """
+    members: dict[tuple[tuple[str, str], ...], list[tuple[str, EvalRecord]]] = {}
     for title, run in runs.items():
         if run.config is None or run.status.get("state") != "finished" or not run.evals:
             continue
+        if metric.of(run.evals[-1]) is None:
+            continue
         kept = {k: v for k, v in _settings(run).items() if _makes_an_experiment(k)}
         kept["data digest"] = _environment(run).get("data digest", "n/a")
-        members.setdefault(tuple(sorted(kept.items())), []).append((title, run.evals[-1].accuracy))
+        members.setdefault(tuple(sorted(kept.items())), []).append((title, run.evals[-1]))
     keys = [dict(key) for key in members]
     telling = [
         k for k in dict.fromkeys(k for key in keys for k in key) if len({key.get(k) for key in keys}) > 1
     ]
     groups = []
     for key, own in zip(keys, members.values(), strict=True):
-        accuracies = [accuracy for _, accuracy in own]
-        deviation = float(np.std(accuracies, ddof=1)) if len(own) > 1 else None
-        values = {k: key.get(k, "n/a") for k in telling}
-        groups.append(Group(values, [title for title, _ in own], accuracies, deviation))
-    return sorted(groups, key=lambda group: -group.mean)
+        results = [metric.of(record) or 0.0 for _, record in own]
+        deviation = float(np.std(results, ddof=1)) if len(own) > 1 else None
+        values, titles = {k: key.get(k, "n/a") for k in telling}, [title for title, _ in own]
+        accuracies = [record.accuracy for _, record in own]
+        groups.append(Group(values, titles, accuracies, metric, results, deviation))
+    return sorted(groups, key=lambda group: group.mean, reverse=not metric.lower)

@@ -20,6 +20,8 @@ from disttrain.units import accuracy_text, duration, flops_text, number, percent
 
 _EPOCH_ROWS = 60
 _OF_LAST = {
+    "map": "mAP",
+    "micro_f1": "micro F1",
     "macro_f1": "macro F1",
     "macro_precision": "macro precision",
     "macro_recall": "macro recall",
@@ -38,6 +40,8 @@ def outcome(run: Run) -> tuple[str, str]:
         result = "no evaluation"
     else:
         result, metric = f"accuracy {accuracy_text(last.accuracy, last.correct, last.total)}", run.metric
+        if last.map is not None:
+            result = f"mAP {percent(last.map)}, {result}"
         if best is not None and best is not last and metric.of(best) != metric.of(last):
             title = "" if metric.key == "accuracy" else f"{metric.title} "
             result += f", best {title}{metric.text(metric.of(best))} after epoch {best.epoch}"

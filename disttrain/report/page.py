@@ -113,15 +113,16 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
 
 def _classes(seen: CheckpointView, index: Index, page: Path) -> dict[str, Any]:
     """Returns what the page says of the classes, and writes it into a file beside the page."""
-    rows = class_rows(seen.confusion, index.classes)
-    matrix = drawing(seen.confusion, index.classes)
+    evaluation = seen.evaluation
+    rows, multi_label = class_rows(evaluation), evaluation.labels is not None
+    matrix = None if multi_label else drawing(evaluation.confusion, index.classes)
     table = page.with_name(f"{page.stem}_classes.csv")
-    write_classes(rows, table)
+    write_classes(rows, table, multi_label=multi_label)
     return {
         "class_rows": worst_first(rows),
         "axis_start": axis_start(rows),
         "class_file": table.name,
-        "confused": most_confused(seen.confusion, 20 if matrix else 10),
+        "confused": [] if multi_label else most_confused(evaluation.confusion, 20 if matrix else 10),
         "matrix": matrix,
     }
 

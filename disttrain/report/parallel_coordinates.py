@@ -1,6 +1,6 @@
 """Parallel coordinates of the settings of several runs: an axis for each key, and a line for each setting.
 
-The last axis is the accuracy. Everything here is in units of the drawing.
+The last axis is the metric by which the settings are compared. Everything here is in units of the drawing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from disttrain.report.columns import Array
-from disttrain.units import percent
+from disttrain.runs.eval_metrics import Metric
 
 _WIDTH, _HEIGHT = 960, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 80, 34, 300
@@ -26,12 +26,12 @@ class Line(NamedTuple):
 
     Attributes:
         values: key -> value.
-        accuracy: the mean over its seeds, 0..1.
+        result: the mean of the metric over its seeds.
         title: the setting in words.
     """
 
     values: Mapping[str, str]
-    accuracy: float
+    result: float
     title: str
 
 
@@ -48,8 +48,8 @@ class Stroke(NamedTuple):
 
     Attributes:
         points: as SVG takes them.
-        share: of the way from the lowest accuracy to the highest, 0..1.
-        title: the setting and its accuracy.
+        share: of the way from the worst result to the best, 0..1.
+        title: the setting and its result.
     """
 
     points: str
@@ -69,29 +69,30 @@ class Drawing:
     bottom: int = _BOTTOM
 
 
-def draw(settings: Sequence[Line]) -> Drawing | None:
-    """Returns the drawing of the settings with the highest accuracy; None if there is nothing to compare.
+def draw(settings: Sequence[Line], metric: Metric) -> Drawing | None:
+    """Returns the drawing of the settings with the best results; None if there is nothing to compare.
 
     Args:
         settings: best first; all have the same keys.
+        metric: of the results.
     """
     settings = settings[:_MOST_LINES]
     if len(settings) < 2:
         return None
     keys = list(settings[0].values)
     columns = [_places([line.values[key] for line in settings]) for key in keys]
-    accuracies = np.array([line.accuracy for line in settings])
-    columns.append(_scaled(accuracies, [percent(value) for value in accuracies]))
+    results = np.array([line.result for line in settings])
+    columns.append(_scaled(results, [metric.text(value) for value in results.tolist()]))
     step = (_WIDTH - _LEFT - _RIGHT) / len(keys)
     xs = [_LEFT + step * number for number in range(len(columns))]
-    axes = [
-        Axis(name, x, ticks) for name, x, (_, ticks) in zip([*keys, "accuracy"], xs, columns, strict=True)
-    ]
+    names = [*keys, metric.title]
+    axes = [Axis(name, x, ticks) for name, x, (_, ticks) in zip(names, xs, columns, strict=True)]
     strokes = []
     for number, line in enumerate(settings):
         points = " ".join(f"{x:.0f},{ys[number]:.1f}" for x, (ys, _) in zip(xs, columns, strict=True))
         share = (_BOTTOM - columns[-1][0][number]) / (_BOTTOM - _TOP)
-        strokes.append(Stroke(points, share, f"{line.title}: {percent(line.accuracy)}"))
+        share = 1 - share if metric.lower else share
+        strokes.append(Stroke(points, share, f"{line.title}: {metric.text(line.result)}"))
     return Drawing(axes, strokes[::-1])
 
 

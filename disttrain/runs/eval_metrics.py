@@ -54,6 +54,7 @@ EVAL_METRICS = {
     "accuracy": Metric("accuracy", "accuracy"),
     "loss": Metric("loss", "validation loss", lower=True),
     "macro_f1": Metric("macro_f1", "macro F1"),
+    "map": Metric("map", "mAP"),
     "top5": Metric("top5_accuracy", "top-5 accuracy"),
 }
 """The choices of eval.best and train.stop_early.metric."""
@@ -114,6 +115,10 @@ def calibration_error(bins: Sequence[Sequence[int]]) -> float:
 
 
 def result_text(record: EvalRecord) -> str:
-    """Returns the result of an evaluation in a line: `accuracy 98.05 % (352 of 359), macro F1 98.01 %`."""
-    text = f"accuracy {accuracy_text(record.accuracy, record.correct, record.total)}"
+    """Returns the result of an evaluation in a line: `accuracy 98.05 % (352 of 359), macro F1 98.01 %`.
+
+    That of multi-label data begins with the mAP.
+    """
+    first = "" if record.map is None else f"mAP {percent(record.map)}, "
+    text = f"{first}accuracy {accuracy_text(record.accuracy, record.correct, record.total)}"
     return text if record.macro_f1 is None else f"{text}, macro F1 {percent(record.macro_f1)}"

@@ -26,9 +26,22 @@ class Mistake(msgspec.Struct, order=True, frozen=True):
     id: int
     """Sample id."""
     label: int
-    """The true class."""
+    """The true class; in multi-label data, a class that was missed, or -1."""
     predicted: int
-    """The predicted class."""
+    """The predicted class; in multi-label data, a class that is not there, or -1."""
+
+
+class LabelResult(msgspec.Struct, frozen=True):
+    """The result of one class of multi-label data."""
+
+    correct: int
+    """Samples with this label for which it is predicted."""
+    samples: int
+    """Samples with this label."""
+    predicted: int
+    """Samples for which it is predicted."""
+    average_precision: float | None
+    """0..1; None without samples."""
 
 
 class Evaluation(msgspec.Struct):
@@ -43,11 +56,22 @@ class Evaluation(msgspec.Struct):
     cells: list[tuple[int, int, int]]
     """The confusion matrix without its zeros: (true class, predicted class, samples), row by row."""
     mistakes: list[Mistake]
-    """The most confident ones, the worst first."""
+    """The most confident ones, the worst first; in multi-label data, at most one of each sample."""
+    labels: list[LabelResult] | None = None
+    """Of multi-label data: the result of each class, in place of a confusion matrix."""
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Correct predictions, samples and predictions of each class: int64 [classes, 3]."""
+        if self.labels is not None:
+            rows = [(row.correct, row.samples, row.predicted) for row in self.labels]
+            return np.array(rows, np.int64).reshape(-1, 3)
+        matrix = self.confusion
+        return np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)], 1)
 
     @property
     def confusion(self) -> npt.NDArray[np.int64]:
-        """The confusion matrix, int64 [true class, predicted class]."""
+        """The confusion matrix, int64 [true class, predicted class]; not of multi-label data."""
         matrix = np.zeros((len(self.classes),) * 2, np.int64)
         true, predicted, samples = np.array(self.cells, np.int64).reshape(-1, 3).T
         matrix[true, predicted] = samples

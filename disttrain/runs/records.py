@@ -139,9 +139,9 @@ class EvalRecord(msgspec.Struct, tag="eval", tag_field="kind", kw_only=True, omi
 
     time: str | None = None
     loss: float | None
-    """Cross entropy."""
+    """Cross entropy; in multi-label data the binary one, as a mean over the classes."""
     accuracy: float
-    """0..1."""
+    """0..1; in multi-label data, the share of the samples whose labels are all predicted correctly."""
     correct: int
     total: int
     tta: str | None = None
@@ -156,6 +156,10 @@ class EvalRecord(msgspec.Struct, tag="eval", tag_field="kind", kw_only=True, omi
     """Mean of the recall of the classes, 0..1; also called balanced accuracy."""
     macro_f1: float | None = None
     """Mean of the F1 of the classes, 0..1."""
+    micro_f1: float | None = None
+    """F1 of all labels together, 0..1; only of multi-label data."""
+    map: float | None = None
+    """Mean of the average precision of the classes that have samples, 0..1; only of multi-label data."""
     top5_accuracy: float | None = None
     """Share of the samples whose class is among the five best, 0..1; only for more than 5 classes."""
     calibration_error: float | None = None

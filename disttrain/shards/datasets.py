@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from disttrain.errors import DataError, UsageError, reason
-from disttrain.shards.foldertree import is_tree
+from disttrain.shards.foldertree import is_tree, list_tree
 from disttrain.shards.imagefolder import Tree, scan_tree
 from disttrain.shards.images import Pixels, encode_image
 from disttrain.shards.index import BUILT_IN, Index, data_folder, data_root, load_index, make_command
@@ -88,7 +88,7 @@ def prepare(name: str, source: Path | None, root: str | None, options: Options) 
         return pack(name, root, _mnist(source, root, say), _DIGITS, 1, options)
     if source is None or not is_tree(source):
         return pack(name, root, _cifar10(source, root, say), CIFAR10_CLASSES, 3, options)
-    tree = scan_tree(source, None, 0, say)
+    tree = scan_tree(list_tree(source, None), None, 0, say)
     _check_cifar_tree(source, tree)
     return pack(name, root, tree.sources(), tree.classes, tree.channels, options)
 

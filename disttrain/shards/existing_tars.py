@@ -29,6 +29,7 @@ from disttrain.shards.index_file import (
     index_bytes,
     one_size,
     sizes_of,
+    version_of,
 )
 from disttrain.shards.label_format import LabelPlace, LabelTexts
 from disttrain.shards.labels import (
@@ -59,11 +60,13 @@ class Labels(TypedDict, total=False):
         classes: names of the classes; None takes those of the index that is replaced, if they fit, or else
             the labels. Labels that are names get numbers in the order of the alphabet.
         label: where the labels are; None means KEY.cls, or else KEY.txt.
+        multi_label: a sample has any number of labels.
         skip_unusable: accept bad samples; training then needs data.on_error = skip.
     """
 
     classes: Sequence[str] | None
     label: LabelPlace | None
+    multi_label: bool
     skip_unusable: bool
 
 
@@ -89,8 +92,13 @@ def index_folder(
     target = data_folder(folder.name, str(folder.parent)) / "index.json"
     if target.exists() and not options.force:
         raise DataError(f"{target}: already exists; replace it with --force")
-    shards, place = _with_labels(folder, _find(folder, patterns), labels.get("label"), options.say)
-    content = _without_statistics(folder, shards, place, labels.get("classes"), _old_names(target))
+    paths, multi_label = _find(folder, patterns), labels.get("multi_label", False)
+    shards, place = _with_labels(
+        partial(_read_tars, folder, paths, multi_label), labels.get("label"), options.say
+    )
+    content = _without_statistics(
+        folder, shards, place, labels.get("classes"), _old_names(target), multi_label=multi_label
+    )
     files: dict[str, str] = {}
     for shard in content.shards:
         if (other := files.setdefault(shard.sha256, shard.file)) != shard.file:
@@ -112,7 +120,7 @@ def index_folder(
     in_train = sum((tar.texts for tar in shards["train"]), Counter[str]())
     labelled = count_labels(in_train, content.label or LabelPlace(), index.classes)
     check_no_class_lost(folder, labelled, counts["train"].tolist(), index.classes)
-    if not counts["train"].any():
+    if not findings.usable("train"):
         raise DataError(f"{folder}: no sample of the train split can be used")
     write_atomically(target, index_bytes(_with_statistics(content, findings)))
     return load_index(folder.name, str(folder.parent))
@@ -136,7 +144,7 @@ def _with_statistics(content: IndexFile, findings: Findings) -> IndexFile:
     if empty := next((split for split, found in splits.items() if not height and found.sizes is None), None):
         raise DataError(f"no sample of the {empty} split can be used")
     mean, std = findings.mean_std()
-    version = 1 if height else 2
+    version = version_of(height, multi_label=content.multi_label)
     update = {"version": version, "stored_height": height, "stored_width": width, "mean": mean, "std": std}
     return content.model_copy(update=update | {"splits": splits})
 
@@ -155,13 +163,13 @@ _Tars = dict[str, list[_Tar]]
 
 
 def _with_labels(
-    folder: Path, paths: dict[str, list[Path]], label: LabelPlace | None, say: Callable[[str], None]
+    read: Callable[[LabelPlace], _Tars], label: LabelPlace | None, say: Callable[[str], None]
 ) -> tuple[_Tars, LabelPlace]:
-    """Returns the tars with their labels, and where these are."""
+    """Returns the tars with their labels, and where these are; `read` reads them from a place."""
     place = label or LabelPlace()
-    shards = _read_tars(folder, paths, place)
+    shards = read(place)
     if label is None and not _any_label(shards):
-        in_text = _read_tars(folder, paths, LabelPlace("txt"))
+        in_text = read(LabelPlace("txt"))
         if _any_label(in_text):
             say("no sample has KEY.cls, so the labels are those in KEY.txt")
             return in_text, LabelPlace("txt")
@@ -186,6 +194,8 @@ def _without_statistics(
     place: LabelPlace,
     classes: Sequence[str] | None,
     old_names: Sequence[str],
+    *,
+    multi_label: bool,
 ) -> IndexFile:
     """Returns the index without statistics, from the headers and labels."""
     texts = sum((tar.texts for tars in shards.values() for tar in tars), Counter[str]())
@@ -204,7 +214,7 @@ def _without_statistics(
     height, width = one_size(sizes)
     spread = None if height else _spread(sizes)
     return IndexFile(
-        version=1 if height else 2,
+        version=version_of(height, multi_label=multi_label),
         classes=names,
         channels=channels,
         height=height,
@@ -287,13 +297,13 @@ def _matching(folder: Path, split: str, pattern: str) -> list[Path]:
     return sorted(found)
 
 
-def _read_tars(folder: Path, paths: dict[str, list[Path]], place: LabelPlace) -> _Tars:
-    read = partial(_read_tar, folder, place)
+def _read_tars(folder: Path, paths: dict[str, list[Path]], multi_label: bool, place: LabelPlace) -> _Tars:
+    read = partial(_read_tar, folder, place, multi_label)
     return {split: list(ordered_map(read, found, usable_cores())) for split, found in paths.items()}
 
 
-def _read_tar(folder: Path, place: LabelPlace, path: Path) -> _Tar:
-    labels = LabelTexts(place)
+def _read_tar(folder: Path, place: LabelPlace, multi_label: bool, path: Path) -> _Tar:
+    labels = LabelTexts(place, multi_label=multi_label)
     try:
         if not path.is_file():
             raise ValueError("is not a file")

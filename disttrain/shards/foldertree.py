@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from disttrain.errors import DataError, UsageError
+from disttrain.shards.label_format import Label
 
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".mpo", ".webp", ".bmp", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif",
 )  # fmt: skip
-_VAL = ("val", "valid", "validation", "dev", "test")  # folders of the val split, the first that exists
+VAL_NAMES = ("val", "valid", "validation", "dev", "test")
+"""Names of the val split."""
 _OF_SYSTEMS = frozenset(
     ("@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 )
@@ -23,8 +25,8 @@ _LAYOUT = (
     "or {0}/<class>/<image files> with --val-fraction"
 )
 
-Files = list[tuple[str, int]]
-"""Path and label of each image, sorted by class and name."""
+Files = list[tuple[str, Label]]
+"""Path and label of each image, sorted by label and name."""
 
 
 def shown(path: str | os.PathLike[str]) -> str:
@@ -46,7 +48,7 @@ class Listing:
     """The images of a folder.
 
     Attributes:
-        classes: the sorted names of the class folders of train.
+        classes: names of the classes; those of the class folders of train are sorted.
         files: split -> its images.
         notes: which folder is which split, and what was left out: its kind and number; lines for the user.
     """
@@ -118,11 +120,10 @@ def _split_folders(folder: Path, val_fraction: float | None) -> tuple[dict[str, 
             raise DataError(f"{folder}: has no folder train; {_LAYOUT.format(folder)}")
         return {"train": folder}, []
     found = {"train": folder / "train"}
-    name = next((name for name in _VAL if (folder / name).is_dir()), None)
+    name = next((name for name in VAL_NAMES if (folder / name).is_dir()), None)
     if name is None and val_fraction is None:
-        raise DataError(
-            f"{folder}: has no folder {', '.join(_VAL[:-1])} or {_VAL[-1]}; add one or use --val-fraction"
-        )
+        names = f"{', '.join(VAL_NAMES[:-1])} or {VAL_NAMES[-1]}"
+        raise DataError(f"{folder}: has no folder {names}; add one or use --val-fraction")
     if name is not None and val_fraction is not None:
         raise UsageError(f"{folder / name} is already the val split; leave out --val-fraction")
     note = f"{folder}: the train split is train"

@@ -1,4 +1,4 @@
-"""Packs image files, in one folder per class, as a data set."""
+"""Packs image files as a data set: in one folder per class, or with a table of labels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from disttrain.errors import DataError, UsageError, reason
 from disttrain.parallel import ordered_map
 from disttrain.shards.colors import GRAY_MODES, RULES, is_opaque, stored
-from disttrain.shards.foldertree import Files, list_tree, shown
+from disttrain.shards.foldertree import Files, Listing, list_tree, shown
 from disttrain.shards.images import (
     Pixels,
     as_picture,
@@ -25,7 +25,10 @@ from disttrain.shards.images import (
     open_image,
 )
 from disttrain.shards.index import Index, data_folder
-from disttrain.shards.pack import Options, Source, check_replaceable, instead_of, pack
+from disttrain.shards.label_format import Label, as_set
+from disttrain.shards.label_table import read_table
+from disttrain.shards.pack import Options, Source, pack
+from disttrain.shards.publish import check_replaceable, instead_of
 from disttrain.shards.remarks import pillow_warnings
 from disttrain.shards.writer import BadSampleError, Sample
 
@@ -33,34 +36,43 @@ _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO
 _READERS = 8  # threads that read headers; more than cores, because they wait for network disks
 
 
+class HowToRead(TypedDict, total=False):
+    """How a folder of images is read.
+
+    Attributes:
+        size: side in pixels. Images are resized so that the shorter side has this length, and cropped to the
+            center. JPEG files become JPEG of quality 95, others PNG. None: images keep their size.
+        val_fraction: share of each class for the val split, if the folder has no val split.
+        seed: seed of the order and of the split.
+        follow_links: take links to files and folders outside the folder.
+        labels: a table of the files and their labels; see `read_table`. None: folders are the classes.
+        multi_label: a file of the table may have any number of labels, instead of one.
+    """
+
+    size: int | None
+    val_fraction: float | None
+    seed: int
+    follow_links: bool
+    labels: Path | None
+    multi_label: bool
+
+
 def pack_folder(
-    folder: Path,
-    name: str,
-    root: str | None,
-    options: Options,
-    *,
-    size: int | None = None,
-    val_fraction: float | None = None,
-    seed: int = 0,
-    follow_links: bool = False,
+    folder: Path, name: str, root: str | None, options: Options, **how: Unpack[HowToRead]
 ) -> Index:
     """Packs a folder of images: DIR/{train,val}/<class>/<files>, or DIR/<class>/<files> to be split.
 
-    The classes are the sorted folder names. The images are shuffled, in an order that depends only on the
-    seed and the names. PNG, JPEG and WebP files of upright opaque 8-bit gray or RGB pixels keep their bytes;
-    all other images become PNG. If the images have several sizes, all PNG, JPEG and WebP files keep their
-    bytes. The data set is gray if every image is.
+    The classes are the sorted folder names, unless there is a table of labels. The images are shuffled, in an
+    order that depends only on the seed and the names. PNG, JPEG and WebP files of upright opaque 8-bit gray
+    or RGB pixels keep their bytes; all other images become PNG. If the images have several sizes, all PNG,
+    JPEG and WebP files keep their bytes. The data set is gray if every image is.
 
     Args:
         folder: the images. What is left out is told by its kind and number.
         name: name of the new data set.
         root: see `data_root`.
         options: see `pack`.
-        size: side in pixels. Images are resized so that the shorter side has this length, and cropped to the
-            center. JPEG files become JPEG of quality 95, others PNG. None: images keep their size.
-        val_fraction: share of each class for the val split, if the folder has no val split.
-        seed: seed of the order and of the split.
-        follow_links: take links to files and folders outside the folder.
+        how: see `HowToRead`.
 
     Raises:
         DataError: the folder does not have the expected layout, an image is broken, or the sizes differ.
@@ -71,12 +83,21 @@ def pack_folder(
     if target.exists() and not options.force:
         raise DataError(f"{target}: already exists; {instead_of(target)}")
     check_replaceable(target.resolve())
+    size, val_fraction, labels = how.get("size"), how.get("val_fraction"), how.get("labels")
+    multi_label, follow_links = how.get("multi_label", False), how.get("follow_links", False)
     if size is not None and size < 1:
         raise UsageError(f"--size {size}: must be at least 1")
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction}: must be between 0 and 1")
-    tree = scan_tree(folder, val_fraction, seed, options.say, follow_links=follow_links)
-    index = pack(name, root, tree.sources(size), tree.classes, tree.channels, options)
+    if labels is not None:
+        listing = read_table(labels, folder, val_fraction, multi_label, follow_links)
+    elif multi_label:
+        raise UsageError("--multi-label: a class folder is one label; add a table of labels, --labels FILE")
+    else:
+        listing = list_tree(folder, val_fraction, follow_links)
+    tree = scan_tree(listing, val_fraction, how.get("seed", 0), options.say)
+    channels, in_train = tree.channels, tree.in_train()
+    index = pack(name, root, tree.sources(size), tree.classes, channels, options, in_train=in_train)
     for note in tree.notes:  # once more, below what was said meanwhile
         options.say(note)
     return index
@@ -86,7 +107,7 @@ class _Picture(NamedTuple):
     """An image file, from its header."""
 
     file: str
-    label: int
+    label: Label
     extension: str
     """Its format if that is allowed in a shard, else empty."""
     plain: bool
@@ -112,6 +133,11 @@ class Tree(NamedTuple):
     notes: list[str]
     """Which folder is which split, and what was left out; see `Listing`."""
 
+    def in_train(self) -> set[str]:
+        """Returns the names of the classes in the train split."""
+        found = (as_set(picture.label) for picture in self.splits["train"])
+        return {self.classes[label] for label in set[int]().union(*found)}
+
     def sources(self, side: int | None = None) -> dict[str, Source]:
         """Returns the splits for `pack`, resized to squares of `side` pixels unless that is None."""
         keep = side is None and len(self.sizes) > 1
@@ -120,16 +146,8 @@ class Tree(NamedTuple):
         }
 
 
-def scan_tree(
-    folder: Path,
-    val_fraction: float | None,
-    seed: int,
-    say: Callable[[str], None],
-    *,
-    follow_links: bool = False,
-) -> Tree:
-    """Lists a folder of images, reads their headers, and chooses the split and the order."""
-    listing = list_tree(folder, val_fraction, follow_links)
+def scan_tree(listing: Listing, val_fraction: float | None, seed: int, say: Callable[[str], None]) -> Tree:
+    """Reads the headers of the listed images, and chooses the split and the order."""
     for note in listing.notes:
         say(note)
     files, classes = listing.files, listing.classes
@@ -153,14 +171,17 @@ def scan_tree(
 def _split_off(
     files: Files, classes: Sequence[str], fraction: float, rng: np.random.Generator
 ) -> dict[str, Files]:
-    """Moves the same share of every class to val, at least one image and never all."""
+    """Moves the same share of every class to val, at least one image and never all.
+
+    In multi-label data, it moves this share of all images.
+    """
     listing: dict[str, Files] = {"train": [], "val": []}
-    for label, members in itertools.groupby(files, key=lambda item: item[1]):
+    for label, members in itertools.groupby(files, key=lambda item: isinstance(item[1], int) and item[1]):
         of_class = list(members)
         if len(of_class) < 2:
+            of = f"of {classes[label]!r}" if isinstance(of_class[0][1], int) else "of all"
             raise DataError(
-                f"{shown(of_class[0][0])}: the only image of {classes[label]!r}, but a split needs two; "
-                "add another"
+                f"{shown(of_class[0][0])}: the only image {of}, but a split needs two; add another"
             )
         count = min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)
         chosen = set(rng.permutation(len(of_class))[:count].tolist())
@@ -169,7 +190,7 @@ def _split_off(
     return listing
 
 
-def _read_header(item: tuple[str, int]) -> _Picture:
+def _read_header(item: tuple[str, Label]) -> _Picture:
     file, label = item
     try:
         with Path(file).open("rb") as stream, open_image(stream) as picture:

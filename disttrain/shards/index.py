@@ -6,6 +6,7 @@
 The index has the shape and statistics of the images, and the size and SHA-256 of every shard, so that a
 damaged shard is noticed before any of its samples is used. Images of one size make an index of version 1.
 Images of several sizes make one of version 2, which has their range in place of a height and a width.
+Multi-label data make one of version 3, whatever the sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from disttrain.errors import DataError, UnsafeError, UsageError
 from disttrain.shards.index_file import INDEX_LIMIT_BYTES, IndexFile, Shard, check_index
-from disttrain.shards.label_format import LabelReader
+from disttrain.shards.label_format import LabelReader, Labels
 from disttrain.shards.origin import foreign_tar
 from disttrain.shards.remote import fetch_text
 from disttrain.urls import is_url, public, without_secrets
@@ -95,7 +96,12 @@ class Index(IndexFile):
         """Returns what reads the labels of its shards."""
         named = self.label is not None and self.label.named
         names = {name: label for label, name in enumerate(self.classes)} if named else None
-        return LabelReader(self.label, classes=len(self.classes), names=names)
+        classes = len(self.classes)
+        return LabelReader(self.label, classes=classes, names=names, multi_label=self.multi_label)
+
+    def empty_labels(self, samples: int) -> Labels:
+        """Returns an array for the labels of so many samples, without a label; see `Labels`."""
+        return self.label_reader().array([-1] * samples)
 
     def url(self, shard: Shard) -> str | None:
         """Returns the URL of a shard on a server, or None for a local one."""
@@ -116,7 +122,8 @@ class Index(IndexFile):
         if self.decoded_side is not None:
             return self.splits["train"].samples * self.decoded_side**2 * 4 // 3 * self.channels
         samples = sum(split.samples for split in self.splits.values())
-        return samples * (self.height * self.width * self.channels + 8)
+        label_bytes = len(self.classes) if self.multi_label else 8
+        return samples * (self.height * self.width * self.channels + label_bytes)
 
     def first_ids(self, split: str) -> npt.NDArray[np.int64]:
         """Returns the first id of each shard, then the number of samples: int64 [shards + 1]."""

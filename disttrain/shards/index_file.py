@@ -1,7 +1,7 @@
 """The file index.json: its fields, and what makes it wrong.
 
 Images of one size make an index of version 1. Images of several sizes make one of version 2, which has their
-range in place of a height and a width.
+range in place of a height and a width. Multi-label data make one of version 3, which has either of the two.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _SHARD = re.compile(rf"{_NAME}(/{_NAME})*")
 INDEX_LIMIT_BYTES = 2**25
-VERSIONS = (1, 2)
-"""Of the index: 1 for images of one size, 2 for images of several sizes."""
+VERSIONS = (1, 2, 3)
+"""Of the index: 1 for images of one size, 2 for images of several sizes, 3 for multi-label data."""
 MAX_SHARD_PIXELS = 4096 * 4096
 """The limit for images of one size, because whole batches must fit into memory."""
 _LEAST_BYTES = 512  # of a sample in a tar
@@ -69,12 +69,19 @@ SIDE_BINS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of a split, in order."""
+    """The shards of a split, in order.
+
+    Attributes:
+        samples: their number.
+        shards: the tars.
+        class_counts: number of samples of each class; in multi-label data, of those that have this label.
+        sizes: of the images, unless all have one size.
+    """
 
     samples: _Count
     shards: tuple[Shard, ...]
     class_counts: tuple[Annotated[int, Field(ge=0)], ...]
-    sizes: Sizes | None = None  # only in version 2
+    sizes: Sizes | None = None
 
 
 class IndexFile(pydantic.BaseModel):
@@ -82,15 +89,20 @@ class IndexFile(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True)
 
-    version: Literal[1, 2]
+    version: Literal[1, 2, 3]
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
     channels: Literal[1, 3]
-    stored_height: Annotated[_Count | None, Field(alias="height")] = None  # None in version 2
+    stored_height: Annotated[_Count | None, Field(alias="height")] = None  # None: several sizes
     stored_width: Annotated[_Count | None, Field(alias="width")] = None
     mean: tuple[_Fraction, ...]
     std: tuple[_Fraction, ...]
     splits: dict[str, Split]
     label: LabelPlace | None = None  # not a number in KEY.cls
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a sample has any number of labels."""
+        return self.version == 3
 
     @property
     def shards(self) -> list[Shard]:
@@ -138,7 +150,7 @@ def _first_problem(error: pydantic.ValidationError) -> str:
     if first["type"] == "json_invalid":
         return "not valid JSON"
     if first["loc"] == ("version",) and first["type"] != "missing":
-        known = " and ".join(map(str, VERSIONS))
+        known = f"{VERSIONS[0]} to {VERSIONS[-1]}"
         return f"format version {first['input']!r}, but this disttrain reads versions {known}"
     return f"{'.'.join(map(str, first['loc']))}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
@@ -148,8 +160,10 @@ def _contradiction(content: IndexFile) -> str | None:
     if not len(content.mean) == len(content.std) == content.channels:
         return f"mean and std must have {content.channels} values, one per channel"
     height, width = content.stored_height, content.stored_width
-    if (content.version == 1) != (height is not None) or (height is None) != (width is None):
-        return f"version {content.version} {'needs' if content.version == 1 else 'has no'} height and width"
+    fits = content.multi_label or (content.version == 1) == (height is not None)
+    if not fits or (height is None) != (width is None):
+        has = {1: "needs", 2: "has no"}.get(content.version, "needs both or none of")
+        return f"version {content.version} {has} height and width"
     if height and width and height * width > MAX_SHARD_PIXELS:
         return f"images of {width}x{height} are over the limit of {MAX_SHARD_PIXELS} pixels"
     if "train" not in content.splits:
@@ -160,7 +174,8 @@ def _contradiction(content: IndexFile) -> str | None:
         if len(split.class_counts) != len(content.classes):
             return f"splits.{name}.class_counts: {len(split.class_counts)} for {len(content.classes)} classes"
         total, counted = sum(shard.samples for shard in split.shards), sum(split.class_counts)
-        if not split.samples == total >= counted:  # samples without a valid label have no class
+        most = max(split.class_counts) if content.multi_label else counted
+        if not split.samples == total >= most:  # samples without a valid label have no class
             return f"splits.{name}: {split.samples} samples, but {total} in shards and {counted} in classes"
     for shard in content.shards:
         if shard.samples * _LEAST_BYTES > shard.bytes:
@@ -176,8 +191,9 @@ def _contradiction(content: IndexFile) -> str | None:
 
 def _wrong_sizes(content: IndexFile) -> str | None:
     for name, split in content.splits.items():
-        if (split.sizes is None) != (content.version == 1):
-            return f"splits.{name}.sizes: {'only' if split.sizes else 'needed'} in version 2"
+        if (split.sizes is None) != (content.stored_height is not None):
+            only = "only for" if split.sizes else "needed for"
+            return f"splits.{name}.sizes: {only} images of several sizes"
         if split.sizes is None:
             continue
         if any(least > most for least, most in (split.sizes.height, split.sizes.width)):
@@ -185,6 +201,13 @@ def _wrong_sizes(content: IndexFile) -> str | None:
         if len(split.sizes.sides) != len(SIDE_BINS) + 1 or sum(split.sizes.sides) > split.samples:
             return f"splits.{name}.sizes.sides: does not match its samples"
     return None
+
+
+def version_of(height: int | None, *, multi_label: bool) -> Literal[1, 2, 3]:
+    """Returns the version of an index; `height` is None for images of several sizes."""
+    if multi_label:
+        return 3
+    return 2 if height is None else 1
 
 
 def one_size(sizes: Set[tuple[int, int]]) -> tuple[int, int] | tuple[None, None]:

@@ -1,19 +1,41 @@
-"""Where the label of a sample is, and how it is written: a number or a name, also in a field of JSON."""
+"""Where the labels of a sample are, and how they are written: numbers or names, also in a field of JSON.
+
+A sample has one label, or in multi-label data any number of them, also none.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from disttrain.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Label: TypeAlias = int | tuple[int, ...]
+"""Of a sample: a class, -1 if unknown; or in multi-label data its classes, sorted."""
+Labels: TypeAlias = "npt.NDArray[np.integer[Any]]"
+"""Of samples: int64 [n], -1 if unknown; or in multi-label data uint8 [n, classes], 1 for each label."""
+
+
+def as_set(label: Label) -> tuple[int, ...]:
+    """Returns the classes of a sample."""
+    return label if isinstance(label, tuple) else (label,)
+
 
 _MAX_NUMBER = 10**6
 _MAX_NUMBER_BYTES = 16
 _MAX_NAME_BYTES = 255
+_MAX_TEXT_BYTES = 2**14  # of several labels
 _MAX_JSON_BYTES = 2**20
+_SEVERAL = "has several labels; index the tars with --multi-label"
+_NUMBERS = re.compile(r"\[?\d+([,\s]\s*\d+)+\]?", re.ASCII).fullmatch
 _NUMBER = re.compile(r"(\d+)(\.0*)?", re.ASCII).fullmatch
 
 
@@ -64,6 +86,7 @@ class LabelReader:
         place: where they are.
         classes: number of classes, which numbers must be below; None accepts any number.
         names: name -> label of every class, if the labels are names.
+        multi_label: a sample has any number of labels.
     """
 
     def __init__(
@@ -72,65 +95,124 @@ class LabelReader:
         *,
         classes: int | None = None,
         names: Mapping[str, int] | None = None,
+        multi_label: bool = False,
     ) -> None:
         self.place = place or LabelPlace()
-        self.most_bytes = _MAX_JSON_BYTES if self.place.field else _MAX_NAME_BYTES
+        self.multi_label = multi_label
+        self.most_bytes = _MAX_TEXT_BYTES if multi_label else _MAX_NAME_BYTES
+        if self.place.field:
+            self.most_bytes = _MAX_JSON_BYTES
         self._classes, self._names = classes, names
 
-    def read(self, content: bytes) -> tuple[int, str]:
+    def read(self, content: bytes) -> tuple[Label, str]:
         """Returns the label in a member and an empty string, or -1 and the problem."""
-        text, problem = self.text(content)
+        texts, problem = self._texts(content)
+        found: list[int] = []
+        for text in texts:
+            label, problem = self._number(text)
+            if problem:
+                break
+            found.append(label)
         if problem:
             return -1, problem
+        return (tuple(sorted(set(found))) if self.multi_label else found[0]), ""
+
+    def array(self, labels: Sequence[Label]) -> Labels:
+        """Returns the labels of some samples as an array; a sample without valid labels has none."""
+        import numpy as np  # here, because a launcher does not need it
+
+        if not self.multi_label:
+            return np.array(labels, np.int64)
+        assert self._classes is not None
+        rows = np.zeros((len(labels), self._classes), np.uint8)
+        for row, label in zip(rows, labels, strict=True):
+            if isinstance(label, tuple):
+                row[list(label)] = 1
+        return rows
+
+    def _number(self, text: str) -> tuple[int, str]:
+        """Returns the label that a text stands for and an empty string, or -1 and the problem."""
         if self._names is not None:
             label = self._names.get(text, -1)
             return label, "" if label >= 0 else f"label {text!r} is not the name of a class"
         number = number_of(text)
+        if number is None and _NUMBERS(text):
+            return -1, _SEVERAL
         if number is None:
             return -1, f"{text.encode()[:20]!r} is not a label"
         if self._classes is not None and number >= self._classes:
             return -1, f"label {number} is not in 0 to {self._classes - 1}"
         return number, ""
 
-    def text(self, content: bytes) -> tuple[str, str]:
-        """Returns the text of a label and an empty string, or an empty text and the problem."""
+    def _texts(self, content: bytes) -> tuple[list[str], str]:
+        """Returns the texts of the labels in a member and an empty string, or no text and the problem."""
         if self.place.field:
-            return _in_json(content, self.place.field)
+            value, problem = _in_json(content, self.place.field)
+            where = f" in the field {self.place.field}"
+            return ([], problem) if problem else self._listed(value, where)
         content = content.strip()
         try:
-            text = content.decode() if len(content) <= _MAX_NAME_BYTES else ""
+            text = content.decode() if len(content) <= self.most_bytes else "\0"
         except UnicodeDecodeError:
-            text = ""
-        return (text, "") if _is_name(text) else ("", f"{content[:20]!r} is not a label")
+            text = "\0"
+        if self.multi_label:
+            return self._listed(_split(text), "")
+        return ([text], "") if _is_name(text) else ([], f"{content[:20]!r} is not a label")
+
+    def _listed(self, value: object, where: str) -> tuple[list[str], str]:
+        """Returns the texts of a value of JSON and an empty string, or no text and the problem."""
+        if isinstance(value, list) and not self.multi_label:
+            return [], _SEVERAL
+        values = value if isinstance(value, list) else [] if value is None and self.multi_label else [value]
+        texts: list[str] = []
+        for one in values:
+            is_text = isinstance(one, (str, int, float)) and not isinstance(one, bool)
+            text = str(one).strip()
+            if not is_text or not _is_name(text):
+                return [], f"{str(one)[:20]!r}{where} is not a label"
+            texts.append(text)
+        return texts, ""
 
 
 class LabelTexts(LabelReader):
     """Takes every text for a label: the position in `texts`, of all different ones so far."""
 
-    def __init__(self, place: LabelPlace) -> None:
-        super().__init__(place)
+    def __init__(self, place: LabelPlace, *, multi_label: bool) -> None:
+        super().__init__(place, multi_label=multi_label)
         self.texts: dict[str, int] = {}
 
-    def read(self, content: bytes) -> tuple[int, str]:
-        """Returns the position of the text in a member and an empty string, or -1 and the problem."""
-        text, problem = self.text(content)
-        return (-1, problem) if problem else (self.texts.setdefault(text, len(self.texts)), "")
+    def array(self, labels: Sequence[Label]) -> Labels:
+        """Returns all labels of the samples, one after the other: int64 [labels]."""
+        import numpy as np
+
+        sets = ((label,) if isinstance(label, int) else label for label in labels)
+        return np.fromiter((label for one in sets for label in one), np.int64)
+
+    def _number(self, text: str) -> tuple[int, str]:
+        return self.texts.setdefault(text, len(self.texts)), ""
 
 
-def _in_json(content: bytes, field: str) -> tuple[str, str]:
+def _split(text: str) -> object:
+    """Returns the labels in a text: a list of JSON, or separated by commas or lines, or numbers by spaces."""
+    if text.startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
+    parts = [part for part in map(str.strip, re.split(r"[,\n]", text)) if part]
+    numbers = text.split()
+    return numbers if len(parts) == 1 and all(number_of(one) is not None for one in numbers) else parts
+
+
+def _in_json(content: bytes, field: str) -> tuple[Any, str]:
+    """Returns the value of a field and an empty string, or None and the problem."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        return "", "its JSON is damaged"
+        return None, "its JSON is damaged"
     for name in field.split("."):
         if not isinstance(value, dict) or name not in value:
             there = ", ".join(map(str, value)) if isinstance(value, dict) and value else "no fields"
-            return "", f"KEY.json has no field {name}, but {there:.200}"
+            return None, f"KEY.json has no field {name}, but {there:.200}"
         value = value[name]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not _is_name(value := value.strip()):
-        return "", f"{str(value)[:20]!r} in the field {field} is not a label"
     return value, ""
 
 

@@ -20,7 +20,7 @@ _MANY_NAMES = 1000
 
 
 def count_texts(contents: Contents, texts: Iterable[str]) -> Counter[str]:
-    """Returns text -> number of samples, of a tar whose labels are positions in `texts`."""
+    """Returns text -> number of samples, of a tar whose labels `LabelTexts` has read."""
     known = contents.labels[contents.labels >= 0]
     counts = zip(texts, np.bincount(known).tolist(), strict=False)
     return Counter({text: count for text, count in counts if count})

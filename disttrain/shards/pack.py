@@ -6,17 +6,13 @@ interruption, the next attempt keeps the finished shards. `datasets` and `imagef
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import itertools
 import json
 import multiprocessing
 import operator
-import shlex
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +22,7 @@ import msgspec
 import numpy as np
 
 from disttrain.errors import DataError, StorageError
-from disttrain.files import file_lock, sha256, sync_folder, write_atomically, write_new
+from disttrain.files import sha256, sync_folder, write_atomically, write_new
 from disttrain.parallel import KilledError, in_processes, usable_cores
 from disttrain.shards.bad_samples import list_of, report
 from disttrain.shards.index import Index, data_folder, load_index
@@ -39,9 +35,10 @@ from disttrain.shards.index_file import (
     mean_std,
     one_size,
     sizes_of,
+    version_of,
 )
-from disttrain.shards.origin import foreign_tar
-from disttrain.shards.writer import Sample, WrittenShard, member_bytes, tell, write_shard
+from disttrain.shards.publish import check_replaceable, instead_of, publish, scratch_folder
+from disttrain.shards.writer import SEVERAL, Sample, WrittenShard, member_bytes, tell, write_shard
 from disttrain.units import mib
 
 Progress = Callable[[int, int], None]
@@ -103,11 +100,13 @@ def pack(
     classes: Sequence[str],
     channels: Literal[1, 3],
     options: Options,
+    *,
+    in_train: Collection[str] | None = None,
 ) -> Index:
     """Writes samples as a data set, which appears under its name when it is complete.
 
-    Every image is decoded once, to check that it is intact and has the shape of the first. An existing data
-    set of this name stays, also if another process makes it meanwhile; it is returned if it is the same.
+    Every image is decoded once, to check that it is intact. An existing data set of this name stays, also if
+    another process makes it meanwhile; it is returned if it is the same.
 
     Args:
         name: folder under the root.
@@ -116,10 +115,10 @@ def pack(
         classes: names of the classes; a label is a position in this list.
         channels: number of channels to decode the images to.
         options: how to make the data set.
+        in_train: names of the classes that train has; None means all.
 
     Raises:
-        DataError: an image is broken or has another shape, a split is empty, or another data set of this
-            name exists.
+        DataError: an image is broken, a split is empty, or another data set of this name exists.
         StorageError: a write failed, or a process was killed.
     """
     for split, source in splits.items():
@@ -131,17 +130,15 @@ def pack(
         check_replaceable(place)
     jobs = list(_plan(splits, int(options.shard_mib * 2**20), len(classes), channels))
     try:
-        with _scratch_folder(place, options.say, keep=all(job.fingerprint for job in jobs)) as scratch:
+        with scratch_folder(place, options.say, keep=all(job.fingerprint for job in jobs)) as scratch:
             records = _write(jobs, splits, scratch, options)
-            jobs, records = _without_bad(jobs, records, place, classes, options)
+            needed = [name if in_train is None or name in in_train else None for name in classes]
+            jobs, records = _without_bad(jobs, records, place, needed, options)
             text = _read_back(index_bytes(_describe(jobs, records, classes, channels)), target)
-            for path in set(scratch.iterdir()) - {scratch / job.file for job in jobs}:
-                path.unlink()  # the record of a shard, or a shard from an earlier plan
-            write_new(scratch / "index.json", text)
-            sync_folder(scratch)
+            _complete(scratch, {job.file for job in jobs}, text)
             if options.force:
                 check_replaceable(place)  # another process may have put tars there meanwhile
-            published = _publish(scratch, place, options.force)
+            published = publish(scratch, place, options.force)
     except OSError as error:
         raise StorageError(
             f"{error.filename or target}: the data set cannot be written: {error.strerror or error}; "
@@ -158,21 +155,30 @@ def pack(
     return index
 
 
-def instead_of(target: Path) -> str:
-    """Returns what to do if there is something in the place of a new data set."""
-    if foreign := foreign_tar(target):
-        return f"disttrain did not write {foreign.name}, so choose another name"
-    return "replace it with --force or choose another name"
+def _complete(scratch: Path, files: set[str], index: bytes) -> None:
+    """Writes the index to the shards, and removes all other files."""
+    for path in scratch.iterdir():
+        if path.name not in files:
+            path.unlink()  # the record of a shard, or a shard from an earlier plan
+    write_new(scratch / "index.json", index)
+    sync_folder(scratch)
 
 
 def _without_bad(
     jobs: list[_Job],
     records: list[WrittenShard],
     place: Path,
-    classes: Sequence[str],
+    needed: Sequence[str | None],
     options: Options,
 ) -> tuple[list[_Job], list[WrittenShard]]:
     """Tells the bad samples, and returns the shards that have a good one.
+
+    Args:
+        jobs: the shards.
+        records: their records.
+        place: of the data set.
+        needed: names of the classes; None for one that may be without a sample in train.
+        options: how to make the data set.
 
     Raises:
         DataError: there are bad samples that are not to be left out, or all of a split or class are bad.
@@ -187,8 +193,8 @@ def _without_bad(
         counts = [record.class_counts for job, record in pairs if job.split == split]
         if not counts:
             raise DataError(f"every image of the {split} split is bad; repair them")
-        for name, count in zip(classes, np.sum(counts, axis=0), strict=True):
-            if split == "train" and not count:  # a whole class is never left out
+        for name, count in zip(needed, np.sum(counts, axis=0), strict=True):
+            if split == "train" and name is not None and not count:  # a whole class is never left out
                 raise DataError(f"every image of the class {name} is bad; repair them or remove the class")
     return [job for job, _ in pairs], [record for _, record in pairs]
 
@@ -329,13 +335,14 @@ def _describe(
             shards.append(Shard(job.file, record.samples, record.bytes, record.sha256))
             counts += record.class_counts
         spread = None if height else sizes_of(*np.array(sizes, np.int64).T)
-        splits[split] = Split(int(counts.sum()), tuple(shards), tuple(counts.tolist()), spread)
+        splits[split] = Split(len(sizes), tuple(shards), tuple(counts.tolist()), spread)
     train = [record for job, record in zip(jobs, records, strict=True) if job.split == "train"]
     sums = np.sum([record.sums for record in train], axis=0)
     pixels = sum(height * width for record in train for height, width in record.sizes)
     mean, std = mean_std(sums, pixels)
+    multi_label = any(record.multi_label for record in records)
     return IndexFile(
-        version=1 if height else 2,
+        version=version_of(height, multi_label=multi_label),
         classes=tuple(classes),
         channels=channels,
         height=height,
@@ -343,58 +350,5 @@ def _describe(
         mean=mean,
         std=std,
         splits=splits,
+        label=SEVERAL if multi_label else None,
     )
-
-
-# --- Folders ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _scratch_folder(target: Path, say: Callable[[str], None], *, keep: bool) -> Iterator[Path]:
-    """Makes a hidden folder beside the target; after a failure, keeps it for the next attempt if `keep`."""
-    scratch = target.parent / f".{target.name}.partial"
-    with file_lock(target, lambda: say(f"waiting for another process to pack {target.name}")):
-        scratch.mkdir(exist_ok=True)
-        try:
-            yield scratch
-        except BaseException:
-            if not keep:
-                shutil.rmtree(scratch, ignore_errors=True)
-            raise
-        shutil.rmtree(scratch, ignore_errors=True)  # still exists if another process published its data set
-
-
-def check_replaceable(target: Path) -> None:
-    """Refuses to replace anything but a packed data set: a wrong --root must not delete a home folder.
-
-    Raises:
-        DataError: the folder has a file that disttrain did not write.
-    """
-    if not target.exists():
-        return
-    for path in target.iterdir() if target.is_dir() else [target]:
-        if path == target or not (path.name == "index.json" or path.suffix == ".tar"):
-            raise DataError(f"{path}: not part of a packed data set; move it away or choose another name")
-    if foreign := foreign_tar(target):
-        raise DataError(
-            f"{foreign}: disttrain did not write this tar, so it is not replaced; choose another name, or "
-            f"use the tars as they are with `disttrain data index {shlex.quote(str(target))} --force`"
-        )
-
-
-def _publish(folder: Path, target: Path, overwrite: bool) -> bool:
-    """Renames a complete folder to `target`; returns False if that exists and `overwrite` is False."""
-    while True:
-        try:
-            folder.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
-            sync_folder(target.parent)
-            return True
-        if not overwrite:
-            return False
-        old = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
-        with old as folder_of_old, contextlib.suppress(FileNotFoundError):
-            target.rename(Path(folder_of_old) / target.name)  # readers keep the shards that they have open

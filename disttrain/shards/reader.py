@@ -32,6 +32,7 @@ from disttrain.shards.crops import CenterCrops, Crops
 from disttrain.shards.images import Encoded, ImageError, Pixels, decode_into
 from disttrain.shards.index import Index, remedy, size_problem
 from disttrain.shards.index_file import Shard
+from disttrain.shards.label_format import Labels
 from disttrain.shards.photos import decode_crops
 from disttrain.shards.remote import fetch_shard
 from disttrain.shards.tar import Contents, scan
@@ -90,11 +91,14 @@ class OpenShard:
     def sample(self, position: int) -> Sample:
         """Returns a sample in webdataset's form: `__key__`, `__url__`, and the bytes of the image and `cls`.
 
+        The label is a number; in multi-label data, `cls` is a list of JSON.
+
         Raises:
             ValueError: see `read`.
         """
         key, extension = self.contents.keys[position], self.contents.extensions[position]
-        label = b"%d" % self.contents.labels[position]
+        labels = self.contents.labels[position]
+        label = json.dumps(labels.nonzero()[0].tolist() if labels.ndim else int(labels)).encode()
         return {"__key__": key, "__url__": self.place, extension: self.read(position), "cls": label}
 
 
@@ -172,6 +176,8 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
         raise ShardError(index, shard, problem.removeprefix(f"{path}: "))
     seen = stamp(descriptor)
     identity = f"{path.resolve()} {len(index.classes)} {seen}"
+    if index.multi_label:
+        identity += " multi-label"
     if index.label is not None:
         identity += f" {index.label} {index.classes}"
     name = f"{shard.sha256[:32]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
@@ -256,14 +262,19 @@ class Reader:
         self._shard_locks = [threading.Lock() for _ in index.splits[split].shards]
 
     def decode(
-        self, ids: Ids, images: Pixels, labels: Ids, positions: Ids | None = None, crops: Crops | None = None
+        self,
+        ids: Ids,
+        images: Pixels,
+        labels: Labels,
+        positions: Ids | None = None,
+        crops: Crops | None = None,
     ) -> None:
         """Decodes samples.
 
         Args:
             ids: int64 [B].
             images: output for the pixels, uint8 [B, H, W, C].
-            labels: output for the labels, int64 [B].
+            labels: output for the labels, see `Labels`.
             positions: of the samples in the order of the epoch, int64 [B]; needed with `crops`.
             crops: chooses the crops of the images of a cropped data set; None means those of an evaluation.
 

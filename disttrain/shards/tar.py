@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from disttrain.errors import UnsafeError
-from disttrain.shards.label_format import LabelReader
+from disttrain.shards.label_format import Label, LabelReader, Labels
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 """Extensions of the members that are images."""
@@ -52,7 +52,7 @@ class Contents:
         extensions: extension of each image, one of `IMAGE_EXTENSIONS`; empty without an image.
         offsets: offset of each image in the shard, in bytes: int64 [n].
         sizes: size of each image in bytes: int64 [n].
-        labels: int64 [n]; -1 if unknown.
+        labels: see `Labels`.
         problems: position -> why that sample cannot be used.
     """
 
@@ -60,7 +60,7 @@ class Contents:
     extensions: tuple[str, ...]
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
+    labels: Labels
     problems: dict[int, str]
 
 
@@ -117,7 +117,7 @@ def scan(file: BinaryIO, labels: LabelReader) -> Contents:
         tuple(sample.extension for sample in samples),
         np.array([sample.offset for sample in samples], np.int64),
         np.array([sample.size for sample in samples], np.int64),
-        np.array([sample.label for sample in samples], np.int64),
+        labels.array([sample.label for sample in samples]),
         {place: problem for place, sample in enumerate(samples) if (problem := sample.unusable())},
     )
 
@@ -130,7 +130,7 @@ class _Sample:
     extension: str = ""
     offset: int = 0
     size: int = 0
-    label: int = -1
+    label: Label = -1
     problem: str = ""
     members: set[str] = field(default_factory=set)
 

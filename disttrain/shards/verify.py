@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class Findings:
     Attributes:
         problems: problems of samples and shards, in the order of the shards.
         unusable: split -> ids of the bad samples, in order.
-        class_counts: split -> number of usable samples of each class.
+        class_counts: split -> number of usable samples of each class, or with each label.
         sizes: split -> height and width of its usable images, int64 [n, 2] in parts.
         sums: sums of the pixels of the train split; see `pixel_sums`.
         remarks: remarks on usable samples, each with its shard and key.
@@ -60,12 +60,22 @@ class Findings:
         for key, text in survey.problems.values():
             self.problems.append(Problem(index.place(shard), key, text))
         self.unusable[split] += survey.problems
-        self.class_counts[split] += np.bincount(survey.labels[usable], minlength=len(index.classes))
+        labels = survey.labels[usable]
+        counts = (
+            labels.sum(0, dtype=np.int64)
+            if index.multi_label
+            else np.bincount(labels, minlength=len(index.classes))
+        )
+        self.class_counts[split] += counts
         for key, text in survey.remarks:
             add(self.remarks, text, f"{index.place(shard)}: sample {key}")
         self.sizes[split].append(survey.sizes[usable])
         if split == "train":
             self.sums += survey.sums
+
+    def usable(self, split: str) -> int:
+        """Returns the number of usable samples of a split."""
+        return sum(map(len, self.sizes[split]))
 
     def all_sizes(self, split: str) -> Ids:
         """Returns height and width of the usable images of a split, in pixels: int64 [n, 2]."""
@@ -145,8 +155,8 @@ def double_keys(index: Index, split: str) -> Iterator[Problem]:
 
     Many writers begin with the same key in every shard, so a key alone says nothing.
     """
-    seen: set[tuple[str, int, int]] = set()
-    candidates: set[tuple[str, int, int]] = set()
+    seen: set[_Described] = set()
+    candidates: set[_Described] = set()
     shards = index.splits[split].shards
     for number in range(len(shards)):
         with suppress(ShardError):  # a shard that cannot be opened was reported before
@@ -155,7 +165,7 @@ def double_keys(index: Index, split: str) -> Iterator[Problem]:
             seen |= samples
     if not candidates:
         return
-    found: set[tuple[str, int, bytes]] = set()
+    found: set[tuple[str, int | bytes, bytes]] = set()
     for number, shard in enumerate(shards):
         with suppress(ShardError):
             tar = open_shard(index, split, number)
@@ -169,9 +179,14 @@ def double_keys(index: Index, split: str) -> Iterator[Problem]:
                 found.add(identity)
 
 
-def _described(contents: Contents) -> Iterator[tuple[str, int, int]]:
-    """Yields key, size of the image file and label of every sample."""
-    yield from zip(contents.keys, contents.sizes.tolist(), contents.labels.tolist(), strict=True)
+_Described: TypeAlias = tuple[str, int, int | bytes]
+
+
+def _described(contents: Contents) -> Iterator[_Described]:
+    """Yields key, size of the image file and label of every sample; the row of several labels as bytes."""
+    labels = contents.labels
+    found = labels.tolist() if labels.ndim == 1 else [row.tobytes() for row in labels]
+    yield from zip(contents.keys, contents.sizes.tolist(), found, strict=True)
 
 
 def find_bad_samples(index: Index, split: str, say: Callable[[str], None]) -> Ids:

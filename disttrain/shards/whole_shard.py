@@ -13,6 +13,7 @@ from disttrain.errors import reason
 from disttrain.parallel import ordered_map
 from disttrain.shards.images import Pixels, decode_image, decode_into, pixel_sums
 from disttrain.shards.index import Index
+from disttrain.shards.label_format import Labels
 from disttrain.shards.photos import decode_reduced, read_header
 from disttrain.shards.reader import Ids, OpenShard, open_shard
 from disttrain.shards.remarks import collected
@@ -29,14 +30,14 @@ class Chunk(NamedTuple):
     Attributes:
         first: id of the first sample.
         images: uint8 [n, H, W, C]; arbitrary for bad samples.
-        labels: int64 [n]; -1 for an invalid label.
+        labels: see `Labels`; none for an invalid label.
         problems: id -> key, and why the sample cannot be used.
         remarks: key of a sample that can be used, and a remark on its image.
     """
 
     first: int
     images: Pixels
-    labels: Ids
+    labels: Labels
     problems: dict[int, tuple[str, str]]
     remarks: list[tuple[str, str]]
 
@@ -79,13 +80,13 @@ class Reduced(NamedTuple):
         first: id of the first sample.
         images: uint8 [H, W, C] of each sample, with a shorter side of at most `decoded_side`; None for bad
             samples.
-        labels: int64 [n]; -1 for an invalid label.
+        labels: see `Labels`; none for an invalid label.
         problems: id -> key, and why the sample cannot be used.
     """
 
     first: int
     images: list[Pixels | None]
-    labels: Ids
+    labels: Labels
     problems: dict[int, tuple[str, str]]
 
 
@@ -119,7 +120,7 @@ class Survey(NamedTuple):
 
     Attributes:
         first: id of the first sample.
-        labels: int64 [n]; -1 for an invalid label.
+        labels: see `Labels`; none for an invalid label.
         problems: id -> key, and why the sample cannot be used.
         remarks: key of a sample that can be used, and a remark on its image.
         sizes: height and width of the upright images in pixels, int64 [n, 2]; 0 for bad samples.
@@ -127,7 +128,7 @@ class Survey(NamedTuple):
     """
 
     first: int
-    labels: Ids
+    labels: Labels
     problems: dict[int, tuple[str, str]]
     remarks: list[tuple[str, str]]
     sizes: Ids

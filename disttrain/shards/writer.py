@@ -1,11 +1,13 @@
 """Writes one shard, a plain WebDataset tar, and returns a record of its contents.
 
-A tar has `<key>.png|jpg|webp` and `<key>.cls`, the label in decimal, for each sample. The key is the number
-of the sample in its split. The same samples give the same bytes.
+A tar has `<key>.png|jpg|webp` and `<key>.cls`, the label in decimal, for each sample. In multi-label data,
+`<key>.json` has the labels in its field `labels`, in place of `<key>.cls`. The key is the number of the
+sample in its split. The same samples give the same bytes.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,12 +19,14 @@ import numpy as np
 from disttrain.errors import DataError, reason
 from disttrain.files import sha256
 from disttrain.shards.images import Pixels, decode_image, pixel_sums
-from disttrain.shards.label_format import LabelReader
+from disttrain.shards.label_format import Label, LabelPlace, LabelReader, as_set
 from disttrain.shards.origin import OWNER
 from disttrain.shards.remarks import Remarks, add, collected, lines, pillow_warnings
 from disttrain.shards.tar import scan
 
 BLOCK = 512  # bytes of a tar block
+SEVERAL = LabelPlace("json", "labels")
+"""Where the labels of multi-label data are."""
 
 
 class Sample(NamedTuple):
@@ -32,8 +36,8 @@ class Sample(NamedTuple):
     """The image file."""
     extension: str
     """The format: png, jpg or webp."""
-    label: int
-    """Position in the list of classes."""
+    label: Label
+    """Position in the list of classes, or several of them."""
     origin: str = ""
     """Name of the sample in messages, such as its file; not stored."""
 
@@ -52,11 +56,12 @@ class WrittenShard(msgspec.Struct, frozen=True):
     """Origin of each bad sample, which is not in the shard, and why it is bad."""
     remarks: Remarks = {}
     """Remarks on images in the shard."""
+    multi_label: bool = False
 
     @property
     def samples(self) -> int:
         """The number of samples in the shard."""
-        return sum(self.class_counts)
+        return len(self.sizes)
 
 
 class BadSampleError(DataError):
@@ -103,6 +108,7 @@ def write_shard(
     problems: list[tuple[str, str]] = []
     remarks: Remarks = {}
     names: list[str] = []
+    multi_label = False
     with path.open("wb") as file, pillow_warnings():
         tar = TarWriter(file, encoder=False, mtime=0, mode=0o444, user=OWNER, group=OWNER, compress=False)
         with tar:
@@ -117,17 +123,19 @@ def write_shard(
                 for text in remarked:
                     add(remarks, text, name)
                 sums += pixel_sums(pixels)
-                counts[sample.label] += 1
-                label = str(sample.label).encode()
-                tar.write({"__key__": f"{number:08d}", sample.extension: sample.image, "cls": label})
+                for label in as_set(sample.label):
+                    counts[label] += 1
+                multi_label = isinstance(sample.label, tuple)
+                member, content = _label_member(sample.label)
+                tar.write({"__key__": f"{number:08d}", sample.extension: sample.image, member: content})
                 names.append(name)
                 on_sample(count)
         file.flush()
         os.fsync(file.fileno())
     if names:
-        _read_back(path, names, classes)
+        _read_back(path, names, classes, multi_label=multi_label)
     size, digest = path.stat().st_size, sha256(path)
-    return WrittenShard(size, digest, counts, sizes, sums.tolist(), problems, remarks)
+    return WrittenShard(size, digest, counts, sizes, sums.tolist(), problems, remarks, multi_label)
 
 
 def tell(records: Iterable[WrittenShard], say: Callable[[str], object]) -> None:
@@ -150,22 +158,31 @@ def _loaded(
         return sample, name, _decoded(sample, name, classes, channels), [text for _, text in remarked]
 
 
+def _label_member(label: Label) -> tuple[str, bytes]:
+    """Returns the extension and the content of the member with a label."""
+    if isinstance(label, tuple):
+        return SEVERAL.member, json.dumps({SEVERAL.field: label}).encode()
+    return "cls", str(label).encode()
+
+
 def _decoded(sample: Sample, name: str, classes: int, channels: int) -> Pixels:
     """Returns the pixels of a sample, uint8 [H, W, C].
 
     Raises:
         BadSampleError: the label is out of range, or the image is broken.
     """
-    if not 0 <= sample.label < classes:
-        raise BadSampleError(name, f"label {sample.label} is not in 0 to {classes - 1}")
+    for label in as_set(sample.label):
+        if not 0 <= label < classes:
+            raise BadSampleError(name, f"label {label} is not in 0 to {classes - 1}")
     try:
         return decode_image(sample.image, channels)
     except ValueError as error:
         raise BadSampleError(name, reason(error)) from None
 
 
-def _read_back(path: Path, names: Sequence[str], classes: int) -> None:
+def _read_back(path: Path, names: Sequence[str], classes: int, *, multi_label: bool) -> None:
     """Raises BadSampleError if the reader would refuse a sample, so that it is not published."""
+    reader = LabelReader(SEVERAL if multi_label else None, classes=classes, multi_label=multi_label)
     with path.open("rb") as file:
-        for position, problem in scan(file, LabelReader(classes=classes)).problems.items():
+        for position, problem in scan(file, reader).problems.items():
             raise BadSampleError(names[position], problem)

@@ -34,6 +34,7 @@ from disttrain.runs.agreement import compare_peers
 from disttrain.runs.checkpoint import Checkpoint, load
 from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index
+from disttrain.shards.label_format import Labels
 from disttrain.shards.verify import find_bad_samples
 from disttrain.training.augment import Augment
 from disttrain.training.autotune import (
@@ -176,7 +177,7 @@ def build_data(config: Config, index: Index, group: Group) -> Data:
         reduced=reduced,
     )
     loaders: dict[str, Loader] = {}
-    decoded: Ids | None = None
+    decoded: Labels | None = None
     if place != "none" and not reduced:
         copies = {split: open_split(index, split, skipped[split], say) for split in skipped}
         loaders = {split: Cached(copy, group.device, place) for split, copy in copies.items()}
@@ -206,7 +207,7 @@ def build_data(config: Config, index: Index, group: Group) -> Data:
     plan = make_plan(config, index, skipped["train"], labels)
     say_sampling(plan, say)
     val_ids = usable_ids(index.splits["val"].samples, skipped["val"])
-    val = Validation(loaders["val"], val_ids, index.classes, len(skipped["val"]))
+    val = Validation(loaders["val"], val_ids, index.classes, len(skipped["val"]), index.multi_label)
     return Data(plan, loaders["train"], val, Choice(place, reason))
 
 

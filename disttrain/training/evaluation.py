@@ -30,7 +30,9 @@ from disttrain.training.collectives import (
     reduce_record,
     stop_requested_anywhere,
 )
-from disttrain.training.exactly_once import Seen, seen_by_rank
+from disttrain.training.exactly_once import EvalSums, seen_by_rank
+from disttrain.training.loss import evaluation_loss
+from disttrain.training.multi_label import MultiLabelMetrics, add_label_metrics
 from disttrain.training.rng import seed_all
 from disttrain.training.state import Progress, TrainState, Validation, cudnn_heuristics, eager
 
@@ -130,38 +132,40 @@ def measure(
         DataError: the ranks did not see every sample exactly once.
     """
     group, split = task.group, task.split
-    metrics = EvalMetrics(group.device, len(split.classes))
+    make = MultiLabelMetrics if split.multi_label else EvalMetrics
+    metrics = make(group.device, len(split.classes))
     if not score(task, tta, metrics.add, go_on):
         return None
     sums = reduce_record(group, Phase.EVALUATE, step, metrics.sums())
     sums.check(split.ids, "the evaluation saw")
     if group.world_size > 1:
-        dist.all_reduce(metrics.confusion)
-    total, correct, plain = int(sums.samples), int(sums.correct), int(sums.plain_correct)
+        dist.all_reduce(metrics.counts)
+    total, plain = int(sums.samples), int(sums.plain_correct)
     found = gather(group, (metrics.mistakes(), metrics.losses()))
     loss = math.fsum(chain.from_iterable(losses for _, losses in found))  # exact, so in any order
     record = EvalRecord(
         loss=loss / total,
-        accuracy=correct / total,
-        correct=correct,
+        accuracy=int(sums.correct) / total,
+        correct=int(sums.correct),
         total=total,
         skipped=split.skipped,
         step=step,
         epoch=epoch,
     )
-    add_metrics(record, metrics.confusion.view(-1, len(split.classes)), sums)
     if tta != "none":
         record.tta, record.plain_accuracy, record.plain_correct = tta, plain / total, plain
-    mistakes = sorted(chain.from_iterable(mistakes for mistakes, _ in found), reverse=True)
-    places = metrics.confusion.nonzero()[:, 0]
-    true, predicted = places // len(split.classes), places % len(split.classes)
-    cells = torch.stack([true, predicted, metrics.confusion[places]], 1)
+    mistakes = sorted(chain.from_iterable(mistakes for mistakes, _ in found), reverse=True)[:MISTAKES]
+    if isinstance(metrics, MultiLabelMetrics):
+        results = metrics.results(group)
+        add_label_metrics(record, results)
+        return Evaluation(record, 0, split.classes, [], mistakes, results)
+    add_metrics(record, metrics.counts.view(-1, len(split.classes)), sums)
     return Evaluation(
         record=record,
         top5_correct=int(sums.top5_correct),
         classes=split.classes,
-        cells=[(i, j, count) for i, j, count in cells.tolist()],
-        mistakes=mistakes[:MISTAKES],
+        cells=metrics.cells(),
+        mistakes=mistakes,
     )
 
 
@@ -205,14 +209,14 @@ def score(
         take: called with each batch, its scores float32 [B, classes], and its scores without augmentation.
         go_on: see `measure`.
     """
-    network, size, ids = task.network, task.batch_size, task.split.ids
+    network, size, split = task.network, task.batch_size, task.split
     windows, most = eval_windows(task)
     training = network.training
     network.eval()
     with (
         torch.inference_mode(),
         task.autocast(),
-        contextlib.closing(task.split.data.batches(ids, windows)) as batches,
+        contextlib.closing(split.data.batches(split.ids, windows)) as batches,
     ):
         for number in range(most):
             if not go_on(number):
@@ -224,7 +228,10 @@ def score(
                 seed_all(counter_rng.derive(task.seed, windows[number].start), task.group.device)
             batch = batch.to(task.group.device)
             if task.outputs is not None:
-                batch = batch._replace(labels=task.outputs[batch.labels])
+                labels = batch.labels
+                several = split.multi_label
+                labels = labels[:, task.outputs.argsort()] if several else task.outputs[labels]
+                batch = batch._replace(labels=labels)
             passes = (
                 (network(images).float(), weight)
                 for images, weight in tta_views(task.normalize(batch.images), tta)
@@ -251,23 +258,6 @@ def eval_windows(task: EvalTask) -> tuple[list[slice], int]:
     return windows, -(-len(first) // size)
 
 
-@dataclass
-class EvalSums(Seen):
-    """The sums of an evaluation over samples and ranks, and which samples they include; exact in float64.
-
-    Attributes:
-        correct: samples predicted correctly.
-        plain_correct: samples predicted correctly without test-time augmentation.
-        top5_correct: samples whose class is among the five best.
-        bins: the rows of `calibration_error`, one after the other.
-    """
-
-    correct: float
-    plain_correct: float
-    top5_correct: float
-    bins: list[float]
-
-
 class EvalMetrics:
     """Counts correct predictions and mistakes of one rank, on its device.
 
@@ -276,7 +266,7 @@ class EvalMetrics:
         classes: number of classes.
 
     Attributes:
-        confusion: int64 [classes * classes], row by row the predictions for each true class.
+        counts: the confusion matrix, int64 [classes * classes], row by row the predictions for each class.
     """
 
     def __init__(self, device: torch.device, classes: int) -> None:
@@ -284,20 +274,20 @@ class EvalMetrics:
         self._bins = torch.zeros(BINS, 3, dtype=torch.int64, device=device)  # see `calibration_error`
         self._losses: list[Tensor] = []  # of each batch
         self._classes = classes
-        self.confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(classes**2, dtype=torch.int64, device=device)
         self._seen: list[Ids] = []
         self._wrong: list[tuple[Ids, list[Tensor]]] = []  # the mistakes of each batch, as columns
 
     def add(self, batch: Batch, logits: Tensor, plain: Tensor) -> None:
         """Adds a batch, without a synchronisation; for the arguments see `take` of `score`."""
         labels, predicted = batch.labels, logits.argmax(1)
-        self._losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+        self._losses.append(evaluation_loss(logits, labels))
         best = logits.topk(min(5, self._classes)).indices
         right = predicted == labels
         hits = (right, plain.argmax(1) == labels, (best == labels[:, None]).any(1))
         self._hits += torch.stack(hits).sum(1)
         pairs = labels * self._classes + predicted
-        self.confusion.index_add_(0, pairs, torch.ones_like(pairs))  # bincount would wait for a GPU
+        self.counts.index_add_(0, pairs, torch.ones_like(pairs))  # bincount would wait for a GPU
         confidence = logits.softmax(1).amax(1)
         units = (UNITS * confidence.nan_to_num(0.0)).round().long()
         places = ((BINS * units - 1) // UNITS).clamp(0)  # the bins are open below and closed above
@@ -315,6 +305,13 @@ class EvalMetrics:
             for chance, place, label, predicted in zip(*(c.tolist() for c in columns), strict=True)
             if chance >= 0  # a batch may have fewer mistakes
         ]
+
+    def cells(self) -> list[tuple[int, int, int]]:
+        """Returns the confusion matrix without its zeros; waits for the device."""
+        places = self.counts.nonzero()[:, 0]
+        true, predicted = places // self._classes, places % self._classes
+        cells = torch.stack([true, predicted, self.counts[places]], 1)
+        return [(i, j, count) for i, j, count in cells.tolist()]
 
     def losses(self) -> list[float]:
         """Returns the cross entropy summed over each batch of this rank; waits for the device."""

@@ -26,7 +26,7 @@ log = logging.getLogger("disttrain")
 _WARM_UP_STEPS = 3  # before the capture, to load libraries, choose kernels and allocate memory
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Takes images float32 [B, C, H, W] and labels int64 [B]; returns loss float32 [] and scores [B, classes]."""
+"""Takes images float32 [B, C, H, W] and labels (`Batch`); returns loss float32 [] and scores [B, classes]."""
 
 
 def graph_choice(config: Config, device: torch.device, world_size: int, settings: Settings) -> Choice:

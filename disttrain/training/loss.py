@@ -1,4 +1,7 @@
-"""The loss of a batch: that of the scores, and of auxiliary scores if the network returns some."""
+"""The loss of a batch: that of the scores, and of auxiliary scores if the network returns some.
+
+In multi-label data, labels are uint8 [B, classes], and each class is a yes or no of its own.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,8 @@ def loss_and_scores(
 
     Args:
         output: of the network: scores, or a tuple of scores and auxiliary scores, each [B, classes].
-        labels: int64 [B].
-        partners: labels of the images mixed in, int64 [B], or None.
+        labels: see `Batch`.
+        partners: labels of the images mixed in, or None.
         mix: has the weights of the two labels, or None.
         config: has the kind of loss, the label smoothing and the weight of auxiliary losses.
         class_weights: float32 [classes], or None for 1.
@@ -78,14 +81,51 @@ def loss_sum(
 
 def _sum_for(logits: Tensor, labels: Tensor, config: TrainConfig, class_weights: Tensor | None) -> Tensor:
     smoothing = config.label_smoothing
+    if labels.ndim == 2:
+        return _multi_label(logits, labels.float(), config, class_weights)
     if config.loss == "cross_entropy" and class_weights is None:
         return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     if config.loss == "focal":
-        gamma = _GAMMA if config.focal_gamma is None else config.focal_gamma
-        losses = _focal(logits, labels, gamma, smoothing)
+        losses = _focal(logits, labels, _gamma(config), smoothing)
     else:
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     return (losses if class_weights is None else losses * class_weights[labels]).sum()
+
+
+def _gamma(config: TrainConfig) -> float:
+    return _GAMMA if config.focal_gamma is None else config.focal_gamma
+
+
+def _multi_label(logits: Tensor, targets: Tensor, config: TrainConfig, weights: Tensor | None) -> Tensor:
+    """Returns the binary cross entropy, or the focal loss, summed over the samples, float32 [].
+
+    The loss of a sample is the mean over the classes. The weight of a class is that of the samples that have
+    it. Label smoothing moves the targets of 0 and 1 towards 0.5.
+    """
+    if config.label_smoothing:
+        targets = targets.lerp(torch.full_like(targets, 0.5), config.label_smoothing)
+    present, absent = F.logsigmoid(logits), F.logsigmoid(-logits)  # log p and log (1 - p)
+    if config.loss == "focal":
+        gamma = _gamma(config)
+        present = (-present.expm1()).clamp(min=_LEAST) ** gamma * present
+        absent = (-absent.expm1()).clamp(min=_LEAST) ** gamma * absent
+    if weights is not None:
+        present = weights * present
+    return -(targets * present + (1 - targets) * absent).mean(1).sum()
+
+
+def evaluation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the cross entropy, in multi-label data the binary one, summed over a batch: float32 []."""
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, reduction="sum")
+    return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum") / labels.shape[1]
+
+
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns whether each sample is predicted correctly, in multi-label data all its labels: bool [B]."""
+    if labels.ndim == 1:
+        return logits.argmax(1) == labels
+    return ((logits > 0) == (labels > 0)).all(1)
 
 
 def _focal(logits: Tensor, labels: Tensor, gamma: float, label_smoothing: float) -> Tensor:

@@ -97,8 +97,8 @@ class Inputs(NamedTuple):
     Attributes:
         micro: the micro-batch that it belongs to.
         images: augmented and normalized, float32 [B, C, H, W].
-        labels: int64 [B].
-        partners: labels of the images mixed in, int64 [B], or None.
+        labels: see `Batch`.
+        partners: labels of the images mixed in, or None.
         ids: sample ids without partners, int64 [B].
     """
 

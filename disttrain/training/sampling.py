@@ -10,11 +10,14 @@ from disttrain.config import Config
 from disttrain.data.epoch_plan import Ids, Plan, rank_slice, usable_ids
 from disttrain.preflight import UNIFORM_REMEDY, expect_every_class
 from disttrain.shards.index import Index
+from disttrain.shards.label_format import Labels
 from disttrain.shards.reader import open_shard, sample_error
 from disttrain.training.collectives import Group, gather
 
 
-def train_labels(config: Config, index: Index, skipped: Ids, decoded: Ids | None, group: Group) -> Ids | None:
+def train_labels(
+    config: Config, index: Index, skipped: Ids, decoded: Labels | None, group: Group
+) -> Ids | None:
     """Returns the labels of the train split for balanced sampling, int64 [samples]. Every rank calls this.
 
     Each rank reads the labels of a part of the shards. Nodes may differ in whether they have a decoded copy.
@@ -44,7 +47,7 @@ def train_labels(config: Config, index: Index, skipped: Ids, decoded: Ids | None
     return labels
 
 
-def _labels_of(index: Index, number: int, skipped: Ids) -> Ids:
+def _labels_of(index: Index, number: int, skipped: Ids) -> Labels:
     """Returns the labels of a shard of the train split; -1 for samples that are left out."""
     begin, end = index.first_ids("train")[number : number + 2].tolist()
     left_out = np.isin(np.arange(begin, end), skipped)

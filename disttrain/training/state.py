@@ -25,6 +25,7 @@ from disttrain.training.autotune import Settings
 from disttrain.training.collectives import Group
 from disttrain.training.ema import MovingAverage
 from disttrain.training.graph import StepGraph
+from disttrain.training.loss import correct
 from disttrain.training.optim import LrSchedule, trained_parameters
 from disttrain.training.rng import make_seed_fn
 
@@ -115,7 +116,7 @@ class Meter:
         Args:
             loss: float32 [], summed over the micro-batch.
             logits: [B, classes].
-            labels: int64 [B].
+            labels: see `Batch`.
         """
         self._pending_losses.append(loss.detach())
         self.note(loss, logits, labels)
@@ -141,7 +142,7 @@ class Meter:
     def _count(self) -> None:
         if self._pending:
             logits, labels = zip(*self._pending, strict=True)
-            self._sums[1] += (torch.cat(logits).argmax(1) == torch.cat(labels)).sum()
+            self._sums[1] += correct(torch.cat(logits), torch.cat(labels)).sum()
             self._pending.clear()
         if self._pending_losses:
             self._sums[0] += torch.stack(self._pending_losses).sum(dtype=torch.float64)
@@ -193,12 +194,14 @@ class Validation(NamedTuple):
         ids: the samples that all ranks evaluate together, int64 [samples].
         classes: names of the classes, in the order of the scores.
         skipped: bad samples of the split, which are not in `ids`.
+        multi_label: whether a sample has any number of labels.
     """
 
     data: Loader
     ids: Ids
     classes: tuple[str, ...]
     skipped: int = 0
+    multi_label: bool = False
 
 
 @dataclass

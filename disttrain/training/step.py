@@ -159,7 +159,7 @@ def full_batch_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[
     Args:
         state: of a run with a single rank.
         images: float32 [B, C, H, W].
-        labels: int64 [B].
+        labels: see `Batch`.
 
     Returns:
         The loss summed over the batch, float32 [], and the scores [B, classes].

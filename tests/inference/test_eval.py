@@ -27,6 +27,7 @@ from disttrain.shards.pack import Options, pack
 from disttrain.shards.writer import Sample
 from kit.commands import Run
 from kit.marks import nightly
+from kit.run_files import evaluation_with
 from kit.shards import read_split
 from kit.toy import Listed
 
@@ -118,7 +119,7 @@ def result_of(confusion: Any, classes: list[str]) -> dict[str, Any]:
     rows = [
         {"class": row.name, "correct": row.correct, "total": row.samples}
         | {"accuracy": row.accuracy, "precision": row.precision, "f1": row.f1}
-        for row in class_rows(confusion, classes)
+        for row in class_rows(evaluation_with(confusion, classes))
     ]
     return {
         "checkpoint": "c", "data": "d", "split": "val", "processes": 1, "precision": "fp32", "loss": 0.5,

@@ -41,9 +41,9 @@ def printed(named: Path, monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, t
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.chdir(named.parent)
     names = ["image.png", "image.png"]
-    predict_files(
-        named, names, "latest", top=top, grid=None, as_json=False, max_pixels=100, on_progress=lambda *_: None
-    )
+    limits = {"top": top, "threshold": 0.5, "max_pixels": 100}
+    shown = {"grid": None, "as_json": False, "on_progress": lambda *_: None}
+    predict_files(named, names, "latest", **shown, **limits)
     return stream.getvalue().splitlines()
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from msgspec import structs
 
+from disttrain.runs.evaluation import Evaluation
 from disttrain.runs.jsonl import encoded
 from disttrain.runs.records import EvalRecord, GpuReading, StepTimes, TrainRecord
 
@@ -101,3 +102,9 @@ def write_run(
     seconds = range(last)
     write_lines(path / "gpu.jsonl", [gpu_record(s, number) for s in seconds for number in range(gpus)])
     return path
+
+
+def evaluation_with(confusion: Any, classes: Sequence[str]) -> Evaluation:
+    """Returns an evaluation with this confusion matrix and nothing else."""
+    cells = [(i, j, int(count)) for i, row in enumerate(confusion) for j, count in enumerate(row) if count]
+    return Evaluation(eval_record(1, 0.5), 0, tuple(classes), cells, [])

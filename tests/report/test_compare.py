@@ -39,6 +39,29 @@ def test_seeds_of_one_setting_are_one_group(tmp_path: Path) -> None:
     assert "train.epochs" not in dict(found.differences)
 
 
+def test_settings_are_ranked_by_the_metric_of_eval_best(tmp_path: Path) -> None:
+    paths = runs(tmp_path, {"a0": (0.1, 0.70), "a1": (0.1, 0.72), "b": (0.2, 0.90)})
+    for path, lowest in zip(paths, (0.25, 0.35, 0.5), strict=True):
+        config = (path / "config.yaml").read_text()
+        (path / "config.yaml").write_text(config + "eval: {best: loss}\n")
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        last = json.loads(lines[-1])
+        assert last["kind"] == "eval"
+        lines[-1] = json.dumps(last | {"loss": lowest})
+        (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = compare(paths)
+    assert found.metric.key == "loss"
+    assert [(group.titles, group.text) for group in found.groups] == [
+        (["a0", "a1"], "0.3000 ± 0.0707"), (["b"], "0.5000"),
+    ]  # fmt: skip
+    page = write_comparison(found, tmp_path / "page.html").read_text()
+    assert "Settings and their validation loss" in page
+    as_json = to_json(found)
+    assert (as_json["metric"], as_json["groups"][0]["mean"]) == ("loss", pytest.approx(0.3))
+    (paths[0] / "config.yaml").write_text(config)
+    assert compare(paths).metric.key == "accuracy", "if the runs have several"
+
+
 def test_a_single_run_has_no_deviation(tmp_path: Path) -> None:
     found = compare(runs(tmp_path, {"a": (0.1, 0.7), "b": (0.2, 0.9), "c": (0.2, 0.91)}))
     assert [group.deviation is None for group in found.groups] == [False, True]

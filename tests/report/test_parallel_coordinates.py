@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from disttrain.report.parallel_coordinates import Line, draw
+from disttrain.runs.eval_metrics import EVAL_METRICS
 
 
 def test_a_line_for_each_setting_on_axes_that_suit_their_values() -> None:
@@ -13,7 +14,7 @@ def test_a_line_for_each_setting_on_axes_that_suit_their_values() -> None:
         Line({"lr": "0.001", "name": "adam", "batch": "10"}, 0.8, "b"),
         Line({"lr": "0.01", "name": "sgd", "batch": "15"}, 0.7, "c"),
     ]
-    drawing = draw(settings)
+    drawing = draw(settings, EVAL_METRICS["accuracy"])
     assert drawing is not None
     top, bottom = drawing.top, drawing.bottom
     middle = (top + bottom) / 2
@@ -33,7 +34,8 @@ def test_a_line_for_each_setting_on_axes_that_suit_their_values() -> None:
 
 
 def test_many_values_of_an_axis_leave_room_between_their_marks() -> None:
-    drawing = draw([Line({"lr": str(number)}, 1 - number / 1000, "x") for number in range(1, 1000)])
+    settings = [Line({"lr": str(number)}, 1 - number / 1000, "x") for number in range(1, 1000)]
+    drawing = draw(settings, EVAL_METRICS["accuracy"])
     assert drawing is not None
     places = [place for place, _ in drawing.axes[0].ticks]
     assert 4 < len(places) < 10
@@ -42,4 +44,12 @@ def test_many_values_of_an_axis_leave_room_between_their_marks() -> None:
 
 
 def test_one_setting_is_not_drawn() -> None:
-    assert draw([Line({}, 0.5, "all runs")]) is None
+    assert draw([Line({}, 0.5, "all runs")], EVAL_METRICS["accuracy"]) is None
+
+
+def test_of_a_loss_the_lowest_is_the_best() -> None:
+    settings = [Line({"lr": "0.1"}, 0.25, "a"), Line({"lr": "0.2"}, 0.75, "b")]
+    drawing = draw(settings, EVAL_METRICS["loss"])
+    assert drawing is not None
+    assert drawing.axes[-1].name == "validation loss"
+    assert [(line.title, line.share) for line in drawing.lines] == [("b: 0.7500", 0), ("a: 0.2500", 1)]

@@ -35,7 +35,7 @@ from disttrain.runs import checkpoint, evaluation
 from disttrain.runs.manifest import MANIFEST, read_manifest, write_manifest
 from disttrain.shards.index import load_index
 from kit.commands import Run as Command
-from kit.run_files import CONFIG, stamp, write_run
+from kit.run_files import CONFIG, evaluation_with, stamp, write_run
 from kit.run_results import metrics
 
 SECTIONS = ("summary", "learning", "speed", "devices", "classes", "examples", "network", "data", "setup")
@@ -113,13 +113,13 @@ def test_the_confusion_matrix_is_that_of_the_last_evaluation(trained: Path, digi
     inside = view_checkpoint(trained, load_config(trained / "config.yaml"), index, budget_s=600)
     best = read_run(trained).best
     assert best is not None
-    assert inside.confusion.sum() == best.total == 359
-    assert inside.confusion.trace() == best.correct
-    assert inside.confusion.sum(1).tolist() == list(index.splits["val"].class_counts)
+    assert inside.evaluation.confusion.sum() == best.total == 359
+    assert inside.evaluation.confusion.trace() == best.correct
+    assert inside.evaluation.confusion.sum(1).tolist() == list(index.splits["val"].class_counts)
     assert all(shot.predicted != shot.label for shot in inside.mistakes)
     chances = [shot.probability or 0 for shot in inside.mistakes]
     assert chances == sorted(chances, reverse=True)
-    assert len(inside.mistakes) == min(24, 359 - inside.confusion.trace())
+    assert len(inside.mistakes) == min(24, 359 - inside.evaluation.confusion.trace())
     assert inside.image is not None
     assert inside.image.label == inside.image.predicted
     names = [(layer.name, layer.kind, layer.maps, layer.width) for layer in inside.layers]
@@ -141,7 +141,7 @@ def test_a_slow_network_is_shown_fewer_images_and_the_page_says_so(
     write_manifest(best, parts)
     inside = view_checkpoint(run, load_config(run / "config.yaml"), load_index("digits", None), budget_s=0)
     assert inside.samples == 359
-    assert inside.confusion.sum() == 256
+    assert inside.evaluation.confusion.sum() == 256
     text = visible(write_report(run, tmp_path / "page.html", inside_s=1e-9))
     assert "of 256 randomly chosen validation images (of 359, limited by time) are classified" in text
 
@@ -299,14 +299,14 @@ def test_the_most_confused_classes_come_first() -> None:
 def test_the_figures_of_each_class_and_their_file(tmp_path: Path) -> None:
     confusion = np.array([[6, 1, 3, 0], [2, 8, 0, 0], [0, 0, 0, 0], [0, 0, 2, 0]])
     names = ["a, b", "=c", 'd "e"', "f"]
-    rows = class_rows(confusion, names)
-    assert rows == [
+    rows = class_rows(evaluation_with(confusion, names))
+    assert [row[:8] for row in rows] == [
         ("a, b", 10, 6, 0.6, 0.75, 12 / 18, 'd "e"', 3), ("=c", 10, 8, 0.8, 8 / 9, 16 / 19, "a, b", 2),
         ('d "e"', 0, 0, None, 0, 0, "", 0), ("f", 2, 0, 0, None, 0, 'd "e"', 2),
     ]  # fmt: skip
     assert [row.name for row in worst_first(rows)] == ["f", "a, b", "=c", 'd "e"']
     assert [axis_start(some) for some in (rows, rows[:2], rows[1:2], rows[2:3])] == [0, 0.5, 0.8, 0]
-    write_classes(rows, tmp_path / "classes.csv")
+    write_classes(rows, tmp_path / "classes.csv", multi_label=False)
     with (tmp_path / "classes.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
     assert [row["class"] for row in read] == names

@@ -94,7 +94,7 @@ TRAIN_SHARD = ("splits", "train", "shards", 0)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (set_key("version", value=3), "format version 3, but this disttrain reads versions 1 and 2"),
+        (set_key("version", value=4), "format version 4, but this disttrain reads versions 1 to 3"),
         (set_key("version", value=2), "version 2 has no height and width"),
         (drop_key("version"), "version: field required"),
         (drop_key("mean"), "mean: field required"),
