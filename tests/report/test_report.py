@@ -116,12 +116,12 @@ def test_the_confusion_matrix_is_that_of_the_last_evaluation(trained: Path, digi
     assert inside.evaluation.confusion.sum() == best.total == 359
     assert inside.evaluation.confusion.trace() == best.correct
     assert inside.evaluation.confusion.sum(1).tolist() == list(index.splits["val"].class_counts)
-    assert all(shot.predicted != shot.label for shot in inside.mistakes)
+    assert all(shot.predicted != shot.true for shot in inside.mistakes)
     chances = [shot.probability or 0 for shot in inside.mistakes]
     assert chances == sorted(chances, reverse=True)
     assert len(inside.mistakes) == min(24, 359 - inside.evaluation.confusion.trace())
     assert inside.image is not None
-    assert inside.image.label == inside.image.predicted
+    assert inside.image.true == inside.image.predicted
     names = [(layer.name, layer.kind, layer.maps, layer.width) for layer in inside.layers]
     assert names[:3] == [
         ("features.0", "Conv2d", 8, 8), ("features.1", "ReLU", 8, 8), ("features.2", "MaxPool2d", 8, 4),
