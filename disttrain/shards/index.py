@@ -101,7 +101,11 @@ class Index(IndexFile):
 
     def empty_labels(self, samples: int) -> Labels:
         """Returns an array for the labels of so many samples, without a label; see `Labels`."""
-        return self.label_reader().array([-1] * samples)
+        import numpy as np
+
+        if self.multi_label:
+            return np.zeros((samples, len(self.classes)), np.uint8)
+        return np.full(samples, -1, np.int64)
 
     def url(self, shard: Shard) -> str | None:
         """Returns the URL of a shard on a server, or None for a local one."""

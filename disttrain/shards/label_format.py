@@ -157,7 +157,7 @@ class LabelReader:
             text = "\0"
         if self.multi_label:
             return self._listed(_split(text), "")
-        return ([text], "") if _is_name(text) else ([], f"{content[:20]!r} is not a label")
+        return ([text], "") if is_name(text) else ([], f"{content[:20]!r} is not a label")
 
     def _listed(self, value: object, where: str) -> tuple[list[str], str]:
         """Returns the texts of a value of JSON and an empty string, or no text and the problem."""
@@ -168,7 +168,7 @@ class LabelReader:
         for one in values:
             is_text = isinstance(one, (str, int, float)) and not isinstance(one, bool)
             text = str(one).strip()
-            if not is_text or not _is_name(text):
+            if not is_text or not is_name(text):
                 return [], f"{str(one)[:20]!r}{where} is not a label"
             texts.append(text)
         return texts, ""
@@ -216,5 +216,6 @@ def _in_json(content: bytes, field: str) -> tuple[Any, str]:
     return value, ""
 
 
-def _is_name(text: str) -> bool:
+def is_name(text: str) -> bool:
+    """Returns whether a text may be the name of a class: printable, and up to 255 bytes."""
     return bool(text) and text.isprintable() and len(text.encode()) <= _MAX_NAME_BYTES

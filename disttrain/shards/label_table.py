@@ -1,8 +1,10 @@
 """Reads the labels of image files from a table: a CSV file with a row for each file.
 
-file,labels            file,split,cat,dog
-a/1.jpg,cat dog        a/1.jpg,train,1,1
-a/2.jpg,               a/2.jpg,val,0,0
+    file,labels            file,split,cat,dog
+    a/1.jpg,cat dog        a/1.jpg,train,1,1
+    a/2.jpg,               a/2.jpg,val,0,0
+
+`read_table` says what the columns may be.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from disttrain.errors import DataError, UnsafeError, UsageError
 from disttrain.shards.foldertree import SUFFIXES, VAL_NAMES, Files, LeftOut, Listing
-from disttrain.shards.label_format import Label, number_of
+from disttrain.shards.label_format import Label, is_name, number_of
 
 _SPLIT = "split"
 _SEPARATORS = "|;,"
@@ -44,9 +46,9 @@ def read_table(
     """Lists the images of a table with their labels.
 
     The first column has the files, relative to the folder; the suffix may be missing. A column `split` has
-    train or val. If one other column is left, it has the names of the labels: separated by |, ; or comma, or
-    if none of these is in it, by spaces. If several are left, each is a class, with 1 or 0. The labels of
-    several rows of one file add up.
+    train or val. If one other column is left, it has the name of the label. In multi-label data it has any
+    number of names, separated by |, ; or comma, or if none of these is in the column by spaces. If several
+    columns are left, each is a class, with 1 or 0. The labels of several rows of one file add up.
 
     Args:
         table: a CSV file.
@@ -62,20 +64,25 @@ def read_table(
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder of the images")
-    classes, rows = _rows(table)
+    classes, rows = _rows(table, multi_label)
     splits = _splits(table, rows, val_fraction)
     numbers = {name: number for number, name in enumerate(classes)}
     files: dict[str, Files] = {split: [] for split in dict.fromkeys(splits.values())}
+    seen: dict[str, int] = {}
     for name, row in rows.items():
         path = _existing(table, row, folder, name, follow_links)
+        if (before := seen.setdefault(path, row.line)) != row.line:
+            raise DataError(
+                f"{table}, line {row.line}: {name} is the file of line {before}; remove one of them"
+            )
         files[splits[name]].append((path, _label(table, name, row, numbers, multi_label)))
     for found in files.values():
         found.sort(key=lambda item: (isinstance(item[1], int) and item[1], item[0]))
     files = {split: files[split] for split in ("train", "val") if split in files}
-    return Listing(classes, files, _left_out(folder, {path for found in files.values() for path, _ in found}))
+    return Listing(classes, files, _left_out(folder, seen))
 
 
-def _rows(table: Path) -> tuple[tuple[str, ...], dict[str, _Row]]:
+def _rows(table: Path, multi_label: bool) -> tuple[tuple[str, ...], dict[str, _Row]]:
     """Returns the names of the classes, and what the table says of each file."""
     lines = _lines(table)
     (_, header), lines = lines[0], lines[1:]
@@ -86,10 +93,8 @@ def _rows(table: Path) -> tuple[tuple[str, ...], dict[str, _Row]]:
         raise DataError(f"{table}: has no column with labels; {_LAYOUT}")
     if double := next((name for at, name in enumerate(names) if name in names[:at]), None):
         raise DataError(f"{table}: two columns are named {double!r}; rename one")
-    separator = None
-    if len(label_at) == 1:
-        text = "".join(cells[label_at[0]] for _, cells in lines if len(cells) == len(names))
-        separator = next((one for one in _SEPARATORS if one in text), None)
+    text = "".join(cells[label_at[0]] for _, cells in lines if len(cells) == len(names))
+    separator = next((one for one in _SEPARATORS if one in text), None)
     rows: dict[str, _Row] = {}
     for line, cells in lines:
         where = f"{table}, line {line}"
@@ -99,13 +104,23 @@ def _rows(table: Path) -> tuple[tuple[str, ...], dict[str, _Row]]:
         row = rows.setdefault(cells[0].strip(), _Row(line, split))
         if row.split != split:
             raise DataError(f"{where}: {cells[0]} is in another split in line {row.line}; remove one of them")
-        if len(label_at) == 1:
-            row.labels |= {part.strip() for part in cells[label_at[0]].split(separator) if part.strip()}
-        else:
+        if len(label_at) > 1:
             row.labels |= {names[at] for at in label_at if _is_set(where, names[at], cells[at])}
-    if len(label_at) > 1:
-        return tuple(names[at] for at in label_at), rows
-    return _in_order(set[str]().union(*(row.labels for row in rows.values()))), rows
+        else:
+            # One label may have spaces or a comma in its name.
+            cell, one = cells[label_at[0]], not multi_label and separator in (None, ",")
+            row.labels |= {
+                name.strip() for name in ([cell] if one else cell.split(separator)) if name.strip()
+            }
+    classes = _in_order(set[str]().union(*(row.labels for row in rows.values())))
+    if not classes:
+        raise DataError(f"{table}: no file has a label; {_LAYOUT}")
+    classes = tuple(names[at] for at in label_at) if len(label_at) > 1 else classes
+    if wrong := next((name for name in classes if not is_name(name)), None):
+        raise DataError(
+            f"{table}: {wrong!r:.80} cannot be the name of a label; shorten it, or remove line breaks"
+        )
+    return classes, rows
 
 
 def _lines(table: Path) -> list[tuple[int, list[str]]]:
@@ -149,7 +164,7 @@ def _splits(table: Path, rows: dict[str, _Row], val_fraction: float | None) -> d
     """Returns the split of each file: from the column, else from its first folder, else train."""
     splits = {name: row.split for name, row in rows.items()}
     if not all(splits.values()):
-        tops = {name: name.replace("\\", "/").partition("/")[0].lower() for name in rows}
+        tops = {name: name.partition("/")[0].lower() for name in rows}
         if set(tops.values()) <= {"train", *VAL_NAMES} and "train" in tops.values():
             splits = {name: "train" if top == "train" else "val" for name, top in tops.items()}
         else:
@@ -198,7 +213,7 @@ def _label(table: Path, name: str, row: _Row, numbers: dict[str, int], multi_lab
     return labels[0]
 
 
-def _left_out(folder: Path, taken: set[str]) -> list[str]:
+def _left_out(folder: Path, taken: Container[str]) -> list[str]:
     """Returns a line on the image files that the table does not name, if there are some."""
     left_out = LeftOut()
     for place, _, names in os.walk(folder):

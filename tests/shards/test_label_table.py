@@ -99,6 +99,9 @@ def test_images_that_the_table_does_not_name_are_counted(folder: Path) -> None:
             DataError,
             "line 3: a/1.png is in another spl",
         ),
+        ("file,label\na/1.png,x\na/1,y\n", DataError, "line 3: a/1 is the file of line 2; remove one"),
+        ("file,label\na/1.png,\n", DataError, "no file has a label"),
+        ('file,label\na/1.png,"x|a\ny"\n', DataError, r"'a\\ny' cannot be the name of a label"),
         ("file,label,split\na/1.png,x,val\n", DataError, "no file is in the train split"),
         ("file,label,split\na/1.png,x,train\na/2.png,x,val\n", UsageError, "leave out --val-fraction"),
     ],
@@ -118,7 +121,7 @@ def test_a_table_without_a_val_split_needs_a_fraction(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("cat dog", "a/1.png has 2 labels; use --multi-label, or give it one"),
+        ("cat;dog", "a/1.png has 2 labels; use --multi-label, or give it one"),
         ("", "has no label; give it one"),
     ],
 )
@@ -126,6 +129,18 @@ def test_without_multi_label_a_file_has_one_label(folder: Path, cell: str, messa
     text = f"file,label,split\na/1.png,{cell},train\nb/3.png,dog,val\n"
     with pytest.raises(DataError, match=rf"line 2: .*{message}"):
         labels(folder, text, multi_label=False)
+
+
+def test_one_label_may_have_spaces_and_commas_in_its_name(folder: Path) -> None:
+    names = ("golden retriever,train", '"shepherd, german",train', "pug,val")
+    text = "file,label,split\n" + "".join(
+        f"{file},{name}\n" for file, name in zip(FILES, names, strict=False)
+    )
+    assert read_table(table(folder, text), folder, None, False).classes == (
+        "golden retriever",
+        "pug",
+        "shepherd, german",
+    )
 
 
 def test_links_out_of_the_folder_need_permission(folder: Path, tmp_path: Path) -> None:
