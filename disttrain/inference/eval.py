@@ -90,14 +90,11 @@ def open_data(config: Config, facts: Facts, data: str | None, root: str | None) 
         "model": config.model.model_copy(update={"num_classes": None}),
         "train": config.train.model_copy(update={"class_weights": None}),
     }
-    if (
-        data is not None
-        and load_index(data, root or config.data.root, strict=False).multi_label != facts.multi_label
-    ):
-        has = "one label a sample, but the run was trained on multi-label data"
-        if not facts.multi_label:
-            has = "any number of labels a sample, but the run was trained on data with one"
-        raise DataError(f"{data}: has {has}; give another --data")
+    other = None if data is None else load_index(data, root or config.data.root, strict=False)
+    if other is not None and other.multi_label != facts.multi_label:
+        kinds = {False: "one label a sample", True: "any number of labels a sample"}
+        found, wanted = kinds[other.multi_label], kinds[facts.multi_label]
+        raise DataError(f"{data}: has {found}, but the run was trained on {wanted}; give another --data")
     index = open_index(config.model_copy(update=changes), lambda text: None)
     index = index.cropped(config.data.image_size, config.eval.crop_pct)
     if set(index.classes) != set(facts.classes):

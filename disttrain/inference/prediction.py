@@ -151,13 +151,14 @@ def predictions(
     """
     top, threshold = limits["top"], limits["threshold"]
     classes, multi_label = classifier.classes, classifier.facts.multi_label
+    most = len(classes) if multi_label else min(top, len(classes))
     for batch in decoded(images, classifier.facts, limits["max_pixels"]):
         usable = [pixels for _, pixels, _ in batch if not isinstance(pixels, str)]
         rows: Iterator[list[tuple[str, float]]] = iter(())
         if usable:
             stacked = torch.from_numpy(np.stack(usable)).to(classifier.device)
             with torch.inference_mode(), classifier.as_evaluated():
-                best = classifier.probabilities(classifier(stacked)).sort(stable=True, dim=1, descending=True)
+                best = classifier.probabilities(classifier(stacked)).topk(most)
             columns = (best.values.tolist(), best.indices.tolist())
             rows = (_named(classes, *row) for row in zip(*columns, strict=True))
         for image, pixels, remarks in batch:
@@ -167,8 +168,8 @@ def predictions(
             else:
                 found = next(rows)
                 labels = tuple(label for label, value in found if value >= threshold) if multi_label else None
-                most = max(top, len(labels or ()))
-                yield Prediction(name, tuple(found[:most]), None, remarks, labels), pixels
+                shown = tuple(found[: max(top, len(labels or ()))])
+                yield Prediction(name, shown, None, remarks, labels), pixels
 
 
 def _named(classes: Sequence[str], values: list[float], labels: list[int]) -> list[tuple[str, float]]:

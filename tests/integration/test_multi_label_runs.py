@@ -14,6 +14,9 @@ from integration.test_own_images import commands_of, printed_by
 from safetensors.torch import load_file
 
 import disttrain as package
+from disttrain.errors import DataError
+from disttrain.inference.eval import open_data
+from disttrain.inference.run import open_run
 from disttrain.runs.evaluation import evaluation_of
 from disttrain.training.multi_label import average_precision
 from kit import REPOSITORY
@@ -53,6 +56,11 @@ def test_every_command_of_the_page_runs_and_the_labels_are_learnt(strips: Path) 
     the_file_of_the_classes_has_the_figures_of_the_evaluation(run)
     predictions_have_the_labels_above_the_threshold(strips, run)
     the_average_precision_is_that_of_the_scores(strips, run)
+    trained = open_run(run)
+    with pytest.raises(
+        DataError, match="digits: has one label a sample, but the run was trained on any number"
+    ):
+        open_data(trained.config, trained.facts, "digits", str(strips / "data"))
 
 
 def the_file_of_the_classes_has_the_figures_of_the_evaluation(run: Path) -> None:
