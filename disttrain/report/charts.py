@@ -122,6 +122,7 @@ def timeline(charts: Charts, run: Run, devices: Sequence[Device], events: Sequen
     marks = _marks(events, lambda times_s: times_s - origin_s, "clock")
     charts.groups["time"] = {"axes": axes, "marks": marks}
     for key in measures:
+        many = sum(_drawable(device, key) for device in devices) > _MOST_CURVES
         series: list[dict[str, Any]] = []
         for device in devices:
             if not _drawable(device, key):
@@ -129,9 +130,10 @@ def timeline(charts: Charts, run: Run, devices: Sequence[Device], events: Sequen
             x, y = _curve(device.time_s - origin_s, device.values[key], points)
             look = {"color": PALETTE[len(series) % len(PALETTE)], "ruler": "clock"}
             series.append(look | {"label": device.label, "x": _text(x), "y": _text(y, 5)})
-        if len(series) > _MOST_CURVES:
-            series = [each | {"thin": True} for each in series]
-        charts.add(f"time_{key}", "time", series, unit=MEASURES[key][1], zero=True)
+            if many:  # of so many curves, noise would hide the one that differs
+                means = _smooth(device.time_s - origin_s, device.values[key], points // 4)
+                series[-1] |= {"thin": True, "mean": means}
+        charts.add(f"time_{key}", "time", series, unit=MEASURES[key][1], zero=True, smooth=many)
     return [f"time_{key}" for key in measures]
 
 
@@ -231,6 +233,13 @@ def _means(values: Array, width: int) -> Array:
     table = padded.reshape(-1, width)
     counts = np.isfinite(table).sum(1)
     return np.where(counts > 0, np.nansum(table, 1) / np.maximum(counts, 1), np.nan)
+
+
+def _smooth(x: Array, y: Array, parts: int) -> list[str]:
+    """Returns the means of a curve over at most so many parts, as x and y, broken as `_curve` does."""
+    width = -(-len(x) // parts)
+    means = _curve(_means(x, width), _means(y, width), parts)
+    return [_text(means[0]), _text(means[1], 5)]
 
 
 def _curve(x: Array, y: Array, points: int) -> tuple[Array, Array]:

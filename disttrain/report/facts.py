@@ -23,8 +23,6 @@ _OF_LAST = {
     "map": "mAP",
     "micro_f1": "micro F1",
     "macro_f1": "macro F1",
-    "macro_precision": "macro precision",
-    "macro_recall": "macro recall",
     "top5_accuracy": "top-5 accuracy",
     "calibration_error": "calibration error",
 }

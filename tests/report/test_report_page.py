@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from disttrain.runs.evaluation import FILE, Evaluation, Mistake
 from disttrain.shards.pack import Options
 from disttrain.shards.pack import pack as pack_samples
 from kit import toy
-from kit.run_files import CONFIG, eval_record, stamp, write_run
+from kit.run_files import CONFIG, eval_record, gpu_record, stamp, write_lines, write_run
 from kit.run_results import metrics
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -376,3 +378,35 @@ def test_the_comparison_in_the_browser(tmp_path: Path, open_page: Open) -> None:
     assert page.locator("#seeds td", has_text="71.00 % ± 1.00").is_visible()
     assert page.locator("#differences tr", has_text="seed").is_visible()
     assert page.locator("#results th", has_text=names[2]).is_visible()
+
+
+def test_of_many_gpus_the_curves_are_smooth_and_their_range_is_behind(
+    tmp_path: Path, open_page: Open
+) -> None:
+    run = write_run(tmp_path / "run")
+    readings = [
+        gpu_record(
+            second, number, power_w=1200.0 if (second, number) == (300, 3) else 500 + 10 * (second % 2)
+        )
+        for second in range(600)
+        for number in range(12)
+    ]
+    write_lines(run / "gpu.jsonl", readings)
+    page = open_page(write_report(run))
+    power = page.locator("#chart-time_power_w")
+    assert "12 curves; the pointer names the nearest; gray: the range of all" in power.inner_text()
+    drawn = "#chart-time_power_w svg g[clip-path] path"
+    spread = page.locator(drawn).first
+    assert spread.get_attribute("shape-rendering") == "crispEdges"
+    tops = [float(part.partition("V")[2]) for part in (spread.get_attribute("d") or "").split("M")[1:]]
+    usual = statistics.median(tops)
+    assert sum(top < usual - 50 for top in tops) in (1, 2, 3), "one reading of one GPU is far above"
+    heights = [
+        [float(place) for place in re.findall(r"[ML][\d.]+ ([\d.]+)", line.get_attribute("d") or "")]
+        for line in page.locator(drawn).all()[1:]
+    ]
+    assert len([line for line in heights if line]) == 12
+    assert min(min(line) for line in heights if line) > min(tops) + 30, "means of many readings"
+    power.hover()
+    power.locator("input[type=range]").fill("0")
+    assert page.locator(drawn).first.get_attribute("shape-rendering") is None

@@ -124,9 +124,9 @@
     const y = base.y.map((_, n) => {
       const reach = Math.min(half, n, base.y.length - 1 - n); // as many before as after
       const count = counts[n + reach + 1] - counts[n - reach];
-      return count ? (sums[n + reach + 1] - sums[n - reach]) / count : NaN;
+      return Number.isFinite(base.y[n]) ? (sums[n + reach + 1] - sums[n - reach]) / count : NaN;
     });
-    return [{ ...raw, faint: true }, { x: placed(series, group, base.x), y, series, mean: true }];
+    return [{ ...raw, faint: true, hidden: series.thin }, { x: placed(series, group, base.x), y, series, mean: true }];
   }
 
   // The y range that is drawn: without clipping everything, otherwise without the rare values far outside.
@@ -169,7 +169,8 @@
         return free;
       });
     const dot = (x, y, color, size) => `<circle cx="${X(x).toFixed(1)}" cy="${Y(y).toFixed(1)}" r="${size}" fill="${color}"/>`;
-    const curve = ({ x, y, series, faint, mean }) => {
+    const curve = ({ x, y, series, faint, mean, hidden }) => {
+      if (hidden) return "";
       let text = "", pen = "M", dots = "", count = 0;
       const end = Math.min(x.length, below(x, high) + 1);
       for (let n = Math.max(0, below(x, low) - 1); n < end; n += 1) {
@@ -181,8 +182,19 @@
         if (series.dots || x.length === 1) dots += dot(x[n], y[n], series.color, 3);
         [pen, count] = ["L", count + 1];
       }
-      const weight = series.thin ? 'stroke-width="1" opacity=".5"' : `stroke-width="${faint ? 1 : mean || series.dots ? 2 : 1.4}" opacity="${faint || series.faint ? 0.35 : 1}"`;
+      const weight = series.thin ? 'stroke-width="1" opacity=".6"' : `stroke-width="${faint ? 1 : mean || series.dots ? 2 : 1.4}" opacity="${faint || series.faint ? 0.35 : 1}"`;
       return `<path d="${text}" stroke="${series.color}" ${weight} stroke-dasharray="${series.dash ?? ""}"/>${count <= 60 ? dots : ""}`;
+    };
+    // All values of the smoothed curves of many devices, from the lowest to the highest of each pixel.
+    const spread = () => {
+      const columns = new Map();
+      drawn.filter(({ hidden }) => hidden).forEach(({ x, y }) => x.forEach((value, n) => {
+        if (value < low || value > high || !Number.isFinite(y[n])) return;
+        const at = Math.round(X(value)), [least, most] = columns.get(at) ?? [Infinity, -Infinity];
+        columns.set(at, [Math.min(least, y[n]), Math.max(most, y[n])]);
+      }));
+      const text = [...columns].map(([at, [least, most]]) => `M${at + 0.5} ${(Y(least) + 0.5).toFixed(1)}V${(Y(most) - 0.5).toFixed(1)}`);
+      return text.length ? `<path d="${text.join("")}" stroke="var(--soft)" stroke-width="3" opacity=".3" shape-rendering="crispEdges"/>` : "";
     };
     const rug = marks.map(({ x0, x, color, tall, ruler }, row) => {
       const y = tall ? top : bottom + 3 + 7 * row, tip = tall ? bottom : y + 5;
@@ -202,7 +214,7 @@
       ${ys.map(([value, text]) => `<text class="y" x="${left - 6}" y="${(Y(value) + 4).toFixed(1)}">${text}</text>`).join("")}
       ${xs.map(([value, text, second]) => `<text class="x${X(value) > width - 30 ? " last" : ""}" x="${Math.min(X(value), width).toFixed(1)}" y="${base + 15}">${text}${second ? `<tspan x="${X(value).toFixed(1)}" dy="13">${second}</tspan>` : ""}</text>`).join("")}
       <text class="name" x="${width - right}" y="${height - 3}">${label}</text>
-      <g clip-path="url(#clip-${chart.name})">${drawn.map(curve).join("")}</g>${rug.join("")}<g class="cursor"></g>`;
+      <g clip-path="url(#clip-${chart.name})">${spread()}${drawn.map(curve).join("")}</g>${rug.join("")}<g class="cursor"></g>`;
     Object.assign(chart, { X, Y, drawn, left, bottom, width, dot });
     chart.value = (pixel) => { // of the x axis at a place on the screen
       const at = Math.min(1, Math.max(0, (pixel - left) / (width - left - right)));
@@ -216,7 +228,11 @@
     const { group, figure, X, Y, drawn, tip } = chart, value = chart.value(pixel);
     let found = drawn.filter(({ mean }) => !mean).map((line) => ({ ...line, n: nearest(line.x, value) }))
       .filter(({ x, y, n }) => n >= 0 && Number.isFinite(y[n]) && Math.abs(X(x[n]) - X(value)) < 40);
-    const far = (each) => Math.abs(X(each.x[each.n]) - pixel) + Math.abs(Y(each.y[each.n]) - y);
+    const smoothed = (series) => drawn.find((line) => line.mean && line.series === series);
+    const far = (each) => {
+      const line = (each.hidden && smoothed(each.series)) || each, n = nearest(line.x, value);
+      return Math.abs(X(line.x[n]) - pixel) + Math.abs(Y(line.y[n]) - y);
+    };
     found.sort((a, b) => Math.abs(a.x[a.n] - value) - Math.abs(b.x[b.n] - value));
     if (chart.series.length > most) found = found.sort((a, b) => far(a) - far(b)).slice(0, 1);
     const first = found[0];
@@ -228,7 +244,7 @@
     });
     const unit = figure.unit ? ` ${figure.unit}` : "";
     const rows = found.sort((a, b) => drawn.indexOf(a) - drawn.indexOf(b)).map((each) => {
-      const smooth = drawn.find(({ mean, series }) => mean && series === each.series);
+      const smooth = smoothed(each.series);
       const mean = smooth ? ` (mean ${say(smooth.y[nearest(smooth.x, value)])})` : "";
       const row = element("div", {}, element("b", { textContent: each.series.label }), ` ${say(each.y[each.n])}${unit}${mean}`);
       row.style.setProperty("--color", each.series.color);
@@ -338,7 +354,7 @@
       return made;
     };
     const labels = new Map(chart.series.map(({ label, color }) => [label, color]));
-    if (labels.size > most) row.append(`${labels.size} curves; the pointer names the nearest`);
+    if (labels.size > most) row.append(`${labels.size} curves; the pointer names the nearest${chart.figure.smooth ? "; gray: the range of all" : ""}`);
     else if (labels.size > 1) {
       for (const [label, color] of labels) {
         const button = swatch(color, "", label);
