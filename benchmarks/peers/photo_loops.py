@@ -113,7 +113,7 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--samples", type=int, default=1024, help="stop after so many (default: 1024)")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)  # as in the workers of a DataLoader: more would wait actively for the decoders
     batches = KINDS[arguments.kind](arguments.root, arguments.threads)
     next(batches)
     began, seen = time.perf_counter(), 0
