@@ -146,7 +146,7 @@ def report(
         return
     from disttrain.report.page import write_report
 
-    click.echo(write_report(runs[0], output, inside_s=seconds))
+    click.echo(write_report(runs[0], output, budget_s=seconds))
 
 
 def _compare(runs: Sequence[Path], output: Path | None, target: float | None, as_json: bool) -> None:

@@ -128,7 +128,7 @@ def view_checkpoint(run_dir: Path, config: Config, index: Index, *, budget_s: fl
     images = torch.from_numpy(pixels).to(device)
     with torch.inference_mode(), classifier.as_evaluated():
         grid = _predicted(index, pixels, labels, classifier.probabilities(classifier(images)))
-        telling = (n for n, shot in enumerate(grid) if shot.right and shot.true != _NONE)
+        telling = (n for n, image in enumerate(grid) if image.right and image.true != _NONE)
         right = next(telling, 0)
         layers = _layers(classifier.network, lambda: classifier(images[right : right + 1]))
     return CheckpointView(
@@ -246,7 +246,7 @@ def sample_grid(index: Index) -> list[LabelledImage]:
             of_class.append(LabelledImage(picture_of(pixels[0]), names(index, labels[0])))
         if sum(map(len, kept.values())) >= min(_SAMPLES, each * len(index.classes)):
             break
-    return [shot for label in sorted(kept) for shot in kept[label]]
+    return [image for label in sorted(kept) for image in kept[label]]
 
 
 def _load(run_dir: Path, device: torch.device) -> Classifier:

@@ -132,7 +132,7 @@ def timeline(charts: Charts, run: Run, devices: Sequence[Device], events: Sequen
             series.append(look | {"label": device.label, "x": _text(x), "y": _text(y, 5)})
             if many:  # of so many curves, noise would hide the one that differs
                 means = _smooth(device.time_s - origin_s, device.values[key], points // 4)
-                series[-1] |= {"thin": True, "mean": means}
+                series[-1] |= {"many": True, "mean": means}
         charts.add(f"time_{key}", "time", series, unit=MEASURES[key][1], zero=True, smooth=many)
     return [f"time_{key}" for key in measures]
 

@@ -49,13 +49,13 @@ class Section(NamedTuple, Generic[_T]):
     problem: str = ""
 
 
-def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float = 60) -> Path:
+def write_report(run_dir: Path, output: Path | None = None, *, budget_s: float = 60) -> Path:
     """Writes the report of a run, which may still be running or have failed, and a CSV file of its classes.
 
     Args:
         run_dir: the run folder.
         output: the file; None is report.html in the run folder.
-        inside_s: time limit in seconds for evaluating the best checkpoint on validation images; 0 omits
+        budget_s: time limit in seconds for evaluating the best checkpoint on validation images; 0 omits
             every section that needs the network.
 
     Returns:
@@ -75,8 +75,8 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         charts.learning(drawn, run)
     times = charts.timeline(drawn, run, devices, run.events)
     index = _index(run)
-    inside = _inside(run, index.content, inside_s)
-    seen, data = inside.content, index.content
+    view = _evaluated(run, index.content, budget_s)
+    seen, data = view.content, index.content
     path = output or run_dir / "report.html"
     return render(
         "report.html",
@@ -102,7 +102,7 @@ def write_report(run_dir: Path, output: Path | None = None, *, inside_s: float =
         index=index,
         samples=_attempt(lambda: sample_grid(data)) if data else Section(None),
         skipped=[("validation", run.evals[-1].skipped if run.evals else None), ("training", run.skipped)],
-        inside=inside,
+        view=view,
         **(_classes(seen, data, path) if seen and data else {"matrix": None}),
         command=f"cd {run.env.get('directory')}\n{run.env['command']}" if "command" in run.env else "",
         config_text=_config_text(run),
@@ -148,7 +148,7 @@ def _index(run: Run) -> Section[Index]:
     return Section(found.content, f"{found.content.folder} has changed since the run")
 
 
-def _inside(run: Run, index: Index | None, budget_s: float) -> Section[CheckpointView]:
+def _evaluated(run: Run, index: Index | None, budget_s: float) -> Section[CheckpointView]:
     if budget_s <= 0:
         return Section(None, "not asked for; `disttrain report RUN` computes it from the best checkpoint")
     if (config := run.config) is None or index is None:

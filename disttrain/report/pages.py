@@ -24,7 +24,7 @@ from disttrain.errors import DisttrainError
 from disttrain.parallel import KilledError, in_processes
 from disttrain.report.listing import Listing
 
-_INSIDE_S = 10.0  # for evaluating a checkpoint that was not evaluated
+_BUDGET_S = 10.0  # for evaluating a checkpoint that was not evaluated
 _DRAWING = 2  # pages at once
 _MOST_PAGES = 32  # kept
 _TAIL_BYTES = 64 * 1024
@@ -138,7 +138,7 @@ def _draw(work: tuple[list[Path], Path]) -> None:
     if len(folders) == 1:
         from disttrain.report.page import write_report
 
-        write_report(folders[0], file, inside_s=_INSIDE_S)
+        write_report(folders[0], file, budget_s=_BUDGET_S)
     else:
         from disttrain.report.compare import compare, write_comparison
 

@@ -29,7 +29,7 @@ from disttrain.shards.foldertree import is_tree, list_tree
 from disttrain.shards.imagefolder import Tree, scan_tree
 from disttrain.shards.images import Pixels, encode_image
 from disttrain.shards.index import BUILT_IN, Index, data_folder, data_root, load_index, make_command
-from disttrain.shards.origin import foreign_tar
+from disttrain.shards.origin import existing_tar
 from disttrain.shards.pack import Options, Source, pack
 from disttrain.shards.reader import open_shard
 from disttrain.shards.writer import Sample
@@ -75,7 +75,7 @@ def prepare(name: str, source: Path | None, root: str | None, options: Options) 
         try:
             index = _intact(name, root)
         except DataError as error:
-            if foreign_tar(data_folder(name, root)):
+            if existing_tar(data_folder(name, root)):
                 raise
             say(str(error).partition("; make ")[0] + "; making it again")
             options = replace(options, force=True)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from disttrain.errors import DataError, UnsafeError, UsageError
 from disttrain.shards.index_file import INDEX_LIMIT_BYTES, IndexFile, Shard, check_index
 from disttrain.shards.label_format import LabelReader, Labels
-from disttrain.shards.origin import foreign_tar
+from disttrain.shards.origin import existing_tar
 from disttrain.shards.remote import fetch_text
 from disttrain.urls import is_url, public, without_secrets
 from disttrain.userdirs import user_cache
@@ -259,7 +259,7 @@ def parse_index(text: bytes, name: str, folder: Path, *, base: str | None = None
 def _again(name: str, folder: Path, base: str | None) -> str:
     if base:
         return "repair it on the server"
-    if foreign_tar(folder):
+    if existing_tar(folder):
         return _get_again(folder)
     return f"make the data set again with {make_command(name, folder.parent, force=True)}"
 
@@ -298,7 +298,7 @@ def _missing(name: str, folder: Path) -> str:
     text = f"{folder / 'index.json'}: there is no data set {name!r}"
     if close and close[0] != name:
         text += f"; did you mean {close[0]}?"
-    if foreign_tar(folder):
+    if existing_tar(folder):
         return f"{text}; index its tars with `disttrain data index {shlex.quote(str(folder))}`"
     wanted = close[0] if close and close[0] not in there else name
     command = make_command(wanted, folder.parent, force=folder.exists() and wanted == name)

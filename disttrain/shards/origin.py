@@ -11,11 +11,11 @@ _MARK = OWNER.encode().ljust(32, b"\0") * 2  # both fields of a tar header
 _LOOK_BYTES = 2**20  # has many headers, so that a damaged one does not hide who wrote a tar
 
 
-def foreign_tar(folder: Path) -> Path | None:
+def existing_tar(folder: Path) -> Path | None:
     """Returns the first tar in a folder that disttrain did not write, or None.
 
     An empty file counts as written by disttrain, because nothing is lost with it. A tar that cannot be read
-    counts as foreign.
+    counts as one.
     """
     return next((path for path in sorted(folder.rglob("*.tar")) if not _is_ours(path)), None)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from disttrain.errors import DataError
 from disttrain.files import file_lock, sync_folder
-from disttrain.shards.origin import foreign_tar
+from disttrain.shards.origin import existing_tar
 
 
 @contextlib.contextmanager
@@ -41,9 +41,9 @@ def check_replaceable(target: Path) -> None:
     for path in target.iterdir() if target.is_dir() else [target]:
         if path == target or not (path.name == "index.json" or path.suffix == ".tar"):
             raise DataError(f"{path}: not part of a packed data set; move it away or choose another name")
-    if foreign := foreign_tar(target):
+    if tar := existing_tar(target):
         raise DataError(
-            f"{foreign}: disttrain did not write this tar, so it is not replaced; choose another name, or "
+            f"{tar}: disttrain did not write this tar, so it is not replaced; choose another name, or "
             f"use the tars as they are with `disttrain data index {shlex.quote(str(target))} --force`"
         )
 
@@ -68,6 +68,6 @@ def publish(folder: Path, target: Path, overwrite: bool) -> bool:
 
 def instead_of(target: Path) -> str:
     """Returns what to do if there is something in the place of a new data set."""
-    if foreign := foreign_tar(target):
-        return f"disttrain did not write {foreign.name}, so choose another name"
+    if tar := existing_tar(target):
+        return f"disttrain did not write {tar.name}, so choose another name"
     return "replace it with --force or choose another name"

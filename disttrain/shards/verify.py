@@ -20,7 +20,7 @@ from disttrain.shards.pack import Progress, silent
 from disttrain.shards.reader import Ids, ShardError, open_shard
 from disttrain.shards.remarks import Remarks, add, pillow_warnings
 from disttrain.shards.tar import Contents
-from disttrain.shards.whole_shard import Survey, surveyed
+from disttrain.shards.whole_shard import ScannedSamples, scanned
 from disttrain.userdirs import cache_folder, remember
 
 
@@ -54,24 +54,24 @@ class Findings:
         self.sums = np.zeros((2, index.channels), np.int64)
         self.remarks: Remarks = {}
 
-    def add(self, index: Index, split: str, shard: Shard, survey: Survey) -> None:
+    def add(self, index: Index, split: str, shard: Shard, scan: ScannedSamples) -> None:
         """Adds the samples of a part of a shard."""
-        usable = survey.usable
-        for key, text in survey.problems.values():
+        usable = scan.usable
+        for key, text in scan.problems.values():
             self.problems.append(Problem(index.place(shard), key, text))
-        self.unusable[split] += survey.problems
-        labels = survey.labels[usable]
+        self.unusable[split] += scan.problems
+        labels = scan.labels[usable]
         counts = (
             labels.sum(0, dtype=np.int64)
             if index.multi_label
             else np.bincount(labels, minlength=len(index.classes))
         )
         self.class_counts[split] += counts
-        for key, text in survey.remarks:
+        for key, text in scan.remarks:
             add(self.remarks, text, f"{index.place(shard)}: sample {key}")
-        self.sizes[split].append(survey.sizes[usable])
+        self.sizes[split].append(scan.sizes[usable])
         if split == "train":
-            self.sums += survey.sums
+            self.sums += scan.sums
 
     def usable(self, split: str) -> int:
         """Returns the number of usable samples of a split."""
@@ -105,9 +105,9 @@ def examine(index: Index, splits: tuple[str, ...], *, on_progress: Progress = si
         for split in splits:
             for number, shard in enumerate(index.splits[split].shards):
                 try:
-                    for survey in surveyed(index, split, number, threads=usable_cores()):
-                        findings.add(index, split, shard, survey)
-                        done += len(survey.labels)
+                    for scan in scanned(index, split, number, threads=usable_cores()):
+                        findings.add(index, split, shard, scan)
+                        done += len(scan.labels)
                         on_progress(done, total)
                 except ShardError as error:
                     findings.problems.append(Problem(index.place(shard), None, error.problem))
@@ -203,7 +203,7 @@ def find_bad_samples(index: Index, split: str, say: Callable[[str], None]) -> Id
     Raises:
         UnsafeError: a shard has a member of a forbidden kind.
     """
-    record = cache_folder() / "surveys" / f"{index.name}-{index.digest[:16]}-{split}.json"
+    record = cache_folder() / "bad_samples" / f"{index.name}-{index.digest[:16]}-{split}.json"
     stamps = [_stamp(index, shard) for shard in index.splits[split].shards]
     with contextlib.ExitStack() as stack:
         with suppress(OSError):  # if the cache cannot be written, every process searches on its own

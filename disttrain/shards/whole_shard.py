@@ -115,7 +115,7 @@ def reduced(index: Index, split: str, number: int, *, threads: int) -> Iterator[
     yield from _by_chunk(index, split, number, work, _LARGE_CHUNK, threads)
 
 
-class Survey(NamedTuple):
+class ScannedSamples(NamedTuple):
     """What is known of consecutive samples of a shard after they were decoded.
 
     Attributes:
@@ -142,7 +142,7 @@ class Survey(NamedTuple):
         return usable
 
 
-def surveyed(index: Index, split: str, number: int, *, threads: int) -> Iterator[Survey]:
+def scanned(index: Index, split: str, number: int, *, threads: int) -> Iterator[ScannedSamples]:
     """Decodes all samples of a shard, in order, and yields what is known of them.
 
     Raises:
@@ -155,9 +155,9 @@ def surveyed(index: Index, split: str, number: int, *, threads: int) -> Iterator
             sizes = np.full((len(labels), 2), images.shape[1:3], np.int64)
             sizes[[sample - first for sample in problems]] = 0
             sums = pixel_sums(images[sizes[:, 0] > 0])
-            yield Survey(first, labels, problems, remarks, sizes, sums)
+            yield ScannedSamples(first, labels, problems, remarks, sizes, sums)
         return
-    work = partial(_survey, index.channels)
+    work = partial(_scan_some, index.channels)
     yield from _by_chunk(index, split, number, work, _LARGE_CHUNK, threads)
 
 
@@ -183,7 +183,7 @@ def _by_chunk(
     yield from ordered_map(lambda positions: work(shard, positions, base), chunks, threads)
 
 
-def _survey(channels: int, shard: OpenShard, positions: range, base: int) -> Survey:
+def _scan_some(channels: int, shard: OpenShard, positions: range, base: int) -> ScannedSamples:
     problems: dict[int, tuple[str, str]] = {}
     remarks: list[tuple[str, str]] = []
     sizes = np.zeros((len(positions), 2), np.int64)
@@ -204,4 +204,4 @@ def _survey(channels: int, shard: OpenShard, positions: range, base: int) -> Sur
         sizes[place] = pixels.shape[:2]
         sums += pixel_sums(pixels)
     labels = shard.contents.labels[positions.start : positions.stop]
-    return Survey(base + positions.start, labels, problems, remarks, sizes, sums)
+    return ScannedSamples(base + positions.start, labels, problems, remarks, sizes, sums)

@@ -28,6 +28,7 @@ def s3() -> Iterator[S3]:
     server.close()
 
 
+@pytest.mark.nightly
 def test_training_from_a_bucket(s3: S3, disttrain: Run, tmp_path: Path, seven_root: Path) -> None:
     (tmp_path / "seven.yaml").write_text(CONFIG)
     s3.upload(seven_root, "photos/prefix")

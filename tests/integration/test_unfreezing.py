@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from kit.marks import nightly
 from kit.resumed import digest, run
 from kit.run_results import computed_records, ids_per_step
 
@@ -20,15 +19,14 @@ Stages = Sequence[tuple[int, str | None, int]]
 STOPS: list[tuple[tuple[str, ...], int, Stages]] = [
     # Killed in the frozen phase; from the checkpoint of step 20, where all are unfrozen, twice; to the end.
     (REPRODUCIBLE, 1, [(2, "SIGKILL 1 training 50", 70), (2, "SIGTERM 1 training 24", 75), (3, None, 0)]),
-]
-MORE_STOPS: list[tuple[tuple[str, ...], int, Stages]] = [
     ((), 2, [(2, "SIGTERM 0 training 20", 75), (2, "SIGKILL 0 training 26", 70), (2, None, 0)]),
     ((), 1, [(1, "SIGTERM 0 training 39", 75), (1, "SIGKILL 0 training 10", 70), (1, None, 0)]),
     ((), 3, [(3, "SIGKILL 2 training 45", 70), (3, "SIGTERM 2 training 30", 75), (3, None, 0)]),
 ]
 
 
-@pytest.mark.parametrize(("mode", "procs", "stages"), [*STOPS, *nightly(*MORE_STOPS)])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("mode", "procs", "stages"), STOPS)
 def test_a_stopped_run_unfreezes_as_the_run_that_was_never_stopped(
     mode: tuple[str, ...], procs: int, stages: Stages, tmp_path: Path, digits_root: Path
 ) -> None:

@@ -110,19 +110,19 @@ def test_the_report_of_a_real_run_says_what_the_run_knows(
 @pytest.mark.integration
 def test_the_confusion_matrix_is_that_of_the_last_evaluation(trained: Path, digits: None) -> None:
     index = load_index("digits", None)
-    inside = view_checkpoint(trained, load_config(trained / "config.yaml"), index, budget_s=600)
+    view = view_checkpoint(trained, load_config(trained / "config.yaml"), index, budget_s=600)
     best = read_run(trained).best
     assert best is not None
-    assert inside.evaluation.confusion.sum() == best.total == 359
-    assert inside.evaluation.confusion.trace() == best.correct
-    assert inside.evaluation.confusion.sum(1).tolist() == list(index.splits["val"].class_counts)
-    assert all(shot.predicted != shot.true for shot in inside.mistakes)
-    chances = [shot.probability or 0 for shot in inside.mistakes]
+    assert view.evaluation.confusion.sum() == best.total == 359
+    assert view.evaluation.confusion.trace() == best.correct
+    assert view.evaluation.confusion.sum(1).tolist() == list(index.splits["val"].class_counts)
+    assert all(image.predicted != image.true for image in view.mistakes)
+    chances = [shot.probability or 0 for shot in view.mistakes]
     assert chances == sorted(chances, reverse=True)
-    assert len(inside.mistakes) == min(24, 359 - inside.evaluation.confusion.trace())
-    assert inside.image is not None
-    assert inside.image.true == inside.image.predicted
-    names = [(layer.name, layer.kind, layer.maps, layer.width) for layer in inside.layers]
+    assert len(view.mistakes) == min(24, 359 - view.evaluation.confusion.trace())
+    assert view.image is not None
+    assert view.image.true == view.image.predicted
+    names = [(layer.name, layer.kind, layer.maps, layer.width) for layer in view.layers]
     assert names[:3] == [
         ("features.0", "Conv2d", 8, 8), ("features.1", "ReLU", 8, 8), ("features.2", "MaxPool2d", 8, 4),
     ]  # fmt: skip
@@ -139,10 +139,10 @@ def test_a_slow_network_is_shown_fewer_images_and_the_page_says_so(
     del parts[evaluation.FILE]
     (best / MANIFEST).unlink()
     write_manifest(best, parts)
-    inside = view_checkpoint(run, load_config(run / "config.yaml"), load_index("digits", None), budget_s=0)
-    assert inside.samples == 359
-    assert inside.evaluation.confusion.sum() == 256
-    text = visible(write_report(run, tmp_path / "page.html", inside_s=1e-9))
+    view = view_checkpoint(run, load_config(run / "config.yaml"), load_index("digits", None), budget_s=0)
+    assert view.samples == 359
+    assert view.evaluation.confusion.sum() == 256
+    text = visible(write_report(run, tmp_path / "page.html", budget_s=1e-9))
     assert "of 256 randomly chosen validation images (of 359, limited by time) are classified" in text
 
 

@@ -6,7 +6,7 @@ from disttrain.errors import DataError
 from disttrain.shards.datasets import prepare
 from disttrain.shards.existing_tars import index_folder
 from disttrain.shards.index import load_index
-from disttrain.shards.origin import foreign_tar
+from disttrain.shards.origin import existing_tar
 from disttrain.shards.pack import Options
 from kit.shards import read_split, write_tar
 from kit.toy import CLASSES, encode, images, pack
@@ -92,7 +92,7 @@ def test_a_well_known_data_set_is_not_made_in_their_place(root, theirs):
 def test_a_damaged_tar_of_our_own_is_known_and_replaced(root, position):
     folder = pack().folder
     flip(folder / "train-000000.tar", position)
-    assert foreign_tar(folder) is None
+    assert existing_tar(folder) is None
     with pytest.raises(DataError, match="make the data set again with `disttrain data pack DIR --name toy"):
         list(read_split(load_index("toy", None), "train"))
     assert len(list(read_split(pack(force=True), "train"))) == 10

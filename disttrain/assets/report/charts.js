@@ -126,7 +126,7 @@
       const count = counts[n + reach + 1] - counts[n - reach];
       return Number.isFinite(base.y[n]) ? (sums[n + reach + 1] - sums[n - reach]) / count : NaN;
     });
-    return [{ ...raw, faint: true, hidden: series.thin }, { x: placed(series, group, base.x), y, series, mean: true }];
+    return [{ ...raw, faint: true, hidden: series.many }, { x: placed(series, group, base.x), y, series, mean: true }];
   }
 
   // The y range that is drawn: without clipping everything, otherwise without the rare values far outside.
@@ -182,7 +182,7 @@
         if (series.dots || x.length === 1) dots += dot(x[n], y[n], series.color, 3);
         [pen, count] = ["L", count + 1];
       }
-      const weight = series.thin ? 'stroke-width="1" opacity=".6"' : `stroke-width="${faint ? 1 : mean || series.dots ? 2 : 1.4}" opacity="${faint || series.faint ? 0.35 : 1}"`;
+      const weight = series.many ? 'stroke-width="1" opacity=".6"' : `stroke-width="${faint ? 1 : mean || series.dots ? 2 : 1.4}" opacity="${faint || series.faint ? 0.35 : 1}"`;
       return `<path d="${text}" stroke="${series.color}" ${weight} stroke-dasharray="${series.dash ?? ""}"/>${count <= 60 ? dots : ""}`;
     };
     // All values of the smoothed curves of many devices, from the lowest to the highest of each pixel.
