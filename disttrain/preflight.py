@@ -156,8 +156,7 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
             f"set it to {classes} or remove it"
         )
     check_label_keys(config, index)
-    rule = config.train.stop_early
-    for key, metric in (("eval.best", config.eval.best), ("train.stop_early.metric", rule and rule.metric)):
+    for key, metric in _chosen_metrics(config).items():
         if metric == "top5" and classes <= 5:
             raise UsageError(
                 f"{key} = top5 needs more than 5 classes, but {name} has {classes}; use accuracy"
@@ -175,11 +174,15 @@ def open_index(config: Config, say: Callable[[str], None]) -> Index:
     return index
 
 
+def _chosen_metrics(config: Config) -> dict[str, str | None]:
+    """Returns the metrics that decide something, by the keys that choose them."""
+    rule = config.train.stop_early
+    return {"eval.best": config.eval.best, "train.stop_early.metric": rule.metric if rule else None}
+
+
 def check_label_keys(config: Config, index: Index) -> None:
     """Raises UsageError if a key does not suit a data set with one label a sample, or with any number."""
-    rule = config.train.stop_early
-    loss, sampling = config.train.loss, config.data.sampling
-    metrics = {"eval.best": config.eval.best, "train.stop_early.metric": rule and rule.metric}
+    loss, sampling, metrics = config.train.loss, config.data.sampling, _chosen_metrics(config)
     if not index.multi_label:
         keys = {"train.loss": (loss == "bce", "bce", "cross_entropy")}
         keys |= {key: (metric == "map", "map", "accuracy") for key, metric in metrics.items()}

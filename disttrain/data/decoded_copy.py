@@ -68,17 +68,8 @@ class ReducedSplit:
     labels: Labels
     channels: int
 
-    def decode(
-        self,
-        ids: Ids,
-        images: Pixels,
-        labels: Labels,
-        positions: Ids | None = None,
-        crops: Crops | None = None,
-    ) -> None:
+    def decode(self, ids: Ids, images: Pixels, labels: Labels, positions: Ids, crops: Crops) -> None:
         """Cuts the crops of samples out of the decoded images; see `Reader.decode`, which gives the same."""
-        assert positions is not None
-        assert crops is not None
         sizes, side = self.sizes[ids], images.shape[1]
         boxes = crops(positions, sizes).tolist()
         starts = self.starts[ids].tolist()
@@ -110,17 +101,17 @@ def open_split(index: Index, split: str, skipped: Ids, say: Callable[[str], None
         # copy-on-write, because torch warns about read-only arrays
         images = np.load(target / "images.npy", mmap_mode="c", allow_pickle=False)
         labels = np.load(target / "labels.npy", mmap_mode="c", allow_pickle=False)
-        fits = (images.shape, images.dtype) == (shape, np.uint8) and _fit(index, labels, shape[0])
+        fits = (images.shape, images.dtype) == (shape, np.uint8) and _labels_fit(index, labels, shape[0])
         return DecodedSplit(images, labels) if fits else None
 
     def write(partial: Path) -> None:
-        needed = int(np.prod(shape)) + 9 * shape[0]
+        labels = index.empty_labels(shape[0])
+        needed = int(np.prod(shape)) + labels.nbytes
         _expect_space(index, partial.parent, needed)
         say(f"decoding {index.name}/{split} once: {shape[0]:,} images, {mib(needed, 1)}")
         images = np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
         with (partial / "images.npy").open("r+b") as mapped:  # a full disk fails here, not with SIGBUS later
             os.posix_fallocate(mapped.fileno(), 0, os.fstat(mapped.fileno()).st_size)
-        labels = index.empty_labels(shape[0])
         for chunk in _usable(index, split, skipped, decoded):
             end = chunk.first + len(chunk.labels)
             images[chunk.first : end], labels[chunk.first : end] = chunk.images, chunk.labels
@@ -139,7 +130,7 @@ def open_reduced(index: Index, skipped: Ids, say: Callable[[str], None]) -> Redu
         sizes = np.load(target / "sizes.npy", allow_pickle=False)
         labels = np.load(target / "labels.npy", mmap_mode="c", allow_pickle=False)
         starts = np.concatenate([[0], np.cumsum(sizes.prod(1) * index.channels)])
-        fits = len(sizes) == samples and starts[-1] == len(pixels) and _fit(index, labels, samples)
+        fits = len(sizes) == samples and starts[-1] == len(pixels) and _labels_fit(index, labels, samples)
         return ReducedSplit(pixels, sizes, starts[:-1], labels, index.channels) if fits else None
 
     def write(partial: Path) -> None:
@@ -161,7 +152,8 @@ def open_reduced(index: Index, skipped: Ids, say: Callable[[str], None]) -> Redu
     return _open(index, "train", skipped, f"{RULES} {side}", load, write, say)
 
 
-def _fit(index: Index, labels: Labels, samples: int) -> bool:
+def _labels_fit(index: Index, labels: Labels, samples: int) -> bool:
+    """Returns whether these are labels of so many samples of a data set."""
     expected = index.empty_labels(0)
     return labels.dtype == expected.dtype and labels.shape == (samples, *expected.shape[1:])
 

@@ -24,7 +24,7 @@ from disttrain.parallel import chunked, ordered_map
 from disttrain.shards.crops import Crops
 from disttrain.shards.images import ImageError
 from disttrain.shards.index import Index
-from disttrain.shards.label_format import as_set
+from disttrain.shards.label_format import classes_of
 from disttrain.shards.reader import Sample, decode_files, sample_error
 from disttrain.shards.tar import IMAGE_EXTENSIONS
 from disttrain.user_code import UserCodeError, import_target
@@ -166,7 +166,7 @@ class Staged:
                 f"data.pipeline: the batch stage needs samples with `image`, uint8 [{height}, {width}, "
                 f"{channels}], and `cls`, {kind}: {error_text(error)}"
             ) from error
-        if not all(0 <= label < classes for found in labels for label in as_set(found)):
+        if not all(0 <= label < classes for found in labels for label in classes_of(found)):
             raise UsageError(f"data.pipeline: returns a `cls` outside 0..{classes - 1}")
         due.labels.numpy()[:] = index.label_reader().array(labels)
 

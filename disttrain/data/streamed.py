@@ -91,7 +91,7 @@ class Streamed:
         self.index = index
         self.shape = (index.height, index.width, index.channels)
         self.reader = Reader(index, split, say)
-        self._decode = self.reader.decode if copy is None else copy.decode
+        self._copy = copy
         self._pinned = device.type == "cuda"
         self.workers = workers
         self.chunk = CHUNK if index.image_size is None else _LARGE_CHUNK
@@ -135,7 +135,11 @@ class Streamed:
     def _fill(self, crops: Crops | None, work: tuple[Wanted, slice]) -> tuple[Wanted, slice]:
         due, part = work
         images, labels = due.images[part].numpy(), due.labels[part].numpy()
-        self._decode(due.unique[part], images, labels, due.positions[part], crops)
+        ids, positions = due.unique[part], due.positions[part]
+        if self._copy is None or crops is None:
+            self.reader.decode(ids, images, labels, positions, crops)
+        else:
+            self._copy.decode(ids, images, labels, positions, crops)
         return work
 
 

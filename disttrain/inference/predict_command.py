@@ -25,7 +25,7 @@ from disttrain.terminal import columns, fitted, printable, width_of
 from disttrain.units import percent
 
 if TYPE_CHECKING:
-    from disttrain.inference.prediction import Limits, Prediction
+    from disttrain.inference.prediction import Prediction, PredictOptions
 
 _WIDEST = 60  # characters of the column of file names
 _NAME = 40  # characters of the column of classes in a file or a pipe; longer names stand out
@@ -43,7 +43,7 @@ def predict_files(
     grid: Path | None,
     as_json: bool,
     on_progress: Callable[[int, int | None], None],
-    **limits: Unpack[Limits],
+    **options: Unpack[PredictOptions],
 ) -> None:
     """Classifies images, prints the predictions and draws the grid; the arguments are those of the command.
 
@@ -70,10 +70,10 @@ def predict_files(
     if not as_json and classifier.facts.multi_label:
         show = _label_table(files, columns(sys.stdout))
     elif not as_json:
-        show = _table(_layout(files, classifier.classes, limits["top"], columns(sys.stdout)))
+        show = _table(_layout(files, classifier.classes, options["top"], columns(sys.stdout)))
     cells: list[Cell] = []
     failed = 0
-    for number, (prediction, pixels) in enumerate(predictions(classifier, files, **limits), 1):
+    for number, (prediction, pixels) in enumerate(predictions(classifier, files, **options), 1):
         if prediction.remarks and pixels is not None:
             click.echo(f"disttrain: {shown(prediction.image)}: {'; '.join(prediction.remarks)}", err=True)
         if pixels is None:

@@ -125,7 +125,7 @@ def _is_one(images: object) -> bool:
     return isinstance(images, kinds) or hasattr(images, "read")
 
 
-class Limits(TypedDict):
+class PredictOptions(TypedDict):
     """What is taken of images and of their predictions.
 
     Attributes:
@@ -140,19 +140,19 @@ class Limits(TypedDict):
 
 
 def predictions(
-    classifier: Classifier, images: Iterable[ImageSource], **limits: Unpack[Limits]
+    classifier: Classifier, images: Iterable[ImageSource], **options: Unpack[PredictOptions]
 ) -> Iterator[tuple[Prediction, Pixels | None]]:
     """Yields the prediction for each image with its prepared pixels, uint8 [H, W, C], or None if unusable.
 
     Args:
         classifier: computes in the precision of `as_evaluated`.
         images: read a few batches ahead.
-        limits: see `Limits`.
+        options: see `PredictOptions`.
     """
-    top, threshold = limits["top"], limits["threshold"]
+    top, threshold = options["top"], options["threshold"]
     classes, multi_label = classifier.classes, classifier.facts.multi_label
     most = len(classes) if multi_label else min(top, len(classes))
-    for batch in decoded(images, classifier.facts, limits["max_pixels"]):
+    for batch in decoded(images, classifier.facts, options["max_pixels"]):
         usable = [pixels for _, pixels, _ in batch if not isinstance(pixels, str)]
         rows: Iterator[list[tuple[str, float]]] = iter(())
         if usable:

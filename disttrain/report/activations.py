@@ -121,7 +121,7 @@ def view_checkpoint(run_dir: Path, config: Config, index: Index, *, budget_s: fl
     reader = Reader(index, "val")
     pixels, labels = _read(reader, index, np.array([one.id for one in found.mistakes], np.int64))
     mistakes = [
-        LabelledImage(picture_of(image), names(index, label), _wrong(index, one), one.probability)
+        LabelledImage(picture_of(image), label_text(index, label), _wrong(index, one), one.probability)
         for image, label, one in zip(pixels, labels, found.mistakes, strict=True)
     ]
     pixels, labels = _read(reader, index, ids[:_GRID])
@@ -145,7 +145,7 @@ def view_checkpoint(run_dir: Path, config: Config, index: Index, *, budget_s: fl
     )
 
 
-def names(index: Index, label: Any) -> str:
+def label_text(index: Index, label: Any) -> str:
     """Returns the class of a sample, or in multi-label data the classes of its row of `Labels`."""
     if not index.multi_label:
         return index.classes[int(label)]
@@ -177,7 +177,11 @@ def _predicted(
         chosen, chances = places.numpy(), best.tolist()
     return [
         LabelledImage(
-            picture_of(image), names(index, true), names(index, row), chance, bool((true == row).all())
+            picture_of(image),
+            label_text(index, true),
+            label_text(index, row),
+            chance,
+            bool((true == row).all()),
         )
         for image, true, row, chance in zip(pixels, labels, chosen, chances, strict=True)
     ]
@@ -187,8 +191,8 @@ def _evaluate(classifier: Classifier, config: Config, index: Index, ids: Ids, bu
     """Evaluates as many samples as the time allows."""
     from disttrain.data.stages import open_stream
     from disttrain.training.collectives import Group
-    from disttrain.training.evaluation import EvalMetrics, EvalTask, score
-    from disttrain.training.multi_label import MultiLabelMetrics
+    from disttrain.training.evaluation import EvalTask, score
+    from disttrain.training.metrics import metrics_for
     from disttrain.training.state import Validation
 
     expect_images(len(ids))
@@ -199,29 +203,19 @@ def _evaluate(classifier: Classifier, config: Config, index: Index, ids: Ids, bu
     split = Validation(data, ids, index.classes, multi_label=index.multi_label)
     group, autocast = Group(0, 1, device), classifier.as_evaluated
     task = EvalTask(classifier.network, classifier.normalize, split, group, _BATCH, autocast)
-    make = MultiLabelMetrics if index.multi_label else EvalMetrics
-    metrics = make(device, len(index.classes))
+    metrics = metrics_for(split, device)
     score(
         task,
         "none",
         metrics.add,
         lambda number: number == 0 or time.monotonic() - began < budget_s,
     )
-    sums, labels = metrics.sums(), None
+    sums = metrics.sums()
     total, correct = int(sums.samples), int(sums.correct)
-    cells = []
-    if isinstance(metrics, MultiLabelMetrics):
-        labels = metrics.results(group)
-    else:
-        cells = metrics.cells()
-    return Evaluation(
-        record=EvalRecord(loss=None, accuracy=correct / total, correct=correct, total=total, step=0, epoch=0),
-        top5_correct=0,
-        classes=index.classes,
-        cells=cells,
-        labels=labels,
-        mistakes=sorted(metrics.mistakes(), reverse=True)[:MISTAKES],
-    )
+    record = EvalRecord(loss=None, accuracy=correct / total, correct=correct, total=total, step=0, epoch=0)
+    cells, labels = metrics.finish(record, sums, group)
+    mistakes = sorted(metrics.mistakes(), reverse=True)[:MISTAKES]
+    return Evaluation(record, int(sums.top5_correct), index.classes, cells, mistakes, labels)
 
 
 def sample_grid(index: Index) -> list[LabelledImage]:
@@ -243,7 +237,7 @@ def sample_grid(index: Index) -> list[LabelledImage]:
         label = int(labels[0].argmax() if index.multi_label else labels[0])
         of_class = kept.setdefault(label, [])
         if len(of_class) < each:
-            of_class.append(LabelledImage(picture_of(pixels[0]), names(index, labels[0])))
+            of_class.append(LabelledImage(picture_of(pixels[0]), label_text(index, labels[0])))
         if sum(map(len, kept.values())) >= min(_SAMPLES, each * len(index.classes)):
             break
     return [image for label in sorted(kept) for image in kept[label]]

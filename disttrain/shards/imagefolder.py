@@ -25,7 +25,7 @@ from disttrain.shards.images import (
     open_image,
 )
 from disttrain.shards.index import Index, data_folder
-from disttrain.shards.label_format import Label, as_set
+from disttrain.shards.label_format import Label, classes_of
 from disttrain.shards.label_table import read_table
 from disttrain.shards.pack import Options, Source, pack
 from disttrain.shards.publish import check_replaceable, instead_of
@@ -135,7 +135,7 @@ class Tree(NamedTuple):
 
     def in_train(self) -> set[str]:
         """Returns the names of the classes in the train split."""
-        found = (as_set(picture.label) for picture in self.splits["train"])
+        found = (classes_of(picture.label) for picture in self.splits["train"])
         return {self.classes[label] for label in set[int]().union(*found)}
 
     def sources(self, side: int | None = None) -> dict[str, Source]:

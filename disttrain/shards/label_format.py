@@ -24,7 +24,7 @@ Labels: TypeAlias = "npt.NDArray[np.integer[Any]]"
 """Of samples: int64 [n], -1 if unknown; or in multi-label data uint8 [n, classes], 1 for each label."""
 
 
-def as_set(label: Label) -> tuple[int, ...]:
+def classes_of(label: Label) -> tuple[int, ...]:
     """Returns the classes of a sample."""
     return label if isinstance(label, tuple) else (label,)
 

@@ -19,7 +19,7 @@ import numpy as np
 from disttrain.errors import DataError, reason
 from disttrain.files import sha256
 from disttrain.shards.images import Pixels, decode_image, pixel_sums
-from disttrain.shards.label_format import Label, LabelPlace, LabelReader, as_set
+from disttrain.shards.label_format import Label, LabelPlace, LabelReader, classes_of
 from disttrain.shards.origin import OWNER
 from disttrain.shards.remarks import Remarks, add, collected, lines, pillow_warnings
 from disttrain.shards.tar import scan
@@ -123,7 +123,7 @@ def write_shard(
                 for text in remarked:
                     add(remarks, text, name)
                 sums += pixel_sums(pixels)
-                for label in as_set(sample.label):
+                for label in classes_of(sample.label):
                     counts[label] += 1
                 multi_label = isinstance(sample.label, tuple)
                 member, content = _label_member(sample.label)
@@ -171,7 +171,7 @@ def _decoded(sample: Sample, name: str, classes: int, channels: int) -> Pixels:
     Raises:
         BadSampleError: the label is out of range, or the image is broken.
     """
-    for label in as_set(sample.label):
+    for label in classes_of(sample.label):
         if not 0 <= label < classes:
             raise BadSampleError(name, f"label {label} is not in 0 to {classes - 1}")
     try:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from disttrain import counter_rng
 from disttrain.config import TrainConfig
 from disttrain.data.batches import Batch
-from disttrain.data.epoch_plan import Ids, rank_slice
+from disttrain.data.epoch_plan import rank_slice
 from disttrain.heartbeat import Phase
-from disttrain.runs.eval_metrics import BINS, UNITS, calibration_error, class_scores, macro
-from disttrain.runs.evaluation import MISTAKES, Evaluation, Mistake
+from disttrain.runs.evaluation import MISTAKES, Evaluation
 from disttrain.runs.records import EvalRecord
 from disttrain.training.callbacks import Callbacks
 from disttrain.training.collectives import (
@@ -30,9 +29,7 @@ from disttrain.training.collectives import (
     reduce_record,
     stop_requested_anywhere,
 )
-from disttrain.training.exactly_once import EvalSums, seen_by_rank
-from disttrain.training.loss import evaluation_loss
-from disttrain.training.multi_label import MultiLabelMetrics, add_label_metrics
+from disttrain.training.metrics import metrics_for
 from disttrain.training.rng import seed_all
 from disttrain.training.state import Progress, TrainState, Validation, cudnn_heuristics, eager
 
@@ -132,8 +129,7 @@ def measure(
         DataError: the ranks did not see every sample exactly once.
     """
     group, split = task.group, task.split
-    make = MultiLabelMetrics if split.multi_label else EvalMetrics
-    metrics = make(group.device, len(split.classes))
+    metrics = metrics_for(split, group.device)
     if not score(task, tta, metrics.add, go_on):
         return None
     sums = reduce_record(group, Phase.EVALUATE, step, metrics.sums())
@@ -155,36 +151,15 @@ def measure(
     if tta != "none":
         record.tta, record.plain_accuracy, record.plain_correct = tta, plain / total, plain
     mistakes = sorted(chain.from_iterable(mistakes for mistakes, _ in found), reverse=True)[:MISTAKES]
-    if isinstance(metrics, MultiLabelMetrics):
-        results = metrics.results(group)
-        add_label_metrics(record, results)
-        return Evaluation(record, 0, split.classes, [], mistakes, results)
-    add_metrics(record, metrics.counts.view(-1, len(split.classes)), sums)
+    cells, labels = metrics.finish(record, sums, group)
     return Evaluation(
         record=record,
         top5_correct=int(sums.top5_correct),
         classes=split.classes,
-        cells=metrics.cells(),
+        cells=cells,
         mistakes=mistakes,
+        labels=labels,
     )
-
-
-def add_metrics(record: EvalRecord, confusion: Tensor, sums: EvalSums) -> None:
-    """Adds the metrics of the classes and of the confidences to a record.
-
-    Args:
-        record: with the loss and the number of samples.
-        confusion: int64 [classes, classes] over all ranks.
-        sums: over all ranks.
-    """
-    counts = torch.stack([confusion.diagonal(), confusion.sum(1), confusion.sum(0)], 1).tolist()
-    means = macro(class_scores(*row) for row in counts)
-    record.macro_precision, record.macro_recall, record.macro_f1 = means
-    if len(counts) > 5:
-        record.top5_accuracy = int(sums.top5_correct) / record.total
-    if record.loss is not None and math.isfinite(record.loss):
-        bins = [int(number) for number in sums.bins]
-        record.calibration_error = calibration_error([bins[i : i + 3] for i in range(0, len(bins), 3)])
 
 
 def batch_size(config: TrainConfig, world_size: int) -> int:
@@ -211,6 +186,8 @@ def score(
     """
     network, size, split = task.network, task.batch_size, task.split
     windows, most = eval_windows(task)
+    # Of multi-label data: the class of the split for each output.
+    columns = task.outputs.argsort() if task.outputs is not None and split.multi_label else None
     training = network.training
     network.eval()
     with (
@@ -229,8 +206,7 @@ def score(
             batch = batch.to(task.group.device)
             if task.outputs is not None:
                 labels = batch.labels
-                several = split.multi_label
-                labels = labels[:, task.outputs.argsort()] if several else task.outputs[labels]
+                labels = labels[:, columns] if columns is not None else task.outputs[labels]
                 batch = batch._replace(labels=labels)
             passes = (
                 (network(images).float(), weight)
@@ -256,79 +232,6 @@ def eval_windows(task: EvalTask) -> tuple[list[slice], int]:
     own, first = (rank_slice(range(samples), number, world_size) for number in (rank, 0))
     windows = [slice(begin, min(begin + size, own.stop)) for begin in range(own.start, own.stop, size)]
     return windows, -(-len(first) // size)
-
-
-class EvalMetrics:
-    """Counts correct predictions and mistakes of one rank, on its device.
-
-    Args:
-        device: of the rank.
-        classes: number of classes.
-
-    Attributes:
-        counts: the confusion matrix, int64 [classes * classes], row by row the predictions for each class.
-    """
-
-    def __init__(self, device: torch.device, classes: int) -> None:
-        self._hits = torch.zeros(3, dtype=torch.int64, device=device)  # correct, without augmentation, top 5
-        self._bins = torch.zeros(BINS, 3, dtype=torch.int64, device=device)  # see `calibration_error`
-        self._losses: list[Tensor] = []  # of each batch
-        self._classes = classes
-        self.counts = torch.zeros(classes**2, dtype=torch.int64, device=device)
-        self._seen: list[Ids] = []
-        self._wrong: list[tuple[Ids, list[Tensor]]] = []  # the mistakes of each batch, as columns
-
-    def add(self, batch: Batch, logits: Tensor, plain: Tensor) -> None:
-        """Adds a batch, without a synchronisation; for the arguments see `take` of `score`."""
-        labels, predicted = batch.labels, logits.argmax(1)
-        self._losses.append(evaluation_loss(logits, labels))
-        best = logits.topk(min(5, self._classes)).indices
-        right = predicted == labels
-        hits = (right, plain.argmax(1) == labels, (best == labels[:, None]).any(1))
-        self._hits += torch.stack(hits).sum(1)
-        pairs = labels * self._classes + predicted
-        self.counts.index_add_(0, pairs, torch.ones_like(pairs))  # bincount would wait for a GPU
-        confidence = logits.softmax(1).amax(1)
-        units = (UNITS * confidence.nan_to_num(0.0)).round().long()
-        places = ((BINS * units - 1) // UNITS).clamp(0)  # the bins are open below and closed above
-        self._bins.index_add_(0, places, torch.stack([torch.ones_like(units), right.long(), units], 1))
-        worst = confidence.where(~right, -1.0).topk(min(MISTAKES, len(labels)))
-        at = worst.indices
-        self._wrong.append((batch.ids, [worst.values, at, labels[at], predicted[at]]))
-        self._seen.append(batch.ids)
-
-    def mistakes(self) -> list[Mistake]:
-        """Returns the most confident mistakes of each batch of this rank; waits for the device."""
-        return [
-            Mistake(chance, int(ids[place]), label, predicted)
-            for ids, columns in self._wrong
-            for chance, place, label, predicted in zip(*(c.tolist() for c in columns), strict=True)
-            if chance >= 0  # a batch may have fewer mistakes
-        ]
-
-    def cells(self) -> list[tuple[int, int, int]]:
-        """Returns the confusion matrix without its zeros; waits for the device."""
-        places = self.counts.nonzero()[:, 0]
-        true, predicted = places // self._classes, places % self._classes
-        cells = torch.stack([true, predicted, self.counts[places]], 1)
-        return [(i, j, count) for i, j, count in cells.tolist()]
-
-    def losses(self) -> list[float]:
-        """Returns the cross entropy summed over each batch of this rank; waits for the device."""
-        losses: list[float] = torch.stack(self._losses).tolist() if self._losses else []
-        return losses
-
-    def sums(self) -> EvalSums:
-        """Returns the sums of this rank; waits for the device."""
-        hits = torch.cat([self._hits, self._bins.flatten()]).tolist()
-        correct, plain_correct, top5_correct, *bins = hits
-        return EvalSums(
-            **vars(seen_by_rank(self._seen)),
-            correct=correct,
-            plain_correct=plain_correct,
-            top5_correct=top5_correct,
-            bins=bins,
-        )
 
 
 def tta_views(images: Tensor, tta: Augmentation) -> Iterator[tuple[Tensor, float]]:

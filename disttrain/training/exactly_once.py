@@ -56,20 +56,3 @@ def check_exactly_once(state: TrainState, step: int, seen: Sequence[Ids], expect
     """
     total = reduce_record(state.group, Phase.REPORT, step, seen_by_rank(seen))
     total.check(expected, "the ranks trained on")
-
-
-@dataclass
-class EvalSums(Seen):
-    """The sums of an evaluation over samples and ranks, and which samples they include; exact in float64.
-
-    Attributes:
-        correct: samples predicted correctly.
-        plain_correct: samples predicted correctly without test-time augmentation.
-        top5_correct: samples whose class is among the five best.
-        bins: the rows of `calibration_error`, one after the other.
-    """
-
-    correct: float
-    plain_correct: float
-    top5_correct: float
-    bins: list[float]

@@ -121,7 +121,7 @@ def evaluation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum") / labels.shape[1]
 
 
-def correct(logits: Tensor, labels: Tensor) -> Tensor:
+def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns whether each sample is predicted correctly, in multi-label data all its labels: bool [B]."""
     if labels.ndim == 1:
         return logits.argmax(1) == labels

@@ -25,7 +25,7 @@ from disttrain.training.autotune import Settings
 from disttrain.training.collectives import Group
 from disttrain.training.ema import MovingAverage
 from disttrain.training.graph import StepGraph
-from disttrain.training.loss import correct
+from disttrain.training.loss import is_correct
 from disttrain.training.optim import LrSchedule, trained_parameters
 from disttrain.training.rng import make_seed_fn
 
@@ -142,7 +142,7 @@ class Meter:
     def _count(self) -> None:
         if self._pending:
             logits, labels = zip(*self._pending, strict=True)
-            self._sums[1] += correct(torch.cat(logits), torch.cat(labels)).sum()
+            self._sums[1] += is_correct(torch.cat(logits), torch.cat(labels)).sum()
             self._pending.clear()
         if self._pending_losses:
             self._sums[0] += torch.stack(self._pending_losses).sum(dtype=torch.float64)

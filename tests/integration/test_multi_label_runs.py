@@ -18,7 +18,7 @@ from disttrain.errors import DataError
 from disttrain.inference.eval import open_data
 from disttrain.inference.run import open_run
 from disttrain.runs.evaluation import evaluation_of
-from disttrain.training.multi_label import average_precision
+from disttrain.training.metrics import average_precision
 from kit import REPOSITORY
 from kit.run_results import computed_records, ids_per_step
 

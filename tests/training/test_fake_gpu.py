@@ -30,7 +30,8 @@ from disttrain.shards.index import Index, load_index
 from disttrain.training import build as building
 from disttrain.training import ema, wrapping
 from disttrain.training.collectives import Group
-from disttrain.training.evaluation import EvalMetrics, EvalTask, score
+from disttrain.training.evaluation import EvalTask, score
+from disttrain.training.metrics import EvalMetrics
 from disttrain.training.microbatch import prefetch
 from disttrain.training.phases import Phases
 from disttrain.training.saver import saved_parts

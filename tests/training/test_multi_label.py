@@ -16,8 +16,8 @@ from disttrain.preflight import check_label_keys, relative_class_weights
 from disttrain.runs.records import EvalRecord
 from disttrain.training.augment import Mix
 from disttrain.training.collectives import Group
-from disttrain.training.loss import correct, evaluation_loss, loss_sum
-from disttrain.training.multi_label import MultiLabelMetrics, add_label_metrics, average_precision
+from disttrain.training.loss import evaluation_loss, is_correct, loss_sum
+from disttrain.training.metrics import MultiLabelMetrics, add_label_metrics, average_precision
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_mixed_images_have_mixed_targets(scores: torch.Tensor, labels: torch.Ten
 def test_a_sample_is_correct_if_all_its_labels_are() -> None:
     scores = torch.tensor([[1.0, -1], [1, 1], [-1, -1], [0, 1]])
     labels = torch.tensor([[1, 0], [1, 0], [0, 0], [0, 1]], dtype=torch.uint8)
-    assert correct(scores, labels).tolist() == [True, False, True, True]
+    assert is_correct(scores, labels).tolist() == [True, False, True, True]
 
 
 def precision_by_definition(scores: list[float], labels: list[int]) -> float:
@@ -119,7 +119,7 @@ def test_the_metrics_of_batches_are_those_of_all_samples(scores: torch.Tensor, l
     assert [row.average_precision for row in results] == precisions
     assert precisions[4] is None
     sums = metrics.sums()
-    assert (sums.samples, sums.correct) == (16, correct(scores, labels).sum())
+    assert (sums.samples, sums.correct) == (16, is_correct(scores, labels).sum())
     assert math.fsum(metrics.losses()) == pytest.approx(evaluation_loss(scores, labels).item())
     record = EvalRecord(loss=0.5, accuracy=0, correct=0, total=16, step=1, epoch=1)
     add_label_metrics(record, results)
