@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import disttrain
@@ -27,6 +28,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
+@functools.cache
 def arrows() -> set[tuple[str, str, str]]:
     """Returns (part, imported part, where) of every import between two parts."""
     found = set()

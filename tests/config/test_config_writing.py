@@ -100,6 +100,7 @@ _documents = section(
 )
 
 
+@pytest.mark.integration
 @settings(deadline=None, max_examples=100, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(document=_documents)
 def test_a_written_config_reads_as_the_same_experiment(document, tmp_path_factory):
@@ -199,6 +200,7 @@ def test_the_schema_describes_every_setting_and_forbids_others():
     assert undescribed == []
 
 
+@pytest.mark.integration
 @settings(deadline=None, max_examples=50, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(document=_documents)
 def test_the_schema_accepts_what_the_config_accepts(document):

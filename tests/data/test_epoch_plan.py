@@ -74,6 +74,7 @@ def test_the_order_does_not_change_between_versions() -> None:
     assert order.tolist() == [5, 6, 1, 2, 7, 8, 9, 3, 0, 4]
 
 
+@pytest.mark.integration
 @settings(database=None, deadline=None)
 @given(
     shards=st.lists(st.integers(1, 90), min_size=1, max_size=9),

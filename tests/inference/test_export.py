@@ -45,7 +45,14 @@ def images(digits_root: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.stack([decode_image(image, 1) for _, image, _ in samples])
 
 
-@pytest.mark.parametrize("file_format", [FORMATS[2], *nightly(*FORMATS[:2])])
+@pytest.mark.parametrize(
+    "file_format",
+    [
+        "safetensors",
+        *nightly("torch-export"),
+        pytest.param("onnx", marks=[needs_onnx, pytest.mark.nightly]),
+    ],
+)
 def test_an_export_is_checked_and_its_card_has_a_program_that_runs(
     disttrain: Run, trained_run: Path, images: Any, tmp_path: Path, file_format: Any
 ) -> None:

@@ -52,6 +52,7 @@ def test_a_run_on_a_damaged_shard_ends_with_65(tmp_path: Path, train: Run, way: 
     assert records(tmp_path / "run") == []
 
 
+@pytest.mark.nightly
 def test_skip_trains_on_all_other_samples_and_counts_the_rest(tmp_path: Path, train: Run) -> None:
     bad = [member for kind in ("no label", "cut PNG") for member in BAD[kind][0]]
     bad[0] = ("first.png", bad[0][1])

@@ -139,6 +139,7 @@ def test_a_data_set_that_changed_since_the_checkpoint_is_refused(
     assert "data.digest: " in result.stderr
 
 
+@pytest.mark.nightly
 def test_balanced_sampling_is_the_same_for_any_ranks_and_loaders(
     disttrain: Run, tmp_path: Path, seven_root: Path
 ) -> None:

@@ -6,6 +6,8 @@ import csv
 import signal
 from pathlib import Path
 
+import pytest
+
 from kit.commands import Run, background, wait_for
 from kit.run_results import metrics, status
 
@@ -28,6 +30,7 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
         return {row["run"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.nightly
 def test_runs_that_fail_are_named_and_resumed(disttrain: Run, config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(NET)
     command = ("sweep", config_file, "model.name=mine:Net", "model.args.width=2,3", "seed=0..1")

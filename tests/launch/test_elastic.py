@@ -122,6 +122,7 @@ def test_both_other_nodes_go_at_once(three: Nodes) -> None:
         assert three.said == ["going on with 1 of 3 nodes, without nodes 1, 2"]
 
 
+@pytest.mark.integration
 def test_a_start_needs_all_nodes_and_a_restart_the_fewest(three: Nodes) -> None:
     with three.lead(stall_timeout_s=0.2) as leader, pytest.raises(HangError, match="1 of 3 nodes joined"):
         leader.gather(1)

@@ -20,6 +20,8 @@ from kit.commands import wait_for
 from kit.plans import ONE
 from kit.run_results import status
 
+pytestmark = pytest.mark.integration
+
 TWO = replace(ONE, processes=2, threads=1)
 HOST = socket.gethostname()
 
@@ -233,7 +235,6 @@ time.sleep(600)
     assert folder.status()["rank"] == 1
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("seconds", [0.5, 600])
 def test_a_checkpoint_that_rank_0_is_writing_gets_a_moment(launch, folder, seconds):
     begin = time.monotonic()
@@ -284,7 +285,6 @@ def test_a_run_that_makes_no_progress_is_not_restarted_for_ever(launch, folder):
     assert attempts(folder) == 5, "a person may try again"
 
 
-@pytest.mark.integration
 def test_a_run_that_gets_on_is_restarted_as_often_as_it_needs(launch, folder):
     program = """
 (folder.checkpoints / f"step_{attempt:08d}").mkdir(parents=True)
@@ -396,7 +396,6 @@ def gone(child):
         return True
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_a_stop_is_handed_on_once_and_the_run_saves(launched, tmp_path, number):
     process, child = launched(_TRAINING.replace("{polite}", "True"))
@@ -408,7 +407,6 @@ def test_a_stop_is_handed_on_once_and_the_run_saves(launched, tmp_path, number):
     assert gone(child)
 
 
-@pytest.mark.integration
 def test_a_second_signal_ends_the_run_at_once(launched, tmp_path):
     process, child = launched(_TRAINING.replace("{polite}", "False"))
     folder = RunFolder(tmp_path / "run")
@@ -423,7 +421,6 @@ def test_a_second_signal_ends_the_run_at_once(launched, tmp_path):
     assert gone(child)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_a_stop_before_training_has_begun_loses_nothing(launched, tmp_path, number):
     process, child = launched(

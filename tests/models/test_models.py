@@ -99,6 +99,7 @@ def test_large_images_get_the_published_imagenet_network(name: str, count: int) 
     assert parameter_count(build(name, (3, 224, 224), num_classes=1000)) == count
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", CATALOG)
 def test_training_starts_at_chance_and_reaches_every_parameter(name: str) -> None:
     torch.manual_seed(0)
@@ -253,6 +254,7 @@ def test_checking_names_imports_no_torch() -> None:
 # --- torchvision ------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "shape", "args"),
     [
@@ -456,6 +458,7 @@ SHAPES = {
 }  # fmt: skip
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_builds_its_network_for_its_images(path: Path) -> None:
     config = load_config(path)

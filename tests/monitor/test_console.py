@@ -111,7 +111,7 @@ UNKNOWN_GPU = GpuMeans(host="", index=None, uuid="GPU-x")
 def test_a_frame_never_overflows(size: tuple[int, int], info: RunInfo, record: TrainRecord | None) -> None:
     width, height = size
     shown = dashboard(info)
-    for _ in range(300 if record else 0):
+    for _ in range(120 if record else 0):
         shown.train(record)
     shown.evaluate(EVAL)
     for text in ("first", "[bold]second[/bold]", "third " * 99, "fourth\nwith a line break"):

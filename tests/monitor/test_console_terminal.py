@@ -57,6 +57,7 @@ def on_terminal(program: str, *, columns: int = 80, rows: int = 24, **variables:
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
 
+@pytest.mark.integration
 def test_on_a_terminal_the_dashboard_moves_and_gives_the_cursor_back() -> None:
     program = (
         PROGRAM

@@ -16,6 +16,8 @@ from disttrain.monitor.nvml_module import NEEDED
 from kit import nvml
 from kit.nvml import UUIDS
 
+pytestmark = pytest.mark.integration
+
 VISIBLE = """
 import json
 from disttrain.monitor.nvml import visible_gpus

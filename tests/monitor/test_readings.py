@@ -12,6 +12,8 @@ from disttrain.runs.records import READINGS
 from kit import nvml
 from kit.nvml import UUIDS
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:

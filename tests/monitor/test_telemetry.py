@@ -96,6 +96,7 @@ def test_without_nvml_the_sampler_gives_nothing_and_ends(tmp_path: Path) -> None
     assert (records, alarms) == ([], [])
 
 
+@pytest.mark.integration
 def test_a_gpu_that_is_lost_becomes_unknown_and_the_others_go_on(library: Path) -> None:
     program = (
         SAMPLE

@@ -380,6 +380,7 @@ def test_the_comparison_in_the_browser(tmp_path: Path, open_page: Open) -> None:
     assert page.locator("#results th", has_text=names[2]).is_visible()
 
 
+@pytest.mark.integration
 def test_of_many_gpus_the_curves_are_smooth_and_their_range_is_behind(
     tmp_path: Path, open_page: Open
 ) -> None:

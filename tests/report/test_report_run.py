@@ -189,6 +189,7 @@ def killed_unless_alone(path: Path, place: tuple[int, int]) -> devices._Readings
 READ_READINGS = devices._read_readings
 
 
+@pytest.mark.integration
 def test_a_file_whose_readers_are_killed_is_read_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_nothing_is_glued_to_a_torn_line(tmp_path, torn, whole):
     assert path.read_text() == whole + '{"step": 3}\n'
 
 
+@pytest.mark.integration
 def test_a_process_that_is_killed_while_it_writes_tears_one_line_at_most(tmp_path):
     path = tmp_path / "metrics.jsonl"
     program = (

@@ -72,6 +72,7 @@ class Run:
         self.mirror._system.pipe_file(f"{self.mirror._root}/{name}", content)
 
 
+@pytest.mark.integration
 def test_a_fresh_node_goes_on_from_an_object_store(bucket: S3, tmp_path: Path) -> None:
     address = "s3://bucket/mirrors"
     first = Run(tmp_path / "a/run", address).copy(10, 20, 30, 40, best=10)

@@ -52,6 +52,7 @@ def test_digits_carry_their_attribution():
     assert path.stat().st_size < 60_000
 
 
+@pytest.mark.integration
 def test_prepared_data_set_is_left_alone(root, said):
     index = prepare("digits")
     before = (index.folder / "index.json").stat().st_ino
@@ -62,6 +63,7 @@ def test_prepared_data_set_is_left_alone(root, said):
     assert (index.folder / "index.json").stat().st_ino != before
 
 
+@pytest.mark.integration
 def test_damaged_data_set_is_prepared_again(root, said):
     index = prepare("digits")
     path = index.folder / "train-000000.tar"

@@ -201,6 +201,7 @@ def sound_files() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", sound_files())
 def test_a_file_cut_off_anywhere_is_refused_where_pillow_refuses_it(decoder: str, name: str) -> None:
     image = sound_files()[name]
@@ -209,6 +210,7 @@ def test_a_file_cut_off_anywhere_is_refused_where_pillow_refuses_it(decoder: str
     assert decoded_or_none(image[: len(image) * 3 // 4], 3) is None
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", sound_files())
 def test_a_damaged_file_is_refused_where_pillow_refuses_it(
     decoder: str, name: str, capfd: pytest.CaptureFixture[str]

@@ -422,6 +422,7 @@ def test_a_killed_packing_process_is_told(root, many_photos):
     assert "a packing process was killed" in errors
 
 
+@pytest.mark.integration
 def test_a_changed_image_is_packed_anew(root, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "copy")
     broken = tmp_path / "copy" / "val" / "cat" / "0.png"

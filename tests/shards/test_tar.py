@@ -166,6 +166,7 @@ def test_every_cut_is_noticed_until_the_end_mark(tmp_path: Path) -> None:
                 look(tmp_path, content[:end])
 
 
+@pytest.mark.integration
 def test_every_flipped_bit_of_a_header_is_noticed(tmp_path: Path) -> None:
     content = tar_of(members(2), tarfile.USTAR_FORMAT)
     sound = look(tmp_path, content)
@@ -180,6 +181,7 @@ def test_every_flipped_bit_of_a_header_is_noticed(tmp_path: Path) -> None:
         assert found.offsets.tolist() == sound.offsets.tolist()
 
 
+@pytest.mark.integration
 @settings(
     database=None,
     deadline=None,

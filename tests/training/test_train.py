@@ -408,6 +408,7 @@ def saved_states(state: TrainState) -> dict[str, Any]:
     }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path, optimizer: str, stop_after: int) -> None:
