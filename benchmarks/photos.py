@@ -1,12 +1,16 @@
 """Images per second of loading photos of any size: disttrain beside its peers and the bare decoder.
 
     pip install scikit-image scikit-learn
-    python benchmarks/photos.py --data ROOT [--runs 5] [--threads 1] [--samples 1024]
+    python benchmarks/photos.py --data ROOT [--runs 5] [--threads 1] [--samples 1024] [--peers]
 
 ROOT gets 2,400 photos on the first run, with a shorter side of 200 to 560 pixels and a quality of 90 to 95:
 random parts of the photos that scikit-image and scikit-learn ship, turned, brightened and with a little
 noise. They lie there as files and as shards. Every measurement is its own process (benchmarks/peers/
 photo_loops.py); the runs go round robin, and a first round is not counted.
+
+With --peers, litdata, mosaicml-streaming, DALI on the CPU and spdl take part. They are installed into
+ROOT/peers on the first run (gigabytes), and the first two write the photos once in their own format. spdl
+needs FFmpeg's libraries, Debian's libavcodec, libavformat, libavfilter and libavdevice.
 """
 
 import argparse
@@ -17,13 +21,20 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from common import Claim, interleaved, machine, parser, peer, print_json_or
+from common import Claim, environment_with, interleaved, machine, parser, peer, print_json_or
 
 PHOTOS = 2400
 CLAIMS = (
     Claim("loading photos", "ours", "webdataset", 2.5, wanted="at least"),
     Claim("loading photos", "ours", "dataloader", 2.5, wanted="at least"),
     Claim("loading photos", "ours", "decoder", 0.9, wanted="at least"),
+)
+PEER_PACKAGES = ("litdata", "mosaicml-streaming", "nvidia-dali-cuda130", "spdl")
+PEER_CLAIMS = (
+    Claim("loading photos", "ours", "litdata", 1.5, wanted="at least"),
+    Claim("loading photos", "ours", "streaming", 1.5, wanted="at least"),
+    Claim("loading photos", "ours", "dali", 1, wanted="at least"),
+    Claim("loading photos", "ours", "spdl", 1, wanted="at least"),
 )
 
 
@@ -63,10 +74,10 @@ def make_photos(folder: Path) -> None:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=quality, subsampling=2)
 
 
-def rate(kind: str, options: argparse.Namespace) -> float:
+def rate(kind: str, options: argparse.Namespace, python: Path) -> float:
     """Returns images per second."""
     more = ("--threads", options.threads, "--samples", options.samples)
-    line = peer("photo_loops.py", kind, options.data, *more)
+    line = peer("photo_loops.py", kind, options.data, *more, start=(python,))
     return line["samples"] / line["seconds"]
 
 
@@ -83,6 +94,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--samples", type=int, default=1024, help="of each run (default: 1024)")
+    arguments.add_argument("--peers", action="store_true", help="install and measure more loaders")
     options = arguments.parse_args()
     if not (options.data / "jpg").exists():
         make_photos(options.data / "jpg")
@@ -91,10 +103,15 @@ def main() -> None:
         more = ("--val-fraction", "0.1", "--shard-mib", "20")
         command = [sys.executable, "-m", "disttrain", *map(str, (*pack, *more))]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    kinds = ("ours", "webdataset", "dataloader", "decoder")
-    rates = interleaved({kind: partial(rate, kind, options) for kind in kinds}, options.runs)
+    own = other = Path(sys.executable)
+    if options.peers:
+        other = environment_with(options.data / "peers", *PEER_PACKAGES)
+    wanted = CLAIMS + (PEER_CLAIMS if options.peers else ())
+    pythons = {"ours": own} | {c.peer: own if c in CLAIMS else other for c in wanted}
+    loops = {kind: partial(rate, kind, options, python) for kind, python in pythons.items()}
+    rates = interleaved(loops, options.runs)
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    claims = [c.result(medians) for c in CLAIMS]
+    claims = [c.result(medians) for c in wanted]
     facts = machine() | {"threads": options.threads, "samples": options.samples, "cores": os.cpu_count()}
     print_json_or(partial(print_tables, rates, claims), options, facts | {"n": options.runs}, claims=claims)
 

@@ -4,12 +4,13 @@
 
 KIND: ours (the loader and the augmentation of a run), webdataset (the pipeline of most people), dataloader
 (ImageFolder and a DataLoader with one worker per thread), decoder (simplejpeg in a loop: no crop, nothing
-else). ROOT is what benchmarks/photos.py made. The work of all but the decoder: read, decode, random-resized
-crop to 224, flip, normalise, batches of 64. The clock starts at the second batch, so that workers and threads
-have started.
+else), litdata, streaming (mosaicml-streaming), dali (on the CPU), spdl (FFmpeg). ROOT is what
+benchmarks/photos.py made. The work of all but the decoder: read, decode, random-resized crop to 224, flip,
+normalise, batches of 64. The clock starts at the second batch, so that workers and threads have started.
 """
 
 import argparse
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,122 @@ def dataloader(root: Path, threads: int) -> Iterator[int]:
         yield len(images)
 
 
+def jpegs(root: Path) -> list[tuple[str, int]]:
+    """Returns the path and the class of each photo."""
+    folders = sorted((root / "jpg").iterdir())
+    return [(str(path), place) for place, folder in enumerate(folders) for path in sorted(folder.iterdir())]
+
+
+def encoded(source: tuple[str, int]) -> dict:
+    """Returns a sample of litdata's; it keeps the bytes of the file."""
+    from PIL import Image
+
+    path, label = source
+    return {"image": Image.open(path), "label": label}
+
+
+def litdata(root: Path, threads: int) -> Iterator[int]:
+    import litdata
+    from torchvision.transforms import v2
+
+    folder = root / "litdata"
+    if not folder.exists():
+        litdata.optimize(encoded, jpegs(root), str(folder), chunk_bytes="20MB", num_workers=1, verbose=False)
+    change = v2.Compose([step for step in transform().transforms if not isinstance(step, v2.PILToTensor)])
+
+    class Photos(litdata.StreamingDataset):
+        def __getitem__(self, index: int):
+            sample = super().__getitem__(index)  # decoded by torchvision
+            return change(sample["image"]), sample["label"]
+
+    dataset = Photos(str(folder), shuffle=True)
+    workers = threads if threads > 1 else 0
+    for images, _ in litdata.StreamingDataLoader(dataset, batch_size=BATCH_SIZE, num_workers=workers):
+        yield len(images)
+
+
+def streaming(root: Path, threads: int) -> Iterator[int]:
+    from streaming import MDSWriter, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+    from torch.utils.data import DataLoader
+
+    folder = root / "mds"
+    if not folder.exists():
+        columns = {"image": "jpeg", "label": "int"}
+        with MDSWriter(out=str(folder), columns=columns, size_limit=20 << 20) as out:
+            for path, label in jpegs(root):  # the bytes of a jpeg column are stored as they are
+                out.write({"image": Path(path).read_bytes(), "label": label})
+    change = transform()
+
+    class Photos(StreamingDataset):
+        def __getitem__(self, index: int):
+            sample = super().__getitem__(index)
+            return change(sample["image"]), sample["label"]
+
+    clean_stale_shared_memory()  # of a run that was killed
+    dataset = Photos(local=str(folder), shuffle=True, batch_size=BATCH_SIZE, predownload=1 << 20)
+    workers = threads if threads > 1 else 0
+    for images, _ in DataLoader(dataset, BATCH_SIZE, num_workers=workers):
+        yield len(images)
+
+
+def dali(root: Path, threads: int) -> Iterator[int]:
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=BATCH_SIZE, num_threads=threads, device_id=None, seed=0)
+    def photos():
+        files, labels = fn.readers.file(file_root=str(root / "jpg"), random_shuffle=True)
+        crops = fn.decoders.image_random_crop(
+            files, device="cpu", output_type=types.RGB, random_area=[LEAST_AREA, 1.0]
+        )
+        resized = fn.resize(crops, size=[SIDE, SIDE], interp_type=types.INTERP_LINEAR, antialias=True)
+        normalized = fn.crop_mirror_normalize(
+            resized,
+            dtype=types.FLOAT,
+            output_layout="HWC",
+            mean=[255 * value for value in MEAN],
+            std=[255 * value for value in STD],
+            mirror=fn.random.coin_flip(),
+        )
+        return normalized, labels
+
+    pipeline = photos()
+    pipeline.build()
+    while True:
+        images, _ = pipeline.run()
+        yield len(torch.from_dlpack(images.as_tensor()))
+
+
+def spdl(root: Path, threads: int) -> Iterator[int]:
+    import spdl.io
+    from spdl.pipeline import PipelineBuilder
+    from torchvision.transforms import v2
+
+    paths = [path for path, _ in jpegs(root)]
+    random.Random(0).shuffle(paths)
+    scale = torch.tensor(STD) * 255
+    offset = -torch.tensor(MEAN) / torch.tensor(STD)
+    ratios = [3 / 4, 4 / 3]
+
+    def decoded(path: str):
+        packets = spdl.io.demux_image(path)
+        size = torch.empty(1, packets.height, packets.width)
+        top, left, height, width = v2.RandomResizedCrop.get_params(size, [LEAST_AREA, 1.0], ratios)
+        flip = "hflip," if random.random() < 0.5 else ""
+        filters = f"crop={width}:{height}:{left}:{top}:exact=1,scale={SIDE}:{SIDE}:flags=bilinear,"
+        return spdl.io.decode_packets(packets, filter_desc=f"{filters}{flip}format=rgb24")
+
+    def batch(frames: list) -> torch.Tensor:
+        pixels = spdl.io.to_torch(spdl.io.convert_frames(frames))  # uint8 [B, H, W, C]
+        return torch.addcdiv(offset, pixels.float(), scale)
+
+    builder = PipelineBuilder().add_source(paths).pipe(decoded, concurrency=threads)
+    pipeline = builder.aggregate(BATCH_SIZE).pipe(batch).add_sink(2).build(num_threads=threads)
+    with pipeline.auto_stop():
+        for images in pipeline:
+            yield len(images)
+
+
 def ours(root: Path, threads: int) -> Iterator[int]:
     from disttrain.config import AugmentConfig
     from disttrain.data.epoch_plan import Plan
@@ -103,7 +220,9 @@ def decoder(root: Path, threads: int) -> Iterator[int]:
             yield sum(len(pixels) > 0 for pixels in pool.map(simplejpeg.decode_jpeg, part, chunksize=8))
 
 
-KINDS = {"ours": ours, "webdataset": webdataset, "dataloader": dataloader, "decoder": decoder}
+KINDS = {
+    loop.__name__: loop for loop in (ours, webdataset, dataloader, decoder, litdata, streaming, dali, spdl)
+}
 
 
 def main() -> None:
