@@ -61,8 +61,9 @@ class Row:
         path: below the folder, with slashes; "" is the folder itself.
         about: the model and the data set.
         state: that of status.json, or `silent`, `unknown`.
-        accuracy: of the last evaluation, 0..1.
-        best: the highest accuracy, 0..1.
+        accuracy: of the last evaluation, 0..1; of multi-label data the mAP.
+        best: the highest accuracy or mAP, 0..1.
+        multi_label: whether the data set has several labels per sample.
         loss: the training loss at the last log point.
         started_s: UTC, seconds since 1970.
         note: why it ended, or why it cannot be read.
@@ -78,6 +79,7 @@ class Row:
     step: int | None = None
     accuracy: float | None = None
     best: float | None = None
+    multi_label: bool = False
     loss: float | None = None
     started_s: float | None = None
     duration_s: float | None = None
@@ -91,10 +93,14 @@ def _epoch(row: Row) -> str:
     return number(row.epoch, ",d") + whole
 
 
+def _score(row: Row, value: float | None) -> tuple[float | None, str]:
+    return value, percent(value) + " mAP" * (row.multi_label and value is not None)
+
+
 COLUMNS: dict[str, Callable[[Row], tuple[Any, str]]] = {
     "state": lambda row: (row.state, row.state),
-    "accuracy": lambda row: (row.accuracy, percent(row.accuracy)),
-    "best accuracy": lambda row: (row.best, percent(row.best)),
+    "accuracy": lambda row: _score(row, row.accuracy),
+    "best accuracy": lambda row: _score(row, row.best),
     "training loss": lambda row: (row.loss, number(row.loss, ".4f")),
     "epoch": lambda row: (row.epoch, _epoch(row)),
     "step": lambda row: (row.step, number(row.step, ",d")),
@@ -203,6 +209,7 @@ class _Run:
         if status is not None:
             _progress(row, status, folder)
         row.accuracy, row.best, row.loss = metrics.accuracy, metrics.best, metrics.loss
+        row.multi_label = metrics.multi_label
         saved = folder.checkpoints.stat().st_mtime_ns if folder.checkpoints.exists() else 0
         seen = (__version__, self._stamps[folder.config], metrics.stamp, row.state, saved)
         row.version = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
@@ -234,6 +241,7 @@ class _Metrics:
 
     accuracy: float | None = None
     best: float | None = None
+    multi_label: bool = False
     loss: float | None = None
     stamp: list[int] | None = None
     inode: int = 0
@@ -252,7 +260,9 @@ def _read_on(path: Path, seen: _Metrics) -> _Metrics:
         seen.end = part.end
         for record in part.rows:
             if isinstance(record, EvalRecord):
-                seen.accuracy, seen.best = record.accuracy, max(record.accuracy, seen.best or 0.0)
+                seen.multi_label = record.map is not None
+                seen.accuracy = record.accuracy if record.map is None else record.map
+                seen.best = max(seen.accuracy, seen.best or 0.0)
             else:
                 seen.loss = record.loss
     seen.stamp = now

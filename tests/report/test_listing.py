@@ -48,6 +48,21 @@ def test_a_row_has_the_figures_of_its_run(tmp_path: Path) -> None:
     }
 
 
+def test_a_multi_label_run_is_listed_by_its_map(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    metrics = tmp_path / "a/metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    scores = iter((0.9, 0.6, 0.7))
+    with metrics.open("w") as file:
+        for line in lines:
+            more = {"map": next(scores)} if line["kind"] == "eval" else {}
+            file.write(json.dumps(line | more) + "\n")
+    (shown,) = to_json(Listing(tmp_path).rows())["rows"]
+    cells = dict(zip(listing.COLUMNS, shown["cells"], strict=True))
+    assert cells["accuracy"] == (0.7, "70.00 % mAP")
+    assert cells["best accuracy"] == (0.9, "90.00 % mAP")
+
+
 def test_runs_are_found_at_any_depth_and_links_are_not_followed(tmp_path: Path) -> None:
     outside = write_run(tmp_path / "outside")
     folder = tmp_path / "runs"
