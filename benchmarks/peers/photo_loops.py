@@ -12,7 +12,8 @@ normalise, batches of 64. The clock starts at the second batch, so that workers 
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,6 +80,11 @@ def encoded(source: tuple[str, int]) -> dict:
     return {"image": Image.open(path), "label": label}
 
 
+def changed(change: Callable, sample: dict) -> tuple:
+    """Returns a sample whose image, which litdata has decoded with torchvision, is transformed."""
+    return change(sample["image"]), sample["label"]
+
+
 def litdata(root: Path, threads: int) -> Iterator[int]:
     import litdata
     from torchvision.transforms import v2
@@ -87,13 +93,7 @@ def litdata(root: Path, threads: int) -> Iterator[int]:
     if not folder.exists():
         litdata.optimize(encoded, jpegs(root), str(folder), chunk_bytes="20MB", num_workers=1, verbose=False)
     change = v2.Compose([step for step in transform().transforms if not isinstance(step, v2.PILToTensor)])
-
-    class Photos(litdata.StreamingDataset):
-        def __getitem__(self, index: int):
-            sample = super().__getitem__(index)  # decoded by torchvision
-            return change(sample["image"]), sample["label"]
-
-    dataset = Photos(str(folder), shuffle=True)
+    dataset = litdata.StreamingDataset(str(folder), shuffle=True, transform=partial(changed, change))
     workers = threads if threads > 1 else 0
     for images, _ in litdata.StreamingDataLoader(dataset, batch_size=BATCH_SIZE, num_workers=workers):
         yield len(images)
