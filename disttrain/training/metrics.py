@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -43,7 +44,7 @@ class EvalSums(Seen):
     bins: list[float]
 
 
-class Metrics:
+class Metrics(ABC):
     """Counts of one rank, on its device; `EvalMetrics` and `MultiLabelMetrics` are its kinds.
 
     Args:
@@ -62,14 +63,15 @@ class Metrics:
         self._seen: list[Ids] = []
         self._wrong: list[tuple[Ids, list[Tensor]]] = []  # the mistakes of each batch, as columns
 
+    @abstractmethod
     def add(self, batch: Batch, logits: Tensor, plain: Tensor) -> None:
         """Adds a batch, without a synchronisation; for the arguments see `take` of `score`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sums(self) -> EvalSums:
         """Returns the sums of this rank; waits for the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(
         self, record: EvalRecord, sums: EvalSums, group: Group
     ) -> tuple[Cells, list[LabelResult] | None]:
@@ -83,7 +85,6 @@ class Metrics:
         Returns:
             `cells` and `labels` of an `Evaluation`.
         """
-        raise NotImplementedError
 
     def mistakes(self) -> list[Mistake]:
         """Returns the most confident mistakes of each batch of this rank; waits for the device."""
