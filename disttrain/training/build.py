@@ -52,7 +52,7 @@ from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import wait_for_all
 from disttrain.training.loss import class_weights
 from disttrain.training.normalize import Normalize
-from disttrain.training.optim import build_optimizer
+from disttrain.training.optim import build_optimizer, start_momentum
 from disttrain.training.rank import Rank
 from disttrain.training.rank_state import restore_rank_state
 from disttrain.training.restore import resume
@@ -145,6 +145,7 @@ def build(
     )
     progress = Progress() if checkpoint is None else resume(checkpoint, state, index, rank, force=force)
     begin_frozen(state, named, progress.epoch + progress.samples / data.plan.samples_per_epoch)
+    start_momentum(optimizer)
     # Only sets the precision. Placed on "cpu:0", the weights would be copied, and Muon has views of them.
     state.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     choices = {"cache": data.cache, **began, **chosen.reasons, **join_ranks(state, group, unused)}

@@ -219,13 +219,14 @@ def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def start_momentum(optimizer: Optimizer) -> None:
-    """Gives parameters that have just been unfrozen the momentum that SGD starts with, which is 0.
+    """Gives trained parameters the momentum that SGD starts with, which is 0, if they have none yet.
 
-    torch's fused kernel accepts a step in which all parameters have momentum, or none, but not a mixture.
+    torch would do it in the first step with a gradient. But its fused kernel accepts a step in which all
+    parameters have momentum, or none, but not a mixture, as after unfreezing or with a skipped layer.
     """
     for part in getattr(optimizer, "inner", []):
         start_momentum(part)
-    if isinstance(optimizer, SGD) and optimizer.state:
+    if isinstance(optimizer, SGD) and optimizer.defaults["momentum"]:
         for parameter in trained_parameters(optimizer):
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 

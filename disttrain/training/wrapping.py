@@ -85,14 +85,10 @@ def begin_frozen(state: TrainState, parameters: dict[str, nn.Parameter], epochs_
     For `epochs_done` see `unfreeze_if_due`, which ends it.
     """
     until = state.config.model.unfreeze_epoch
-    if until is None:
-        return
-    if epochs_done < until:
+    if until is not None and epochs_done < until:
         state.frozen = parameters
         freeze(state.bare_model, parameters.values())
         _count_trained(state)
-    else:
-        start_momentum(state.optimizer)
 
 
 def unfreeze_if_due(state: TrainState, epochs_done: float) -> None:

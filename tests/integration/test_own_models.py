@@ -123,6 +123,13 @@ def test_auxiliary_losses_train_on_any_number_of_ranks(disttrain: Run, own: Path
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_skipped_at_random_train_in_one_process(disttrain: Run, own: Path, seed: int) -> None:
+    skip = ("model.args.skip=at random", f"seed={seed}")
+    assert succeeded(disttrain("run", config(own, "Whole"), *skip, "--procs", 1, "--run-dir", "run"))
+
+
+@pytest.mark.nightly
 def test_layers_skipped_at_random_train_even_with_torchs_debugging(disttrain: Run, own: Path) -> None:
     done = disttrain(
         "run", config(own, "Whole"), "model.args.skip=at random", "--procs", 2, "--run-dir", "run",

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from disttrain.config import OptimConfig, ScheduleConfig
 from disttrain.errors import UsageError
-from disttrain.training.optim import ConvMuon, LrSchedule, build_optimizer, lr_factor, set_lr
+from disttrain.training.optim import ConvMuon, LrSchedule, build_optimizer, lr_factor, set_lr, start_momentum
 
 
 def network(channels_last: bool = False) -> nn.Sequential:
@@ -94,6 +94,23 @@ def test_frozen_parameters_stay(name: str) -> None:
     take_steps(model, optimizer_for(model, name, weight_decay=0.1), 2)
     moved = [not torch.equal(old, new) for old, new in zip(before, weights(model), strict=True)]
     assert moved == [False, False, *[True] * (len(before) - 2)]
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": True, "weight_decay": 0.1}, {"momentum": 0.0}])
+def test_sgd_steps_where_a_layer_is_skipped_at_first(options: dict[str, Any]) -> None:
+    model, expected = network(), network()
+    optimizer = optimizer_for(model, "sgd", **options)
+    start_momentum(optimizer)
+    reference = SGD(expected.parameters(), 0.01, **{"momentum": 0.9} | options)
+    for step, skipped in enumerate(([0, 3], [3], [0], [])):
+        for net in (model, expected):
+            for place in (0, 3):
+                net[place].requires_grad_(place not in skipped)
+            for parameter in net.parameters():
+                parameter.grad = None
+        take_steps(model, optimizer, 1, first=step)
+        take_steps(expected, reference, 1, first=step)
+        torch.testing.assert_close(weights(model), weights(expected))
 
 
 # --- Muon -------------------------------------------------------------------------------------------
