@@ -14,6 +14,7 @@ import click
 from disttrain.cli.shared import COUNT, JSON, PATH, PROCESSES, ROOT, aside, progress
 from disttrain.terminal import columns
 
+_NOT_CUT = 10_000  # characters of a line in a file or a pipe
 _RUN = click.argument("run_path", metavar="RUN", type=PATH)
 _CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|latest|PATH", help="Weights to use.")
 
@@ -160,8 +161,9 @@ def _compare(runs: Sequence[Path], output: Path | None, target: float | None, as
     if as_json:
         click.echo(json.dumps(compare.to_json(comparison), indent=1))
         return
-    console = Console(highlight=False)
-    console.print(compare.table(comparison))
+    width = columns(sys.stdout) or _NOT_CUT
+    console = Console(highlight=False, width=width)
+    console.print(compare.table(comparison, width))
     if comparison.warning:
         click.echo(comparison.warning)
     if comparison.classes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from disttrain.report.run import Run, read_run, time_to_accuracy
 from disttrain.runs.eval_metrics import EVAL_METRICS, Metric
 from disttrain.runs.records import EvalRecord
 from disttrain.runs.weight_digests import compared, weight_digests
+from disttrain.terminal import width_of
 from disttrain.units import number, percent
 
 
@@ -168,15 +170,25 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def table(comparison: Comparison) -> Table:
-    """Returns the results as a table that fits a terminal."""
+def table(comparison: Comparison, width: int) -> Table:
+    """Returns the results as a table, with at least two columns and as many more as fit into a width."""
+    names = [name for name in _ON_TERMINAL if name in comparison.rows]
+    texts = {name: [cell(name, value) for value in comparison.rows[name]] for name in names}
+    titles = {name: heading(name) for name in names}
+    left = width - max(map(width_of, comparison.runs))
+    if sum(2 + max(map(len, (titles[name], *texts[name]))) for name in names) > left:
+        for number, name in enumerate(names):
+            needed = max(map(len, (*titles[name].split(), *texts[name])))
+            left -= needed + 2
+            if left < 0 and number >= 2:
+                names = names[:number]
+                break
+            titles[name] = textwrap.fill(titles[name], needed)
     runs = Table(box=None, pad_edge=False)
     runs.add_column("run", overflow="fold")
-    shown = {name: comparison.rows[name] for name in _ON_TERMINAL if name in comparison.rows}
-    texts = {name: [cell(name, value) for value in values] for name, values in shown.items()}
-    for name, values in texts.items():
-        runs.add_column(heading(name), justify="right", min_width=max(map(len, values)))
-    for row in zip(comparison.runs, *texts.values(), strict=True):
+    for name in names:
+        runs.add_column(titles[name], justify="right", no_wrap=True)
+    for row in zip(comparison.runs, *(texts[name] for name in names), strict=True):
         runs.add_row(*map(Text, row))
     return runs
 

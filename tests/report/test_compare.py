@@ -1,15 +1,17 @@
 """Tests of the comparison of runs."""
 
+import io
 import json
 from pathlib import Path
 
 import msgspec
 import pytest
 import rich
+import rich.console
 
 from disttrain.errors import UsageError
 from disttrain.report.class_differences import class_table
-from disttrain.report.compare import compare, to_json, write_comparison
+from disttrain.report.compare import compare, table, to_json, write_comparison
 from disttrain.runs.evaluation import FILE, Evaluation
 from disttrain.runs.manifest import entry, write_manifest
 from kit.commands import Run as Command
@@ -37,6 +39,25 @@ def test_seeds_of_one_setting_are_one_group(tmp_path: Path) -> None:
     assert dict(found.differences)["optim.lr"] == ["0.1"] * 3 + ["0.2"] * 3
     assert dict(found.differences)["seed"] == list("012345")
     assert "train.epochs" not in dict(found.differences)
+
+
+def test_on_a_terminal_each_run_has_one_line(tmp_path: Path) -> None:
+    settings = {"optim.lr=0.005,seed=0": (0.1, 0.70), "optim.lr=0.005,seed=1": (0.1, 0.71)}
+    found = compare(runs(tmp_path, settings))
+    texts = []
+    for width in (200, 80, 40):
+        console = rich.console.Console(file=io.StringIO(), width=width)
+        console.print(table(found, width))
+        texts.append(console.file.getvalue())
+    for text in texts[:2]:
+        assert [line for line in text.splitlines() if line.startswith("optim.lr=0.005,seed=1  ")]
+    heads = [" ".join(text.split("optim", maxsplit=1)[0].split()) for text in texts]
+    assert "images/s" in heads[0]
+    assert "images/s" in heads[1]
+    assert "training to" in heads[0]
+    assert "training to" not in heads[1], "it would not fit"
+    assert "best" in heads[2], "both accuracies are always shown"
+    assert not any("…" in text for text in texts[:2])
 
 
 def test_settings_are_ranked_by_the_metric_of_eval_best(tmp_path: Path) -> None:
