@@ -47,7 +47,7 @@ def printed(named: Path, monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, t
     return stream.getvalue().splitlines()
 
 
-@pytest.mark.parametrize(("columns", "lines"), [(120, 3), (80, 7), (45, 7), *nightly((20, 7))])
+@pytest.mark.parametrize(("columns", "lines"), [(120, 3), (80, 7), (45, 7), *nightly((20, 9))])
 def test_names_are_cut_and_folded_to_the_terminal(
     named: Path, monkeypatch: pytest.MonkeyPatch, columns: int, lines: int
 ) -> None:
@@ -55,12 +55,12 @@ def test_names_are_cut_and_folded_to_the_terminal(
     found = printed(named, monkeypatch, Terminal())
     assert len(found) == lines
     assert found[0].split() == ["image", "class", "probability"]
-    ends = {width_of(line.rstrip()) for line in found[1:]}
+    rows = [line for line in found if "%" in line]  # a file name may have a line of its own
+    ends = {width_of(line.rstrip()) for line in rows}
     assert len(ends) == 1, "the probabilities are in one column"
-    if columns > 20:
-        assert max(ends) <= columns
-        assert [line.split()[0] for line in found[1 :: (lines - 1) // 2]] == ["image.png"] * 2
-    assert ("..." in found[1]) == (columns != 80)
+    assert max(ends) <= columns
+    assert [line.split()[0] for line in found].count("image.png") == 2
+    assert ("..." in rows[0]) == (columns != 80)
 
 
 def test_a_pipe_gets_whole_names_and_a_line_for_each_image(

@@ -83,5 +83,5 @@ def test_on_another_number_of_ranks_the_samples_of_each_step_are_the_same(
 
 def positions(record: dict[str, Any]) -> dict[str, Any]:
     """Returns what does not depend on the noise, which differs with the number of ranks."""
-    noisy = {"loss", "accuracy", "correct", "top5_accuracy", "calibration_error"}
+    noisy = {"loss", "accuracy", "correct", "top5_accuracy", "calibration_error", "grad_norm"}
     return {k: v for k, v in record.items() if k not in noisy and not k.startswith("macro")}

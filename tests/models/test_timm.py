@@ -133,7 +133,7 @@ def test_two_ranks_download_once_and_the_trained_network_is_of_use(
     succeeds("run", "timm.yaml", "--procs", "2", "--run-dir", "run")
     assert len(server.requests) == 1
     choices = json.loads((tmp_path / "run/env.json").read_text())["choices"]
-    assert choices["weights"].startswith(f"{server.url}/weights.pth: model.args.pretrained")
+    assert choices["weights"].startswith(f"{server.url}/weights.pth: all but fc.weight, fc.bias")
     (tmp_path / "served/weights.pth").unlink()
     (tmp_path / "torch/hub/checkpoints/weights.pth").unlink()
     succeeds("export", "run", "--format", "safetensors", "--output", "out/net.safetensors")
