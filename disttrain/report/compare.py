@@ -194,9 +194,9 @@ def table(comparison: Comparison, width: int) -> Table:
 
 
 _ON_TERMINAL = (
+    "last_map",
     "last_accuracy",
     "best_accuracy",
-    "last_map",
     "training_s",
     "images_per_s",
     "epochs_to_target",
