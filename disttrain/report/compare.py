@@ -209,7 +209,8 @@ def heading(name: str) -> str:
     """Returns the title of a row of `Comparison.rows`, with its unit."""
     if name == "images_per_s":
         return "images/s"
-    return name.removesuffix("_s").replace("_", " ") + ", s" * name.endswith("_s")
+    words = name.removesuffix("_s").replace("_map", "_mAP").replace("_f1", "_F1")
+    return words.replace("_", " ") + ", s" * name.endswith("_s")
 
 
 def cell(name: str, value: float | str | None) -> str:
