@@ -104,12 +104,17 @@ def chain(
     digits_root: Path,
     stages: Sequence[tuple[int, str | None, int]],
     overrides: Sequence[str] = (),
+    *,
+    may_finish: bool = False,
 ) -> Path:
-    """Runs the experiment in stages: ranks, the signal that ends it, and the exit code."""
+    """Runs the experiment in stages: ranks, the signal that ends it, and the exit code.
+
+    With `may_finish`, a signal may come too late, and then the stages after it find a finished run.
+    """
     for ranks, plan, code in stages:
         (folder / "signalled").unlink(missing_ok=True)
         done = run(folder, ranks, digits_root, plan, [*MODE, *overrides])
-        assert done.returncode == code, done.stderr
+        assert done.returncode in {code, 0 if may_finish else code}, done.stderr
     return folder / "run"
 
 
@@ -165,6 +170,7 @@ def test_random_chains_give_the_same_bits(seed: int, tmp_path: Path, digits_root
         plan = f"{name} {draw.randrange(ranks)} training {draw.randint(2, 30)}"
         stages.append((ranks, plan, 70 if name == "SIGKILL" else 75))
     (tmp_path / "parts").mkdir()
-    parts = chain(tmp_path / "parts", digits_root, [*stages, (draw.choice([1, 2, 3]), None, 0)])
+    stages.append((draw.choice([1, 2, 3]), None, 0))
+    parts = chain(tmp_path / "parts", digits_root, stages, may_finish=True)
     assert digest(parts) == digest(whole)
     assert computed_records(parts) == computed_records(whole)
