@@ -1,4 +1,4 @@
-"""Which part of the package may import which: arrows go one way."""
+"""The layers of the package: no import goes up, and no file or function is long."""
 
 from __future__ import annotations
 
@@ -71,3 +71,20 @@ def test_no_two_parts_import_each_other_by_any_way() -> None:
         assert ground, f"in a circle: {sorted(below)}"
         for name in ground:
             del below[name]
+
+
+def test_files_functions_and_signatures_stay_short() -> None:
+    long = []
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        if len(text.splitlines()) > 400:
+            long.append(f"{path}: over 400 lines")
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if (node.end_lineno or 0) - node.lineno >= 60:
+                long.append(f"{path}:{node.lineno}: {node.name}: over 60 lines")
+            names = {name.arg for name in (*node.args.args, *node.args.kwonlyargs)} - {"self", "cls"}
+            if len(names) > 8 and not node.decorator_list:  # as Click has for commands
+                long.append(f"{path}:{node.lineno}: {node.name}: over 8 parameters")
+    assert long == []

@@ -80,7 +80,7 @@ def encoded(source: tuple[str, int]) -> dict:
     return {"image": Image.open(path), "label": label}
 
 
-def changed(change: Callable, sample: dict) -> tuple:
+def transformed(change: Callable, sample: dict) -> tuple:
     """Returns a sample whose image, which litdata has decoded with torchvision, is transformed."""
     return change(sample["image"]), sample["label"]
 
@@ -93,7 +93,7 @@ def litdata(root: Path, threads: int) -> Iterator[int]:
     if not folder.exists():
         litdata.optimize(encoded, jpegs(root), str(folder), chunk_bytes="20MB", num_workers=1, verbose=False)
     change = v2.Compose([step for step in transform().transforms if not isinstance(step, v2.PILToTensor)])
-    dataset = litdata.StreamingDataset(str(folder), shuffle=True, transform=partial(changed, change))
+    dataset = litdata.StreamingDataset(str(folder), shuffle=True, transform=partial(transformed, change))
     workers = threads if threads > 1 else 0
     for images, _ in litdata.StreamingDataLoader(dataset, batch_size=BATCH_SIZE, num_workers=workers):
         yield len(images)

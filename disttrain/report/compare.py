@@ -171,24 +171,30 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def table(comparison: Comparison, width: int) -> Table:
-    """Returns the results as a table, with at least two columns and as many more as fit into a width."""
-    names = [name for name in _ON_TERMINAL if name in comparison.rows]
-    texts = {name: [cell(name, value) for value in comparison.rows[name]] for name in names}
-    titles = {name: heading(name) for name in names}
-    left = width - max(map(width_of, comparison.runs))
-    if sum(2 + max(map(len, (titles[name], *texts[name]))) for name in names) > left:
-        for number, name in enumerate(names):
-            needed = max(map(len, (*titles[name].split(), *texts[name])))
-            left -= needed + 2
-            if left < 0 and number >= 2:
-                names = names[:number]
+    """Returns the results as a table.
+
+    Args:
+        comparison: of the runs.
+        width: of the terminal, in characters. The table has at least two columns beside the runs, and as many
+            more as fit.
+    """
+    shown = {name: comparison.rows[name] for name in _ON_TERMINAL if name in comparison.rows}
+    columns = {heading(name): [cell(name, value) for value in values] for name, values in shown.items()}
+    room = width - max(map(width_of, comparison.runs))
+    if room < sum(2 + max(map(len, (title, *texts))) for title, texts in columns.items()):
+        folded: dict[str, list[str]] = {}
+        for title, texts in columns.items():
+            least = max(map(len, (*title.split(), *texts)))
+            room -= 2 + least
+            if room < 0 and len(folded) >= 2:
                 break
-            titles[name] = textwrap.fill(titles[name], needed)
+            folded[textwrap.fill(title, least)] = texts
+        columns = folded
     runs = Table(box=None, pad_edge=False)
     runs.add_column("run", overflow="fold")
-    for name in names:
-        runs.add_column(titles[name], justify="right", no_wrap=True)
-    for row in zip(comparison.runs, *(texts[name] for name in names), strict=True):
+    for title in columns:
+        runs.add_column(title, justify="right", no_wrap=True)
+    for row in zip(comparison.runs, *columns.values(), strict=True):
         runs.add_row(*map(Text, row))
     return runs
 

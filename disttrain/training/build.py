@@ -52,7 +52,7 @@ from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import wait_for_all
 from disttrain.training.loss import class_weights
 from disttrain.training.normalize import Normalize
-from disttrain.training.optim import build_optimizer, start_momentum
+from disttrain.training.optim import build_optimizer
 from disttrain.training.rank import Rank
 from disttrain.training.rank_state import restore_rank_state
 from disttrain.training.restore import resume
@@ -62,8 +62,8 @@ from disttrain.training.state import Progress, TrainState, Validation, cudnn_heu
 from disttrain.training.trial import try_training, unused_text
 from disttrain.training.virtual_ranks import machine_facts
 from disttrain.training.wrapping import (
-    begin_frozen,
     copy_from_rank_0,
+    start_parameters,
     warm_up_ddp_buckets,
     wrap_ddp,
 )
@@ -144,8 +144,7 @@ def build(
         initial_weights=loaded,
     )
     progress = Progress() if checkpoint is None else resume(checkpoint, state, index, rank, force=force)
-    begin_frozen(state, named, progress.epoch + progress.samples / data.plan.samples_per_epoch)
-    start_momentum(optimizer)
+    start_parameters(state, named, progress.epoch + progress.samples / data.plan.samples_per_epoch)
     # Only sets the precision. Placed on "cpu:0", the weights would be copied, and Muon has views of them.
     state.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     choices = {"cache": data.cache, **began, **chosen.reasons, **join_ranks(state, group, unused)}

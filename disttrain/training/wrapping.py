@@ -79,16 +79,22 @@ def copy_from_rank_0(group: Group, networks: Sequence[nn.Module]) -> None:
                 tensor.detach().copy_(copied)
 
 
-def begin_frozen(state: TrainState, parameters: dict[str, nn.Parameter], epochs_done: float) -> None:
-    """Freezes parameters if `model.unfreeze_epoch` is still to come; the model is not wrapped yet.
+def start_parameters(state: TrainState, parameters: dict[str, nn.Parameter], epochs_done: float) -> None:
+    """Freezes parameters if `model.unfreeze_epoch` is still to come, and starts the momentum of the others.
 
-    For `epochs_done` see `unfreeze_if_due`, which ends it.
+    The model is not wrapped yet.
+
+    Args:
+        state: of this rank, after a resume with the optimizer's state of the checkpoint.
+        parameters: those that `model.freeze` names, by name.
+        epochs_done: see `unfreeze_if_due`, which ends the freeze.
     """
     until = state.config.model.unfreeze_epoch
     if until is not None and epochs_done < until:
         state.frozen = parameters
         freeze(state.bare_model, parameters.values())
         _count_trained(state)
+    start_momentum(state.optimizer)
 
 
 def unfreeze_if_due(state: TrainState, epochs_done: float) -> None:

@@ -443,6 +443,7 @@ def test_a_job_goes_on_without_a_node_and_starts_a_dead_launcher_again(
     job.wait_for_state("COMPLETED", "FAILED")
     assert job.facts()["JobState"] == "COMPLETED", job.output()
     assert (job.status()["state"], job.status()["restarts"]) == ("finished", 2)
+    assert " 2 processes" in job.output().partition("without node 2")[2]
     assert_every_sample_once_an_epoch(job.run_dir, epochs=40)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from disttrain.models.freezing import named_by_freeze
 from disttrain.training.state import Progress, TrainState
-from disttrain.training.wrapping import begin_frozen
+from disttrain.training.wrapping import start_parameters
 from kit.training import make_state, network, run, weights_of, with_
 
 FROZEN = {"0.weight", "0.bias", "1.weight", "1.bias"}
@@ -18,7 +18,7 @@ STATISTICS = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 def frozen_state(unfreeze_epoch: float, **options: Any) -> TrainState:
     state = make_state(network(norm=True), samples=64, **options)
     state = with_(state, model={"freeze": r"[01]\..*", "unfreeze_epoch": unfreeze_epoch})
-    begin_frozen(state, named_by_freeze(state.config.model, state.bare_model), 0.0)
+    start_parameters(state, named_by_freeze(state.config.model, state.bare_model), 0.0)
     return state
 
 
