@@ -189,7 +189,7 @@ def test_no_mistake_leaves_a_file(mistakes):
     assert mistakes[2] == mistakes[3]
 
 
-def test_a_config_key_that_is_given_as_an_option_is_told_how_to_be_written():
+def test_a_config_key_given_as_an_option_is_told_how_to_write_it():
     done = CliRunner().invoke(main, ["run", "tiny.yaml", "--optim.weight_decay=0.1"])
     assert done.exit_code == 2
     assert "Set a config key without dashes: optim.weight_decay=VALUE" in done.output
@@ -382,7 +382,7 @@ def test_a_folder_of_images_is_packed_and_inspected(disttrain, image_folder, tmp
     ]
 
 
-def test_inspect_lists_a_thousand_classes_in_a_pipe_and_some_on_a_terminal(tmp_path, monkeypatch):
+def test_inspect_lists_all_classes_in_a_pipe_and_some_on_a_terminal(tmp_path, monkeypatch):
     names = tuple(f"{label}, one of many classes whose names are long" for label in range(1000))
     splits = {
         split: toy.Listed(toy.samples(toy.images(3, seed, (8, 8, 3))))

@@ -38,10 +38,10 @@ def fingerprint(config: Config, index: Index, skipped: Sequence[int] | None = ()
         ids = [int(i) for i in skipped]
         data |= {"skipped": len(ids), "skipped_digest": _digest(ids) if ids else None}
         shards = [shard.samples for shard in index.splits["train"].shards]
-        served: list[Any] = [config.data.remainder, config.data.streams, config.data.shuffle_buffer]
+        settings: list[Any] = [config.data.remainder, config.data.streams, config.data.shuffle_buffer]
         if config.data.sampling != "uniform":
-            served.append(config.data.sampling)
-        order = _digest([config.seed, config.train.batch_size, *served, shards, ids])
+            settings.append(config.data.sampling)
+        order = _digest([config.seed, config.train.batch_size, *settings, shards, ids])
     return {"config": document, "config_digest": _digest(document), "data": data, "order": order}
 
 

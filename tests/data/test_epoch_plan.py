@@ -94,7 +94,7 @@ def test_every_usable_sample_has_one_place(
 
 
 @pytest.mark.parametrize("streams", [1, 5, 16])
-def test_the_samples_seen_by_then_do_not_depend_on_the_size_of_the_batches(streams: int) -> None:
+def test_the_samples_seen_by_then_do_not_depend_on_the_batch_size(streams: int) -> None:
     orders = {size: plan(SEVEN, size, streams=streams).order(0).tolist() for size in (1, 50, 100, 300)}
     for end in (300, 600, 1500):
         assert len({frozenset(order[:end]) for order in orders.values()}) == 1

@@ -127,7 +127,7 @@ def test_any_number_of_raw_images_gives_the_scores_of_the_moving_average(
         assert np.abs(scores(images[:count]) - expected[:count]).max() < 1e-4
 
 
-def test_a_safetensors_file_holds_the_average_alone_and_says_how_to_use_it(
+def test_a_safetensors_file_holds_only_the_average_and_says_its_use(
     trained_run: Path, tmp_path: Path
 ) -> None:
     done = export(trained_run, "safetensors", tmp_path / "net.safetensors")

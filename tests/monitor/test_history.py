@@ -51,7 +51,7 @@ def test_noise_is_smoothed_and_few_points_are_joined() -> None:
     assert (curve[0], curve[-1]) == (2.0, 1.0)
 
 
-def test_the_axis_is_not_stretched_by_the_first_losses_nor_filled_by_noise() -> None:
+def test_the_axis_is_set_neither_by_the_first_losses_nor_by_noise() -> None:
     assert limits([100.0, *[2.0 - i / 100 for i in range(100)]]) == pytest.approx((1.01, 1.99))
     low, high = limits([0.99, 1.0]) or (0.0, 0.0)
     assert high - low == pytest.approx(0.1)

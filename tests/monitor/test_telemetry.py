@@ -168,7 +168,7 @@ print(json.dumps(times))
 
 
 @pytest.mark.integration
-def test_slow_answers_skip_deadlines_and_hold_up_nobody_who_asks_for_means(library: Path) -> None:
+def test_slow_answers_skip_deadlines_and_do_not_hold_up_the_means(library: Path) -> None:
     program = (
         SAMPLE
         + """

@@ -147,7 +147,7 @@ def test_a_slow_network_is_shown_fewer_images_and_the_page_says_so(
 
 
 @pytest.mark.integration
-def test_a_damaged_checkpoint_costs_the_sections_that_need_it_and_no_other(
+def test_a_damaged_checkpoint_costs_only_the_sections_that_need_it(
     trained: Path, digits: None, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

@@ -251,7 +251,7 @@ def test_the_first_group_that_matches_has_the_parameter() -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(weights(network()))
 
 
-def test_groups_of_muon_keep_its_settings_unless_they_change_the_optimizer() -> None:
+def test_groups_of_muon_keep_its_settings_unless_they_have_another_name() -> None:
     with_muon, _ = grouped(
         network(), {"parameters": "0.*", "lr": 0.01}, name="muon", momentum=0.3, nesterov=False
     )
