@@ -279,8 +279,9 @@ def remedy(index: Index) -> str:
 
 def _check_files(index: Index) -> None:
     """Raises DataError if a local shard is missing, of another size, or not in the index."""
+    folder = str(index.folder)  # to make 10,000 Paths takes as long as to ask for 10,000 sizes
     for shard in index.shards:
-        if index.url(shard) is None and (problem := size_problem(index.folder / shard.file, shard)):
+        if index.url(shard) is None and (problem := size_problem(f"{folder}/{shard.file}", shard)):
             raise DataError(f"{problem}; {remedy(index)}")
     for path in extra_shards(index):
         raise DataError(f"{path}: this shard is not in index.json; remove it, or {remedy(index)}")
@@ -306,10 +307,10 @@ def _missing(name: str, folder: Path) -> str:
     return f"{text}; make it with {command} ({found})"
 
 
-def size_problem(path: Path, shard: Shard) -> str | None:
+def size_problem(path: Path | str, shard: Shard) -> str | None:
     """Returns an error message if a shard does not have its size, or None."""
     try:
-        size = path.stat().st_size
+        size = os.stat(path).st_size  # noqa: PTH116  also takes a str, which is faster to make
     except OSError as error:
         return f"{path}: the shard cannot be read: {error.strerror}"
     return None if size == shard.bytes else f"{path}: {size} bytes, but the index says {shard.bytes}"
