@@ -187,7 +187,8 @@ for images, labels, ids in data:
 open(f"rank_{dist.get_rank()}.json", "w").write(json.dumps([len(data), seen]))
 dist.destroy_process_group()
 """
-    launcher = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2"
+    launcher = "-m torch.distributed.run --standalone --log_dir /dev/null"
+    launcher += " --local-addr 127.0.0.1 --nproc-per-node 2"
     done = python(code, tmp_path, *launcher.split(), DISTTRAIN_DATA=str(seven_root), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kit import PROGRAMS, REPOSITORY
-from kit.commands import Run, background, succeeded
+from kit.commands import NO_LOG_FOLDER, Run, background, succeeded
 from kit.marks import nightly
 from kit.run_results import computed_records as records
 from kit.run_results import ids_per_step, status
@@ -51,10 +51,10 @@ DOORS = {
     "disttrain run": ["-m", "disttrain", "run", "tiny.yaml", "--procs", "2"],
     "accelerate launch": [
         "-m", "accelerate.commands.launch", "--config_file", str(REPOSITORY / "launch/cpu.yaml"),
-        "--num_processes", "2", "-m", "disttrain.worker", "tiny.yaml",
+        *NO_LOG_FOLDER, "--num_processes", "2", "-m", "disttrain.worker", "tiny.yaml",
     ],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                 "-m", "disttrain.worker", "tiny.yaml"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", *NO_LOG_FOLDER,
+                 "--nproc-per-node", "2", "-m", "disttrain.worker", "tiny.yaml"],
     "srun": [str(PROGRAMS / "two_slurm_tasks.py"), "tiny.yaml"],
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kit import REPOSITORY, run_results, slurm_cluster
-from kit.commands import wait_for
+from kit.commands import NO_LOG_FOLDER, wait_for
 from kit.marks import nightly
 from kit.resumed import digest
 from kit.slurm_cluster import CONTROL, Hosts
@@ -282,12 +282,12 @@ DOORS: dict[str, list[str]] = {
     ],
     "torchrun": [
         *("torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--master-addr", "node0"),
-        *("--master-port", "29501", "--node-rank"),
+        *("--master-port", "29501", *NO_LOG_FOLDER, "--node-rank"),
     ],
     "accelerate launch": [
         *("accelerate.commands.launch", "--num_machines", "2", "--num_processes", "4", "--config_file"),
         *(str(SCRIPT.parents[1] / "launch/cpu.yaml"), "--main_process_ip", "node0"),
-        *("--main_process_port", "29502", "--machine_rank"),
+        *("--main_process_port", "29502", *NO_LOG_FOLDER, "--machine_rank"),
     ],
 }
 

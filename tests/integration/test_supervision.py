@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from disttrain.runs.manifest import latest_valid
-from kit.commands import wait_for
+from kit.commands import NO_LOG_FOLDER, wait_for
 from kit.marks import nightly
 from kit.run_results import metrics, status
 from kit.supervision import (
@@ -158,7 +158,7 @@ def test_ranks_of_torchrun_end_at_once_when_stopped_at_start(start: Start, tmp_p
         f"import os\nif os.environ.get('RANK') == '1':\n    open({str(fifo)!r}).read()\n"
     )
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", *NO_LOG_FOLDER, "--nproc-per-node", "2")
     process = start(
         "-m", "disttrain.worker", "tiny.yaml", "--run-dir", "run", program=torchrun, PYTHONPATH=path
     )

@@ -24,11 +24,16 @@ def background(arguments: list[str], folder: Path, data_root: Path) -> subproces
     )
 
 
+NO_LOG_FOLDER = ("--log_dir", os.devnull)
+"""For torchrun and accelerate launch, which leave an empty folder in /tmp otherwise."""
+
+
 def torchrun(
     script: Path, *arguments: object, ranks: int = 2, **how: Any
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script in processes of torchrun; `how` is for subprocess.run."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *NO_LOG_FOLDER]
+    command += ["--nproc-per-node", str(ranks)]
     command += map(str, (script, *arguments))
     return subprocess.run(command, **({"capture_output": True, "text": True, "timeout": 240} | how))
 
