@@ -25,7 +25,7 @@ from disttrain.shards.index import Index
 from disttrain.shards.reader import Reader
 
 CHUNK = 64  # samples that one thread reads and decodes at a time
-_LARGE_CHUNK = 8  # the same if they are cropped from images of any size, which are usually large
+_LARGE_CHUNK = 16  # the same if they are cropped from images of any size, which are usually large
 
 
 class Wanted(NamedTuple):

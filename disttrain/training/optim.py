@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ def build_optimizer(
     Raises:
         UsageError: a group of the config matches no parameter.
     """
+    _keep_compiler_out()
     parts: list[Optimizer] = []
     rates: list[LrSchedule] = []
     for settings, shape, parameters in param_groups(config, schedule, model):
@@ -170,7 +172,7 @@ class ConvMuon(Optimizer):
                 torch._foreach_mul_(factors, norms)
                 torch._foreach_mul_(matrices, factors)
         self._muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-        self._muon.step()
+        take_step(self._muon)
         for matrix in self._matrices:
             matrix.grad = None  # otherwise it would stay in memory after the step
 
@@ -201,7 +203,7 @@ class CombinedOptimizer(Optimizer):
         assert closure is None
         for part, group in zip(self.inner, self.param_groups, strict=True):
             part.param_groups[0]["lr"] = group["lr"]
-            part.step()
+            take_step(part)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the optimizers, in order."""
@@ -211,6 +213,22 @@ class CombinedOptimizer(Optimizer):
         """Loads the states of the optimizers."""
         for part, state in zip(self.inner, state_dict["parts"], strict=True):
             load_state(part, state)
+
+
+@torch.no_grad()
+def take_step(optimizer: Optimizer) -> None:
+    """Takes a step without what torch wraps around it: hooks, and an import of the compiler.
+
+    That import takes a second and 100 MB; see `_keep_compiler_out`.
+    """
+    inspect.unwrap(type(optimizer).step)(optimizer)
+
+
+def _keep_compiler_out() -> None:
+    """Lets torch's optimizers work without importing the compiler, which they only tell not to trace them."""
+    for method in (Optimizer.add_param_group, Optimizer.state_dict, Optimizer.load_state_dict):
+        untraced = inspect.unwrap(method)
+        untraced.__dynamo_disable = untraced  # see torch._compile
 
 
 def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:

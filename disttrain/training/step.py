@@ -20,6 +20,7 @@ from disttrain.heartbeat import Phase
 from disttrain.models.pretrained import some_names
 from disttrain.training.loss import loss_and_scores
 from disttrain.training.microbatch import MicroBatch, next_inputs
+from disttrain.training.optim import take_step
 from disttrain.training.phases import Phases
 from disttrain.training.state import TrainState, cudnn_heuristics, eager
 
@@ -180,7 +181,7 @@ def update(state: TrainState) -> None:
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
         state.meter.grad_norm.copy_(norm)
     if scaler is None:
-        state.optimizer.step()
+        take_step(state.optimizer)
     else:
         scaler.step(state.optimizer)
         scaler.update()

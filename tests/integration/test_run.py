@@ -339,6 +339,20 @@ def test_a_requeued_job_keeps_the_config_that_it_began_with(
     assert load_config(tmp_path / "run/config.yaml") == before
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_one_process_trains_and_resumes_without_the_compiler(
+    optimizer: str, disttrain: Run, config_file: Path
+) -> None:
+    """Its import takes most of a second. The optimizers of torch do it at their first step."""
+    words = ("run", config_file, f"optim.name={optimizer}", "--procs", "1", "--run-dir", "run")
+    for epochs in (1, 2):
+        result = disttrain(*words, f"train.epochs={epochs}", env={"PYTHONPROFILEIMPORTTIME": "1"})
+        assert succeeded(result)
+        imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+        assert "torch.optim" in imported
+        assert not {name for name in imported if name.startswith("torch._dynamo")}
+
+
 @pytest.mark.nightly
 def test_the_config_may_come_through_a_pipe(tmp_path: Path, config_file: Path, digits_root: Path) -> None:
     done = subprocess.run(

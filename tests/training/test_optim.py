@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,15 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from disttrain.config import OptimConfig, ScheduleConfig
 from disttrain.errors import UsageError
-from disttrain.training.optim import ConvMuon, LrSchedule, build_optimizer, lr_factor, set_lr, start_momentum
+from disttrain.training.optim import (
+    ConvMuon,
+    LrSchedule,
+    build_optimizer,
+    lr_factor,
+    set_lr,
+    start_momentum,
+    take_step,
+)
 
 
 def network(channels_last: bool = False) -> nn.Sequential:
@@ -32,7 +41,13 @@ def network(channels_last: bool = False) -> nn.Sequential:
     return layers.to(memory_format=torch.channels_last) if channels_last else layers
 
 
-def take_steps(model: nn.Module, optimizer: Optimizer, steps: int, first: int = 0) -> None:
+def take_steps(
+    model: nn.Module,
+    optimizer: Optimizer,
+    steps: int,
+    first: int = 0,
+    take: Callable[[Optimizer], object] = take_step,
+) -> None:
     """Takes steps along random gradients, which depend on the number of the step alone."""
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
@@ -40,7 +55,7 @@ def take_steps(model: nn.Module, optimizer: Optimizer, steps: int, first: int = 
             gradient = torch.randn(parameter.shape, generator=generator)
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)  # in its memory order
-        optimizer.step()
+        take(optimizer)
         optimizer.zero_grad()
 
 
@@ -84,6 +99,14 @@ def test_steps_are_those_of_torch(options: dict[str, Any], reference: Any, chann
     take_steps(other, reference(other.parameters()), 5)
     for found, expected in zip(weights(model), weights(other), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
+def test_a_step_is_that_of_the_optimizer_to_the_bit(name: str) -> None:
+    model, other = network(), network()
+    take_steps(model, optimizer_for(model, name, weight_decay=0.1), 3)
+    take_steps(other, optimizer_for(other, name, weight_decay=0.1), 3, take=lambda each: each.step())
+    assert all(map(torch.equal, weights(model), weights(other)))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
