@@ -21,7 +21,6 @@ from disttrain.data.cached import Cached
 from disttrain.data.decoded_copy import open_split
 from disttrain.data.epoch_plan import Plan
 from disttrain.data.streamed import Streamed
-from disttrain.shards.images import use_torchvision
 from disttrain.shards.index import Index, load_index
 from disttrain.training.augment import Augment
 from disttrain.training.normalize import Normalize
@@ -51,7 +50,6 @@ def epoch_of(loader: Cached | Streamed, plan: Plan, epoch: int, begin: int, limi
 
 
 def streamed(index: Index, threads: int) -> Streamed:
-    use_torchvision()
     return Streamed(index, "train", CPU, batch_size=BATCH_SIZE, workers=threads, say=quiet)
 
 

@@ -25,7 +25,6 @@ from disttrain.data.streamed import Streamed
 from disttrain.errors import UsageError
 from disttrain.parallel import ordered_map, usable_cores
 from disttrain.shards.crops import RandomCrops
-from disttrain.shards.images import use_torchvision
 from disttrain.shards.index import Index
 from disttrain.shards.label_format import LabelPlace, LabelReader
 from disttrain.shards.reader import decode_files, open_shard
@@ -107,7 +106,6 @@ def _shards_to_pixels(
 
     size = 64 if index.image_size is None else 8
     parts = [slice(begin, begin + size) for begin in range(0, samples, size)]
-    use_torchvision()
     for count in sorted({1, threads}):
         what = f"image files to pixels, {_many(count)}"
         yield _timed("decode", what, samples, partial(_drain, ordered_map(decode, parts, count)))

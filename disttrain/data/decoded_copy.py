@@ -23,7 +23,7 @@ from disttrain.files import appearing, file_lock, sha256, stamp
 from disttrain.parallel import usable_cores
 from disttrain.shards.colors import RULES
 from disttrain.shards.crops import Crops
-from disttrain.shards.images import Pixels, expect_images
+from disttrain.shards.images import Pixels
 from disttrain.shards.index import Index, remedy
 from disttrain.shards.label_format import Labels
 from disttrain.shards.photos import cut_out, resized
@@ -196,7 +196,6 @@ def _open(
     try:
         with file_lock(target, lambda: say(f"waiting for another process to decode {index.name}/{split}")):
             if (copy := found()) is None:
-                expect_images(index.splits[split].samples)
                 with appearing(target) as partial:
                     partial.mkdir()
                     write(partial)

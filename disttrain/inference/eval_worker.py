@@ -21,7 +21,6 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from disttrain.data.stages import open_stream
     from disttrain.inference.classifier import load_model
     from disttrain.parallel import cores_of_a_rank
-    from disttrain.shards.images import expect_images
     from disttrain.training.collectives import Group
     from disttrain.training.evaluation import EvalTask, batch_size, measure
     from disttrain.training.state import Validation
@@ -33,7 +32,6 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     ids = usable_samples(config, index)
     size = batch_size(config.train, group.world_size)
     workers = min(8, cores_of_a_rank()) if config.data.workers is None else config.data.workers
-    expect_images(len(ids) // group.world_size)
     # Streamed: a decoded copy does not pay off for a single pass.
     pipeline = config.data.pipeline
     with saying_where_code_lies(folder):

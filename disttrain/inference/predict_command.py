@@ -19,7 +19,7 @@ from disttrain.host_memory import keep_freed_memory
 from disttrain.inference.prediction_grid import MOST, Cell, check_name, draw, save
 from disttrain.inference.run import open_run
 from disttrain.shards.foldertree import SUFFIXES, LeftOut, file_kind, shown
-from disttrain.shards.images import Pixels, expect_images
+from disttrain.shards.images import Pixels
 from disttrain.shards.remarks import pillow_warnings
 from disttrain.terminal import columns, fitted, printable, width_of
 from disttrain.units import percent
@@ -58,7 +58,6 @@ def predict_files(
     files, left_out = listed(names)
     for note in left_out:
         click.echo(f"disttrain: {note}", err=True)
-    expect_images(len(files))
 
     from disttrain.inference.classifier import load_model
     from disttrain.inference.prediction import predictions

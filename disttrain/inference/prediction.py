@@ -206,7 +206,7 @@ def decoded(
 def _decoded(image: ImageSource, facts: Facts, max_pixels: int) -> Decoded:
     with collected() as remarks:
         pixels = _prepared_or_reason(image, facts, max_pixels)
-    return Decoded(image, pixels, tuple(text for _, text in remarks))
+    return Decoded(image, pixels, tuple(remarks))
 
 
 def _prepared_or_reason(image: ImageSource, facts: Facts, max_pixels: int) -> Pixels | str:

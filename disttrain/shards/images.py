@@ -1,10 +1,9 @@
 """Image files to pixels: the accepted formats, the size limit, and the decoders.
 
-Nearly all data sets have ordinary JPEG or PNG files. These are recognised by their first bytes, and go to the
-decoder directly. Pillow reads all other files, and those that fail in the decoder. The short cut pays off for
-small images: 23 us instead of 55 us for an MNIST image, and 70 us instead of 110 us for a CIFAR-10 JPEG.
-Pillow's header parser also blocks other threads. For many JPEGs, torchvision decodes the ordinary ones, in
-35 us; for other JPEGs its pixels differ from Pillow's.
+Nearly all data sets have ordinary JPEG or PNG files. These are recognised by their first bytes, and go to a
+decoder directly: JPEGs to libjpeg-turbo through simplejpeg, PNGs to that of Pillow. Pillow reads all other
+files, and those that fail there. The short cut pays off for small images: 23 us instead of 55 us for an MNIST
+image, and 15 us instead of 110 us for a CIFAR-10 JPEG. Pillow's header parser also blocks other threads.
 """
 
 from __future__ import annotations
@@ -13,21 +12,16 @@ import contextlib
 import functools
 import importlib
 import io
-import itertools
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from disttrain.shards.colors import Stored, flattened, stored
-from disttrain.shards.remarks import at_image
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_PIXELS = 8192 * 8192
 """Larger images are refused before they are decoded, because a file of 10 kB can decode to gigabytes."""
@@ -40,13 +34,6 @@ _HEIF = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", 
 Pixels = npt.NDArray[np.uint8]
 Encoded = bytes | bytearray | memoryview
 """The bytes of an image file."""
-
-_Operator: TypeAlias = "Callable[[torch.Tensor, int, bool], torch.Tensor]"
-"""torchvision's JPEG decoder: file, 1 for gray or 3 for RGB, whether to apply EXIF; returns [C, H, W]."""
-
-_MANY = 100_000  # JPEGs for which the import of torchvision pays off
-
-_many = False  # whether that many are expected
 
 
 def decode_image(image: Encoded, channels: int, most_pixels: int = MAX_PIXELS) -> Pixels:
@@ -67,8 +54,23 @@ def decode_image(image: Encoded, channels: int, most_pixels: int = MAX_PIXELS) -
         ValueError: not an image, broken, or too large; the message is the reason.
     """
     plain = plain_header(image)
-    tensor = _by_torchvision(plain, channels, most_pixels)
-    return _by_pillow(image, plain, channels, most_pixels) if tensor is None else _as_pixels(tensor)
+    if plain is not None and plain.width * plain.height <= most_pixels:
+        with contextlib.suppress(ValueError, OSError):  # the full reader below gives the reason
+            return _decode_plain(plain, channels)
+    with _value_errors(), open_image(io.BytesIO(image), most_pixels) as picture:
+        return _upright(picture, channels, stored(picture))
+
+
+def decode_exactly(image: Encoded, height: int, width: int, channels: int) -> Pixels:
+    """Decodes an image file of a known size: uint8 [height, width, channels]; see `decode_image`.
+
+    Raises:
+        ValueError: it cannot be decoded, or has another size.
+    """
+    pixels = decode_image(image, channels, height * width)
+    if pixels.shape[:2] != (height, width):
+        raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels")
+    return pixels
 
 
 class TooLargeError(ValueError):
@@ -98,75 +100,19 @@ def decode_into(images: Sequence[Encoded], out: Pixels) -> None:
     Raises:
         ImageError: an image cannot be decoded or has another size.
     """
-    _, height, width, channels = out.shape
-    places: list[int] = []
-    # Copied together at the end: releasing the lock for each image costs a fifth of the speed.
-    tensors: list[torch.Tensor] = []
     for place, image in enumerate(images):
         try:
-            plain = plain_header(image)
-            tensor = _by_torchvision(plain, channels, height * width)
-            if tensor is not None and tensor.shape[1:] == (height, width):
-                places.append(place)
-                tensors.append(tensor)
-                continue
-            at_image(place)
-            pixels = _by_pillow(image, plain, channels, height * width)
-            if pixels.shape != out.shape[1:]:
-                raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels")
+            out[place] = decode_exactly(image, *out.shape[1:])
         except ValueError as error:
             raise ImageError(place, str(error)) from error
-        out[place] = pixels
-    if tensors and len(tensors) == len(out):
-        import torch
-
-        torch.stack(tensors, out=torch.from_numpy(out).permute(0, 3, 1, 2))
-    else:
-        for place, tensor in zip(places, tensors, strict=True):
-            out[place] = _as_pixels(tensor)
-
-
-def expect_images(count: int) -> None:
-    """Chooses the JPEG decoder for a number of expected images; the pixels are the same for both.
-
-    The import of torchvision takes over a second; it happens at the first JPEG of a process.
-    """
-    global _many
-    _many = _many or count >= _MANY
-
-
-def use_torchvision() -> bool:
-    """Makes torchvision decode ordinary JPEGs; returns False if it is missing or its pixels differ."""
-    expect_images(_MANY)
-    return _torchvision_jpeg() is not None
 
 
 @functools.cache
-def _torchvision_jpeg() -> _Operator | None:
-    """Returns torchvision's decoder if its pixels equal Pillow's; the two have different libjpegs."""
-    try:
-        import torch
-        import torchvision  # noqa: F401  # registers the operator
+def simplejpeg() -> Any:
+    """Returns the module, which most commands do not need."""
+    import simplejpeg
 
-        operator: _Operator = torch.ops.image.decode_jpeg.default  # torchvision.io's function warns
-    except (ImportError, AttributeError):
-        return None
-    noise = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise).resize((45, 35), Image.Resampling.BICUBIC)
-    kinds = (("L", 0), ("RGB", 0), ("RGB", 1), ("RGB", 2))
-    for (mode, subsampling), quality, progressive in itertools.product(kinds, (30, 75, 95), (False, True)):
-        file = io.BytesIO()
-        options = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
-        picture.convert(mode).save(file, "JPEG", **options)
-        image = file.getvalue()
-        for channels in {len(mode), 3}:
-            try:
-                pixels = _as_pixels(operator(_as_tensor(image), channels, False))
-            except RuntimeError:
-                return None
-            if not np.array_equal(pixels, _by_pillow(image, None, channels, MAX_PIXELS)):
-                return None
-    return operator
+    return simplejpeg
 
 
 class Plain(NamedTuple):
@@ -246,43 +192,23 @@ def _plain_png(image: Encoded) -> Plain | None:
     return Plain("zip", width, height, "L" if color == 0 else "RGB", data)
 
 
-def _by_torchvision(plain: Plain | None, channels: int, most_pixels: int) -> torch.Tensor | None:
-    """Returns uint8 [C, H, W], or None if torchvision is not in use, differs from Pillow, or fails."""
-    if not _many or plain is None or plain.decoder != "jpeg" or plain.width * plain.height > most_pixels:
-        return None
-    decode = _torchvision_jpeg()
-    if decode is None or channels < len(plain.mode):  # torchvision has another formula for gray
-        return None
-    try:
-        return decode(_as_tensor(plain.data), channels, False)
-    except RuntimeError:
-        return None
+def _decode_plain(plain: Plain, channels: int) -> Pixels:
+    """Decodes an ordinary JPEG or PNG.
 
-
-def _as_tensor(image: Encoded) -> torch.Tensor:
-    import torch
-
-    # A copy, because torch warns about read-only memory; it takes a hundredth of the decoding time.
-    return torch.frombuffer(bytearray(image), dtype=torch.uint8)
-
-
-def _as_pixels(tensor: torch.Tensor) -> Pixels:
-    pixels: Pixels = tensor.numpy()
-    return pixels.transpose(1, 2, 0)
-
-
-def _by_pillow(image: Encoded, plain: Plain | None, channels: int, most_pixels: int) -> Pixels:
-    if plain is not None and plain.width * plain.height <= most_pixels:
-        size = plain.width, plain.height
-        option = "" if plain.decoder == "jpeg" else 0  # JPEG: color space of the file; PNG: no interlacing
-        with contextlib.suppress(ValueError, OSError):  # the full reader below gives the reason
-            picture = Image.frombytes(plain.mode, size, plain.data, plain.decoder, plain.mode, option)
-            if picture.mode != (mode := "L" if channels == 1 else "RGB"):  # else Pillow would copy it
-                picture = picture.convert(mode)
-            pixels = np.frombuffer(bytearray(picture.tobytes()), np.uint8)
-            return pixels.reshape(plain.height, plain.width, channels)
-    with _value_errors(), open_image(io.BytesIO(image), most_pixels) as picture:
-        return _upright(picture, channels, stored(picture))
+    Raises:
+        ValueError, OSError: it is damaged, or the decoder has a doubt.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    if plain.decoder == "jpeg" and channels >= len(plain.mode):  # Pillow has another formula for gray
+        decoded: Pixels = simplejpeg().decode_jpeg(plain.data, "GRAY" if channels == 1 else "RGB")
+        return decoded
+    option = "" if plain.decoder == "jpeg" else 0  # JPEG: color space of the file; PNG: no interlacing
+    size = plain.width, plain.height
+    picture = Image.frombytes(plain.mode, size, plain.data, plain.decoder, plain.mode, option)
+    if picture.mode != mode:  # otherwise Pillow would copy it
+        picture = picture.convert(mode)
+    pixels = np.frombuffer(bytearray(picture.tobytes()), np.uint8)
+    return pixels.reshape(plain.height, plain.width, channels)
 
 
 def pixels_of(picture: Image.Image, channels: int, most_pixels: int = MAX_PIXELS) -> Pixels:

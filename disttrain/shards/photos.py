@@ -8,10 +8,9 @@ within 1 of Pillow's result, in half of its time. Both release the interpreter l
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags
@@ -27,8 +26,8 @@ from disttrain.shards.images import (
     decode_image,
     open_image,
     plain_header,
+    simplejpeg,
 )
-from disttrain.shards.remarks import at_image
 
 _SCALES = (8, 4, 2)  # libjpeg decodes at these fractions as fast as it can; at 3/4 it is slower than at 1
 
@@ -100,7 +99,6 @@ def decode_crops(
         sizes = np.array([_reduced_size(header, decoded_side) for header in headers], np.int64)
         boxes = crops(positions, sizes.reshape(-1, 2)).tolist()
         for place, (image, header, box) in enumerate(zip(images, headers, boxes, strict=True)):
-            at_image(place)
             if decoded_side is None or min(header[:2]) <= decoded_side:
                 pixels = _decoded(image, header, box, side, channels)
             else:
@@ -200,17 +198,10 @@ def _by_simplejpeg(image: Encoded, header: Header, scale: int, channels: int) ->
     height, width = -(-header.height // scale), -(-header.width // scale)
     least = {} if scale == 1 else {"min_height": height, "min_width": width}
     try:
-        pixels: Pixels = _simplejpeg().decode_jpeg(image, "GRAY" if channels == 1 else "RGB", **least)
+        pixels: Pixels = simplejpeg().decode_jpeg(image, "GRAY" if channels == 1 else "RGB", **least)
     except ValueError:
         return None
     return pixels if pixels.shape[:2] == (height, width) else None
-
-
-@functools.cache
-def _simplejpeg() -> Any:
-    import simplejpeg  # here, because most commands do not need it
-
-    return simplejpeg
 
 
 def resized(pixels: Pixels, height: int, width: int) -> Pixels:

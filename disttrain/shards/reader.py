@@ -29,7 +29,7 @@ import numpy.typing as npt
 from disttrain.errors import DataError, DisttrainError, UnsafeError, reason
 from disttrain.files import stamp
 from disttrain.shards.crops import CenterCrops, Crops
-from disttrain.shards.images import Encoded, ImageError, Pixels, decode_into
+from disttrain.shards.images import Encoded, ImageError, Pixels, decode_exactly, decode_image, decode_into
 from disttrain.shards.index import Index, remedy, size_problem
 from disttrain.shards.index_file import Shard
 from disttrain.shards.label_format import Labels
@@ -210,10 +210,14 @@ def _contents(index: Index, shard: Shard, descriptor: int, path: Path) -> Conten
 
 def _first_bad(index: Index, shard: OpenShard) -> str:
     """Returns the first bad sample of a damaged shard and its problem, or an empty string."""
-    pixels = np.empty((1, index.height, index.width, index.channels), np.uint8)
+    height, width = index.stored_height, index.stored_width
     for position, key in enumerate(shard.contents.keys):
         try:
-            decode_into([shard.read(position)], pixels)
+            image = shard.read(position)
+            if height is None or width is None:
+                decode_image(image, index.channels)
+            else:
+                decode_exactly(image, height, width, index.channels)
         except ValueError as error:
             return f"first bad sample {key}: {error}"
     return ""

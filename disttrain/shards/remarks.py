@@ -23,8 +23,7 @@ _PILLOW = str(Path(PIL.__file__).parent)
 
 
 class _Here(threading.local):
-    found: list[tuple[int, str]] | None = None
-    place: int = 0
+    found: list[str] | None = None
 
 
 _here = _Here()
@@ -32,19 +31,14 @@ _here = _Here()
 
 def remark(text: str) -> None:
     """Makes a remark on the image that this thread decodes; it is lost if nobody collects."""
-    if _here.found is not None and (_here.place, text) not in _here.found[-2:]:
-        _here.found.append((_here.place, text))
-
-
-def at_image(place: int) -> None:
-    """Says which of several images this thread decodes."""
-    _here.place = place
+    if _here.found is not None and text not in _here.found:
+        _here.found.append(text)
 
 
 @contextlib.contextmanager
-def collected() -> Iterator[list[tuple[int, str]]]:
-    """Yields the list that gets place and text of this thread's remarks; the place of a single image is 0."""
-    before, _here.found, _here.place = _here.found, [], 0
+def collected() -> Iterator[list[str]]:
+    """Yields the list that gets this thread's remarks on one image."""
+    before, _here.found = _here.found, []
     try:
         yield _here.found
     finally:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from disttrain.errors import reason
 from disttrain.parallel import ordered_map
-from disttrain.shards.images import Pixels, decode_image, decode_into, pixel_sums
+from disttrain.shards.images import Pixels, decode_exactly, decode_image, pixel_sums
 from disttrain.shards.index import Index
 from disttrain.shards.label_format import Labels
 from disttrain.shards.photos import decode_reduced, read_header
@@ -52,21 +52,16 @@ def decoded(index: Index, split: str, number: int, *, threads: int) -> Iterator[
 
     def work(shard: OpenShard, positions: range, base: int) -> Chunk:
         images = np.empty((len(positions), *shape), np.uint8)
-        keys = shard.contents.keys[positions.start : positions.stop]
-        problems = {}
-        try:
-            with collected() as found:
-                decode_into([shard.read(position) for position in positions], images)
-            remarks = [(keys[place], text) for place, text in found]
-        except (ValueError, OSError):  # at least one sample is bad: find out which
-            remarks = []
-            for place, position in enumerate(positions):
-                try:
-                    with collected() as found:
-                        decode_into([shard.read(position)], images[place : place + 1])
-                    remarks += [(keys[place], text) for _, text in found]
-                except (ValueError, OSError) as error:
-                    problems[base + position] = (keys[place], reason(error))
+        problems, remarks = {}, []
+        for place, position in enumerate(positions):
+            key = shard.contents.keys[position]
+            try:
+                with collected() as found:
+                    images[place] = decode_exactly(shard.read(position), *shape)
+            except (ValueError, OSError) as error:
+                problems[base + position] = (key, reason(error))
+                continue
+            remarks += [(key, text) for text in found]
         labels = shard.contents.labels[positions.start : positions.stop]
         return Chunk(base + positions.start, images, labels, problems, remarks)
 
@@ -200,7 +195,7 @@ def _scan_some(channels: int, shard: OpenShard, positions: range, base: int) -> 
         except (ValueError, OSError) as error:
             problems[base + position] = (key, reason(error))
             continue
-        remarks += [(key, text) for _, text in found]
+        remarks += [(key, text) for text in found]
         sizes[place] = pixels.shape[:2]
         sums += pixel_sums(pixels)
     labels = shard.contents.labels[positions.start : positions.stop]

@@ -155,7 +155,7 @@ def _loaded(
     with collected() as remarked:
         sample = load(number)
         name = sample.origin or f"{path.stem.partition('-')[0]} sample {number}"
-        return sample, name, _decoded(sample, name, classes, channels), [text for _, text in remarked]
+        return sample, name, _decoded(sample, name, classes, channels), remarked
 
 
 def _label_member(label: Label) -> tuple[str, bytes]:

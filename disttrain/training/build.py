@@ -32,7 +32,6 @@ from disttrain.parallel import cores_of_a_rank
 from disttrain.preflight import split_batch
 from disttrain.runs.agreement import compare_peers
 from disttrain.runs.checkpoint import Checkpoint, load
-from disttrain.shards.images import expect_images
 from disttrain.shards.index import Index
 from disttrain.shards.label_format import Labels
 from disttrain.shards.verify import find_bad_samples
@@ -184,7 +183,6 @@ def build_data(config: Config, index: Index, group: Group) -> Data:
         decoded = copies["train"].labels
     else:
         workers = min(8, cores_of_a_rank()) if config.data.workers is None else config.data.workers
-        expect_images(index.splits["train"].samples * config.train.epochs // group.world_size)
         size = config.train.batch_size // group.world_size
         copy = open_reduced(index, skipped["train"], say) if place == "host" else None
         decoded = None if copy is None else copy.labels

@@ -1,4 +1,4 @@
-"""Image files to pixels, against Pillow's own reader, by both JPEG decoders."""
+"""Image files to pixels, against Pillow's own reader."""
 
 import io
 import json
@@ -6,7 +6,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,14 @@ import pytest
 from PIL import Image
 
 from disttrain.parallel import ordered_map
-from disttrain.shards import images
 from disttrain.shards.images import (
     ImageError,
     Pixels,
     decode_image,
     decode_into,
-    expect_images,
     open_image,
-    use_torchvision,
 )
 from kit import REPOSITORY
-
-
-@pytest.fixture(params=["pillow", "torchvision"])
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The JPEG decoder in use during a test; the others use Pillow's."""
-    monkeypatch.setattr(images, "_many", False)
-    if request.param == "torchvision":
-        assert use_torchvision()
-    return str(request.param)
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> Pixels:
@@ -89,9 +76,7 @@ def assert_same_verdict(image: bytes, channels: int) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(1, 1), (9, 1), (7, 5), (16, 16), (33, 17), (70, 101)], ids=str)
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1", "gray"])
-def test_a_jpeg_has_the_pixels_of_pillow(
-    decoder: str, subsampling: str, size: tuple[int, int], channels: int
-) -> None:
+def test_a_jpeg_has_the_pixels_of_pillow(subsampling: str, size: tuple[int, int], channels: int) -> None:
     options = {} if subsampling == "gray" else {"subsampling": subsampling}
     picture = photo(*size, mode="L" if subsampling == "gray" else "RGB")
     for quality in (10, 50, 75, 90, 95, 100):
@@ -101,7 +86,7 @@ def test_a_jpeg_has_the_pixels_of_pillow(
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_jpeg_in_cmyk_or_with_any_segments_has_pillows_pixels(decoder: str, channels: int) -> None:
+def test_a_jpeg_in_cmyk_or_with_any_segments_has_pillows_pixels(channels: int) -> None:
     options: list[tuple[str, dict[str, Any]]] = [
         ("CMYK", {}),
         ("RGB", {"keep_rgb": True}),
@@ -115,7 +100,7 @@ def test_a_jpeg_in_cmyk_or_with_any_segments_has_pillows_pixels(decoder: str, ch
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before the frame", "after the frame"])
-def test_exif_turns_a_jpeg(decoder: str, late: bool) -> None:
+def test_exif_turns_a_jpeg(late: bool) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
     straight, turned = encode(photo(16, 24), "JPEG"), encode(photo(16, 24), "JPEG", exif=exif)
@@ -170,7 +155,7 @@ def test_16_bits_keep_the_upper_8() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "BMP"])
-def test_the_decoded_array_is_writable_and_has_its_channels(decoder: str, image_format: str) -> None:
+def test_the_decoded_array_is_writable_and_has_its_channels(image_format: str) -> None:
     gray = encode(noise(2, 3)[..., 0], image_format)
     for channels in (1, 3):
         decoded = decode_image(gray, channels)
@@ -179,7 +164,7 @@ def test_the_decoded_array_is_writable_and_has_its_channels(decoder: str, image_
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "BMP"])
-def test_an_image_may_lie_in_any_buffer(decoder: str, image_format: str) -> None:
+def test_an_image_may_lie_in_any_buffer(image_format: str) -> None:
     image = encode(photo(9, 7), image_format)
     inside = memoryview(b"before" + image + b"after")[6:-5]
     for same in (bytearray(image), memoryview(image), memoryview(bytearray(image)), inside):
@@ -203,7 +188,7 @@ def sound_files() -> dict[str, bytes]:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", sound_files())
-def test_a_file_cut_off_anywhere_is_refused_where_pillow_refuses_it(decoder: str, name: str) -> None:
+def test_a_file_cut_off_anywhere_is_refused_where_pillow_refuses_it(name: str) -> None:
     image = sound_files()[name]
     for end in range(0, len(image), 1 + len(image) // 5000):
         assert_same_verdict(image[:end], 3)
@@ -213,7 +198,7 @@ def test_a_file_cut_off_anywhere_is_refused_where_pillow_refuses_it(decoder: str
 @pytest.mark.integration
 @pytest.mark.parametrize("name", sound_files())
 def test_a_damaged_file_is_refused_where_pillow_refuses_it(
-    decoder: str, name: str, capfd: pytest.CaptureFixture[str]
+    name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)
     sound = sound_files()[name]
@@ -328,7 +313,7 @@ def test_bombs_are_refused_at_once_and_take_no_memory(tmp_path: Path) -> None:
 # --- Batches ----------------------------------------------------------------------------------------
 
 
-def test_decode_into_writes_what_decode_image_returns(decoder: str) -> None:
+def test_decode_into_writes_what_decode_image_returns() -> None:
     picture = photo(24, 32)
     same = [encode(photo(24, 32), "JPEG", quality=quality) for quality in range(20, 100)]
     mixed = [encode(picture), *same[:3], encode(picture, "WEBP"), encode(picture.convert("L"), "JPEG")]
@@ -343,7 +328,7 @@ def test_decode_into_writes_what_decode_image_returns(decoder: str) -> None:
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
-def test_decode_into_says_which_image_is_refused_and_why(decoder: str, image_format: str) -> None:
+def test_decode_into_says_which_image_is_refused_and_why(image_format: str) -> None:
     good = encode(photo(32, 32), image_format)
     out = np.empty((3, 32, 32, 3), np.uint8)
     with pytest.raises(ImageError, match=r"^32x30 pixels$") as caught:
@@ -354,7 +339,7 @@ def test_decode_into_says_which_image_is_refused_and_why(decoder: str, image_for
     assert caught.value.place == 1
 
 
-def test_threads_decode_batches_of_the_same_pixels(decoder: str) -> None:
+def test_threads_decode_batches_of_the_same_pixels() -> None:
     files = [encode(noise(16, 16, seed=i), "JPEG") for i in range(600)]
     out = np.zeros((600, 16, 16, 3), np.uint8)
 
@@ -364,52 +349,6 @@ def test_threads_decode_batches_of_the_same_pixels(decoder: str) -> None:
 
     assert list(ordered_map(decode, range(0, 600, 40), threads=8)) == list(range(0, 600, 40))
     np.testing.assert_array_equal(out, np.stack([pillow(file, 3) for file in files]))
-
-
-@pytest.fixture
-def undecided(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Torchvision was not tried yet, and is tried anew by the next test."""
-    monkeypatch.setattr(images, "_many", False)
-    images._torchvision_jpeg.cache_clear()
-    yield
-    images._torchvision_jpeg.cache_clear()
-
-
-@pytest.mark.usefixtures("undecided")
-def test_torchvision_is_not_used_where_its_pixels_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    import torchvision  # noqa: F401
-
-    sound = torch.ops.image.decode_jpeg.default
-
-    class Brighter:
-        @staticmethod
-        def default(*arguments: Any) -> Any:
-            return sound(*arguments) | 1
-
-    monkeypatch.setattr(torch.ops.image, "decode_jpeg", Brighter)
-    assert not use_torchvision()
-    image = encode(photo(9, 9), "JPEG")
-    np.testing.assert_array_equal(decode_image(image, 3), pillow(image, 3))
-
-
-@pytest.mark.usefixtures("undecided")
-def test_torchvision_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    assert not use_torchvision()
-    image = encode(photo(9, 9), "JPEG")
-    np.testing.assert_array_equal(decode_image(image, 3), pillow(image, 3))
-
-
-def test_torchvision_decodes_where_many_jpegs_are_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    monkeypatch.setattr(images, "_many", False)
-    monkeypatch.setattr(images, "_torchvision_jpeg", lambda: calls.append(1))
-    files = {kind: encode(photo(9, 9), kind) for kind in ("JPEG", "PNG")}
-    for count, kind, used in ((10_000, "JPEG", 0), (100_000, "PNG", 0), (10, "JPEG", 1)):
-        expect_images(count)
-        decode_image(files[kind], 3)
-        assert len(calls) == used
 
 
 def test_decoding_imports_no_torch(tmp_path: Path) -> None:
