@@ -144,7 +144,7 @@ def build(
     )
     progress = Progress() if checkpoint is None else resume(checkpoint, state, index, rank, force=force)
     start_parameters(state, named, progress.epoch + progress.samples / data.plan.samples_per_epoch)
-    # Only sets the precision. Placed on "cpu:0", the weights would be copied, and Muon has views of them.
+    # Only sets the precision: the model is on its device, and the optimizer has its parameters.
     state.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     choices = {"cache": data.cache, **began, **chosen.reasons, **join_ranks(state, group, unused)}
     choices["cuda_graph"] = graph_choice(config, device, group.world_size, settings)

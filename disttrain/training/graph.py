@@ -19,7 +19,6 @@ from disttrain.config import Config
 from disttrain.errors import UsageError
 from disttrain.models import CATALOG
 from disttrain.training.autotune import Choice, Settings
-from disttrain.training.optim import inner_groups
 
 log = logging.getLogger("disttrain")
 
@@ -70,7 +69,6 @@ class StepGraph:
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self._groups = optimizer.param_groups
-        self._inner_groups = inner_groups(optimizer)
         self._device = device
         self._rates = [torch.zeros((), device=device) for _ in self._groups]
         self._stream = torch.cuda.Stream(device)
@@ -140,17 +138,15 @@ class StepGraph:
     @contextlib.contextmanager
     def _rates_on_device(self, *, capturable: bool = False) -> Iterator[None]:
         """Keeps the optimizer's learning rates on the device, where they can change between replays."""
-        groups = [*self._groups, *self._inner_groups]
-        before = [dict(group) for group in groups]
+        before = [dict(group) for group in self._groups]
         for group, rate in zip(self._groups, self._rates, strict=True):
             group["lr"] = rate
-        for group in groups:
             if "capturable" in group:  # Adam requires the flag, although its fused kernels are capturable
                 group["capturable"] = capturable
         try:
             yield
         finally:
-            for group, old in zip(groups, before, strict=True):
+            for group, old in zip(self._groups, before, strict=True):
                 group.update(old)
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from disttrain.config import OptimConfig, ScheduleConfig
 from disttrain.training.param_groups import param_groups
@@ -78,41 +78,6 @@ def _head(model: nn.Module) -> Tensor | None:
     return linear[-1].weight if linear else None
 
 
-class StackedMuon(Muon):
-    """torch's Muon with one parameter group, which orthogonalises all matrices of a shape together.
-
-    A single matrix is too small to use a whole GPU.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Takes one step; a parameter without gradient does not change."""
-        assert closure is None
-        (group,) = self.param_groups
-        lr, momentum = group["lr"], group["momentum"]
-        matrices: list[Tensor] = []
-        grads: list[Tensor] = []
-        buffers: list[Tensor] = []
-        self._init_group(group, matrices, grads, buffers)
-        if not matrices:
-            return
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        updates = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
-        if group["weight_decay"]:
-            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-        by_shape: dict[torch.Size, list[int]] = {}
-        for i, matrix in enumerate(matrices):
-            by_shape.setdefault(matrix.shape, []).append(i)
-        for shape, places in by_shape.items():
-            stacked = orthogonalized(torch.stack([updates[i] for i in places])).float()
-            rows, columns = shape
-            ratio = max(1.0, math.sqrt(rows / columns))
-            if group["adjust_lr_fn"] == "match_rms_adamw":
-                ratio = 0.2 * math.sqrt(max(rows, columns))
-            stacked *= lr * ratio
-            torch._foreach_sub_([matrices[i] for i in places], list(stacked.unbind()))
-
-
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Returns nearly orthogonal matrices close to these, by five Newton-Schulz steps (Jordan et al. 2024).
 
@@ -136,8 +101,9 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 class ConvMuon(Optimizer):
     """Muon for convolution filters and hidden matrices (Jordan et al. 2024).
 
-    torch's Muon takes only matrices. It gets a filter [O, I, H, W] as a matrix [O, H*W*I] in the same memory;
-    the order of the columns does not matter for the orthogonalisation.
+    It takes a filter [O, I, H, W] as a matrix [O, H*W*I] in the same memory; the order of the columns does
+    not matter for the orthogonalisation. All matrices of a shape are orthogonalised together, because a
+    single one is too small to use a whole GPU.
 
     Args:
         filters: parameters of 2 or 4 dimensions.
@@ -145,44 +111,54 @@ class ConvMuon(Optimizer):
     """
 
     def __init__(self, filters: list[nn.Parameter], settings: OptimConfig) -> None:
-        self._matrices: list[Tensor] = [nn.Parameter(_matrix(p.detach(), p)) for p in filters]
-        self._muon = StackedMuon(
-            self._matrices,
-            lr=settings.lr,
-            momentum=0.95 if settings.momentum is None else settings.momentum,
-            nesterov=True if settings.nesterov is None else settings.nesterov,
-            weight_decay=settings.weight_decay,
-            adjust_lr_fn=settings.adjust_lr or "match_rms_adamw",
-        )
-        self.inner = [self._muon]
-        self._norms = [len(p) ** 0.5 for p in filters] if settings.normalize_weights else None
-        super().__init__(filters, {"lr": settings.lr})
+        defaults = {
+            "lr": settings.lr,
+            "momentum": 0.95 if settings.momentum is None else settings.momentum,
+            "nesterov": True if settings.nesterov is None else settings.nesterov,
+            "weight_decay": settings.weight_decay,
+            "adjust_lr": settings.adjust_lr or "match_rms_adamw",
+            "normalize_weights": bool(settings.normalize_weights),
+        }
+        super().__init__(filters, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Takes one step; a parameter without gradient does not change."""
         assert closure is None
-        for matrix, parameter in zip(self._matrices, self.param_groups[0]["params"], strict=True):
-            matrix.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
-        if self._norms is not None:
-            pairs = zip(self._matrices, self._norms, strict=True)
-            if trained := [(matrix, norm) for matrix, norm in pairs if matrix.grad is not None]:
-                matrices, norms = map(list, zip(*trained, strict=True))
-                factors = torch._foreach_reciprocal(torch._foreach_norm(matrices))
-                torch._foreach_mul_(factors, norms)
-                torch._foreach_mul_(matrices, factors)
-        self._muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-        take_step(self._muon)
-        for matrix in self._matrices:
-            matrix.grad = None  # otherwise it would stay in memory after the step
+        (group,) = self.param_groups
+        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not trained:
+            return
+        lr, momentum = group["lr"], group["momentum"]
+        matrices = [_matrix(parameter, parameter) for parameter in trained]
+        grads = [_matrix(parameter.grad, parameter) for parameter in trained]
+        buffers = [_matrix(self._momentum(parameter), parameter) for parameter in trained]
+        if group["normalize_weights"]:
+            factors = torch._foreach_reciprocal(torch._foreach_norm(matrices))
+            torch._foreach_mul_(factors, [len(matrix) ** 0.5 for matrix in matrices])
+            torch._foreach_mul_(matrices, factors)
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
+        if group["weight_decay"]:
+            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, matrix in enumerate(matrices):
+            by_shape.setdefault(matrix.shape, []).append(i)
+        for shape, places in by_shape.items():
+            stacked = orthogonalized(torch.stack([updates[i] for i in places])).float()
+            rows, columns = shape
+            ratio = max(1.0, math.sqrt(rows / columns))
+            if group["adjust_lr"] == "match_rms_adamw":
+                ratio = 0.2 * math.sqrt(max(rows, columns))
+            stacked *= lr * ratio
+            torch._foreach_sub_([matrices[i] for i in places], list(stacked.unbind()))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state of torch's Muon."""
-        return self._muon.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the state of torch's Muon."""
-        load_state(self._muon, state_dict)
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        """Returns the momentum of a parameter, in its shape and memory order; 0 at first."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
 
 class CombinedOptimizer(Optimizer):
@@ -194,15 +170,18 @@ class CombinedOptimizer(Optimizer):
 
     def __init__(self, parts: list[Optimizer]) -> None:
         self.inner = parts
-        groups = [part.param_groups[0] for part in parts]
-        super().__init__([{"params": group["params"], "lr": group["lr"]} for group in groups], {})
+        super().__init__([{"params": part.param_groups[0]["params"]} for part in parts], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """Makes the parameter groups those of the optimizers."""
+        self.param_groups = [part.param_groups[0] for part in self.inner]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Takes one step of every optimizer."""
         assert closure is None
-        for part, group in zip(self.inner, self.param_groups, strict=True):
-            part.param_groups[0]["lr"] = group["lr"]
+        for part in self.inner:
             take_step(part)
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,6 +192,7 @@ class CombinedOptimizer(Optimizer):
         """Loads the states of the optimizers."""
         for part, state in zip(self.inner, state_dict["parts"], strict=True):
             load_state(part, state)
+        self._share_groups()
 
 
 @torch.no_grad()
@@ -249,17 +229,22 @@ def start_momentum(optimizer: Optimizer) -> None:
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
-def inner_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Returns the parameter groups of the optimizers inside an optimizer, which may be none."""
-    inner: list[Optimizer] = getattr(optimizer, "inner", [])
-    return [group for part in inner for group in (*part.param_groups, *inner_groups(part))]
-
-
 def _matrix(values: Tensor, filters: Tensor) -> Tensor:
     """Returns [O, ...] as [O, columns] in the memory order of `filters`; copies only if the order differs."""
     if filters.ndim == 4 and filters.is_contiguous(memory_format=torch.channels_last):
         values = values.permute(0, 2, 3, 1)
     return values.reshape(len(values), -1)
+
+
+def _unfolded(matrix: Tensor, filters: Tensor) -> Tensor:
+    """Returns a matrix that `_matrix` has made, in the shape of the filters.
+
+    Older checkpoints have the momentum of Muon as matrices.
+    """
+    outputs, inputs, height, width = filters.shape
+    if filters.is_contiguous(memory_format=torch.channels_last):
+        return matrix.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+    return matrix.view(filters.shape)
 
 
 def lr_factor(schedule: ScheduleConfig, epochs_done: float, epochs: int) -> float:
@@ -298,9 +283,11 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     for parameter, values in optimizer.state.items():
-        for key, value in values.items():  # NCHW on disk; torch's fused kernels ignore strides
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.numel() == parameter.numel():
+                found = value if value.shape == parameter.shape else _unfolded(value, parameter)
+                # NCHW on disk; torch's fused kernels ignore strides.
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(found)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -23,7 +23,6 @@ from disttrain.training.autotune import Settings
 from disttrain.training.build import build
 from disttrain.training.graph import StepGraph, graph_choice
 from disttrain.training.group import join
-from disttrain.training.optim import inner_groups
 from disttrain.training.rank import Rank
 from disttrain.training.state import TrainState
 from kit import toy
@@ -185,8 +184,8 @@ def test_a_run_with_a_graph_learns_as_one_without(case: str, index: Index) -> No
 @pytest.mark.usefixtures("gpu")
 def test_no_rate_of_an_inner_optimizer_is_left_on_the_device(index: Index) -> None:
     state, _ = trained(index, CASES["muon and groups"])
-    groups = [*state.optimizer.param_groups, *inner_groups(state.optimizer)]
-    assert len(groups) == 7  # of all, Muon with its own one, SGD and AdamW
+    groups = state.optimizer.param_groups
+    assert len(groups) == 3  # of Muon, SGD and AdamW
     assert [type(group["lr"]) for group in groups] == [float] * len(groups)
 
 

@@ -19,6 +19,7 @@ from disttrain.training.optim import (
     ConvMuon,
     LrSchedule,
     build_optimizer,
+    load_state,
     lr_factor,
     set_lr,
     start_momentum,
@@ -286,7 +287,7 @@ def test_groups_of_muon_keep_its_settings_unless_they_have_another_name() -> Non
 
 def _muons(optimizer: Any) -> list[Any]:
     parts = [part for part in optimizer.inner if isinstance(part, ConvMuon)]
-    return [SimpleNamespace(momentum=part._muon.param_groups[0]["momentum"]) for part in parts]
+    return [SimpleNamespace(momentum=part.param_groups[0]["momentum"]) for part in parts]
 
 
 def test_a_group_without_parameters_is_an_error_that_lists_what_there_is() -> None:
@@ -327,6 +328,30 @@ def test_a_saved_state_of_groups_goes_on_bit_by_bit() -> None:
     going_on.load_state_dict(saved[1])
     take_steps(other, going_on, 3, first=3)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights(model), weights(other), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("older", "before", "after"),
+    [(False, False, True), (False, True, False), (True, False, False), (True, True, True)],
+)
+def test_muon_resumes_in_any_memory_order(older: bool, before: bool, after: bool) -> None:
+    """Older checkpoints have momenta as matrices, whose order is not known."""
+    model, other = network(before), network(after)
+    optimizer = optimizer_for(model, "muon")
+    take_steps(model, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    if older:
+        for values in saved["parts"][0]["state"].values():
+            buffer = values["momentum_buffer"]
+            if buffer.ndim == 4:
+                values["momentum_buffer"] = (buffer.permute(0, 2, 3, 1) if before else buffer).flatten(1)
+    other.load_state_dict(model.state_dict())
+    resumed = optimizer_for(other, "muon")
+    load_state(resumed, saved)
+    take_steps(model, optimizer, 2, first=3)
+    take_steps(other, resumed, 2, first=3)
+    for found, expected in zip(weights(other), weights(model), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- Both kinds -------------------------------------------------------------------------------------
