@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,21 @@ def test_a_broken_photo_is_named_and_can_be_skipped(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train-000\.tar: sample n0007: "):
         list(loader.batches(np.arange(20), [slice(None)]))
     assert list(loader.batches(np.delete(np.arange(20), 7), [slice(None)]))
+
+
+@pytest.mark.parametrize("side", [None, SIDE])
+def test_the_first_bad_photo_of_a_damaged_shard_is_named(tmp_path: Path, side: int | None) -> None:
+    write_tars(tmp_path / "theirs")
+    index_folder(tmp_path / "theirs", {"train": [], "val": []}, Options())
+    path = tmp_path / "theirs/train-000.tar"
+    with tarfile.open(path) as tar:
+        begin = tar.getmember("n0004.jpg").offset_data
+    with path.open("r+b") as file:
+        file.seek(begin)
+        file.write(bytes(10))
+    problems = verify(load_index("theirs", str(tmp_path)).cropped(side, 0.875))
+    assert [problem.place for problem in problems] == [str(path)]
+    assert "its SHA-256 does not match the index (first bad sample n0004: " in problems[0].text
 
 
 def test_a_shard_that_changes_while_it_is_read(packed: Index, tmp_path: Path) -> None:
