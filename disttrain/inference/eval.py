@@ -194,16 +194,13 @@ def _column(names: Sequence[str], columns: int | None, others: int) -> list[str]
 
 
 def _most_confused(result: dict[str, Any], columns: int | None) -> Iterator[str]:
-    classes, per_class = result["classes"], result["per_class"]
-    pairs = [
-        (count, classes[true], classes[predicted], count / per_class[true]["total"])
-        for true, row in enumerate(result["confusion"])
-        for predicted, count in enumerate(row)
-        if count and true != predicted
-    ]
-    pairs.sort(key=lambda pair: (-pair[0], -pair[3]))
+    import numpy as np
+
+    from disttrain.runs.evaluation import most_confused
+
     yield "most frequent confusions: images, share of the class (--json has the matrix)"
-    for count, *names, share in pairs[:_SHOWN]:
+    for true, predicted, count, share in most_confused(np.array(result["confusion"]), _SHOWN):
+        names = [result["classes"][true], result["classes"][predicted]]
         figures = f"{count:>7,} {percent(share, 1):>8}  "
         if columns is not None:
             room = max(_LEAST, (columns - len(figures) - len(" as ")) // 2)

@@ -10,7 +10,7 @@ import msgspec
 from disttrain.inference.eval import open_data, usable_samples
 from disttrain.inference.run import open_run, saying_where_code_lies
 from disttrain.launch.jobs import serve
-from disttrain.runs.eval_metrics import class_scores
+from disttrain.runs.evaluation import ClassRow, class_rows
 from disttrain.training.group import best_device, join
 
 
@@ -45,19 +45,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     found = measure(task, request["tta"])
     assert found is not None
     top5 = found.top5_correct if found.record.top5_accuracy is not None else None
-    per_class = [
-        _row(name, *counts) for name, counts in zip(facts.classes, found.counts.tolist(), strict=True)
-    ]
-    for row, label in zip(per_class, found.labels or (), strict=False):
-        row["average_precision"] = label.average_precision
+    multi_label = found.labels is not None
     result: dict[str, Any] = msgspec.to_builtins(found.record)
     del result["epoch"]
     return result | {
         "top5_correct": top5,
         "top5_accuracy": found.record.top5_accuracy,
-        "per_class": per_class,
+        "per_class": [_row(row, multi_label) for row in class_rows(found)],
         "classes": facts.classes,
-        "confusion": found.confusion.tolist() if found.labels is None else None,
+        "confusion": None if multi_label else found.confusion.tolist(),
         "checkpoint": str(checkpoint),
         "step": classifier.step,
         "data": index.name,
@@ -68,16 +64,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(name: str, correct: int, samples: int, predicted: int) -> dict[str, Any]:
-    precision, recall, f1 = class_scores(correct, samples, predicted)
-    return {
-        "class": name,
-        "correct": correct,
-        "total": samples,
-        "accuracy": recall,
-        "precision": precision,
-        "f1": f1,
+def _row(row: ClassRow, multi_label: bool) -> dict[str, Any]:
+    found = {
+        "class": row.name,
+        "correct": row.correct,
+        "total": row.samples,
+        "accuracy": row.accuracy,
+        "precision": row.precision,
+        "f1": row.f1,
     }
+    return found | {"average_precision": row.average_precision} if multi_label else found
 
 
 if __name__ == "__main__":

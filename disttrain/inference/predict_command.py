@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
@@ -69,21 +69,17 @@ def predict_files(
     if not as_json and classifier.facts.multi_label:
         show = _label_table(files, columns(sys.stdout))
     elif not as_json:
-        show = _table(_layout(files, classifier.classes, options["top"], columns(sys.stdout)))
+        show = _table(files, classifier.classes, options["top"], columns(sys.stdout))
     cells: list[Cell] = []
     failed = 0
     for number, (prediction, pixels) in enumerate(predictions(classifier, files, **options), 1):
-        if prediction.remarks and pixels is not None:
-            click.echo(f"disttrain: {shown(prediction.image)}: {'; '.join(prediction.remarks)}", err=True)
-        if pixels is None:
-            failed += 1
-            click.echo(f"disttrain: {shown(prediction.image)}: {prediction.problem}", err=True)
-        if pixels is None and as_json:
+        failed += pixels is None
+        if said := prediction.problem or "; ".join(prediction.remarks):
+            click.echo(f"disttrain: {shown(prediction.image)}: {said}", err=True)
+        if pixels is not None or as_json:
             click.echo(show(prediction))
-        if pixels is not None:
-            click.echo(show(prediction))
-            if grid is not None and len(cells) < MOST:
-                cells.append(_cell(prediction, pixels, classifier.classes))
+        if pixels is not None and grid is not None and len(cells) < MOST:
+            cells.append(_cell(prediction, pixels, classifier.classes))
         if number % 64 == 0 or number == len(files):
             on_progress(number, len(files))
     if grid is not None and cells:
@@ -150,41 +146,24 @@ def _json(prediction: Prediction) -> str:
     return json.dumps(prediction.as_json())
 
 
-class _Layout(NamedTuple):
-    """The columns of the table.
+def _table(
+    files: Sequence[str], classes: Sequence[str], top: int, columns: int | None
+) -> Callable[[Prediction], str]:
+    """Prints the header of a table, and returns a function that formats the rows of an image.
 
-    Attributes:
-        image: width of the column of file names.
-        name: width of the names of classes.
-        folded: whether each class has a line of its own.
-        cut: whether longer names are cut; a file or a pipe gets them whole.
-    """
-
-    image: int
-    name: int
-    folded: bool
-    cut: bool
-
-
-def _layout(files: Sequence[str], classes: Sequence[str], top: int, columns: int | None) -> _Layout:
-    """Returns the columns for a terminal of this width, or for a pipe (None).
-
-    The classes of an image are in one line if the terminal has room for a good part of their names.
+    The classes of an image are in one line if the terminal has room for a good part of their names. A file or
+    a pipe has no `columns`, and gets the names whole.
     """
     image, longest = min(_WIDEST, max(map(len, files))), max(5, *map(width_of, classes))
     top = min(top, len(classes))
-    if columns is None:
-        return _Layout(image, min(_NAME, longest), folded=False, cut=False)
-    room = (columns - image - 2 - len(_BETWEEN) * (top - 1)) // top - _SHARE
-    if room >= min(_LEAST, longest):
-        return _Layout(image, min(room, longest), folded=False, cut=True)
-    image = min(image, max(2, columns - 2 - _LEAST - _SHARE))
-    return _Layout(image, min(max(5, columns - image - 2 - _SHARE), longest), folded=True, cut=True)
-
-
-def _table(layout: _Layout) -> Callable[[Prediction], str]:
-    """Prints the header of a table, and returns a function that formats the rows of an image."""
-    image, name, folded, cut = layout
+    name, folded, cut = min(_NAME, longest), False, columns is not None
+    if columns is not None:
+        room = (columns - image - 2 - len(_BETWEEN) * (top - 1)) // top - _SHARE
+        folded = room < min(_LEAST, longest)
+        if folded:
+            image = min(image, max(2, columns - 2 - _LEAST - _SHARE))
+            room = max(5, columns - image - 2 - _SHARE)
+        name = min(room, longest)
     click.echo(f"{'image':<{image}}  {'class':<{name}}  probability")
     blank = " " * (image + 2)
 

@@ -5,12 +5,11 @@ Threads decode and resize the files, in the same way as packing, while the netwo
 
 from __future__ import annotations
 
-import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypedDict, TypeVar, Unpack, cast
+from typing import Any, BinaryIO, NamedTuple, TypedDict, Unpack, cast
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from disttrain.errors import reason
 from disttrain.inference.classifier import Classifier, load_model
 from disttrain.inference.run import Facts
-from disttrain.parallel import ordered_map, usable_cores
+from disttrain.parallel import chunked, ordered_map, usable_cores
 from disttrain.shards.crops import CenterCrops
 from disttrain.shards.imagefolder import fitted
 from disttrain.shards.images import (
@@ -43,7 +42,6 @@ Pixels are an array, uint8 [H, W], [H, W, 1] or [H, W, 3], or a tensor, uint8 [H
 """
 
 _BATCH = 64  # images of one decoding task and of one forward pass
-_T = TypeVar("_T")
 
 
 class Prediction(NamedTuple):
@@ -200,22 +198,19 @@ def decoded(
     def prepare(batch: Sequence[ImageSource]) -> list[Decoded]:
         return [_decoded(image, facts, max_pixels) for image in batch]
 
-    return ordered_map(prepare, _batches(images, _BATCH), usable_cores())
+    return ordered_map(prepare, chunked(images, _BATCH), usable_cores())
 
 
 def _decoded(image: ImageSource, facts: Facts, max_pixels: int) -> Decoded:
+    pixels: Pixels | str
     with collected() as remarks:
-        pixels = _prepared_or_reason(image, facts, max_pixels)
+        try:
+            pixels = prepared(image, facts, max_pixels)
+        except TooLargeError as error:
+            pixels = f"{error}; allow more with --max-pixels (in Python max_pixels)"
+        except (OSError, ValueError) as error:
+            pixels = reason(error)
     return Decoded(image, pixels, tuple(remarks))
-
-
-def _prepared_or_reason(image: ImageSource, facts: Facts, max_pixels: int) -> Pixels | str:
-    try:
-        return prepared(image, facts, max_pixels)
-    except TooLargeError as error:
-        return f"{error}; allow more with --max-pixels (in Python max_pixels)"
-    except (OSError, ValueError) as error:
-        return reason(error)
 
 
 def prepared(image: ImageSource, facts: Facts, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -293,9 +288,3 @@ def _bytes_of(image: str | os.PathLike[str] | Encoded | BinaryIO) -> Encoded:
     if data is None:
         raise ValueError(f"expected a file name, bytes, an open file, a picture or pixels, got {image!r:.60}")
     raise ValueError('the file was opened as text; open it with "rb"')
-
-
-def _batches(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    items = iter(items)
-    while batch := list(itertools.islice(items, size)):
-        yield batch

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
 from disttrain.errors import UsageError
 from disttrain.models.layers import map_size
+
+
+def _stages(
+    channels: int,
+    widths: Sequence[int],
+    kernel: int,
+    *,
+    padding: int = 0,
+    activate: type[nn.Module] = nn.ReLU,
+    pool: tuple[int, int, int] = (2, 2, 0),
+) -> nn.Sequential:
+    """Returns a convolution, an activation and a max pool for each width.
+
+    `pool` is the kernel, stride and padding of the pools.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise((channels, *widths)):
+        layers += [nn.Conv2d(inputs, outputs, kernel, padding=padding), activate(), nn.MaxPool2d(*pool)]
+    return nn.Sequential(*layers)
 
 
 class CnnMnist(nn.Sequential):
@@ -18,14 +39,7 @@ class CnnMnist(nn.Sequential):
     """
 
     def __init__(self, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:
-        features = nn.Sequential(
-            nn.Conv2d(in_channels, 8, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(8, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        )
+        features = _stages(in_channels, (8, 16), 3, padding=1)
         height, width = map_size(features, image_size)
         classifier = nn.Sequential(nn.Flatten(), nn.Linear(16 * height * width, num_classes))
         super().__init__(OrderedDict(features=features, classifier=classifier))
@@ -71,15 +85,7 @@ class LeNetBN(nn.Sequential):
     """
 
     def __init__(self, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:
-        features = nn.Sequential(
-            nn.Conv2d(in_channels, 6, 5),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(6, 16, 5),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.BatchNorm2d(16),
-        )
+        features = _stages(in_channels, (6, 16), 5).append(nn.BatchNorm2d(16))
         height, width = map_size(features, image_size)
         classifier = _lenet_head(16 * height * width, num_classes, nn.ReLU)
         super().__init__(OrderedDict(features=features, classifier=classifier))
@@ -93,14 +99,7 @@ class TrafficCNN(nn.Sequential):
     """
 
     def __init__(self, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:
-        features = nn.Sequential(
-            nn.Conv2d(in_channels, 4, 5),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(4, 10, 5),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        )
+        features = _stages(in_channels, (4, 10), 5)
         height, width = map_size(features, image_size)
         classifier = nn.Sequential(nn.Flatten(), nn.Linear(10 * height * width, num_classes))
         super().__init__(OrderedDict(features=features, classifier=classifier))
@@ -125,17 +124,8 @@ class ConvNet4(nn.Sequential):
         if activation not in _ACTIVATIONS:
             choices = ", ".join(_ACTIVATIONS)
             raise UsageError(f"model.args.activation: expected one of {choices}, got {activation!r}")
-        activate = _ACTIVATIONS[activation]
-        features = nn.Sequential(
-            nn.Conv2d(in_channels, 32, 5, padding=2),
-            activate(),
-            nn.MaxPool2d(3, 2, padding=1),
-            nn.Conv2d(32, 32, 5, padding=2),
-            activate(),
-            nn.MaxPool2d(3, 2, padding=1),
-            nn.Conv2d(32, 64, 5, padding=2),
-            activate(),
-            nn.MaxPool2d(3, 2, padding=1),
+        features = _stages(
+            in_channels, (32, 32, 64), 5, padding=2, activate=_ACTIVATIONS[activation], pool=(3, 2, 1)
         )
         height, width = map_size(features, image_size)
         classifier = nn.Sequential(nn.Flatten(), nn.Linear(64 * height * width, num_classes))

@@ -10,9 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from disttrain.errors import CheckpointError
-from disttrain.report.confusion import class_rows
 from disttrain.report.run import Run
-from disttrain.runs.evaluation import Evaluation, evaluation_of
+from disttrain.runs.evaluation import Evaluation, class_rows, evaluation_of
 from disttrain.units import number, percent
 
 _ON_TERMINAL = 10

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import msgspec
@@ -43,14 +43,6 @@ class _Status(msgspec.Struct):
     world_size: int | None = None
     started_at: datetime | None = None
     updated_at: datetime | None = None
-
-
-class _Setup(NamedTuple):
-    """What a row shows of the config."""
-
-    name: str
-    about: str
-    epochs: int
 
 
 @dataclass
@@ -269,9 +261,10 @@ def _read_on(path: Path, seen: _Metrics) -> _Metrics:
     return seen
 
 
-def _setup(path: Path) -> _Setup:
+def _setup(path: Path) -> tuple[str, str, int]:
+    """Returns what a row shows of the config: the name, model and data set, and epochs."""
     config = load_config(path)
-    return _Setup(config.name, f"{config.model.name}, {config.data.name}", config.train.epochs)
+    return config.name, f"{config.model.name}, {config.data.name}", config.train.epochs
 
 
 def _status(path: Path) -> _Status:

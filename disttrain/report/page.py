@@ -11,14 +11,7 @@ from disttrain.config import dump_config, shown
 from disttrain.errors import DisttrainError, reason
 from disttrain.report import charts
 from disttrain.report.activations import CheckpointView, sample_grid, view_checkpoint
-from disttrain.report.confusion import (
-    axis_start,
-    class_rows,
-    drawing,
-    most_confused,
-    worst_first,
-    write_classes,
-)
+from disttrain.report.confusion import axis_start, drawing, worst_first, write_classes
 from disttrain.report.devices import MEASURES, read_gpus
 from disttrain.report.facts import (
     costly_operators,
@@ -34,6 +27,7 @@ from disttrain.report.facts import (
 )
 from disttrain.report.rendering import render
 from disttrain.report.run import Run, read_ranks, read_run
+from disttrain.runs.evaluation import class_rows, most_confused
 from disttrain.runs.runfolder import RunFolder
 from disttrain.shards.index import Index, load_index
 

@@ -205,14 +205,7 @@ def is_expected(host: str, names: Collection[str]) -> bool:
     """
     try:
         name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return False
-    return name in names or _is_address(name)
-
-
-def _is_address(name: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(name))
+        return name in names or bool(ipaddress.ip_address(name))
     except ValueError:
         return False
 

@@ -1,13 +1,15 @@
-"""The results of an evaluation, stored in the checkpoint that was evaluated."""
+"""The results of an evaluation, stored in the checkpoint that was evaluated, and those of each class."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from disttrain.runs.eval_metrics import class_scores
 from disttrain.runs.manifest import read_part
 from disttrain.runs.records import EvalRecord
 
@@ -76,6 +78,80 @@ class Evaluation(msgspec.Struct):
         true, predicted, samples = np.array(self.cells, np.int64).reshape(-1, 3).T
         matrix[true, predicted] = samples
         return matrix
+
+
+class ClassRow(NamedTuple):
+    """The results for one class.
+
+    Attributes:
+        name: of the class.
+        samples: of this class.
+        correct: samples of this class that were recognized.
+        accuracy: `correct` / `samples`, also called recall; None without samples.
+        precision: share of the predictions of this class that are correct, 0..1; None without any.
+        f1: harmonic mean of accuracy and precision; None without samples and predictions.
+        mistaken_for: the most frequent wrong prediction; empty without one.
+        mistakes: how often it was predicted.
+        average_precision: of multi-label data, 0..1, or None.
+    """
+
+    name: str
+    samples: int
+    correct: int
+    accuracy: float | None
+    precision: float | None
+    f1: float | None
+    mistaken_for: str = ""
+    mistakes: int = 0
+    average_precision: float | None = None
+
+    @property
+    def score(self) -> float | None:
+        """How good the class is: the average precision of multi-label data, otherwise the accuracy."""
+        return self.accuracy if self.average_precision is None else self.average_precision
+
+
+class Confused(NamedTuple):
+    """A frequent mistake: so many images, a share of 0..1, of class `true` are taken for `predicted`."""
+
+    true: int
+    predicted: int
+    images: int
+    share: float
+
+
+def class_rows(evaluation: Evaluation) -> list[ClassRow]:
+    """Returns the results of each class, in the order of the labels."""
+    rows = []
+    for name, (correct, samples, predicted) in zip(
+        evaluation.classes, evaluation.counts.tolist(), strict=True
+    ):
+        precision, accuracy, f1 = class_scores(correct, samples, predicted)
+        rows.append(ClassRow(name, samples, correct, accuracy, precision, f1))
+    if evaluation.labels is not None:
+        found = zip(rows, evaluation.labels, strict=True)
+        return [row._replace(average_precision=label.average_precision) for row, label in found]
+    wrong = evaluation.confusion
+    np.fill_diagonal(wrong, 0)
+    worst, most = wrong.argmax(1).tolist(), wrong.max(1).tolist()
+    return [
+        row._replace(
+            mistaken_for=evaluation.classes[worst[label]] if most[label] else "", mistakes=most[label]
+        )
+        for label, row in enumerate(rows)
+    ]
+
+
+def most_confused(confusion: npt.NDArray[np.int64], most: int = 10) -> list[Confused]:
+    """Returns the most frequent mistakes; of equally frequent ones, those of smaller classes first."""
+    samples = confusion.sum(1)
+    true, predicted = np.nonzero(confusion)
+    true, predicted = true[true != predicted], predicted[true != predicted]
+    counts = confusion[true, predicted]
+    shares = counts / samples[true]
+    order = np.lexsort((-shares, -counts))[:most]
+    columns = (column[order].tolist() for column in (true, predicted, counts, shares))
+    return [Confused(*pair) for pair in zip(*columns, strict=True)]
 
 
 def evaluation_of(checkpoint: Path) -> Evaluation | None:

@@ -104,18 +104,14 @@ class LabelReader:
             self.most_bytes = _MAX_JSON_BYTES
         self._classes, self._names = classes, names
 
-    def read(self, content: bytes) -> tuple[Label, str]:
-        """Returns the label in a member and an empty string, or -1 and the problem."""
-        texts, problem = self._texts(content)
-        found: list[int] = []
-        for text in texts:
-            label, problem = self._number(text)
-            if problem:
-                break
-            found.append(label)
-        if problem:
-            return -1, problem
-        return (tuple(sorted(set(found))) if self.multi_label else found[0]), ""
+    def read(self, content: bytes) -> Label:
+        """Returns the label in a member.
+
+        Raises:
+            ValueError: it has no valid label; the message says why.
+        """
+        found = [self._number(text) for text in self._texts(content)]
+        return tuple(sorted(set(found))) if self.multi_label else found[0]
 
     def array(self, labels: Sequence[Label]) -> Labels:
         """Returns the labels of some samples as an array; a sample without valid labels has none."""
@@ -130,26 +126,23 @@ class LabelReader:
                 row[list(label)] = 1
         return rows
 
-    def _number(self, text: str) -> tuple[int, str]:
-        """Returns the label that a text stands for and an empty string, or -1 and the problem."""
+    def _number(self, text: str) -> int:
+        """Returns the label that a text stands for; raises like `read`."""
         if self._names is not None:
-            label = self._names.get(text, -1)
-            return label, "" if label >= 0 else f"label {text!r} is not the name of a class"
+            if text not in self._names:
+                raise ValueError(f"label {text!r} is not the name of a class")
+            return self._names[text]
         number = number_of(text)
-        if number is None and _NUMBERS(text):
-            return -1, _SEVERAL
         if number is None:
-            return -1, f"{text.encode()[:20]!r} is not a label"
+            raise ValueError(_SEVERAL if _NUMBERS(text) else f"{text.encode()[:20]!r} is not a label")
         if self._classes is not None and number >= self._classes:
-            return -1, f"label {number} is not in 0 to {self._classes - 1}"
-        return number, ""
+            raise ValueError(f"label {number} is not in 0 to {self._classes - 1}")
+        return number
 
-    def _texts(self, content: bytes) -> tuple[list[str], str]:
-        """Returns the texts of the labels in a member and an empty string, or no text and the problem."""
+    def _texts(self, content: bytes) -> list[str]:
+        """Returns the texts of the labels in a member; raises like `read`."""
         if self.place.field:
-            value, problem = _in_json(content, self.place.field)
-            where = f" in the field {self.place.field}"
-            return ([], problem) if problem else self._listed(value, where)
+            return self._listed(_in_json(content, self.place.field), f" in the field {self.place.field}")
         content = content.strip()
         try:
             text = content.decode() if len(content) <= self.most_bytes else "\0"
@@ -157,21 +150,23 @@ class LabelReader:
             text = "\0"
         if self.multi_label:
             return self._listed(_split(text), "")
-        return ([text], "") if is_name(text) else ([], f"{content[:20]!r} is not a label")
+        if not is_name(text):
+            raise ValueError(f"{content[:20]!r} is not a label")
+        return [text]
 
-    def _listed(self, value: object, where: str) -> tuple[list[str], str]:
-        """Returns the texts of a value of JSON and an empty string, or no text and the problem."""
+    def _listed(self, value: object, where: str) -> list[str]:
+        """Returns the texts of a value of JSON; raises like `read`."""
         if isinstance(value, list) and not self.multi_label:
-            return [], _SEVERAL
+            raise ValueError(_SEVERAL)
         values = value if isinstance(value, list) else [] if value is None and self.multi_label else [value]
         texts: list[str] = []
         for one in values:
             is_text = isinstance(one, (str, int, float)) and not isinstance(one, bool)
             text = str(one).strip()
             if not is_text or not is_name(text):
-                return [], f"{str(one)[:20]!r}{where} is not a label"
+                raise ValueError(f"{str(one)[:20]!r}{where} is not a label")
             texts.append(text)
-        return texts, ""
+        return texts
 
 
 class LabelTexts(LabelReader):
@@ -188,8 +183,8 @@ class LabelTexts(LabelReader):
         sets = ((label,) if isinstance(label, int) else label for label in labels)
         return np.fromiter((label for one in sets for label in one), np.int64)
 
-    def _number(self, text: str) -> tuple[int, str]:
-        return self.texts.setdefault(text, len(self.texts)), ""
+    def _number(self, text: str) -> int:
+        return self.texts.setdefault(text, len(self.texts))
 
 
 def _split(text: str) -> object:
@@ -202,18 +197,18 @@ def _split(text: str) -> object:
     return numbers if len(parts) == 1 and all(number_of(one) is not None for one in numbers) else parts
 
 
-def _in_json(content: bytes, field: str) -> tuple[Any, str]:
-    """Returns the value of a field and an empty string, or None and the problem."""
+def _in_json(content: bytes, field: str) -> object:
+    """Returns the value of a field; raises ValueError like `LabelReader.read`."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        return None, "its JSON is damaged"
+        raise ValueError("its JSON is damaged") from None
     for name in field.split("."):
         if not isinstance(value, dict) or name not in value:
             there = ", ".join(map(str, value)) if isinstance(value, dict) and value else "no fields"
-            return None, f"KEY.json has no field {name}, but {there:.200}"
+            raise ValueError(f"KEY.json has no field {name}, but {there:.200}")
         value = value[name]
-    return value, ""
+    return value
 
 
 def is_name(text: str) -> bool:

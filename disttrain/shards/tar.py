@@ -104,7 +104,10 @@ def scan(file: BinaryIO, labels: LabelReader) -> Contents:
             problem = f"{head[:20]!r} is not a label"
         elif extension == member:
             content = head[:size] if size <= len(head) else os.pread(file.fileno(), size, offset)
-            sample.label, problem = labels.read(content)
+            try:
+                sample.label = labels.read(content)
+            except ValueError as error:
+                problem = str(error)
         sample.members.add(extension)
         sample.problem = sample.problem or problem
     samples = [sample for sample in samples if sample.is_one()]

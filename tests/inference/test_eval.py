@@ -18,8 +18,7 @@ from disttrain.errors import UsageError
 from disttrain.inference.classifier import load_model
 from disttrain.inference.eval import report
 from disttrain.inference.run import open_run
-from disttrain.report.confusion import class_rows
-from disttrain.runs.evaluation import evaluation_of
+from disttrain.runs.evaluation import class_rows, evaluation_of
 from disttrain.shards.datasets import CIFAR10_CLASSES
 from disttrain.shards.images import decode_image
 from disttrain.shards.index import load_index

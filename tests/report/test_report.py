@@ -19,19 +19,13 @@ from disttrain.config import load_config
 from disttrain.errors import StorageError
 from disttrain.report.activations import view_checkpoint
 from disttrain.report.charts import PALETTE
-from disttrain.report.confusion import (
-    axis_start,
-    class_rows,
-    drawing,
-    most_confused,
-    worst_first,
-    write_classes,
-)
+from disttrain.report.confusion import axis_start, drawing, worst_first, write_classes
 from disttrain.report.facts import outcome
 from disttrain.report.page import write_report
 from disttrain.report.pictures import mosaic
 from disttrain.report.run import read_run
 from disttrain.runs import checkpoint, evaluation
+from disttrain.runs.evaluation import class_rows, most_confused
 from disttrain.runs.manifest import MANIFEST, read_manifest, write_manifest
 from disttrain.shards.index import load_index
 from kit.commands import Run as Command
