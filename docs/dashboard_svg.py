@@ -12,7 +12,7 @@ from typing import Any
 import rich.console
 
 from disttrain.monitor.dashboard import Dashboard, RunInfo
-from disttrain.monitor.verdict import evidence, judge
+from disttrain.monitor.verdict import Evidence, evidence, judge
 from disttrain.monitor.widgets import Frame
 from disttrain.runs.jsonl import parts
 from disttrain.runs.records import METRICS, EvalRecord, TrainRecord
@@ -49,14 +49,14 @@ def _replay(environment: dict[str, Any], records: list[TrainRecord | EvalRecord]
             shown.step, shown.samples = record.step, record.samples
     shown.pace = shown.samples / shown.elapsed_s
     choices = {key: text.partition(":")[0] for key, text in environment["choices"].items()}
-    shown.evidence = evidence(
-        [record for record in records if isinstance(record, TrainRecord)][1:][-10:],
-        [device["host"] for device in environment["devices"]],
+    setting = Evidence(
+        where=[f"rank {rank} on {device['host']}" for rank, device in enumerate(environment["devices"])],
         cache=choices["cache"],
         precision=choices["precision"],
         compiled=choices["compile"] == "true",
-        graph=None,
     )
+    trained = [record for record in records if isinstance(record, TrainRecord)]
+    shown.evidence = evidence(trained[1:][-10:], setting)
     shown.verdict = judge(shown.evidence).text if shown.evidence else ""
     return shown
 

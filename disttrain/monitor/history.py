@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from disttrain.runs.records import mean
 
@@ -28,7 +30,6 @@ class History:
         self._curves: dict[str, list[float | None]] = {}
         self._per_point = 1  # log points
         self._in_last = 0
-        self._parts_of, self._parts = (0, 0), list[slice]()
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
         """Adds a log point."""
@@ -65,44 +66,22 @@ class History:
         A point holds from the step of the one before to its own. So a few points fill all columns.
         """
         curve = self._curves.get(key)
-        if curve is None:
+        if curve is None or not count:
             return [None] * count
-        if self._parts_of != (self.steps[-1], count):
-            self._parts_of, self._parts = (self.steps[-1], count), self._cut(count)
-        found: list[float | None] = []
-        for part in self._parts:
-            known = [value for value in curve[part] if value is not None]
-            found.append(sum(known) / len(known) if known else None)
-        return found
-
-    def _cut(self, count: int) -> list[slice]:
-        """Returns the points in each of `count` parts of the steps."""
-        parts, first = [], 0
-        for column in range(count):
-            begin, end = (self.steps[-1] * edge / count for edge in (column, column + 1))
-            while self.steps[first] <= begin:
-                first += 1
-            last = first
-            while self.steps[last] < end and last < len(self.steps) - 1:
-                last += 1
-            parts.append(slice(first, last + 1))
-        return parts
+        edges = [self.steps[-1] * edge / count for edge in range(count + 1)]
+        return [
+            mean(curve[bisect_right(self.steps, begin) : bisect_left(self.steps, end) + 1])
+            for begin, end in pairwise(edges)
+        ]
 
     def smooth(self, key: str, count: int) -> list[float | None]:
         """Returns a moving average of `columns`, which also joins the few points of a short run."""
         columns = self.columns(key, count)
         half = max(count // 20, count // max(1, 2 * len(self.steps)))
-        sums, known = [0.0], [0]
-        for value in columns:
-            sums.append(sums[-1] + (value or 0.0))
-            known.append(known[-1] + (value is not None))
         smoothed: list[float | None] = []
         for place, value in enumerate(columns):
             near = min(half, place, count - 1 - place)  # fewer at the ends, so that the last value is reached
-            begin, end = place - near, place + near + 1
-            smoothed.append(
-                None if value is None else (sums[end] - sums[begin]) / (known[end] - known[begin])
-            )
+            smoothed.append(None if value is None else mean(columns[place - near : place + near + 1]))
         return smoothed
 
 

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from disttrain.monitor.console import Console
 from disttrain.monitor.environment import environment, run_info
 from disttrain.monitor.gauges import RunGauges, gather_devices
 from disttrain.monitor.trackers import Trackers
-from disttrain.monitor.verdict import Verdict, evidence, judge
+from disttrain.monitor.verdict import Evidence, Verdict, evidence, judge
 from disttrain.runs.eval_metrics import EVAL_METRICS, result_text
 from disttrain.runs.jsonl import JsonLines
 from disttrain.runs.records import EvalRecord, TrainRecord
@@ -82,9 +81,8 @@ class RunObserver:
         devices = gather_devices(state.group)
         settings = state.settings
         obstacle = graph_obstacle(config, state.accelerator.device, state.world_size, settings.precision)
-        self._evidence = partial(
-            evidence,
-            hosts=[device["host"] for device in devices],
+        self._setting = Evidence(
+            where=[f"rank {rank} on {device['host']}" for rank, device in enumerate(devices)],
             cache=choices["cache"].value,
             precision=settings.precision,
             compiled=settings.compiled,
@@ -213,7 +211,7 @@ class RunObserver:
 
     def _judge(self, records: int, console: Console, *, final: bool = False) -> Verdict | None:
         """Shows the verdict on the last records, without the first one, which includes the warm-up."""
-        found = self._evidence(list(self._records)[1:][-records:])
+        found = evidence(list(self._records)[1:][-records:], self._setting)
         if found is None:
             return None
         verdict = judge(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from disttrain.runs.records import GpuMeans, TrainRecord, mean
@@ -55,8 +55,8 @@ class Evidence:
         peak_pct: model FLOP/s as a percentage of the device's peak (MFU), or None.
     """
 
-    step_s: float
-    data_s: float
+    step_s: float = 0.0
+    data_s: float = 0.0
     to_device_s: float = 0.0
     augmentation_s: float = 0.0
     communication_s: float = 0.0
@@ -201,28 +201,14 @@ def _compute_bound(e: Evidence) -> Verdict:
     return _verdict("compute-bound", f"{text}, which is good; only more {more} would make it faster")
 
 
-def evidence(
-    records: Sequence[TrainRecord],
-    hosts: Sequence[str],
-    *,
-    cache: str,
-    precision: str,
-    compiled: bool,
-    graph: bool | None,
-    staged: bool = False,
-) -> Evidence | None:
+def evidence(records: Sequence[TrainRecord], setting: Evidence) -> Evidence | None:
     """Returns the means of some train records, or None without records.
 
     Args:
         records: of a run; those with another number of ranks are ignored.
-        hosts: the host of each rank.
-        cache: as in Evidence.
-        precision: as in Evidence.
-        compiled: as in Evidence.
-        graph: as in Evidence.
-        staged: as in Evidence.
+        setting: has what stays the same: the ranks, `cache`, `precision`, `compiled`, `graph` and `staged`.
     """
-    records = [record for record in records if len(record.ranks_ms.compute) == len(hosts)]
+    records = [record for record in records if len(record.ranks_ms.compute) == len(setting.where)]
     if not records:
         return None
     own_ms = [getattr(record.ranks_ms, phase) for record in records for phase in _OWN]
@@ -235,20 +221,15 @@ def evidence(
         for gpu in records[-1].gpus or ()
         if gpu.memory_used_mib is not None and gpu.memory_total_mib
     ]
-    return Evidence(
+    return replace(
+        setting,
         step_s=statistics.fmean(record.step_time_s for record in records),
         data_s=statistics.fmean(record.phases_ms.data for record in records) / 1000,
         to_device_s=statistics.fmean(record.phases_ms.to_device for record in records) / 1000,
         augmentation_s=statistics.fmean(record.phases_ms.augmentation for record in records) / 1000,
         communication_s=statistics.fmean(record.phases_ms.communication for record in records) / 1000,
         own_s=[sum(times_ms) / len(records) / 1000 for times_ms in zip(*own_ms, strict=True)],
-        where=[f"rank {rank} on {host}" for rank, host in enumerate(hosts)],
         on_gpu=bool(gpus),
-        cache=cache,
-        precision=precision,
-        compiled=compiled,
-        graph=graph,
-        staged=staged,
         utilization_pct=mean(mean(gpu.utilization_pct for gpu in rows) for rows in gpus.values()),
         memory_pct=max(full, default=None),
         throttled_pct=[mean(gpu.throttled_thermal_pct for gpu in rows) for rows in gpus.values()],

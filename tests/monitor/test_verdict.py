@@ -162,18 +162,22 @@ def test_the_evidence_is_the_means_of_the_records() -> None:
         record(3.0, [9.0]),  # before the run went on on other ranks
         record(2.0, [6.0, 6.0], utilization_pct=None, throttled_thermal_pct=30.0, memory_used_mib=990.0),
     ]
-    found = evidence(records, ["n1", "n2"], cache="none", precision="bf16", compiled=False, graph=None)
-    assert found == Evidence(
+    where = ["rank 0 on n1", "rank 1 on n2"]
+    setting = Evidence(where=where, cache="none", precision="bf16", compiled=True, graph=False, staged=True)
+    assert evidence(records, setting) == Evidence(
         step_s=0.01,
         data_s=pytest.approx(0.0015),
         to_device_s=pytest.approx(0.00025),
         augmentation_s=pytest.approx(0.0005),
         communication_s=0.001,
         own_s=[pytest.approx(0.01125), pytest.approx(0.00925)],
-        where=["rank 0 on n1", "rank 1 on n2"],
+        where=where,
         on_gpu=True,
         cache="none",
         precision="bf16",
+        compiled=True,
+        graph=False,
+        staged=True,
         utilization_pct=90.0,
         memory_pct=99.0,
         throttled_pct=[20.0],
@@ -182,4 +186,4 @@ def test_the_evidence_is_the_means_of_the_records() -> None:
 
 
 def test_there_is_no_evidence_without_records() -> None:
-    assert evidence([], ["n1"], cache="host", precision="fp32", compiled=False, graph=None) is None
+    assert evidence([], Evidence(where=["rank 0 on n1"])) is None
