@@ -18,15 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from disttrain.data.epoch_plan import Ids
-from disttrain.errors import DataError, StorageError
+from disttrain.errors import StorageError
 from disttrain.files import appearing, file_lock, sha256, stamp
 from disttrain.parallel import usable_cores
 from disttrain.shards.colors import RULES
 from disttrain.shards.crops import Crops
 from disttrain.shards.images import Pixels
-from disttrain.shards.index import Index, remedy
+from disttrain.shards.index import Index
 from disttrain.shards.label_format import Labels
 from disttrain.shards.photos import cut_out, resized
+from disttrain.shards.reader import sample_error
 from disttrain.shards.whole_shard import Chunk, Reduced, decoded, reduced
 from disttrain.units import mib
 from disttrain.userdirs import decoded_folder
@@ -256,8 +257,5 @@ def _usable(
         for chunk in decode(index, split, number, threads=usable_cores()):
             for sample, (key, problem) in chunk.problems.items():
                 if sample not in left_out:
-                    raise DataError(
-                        f"{index.place(shard)}: sample {key}: {problem}; {remedy(index)}, or skip such "
-                        "samples with data.on_error=skip"
-                    )
+                    raise sample_error(index, index.place(shard), key, ValueError(problem))
             yield chunk
