@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -57,6 +58,17 @@ class Replay:
             yield Batch(batch.images[: len(ids)], batch.labels[: len(ids)], ids)
 
 
+def full_batches(
+    state: TrainState, epochs: Iterable[tuple[int, Ids]]
+) -> Generator[tuple[MicroBatch, Batch], None, None]:
+    """Yields the micro-batches of full batches, epoch after epoch, each given with its order."""
+    full = range(max(1, state.plan.samples // state.plan.batch_size))
+    for epoch, order in epochs:
+        state.augment.start_epoch(epoch, order, *state.image_size)
+        with contextlib.closing(prefetch(state, epoch, full, order)) as batches:
+            yield from batches
+
+
 class StepBench:
     """Measures training steps. Every rank creates one and calls its methods in the same order.
 
@@ -66,8 +78,6 @@ class StepBench:
     def __init__(self, state: TrainState, seconds: float) -> None:
         self._state = state
         self._seconds = seconds
-        self._order = state.plan.order(0)
-        state.augment.start_epoch(0, self._order, *state.image_size)
         state.model.train()
 
     def step(self, loader: Loader) -> float:
@@ -157,26 +167,24 @@ class StepBench:
         before: Callable[[], None] = lambda: None,
     ) -> float:
         """Runs full steps with samples from a loader for at least `seconds`; returns the seconds per step."""
-        state, plan = self._state, self._state.plan
+        state = self._state
         state.meter.restart()
-        full = max(1, plan.samples // plan.batch_size)
+        # The order is not timed: a run computes it in a thread.
+        epochs = itertools.repeat((0, state.plan.order(0)))
         own, state.train_data = state.train_data, loader
         warm_up, taken, began = 2, 0, 0.0
         try:
             more = True
-            while more:
-                with contextlib.closing(prefetch(state, 0, range(full), self._order)) as batches:
-                    for _ in range(full):
-                        if taken == warm_up:
-                            self._synchronize()
-                            before()
-                            began = time.perf_counter()
-                        step(batches)
-                        taken += 1
-                        if taken > warm_up + 2 and taken % 4 == 0:  # the ranks agree on whether to stop
-                            more = self._all(time.perf_counter() - began < self._seconds)
-                            if not more:
-                                break
+            with contextlib.closing(full_batches(state, epochs)) as batches:
+                while more:
+                    if taken == warm_up:
+                        self._synchronize()
+                        before()
+                        began = time.perf_counter()
+                    step(batches)
+                    taken += 1
+                    if taken > warm_up + 2 and taken % 4 == 0:  # the ranks agree on whether to stop
+                        more = self._all(time.perf_counter() - began < self._seconds)
             self._synchronize()
         finally:
             state.train_data = own

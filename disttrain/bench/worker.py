@@ -10,12 +10,11 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from disttrain.bench.step_bench import Replay, StepBench
+from disttrain.bench.step_bench import Replay, StepBench, full_batches
 from disttrain.bench.tune import OUT_OF_MEMORY
 from disttrain.config import Config
 from disttrain.errors import TrainingError
@@ -27,17 +26,14 @@ from disttrain.training.build import build
 from disttrain.training.collectives import reduce_sum
 from disttrain.training.flops import device_flops, peak_flops_per_s
 from disttrain.training.group import best_device, join, out_of_memory
-from disttrain.training.microbatch import prefetch
 from disttrain.training.optim import set_lr
 from disttrain.training.phases import Phases
 from disttrain.training.rank import Rank
 from disttrain.training.virtual_ranks import step_function
 
 if TYPE_CHECKING:
-    from disttrain.data.batches import Batch
     from disttrain.shards.index import Index
     from disttrain.training.autotune import Choice
-    from disttrain.training.microbatch import MicroBatch
     from disttrain.training.state import TrainState
 
 
@@ -161,7 +157,8 @@ def raise_rate(
     take_step = step_function(state.config.train)
     shares = [rate.peak / lr for rate in state.lr_schedules]
     state.model.train()
-    with contextlib.closing(_endless(state)) as batches:
+    epochs = enumerate(map(state.plan.order, itertools.count()))
+    with contextlib.closing(full_batches(state, epochs)) as batches:
         for step in range(steps):
             rate = low * (high / low) ** (step / max(1, steps - 1))
             set_lr(state.optimizer, [rate * share for share in shares])
@@ -176,16 +173,6 @@ def raise_rate(
             if step and all(bad):
                 break
     return {"rates": rates, "losses": losses}
-
-
-def _endless(state: TrainState) -> Generator[tuple[MicroBatch, Batch], None, None]:
-    """Yields the micro-batches of full batches, epoch after epoch."""
-    full = range(max(1, state.plan.samples // state.plan.batch_size))
-    for epoch in itertools.count():
-        order = state.plan.order(epoch)
-        state.augment.start_epoch(epoch, order, *state.image_size)
-        with contextlib.closing(prefetch(state, epoch, full, order)) as batches:
-            yield from batches
 
 
 if __name__ == "__main__":

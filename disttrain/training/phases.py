@@ -19,6 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 from disttrain.heartbeat import Phase
 from disttrain.runs.records import StepTimes
 
+NAMES = {
+    Phase.DATA: "data",
+    Phase.TO_DEVICE: "to_device",
+    Phase.AUGMENT: "augmentation",
+    Phase.COMPUTE: "compute",
+    Phase.REDUCE: "communication",
+    Phase.OPTIMIZE: "optimizer",
+    Phase.REPORT: "logging",
+    Phase.EVALUATE: "evaluation",
+    Phase.SAVE: "checkpoint",
+}
+"""The names of phases in `StepTimes`."""
+
 
 class Phases:
     """Times the phases of one rank.
@@ -90,17 +103,10 @@ class Phases:
         self._seconds = [0.0] * len(Phase)
         self._events.clear()
         self._steps_before, self._marking = steps // 2, False
-        return StepTimes(
-            data=step_ms[Phase.DATA],
-            to_device=step_ms[Phase.TO_DEVICE],
-            augmentation=step_ms[Phase.AUGMENT],
-            compute=step_ms[Phase.COMPUTE] - waiting_ms,
-            communication=waiting_ms + step_ms[Phase.REDUCE],
-            optimizer=step_ms[Phase.OPTIMIZE],
-            logging=step_ms[Phase.REPORT],
-            evaluation=step_ms[Phase.EVALUATE],
-            checkpoint=step_ms[Phase.SAVE],
-        )
+        times = {name: step_ms[phase] for phase, name in NAMES.items()}
+        times["compute"] -= waiting_ms
+        times["communication"] += waiting_ms
+        return StepTimes(**times)
 
 
 def exposed_communication_ms(model: nn.Module) -> float:

@@ -20,25 +20,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from disttrain.errors import DisttrainError, StoppedError, reason
 from disttrain.files import write_atomically
 from disttrain.heartbeat import Phase
+from disttrain.training.phases import NAMES
 
 _SKIPPED_STEPS = 10  # of this process: libraries are loaded, kernels chosen and graphs captured in them
 _WARM_UP_STEPS = 2  # with a running profiler, whose first events are late
 _STEPS = 5
 _OPERATORS = 10
 _ALLOCATIONS = 100_000  # the newest ones that the memory snapshot has
-
-_SPANS = {
-    Phase.DATA: "data",
-    Phase.TO_DEVICE: "to device",
-    Phase.AUGMENT: "augmentation",
-    Phase.COMPUTE: "compute",
-    Phase.REDUCE: "communication",
-    Phase.OPTIMIZE: "optimizer",
-    Phase.REPORT: "logging",
-    Phase.EVALUATE: "evaluation",
-    Phase.SAVE: "checkpoint",
-}
-"""The names of `StepTimes`."""
 
 
 class Profiler:
@@ -95,8 +83,8 @@ class Profiler:
         self._close(0 if begins else 1)
         if begins:
             self._begin_step(self._profile, step, self._begun - _SKIPPED_STEPS)
-        if self._spans and phase in _SPANS:  # within a recorded step
-            self._open(_SPANS[phase])
+        if self._spans and phase in NAMES:  # within a recorded step
+            self._open(NAMES[phase])
 
     def _begin_step(self, running: profile, step: int, number: int) -> None:
         if number == _WARM_UP_STEPS + _STEPS:

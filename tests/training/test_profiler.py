@@ -14,7 +14,7 @@ from disttrain.errors import StoppedError
 from disttrain.heartbeat import Phase
 from disttrain.training.profiler import Profiler, costliest
 
-PHASES = (Phase.DATA, Phase.COMPUTE, Phase.DATA, Phase.COMPUTE, Phase.OPTIMIZE, Phase.REPORT)
+PHASES = (Phase.DATA, Phase.TO_DEVICE, Phase.COMPUTE, Phase.DATA, Phase.COMPUTE, Phase.OPTIMIZE, Phase.REPORT)
 
 
 def take(profiler: Profiler, steps: range) -> None:
@@ -58,12 +58,12 @@ def test_five_steps_after_the_warm_up_are_recorded_with_their_phases(run: Run) -
     assert run.said == [f"profile of steps 113 to 117: {run.folder}/rank_00000.trace.json.gz"]
     assert run.beats == [(phase, step, part) for step in range(101, 131) for part, phase in enumerate(PHASES)]
     spans = sorted(run.spans(), key=lambda span: span[1])
-    names = ["data", "compute", "data", "compute", "optimizer", "logging"]
+    names = ["data", "to_device", "compute", "data", "compute", "optimizer", "logging"]
     assert [name for name, _, _ in spans] == [
         name for step in range(113, 118) for name in (f"step {step}", *names)
     ]
     for place, (_, begin, end) in enumerate(spans):
-        _, step_begin, step_end = spans[place - place % 7]
+        _, step_begin, step_end = spans[place - place % 8]
         assert step_begin <= begin <= end <= step_end
     found = operators(run)
     assert found["steps"] == [113, 117]
