@@ -284,10 +284,12 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         group.update(own)
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
-            if isinstance(value, Tensor) and value.numel() == parameter.numel():
-                found = value if value.shape == parameter.shape else _unfolded(value, parameter)
-                # NCHW on disk; torch's fused kernels ignore strides.
-                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(found)
+            if not isinstance(value, Tensor):
+                continue
+            if (value.ndim, parameter.ndim) == (2, 4):
+                value = _unfolded(value, parameter)
+            if value.shape == parameter.shape:  # NCHW on disk; torch's fused kernels ignore strides
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

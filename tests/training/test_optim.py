@@ -330,6 +330,18 @@ def test_a_saved_state_of_groups_goes_on_bit_by_bit() -> None:
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights(model), weights(other), strict=True))
 
 
+def test_the_state_of_a_single_number_is_loaded() -> None:
+    """It has as many values as Adam's step counter."""
+    model, other = nn.Linear(3, 1), nn.Linear(3, 1)
+    optimizer, resumed = optimizer_for(model, "adam"), optimizer_for(other, "adam")
+    take_steps(model, optimizer, 2)
+    other.load_state_dict(model.state_dict())
+    load_state(resumed, copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((model, optimizer), (other, resumed)):
+        take_steps(each, its, 2, first=2)
+    assert all(map(torch.equal, weights(model), weights(other)))
+
+
 @pytest.mark.parametrize(
     ("older", "before", "after"),
     [(False, False, True), (False, True, False), (True, False, False), (True, True, True)],
