@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import closing
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,12 +127,11 @@ def test_the_mean_gradient_over_the_ranks_is_that_of_the_global_batch(world_size
         gradients: list[Tensor] = []
         parameters = list(state.bare_model.parameters())
 
-        def keep() -> None:
-            gradients.extend(
-                parameter.grad.flatten() for parameter in parameters if parameter.grad is not None
-            )
+        class Keeper:
+            def step(self) -> None:
+                gradients.extend(p.grad.flatten() for p in parameters if p.grad is not None)
 
-        state.optimizer = SimpleNamespace(step=keep)  # type: ignore[assignment]
+        state.optimizer = Keeper()  # type: ignore[assignment]
         state.augment.start_epoch(0, state.plan.order(0), 6, 6)
         batches = loops.prefetch(state, 0, range(step, step + 1), state.plan.order(0))
         ids = train_step(state, batches, step + 1, len(state.plan.batch(step)), Phases())
