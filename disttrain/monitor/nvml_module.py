@@ -19,9 +19,32 @@ from disttrain.errors import error_text
 
 _PACKAGE = "nvidia-ml-py"
 _NAME = "disttrain_nvidia_ml_py"  # of its module, where another one is called pynvml
-# Names in every release that pyproject.toml allows. pynvml before version 12, nvidia-ml-py3 and old releases
-# of nvidia-ml-py lack some of them.
-_TELLING = ("NVMLError", "NVMLLibraryMismatchError", "NVML_FI_DEV_PCIE_COUNT_RX_BYTES")
+_NAMES = """
+    NVMLError NVMLLibraryMismatchError NVML_CLOCK_MEM NVML_CLOCK_SM NVML_ERROR_DRIVER_NOT_LOADED
+    NVML_ERROR_FUNCTION_NOT_FOUND NVML_ERROR_GPU_IS_LOST NVML_ERROR_INVALID_ARGUMENT
+    NVML_ERROR_LIBRARY_NOT_FOUND NVML_ERROR_NOT_FOUND NVML_ERROR_NOT_SUPPORTED NVML_ERROR_NO_PERMISSION
+    NVML_ERROR_RESET_REQUIRED NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX
+    NVML_FI_DEV_PCIE_COUNT_RX_BYTES NVML_FI_DEV_PCIE_COUNT_TX_BYTES NVML_GPM_METRICS_GET_VERSION
+    NVML_GPM_METRIC_ANY_TENSOR_UTIL NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC
+    NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC NVML_GPM_METRIC_PCIE_RX_PER_SEC NVML_GPM_METRIC_PCIE_TX_PER_SEC
+    NVML_GPM_METRIC_SM_UTIL NVML_MEMORY_ERROR_TYPE_CORRECTED NVML_MEMORY_ERROR_TYPE_UNCORRECTED
+    NVML_NVLINK_MAX_LINKS NVML_P2P_CAPS_INDEX_NVLINK NVML_P2P_STATUS_OK NVML_PCIE_UTIL_RX_BYTES
+    NVML_PCIE_UTIL_TX_BYTES NVML_SUCCESS NVML_TEMPERATURE_GPU NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
+    NVML_VOLATILE_ECC c_nvmlGpmMetricsGet_t nvmlDeviceGetClockInfo nvmlDeviceGetComputeRunningProcesses
+    nvmlDeviceGetCount nvmlDeviceGetCurrentClocksEventReasons nvmlDeviceGetCurrentClocksThrottleReasons
+    nvmlDeviceGetDeviceHandleFromMigDeviceHandle nvmlDeviceGetEnforcedPowerLimit nvmlDeviceGetFieldValues
+    nvmlDeviceGetGpuInstanceId nvmlDeviceGetHandleByIndex nvmlDeviceGetHandleByPciBusId
+    nvmlDeviceGetHandleByUUID nvmlDeviceGetIndex nvmlDeviceGetMaxMigDeviceCount nvmlDeviceGetMemoryInfo
+    nvmlDeviceGetMigDeviceHandleByIndex nvmlDeviceGetMinorNumber nvmlDeviceGetName nvmlDeviceGetNvLinkState
+    nvmlDeviceGetP2PStatus nvmlDeviceGetPcieThroughput nvmlDeviceGetPowerUsage
+    nvmlDeviceGetSupportedEventTypes nvmlDeviceGetTemperature nvmlDeviceGetTopologyCommonAncestor
+    nvmlDeviceGetTotalEccErrors nvmlDeviceGetUUID nvmlDeviceGetUtilizationRates nvmlDeviceRegisterEvents
+    nvmlEventSetCreate nvmlEventSetFree nvmlEventSetWait_v2 nvmlEventTypeXidCriticalError nvmlGpmMetricsGet
+    nvmlGpmMigSampleGet nvmlGpmQueryDeviceSupport nvmlGpmSampleAlloc nvmlGpmSampleFree nvmlGpmSampleGet
+    nvmlInit nvmlLib nvmlMemory_v2 nvmlShutdown nvmlSystemGetCudaDriverVersion nvmlSystemGetDriverVersion
+"""
+NEEDED = frozenset(_NAMES.split())
+"""Every name of the module that this package uses."""
 
 
 class Found(NamedTuple):
@@ -55,7 +78,7 @@ def find() -> Found:
 
 
 def _lacking(module: Any) -> str | None:
-    return next((name for name in _TELLING if not hasattr(module, name)), None)
+    return next((name for name in sorted(NEEDED) if not hasattr(module, name)), None)
 
 
 def _own_file() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
+import disttrain
 from disttrain.monitor.nvml import Gpu, _cuda_order
+from disttrain.monitor.nvml_module import NEEDED
 from kit import nvml
 from kit.nvml import UUIDS
 
@@ -244,6 +247,14 @@ def test_a_choice_of_gpus_that_names_none_is_no_wish_for_the_cpu(library: Path, 
 
 
 # --- Another module that is called pynvml -----------------------------------------------------------
+
+
+def test_every_name_that_is_used_of_the_module_is_looked_for() -> None:
+    used: set[str] = set()
+    for path in Path(disttrain.__file__).parent.rglob("*.py"):
+        if path.name != "nvml_module.py":
+            used |= set(re.findall(r'nvml\.((?:c_)?(?:nvml|NVML)\w+)|"(NVML_\w+)"', path.read_text()))
+    assert {name for pair in used for name in pair if name} == NEEDED
 
 
 FIND = """
