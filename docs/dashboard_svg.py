@@ -12,7 +12,7 @@ from typing import Any
 import rich.console
 
 from disttrain.monitor.dashboard import Dashboard, RunInfo
-from disttrain.monitor.verdict import Evidence, evidence, judge
+from disttrain.monitor.verdict import Evidence, evidence, judge, places_of
 from disttrain.monitor.widgets import Frame
 from disttrain.runs.jsonl import parts
 from disttrain.runs.records import METRICS, EvalRecord, TrainRecord
@@ -50,7 +50,7 @@ def _replay(environment: dict[str, Any], records: list[TrainRecord | EvalRecord]
     shown.pace = shown.samples / shown.elapsed_s
     choices = {key: text.partition(":")[0] for key, text in environment["choices"].items()}
     setting = Evidence(
-        where=[f"rank {rank} on {device['host']}" for rank, device in enumerate(environment["devices"])],
+        where=places_of([device["host"] for device in environment["devices"]]),
         cache=choices["cache"],
         precision=choices["precision"],
         compiled=choices["compile"] == "true",

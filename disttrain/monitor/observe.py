@@ -25,7 +25,7 @@ from disttrain.monitor.console import Console
 from disttrain.monitor.environment import environment, run_info
 from disttrain.monitor.gauges import RunGauges, gather_devices
 from disttrain.monitor.trackers import Trackers
-from disttrain.monitor.verdict import Evidence, Verdict, evidence, judge
+from disttrain.monitor.verdict import Evidence, Verdict, evidence, judge, places_of
 from disttrain.runs.eval_metrics import EVAL_METRICS, result_text
 from disttrain.runs.jsonl import JsonLines
 from disttrain.runs.records import EvalRecord, TrainRecord
@@ -82,7 +82,7 @@ class RunObserver:
         settings = state.settings
         obstacle = graph_obstacle(config, state.accelerator.device, state.world_size, settings.precision)
         self._setting = Evidence(
-            where=[f"rank {rank} on {device['host']}" for rank, device in enumerate(devices)],
+            where=places_of([device["host"] for device in devices]),
             cache=choices["cache"].value,
             precision=settings.precision,
             compiled=settings.compiled,

@@ -201,6 +201,11 @@ def _compute_bound(e: Evidence) -> Verdict:
     return _verdict("compute-bound", f"{text}, which is good; only more {more} would make it faster")
 
 
+def places_of(hosts: Sequence[str]) -> list[str]:
+    """Returns the words for each rank, by the hosts of the ranks, as `Evidence.where` has them."""
+    return [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
+
+
 def evidence(records: Sequence[TrainRecord], setting: Evidence) -> Evidence | None:
     """Returns the means of some train records, or None without records.
 

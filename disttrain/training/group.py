@@ -142,7 +142,7 @@ def join(config: Config, device: Literal["cuda", "cpu"]) -> PartialState:
     keep_freed_memory()
     torch.backends.cudnn.benchmark = not config.train.reproducible
     if torch.are_deterministic_algorithms_enabled() != config.train.reproducible:
-        torch.use_deterministic_algorithms(config.train.reproducible)  # imports the compiler, for a second
+        torch.use_deterministic_algorithms(config.train.reproducible)  # imports the compiler: a second
     # Filling all new memory with NaN takes 3 % of a small network's step; our code reads none of it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device == "cpu":

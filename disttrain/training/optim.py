@@ -237,9 +237,9 @@ def _matrix(values: Tensor, filters: Tensor) -> Tensor:
 
 
 def _unfolded(matrix: Tensor, filters: Tensor) -> Tensor:
-    """Returns a matrix that `_matrix` has made, in the shape of the filters.
+    """Returns what `_matrix` has made of filters, [O, columns], in their shape: [O, I, H, W].
 
-    Older checkpoints have the momentum of Muon as matrices.
+    Older checkpoints have the momentum of Muon as such matrices.
     """
     outputs, inputs, height, width = filters.shape
     if filters.is_contiguous(memory_format=torch.channels_last):

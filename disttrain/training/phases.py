@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from disttrain.heartbeat import Phase
 from disttrain.runs.records import StepTimes
 
-NAMES = {
+PHASE_NAMES = {
     Phase.DATA: "data",
     Phase.TO_DEVICE: "to_device",
     Phase.AUGMENT: "augmentation",
@@ -103,7 +103,7 @@ class Phases:
         self._seconds = [0.0] * len(Phase)
         self._events.clear()
         self._steps_before, self._marking = steps // 2, False
-        times = {name: step_ms[phase] for phase, name in NAMES.items()}
+        times = {name: step_ms[phase] for phase, name in PHASE_NAMES.items()}
         times["compute"] -= waiting_ms
         times["communication"] += waiting_ms
         return StepTimes(**times)

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from disttrain.errors import DisttrainError, StoppedError, reason
 from disttrain.files import write_atomically
 from disttrain.heartbeat import Phase
-from disttrain.training.phases import NAMES
+from disttrain.training.phases import PHASE_NAMES
 
 _SKIPPED_STEPS = 10  # of this process: libraries are loaded, kernels chosen and graphs captured in them
 _WARM_UP_STEPS = 2  # with a running profiler, whose first events are late
@@ -83,8 +83,8 @@ class Profiler:
         self._close(0 if begins else 1)
         if begins:
             self._begin_step(self._profile, step, self._begun - _SKIPPED_STEPS)
-        if self._spans and phase in NAMES:  # within a recorded step
-            self._open(NAMES[phase])
+        if self._spans and phase in PHASE_NAMES:  # within a recorded step
+            self._open(PHASE_NAMES[phase])
 
     def _begin_step(self, running: profile, step: int, number: int) -> None:
         if number == _WARM_UP_STEPS + _STEPS:
